@@ -1,0 +1,135 @@
+"""Train a small CLIP on nano's pictures and captions, resumable.
+
+    python tools/nano/train_clip.py --work build/nano --role teacher   its text encoder conditions nano's UNet
+    python tools/nano/train_clip.py --work build/nano --role metric    nano-CLIP: another seed, used to measure only
+
+The tokenizer (a BPE trained on the captions, in CLIP's format) is made on the first call and shared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from common import Progress, Split, batch_indices, config, load
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def make_tokenizer(captions: list[str], vocab_size: int, folder: Path) -> CLIPTokenizer:
+    if not (folder / "tokenizer_config.json").exists():
+        bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[], initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        bpe.model.save(str(folder))
+        vocab = json.loads((folder / "vocab.json").read_text())
+        # CLIP's files hold the alphabet twice, bare and word-final, so that any text can be spelled, and the two marks last.
+        tokens = sorted(vocab, key=vocab.get)
+        tokens += [c + "</w>" for c in sorted(alphabet) if c + "</w>" not in vocab]
+        tokens += [START, END]
+        merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")]
+        tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
+        tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build(cfg: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
+    text = cfg["text"] | {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 77,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "projection_dim": cfg["projection_dim"],
+    }
+    vision = cfg["vision"] | {"image_size": 128, "projection_dim": cfg["projection_dim"]}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=cfg["projection_dim"]))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+
+
+def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Shift by up to 10 px, scale by 0.85-1.1, brightness by ±5%: on white, what stays the same picture."""
+    count = len(pixels)
+    scale = 1 / (0.85 + 0.25 * torch.rand(count, generator=generator))
+    shift = (torch.rand(count, 2, generator=generator) - 0.5) * 0.32
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = scale
+    theta[:, :, 2] = shift
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1
+    return moved * (0.95 + 0.05 * torch.rand(count, 1, 1, 1, generator=generator))
+
+
+@torch.no_grad()
+def accuracy(model: CLIPModel, ids: torch.Tensor, split: Split) -> dict[str, float]:
+    """Retrieval of each picture's caption among the split's (first 200), top-1 and top-5."""
+    n = min(200, len(split.captions))
+    image = F.normalize(model.get_image_features(pixel_values=split.pixels(torch.arange(n))).pooler_output, dim=-1)
+    text = F.normalize(model.get_text_features(input_ids=ids[:n]).pooler_output, dim=-1)
+    rank = (image @ text.T).argsort(dim=-1, descending=True)
+    hit = rank == torch.arange(n)[:, None]
+    return {"top1": hit[:, :1].any(-1).float().mean().item(), "top5": hit[:, :5].any(-1).float().mean().item()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--role", choices=["teacher", "metric"], required=True)
+    args = parser.parse_args()
+    cfg = config("clip")
+    seed = cfg["seed"][args.role]
+    torch.manual_seed(seed)
+    train, heldout = load("train"), load("heldout")
+    tokenizer = make_tokenizer(train.captions, cfg["vocab_size"], args.work / "tokenizer")
+    ids, heldout_ids = tokenize(tokenizer, train.captions), tokenize(tokenizer, heldout.captions)
+    model = build(cfg, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg["lr"], weight_decay=0.1, betas=(0.9, 0.98), fused=True)
+    progress = Progress(args.work, f"clip-{args.role}")
+    start = 0
+    if state := progress.resume():
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    for step in range(start, cfg["steps"]):
+        lr = cfg["lr"] * min(1, (step + 1) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / cfg["steps"])))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        index = batch_indices(step, cfg["batch"], len(train.captions), seed)
+        pixels = augment(train.pixels(index), torch.Generator().manual_seed(seed * 1_000_003 + step))
+        longest = int((ids[index] == tokenizer.eos_token_id).float().argmax(-1).max()) + 1
+        with torch.autocast("cpu", torch.bfloat16):
+            image = model.get_image_features(pixel_values=pixels).pooler_output.float()
+            text = model.get_text_features(input_ids=ids[index, :longest]).pooler_output.float()
+        logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+        target = torch.arange(len(index))
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % progress.every == 0:
+            progress.note(step + 1, loss=loss.item(), top1_batch=(logits.argmax(-1) == target).float().mean().item(), lr=lr)
+        if (step + 1) % 250 == 0 or step + 1 == cfg["steps"]:
+            progress.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
+            progress.note(step + 1, **{f"heldout_{k}": v for k, v in accuracy(model.eval(), heldout_ids, heldout).items()})
+            model.train()
+    model.save_pretrained(args.work / f"clip-{args.role}")
+    tokenizer.save_pretrained(args.work / f"clip-{args.role}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""Train nano's UNet on cached latents and text embeddings, resumable.
+
+    python tools/nano/train_unet.py --work build/nano [--until STEP]
+
+Epsilon prediction on SD1's schedule, Min-SNR weighting (arXiv 2303.09556), caption dropout, EMA. The learning rate is
+constant after warm-up and falls to zero over the last `--cooldown` steps before `--until`, so that a run can be stopped for
+a release and continued later from its last checkpoint before the cooldown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from common import Progress, Split, batch_indices, config, load
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from train_clip import make_tokenizer, tokenize
+from train_vae import build as build_vae
+from transformers import CLIPModel
+
+SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+
+
+def build(cfg: dict, cross_attention_dim: int) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=tuple(cfg["block_out_channels"]),
+        layers_per_block=2,
+        cross_attention_dim=cross_attention_dim,
+        attention_head_dim=cfg["attention_heads"],
+        norm_num_groups=cfg["norm_num_groups"],
+    )
+
+
+@torch.no_grad()
+def cache(work: Path, split: Split) -> dict[str, torch.Tensor]:
+    """Latent mean and std (N, 4, 16, 16), their overall scale, token ids, the table of text embeddings; made once."""
+    path = work / "cache.pt"
+    if not path.exists():
+        vae = build_vae(config("vae"))
+        vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+        moments = [vae.eval().encode(split.pixels(i)).latent_dist for i in torch.arange(len(split.captions)).split(50)]
+        mean, std = torch.cat([m.mean for m in moments]), torch.cat([m.std for m in moments])
+        clip = CLIPModel.from_pretrained(work / "clip-teacher").eval()
+        ids = tokenize(make_tokenizer([], 0, work / "tokenizer"), [*split.captions, ""])
+        text = torch.cat([clip.text_model(input_ids=chunk).last_hidden_state for chunk in ids.split(256)])
+        torch.save({"mean": mean.half(), "std": std.half(), "scale": 1 / mean.std(), "text": text.half()}, path)
+    return torch.load(path, weights_only=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--until", type=int, default=None)
+    parser.add_argument("--cooldown", type=int, default=0)
+    args = parser.parse_args()
+    cfg = config("unet")
+    until = args.until or cfg["steps"]
+    torch.manual_seed(cfg["seed"])
+    data = cache(args.work, load("train"))
+    count = len(data["mean"])
+    unet = build(cfg, data["text"].shape[-1])
+    ema = {k: v.clone() for k, v in unet.state_dict().items()}
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=cfg["lr"], weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
+    snr = alphas / (1 - alphas)
+    progress = Progress(args.work, "unet")
+    start = 0
+    if state := progress.resume():
+        unet.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema, start = state["ema"], state["step"]
+    running = 0.0
+    for step in range(start, until):
+        lr = cfg["lr"] * min(1, (step + 1) / cfg["warmup"])
+        if args.cooldown:
+            lr *= min(1, (until - step) / args.cooldown)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
+        index = batch_indices(step, cfg["batch"], count, cfg["seed"])
+        mean, std = data["mean"][index].float(), data["std"][index].float()
+        latents = (mean + std * torch.randn(mean.shape, generator=generator)) * data["scale"]
+        dropped = torch.rand(len(index), generator=generator) < cfg["caption_dropout"]
+        text = data["text"][torch.where(dropped, count, index)].float()
+        noise = torch.randn(latents.shape, generator=generator)
+        # Stratified timesteps: each of the batch's equal slices of the schedule is hit once.
+        timesteps = ((torch.arange(len(index)) + torch.rand(len(index), generator=generator)) / len(index) * 1000).long()
+        a = alphas[timesteps].view(-1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timesteps, text).sample
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        loss = (error * (snr[timesteps].clamp(max=cfg["snr_gamma"]) / snr[timesteps])).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(cfg["ema"], (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.values()), list(unet.state_dict().values()), 1 - decay)
+        running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
+        if (step + 1) % progress.every == 0:
+            progress.note(step + 1, loss=running, lr=lr)
+        if (step + 1) % 200 == 0 or step + 1 == until:
+            in_cooldown = args.cooldown and step + 1 > until - args.cooldown
+            if not in_cooldown:
+                progress.save(step=step + 1, model=unet.state_dict(), ema=ema, optimizer=optimizer.state_dict())
+            torch.save(ema, args.work / "unet.tmp")
+            os.replace(args.work / "unet.tmp", args.work / "unet.pt")
+            (args.work / "unet.json").write_text(json.dumps({"step": step + 1, "cooldown": args.cooldown}))
+
+
+if __name__ == "__main__":
+    main()
