@@ -3,7 +3,7 @@
     python tools/nano/build_data.py --out sdcompress/assets/nano/data
 
 Fetches the pinned npm packages (MIT and Apache-2.0), draws every picture once at 128 px on white, drops blanks and exact
-duplicates, holds out (style, concept) pairs for evaluation and writes `train-*.tar.gz`, `heldout-*.tar.gz`, `index.json`
+duplicates, holds out (style, concept) pairs for evaluation and writes `train/*.tar.gz`, `heldout/*.tar.gz`, `index.json`
 and `NOTICE`. Needs npm, and from PyPI resvg-py and Pillow. The result depends on the pinned versions and the seed only.
 """
 
@@ -171,15 +171,16 @@ def hold_out(rows: list[dict], count: int, seed: int) -> set[int]:
 
 def write_shards(rows: list[dict], split: str, out: Path, quality: int) -> list[str]:
     files = []
+    (out / split).mkdir(parents=True, exist_ok=True)
     for start in range(0, len(rows), SAMPLES_PER_SHARD):
-        path = out / f"{split}-{start // SAMPLES_PER_SHARD:02d}.tar.gz"
+        path = out / split / f"{start // SAMPLES_PER_SHARD:02d}.tar.gz"
         with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
             for row in rows[start : start + SAMPLES_PER_SHARD]:
                 for extension, payload in (("webp", encode(row["picture"], quality)), ("txt", row["caption"].encode()), ("json", json.dumps(row["meta"], sort_keys=True).encode())):
                     info = tarfile.TarInfo(f"{row['key']}.{extension}")
                     info.size = len(payload)
                     tar.addfile(info, io.BytesIO(payload))
-        files.append(path.name)
+        files.append(f"{split}/{path.name}")
     return files
 
 

@@ -1,0 +1,76 @@
+"""The machine a figure was taken on: enough to judge it, nothing that names the machine or its owner."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sdcompress_engines.manifest import installed_versions
+
+
+def environment() -> dict[str, Any]:
+    """CPU, memory, GPU and driver, OS, Python, package versions, load, git commit. No host name, no user, no path."""
+    import torch
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_mib": _memory_mib(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": _gpus(),
+        "os": _system(),
+        "python": platform.python_version(),
+        "torch_threads": torch.get_num_threads(),
+        "packages": installed_versions(),
+        "commit": _commit(),
+    }
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def _memory_mib() -> int | None:
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [{"name": gpu.name, "memory_mib": gpu.total_memory // 2**20, "compute": f"{gpu.major}.{gpu.minor}", "driver": driver[0] if driver else "", "cuda": torch.version.cuda} for gpu in found]
+
+
+def _system() -> str:
+    try:
+        distribution = platform.freedesktop_os_release().get("PRETTY_NAME", "") + ", "
+    except OSError:
+        distribution = ""
+    return f"{distribution}{platform.system()} {platform.release().split('-')[0]} {platform.machine()}"
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this file is in (`+` where files differ from it), None for an installed package."""
+    here = str(Path(__file__).parent)
+    commit = _output("git", "-C", here, "log", "-1", "--format=%h", "--", ".")
+    if not commit:
+        return None
+    commit = _output("git", "-C", here, "rev-parse", "--short=12", "HEAD")
+    return commit + ("+" if _output("git", "-C", here, "status", "--porcelain") else "")
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

@@ -1,0 +1,180 @@
+"""How good pictures are, as a CLIP sees them, against the same figures of real pictures; and how the pictures are made."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sdcompress_engines.errors import DataError, ModelError
+
+from .scenario import Prompt
+from .stats import share_interval
+
+
+@dataclass(frozen=True)
+class Share:
+    """`hits` of `count`, with its 95% interval, all as shares in [0, 1]."""
+
+    share: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, hits: torch.Tensor) -> Share:
+        """From a bool tensor (N,)."""
+        return cls(hits.float().mean().item(), *share_interval(int(hits.sum()), len(hits)), len(hits))
+
+
+def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Unit Gaussian latents (B, C, size/f, size/f), fp32 on the CPU, one seed a picture, and the generators that drew them."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    side = size_px // pipeline.vae_scale_factor
+    shape = (1, pipeline.unet.config.in_channels, side, side)
+    return torch.cat([torch.randn(shape, generator=generator) for generator in generators]), generators
+
+
+def generate_images(
+    pipeline: Any, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float = 7.5, batch: int = 8, size_px: int = 512
+) -> Iterator[Image.Image]:
+    """One picture for each caption. Noise comes from each picture's own seed, so the batch size changes nothing but speed. Silent.
+
+    Raises:
+        DataError: captions and seeds differ in number.
+    """
+    if len(captions) != len(seeds):
+        raise DataError(f"{len(captions)} captions and {len(seeds)} seeds", expected="a seed for each caption")
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.safety_checker = None
+    for start in range(0, len(captions), batch):
+        part = slice(start, start + batch)
+        latents, generators = initial_latents(pipeline, seeds[part], size_px)
+        yield from pipeline(
+            list(captions[part]), height=size_px, width=size_px, num_inference_steps=steps, guidance_scale=guidance_scale,
+            latents=latents.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators,
+        ).images  # fmt: skip
+
+
+class ClipMetric:
+    """A CLIP that judges pictures: any transformers `CLIPModel` folder with its tokenizer.
+
+    Pictures are normalised as its `preprocessor_config.json` says, and to [-1, 1] where it has none (nano-CLIP).
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        from transformers import CLIPModel, CLIPTokenizer
+
+        if not (folder / "config.json").is_file():
+            raise ModelError("not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer")
+        self.model = CLIPModel.from_pretrained(folder).eval().to(device)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        self.device = device
+        file = folder / "preprocessor_config.json"
+        config = json.loads(file.read_text()) if file.is_file() else {}
+        self.mean, self.std = (torch.tensor(config.get(key, [0.5] * 3), device=device).view(3, 1, 1) for key in ("image_mean", "image_std"))
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image], batch: int = 64) -> torch.Tensor:
+        """Unit vectors (N, D), float32."""
+        side = self.model.config.vision_config.image_size
+        parts = []
+        for start in range(0, len(images), batch):
+            pixels = torch.stack([to_pixels(i if i.size == (side, side) else i.resize((side, side), Image.Resampling.BICUBIC)) for i in images[start : start + batch]])
+            parts.append(self.model.get_image_features(pixel_values=(pixels.to(self.device) - self.mean) / self.std).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+    @torch.inference_mode()
+    def text_features(self, captions: Sequence[str]) -> torch.Tensor:
+        """Unit vectors (N, D), float32."""
+        ids = self.tokenizer(list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids.to(self.device)
+        return torch.nn.functional.normalize(torch.cat([self.model.get_text_features(input_ids=part).pooler_output for part in ids.split(256)]), dim=-1)
+
+    def clip_score(self, images: Sequence[Image.Image], captions: Sequence[str]) -> float:
+        """Mean cosine of each picture with its caption, × 100 (Hessel et al. 2021, without their clip at zero and 2.5 weight)."""
+        return 100 * (self.image_features(images) * self.text_features(captions)).sum(-1).mean().item()
+
+    def style_accuracy(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]) -> Share:
+        """Share of pictures whose own caption wins over the same concept in every other style; chance is 1 / styles.
+
+        Args:
+            prompts: caption = `styles[style]` + a concept.
+            styles: style → the phrase its captions start with.
+
+        Raises:
+            DataError: a prompt of a style that is not among them.
+        """
+        phrases = list(styles.values())
+        captions, target = [], []
+        for prompt in prompts:
+            phrase = styles.get(prompt.style)
+            if phrase is None or not prompt.caption.startswith(phrase):
+                raise DataError(f"prompt {prompt.caption!r} of style {prompt.style!r}", expected=f"one that starts with one of {phrases}")
+            captions += [p + prompt.caption.removeprefix(phrase) for p in phrases]
+            target.append(phrases.index(phrase))
+        text = self.text_features(captions).view(len(prompts), len(phrases), -1)
+        picked = torch.einsum("nd,nsd->ns", self.image_features(images), text).argmax(-1).cpu()
+        return Share.of(picked == torch.tensor(target))
+
+    def retrieval(self, images: Sequence[Image.Image], captions: Sequence[str], k: int = 5) -> dict[str, Share]:
+        """`top1` and `top{k}`: share of pictures whose caption is the first, or among the first k, of all the captions given."""
+        distinct = list(dict.fromkeys(captions))
+        target = torch.tensor([distinct.index(caption) for caption in captions])
+        rank = (self.image_features(images) @ self.text_features(distinct).T).argsort(dim=-1, descending=True).cpu()
+        hit = rank == target[:, None]
+        return {"top1": Share.of(hit[:, 0]), f"top{k}": Share.of(hit[:, :k].any(-1))}
+
+
+def judge(metric: ClipMetric, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]) -> dict[str, Any]:
+    """All figures of a set of pictures: `clip_score`, `retrieval` top-1 and top-5, and `style` where the prompts have styles."""
+    captions = [prompt.caption for prompt in prompts]
+    figures: dict[str, Any] = {"clip_score": metric.clip_score(images, captions), **metric.retrieval(images, captions)}
+    return figures | ({"style": metric.style_accuracy(images, prompts, styles)} if styles else {})
+
+
+def read_shard(shard: Path, captions: Sequence[str] | None = None, count: int | None = None) -> tuple[list[Image.Image], list[Prompt]]:
+    """Real pictures (RGB) of a webdataset shard, with their captions and styles; those of `captions`, in that order, where given.
+
+    Raises:
+        DataError: the shard has none of them.
+    """
+    images: dict[str, Image.Image] = {}
+    texts: dict[str, str] = {}
+    metas: dict[str, dict[str, Any]] = {}
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            stem, _, ending = member.name.rpartition(".")
+            file = tar.extractfile(member)
+            if file is None:
+                continue
+            if ending == "txt":
+                texts[stem] = file.read().decode().strip()
+            elif ending == "json":
+                metas[stem] = json.loads(file.read())
+            elif ending in ("webp", "png", "jpg", "jpeg"):
+                images[stem] = Image.open(io.BytesIO(file.read())).convert("RGB")
+    by_caption = {texts[stem]: stem for stem in images if stem in texts}
+    wanted = [c for c in (by_caption if captions is None else captions) if c in by_caption][:count]
+    if not wanted:
+        raise DataError("no picture with a wanted caption", where=shard, expected="pairs of picture and .txt")
+    return [images[by_caption[c]] for c in wanted], [Prompt(c, metas.get(by_caption[c], {}).get("style", "")) for c in wanted]
+
+
+def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Image], list[Prompt]]:
+    """The shard's pictures of the prompts, or its first ones, equally many, where it lacks some: retrieval is harder among more."""
+    images, found = read_shard(shard)
+    at = {prompt.caption: index for index, prompt in enumerate(found)}
+    picked = [at[p.caption] for p in prompts] if all(p.caption in at for p in prompts) else list(range(min(len(prompts), len(found))))
+    return [images[i] for i in picked], [found[i] for i in picked]
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """(3, H, W) float32 in [0, 1]."""
+    image = image.convert("RGB")
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1).float() / 255

@@ -1,0 +1,1 @@
+"""sdcompress: Stable Diffusion teacher → small student → ONNX → TensorRT engine."""

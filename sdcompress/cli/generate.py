@@ -1,0 +1,48 @@
+"""`sdcompress generate`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ._console import ConsoleReporter, card
+
+
+@click.command()
+@click.argument("model")
+@click.argument("prompt")
+@click.option("--negative-prompt", default=None, help="What the picture should not show.")
+@click.option("--steps", type=click.IntRange(1, 1000), default=25, show_default=True, help="Denoising steps.")
+@click.option("--guidance", type=float, default=7.5, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--size", "size_px", type=int, default=None, metavar="PX", help="Side of the picture. Default: the model's own.")
+@click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("out.png"), show_default=True, metavar="FILE")
+def command(model: str, prompt: str, negative_prompt: str | None, steps: int, guidance: float, seed: int, size_px: int | None, backend: str, output: Path) -> None:
+    """Make a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
+
+    \b
+      sdcompress generate nano "a flat icon of a wine glass" -o glass.png
+      sdcompress generate student/pipeline "a 3d render of a cat face" --backend ort -o cat.png
+    """
+    import time
+
+    from sdcompress_engines.errors import UsageError, storage_errors
+
+    from sdcompress.pipeline import backend_name, generate, load_pipeline
+
+    backend = backend_name(backend)
+    if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
+        raise UsageError("is no picture's name", where=output, expected="a name ending in .png, .webp or .jpg")
+    report = ConsoleReporter()
+    started = time.monotonic()
+    pipeline = load_pipeline(model, backend, report=report)
+    loaded = time.monotonic()
+    with report.task(f"draw {steps} steps on {backend}"):
+        (picture,) = generate(pipeline, [prompt], seeds=[seed], steps=steps, guidance_scale=guidance, size_px=size_px, negative_prompt=negative_prompt)
+    drawn = time.monotonic()
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(output)
+    card("picture", [("file", output), ("size", f"{picture.width} x {picture.height} px"), ("seed", seed), ("time", f"{drawn - loaded:.1f} s (and {loaded - started:.1f} s to load)")])

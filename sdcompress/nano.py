@@ -1,0 +1,101 @@
+"""Nano, the built-in teacher: a real, small text-to-image model that travels in the package, with its data and its metric."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sdcompress_engines.manifest import sha256_tree, staged
+
+ASSETS = Path(__file__).parent / "assets" / "nano"
+
+
+@dataclass(frozen=True)
+class NanoPrompt:
+    """A caption of the data set with the style and concept it was made from."""
+
+    caption: str
+    style: str
+    concept: str
+
+
+def teacher_folder() -> Path:
+    """The teacher, a diffusers pipeline folder."""
+    return ASSETS / "teacher"
+
+
+def metric_folder() -> Path:
+    """nano-CLIP (a transformers `CLIPModel` with its tokenizer): measures alignment, never conditions."""
+    return ASSETS / "clip"
+
+
+def data_folder() -> Path:
+    """The training pictures, webdataset shards."""
+    return ASSETS / "data"
+
+
+def folder(name: str) -> Path:
+    """The pipeline folder of `nano` or `nano-tiny`.
+
+    The package holds only the UNet of `nano-tiny`; the folder with the teacher's other parts is put together on first use
+    in the user's cache.
+    """
+    if name == "nano":
+        return teacher_folder()
+    unet = ASSETS / "tiny"
+    target = cache_folder() / f"{name}-{sha256_tree(unet)[:12]}"
+    if not target.is_dir():
+        with staged(target) as out:
+            shutil.copytree(teacher_folder(), out, ignore=shutil.ignore_patterns("unet"), dirs_exist_ok=True)
+            shutil.copytree(unet, out / "unet")
+    return target
+
+
+def cache_folder() -> Path:
+    """Where derived files are kept: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
+    return Path(os.environ.get("SDCOMPRESS_CACHE") or Path("~/.cache/sdcompress").expanduser())
+
+
+@cache
+def _index() -> dict[str, Any]:
+    index: dict[str, Any] = json.loads((data_folder() / "index.json").read_text())
+    return index
+
+
+def styles() -> dict[str, str]:
+    """Style → the phrase captions open with."""
+    return {name: entry["phrase"] for name, entry in _index()["styles"].items()}
+
+
+def shards(split: str) -> list[Path]:
+    """The shard files of `train` or `heldout`."""
+    return [data_folder() / name for name in _index()["shards"][split]]
+
+
+def prompts(split: str, count: int, seed: int = 0) -> list[NanoPrompt]:
+    """`count` captions drawn without replacement from the `seen` (training) or `heldout` pictures, each concept at most once."""
+    drawn: list[NanoPrompt] = []
+    concepts: set[str] = set()
+    rows = list(_captions("train" if split == "seen" else "heldout"))
+    random.Random(seed).shuffle(rows)
+    for row in rows:
+        if row.concept not in concepts:
+            concepts.add(row.concept)
+            drawn.append(row)
+        if len(drawn) == count:
+            return drawn
+    raise ValueError(f"{split} has {len(drawn)} concepts, {count} prompts were asked for")
+
+
+def _captions(split: str) -> Iterator[NanoPrompt]:
+    from sdcompress.data.sources import open_source
+
+    for record in open_source(shards(split)):
+        yield NanoPrompt(record.caption, record.meta["style"], record.meta["concept"])

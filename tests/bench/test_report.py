@@ -1,0 +1,148 @@
+"""The page says what was measured, keeps hostile names harmless, and needs nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from sdcompress_bench.latency import STAGES, Latency
+from sdcompress_bench.report import headline, render_html, render_markdown, write_report
+from sdcompress_bench.results import Results, read_losses, read_results
+from sdcompress_engines.errors import ArtifactError
+
+HOSTILE = '<script>alert("tiny")</script> & |co'
+WEBP = base64.b64decode("UklGRiIAAABXRUJQVlA4IBYAAAAwAQCdASoBAAEADsD+JaQAA3AAAAAA")
+
+
+def latency(model: str, backend: str, ms: float, failed: str | None = None) -> Latency:
+    key = f"{model}-{backend}"
+    if failed:
+        return Latency(key, model, backend, "fp32", 128, 1, 2, 25, 7.5, failed=failed)
+    samples = {stage: [[ms, ms * 1.01, ms * 0.99], [ms * 1.02, ms, ms]] for stage in STAGES}
+    return Latency(key, model, backend, "fp32", 128, 1, 2, 25, 7.5, samples, [80.0, 82.0], [900.0, 880.0], 700.0, None, {"unet": 12.5}, 2)
+
+
+def distances(scale: float) -> dict[str, object]:
+    steps = [{"timestep": t, "relative_l2": scale * (1 + t / 1000), "cosine": 0.9999, "psnr_db": 40.0} for t in (1, 501, 999)]
+    return {"relative_l2": scale * 2, "relative_l2_mean": scale, "cosine": 0.9999, "picture_psnr_db": 31.5, "picture_ssim": 0.97, "steps": steps, "pictures": []}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Results:
+    (tmp_path / "pictures").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"pictures/{name}.webp").write_bytes(WEBP)
+    share = {"share": 0.8, "low": 0.7, "high": 0.87, "count": 60}
+    return Results(
+        created="2026-01-01T00:00:00+00:00",
+        command="sdcompress bench nano 'tiny=<x>' -o report",
+        settings={"size_px": 128, "steps": 25, "guidance_scale": 7.5, "precision": "fp32", "rounds": 2, "samples": 3, "end_to_end_samples": 1, "timesteps": [1, 501, 999], "probes": 2},
+        environment={"cpu": "Test CPU", "cores": 2, "memory_mib": 8192, "load_average": 0.1, "gpu": [], "os": "Linux", "python": "3.11", "torch_threads": 2, "packages": {"torch": "2"}, "commit": None},
+        models=[{"name": "nano", "sha256": "ab" * 32, "parameters": {"unet": 4_000_000}}, {"name": HOSTILE, "sha256": "cd" * 32, "parameters": {"unet": 1_000_000}}],
+        latency=[latency("nano", "torch", 40.0), latency("nano", "onnxruntime", 20.0), latency(HOSTILE, "torch", 16.0), latency(HOSTILE, "onnxruntime", 0.0, "its process was ended by SIGKILL")],
+        backends=[{"model": "nano", "backend": "onnxruntime", "gate": {"limit": 1e-4, "passed": True}} | distances(1e-6)],
+        students={HOSTILE: distances(0.2)},
+        quality={"real": {"clip_score": 30.0, "style": share}, "nano": {"clip_score": 28.0, "style": share}, HOSTILE: {"clip_score": 25.0, "style": share}},
+        captions=["a <b>cat</b>"],
+        pictures={"nano / PyTorch": ["pictures/a.webp"], f"{HOSTILE} / PyTorch": ["pictures/b.webp"]},
+        losses={HOSTILE: {"task_loss": [[1, 1.0], [2, 0.5]], "output_kd_loss": [[1, 0.1], [2, 0.04]]}},
+        skipped={"tensorrt": "no GPU is here"},
+    )
+
+
+class Tags(HTMLParser):
+    """Collects tags and fails on what is closed and was not opened."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_whole_and_needs_nothing_from_elsewhere(results: Results, tmp_path: Path) -> None:
+    page = render_html(results, tmp_path)
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert not re.search(r"(https?:)?//[a-z]", re.sub(r"data:image/webp;base64,[^\"]*", "", page))
+    assert not [tag for tag, _ in tags.seen if tag in ("script", "link", "iframe")]
+    sources = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
+    assert len(sources) == 2
+    assert all((source or "").startswith("data:image/webp;base64,UklGR") for source in sources)
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+
+
+def test_names_are_escaped_everywhere(results: Results, tmp_path: Path) -> None:
+    page = render_html(results, tmp_path)
+    assert "<script>" not in page
+    assert "a <b>cat</b>" not in page
+    assert page.count("&lt;script&gt;") > 8
+    assert "tiny=&lt;x&gt;" in page
+    for line in render_markdown(results).splitlines():
+        if line.startswith("| "):
+            assert "\\|co" in line or "|co" not in line
+
+
+def test_every_model_backend_and_failure_is_in_both(results: Results, tmp_path: Path) -> None:
+    write_report(results, tmp_path)
+    for text in ((tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()):
+        for expected in ("nano", "ONNX Runtime", "PyTorch", "2.00×", "2.50×", "ended by SIGKILL", "TensorRT was not measured: no GPU is here", "Test CPU"):
+            assert expected in text
+
+
+def test_headline_is_the_best_speed_up_and_honest_without_one(results: Results) -> None:
+    assert headline(results).endswith("on PyTorch makes pictures 2.50× as fast as nano in PyTorch")
+    alone = dataclasses.replace(results, latency=results.latency[:1])
+    assert headline(alone) == "Nothing here is faster than nano in PyTorch"
+    broken = dataclasses.replace(results, latency=[latency("nano", "torch", 0.0, "no memory")])
+    assert headline(broken) == "nano in PyTorch could not be measured"
+
+
+def test_failed_teacher_and_no_pictures_still_make_a_page(results: Results, tmp_path: Path) -> None:
+    bare = dataclasses.replace(results, latency=[latency("nano", "torch", 0.0, "no memory")], backends=[], students={}, quality={}, captions=[], pictures={}, losses={})
+    page = render_html(bare, tmp_path)
+    assert "no memory" in page
+    assert "Same prompt" not in page
+
+
+def test_gate_over_its_limit_is_told(results: Results, tmp_path: Path) -> None:
+    off = dataclasses.replace(results, backends=[results.backends[0] | {"gate": {"limit": 1e-7, "passed": False}}])
+    assert off.failed_gates() == ["nano on onnxruntime: relative L2 2.00e-06 over 1.00e-07"]
+    assert "over its limit" in render_html(off, tmp_path)
+
+
+def test_results_survive_the_file(results: Results, tmp_path: Path) -> None:
+    results.save(tmp_path / "results.json")
+    again = read_results(tmp_path / "results.json")
+    assert again == results
+    assert list(again.rows()) == list(results.rows())
+    (tmp_path / "results.json").write_text('{"schema": 99}')
+    with pytest.raises(ArtifactError, match="schema 99"):
+        read_results(tmp_path / "results.json")
+
+
+def test_losses_are_thinned_and_keep_their_mean(tmp_path: Path) -> None:
+    lines = [f'{{"step": {step}, "task_loss": {step % 2}, "lr": 0.1}}' for step in range(1000)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    losses = read_losses(tmp_path / "metrics.jsonl", points=100)
+    assert list(losses) == ["task_loss"]
+    assert len(losses["task_loss"]) == 100
+    assert all(value == 0.5 for _, value in losses["task_loss"])

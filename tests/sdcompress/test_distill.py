@@ -1,0 +1,155 @@
+"""The training loop: what it changes, what it leaves, and that a killed run goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from sdcompress_engines.errors import ArtifactError, DataError, TrainingError
+
+from sdcompress.data.cache import LatentCache, build_cache
+from sdcompress.data.sources import open_source
+from sdcompress.prune.plan import make_plan
+from sdcompress.prune.student import build_student
+from sdcompress.teacher import LoadedPipeline, load_teacher
+from sdcompress.train import loop
+from sdcompress.train.checkpoint import checkpoints
+from sdcompress.train.config import DistillConfig, load_config
+from sdcompress.train.distill import distill
+from sdcompress.train.objectives import BlockDistillation, NoisyBatch
+
+SHORT = DistillConfig(steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", checkpoint_every=2, log_every=1, ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def teacher(random_folder: Path) -> LoadedPipeline:
+    return load_teacher(random_folder)
+
+
+@pytest.fixture(scope="module")
+def cache(teacher: LoadedPipeline, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    return build_cache(open_source(pictures), teacher, tmp_path_factory.mktemp("cache") / "cache")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return DiffusionPipeline.from_pretrained(folder / "pipeline").unet.state_dict()
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: LoadedPipeline, cache: LatentCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "run"
+    distill(teacher, make_plan(teacher.pipeline.unet.config, "bk-tiny"), cache, SHORT, output)
+    return output
+
+
+def test_training_changes_the_student_and_not_the_teacher(teacher: LoadedPipeline, finished: Path, random_folder: Path) -> None:
+    fresh = load_teacher(random_folder)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.pipeline.unet.state_dict().values(), fresh.pipeline.unet.state_dict().values(), strict=True))
+    untrained = build_student(fresh.pipeline.unet, make_plan(fresh.pipeline.unet.config, "bk-tiny")).state_dict()
+    trained = weights(finished)
+    assert trained.keys() == untrained.keys()
+    assert sum(not torch.equal(trained[k], untrained[k]) for k in trained) > 0.9 * len(trained)
+    assert not any(m._forward_hooks for m in teacher.pipeline.unet.modules())
+
+
+def test_each_loss_is_logged_apart(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss"] == pytest.approx(line["task_loss"] + line["output_kd_loss"] + line["feature_kd_loss"], rel=1e-4) for line in lines)
+
+
+def test_a_stopped_run_resumes_to_the_same_weights(teacher: LoadedPipeline, cache: LatentCache, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    genuine = BlockDistillation.losses
+
+    def stops(self, *args):  # type: ignore[no-untyped-def]
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+        return genuine(self, *args)
+
+    plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
+    monkeypatch.setattr(BlockDistillation, "losses", stops)
+    with pytest.raises(KeyboardInterrupt):
+        distill(teacher, plan, cache, SHORT, tmp_path / "run")
+    assert not (tmp_path / "run/pipeline").exists()
+    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-100])  # cut: the one before is to be used
+    result = distill(teacher, plan, cache, SHORT, tmp_path / "run", resume=True)
+    assert result.resumed_from == 2
+    resumed, whole = weights(tmp_path / "run"), weights(finished)
+    assert all(torch.equal(resumed[k], whole[k]) for k in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_another_run_is_refused_and_named(teacher: LoadedPipeline, cache: LatentCache, finished: Path) -> None:
+    with pytest.raises(TrainingError, match="plan"):
+        distill(teacher, make_plan(teacher.pipeline.unet.config, "bk-base"), cache, SHORT, finished, resume=True)
+
+
+def test_a_full_output_folder_is_refused(teacher: LoadedPipeline, cache: LatentCache, finished: Path) -> None:
+    with pytest.raises(ArtifactError, match="not empty"):
+        distill(teacher, make_plan(teacher.pipeline.unet.config, "bk-tiny"), cache, SHORT, finished)
+
+
+def test_a_diverged_run_stops_and_says_so(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+    wild = SHORT.model_copy(update={"learning_rate": 1e30})
+    with pytest.raises(TrainingError, match="not finite"):
+        distill(teacher, make_plan(teacher.pipeline.unet.config, "bk-tiny"), cache, wild, tmp_path / "run")
+    assert not (tmp_path / "run/pipeline").exists()
+
+
+def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, cache: LatentCache) -> None:
+    def at(positions: range) -> NoisyBatch:
+        return loop.Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT).noisy(positions, torch.device("cpu"))
+
+    whole, first, second = at(range(20, 28)), at(range(20, 24)), at(range(24, 28))
+    for name in ("sample", "timesteps", "encoder_hidden_states", "target"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(first, name), getattr(second, name)]))
+
+
+def test_the_three_losses_are_what_the_paper_says(teacher: LoadedPipeline) -> None:
+    unet = teacher.pipeline.unet
+    plan = make_plan(unet.config, "bk-base")
+    student = build_student(unet, plan).eval()
+    torch.manual_seed(3)
+    batch = NoisyBatch(torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 77, 96), torch.randn(2, 4, 16, 16), torch.ones(2))
+    weights = {"task_loss": 1.0, "output_kd_loss": 0.5, "feature_kd_loss": 0.25}
+    with torch.no_grad():
+        found = BlockDistillation(unet, plan.feature_pairs(), weights).losses(student, student, batch)
+        ours = student(batch.sample, batch.timesteps, batch.encoder_hidden_states).sample.double()
+        theirs = unet(batch.sample, batch.timesteps, batch.encoder_hidden_states).sample.double()
+    assert float(found["task_loss"]) == pytest.approx(float((ours - batch.target).square().mean()), rel=1e-5)
+    assert float(found["output_kd_loss"]) == pytest.approx(float((ours - theirs).square().mean()), rel=1e-5)
+    assert float(found["loss"]) == pytest.approx(float(sum(w * found[k] for k, w in weights.items())), rel=1e-6)
+    same = BlockDistillation(unet, [(t, t) for _, t in plan.feature_pairs()], weights).losses(unet, unet, batch)
+    assert float(same["feature_kd_loss"]) == 0.0
+    assert float(found["feature_kd_loss"]) > 0.0
+
+
+def test_a_cache_of_another_teacher_is_refused(cache: LatentCache, teacher: LoadedPipeline, pictures: Path, tmp_path: Path) -> None:
+    build_cache(open_source(pictures), teacher, tmp_path / "cache")
+    with pytest.raises(DataError, match="was made with the teacher"):
+        LatentCache.open(tmp_path / "cache", "0" * 64)
+
+
+def test_cached_text_is_what_the_pipeline_encodes(teacher: LoadedPipeline, cache: LatentCache, pictures: Path) -> None:
+    caption = (pictures / "00.txt").read_text()
+    expected, empty = teacher.pipeline.encode_prompt(caption, "cpu", 1, True)
+    assert torch.allclose(cache.text[cache.caption_index[0]].float(), expected[0], atol=2e-3)
+    assert torch.allclose(cache.text[-1].float(), empty[0], atol=2e-3)
+
+
+def test_recipes_load_and_faults_come_all_at_once(tmp_path: Path) -> None:
+    assert load_config("nano", {"steps": 7}).steps == 7
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("steps: many\nbatchsize: 3\n")
+    with pytest.raises(Exception, match=r"batchsize.*|steps.*") as caught:
+        load_config(bad, {})
+    assert "steps" in str(caught.value)
+    assert "batchsize" in str(caught.value)

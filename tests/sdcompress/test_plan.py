@@ -1,0 +1,159 @@
+"""Plans and students: by count, by key, by shape, by output."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from sdcompress_engines.errors import PlanError, UsageError
+
+from sdcompress.prune.plan import ALIASES, PRESETS, BlockPlan, LevelPlan, make_plan
+from sdcompress.prune.student import build_student, count_parameters, meta_unet, unet_cost
+from sdcompress.train.distill import save_pipeline, student_pipeline
+
+SD = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SD2 = {"sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SDXL = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "use_linear_projection": True,
+    "transformer_layers_per_block": [1, 2, 10],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+FAMILIES = {"sd1": SD, "sd2": SD2, "sdxl": SDXL}
+# Published: BK-SDM (arXiv 2305.15798, table 1; the repository's configs) for SD1.4 and SD2.1-base.
+COUNTS = {
+    "sd1": {None: 859_520_964, "bk-base": 579_384_964, "bk-small": 482_346_884, "bk-tiny": 323_384_964},
+    "sd2": {None: 865_910_724, "bk-base": 583_480_964, "bk-small": 485_787_524, "bk-tiny": 326_825_604},
+}
+
+
+def config_of(family: str) -> dict:
+    with torch.device("meta"):
+        return dict(UNet2DConditionModel(**FAMILIES[family]).config)
+
+
+@pytest.mark.parametrize("family", COUNTS)
+@pytest.mark.parametrize("preset", [None, *PRESETS])
+def test_parameter_counts_are_the_published_ones(family: str, preset: str | None) -> None:
+    config = config_of(family)
+    config = make_plan(config, preset).student_config() if preset else config
+    assert count_parameters(meta_unet(config)) == COUNTS[family][preset]
+
+
+@pytest.mark.parametrize(("family", "preset"), [(f, p) for f in FAMILIES for p in PRESETS if (f, p) != ("sdxl", "bk-tiny")])
+def test_every_student_tensor_is_one_teacher_tensor_of_its_shape(family: str, preset: str) -> None:
+    config = config_of(family)
+    plan = make_plan(config, preset)
+    teacher = meta_unet(plan.teacher).state_dict()
+    student = meta_unet(plan.student_config()).state_dict()
+    mapped = plan.weight_map(list(student))
+    assert len(set(mapped.values())) == len(student)
+    assert {k: v.shape for k, v in student.items()} == {k: teacher[name].shape for k, name in mapped.items()}
+
+
+def test_tiny_drops_the_innermost_level_and_shifts_the_up_blocks() -> None:
+    plan = make_plan(config_of("sd1"), "bk-tiny")
+    assert plan.teacher_key("up_blocks.0.resnets.1.conv1.weight") == "up_blocks.1.resnets.2.conv1.weight"
+    assert plan.teacher_key("up_blocks.2.attentions.1.norm.bias") == "up_blocks.3.attentions.2.norm.bias"
+    assert plan.teacher_key("down_blocks.2.resnets.0.conv1.weight") == "down_blocks.2.resnets.0.conv1.weight"
+    assert plan.feature_pairs() == [
+        ("down_blocks.0", "down_blocks.0"),
+        ("down_blocks.1", "down_blocks.1"),
+        ("down_blocks.2.attentions.0.proj_out", "down_blocks.2.attentions.1.proj_out"),
+        ("up_blocks.0", "up_blocks.1"),
+        ("up_blocks.1", "up_blocks.2"),
+        ("up_blocks.2", "up_blocks.3"),
+    ]
+
+
+def test_some_transformer_blocks_of_sdxl_can_stay() -> None:
+    plan = make_plan(config_of("sdxl"), levels=[LevelPlan((0,), (0, 2)), LevelPlan((0,), (0, 2)), LevelPlan((0,), (0, 2), (0, 1, 5, 9))])
+    teacher, student = meta_unet(plan.teacher).state_dict(), meta_unet(plan.student_config()).state_dict()
+    assert all(teacher[plan.teacher_key(k)].shape == v.shape for k, v in student.items())
+    assert plan.teacher_key("mid_block.attentions.0.transformer_blocks.2.norm1.weight") == "mid_block.attentions.0.transformer_blocks.5.norm1.weight"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_plan_survives_its_json(preset: str) -> None:
+    plan = make_plan(config_of("sd2"), preset)
+    assert BlockPlan.from_json(plan.to_json()) == plan
+
+
+def test_sdxl_has_no_tiny_and_says_why() -> None:
+    with pytest.raises(PlanError, match="1280 channels and its neighbour 640"):
+        make_plan(config_of("sdxl"), "bk-tiny")
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="bk-tiny") as caught:
+        make_plan(config_of("sd1"), "bk-tniy")
+    assert all(name in str(caught.value) for name in [*PRESETS, *ALIASES])
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        [LevelPlan((0,), (0, 1, 2))] * 4,
+        [LevelPlan((1,), (0, 2))] * 4,
+        [LevelPlan((0,), (0, 1))] * 4,
+        [LevelPlan((0, 5), (0, 1, 2))] * 4,
+        [LevelPlan((0,), (0, 2))] * 2,
+        [],
+    ],
+)
+def test_illegal_keep_lists_are_refused(levels: list[LevelPlan]) -> None:
+    with pytest.raises(PlanError):
+        make_plan(config_of("sd1"), levels=levels, mid=False)
+
+
+def test_macs_fall_with_the_blocks() -> None:
+    config = config_of("sd1")
+    costs = [unet_cost({k: v for k, v in config.items() if not k.startswith("_")})["total"].macs] + [unet_cost(make_plan(config, p).student_config())["total"].macs for p in PRESETS]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] / 1e9 == pytest.approx(401.6, abs=0.5)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_student_holds_the_teachers_values_and_leaves_the_teacher_alone(random_pipeline: StableDiffusionPipeline, preset: str) -> None:
+    teacher = random_pipeline.unet
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    plan = make_plan(teacher.config, preset)
+    student = build_student(teacher, plan)
+    with torch.no_grad():
+        for key, value in student.state_dict().items():
+            assert torch.equal(value, before[plan.teacher_key(key)])
+            value.zero_()
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_student_reloads_with_equal_output(random_pipeline: StableDiffusionPipeline, preset: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    student = build_student(random_pipeline.unet, make_plan(random_pipeline.unet.config, preset)).eval()
+    save_pipeline(student_pipeline(random_pipeline, student), tmp_path / "student", "student")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "student").unet.eval()
+    torch.manual_seed(1)
+    sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 96)
+    with torch.no_grad():
+        assert torch.equal(student(sample, 500, text).sample, again(sample, 500, text).sample)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_feature_pairs_have_equal_shapes(random_pipeline: StableDiffusionPipeline, preset: str) -> None:
+    from sdcompress.train.features import collect_features
+
+    teacher = random_pipeline.unet
+    plan = make_plan(teacher.config, preset)
+    student = build_student(teacher, plan)
+    pairs = plan.feature_pairs()
+    with torch.no_grad(), collect_features(student, [s for s, _ in pairs]) as ours, collect_features(teacher, [t for _, t in pairs]) as theirs:
+        for unet in (student, teacher):
+            unet(torch.randn(1, 4, 16, 16), 500, torch.randn(1, 77, 96))
+        assert [ours[s].shape for s, _ in pairs] == [theirs[t].shape for _, t in pairs]
+    assert not any(m._forward_hooks for unet in (student, teacher) for m in unet.modules())

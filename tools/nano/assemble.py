@@ -1,0 +1,89 @@
+"""Put nano's trained parts together as the package carries them: fp16 safetensors under `sdcompress/assets/nano/`.
+
+    python tools/nano/assemble.py --work build/nano teacher            the pipeline
+    python tools/nano/assemble.py --work build/nano metric             nano-CLIP
+    python tools/nano/assemble.py --work build/nano tiny RUN           the UNet of a `sdcompress distill` run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from common import ROOT, config
+from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from train_clip import make_tokenizer
+from train_unet import SCHEDULE
+from train_unet import build as build_unet
+from train_vae import build as build_vae
+from transformers import CLIPModel, CLIPTextModel
+
+ASSETS = ROOT / "sdcompress/assets/nano"
+
+
+def strip_names(folder: Path) -> None:
+    """Configs say where they were loaded from; what ships does not."""
+    for path in folder.rglob("*.json"):
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def teacher(work: Path) -> None:
+    vae = build_vae(config("vae"))
+    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
+    vae.register_to_config(scaling_factor=torch.load(work / "cache.pt", weights_only=True)["scale"].item())
+    clip = CLIPModel.from_pretrained(work / "clip-teacher")
+    text_encoder = CLIPTextModel(clip.config.text_config)
+    text_encoder.load_state_dict(clip.text_model.state_dict())
+    unet = build_unet(config("unet"), clip.config.text_config.hidden_size)
+    unet.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
+    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False, **{k: v for k, v in SCHEDULE.items() if k != "clip_sample"})
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=make_tokenizer([], 0, work / "tokenizer"),
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    shutil.rmtree(ASSETS / "teacher", ignore_errors=True)
+    pipeline.to(dtype=torch.float16).save_pretrained(ASSETS / "teacher")
+    strip_names(ASSETS / "teacher")
+
+
+def metric(work: Path) -> None:
+    shutil.rmtree(ASSETS / "clip", ignore_errors=True)
+    CLIPModel.from_pretrained(work / "clip-metric").half().save_pretrained(ASSETS / "clip")
+    make_tokenizer([], 0, work / "tokenizer").save_pretrained(ASSETS / "clip")
+    strip_names(ASSETS / "clip")
+
+
+def tiny(run: Path) -> None:
+    shutil.rmtree(ASSETS / "tiny", ignore_errors=True)
+    UNet2DConditionModel.from_pretrained(run / "pipeline/unet").half().save_pretrained(ASSETS / "tiny")
+    shutil.copy(run / "plan.json", ASSETS / "tiny/plan.json")
+    strip_names(ASSETS / "tiny")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("part", choices=["teacher", "metric", "tiny"])
+    parser.add_argument("run", type=Path, nargs="?")
+    args = parser.parse_args()
+    if args.part == "tiny":
+        tiny(args.run)
+    else:
+        {"teacher": teacher, "metric": metric}[args.part](args.work)
+    files = [p for p in ASSETS.rglob("*") if p.suffix == ".safetensors"]
+    print(json.dumps({str(p.relative_to(ASSETS)): p.stat().st_size for p in files} | {"total": sum(p.stat().st_size for p in files)}))
+
+
+if __name__ == "__main__":
+    main()
