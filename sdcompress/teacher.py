@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,26 @@ if TYPE_CHECKING:
 
 BUILT_IN = ("nano", "nano-tiny")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """diffusers and transformers without their own bars and notices, for the block."""
+    import diffusers
+    import transformers
+
+    states = []
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        states.append((logging, logging.get_verbosity(), logging.is_progress_bar_enabled()))
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logging, verbosity, bars in states:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -74,7 +96,7 @@ def load_teacher(name_or_path: str | Path) -> LoadedPipeline:
     Raises:
         UsageError: no such path. ModelError: not a pipeline, or one with missing or broken parts.
     """
-    import diffusers
+    import torch
     from diffusers import DiffusionPipeline
 
     folder = resolve(name_or_path)
@@ -82,18 +104,15 @@ def load_teacher(name_or_path: str | Path) -> LoadedPipeline:
     if "unet" not in index:
         raise ModelError(f"{index.get('_class_name', 'the pipeline')} has no UNet", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel")
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
-    verbosity = diffusers.logging.get_verbosity()
-    diffusers.logging.set_verbosity_error()
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **options)
+        with quiet():
+            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"does not load: {str(error).splitlines()[0]}", where=folder, expected="a whole diffusers pipeline") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ModelError(f"has a broken weight file: {error}", where=folder, hint="copy or download it again") from error
-    finally:
-        diffusers.logging.set_verbosity(verbosity)
     pipeline.set_progress_bar_config(disable=True)
     name = str(name_or_path) if str(name_or_path) in BUILT_IN else display_name(folder)
     return LoadedPipeline(name, pipeline, sha256_tree(folder), folder)

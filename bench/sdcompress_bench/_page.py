@@ -69,12 +69,11 @@ footer { margin-top: 64px; font-size: 13px; color: var(--soft); }
 @media (max-width: 720px) {
   main { padding: 32px 18px 28px; } section { margin-top: 44px; }
   thead { display: none; } table, tbody { display: block; }
-  tr { display: grid; grid-template-columns: 1fr 1fr; gap: 2px 20px; padding: 14px 0; border-top: 1px solid var(--rule); }
-  td, .answer td:nth-child(4) { display: flex; justify-content: space-between; align-items: baseline; gap: 10px; padding: 1px 0; border: 0; text-align: right; }
-  td::before { content: attr(data-name); color: var(--soft); font-size: 12.5px; font-weight: 400; text-align: left; }
-  td:first-child { grid-column: 1 / -1; font-weight: 620; font-size: 16px; } td:first-child::before { display: none; }
-  .answer .on-torch td:nth-child(4)::before, .answer .on-onnxruntime td:nth-child(4)::before, .answer .on-tensorrt td:nth-child(4)::before, .answer td:nth-child(4)::before
-    { content: attr(data-name); width: auto; height: auto; margin: 0; background: none; }
+  tr { display: grid; gap: 2px 20px; padding: 14px 0; border-top: 1px solid var(--rule); } .answer tr { grid-template-columns: 1fr 1fr; }
+  td, th { display: flex; justify-content: space-between; align-items: baseline; gap: 12px; padding: 1px 0; border: 0; }
+  td::before { content: attr(data-name); color: var(--soft); font-size: 12.5px; font-weight: 400; text-align: left; flex: none; max-width: 60%; overflow-wrap: normal; }
+  td:first-child { font-weight: 620; font-size: 16px; } td:first-child::before { display: none; }
+  .answer td:first-child, .answer td:nth-child(4) { grid-column: 1 / -1; justify-content: start; padding-left: 0; } .answer td:first-child { order: -2; } .answer td:nth-child(4) { order: -1; gap: 0; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 8px; }
 }
 @media print { body { background: #fff; } section { break-inside: avoid; } }

@@ -58,7 +58,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
 
 
 def scatter(title: str, dots: Sequence[Dot], x_name: str, y_name: str, level: tuple[float, str] | None = None) -> str:
-    """Dots with a whisker along y; `level` is a horizontal line with its name, such as a ceiling."""
+    """Dots with a whisker along y, unlabelled where `label` is empty; `level` is a horizontal line with its name, such as a ceiling."""
     xs = [dot.x for dot in dots]
     ys = [value for dot in dots for value in (dot.low, dot.high)] + ([level[0]] if level else [])
     x_axis, y_axis = _Axis(0, max(xs) * 1.15), _Axis(*_padded(min(ys), max(ys)))
@@ -89,7 +89,9 @@ def lines(title: str, series: Sequence[Line], x_name: str, y_name: str, log: boo
     # Polylines take no percentages, so curves are drawn in a box of 1000 units that stretches with the page.
     for line in series:
         points = " ".join(f"{x_axis.x(x) * 10:.1f},{y_axis.y(y):.1f}" for x, y in line.points if not log or y > 0)
-        out.append(f'<svg x="0" y="0" width="100%" height="{_PLOT}" viewBox="0 0 1000 {_PLOT}" preserveAspectRatio="none"><polyline points="{points}" class="curve {line.tone}"/></svg>')
+        out.append(
+            f'<svg x="0" y="0" width="100%" height="{_PLOT}" viewBox="0 0 1000 {_PLOT}" preserveAspectRatio="none"><polyline points="{points}" class="curve {line.tone}"/></svg>'
+        )
     legend = "".join(f'<span><i class="{line.tone}"></i>{escape(line.label)}</span>' for line in series)
     return _figure(title, _PLOT + 44, "".join(out), f'<div class="legend">{legend}</div>')
 
@@ -118,7 +120,7 @@ class _Axis:
             return [10.0**power for power in range(first, last + 1, max(1, -(-(last - first) // 5)))]
         if self.high <= self.low:
             return [self.low]
-        raw = (self.high - self.low) / 4
+        raw = (self.high - self.low) / 6
         unit = 10 ** math.floor(math.log10(raw))
         step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
         return [step * i for i in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
@@ -134,7 +136,9 @@ def _grid(x_axis: _Axis, y_axis: _Axis, x_name: str, y_name: str) -> str:
     out = [f'<text x="0" y="{_PLOT + 38}" class="tick">↑ {escape(y_name)}</text><text x="100%" y="{_PLOT + 38}" text-anchor="end" class="tick">{escape(x_name)} →</text>']
     for tick in y_axis.ticks():
         y = y_axis.y(tick)
-        out.append(f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="rule"/><text x="{_LEFT - 1}%" y="{y + 4:.1f}" text-anchor="end" class="tick">{_tick(tick, y_axis.log)}</text>')
+        out.append(
+            f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="rule"/><text x="{_LEFT - 1}%" y="{y + 4:.1f}" text-anchor="end" class="tick">{_tick(tick, y_axis.log)}</text>'
+        )
     out += [f'<text x="{x_axis.x(tick):.2f}%" y="{_PLOT + 18}" text-anchor="middle" class="tick">{_tick(tick, x_axis.log)}</text>' for tick in x_axis.ticks()]
     return "".join(out)
 

@@ -48,7 +48,10 @@ def _gpus() -> list[dict[str, Any]]:
         return []
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    return [{"name": gpu.name, "memory_mib": gpu.total_memory // 2**20, "compute": f"{gpu.major}.{gpu.minor}", "driver": driver[0] if driver else "", "cuda": torch.version.cuda} for gpu in found]
+    return [
+        {"name": gpu.name, "memory_mib": gpu.total_memory // 2**20, "compute": f"{gpu.major}.{gpu.minor}", "driver": driver[0] if driver else "", "cuda": torch.version.cuda}
+        for gpu in found
+    ]
 
 
 def _system() -> str:

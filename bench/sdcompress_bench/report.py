@@ -26,7 +26,14 @@ def render_markdown(results: Results) -> str:
     cells = [[text.replace("|", "\\|") for text in _cells(results, row)] for row in results.rows()]
     lines = [f"# {headline(results)}", "", _subline(results), "", f"| {' | '.join(_HEAD)} |", f"|{'---|' * 3}---|{'---:|' * 5}", *(f"| {' | '.join(row)} |" for row in cells)]
     for title, head, rows in _quality_tables(results):
-        lines += ["", f"**{title}**", "", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}", *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
+        lines += [
+            "",
+            f"**{title}**",
+            "",
+            f"| {' | '.join(head)} |",
+            f"|---|{'---:|' * (len(head) - 1)}",
+            *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
+        ]
     lines += ["", *(f"- {warning}" for warning in _warnings(results)), "", f"Machine: {_machine(results)}.", "", "```", results.command, "```"]
     return "\n".join(lines) + "\n"
 
@@ -47,7 +54,9 @@ def render_html(results: Results, folder: Path) -> str:
         ("Again", f"<pre>{escape(results.command)}</pre>"),
     ]
     body = "".join(f"<section><h2>{escape(name)}</h2>{content}</section>" for name, content in sections if content)
-    return _page.PAGE.format(title=escape(title), style=_page.STYLE, headline=escape(title), subline=escape(_subline(results)), table=table, body=body, created=escape(results.created))
+    return _page.PAGE.format(
+        title=escape(title), style=_page.STYLE, headline=escape(title), subline=escape(_subline(results)), table=table, body=body, created=escape(results.created)
+    )
 
 
 def _name(model: str, backend: str, batch: int | None = None) -> str:
@@ -101,7 +110,17 @@ def _cells(results: Results, row: Row) -> list[str]:
     else:
         fidelity = f"{row.fidelity:.1e}" + ("" if row.fidelity_passed is not False else " over its limit")
     speedup = f"{row.speedup:.2f}×" if row.speedup else "–"
-    return [row.model, _millions(row.parameters), f"{row.unet_mib:,.1f} MiB", backend, _ms(row.unet_step.median) + mark, _rate(row.images_per_s), speedup, f"{row.peak_mib:,.0f} MiB", fidelity]
+    return [
+        row.model,
+        _millions(row.parameters),
+        f"{row.unet_mib:,.1f} MiB",
+        backend,
+        _ms(row.unet_step.median) + mark,
+        _rate(row.images_per_s),
+        speedup,
+        f"{row.peak_mib:,.0f} MiB",
+        fidelity,
+    ]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "", tones: Sequence[str] = ()) -> str:
@@ -144,14 +163,22 @@ def _stage_rows(results: Results) -> Iterable[list[str]]:
 def _trade(results: Results, rows: list[Row]) -> tuple[list[_plots.Dot], str, tuple[float, str] | None]:
     """Speed of every row against its model's quality: the best figure there is, with its interval."""
     key, y_name = next(
-        ((k, name) for k, name in (("style", "style recognised, %"), ("top1", "caption found first, %"), ("clip_score", "CLIP score")) if any(k in q for q in results.quality.values())), ("", "")
+        (
+            (k, name)
+            for k, name in (("style", "style recognised, %"), ("top1", "caption found first, %"), ("clip_score", "CLIP score"))
+            if any(k in q for q in results.quality.values())
+        ),
+        ("", ""),
     )
-    dots, marks = [], {name: _band(figures[key]) for name, figures in results.quality.items() if key in figures}
-    for row in rows:
-        if row.images_per_s and row.model in marks:
-            y, low, high = marks[row.model]
-            dots.append(_plots.Dot(row.images_per_s, y, low, high, row.model, row.backend))
-    return dots, y_name, (marks["real"][0], "real pictures") if "real" in marks else None
+    marks = {name: _band(figures[key]) for name, figures in results.quality.items() if key in figures}
+    # A model's dots are at one height, so its name is written once, at the fastest.
+    fastest = {row.model: max(r.images_per_s or 0 for r in rows if r.model == row.model) for row in rows}
+    dots = [
+        _plots.Dot(row.images_per_s, *marks[row.model], row.model if row.images_per_s == fastest[row.model] else "", row.backend)
+        for row in rows
+        if row.images_per_s and row.model in marks
+    ]
+    return dots, f"{y_name}; colour: backend", (marks["real"][0], "real pictures") if "real" in marks else None
 
 
 def _band(figure: Any) -> tuple[float, float, float]:
@@ -167,7 +194,10 @@ def _quality_tables(results: Results) -> list[tuple[str, list[str], list[list[st
         tables.append(("As a CLIP sees the pictures", ["model", *(names.get(k, k) for k in keys)], rows))
     if results.students:
         head = ["student", "UNet off the teacher, mean", "worst step", "PSNR of pictures", "SSIM of pictures"]
-        rows = [[n, f"{d['relative_l2_mean']:.3f}", f"{d['relative_l2']:.3f}", _or_dash(d["picture_psnr_db"], "{:.1f} dB"), _or_dash(d["picture_ssim"], "{:.3f}")] for n, d in results.students.items()]
+        rows = [
+            [n, f"{d['relative_l2_mean']:.3f}", f"{d['relative_l2']:.3f}", _or_dash(d["picture_psnr_db"], "{:.1f} dB"), _or_dash(d["picture_ssim"], "{:.3f}")]
+            for n, d in results.students.items()
+        ]
         tables.append((f"Student against {results.teacher}, equal prompts and seeds", head, rows))
     measured = [b for b in results.backends if "relative_l2" in b]
     if measured:
@@ -265,6 +295,13 @@ def _machine(results: Results) -> str:
 
 def _facts(results: Results) -> str:
     env = results.environment
-    facts = [("Machine", _machine(results)), ("Python", env["python"]), *env["packages"].items(), ("PyTorch threads", env["torch_threads"]), ("load average before", env["load_average"]), ("commit", env["commit"])]
+    facts = [
+        ("Machine", _machine(results)),
+        ("Python", env["python"]),
+        *env["packages"].items(),
+        ("PyTorch threads", env["torch_threads"]),
+        ("load average before", env["load_average"]),
+        ("commit", env["commit"]),
+    ]
     facts += [(f"sha256 of {model['name']}", model["sha256"]) for model in results.models]
     return "<dl>" + "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts if value not in (None, "")) + "</dl>"

@@ -55,7 +55,9 @@ def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool
         )
         results.save(folder / "results.json")
         write_report(results, folder)
-        inputs = {model.name: model.sha256 for model in suite.models} | ({"metric": sha256_file(suite.metric / "model.safetensors")} if suite.metric and (suite.metric / "model.safetensors").is_file() else {})
+        inputs = {model.name: model.sha256 for model in suite.models} | (
+            {"metric": sha256_file(suite.metric / "model.safetensors")} if suite.metric and (suite.metric / "model.safetensors").is_file() else {}
+        )
         write_manifest(folder, "results", config=results.settings, inputs=inputs, seed=suite.seed)
     return results
 
@@ -111,7 +113,9 @@ def _compare(suite: Suite, folder: Path, report: Reporter) -> dict[str, Any]:
     return found
 
 
-def _other(suite: Suite, model: ModelUnderTest, backend: str, probe: fidelity.Probe, reference: Any, images: Sequence[Image.Image], floors: dict[str, float]) -> tuple[dict[str, Any], list[Image.Image]]:
+def _other(
+    suite: Suite, model: ModelUnderTest, backend: str, probe: fidelity.Probe, reference: Any, images: Sequence[Image.Image], floors: dict[str, float]
+) -> tuple[dict[str, Any], list[Image.Image]]:
     """The same weights on another backend, or in a lower precision: figures against PyTorch fp32, and the pictures. A failure is a figure too."""
     try:
         pipeline = fidelity.load(model.path, backend, model.artifacts(backend), suite.device, suite.precision)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -124,8 +125,9 @@ def _run_child(job: Mapping[str, Any], onnx_path: Path, advance: Any) -> None:
         assert child.stdout is not None
         done, failure, chatter = False, None, [""]
         try:
-            child.stdin.write(json.dumps(job))
-            child.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it may die before it reads its job; its exit status tells
+                child.stdin.write(json.dumps(job))
+                child.stdin.close()
             for line in child.stdout:
                 if not line.startswith(_EVENT):
                     chatter = [*chatter[-4:], line.strip()]
@@ -134,8 +136,6 @@ def _run_child(job: Mapping[str, Any], onnx_path: Path, advance: Any) -> None:
                 if "phase" in event:
                     advance(note=event["phase"])
                 done, failure = done or "done" in event, event.get("error", failure)
-        except BrokenPipeError:
-            pass  # it died before it read its job; its exit status tells
         except BaseException:
             child.kill()
             raise

@@ -89,6 +89,7 @@ _STORAGE = {
     errno.EACCES: ("no permission to write here", "choose another -o"),
     errno.EPERM: ("no permission to write here", "choose another -o"),
     errno.EROFS: ("the file system is read-only", "choose another -o"),
+    errno.EEXIST: ("a part of this path is a file, not a folder", "choose another -o"),
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another -o"),
 }
 

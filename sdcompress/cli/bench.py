@@ -23,12 +23,15 @@ _PROMPTS = (
     "macro photo of a dew-covered dragonfly",
 )
 """For models that are not nano, where no --prompts are given."""
+QUICK = {"rounds": 1, "samples": 6, "end_to_end_samples": 1, "stage_budget_s": 2.0, "pictures": 4, "probes": 2}
 
 
 @click.command("bench")
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @output_option()
-@click.option("--backend", "backends", metavar="NAMES", help="Of torch, onnxruntime (ort), tensorrt (trt), with commas. [default: torch,onnxruntime, and tensorrt where there is a GPU]")
+@click.option(
+    "--backend", "backends", metavar="NAMES", help="Of torch, onnxruntime (ort), tensorrt (trt), with commas. [default: torch,onnxruntime, and tensorrt where there is a GPU]"
+)
 @click.option("--size", "size_px", type=click.IntRange(64), metavar="PX", help="Side of the pictures. [default: the teacher's own]")
 @click.option("--batch", default="1", show_default=True, metavar="N[,N]", help="Pictures at once; each size is a row.")
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Sampling steps.")
@@ -68,7 +71,7 @@ def command(
     tested = tuple(_model(text) for text in models)
     prompts, judged = _prompts(models[0], prompts_file, prompt_count or (40 if quick else 200), seed)
     metric = metric or judged.pop("metric", None)
-    effort: dict[str, Any] = {"rounds": 1, "samples": 6, "end_to_end_samples": 1, "stage_budget_s": 2.0, "pictures": 4, "probes": 2} if quick else {"rounds": rounds}
+    effort: dict[str, Any] = QUICK if quick else {"rounds": rounds}
     gpu = torch.cuda.is_available()
     suite = Suite(
         models=tested, backends=chosen, precision="fp16" if gpu else "fp32", device="cuda" if gpu else "cpu", size_px=size_px or _own_size(models[0]), batch=batches, steps=steps,
@@ -81,7 +84,9 @@ def command(
         rows = [(f"{row.model} / {row.backend}", _line(row)) for row in results.rows()]
         card(headline(results), [*rows, ("report", output / "report.html"), ("raw samples", output / "results.json")], f"open {output / 'report.html'}")
     if over := results.failed_gates():
-        raise GateFailed("; ".join(over), where=output / "report.html", expected="a backend within its limit of PyTorch fp32", hint="export the graphs again, and compare with --backend torch")
+        raise GateFailed(
+            "; ".join(over), where=output / "report.html", expected="a backend within its limit of PyTorch fp32", hint="export the graphs again, and compare with --backend torch"
+        )
 
 
 def _line(row: Any) -> str:

@@ -14,7 +14,7 @@ from ._console import ConsoleReporter, card, force_option, mib, millions, output
 @click.argument("teacher")
 @click.option("--plan", "plan_name", default="bk-tiny", show_default=True, help="bk-base, bk-small, bk-tiny, or the path of a plan.json.")
 @click.option("--data", required=True, metavar="DATA", help="Folder of captioned pictures, webdataset shards (folder or glob), or nano.")
-@click.option("--cache", "cache_folder", type=click.Path(path_type=Path), default=None, metavar="DIR", help="Latents and text embeddings; made here if not there. Default: DIR/cache in the output.")
+@click.option("--cache", "cache_folder", type=click.Path(path_type=Path), default=None, metavar="DIR", help="Latents and text embeddings; made here if not there.  [default: beside the output, DIR-cache]")
 @click.option("--recipe", default=None, metavar="NAME|FILE", help="Named settings, e.g. nano; the options below override it.")
 @click.option("--steps", type=int, default=None, help="Optimizer steps.")
 @click.option("--batch-size", type=int, default=None, help="Pictures a step.")

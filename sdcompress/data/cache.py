@@ -137,9 +137,9 @@ def build_cache(source: Source, teacher: LoadedPipeline, output: Path, size_px: 
                 texts.append(embed_captions(pipeline, rows[start : start + TEXT_BATCH]).half())
                 advance(len(texts[-1]))
         tensors = {
-            "mean": torch.cat([m for m, _ in moments]),
-            "std": torch.cat([s for _, s in moments]),
-            "text": torch.cat(texts),
+            "mean": torch.cat([m for m, _ in moments]).contiguous(),
+            "std": torch.cat([s for _, s in moments]).contiguous(),
+            "text": torch.cat(texts).contiguous(),
             "caption_index": torch.tensor(index, dtype=torch.int64),
         }
         size = sum(t.numel() * t.element_size() for t in tensors.values())

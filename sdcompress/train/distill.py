@@ -18,6 +18,7 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.student import build_student
+from sdcompress.teacher import quiet
 
 from .config import DistillConfig
 from .loop import Batches, TrainResult, train
@@ -47,7 +48,8 @@ def save_pipeline(pipeline: Any, target: Path, kind: str, *, precision: str = "f
             for name in ("vae", "text_encoder", "text_encoder_2"):
                 if getattr(pipeline, name, None) is not None:
                     pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)).half()})
-        pipeline.save_pretrained(out)
+        with quiet():
+            pipeline.save_pretrained(out)
         write_manifest(out, kind, **manifest)
 
 

@@ -57,7 +57,7 @@ def test_rounds_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     log = tmp_path / "log"
     interpreter = tmp_path / "python"
     outcome = '{"precision": "fp32", "samples_ms": {"unet_step": [1.0], "text_encoder": [1.0], "vae_decode": [1.0], "end_to_end": [4.0]}, "unsteady": [], "load_ms": 1.0, "first_image_ms": 1.0, "peak_rss_mib": 1.0, "cuda_peak_mib": null, "artifact_mib": {}, "threads": 1}'
-    interpreter.write_text(f"#!/bin/sh\ngrep -o '\"path\": \"[a-z]*\"' \"$3\" >> {log}\ncat <<'END'\n{outcome}\nEND\n")
+    interpreter.write_text(f'#!/bin/sh\ngrep -o \'"path": "[a-z]*"\' "$3" >> {log}\ncat <<\'END\'\n{outcome}\nEND\n')
     interpreter.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(interpreter))
     suite = dataclasses.replace(QUICK, models=(ModelUnderTest("a", "a"), ModelUnderTest("b", "b")), rounds=2)

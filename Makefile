@@ -1,0 +1,28 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: each makes .venv and installs into it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# With an NVIDIA driver: onnxruntime-gpu and TensorRT. Without: onnxruntime, and TensorRT for RTX, which builds engines ahead of time.
+RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+.PHONY: demo test install check clean
+
+demo: $(BIN)/.installed
+	$(BIN)/sdcompress demo -o demo
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIME),test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

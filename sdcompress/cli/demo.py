@@ -1,0 +1,27 @@
+"""`sdcompress demo`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ._console import force_option
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="DIR", help="Folder of the run; an earlier demo in it is continued.")
+@click.option("--steps", type=click.IntRange(1), default=None, help="Training steps of each student.  [default: the nano recipe's]")
+@force_option
+def command(output: Path, steps: int | None, force: bool) -> None:
+    """The whole way on nano, the built-in teacher: two students, their ONNX graphs and TensorRT engines, and the report.
+
+    No download, no GPU needed; minutes on two cores. It is `sdcompress run` with nano's own data and recipe.
+
+    \b
+      sdcompress demo
+      sdcompress demo --steps 1000 -o demo-long
+    """
+    from .run import run
+
+    run("nano", "nano", ("bk-base", "bk-tiny"), "nano", {"steps": steps}, output, quick=True, force=force)

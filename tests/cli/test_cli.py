@@ -1,0 +1,175 @@
+"""The command line: fast help, one clear line for every mistake, and whole stages on a small model."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdcompress.cli import COMMANDS, main
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run `sdcompress ARGS` in this process: exit code, stdout, stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+def test_help_answers_at_once_and_loads_no_torch() -> None:
+    script = "import sys\nfrom sdcompress.cli import cli\ntry:\n    cli(['--help'])\nfinally:\n    assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules), 'heavy import'\n"
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+        assert all(name in done.stdout for name in COMMANDS)
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_teaches_with_an_example(cli: Cli, name: str) -> None:
+    code, out, _ = cli(name, "--help")
+    assert code == 0
+    assert f"sdcompress {name}" in out
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("sdcompress: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_a_path_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+    code, _, err = cli("plan", tmp_path / "nowhere")
+    assert code == 2
+    assert "does not exist" in one_line(err)
+
+
+def test_a_folder_that_is_no_pipeline(cli: Cli, tmp_path: Path) -> None:
+    code, _, err = cli("plan", tmp_path)
+    assert code == 1
+    assert "model_index.json" in one_line(err)
+
+
+def test_an_unknown_preset_lists_the_known_and_names_the_nearest(cli: Cli, random_folder: Path) -> None:
+    code, _, err = cli("plan", random_folder, "--preset", "bk-smal")
+    assert code == 2
+    assert "bk-base" in one_line(err)
+    assert "--preset bk-small" in one_line(err)
+
+
+def test_a_unet_whose_levels_cannot_be_pruned_so(cli: Cli, tmp_path: Path, random_folder: Path) -> None:
+    import shutil
+
+    shutil.copytree(random_folder, tmp_path / "model")
+    config = tmp_path / "model/unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"block_out_channels": [48, 80, 96, 112]}))
+    code, _, err = cli("plan", tmp_path / "model", "--preset", "bk-tiny")
+    assert code == 1
+    assert "112 channels and its neighbour 96" in one_line(err)
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_a_data_folder_without_pictures_or_captions(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, captions: bool) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    if captions:
+        (data / "a.png").write_bytes((pictures / "00.png").read_bytes())
+    code, _, err = cli("distill", random_folder, "--data", data, "-o", tmp_path / "out")
+    assert code == 1
+    assert ("no captioned picture" if captions else "holds no picture") in one_line(err)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
+
+
+def test_an_output_folder_in_the_way_is_left_as_it_is(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    for command in (["distill", random_folder, "--data", pictures], ["export", random_folder], ["bench", random_folder], ["run", random_folder, "--data", pictures]):
+        code, _, err = cli(*command, "-o", out)
+        assert code == 1
+        assert "--force" in one_line(err)
+    assert [p.name for p in out.iterdir()] == ["precious"]
+
+
+def test_a_place_where_nothing_can_be_written(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    code, _, err = cli("distill", random_folder, "--data", pictures, "-o", tmp_path / "file/out")
+    assert code == 1
+    assert "not a folder" in one_line(err)
+
+
+def test_a_disk_that_fills_during_a_save_leaves_nothing(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sdcompress.data.cache.save_file", full)
+    code, _, err = cli("distill", random_folder, "--data", pictures, "-o", tmp_path / "out")
+    assert code == 1
+    assert "no space left" in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_options_are_usage_errors(cli: Cli, random_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    assert cli("nonsense")[0] == 2
+    assert cli("plan")[0] == 2
+    code, _, err = cli("distill", random_folder, "--data", pictures, "-o", tmp_path / "out", "--recipe", "nanno")
+    assert code == 2
+    assert "nano" in one_line(err)
+    code, _, err = cli("distill", random_folder, "--data", pictures, "-o", tmp_path / "out", "--steps", "0")
+    assert code == 2
+    assert "steps" in one_line(err)
+    code, _, err = cli("generate", random_folder, "x", "--backend", "coreml", "-o", tmp_path / "a.png")
+    assert code == 2
+    assert "onnxruntime" in one_line(err)
+
+
+def test_trt_without_tensorrt_says_what_to_install(cli: Cli, tmp_path: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    code, _, err = cli("export", random_folder, "--trt", "-o", tmp_path / "out")
+    assert code == 1
+    assert "pip install" in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_prints_counts_and_writes_a_plan_that_distill_takes(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path) -> None:
+    code, out, _ = cli("plan", random_folder, "--preset", "sd-tiny", "-o", tmp_path / "plan.json")
+    assert code == 0
+    assert "level 3" in out
+    assert "dropped" in out
+    code, out, err = cli("distill", random_folder, "--plan", tmp_path / "plan.json", "--data", pictures, "--steps", 2, "--batch-size", 2, "-o", tmp_path / "student")
+    assert code == 0, err
+    assert "smaller" in out
+    code, out, _ = cli("inspect", tmp_path / "student", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert facts["kind"] == "student"
+    assert facts["faults"] == []
+
+
+def test_generate_draws_the_same_picture_for_the_same_seed(cli: Cli, tmp_path: Path, random_folder: Path) -> None:
+    for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
+        code, _, err = cli("generate", random_folder, "a flat icon of a cat", "--steps", 2, "--seed", seed, "-o", tmp_path / name)
+        assert code == 0, err
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b
+    assert a != c

@@ -1,0 +1,86 @@
+"""A pipeline of nano's shape with random weights, and its exports, made once a session and shared with tests/sdcompress."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer of single bytes, built in memory: 512 byte tokens, start and end."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+
+
+def make_pipeline(folder: Path) -> Any:
+    """SD1's topology at nano's widths: every weight random and none zero, so that each one shows in the output."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(7)
+    tokenizer = make_tokenizer(folder)
+    count = len(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(48, 80, 96, 96), layers_per_block=2, cross_attention_dim=96, attention_head_dim=2, norm_num_groups=16
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=count, hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384, projection_dim=96,
+            bos_token_id=count - 2, eos_token_id=count - 1, pad_token_id=count - 1,
+        )
+    )
+    with torch.no_grad():
+        for part in (unet, vae, text):
+            for name, weight in part.named_parameters():
+                if weight.ndim == 1:
+                    weight.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * torch.randn_like(weight))
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+    for part in (unet, vae, text):
+        part.eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return make_pipeline(tmp_path_factory.mktemp("tokenizer") / "made")
+
+
+@pytest.fixture(scope="session")
+def fp32_export(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`ExportResult` of the whole pipeline at fp32."""
+    from sdcompress.export import export_onnx
+
+    return export_onnx(pipeline, tmp_path_factory.mktemp("export") / "fp32", source={"pipeline": "0" * 64})
+
+
+@pytest.fixture(scope="session")
+def fp16_small(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`ExportResult` at fp16 of the two components that export in seconds."""
+    from sdcompress.export import export_onnx
+
+    return export_onnx(pipeline, tmp_path_factory.mktemp("export") / "fp16", precision="fp16", components=("text_encoder", "vae_decoder"))

@@ -1,0 +1,166 @@
+"""Engines are built whole or not at all, and what went wrong is said in full."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from sdcompress_engines import builder
+from sdcompress_engines.builder import Profile, build_engine
+from sdcompress_engines.errors import BackendMissing, EngineError, UsageError
+from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, choose_flavour
+from sdcompress_engines.progress import Reporter
+
+needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
+SUM = Profile({"left": ((1, 8), (2, 8), (4, 8)), "right": ((1, 8), (2, 8), (4, 8))})
+
+
+def write_graph(path: Path, op: str = "Add") -> Path:
+    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 8]) for name in ("left", "right", "total")]
+    graph = helper.make_graph([helper.make_node(op, ["left", "right"], ["total"], name="the_node")], "sum", ports[:2], ports[2:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+class Notes(Reporter):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def task(self, label: str, total: int | None = None) -> Any:
+        from contextlib import nullcontext
+
+        return nullcontext(lambda n=1, note="": self.seen.append(note))
+
+
+@needs_rtx
+def test_a_small_engine_is_built_and_reported(tmp_path: Path) -> None:
+    notes = Notes()
+    result = build_engine(write_graph(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine", SUM, TENSORRT_RTX, report=notes)
+    assert (tmp_path / "out" / "sum.engine").stat().st_size == result.bytes > 1000
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["sum.engine"]
+    assert (result.flavour, result.compute_capabilities) == ("tensorrt-rtx", ((8, 9),))
+    assert any(notes.seen)
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"op": "NoSuchOperator"}, "NoSuchOperator"),
+        ({"profile": Profile({"left": SUM.shapes["left"]})}, "differ on right"),
+        ({"profile": Profile({"left": SUM.shapes["left"], "right": ((1, 9), (2, 9), (4, 9))})}, "profile of right"),
+        ({"compute_capability": (3, 5)}, r"compute capability 3\.5.*8\.9"),
+    ],
+)
+def test_a_failed_build_says_why_and_leaves_nothing(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    graph = write_graph(tmp_path / "sum.onnx", change.pop("op", "Add"))
+    with pytest.raises(EngineError, match=said):
+        build_engine(graph, tmp_path / "out" / "sum.engine", **{"profile": SUM, "flavour": TENSORRT_RTX, **change})
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@needs_rtx
+def test_a_parser_error_names_the_node(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"the_node.*NoSuchOperator"):
+        build_engine(write_graph(tmp_path / "sum.onnx", "NoSuchOperator"), tmp_path / "sum.engine", SUM, TENSORRT_RTX)
+
+
+@needs_rtx
+def test_a_process_that_dies_is_an_error_and_leaves_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    killer = tmp_path / "killer.sh"
+    killer.write_text("#!/bin/sh\necho 'native code says goodbye'\nkill -SEGV $$\n")
+    killer.chmod(0o755)
+    (tmp_path / "sum.engine").write_bytes(b"old")
+    monkeypatch.setattr(sys, "executable", str(killer))
+    with pytest.raises(EngineError, match=r"SIGSEGV.*goodbye"):
+        build_engine(write_graph(tmp_path / "sum.onnx"), tmp_path / "sum.engine", SUM, TENSORRT_RTX)
+    assert (tmp_path / "sum.engine").read_bytes() == b"old"
+
+
+@needs_rtx
+def test_a_cancelled_build_leaves_nothing(tmp_path: Path) -> None:
+    class Cancel(Notes):
+        def task(self, label: str, total: int | None = None) -> Any:
+            from contextlib import nullcontext
+
+            def stop(n: int = 1, note: str = "") -> None:
+                raise KeyboardInterrupt
+
+            return nullcontext(stop)
+
+    with pytest.raises(KeyboardInterrupt):
+        build_engine(write_graph(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine", SUM, TENSORRT_RTX, report=Cancel())
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_profiles_are_checked_when_made() -> None:
+    with pytest.raises(UsageError, match="min ≤ opt ≤ max"):
+        Profile({"sample": ((2, 4), (1, 4), (3, 4))})
+    with pytest.raises(UsageError, match="min ≤ opt ≤ max"):
+        Profile({"sample": ((1, 4), (1, 4, 4), (1, 4))})
+
+
+@needs_rtx
+def test_without_a_gpu_the_flavour_is_the_one_that_builds_ahead() -> None:
+    assert choose_flavour(None, gpu_present=False) is TENSORRT_RTX
+    assert choose_flavour("tensorrt-rtx", gpu_present=True) is TENSORRT_RTX
+    if TENSORRT.missing() is not None:
+        assert choose_flavour(None, gpu_present=True) is TENSORRT_RTX
+        with pytest.raises(BackendMissing, match=r"sdcompress\[gpu\]"):
+            choose_flavour("tensorrt", gpu_present=True)
+
+
+def test_neither_flavour_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flavour in FLAVOURS.values():
+        monkeypatch.setitem(sys.modules, flavour.module, None)
+    with pytest.raises(BackendMissing, match=r"pip install 'sdcompress\[rtx\]'"):
+        choose_flavour(None, gpu_present=False)
+    with pytest.raises(UsageError, match="tensorrt or tensorrt-rtx"):
+        choose_flavour("trtx")
+
+
+@needs_rtx
+def test_the_installed_library_has_every_name_the_builder_uses() -> None:
+    trt = TENSORRT_RTX.load()
+    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items()]
+    assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
+
+
+@needs_rtx
+def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> None:
+    from sdcompress.export import build_engines
+
+    result = build_engines(fp16_small.folder, tmp_path / "engines")
+    manifest = json.loads((tmp_path / "engines" / "sdcompress.json").read_text())
+    assert set(result.builds) == {"text_encoder", "vae_decoder"}
+    assert manifest["kind"] == "engine"
+    assert manifest["config"]["compute_capabilities"] == [list(torch.cuda.get_device_capability())] if torch.cuda.is_available() else [[8, 9]]
+    assert manifest["config"]["profile"]["vae_decoder"]["latent_sample"] == [[1, 4, 8, 8], [2, 4, 16, 16], [8, 4, 24, 24]]
+    assert all(built.bytes > 1_000_000 for built in result.builds.values())
+    assert (tmp_path / "engines" / "pipeline" / "vae" / "config.json").is_file()
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_engines_of_the_whole_pipeline(pipeline: Any, tmp_path: Path) -> None:
+    from sdcompress.export import build_engines, export_onnx
+
+    exported = export_onnx(pipeline, tmp_path / "onnx", precision="fp16")
+    result = build_engines(exported.folder, tmp_path / "engines")
+    assert set(result.builds) == {"unet", "text_encoder", "vae_decoder"}
+    assert result.builds["unet"].bytes > 10_000_000
+    assert exported.parity["unet"].share_of_limit <= 1
+
+
+@needs_rtx
+def test_an_engine_of_the_unet(fp32_export: Any, tmp_path: Path) -> None:
+    from sdcompress.export import build_engines
+
+    result = build_engines(fp32_export.folder, tmp_path / "engines", components=("unet",), size_px=(64, 128, 128))
+    assert result.builds["unet"].bytes > 20_000_000  # 6.7 M parameters in fp32

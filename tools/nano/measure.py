@@ -1,0 +1,75 @@
+"""Measure nano: VAE reconstruction, style accuracy and retrieval, against the same figures of real pictures.
+
+    python tools/nano/measure.py -o bench/results/nano-teacher.json [--sheet sheet.webp]
+
+200 prompts seen in training and 200 held-out (style, concept) pairs, 25 steps, guidance 7.5, one seed a picture. The judge is
+nano-CLIP, which conditions nothing; its own figures on the real held-out pictures are the ceiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from common import load
+from sdcompress_bench.environment import environment
+from sdcompress_bench.quality import ClipMetric, Share, generate_images, judge, real_pictures
+from sdcompress_bench.scenario import Prompt
+from train_vae import psnr
+
+from sdcompress import nano
+from sdcompress.pipeline import grid
+from sdcompress.teacher import load_teacher
+
+STEPS, GUIDANCE = 25, 7.5
+
+
+def plain(figures: dict) -> dict:
+    return {k: asdict(v) if isinstance(v, Share) else v for k, v in figures.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--sheet", type=Path, default=None, help="contact sheet of 64 of the pictures, half seen, half held out")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--model", default="nano")
+    args = parser.parse_args()
+    started = time.time()
+    loaded = load_teacher(args.model)
+    pipeline = loaded.pipeline
+    metric = ClipMetric(nano.metric_folder())
+    styles = nano.styles()
+    heldout = load("heldout")
+    result: dict = {
+        "model": args.model,
+        "sha256": loaded.sha256,
+        "parameters": {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "vae", "text_encoder")},
+        "vae_psnr_db": psnr(pipeline.vae, heldout.pixels(torch.arange(len(heldout.captions)))),
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "prompts": args.count,
+    }
+    shown = []
+    for split, shards in (("seen", nano.shards("train")), ("heldout", nano.shards("heldout"))):
+        prompts = [Prompt(p.caption, p.style) for p in nano.prompts(split, args.count)]
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+            images = list(generate_images(pipeline, [p.caption for p in prompts], list(range(len(prompts))), STEPS, GUIDANCE, 40, 128))
+        result[split] = plain(judge(metric, images, prompts, styles))
+        if split == "heldout":
+            result["heldout_real_pictures"] = plain(judge(metric, *real_pictures(shards[0], prompts), styles))
+        shown += images[:32]
+    result |= {"seconds": round(time.time() - started, 1), "environment": environment()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    if args.sheet:
+        grid(shown, 8).save(args.sheet, quality=88)
+    print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
