@@ -61,7 +61,9 @@ def load(path: str | Path, backend: str, artifacts: str | Path | None = None, de
     from sdcompress.pipeline import load_pipeline
 
     if backend == "torch":  # load_pipeline halves the precision on a GPU, and fp32 would not come back from that
-        pipeline = load_pipeline(path, backend, device="cpu").to(device, DTYPES[precision])
+        pipeline = load_pipeline(path, backend, device="cpu").to(device)
+        if precision != "fp32":
+            pipeline = pipeline.to(DTYPES[precision])
     else:
         pipeline = load_pipeline(path, backend, None if artifacts is None else Path(artifacts), device=device)
     pipeline.set_progress_bar_config(disable=True)

@@ -144,7 +144,7 @@ def run_child(scenario: Scenario, suite: Suite, prepare: bool = False) -> dict[s
     if done.returncode or not done.stdout.strip():
         tail = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
         return {"failed": f"its process ended with status {done.returncode}: {tail}".replace(str(Path.home()), "~")}
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _text(path: Path | None) -> str | None:
@@ -152,7 +152,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def _combine(scenario: Scenario, rounds: list[dict[str, Any]], failed: str | None) -> Latency:
-    facts = {
+    facts: dict[str, Any] = {
         "key": scenario.key, "model": scenario.model.name, "backend": scenario.backend, "precision": scenario.precision, "size_px": scenario.size_px,
         "batch": scenario.batch, "unet_batch": scenario.unet_batch, "steps": scenario.steps, "guidance_scale": scenario.guidance_scale,
     }  # fmt: skip
@@ -247,7 +247,8 @@ def _time(call: Callable[[], Any], cuda: bool) -> float:
 
 def _warm_up(call: Callable[[], Any], cuda: bool, budget_s: float) -> bool:
     """Call until three in a row are within 10% of each other (True), or the budget ends first (False)."""
-    started, recent = time.perf_counter(), []
+    recent: list[float] = []
+    started = time.perf_counter()
     for _ in range(_WARM_UP_CALLS):
         recent = [*recent[-2:], _time(call, cuda)]
         if len(recent) == 3 and max(recent) <= _STEADY * min(recent):

@@ -70,10 +70,15 @@ class ClipMetric:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         from transformers import CLIPModel, CLIPTokenizer
+        from transformers.utils import logging
 
         if not (folder / "config.json").is_file():
             raise ModelError("not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer")
-        self.model = CLIPModel.from_pretrained(folder).eval().to(device)
+        logging.disable_progress_bar()  # it would draw over the reporter's
+        try:
+            self.model = CLIPModel.from_pretrained(folder).eval().to(device)
+        finally:
+            logging.enable_progress_bar()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.device = device
         file = folder / "preprocessor_config.json"

@@ -71,7 +71,10 @@ def headline(results: Results) -> str:
         return f"{results.teacher} in PyTorch could not be measured"
     if best.speedup is None or best.speedup <= 1.0 or (best.model == results.teacher and best.backend == "torch"):
         return f"Nothing here is faster than {results.teacher} in PyTorch"
-    return f"{best.model} on {BACKEND_NAMES[best.backend]} makes pictures {best.speedup:.2f}× as fast as {results.teacher} in PyTorch"
+    reference = next(row for row in rows if row.model == results.teacher and row.backend == "torch" and row.batch == best.batch)
+    shaky = [s for s in (best.end_to_end, reference.end_to_end) if s is None or s.noisy or s.count < 3]
+    claim = f"{best.model} on {BACKEND_NAMES[best.backend]} makes pictures {best.speedup:.2f}× as fast as {results.teacher} in PyTorch"
+    return claim + (", if these few or scattered samples can be trusted" if shaky else "")
 
 
 def _subline(results: Results) -> str:

@@ -23,7 +23,7 @@ _PROMPTS = (
     "macro photo of a dew-covered dragonfly",
 )
 """For models that are not nano, where no --prompts are given."""
-QUICK = {"rounds": 1, "samples": 6, "end_to_end_samples": 1, "stage_budget_s": 2.0, "pictures": 4, "probes": 2}
+QUICK = {"rounds": 1, "samples": 6, "end_to_end_samples": 3, "stage_budget_s": 2.0, "pictures": 4, "probes": 2}
 
 
 @click.command("bench")

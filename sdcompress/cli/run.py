@@ -137,7 +137,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
 
     from sdcompress_bench.scenario import ModelUnderTest
 
-    models = [(loaded.name, teacher, loaded.sha256, None)]
+    models: list[tuple[str, str, str, Path | None]] = [(loaded.name, teacher, loaded.sha256, None)]
     export(loaded.name, teacher, loaded.sha256)
     from sdcompress_engines.manifest import sha256_tree
 

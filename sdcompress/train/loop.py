@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class Batches:
     def noisy(self, positions: range, device: torch.device) -> NoisyBatch:
         """The batch for these positions in the stream of samples (position = step × batch size + place in the batch)."""
         rows = [self._sample(position) for position in positions]
-        latents, noise, text = (torch.stack([row[i] for row in rows]) for i in range(3))
+        latents, noise, text = (torch.stack(part) for part in list(zip(*rows, strict=True))[:3])
         timesteps = torch.tensor([row[3] for row in rows])
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         sample = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -186,20 +186,18 @@ def train(student: nn.Module, objective: BlockDistillation, batches: Batches, co
     return TrainResult(config.steps, last, time.monotonic() - began, start)
 
 
-class swapped_in:  # noqa: N801 - used as a context manager, reads as a verb
+@contextmanager
+def swapped_in(student: nn.Module, average: dict[str, torch.Tensor] | None) -> Iterator[None]:
     """The averaged weights in the student for the block, its own again after."""
-
-    def __init__(self, student: nn.Module, average: dict[str, torch.Tensor] | None) -> None:
-        self.student, self.average = student, average
-
-    def __enter__(self) -> None:
-        if self.average is not None:
-            self.own = {k: v.clone() for k, v in self.student.state_dict().items()}
-            self.student.load_state_dict(self.average)
-
-    def __exit__(self, *_: object) -> None:
-        if self.average is not None:
-            self.student.load_state_dict(self.own)
+    if average is None:
+        yield
+        return
+    own = {k: v.clone() for k, v in student.state_dict().items()}
+    student.load_state_dict(average)
+    try:
+        yield
+    finally:
+        student.load_state_dict(own)
 
 
 def keep_lines_up_to(metrics: Path, step: int) -> None:

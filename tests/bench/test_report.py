@@ -136,6 +136,10 @@ def test_every_model_backend_and_failure_is_in_both(results: Results, tmp_path: 
 
 def test_headline_is_the_best_speed_up_and_honest_without_one(results: Results) -> None:
     assert headline(results).endswith("on PyTorch makes pictures 2.50× as fast as nano in PyTorch")
+    once = dataclasses.replace(
+        results, latency=[dataclasses.replace(run, samples_ms={stage: [[40.0], [80.0]] for stage in STAGES}) if i == 0 else run for i, run in enumerate(results.latency)]
+    )
+    assert headline(once).endswith("if these few or scattered samples can be trusted")
     alone = dataclasses.replace(results, latency=results.latency[:1])
     assert headline(alone) == "Nothing here is faster than nano in PyTorch"
     broken = dataclasses.replace(results, latency=[latency("nano", "torch", 0.0, "no memory")])

@@ -196,7 +196,7 @@ def main() -> None:
 
     rows = draw(args.cache)
     held = hold_out(rows, args.heldout, args.seed)
-    for i, row in enumerate(rows):
+    for row in rows:
         style, concept = row["style"], row["concept"]
         row["key"] = f"{concept['hexcode']}_{style.name}"
         row["caption"] = f"{style.phrase} {with_article(concept['name'])}"

@@ -1,0 +1,87 @@
+"""Write the README's results section from `bench/results/`.
+
+    python tools/results_to_readme.py            rewrites README.md
+    python tools/results_to_readme.py --check    exit 1 where it disagrees
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+OPEN, CLOSE = "<!-- results -->\n", "<!-- /results -->"
+
+
+def load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
+
+
+def percent(figures: dict[str, Any]) -> str:
+    return f"{figures['share']:.0%}"
+
+
+def nano() -> str:
+    """The teacher's own quality, beside the ceiling."""
+    found = load("nano-teacher.json")
+    lines = [f"Nano (UNet {found['parameters']['unet'] / 1e6:.1f} M parameters, sha256 `{found['sha256'][:12]}`), {found['prompts']} prompts each, {found['steps']} steps; VAE reconstruction {found['vae_psnr_db']:.1f} dB:", ""]
+    lines += ["| pictures | right style | right caption first of 200 | in the top 5 |", "|---|---|---|---|"]
+    for key, label in (("seen", "nano, prompts seen in training"), ("heldout", "nano, held-out pairs of style and concept"), ("heldout_real_pictures", "real pictures of those pairs (the judge's ceiling)")):
+        lines.append(f"| {label} | {percent(found[key]['style'])} | {percent(found[key]['top1'])} | {percent(found[key]['top5'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def distillation() -> str:
+    """bk-tiny: untrained, task loss alone, distilled."""
+    found = load("distillation-nano.json")
+    seeds = len({row["seed"] for row in found["rows"]} - {None})
+    lines = [f"Its bk-tiny student, {found['steps']} steps of batch {found['batch_size']}, {found['prompts']} held-out prompts, mean of {seeds} seeds (lowest to highest):", ""]
+    lines += ["| | right style | right caption in the top 5 | noise prediction, relative L2 to the teacher |", "|---|---|---|---|"]
+    for arm in dict.fromkeys(row["arm"] for row in found["rows"]):
+        cells = []
+        for name, form in (("style_accuracy", ".0%"), ("retrieval_top5", ".0%"), ("output_relative_l2", ".3f")):
+            values = [row[name] for row in found["rows"] if row["arm"] == arm]
+            spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):{form}}{spread}")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def latency() -> str:
+    """What `sdcompress demo` measured."""
+    found = load("demo.json")
+    cpu = found["environment"].get("cpu", "CPU")
+    lines = [f"Latency in the demo ({cpu}, {found['environment']['cores']} cores, no GPU; one picture, guidance, {found['settings']['steps']} steps):", ""]
+    lines += ["| model | backend | UNet step, ms | whole picture, s |", "|---|---|---|---|"]
+    for run in found["latency"]:
+        if not run.get("failed"):
+            step, whole = (statistics.median(run["samples_ms"][stage]) for stage in ("unet_step", "end_to_end"))
+            lines.append(f"| {run['model']} | {run['backend']} | {step:.1f} | {whole / 1000:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def section() -> str:
+    return "\n".join(part() for part in (nano, distillation, latency))
+
+
+def updated(readme: str) -> str:
+    before, _, rest = readme.partition(OPEN)
+    _, _, after = rest.partition(CLOSE)
+    return before + OPEN + section() + CLOSE + after
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = updated(text)
+    if "--check" in sys.argv[1:]:
+        sys.exit(0 if new == text else "README.md disagrees with bench/results; type: python tools/results_to_readme.py")
+    path.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
