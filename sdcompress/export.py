@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import logging
@@ -24,6 +25,8 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners import OnnxRuntimeRunner, TensorSpec, TorchRunner
 from sdcompress_engines.runners.onnxruntime import missing as onnxruntime_missing
 from sdcompress_engines.signature import COMPONENTS, CONTEXT_TOKENS, Signature, signature
+
+from sdcompress.teacher import quiet
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -82,6 +85,7 @@ def export_onnx(
     components: Iterable[str] = COMPONENTS,
     opset: int | None = None,
     source: Mapping[str, str] | None = None,
+    reuse: Path | None = None,
     force: bool = False,
     report: Reporter = SILENT,
 ) -> ExportResult:
@@ -93,6 +97,8 @@ def export_onnx(
     Args:
         precision: of the weights and of the inputs and outputs (`timestep` stays float32).
         source: name → sha256 of what the pipeline came from, for the manifest.
+        reuse: an `onnx` folder whose graphs of components with equal weights, precision and opset are taken over: a student has its
+            teacher's text encoder and VAE.
 
     Raises:
         UsageError: an unknown component or precision. ModelError: the pipeline lacks one. ExportError: the exporter failed.
@@ -108,8 +114,18 @@ def export_onnx(
     seconds: dict[str, float] = {}
     with staged(output, force) as folder:
         save_small_parts(pipeline, folder / "pipeline")
+        config = {"precision": precision, "opset": opset or OPSET, "signature": "diffusers", "components": list(components)}
+        weights_sha256 = {component: sha256_weights(part) for component, part in parts.items()}
+        ready = read_manifest(reuse) if reuse else None
         for component, part in parts.items():
             started = time.monotonic()
+            if reuse and ready and _same_graph(ready, component, config, weights_sha256):
+                for file in reuse.glob(f"{component}.onnx*"):
+                    shutil.copy(file, folder / file.name)
+                known = ready.figures[component]["parity"]
+                parity[component] = Parity(**known) if isinstance(known, dict) else None
+                seconds[component] = time.monotonic() - started
+                continue
             with report.task(f"exporting {component}", total=2) as advance:
                 wanted = signature(component, _config(part), DTYPES[precision])
                 _write_graph(_GRAPHS[component](part, DTYPES[precision]), wanted, folder / f"{component}.onnx", opset or OPSET)
@@ -119,9 +135,22 @@ def export_onnx(
             seconds[component] = time.monotonic() - started
         figures = {name: {"parity": "skipped: onnxruntime is not installed" if found is None else asdict(found), "seconds": round(seconds[name], 2)} for name, found in parity.items()}
         _gate(parity, precision)
-        config = {"precision": precision, "opset": opset or OPSET, "signature": "diffusers", "components": list(components)}
-        manifest = write_manifest(folder, "onnx", config=config, inputs=source, figures=figures)
+        manifest = write_manifest(folder, "onnx", config=config | {"weights_sha256": weights_sha256}, inputs=source, figures=figures)
     return ExportResult(output, manifest, parity, seconds)
+
+
+def sha256_weights(part: torch.nn.Module) -> str:
+    """Of a component's config and weights, whatever file they came from."""
+    digest = hashlib.sha256(json.dumps({k: v for k, v in _config(part).items() if not k.startswith("_")}, sort_keys=True, default=str).encode())
+    for name, value in part.state_dict().items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _same_graph(ready: Manifest, component: str, config: Mapping[str, Any], weights_sha256: Mapping[str, str]) -> bool:
+    same = all(ready.config.get(key) == config[key] for key in ("precision", "opset", "signature"))
+    return same and ready.config.get("weights_sha256", {}).get(component) == weights_sha256[component]
 
 
 def _checked(components: Iterable[str]) -> tuple[str, ...]:
@@ -144,14 +173,21 @@ def _config(part: Any) -> dict[str, Any]:
     return part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
 
 
+def _frozen_copy(part: Any, dtype: torch.dtype) -> Any:
+    return copy.deepcopy(part).to("cpu", dtype).requires_grad_(False)
+
+
 class _Graph(torch.nn.Module):
     """A copy of a component, on the CPU in `dtype`, with the graph's inputs as arguments and its outputs as a tuple."""
 
     def __init__(self, part: torch.nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.part: Any = copy.deepcopy(part).to("cpu", dtype).requires_grad_(False)
-        if hasattr(self.part, "set_default_attn_processor"):
-            self.part.set_default_attn_processor()  # slicing or xformers would be traced into the graph
+        with quiet():
+            self.part = _frozen_copy(part, dtype)
+        if hasattr(self.part, "set_attn_processor"):
+            from diffusers.models.attention_processor import AttnProcessor2_0
+
+            self.part.set_attn_processor(AttnProcessor2_0())  # torch's own attention, one node in the graph; slicing or xformers would be traced
         self.eval()
 
 
@@ -188,15 +224,13 @@ def save_small_parts(pipeline: DiffusionPipeline, folder: Path) -> None:
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
     index_path.write_text(json.dumps(index, indent=1) + "\n")
-    for name, part in pipeline.components.items():
+    parts: dict[str, Any] = pipeline.components
+    for name, part in parts.items():
         if index.get(name, [None])[0] is None or part is None:
             continue
-        if not isinstance(part, torch.nn.Module):
-            part.save_pretrained(folder / name)
-        elif hasattr(part, "save_config"):
-            part.save_config(folder / name)
-        else:
-            part.config.save_pretrained(folder / name)
+        is_module = isinstance(part, torch.nn.Module)
+        save = part.save_pretrained if not is_module else getattr(part, "save_config", None) or part.config.save_pretrained
+        save(folder / name)
 
 
 def _write_graph(graph: _Graph, wanted: Signature, path: Path, opset: int) -> None:
@@ -205,7 +239,9 @@ def _write_graph(graph: _Graph, wanted: Signature, path: Path, opset: int) -> No
         sizes |= {"height": 16, "width": 24}
     example = _inputs(wanted, graph.part.config, sizes, timestep=500)
     # One `Dim` a free axis; a UNet's height and width are multiples, or its skip connections would not fit.
-    dims = {name: torch.export.Dim(name) for name in sizes}
+    # diffusers makes batches of 64 and more contiguous before it upsamples: a branch without effect on the graph, which would
+    # have torch capture the model a second time were the example's side of it not promised.
+    dims = {name: torch.export.Dim(name, max=63 if name == "batch" else None) for name in sizes}
     free = {
         spec.name: {axis: wanted.multiple * dims[size] if size in ("height", "width") and wanted.multiple > 1 else dims[size] for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in wanted.inputs

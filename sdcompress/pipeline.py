@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -68,7 +68,7 @@ def _cached_artifacts(model: str | Path, backend: str, report: Reporter) -> Path
     from sdcompress.teacher import load_teacher
 
     loaded = load_teacher(model)
-    precision = "fp16" if backend == "tensorrt" else "fp32"
+    precision: Literal["fp32", "fp16"] = "fp16" if backend == "tensorrt" else "fp32"
     folder = nano.cache_folder() / f"{loaded.name}-{loaded.sha256[:12]}"
     graphs = folder / f"onnx-{precision}"
     if not graphs.is_dir():

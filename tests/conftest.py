@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdcompress import nano
 from sdcompress.data.sources import open_source
@@ -20,37 +20,70 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def random_pipeline() -> StableDiffusionPipeline:
-    """SD1's topology at nano's size with random weights, fp32, on the CPU."""
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=16, block_out_channels=(48, 80, 96, 96), layers_per_block=2, cross_attention_dim=96, attention_head_dim=2, norm_num_groups=16)
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer of single bytes, built in memory: 512 byte tokens, start and end."""
+    from transformers import CLIPTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=77)
+
+
+def make_pipeline(folder: Path) -> Any:
+    """SD1's topology at nano's widths: every weight random and none zero, so that each one shows in the output."""
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(7)
+    tokenizer = make_tokenizer(folder)
+    count = len(tokenizer)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(48, 80, 96, 96), layers_per_block=2, cross_attention_dim=96, attention_head_dim=2, norm_num_groups=16
+    )
     vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(16, 32, 64, 96),
         layers_per_block=1,
         norm_num_groups=8,
+        latent_channels=4,
         sample_size=128,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
     )
-    tokenizer = CLIPTokenizer.from_pretrained(nano.teacher_folder() / "tokenizer")
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=count, hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384, projection_dim=96,
+            bos_token_id=count - 2, eos_token_id=count - 1, pad_token_id=count - 1,
+        )
+    )
+    with torch.no_grad():
+        for part in (unet, vae, text):
+            for name, weight in part.named_parameters():
+                if weight.ndim == 1:
+                    weight.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * torch.randn_like(weight))
     pipeline = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text.eval(),
-        tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
+    for part in (unet, vae, text):
+        part.eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="session")
-def random_folder(random_pipeline: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SD1's topology at nano's widths with random weights, fp32, on the CPU."""
+    return make_pipeline(tmp_path_factory.mktemp("tokenizer") / "made")
+
+
+@pytest.fixture(scope="session")
+def random_folder(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`random_pipeline` as a diffusers folder."""
     folder = tmp_path_factory.mktemp("models") / "random"
     random_pipeline.save_pretrained(folder)
@@ -66,3 +99,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         record.picture().save(folder / f"{i:02d}.png")
         (folder / f"{i:02d}.txt").write_text(record.caption)
     return folder
+
+
+@pytest.fixture(scope="session")
+def fp32_export(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`ExportResult` of the whole pipeline at fp32."""
+    from sdcompress.export import export_onnx
+
+    return export_onnx(random_pipeline, tmp_path_factory.mktemp("export") / "fp32", source={"pipeline": "0" * 64})
+
+
+@pytest.fixture(scope="session")
+def fp16_small(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`ExportResult` at fp16 of the two components that export in seconds."""
+    from sdcompress.export import export_onnx
+
+    return export_onnx(random_pipeline, tmp_path_factory.mktemp("export") / "fp16", precision="fp16", components=("text_encoder", "vae_decoder"))

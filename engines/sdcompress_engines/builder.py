@@ -170,7 +170,7 @@ def _child() -> None:
 
 
 def _build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
@@ -178,7 +178,7 @@ def _build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 errors.append(message)
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 

@@ -108,6 +108,7 @@ def _backends(text: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
     else:
         names = list(dict.fromkeys(backend_name(name.strip()) for name in text.split(",") if name.strip()))
     reasons = available()
+    reasons["tensorrt"] = reasons["tensorrt"] and reasons["tensorrt-rtx"]  # either serves
     skipped = {name: reason for name in names if (reason := reasons.get(name))}
     return tuple(name for name in names if name not in skipped), skipped
 

@@ -78,7 +78,7 @@ def command(model: str, output: Path, precision: str | None, trt: bool, compute_
             engines = build_engines(folder / "onnx", folder / "engine", flavour=flavour.name, compute_capability=compute_capability, report=report)
         rows = [*_graph_rows(result, "onnx/"), *_engine_rows(engines)]
     rows.append(("time", f"{time.monotonic() - started:.1f} s"))
-    card(f"{loaded.name} → {output}", rows, f"sdcompress bench {model} {output / 'onnx' if trt else output} -o report")
+    card(f"{loaded.name} → {output}", rows, f'sdcompress generate {output / "onnx" if trt else output} "PROMPT" --backend ort -o out.png')
 
 
 def _graph_rows(result: ExportResult, prefix: str = "") -> list[tuple[str, object]]:

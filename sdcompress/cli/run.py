@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -64,7 +64,7 @@ class _Stages:
 def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, overrides: dict[str, Any], output: Path, *, compute_capability: str | None = None, prompts_file: Path | None = None, quick: bool = False, force: bool = False) -> None:
     """The chain behind `run` and `demo`; prints the closing card."""
     from sdcompress_engines.errors import UsageError
-    from sdcompress_engines.manifest import check_free, sha256_file, storage_errors
+    from sdcompress_engines.manifest import MANIFEST_NAME, check_free, sha256_file, sha256_tree, storage_errors
 
     from sdcompress.data.sources import open_source
     from sdcompress.prune.plan import read_plan
@@ -88,9 +88,10 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
         (output / MARKER).write_text(json.dumps({"teacher": teacher, "data": data, "plans": list(plans), "recipe": recipe}) + "\n")
 
     import torch
+    from sdcompress_bench.scenario import ModelUnderTest
     from sdcompress_engines.runners import available
 
-    from sdcompress.data.cache import build_cache, default_size_px
+    from sdcompress.data.cache import LatentCache, build_cache, default_size_px
     from sdcompress.export import build_engines, export_onnx
     from sdcompress.train.distill import PIPELINE, distill
 
@@ -100,47 +101,37 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     reasons = available()
     # An engine for a card that is not here is built ahead of time by TensorRT for RTX; it needs no device, only the library.
     builder = _builder(gpu)
-    exported = 0 if reasons["onnxruntime"] else 1 + len(chosen)
-    built = 0 if builder is not None else len(chosen) + gpu
-    stages = _Stages(report, 2 + len(chosen) + exported + built)
+    graphs_to_write = 0 if reasons["onnxruntime"] else 1 + len(chosen)
+    engines_to_build = 0 if builder is not None else 2 * (len(chosen) + gpu)
+    stages = _Stages(report, 2 + len(chosen) + graphs_to_write + engines_to_build)
     loaded = load_teacher(teacher)
     pipeline: Any = loaded.pipeline
     size_px = default_size_px(pipeline)
 
     cache_folder = output / "cache"
     stages("encode the data", cache_folder, "cache", {"teacher": loaded.sha256}, lambda: build_cache(source, loaded, cache_folder, size_px, force=True, report=report), {"source": source.name, "size_px": size_px})
-    from sdcompress.data.cache import LatentCache
-
     cache = LatentCache.open(cache_folder, loaded.sha256)
+    exported: dict[str, Path] = {}
     graphs: dict[str, Path] = {}
     engines: dict[str, Path] = {}
 
     def export(name: str, model: str | Path, sha256: str) -> None:
-        def make(precision: str, folder: Path) -> None:
-            export_onnx(load_teacher(model).pipeline, folder, precision=precision, source={"pipeline": sha256}, force=True, report=report)  # type: ignore[arg-type]
+        def make(precision: Literal["fp32", "fp16"], folder: Path) -> None:
+            export_onnx(load_teacher(model).pipeline, folder, precision=precision, source={"pipeline": sha256}, reuse=exported.get(precision), force=True, report=report)
 
         if not reasons["onnxruntime"]:
             graphs[name] = output / name / "onnx"
             stages(f"export {name} to ONNX", graphs[name], "onnx", {"pipeline": sha256}, lambda: make("fp32", graphs[name]))
+            exported.setdefault("fp32", graphs[name])
         if builder is None and (gpu or name != loaded.name):
-            half, folder = output / name / "onnx-fp16", output / name / "engine"
-
-            def build() -> None:
-                make("fp16", half)
-                build_engines(half, folder, compute_capability=capability, force=True, report=report)
-
-            engines[name] = folder
-            from sdcompress_engines.manifest import MANIFEST_NAME
-
-            made_from = {"onnx": sha256_file(half / MANIFEST_NAME)} if (half / MANIFEST_NAME).is_file() else {"onnx": ""}
-            stages(f"build {name} as a TensorRT engine", folder, "engine", made_from, build)
-
-    from sdcompress_bench.scenario import ModelUnderTest
+            half, engines[name] = output / name / "onnx-fp16", output / name / "engine"
+            stages(f"export {name} in fp16", half, "onnx", {"pipeline": sha256}, lambda: make("fp16", half))
+            exported.setdefault("fp16", half)
+            made_from = {"onnx": sha256_file(half / MANIFEST_NAME)}
+            stages(f"build {name} as a TensorRT engine", engines[name], "engine", made_from, lambda: build_engines(half, engines[name], compute_capability=capability, force=True, report=report))
 
     models: list[tuple[str, str, str, Path | None]] = [(loaded.name, teacher, loaded.sha256, None)]
     export(loaded.name, teacher, loaded.sha256)
-    from sdcompress_engines.manifest import sha256_tree
-
     for name, plan in chosen.items():
         training = output / name
         student = training / PIPELINE

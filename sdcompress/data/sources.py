@@ -37,7 +37,7 @@ class Record:
             DataError: the bytes are no picture, or one of more than `MAX_PIXELS`.
         """
         try:
-            picture = Image.open(io.BytesIO(self.encoded))
+            picture: Image.Image = Image.open(io.BytesIO(self.encoded))
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(f"has {picture.width} x {picture.height} pixels", where=self.key, expected=f"at most {MAX_PIXELS:,}")
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:

@@ -148,10 +148,10 @@ def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> Non
 
 @needs_rtx
 @pytest.mark.slow
-def test_engines_of_the_whole_pipeline(pipeline: Any, tmp_path: Path) -> None:
+def test_engines_of_the_whole_pipeline(random_pipeline: Any, tmp_path: Path) -> None:
     from sdcompress.export import build_engines, export_onnx
 
-    exported = export_onnx(pipeline, tmp_path / "onnx", precision="fp16")
+    exported = export_onnx(random_pipeline, tmp_path / "onnx", precision="fp16")
     result = build_engines(exported.folder, tmp_path / "engines")
     assert set(result.builds) == {"unet", "text_encoder", "vae_decoder"}
     assert result.builds["unet"].bytes > 10_000_000

@@ -112,7 +112,7 @@ class TensorRTRunner(Runner):
 def _log_of(trt: Any) -> Any:
     """A TensorRT logger that keeps its errors for the message instead of printing them."""
 
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+    class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
