@@ -29,7 +29,7 @@ _EVENT = "sdcompress:"  # marks our lines among whatever native code prints
 # What the build process takes from the library, besides constructors; a test holds each name against the one that is installed.
 USED_API = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
-    "INetworkDefinition": ("num_inputs", "get_input", "num_layers"),
+    "INetworkDefinition": ("num_inputs", "get_input", "num_layers", "get_layer"),
     "ITensor": ("name", "shape"),
     "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
     "ParserError": ("desc", "node", "node_name", "node_operator"),
@@ -38,6 +38,7 @@ USED_API = {
     "IProgressMonitor": ("phase_start", "phase_finish", "step_complete"),
     "ILogger": ("log", "ERROR", "INTERNAL_ERROR"),
 }
+USED_API_ATTENTION = {"IAttentionInputLayer": ("attention",), "IAttention": ("decomposable",), "LayerType": ("ATTENTION_INPUT",)}
 USED_API_AHEAD = {"IBuilderConfig": ("num_compute_capabilities", "set_compute_capability")}
 
 
@@ -199,6 +200,7 @@ def _build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
     if not parser.parse_from_file(job["onnx"]):
         faults = [parser.get_error(index) for index in range(parser.num_errors)]
         raise EngineError("TensorRT cannot read the graph: " + "; ".join(f"node {e.node()} {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in faults))
+    _allow_decomposed_attention(trt, network)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
     if job["target"] is not None:
@@ -208,6 +210,17 @@ def _build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
     if engine is None:
         raise EngineError(f"TensorRT could not build an engine of {network.num_layers} layers")
     Path(job["out"]).write_bytes(engine)
+
+
+def _allow_decomposed_attention(trt: Any, network: Any) -> None:
+    """Let every attention without a fused kernel of its dtype and head size run as its parts; without this the build fails."""
+    if not hasattr(trt, "IAttentionBoundaryLayer"):  # before TensorRT 10.14 the parser makes its parts of it anyway
+        return
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
 
 
 def _aim(trt: Any, config: Any, target: tuple[int, int]) -> None:

@@ -128,7 +128,7 @@ def test_neither_flavour_installed_names_the_command(monkeypatch: pytest.MonkeyP
 @needs_rtx
 def test_the_installed_library_has_every_name_the_builder_uses() -> None:
     trt = TENSORRT_RTX.load()
-    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items()]
+    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items(), *builder.USED_API_ATTENTION.items()]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 
 

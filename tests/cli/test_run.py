@@ -1,0 +1,42 @@
+"""`run`: every stage once, and only what is missing the next time."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from sdcompress_engines.flavour import TENSORRT_RTX
+from sdcompress_engines.manifest import faults
+
+from sdcompress.cli import main
+
+
+@pytest.mark.slow
+def test_run_makes_every_artifact_and_remakes_only_what_is_missing(random_folder: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prompts.txt").write_text("a flat icon of a cat\na cartoon of a dog\n")
+
+    def run() -> tuple[str, str]:
+        command = ["run", random_folder, "--data", pictures, "--plan", "bk-tiny", "--steps", 2, "--quick", "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, command)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        assert not stop.value.code, err
+        return out, err
+
+    out, _ = run()
+    kinds = {"cache": "cache", "random/onnx": "onnx", "bk-tiny/pipeline": "student", "bk-tiny/onnx": "onnx", "report": "results"}
+    if TENSORRT_RTX.missing() is None:
+        kinds |= {"bk-tiny/onnx-fp16": "onnx", "bk-tiny/engine": "engine"}
+    for folder, kind in kinds.items():
+        assert faults(tmp_path / "out" / folder, kind) == []
+    assert "report.html" in out
+    stamps = {folder: (tmp_path / "out" / folder / "sdcompress.json").stat().st_mtime_ns for folder in kinds}
+    shutil.rmtree(tmp_path / "out/random/onnx")
+    (tmp_path / "out/report/report.html").write_text("cut")
+    _, err = run()
+    assert err.count("there already") == len(kinds) - 2
+    now = {folder: (tmp_path / "out" / folder / "sdcompress.json").stat().st_mtime_ns for folder in kinds}
+    assert {folder for folder in kinds if now[folder] != stamps[folder]} == {"random/onnx", "report"}

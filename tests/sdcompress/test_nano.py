@@ -1,0 +1,102 @@
+"""Nano: what ships is what the issue of it promised, and every result names the teacher that ships."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from sdcompress_engines.manifest import sha256_tree
+
+from sdcompress import nano
+from sdcompress.data.sources import open_source
+from sdcompress.prune.plan import BlockPlan, make_plan
+from sdcompress.prune.student import build_student, count_parameters
+from sdcompress.teacher import load_teacher
+
+RESULTS = Path(__file__).parents[2] / "bench/results"
+
+
+@pytest.fixture(scope="module")
+def records() -> dict[str, list]:
+    return {split: [(r.caption, r.meta) for r in open_source(nano.shards(split))] for split in ("train", "heldout")}
+
+
+def test_held_out_pairs_are_new_but_their_concept_and_style_are_seen(records: dict[str, list]) -> None:
+    pairs = {split: {(meta["style"], meta["concept"]) for _, meta in rows} for split, rows in records.items()}
+    assert len(records["train"]) + len(records["heldout"]) >= 5000
+    assert len(pairs["heldout"]) >= 500
+    assert not pairs["train"] & pairs["heldout"]
+    assert {c for _, c in pairs["heldout"]} <= {c for _, c in pairs["train"]}
+    assert {s for s, _ in pairs["heldout"]} == {s for s, _ in pairs["train"]} == set(nano.styles())
+
+
+def test_every_picture_names_its_source_and_an_open_licence(records: dict[str, list]) -> None:
+    metas = [meta for rows in records.values() for _, meta in rows]
+    assert {meta["licence"] for meta in metas} == {"MIT", "Apache-2.0"}
+    notice = (nano.data_folder() / "NOTICE").read_text()
+    assert all(source in notice for source in {meta["source"] for meta in metas})
+
+
+def test_captions_are_the_style_and_the_concept(records: dict[str, list]) -> None:
+    phrases = nano.styles()
+    assert all(caption.startswith(phrases[meta["style"]]) and caption.endswith(meta["concept"]) for rows in records.values() for caption, meta in rows)
+
+
+def test_pictures_are_whole_and_of_the_stated_size() -> None:
+    sizes = {record.picture().size for record in open_source(nano.shards("heldout"))}
+    assert sizes == {(128, 128)}
+
+
+def test_the_teacher_has_sd1s_topology() -> None:
+    pipeline = load_teacher("nano").pipeline
+    config = pipeline.unet.config
+    assert list(config.down_block_types) == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    assert list(config.up_block_types) == ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    assert (config.layers_per_block, config.in_channels, config.out_channels) == (2, 4, 4)
+    assert 6e6 <= count_parameters(pipeline.unet) <= 9e6
+    assert pipeline.vae.config.latent_channels == 4
+    assert len(pipeline.vae.config.block_out_channels) == 4
+    assert (pipeline.scheduler.config.beta_schedule, pipeline.scheduler.config.prediction_type) == ("scaled_linear", "epsilon")
+    assert pipeline.tokenizer.model_max_length == 77
+
+
+def test_nano_tiny_is_a_trained_bk_tiny_of_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
+    teacher, student = load_teacher("nano").pipeline, load_teacher("nano-tiny").pipeline
+    plan = make_plan(teacher.unet.config, "bk-tiny")
+    assert BlockPlan.from_json((nano.ASSETS / "tiny/plan.json").read_text()).levels == plan.levels
+    untrained = build_student(teacher.unet, plan).state_dict()
+    trained = student.unet.state_dict()
+    assert trained.keys() == untrained.keys()
+    changed = [k for k in trained if not torch.equal(trained[k], untrained[k])]
+    assert len(changed) > 0.9 * len(trained)
+
+
+def test_the_judge_is_not_what_conditions() -> None:
+    from transformers import CLIPModel
+
+    judge = CLIPModel.from_pretrained(nano.metric_folder()).text_model.state_dict()
+    conditioning = load_teacher("nano").pipeline.text_encoder.state_dict()
+    assert judge.keys() == conditioning.keys()
+    assert not any(torch.equal(judge[k].float(), conditioning[k].float()) for k in judge if judge[k].ndim > 1)
+
+
+@pytest.mark.parametrize(("name", "key"), [("nano-teacher.json", "sha256"), ("distillation-nano.json", "teacher_sha256")])
+def test_results_are_of_the_teacher_that_ships(name: str, key: str) -> None:
+    assert json.loads((RESULTS / name).read_text())[key] == sha256_tree(nano.teacher_folder())
+
+
+def test_distillation_beats_no_training_and_the_task_loss_alone() -> None:
+    rows = json.loads((RESULTS / "distillation-nano.json").read_text())["rows"]
+
+    def mean(arm: str, name: str) -> float:
+        return statistics.fmean(row[name] for row in rows if row["arm"] == arm)
+
+    for other in ("untrained", "task loss alone"):
+        assert mean("distilled", "style_accuracy") > mean(other, "style_accuracy")
+        assert mean("distilled", "retrieval_top5") > mean(other, "retrieval_top5")
+        assert mean("distilled", "output_relative_l2") < mean(other, "output_relative_l2")
+    assert len({row["seed"] for row in rows if row["arm"] == "distilled"}) >= 3
