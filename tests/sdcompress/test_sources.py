@@ -54,7 +54,7 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
 
 def test_a_cut_shard_gives_what_it_has_and_is_counted(tmp_path: Path) -> None:
     path = shard(tmp_path / "0.tar", {f"{i:03}.{e}": (png() if e == "png" else b"x") for i in range(30) for e in ("png", "txt")})
-    path.write_bytes(path.read_bytes()[: 20 * 1024 + 100])  # inside a header
+    path.write_bytes(path.read_bytes()[: 20 * 1024 + 540])  # inside a picture
     source = open_source(tmp_path)
     count = len(list(source))
     assert 0 < count < 30
