@@ -43,7 +43,7 @@ def command(teacher: str, plan_name: str, data: str, cache_folder: Path | None, 
 
     from sdcompress.data.sources import open_source
     from sdcompress.prune.plan import read_plan
-    from sdcompress.prune.student import count_parameters
+    from sdcompress.prune.student import count_parameters, meta_unet
     from sdcompress.teacher import load_teacher, unet_config
     from sdcompress.train.config import load_config
     from sdcompress.train.distill import PIPELINE, distill
@@ -61,11 +61,7 @@ def command(teacher: str, plan_name: str, data: str, cache_folder: Path | None, 
     cache = prepare_cache(source, loaded, cache_folder or output.with_name(f"{output.name}-cache"), size_px, report)
     result = distill(loaded, plan, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
-    unet: Any = loaded.pipeline.unet
-    before = count_parameters(unet)
-    from sdcompress.prune.student import unet_cost
-
-    after = unet_cost(plan.student_config())["total"].parameters
+    before, after = count_parameters(meta_unet(plan.teacher)), count_parameters(meta_unet(plan.student_config()))
     card(
         f"{plan.name} student of {loaded.name}",
         [
@@ -82,15 +78,10 @@ def command(teacher: str, plan_name: str, data: str, cache_folder: Path | None, 
 
 def prepare_cache(source: Any, teacher: Any, folder: Path, size_px: int | None, report: ConsoleReporter) -> Any:
     """The cache in `folder`: opened where it is whole and fits, made where nothing is."""
-    from sdcompress_engines.errors import DataError
-
     from sdcompress.data.cache import LatentCache, build_cache, default_size_px
 
     if not folder.exists():
         return build_cache(source, teacher, folder, size_px, report=report)
-    cache = LatentCache.open(folder, teacher.sha256)
-    wanted = size_px or default_size_px(teacher.pipeline)
-    if cache.size_px != wanted:
-        raise DataError(f"holds latents of {cache.size_px} px pictures", where=folder, expected=f"{wanted} px", hint="another --cache")
+    cache = LatentCache.open(folder, teacher.sha256, source, size_px or default_size_px(teacher.pipeline))
     report.say(f"cache: {len(cache)} pictures in {folder}")
     return cache

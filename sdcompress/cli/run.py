@@ -109,7 +109,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     size_px = default_size_px(pipeline)
 
     cache_folder = output / "cache"
-    stages("encode the data", cache_folder, "cache", {"teacher": loaded.sha256}, lambda: build_cache(source, loaded, cache_folder, size_px, force=True, report=report), {"source": source.name, "size_px": size_px})
+    stages("encode the data", cache_folder, "cache", {"teacher": loaded.sha256}, lambda: build_cache(source, loaded, cache_folder, size_px, force=True, report=report), {"files": source.fingerprint(), "size_px": size_px})
     cache = LatentCache.open(cache_folder, loaded.sha256)
     exported: dict[str, Path] = {}
     graphs: dict[str, Path] = {}

@@ -70,11 +70,11 @@ class LatentCache:
         return len(self.mean)
 
     @classmethod
-    def open(cls, folder: Path, teacher_sha256: str | None = None) -> LatentCache:
-        """Open a cache, made with the VAE and text encoder of the teacher with this hash.
+    def open(cls, folder: Path, teacher_sha256: str | None = None, source: Source | None = None, size_px: int | None = None) -> LatentCache:
+        """Open a cache, made with the teacher of this hash, from this data, at this size, as far as they are given.
 
         Raises:
-            DataError: damaged, no cache, or made with another teacher.
+            DataError: damaged, no cache, or made from something else.
         """
         found = faults(folder, "cache")
         if found:
@@ -83,6 +83,10 @@ class LatentCache:
         assert manifest is not None  # for the type checker: faults() has just read it
         if teacher_sha256 and manifest.inputs["teacher"] != teacher_sha256:
             raise DataError(f"was made with the teacher {manifest.inputs['teacher'][:12]}", where=folder, expected=f"{teacher_sha256[:12]}, the one given", hint="delete it and let it be made again")
+        if source and manifest.config["files"] != source.fingerprint():
+            raise DataError(f"was made from other data ({manifest.config['source']})", where=folder, expected=f"{source.name} as it is now", hint="delete it and let it be made again")
+        if size_px and manifest.config["size_px"] != size_px:
+            raise DataError(f"holds latents of {manifest.config['size_px']} px pictures", where=folder, expected=f"{size_px} px", hint="another --cache")
         tensors = load_file(folder / "cache.safetensors")
         digest = manifest.files["cache.safetensors"].sha256
         return cls(tensors["mean"], tensors["std"], tensors["text"], tensors["caption_index"], digest, manifest.inputs["teacher"], manifest.config["size_px"])
@@ -146,6 +150,6 @@ def build_cache(source: Source, teacher: LoadedPipeline, output: Path, size_px: 
         require_space(output, size, "the cache")
         save_file(tensors, out / "cache.safetensors")
         figures = {"pictures": len(index), "captions": len(captions), "bytes_per_picture": round(size / len(index)), "skipped": {k: len(v) for k, v in broken.reasons.items()}}
-        write_manifest(out, "cache", config={"size_px": size_px, "source": source.name}, inputs={"teacher": teacher.sha256, "data": digest.hexdigest()}, figures=figures)
+        write_manifest(out, "cache", config={"size_px": size_px, "source": source.name, "files": source.fingerprint()}, inputs={"teacher": teacher.sha256, "data": digest.hexdigest()}, figures=figures)
     report.say(json.dumps({"cache": figures}))
     return LatentCache.open(output)

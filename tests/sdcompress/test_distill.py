@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,14 @@ def test_a_cache_of_another_teacher_is_refused(cache: LatentCache, teacher: Load
     build_cache(open_source(pictures), teacher, tmp_path / "cache")
     with pytest.raises(DataError, match="was made with the teacher"):
         LatentCache.open(tmp_path / "cache", "0" * 64)
+    data = tmp_path / "data"
+    shutil.copytree(pictures, data)
+    assert len(LatentCache.open(tmp_path / "cache", teacher.sha256, open_source(data), 128)) == 24
+    (data / "00.txt").write_text("something else")
+    with pytest.raises(DataError, match="other data"):
+        LatentCache.open(tmp_path / "cache", source=open_source(data))
+    with pytest.raises(DataError, match="128 px"):
+        LatentCache.open(tmp_path / "cache", size_px=64)
 
 
 def test_cached_text_is_what_the_pipeline_encodes(teacher: LoadedPipeline, cache: LatentCache, pictures: Path) -> None:
