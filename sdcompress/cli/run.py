@@ -159,7 +159,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
                 faster = f", {row.speedup:.2f}× the teacher in PyTorch" if row.speedup else ""
                 rows.append(("", f"{row.backend}: UNet step {row.unet_step.median:.1f} ms, {row.images_per_s or 0:.2f} pictures/s{faster}"))
         if name in results.students:
-            rows.append(("", f"noise prediction {results.students[name]['relative_l2']:.3f} relative L2 from the teacher's"))
+            rows.append(("", f"noise prediction {results.students[name]['relative_l2_mean']:.3f} relative L2 from the teacher's, mean over timesteps"))
         if name in results.quality and "style" in results.quality[name]:
             judged = results.quality[name]
             rows.append(("", f"right style {judged['style']['share']:.0%}, right caption in the top 5 {judged['top5']['share']:.0%}"))
@@ -186,7 +186,7 @@ def _bench(stages: _Stages, tested: tuple[Any, ...], teacher: str, size_px: int,
     from sdcompress_bench.scenario import Suite
     from sdcompress_bench.suite import run_suite
 
-    from .bench import QUICK, _backends, _prompts
+    from .bench import QUICK, _again, _backends, _prompts
 
     backends, skipped = _backends(None)
     prompts, judged = _prompts(teacher, prompts_file, 40 if quick else 200, 0)
@@ -196,5 +196,5 @@ def _bench(stages: _Stages, tested: tuple[Any, ...], teacher: str, size_px: int,
         models=tested, backends=backends, precision="fp16" if gpu else "fp32", device="cuda" if gpu else "cpu", size_px=size_px,
         prompts=prompts, quality_pictures=len(prompts) if metric else 0, metric=metric, **judged, **effort,
     )  # fmt: skip
-    stages("measure and write the report", folder, "results", {model.name: model.sha256 for model in tested}, lambda: run_suite(suite, folder, report, force=True, skipped=skipped))
+    stages("measure and write the report", folder, "results", {model.name: model.sha256 for model in tested}, lambda: run_suite(suite, folder, report, force=True, skipped=skipped, command=_again()))
     return read_results(folder / "results.json")

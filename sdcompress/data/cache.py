@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,5 +150,6 @@ def build_cache(source: Source, teacher: LoadedPipeline, output: Path, size_px: 
         save_file(tensors, out / "cache.safetensors")
         figures = {"pictures": len(index), "captions": len(captions), "bytes_per_picture": round(size / len(index)), "skipped": {k: len(v) for k, v in broken.reasons.items()}}
         write_manifest(out, "cache", config={"size_px": size_px, "source": source.name, "files": source.fingerprint()}, inputs={"teacher": teacher.sha256, "data": digest.hexdigest()}, figures=figures)
-    report.say(json.dumps({"cache": figures}))
+    told = "".join(f", {len(keys)} left out: {reason}" for reason, keys in broken.reasons.items())
+    report.say(f"cache: {len(index):,} pictures, {figures['bytes_per_picture']:,} bytes each{told}")
     return LatentCache.open(output)

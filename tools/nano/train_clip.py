@@ -104,11 +104,19 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    for step in range(start, cfg["steps"]):
-        lr = cfg["lr"] * min(1, (step + 1) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / cfg["steps"])))
+    steps = cfg["steps"][args.role]
+    by_concept: dict[str, list[int]] = {}
+    for i, meta in enumerate(train.metas):
+        by_concept.setdefault(meta["concept"], []).append(i)
+    members = list(by_concept.values())
+    for step in range(start, steps):
+        lr = cfg["lr"] * min(1, (step + 1) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        index = batch_indices(step, cfg["batch"], len(train.captions), seed)
+        if step < cfg["grouped_from"]:
+            index = batch_indices(step, cfg["batch"], len(train.captions), seed)
+        else:  # concepts in all their styles: told apart by style alone, which random batches hardly ever ask for
+            index = torch.tensor([i for c in batch_indices(step, cfg["concepts_per_batch"], len(members), seed).tolist() for i in members[c]])
         pixels = augment(train.pixels(index), torch.Generator().manual_seed(seed * 1_000_003 + step))
         longest = int((ids[index] == tokenizer.eos_token_id).float().argmax(-1).max()) + 1
         with torch.autocast("cpu", torch.bfloat16):
@@ -123,7 +131,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % progress.every == 0:
             progress.note(step + 1, loss=loss.item(), top1_batch=(logits.argmax(-1) == target).float().mean().item(), lr=lr)
-        if (step + 1) % 250 == 0 or step + 1 == cfg["steps"]:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             progress.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
             progress.note(step + 1, **{f"heldout_{k}": v for k, v in accuracy(model.eval(), heldout_ids, heldout).items()})
             model.train()
