@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -36,6 +37,12 @@ class TrainResult:
     resumed_from: int
 
 
+def generator_for(seed: int, kind: str, number: int) -> torch.Generator:
+    """A CPU generator of its own for each (seed, kind, number), by hash: torch's takes only the low 32 bits of what it is given."""
+    digest = hashlib.blake2b(f"{seed} {kind} {number}".encode(), digest_size=4).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 class Batches:
     """Noisy batches from a cache, each a function of (seed, step, position) alone: never of rank, worker or history.
 
@@ -54,7 +61,7 @@ class Batches:
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.cache))
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
+            generator = generator_for(self.config.seed, "epoch", epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.cache), generator=generator)
         return int(self._order[offset])
 
@@ -74,7 +81,7 @@ class Batches:
 
     def _sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
         i = self._index(position)
-        generator = torch.Generator().manual_seed((self.config.seed << 40) + position)
+        generator = generator_for(self.config.seed, "sample", position)
         mean, std = self.cache.mean[i].float(), self.cache.std[i].float()
         latents = (mean + std * torch.randn(mean.shape, generator=generator)) * self.scaling_factor
         noise = torch.randn(mean.shape, generator=generator)

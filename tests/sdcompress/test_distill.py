@@ -114,6 +114,17 @@ def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, ca
         assert torch.equal(getattr(whole, name), torch.cat([getattr(first, name), getattr(second, name)]))
 
 
+def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache) -> None:
+    def at(seed: int) -> NoisyBatch:
+        return loop.Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT.model_copy(update={"seed": seed})).noisy(range(8), torch.device("cpu"))
+
+    one, other = at(0), at(1)
+    assert not torch.equal(one.timesteps, other.timesteps)
+    assert not torch.equal(one.target, other.target)
+    assert torch.equal(one.target, at(0).target)
+    assert len({float(v) for v in one.target.flatten(1).sum(1)}) == 8
+
+
 def test_the_three_losses_are_what_the_paper_says(teacher: LoadedPipeline) -> None:
     unet = teacher.pipeline.unet
     plan = make_plan(unet.config, "bk-base")
