@@ -36,10 +36,13 @@ def teacher(work: Path) -> None:
     vae = build_vae(config("vae"))
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
     vae.register_to_config(scaling_factor=torch.load(work / "cache.pt", weights_only=True)["scale"].item())
-    clip = CLIPModel.from_pretrained(work / "clip-teacher")
-    text_encoder = CLIPTextModel(clip.config.text_config)
-    text_encoder.load_state_dict(clip.text_model.state_dict())
-    unet = build_unet(config("unet"), clip.config.text_config.hidden_size)
+    if (work / "clip-teacher").is_dir():
+        clip = CLIPModel.from_pretrained(work / "clip-teacher")
+        text_encoder = CLIPTextModel(clip.config.text_config)
+        text_encoder.load_state_dict(clip.text_model.state_dict())
+    else:  # a folder made by unpack.py: the text encoder is the one that ships
+        text_encoder = CLIPTextModel.from_pretrained(ASSETS / "teacher/text_encoder", dtype=torch.float32)
+    unet = build_unet(config("unet"), text_encoder.config.hidden_size)
     unet.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False, **{k: v for k, v in SCHEDULE.items() if k != "clip_sample"})
     pipeline = StableDiffusionPipeline(

@@ -68,14 +68,17 @@ def main() -> None:
     alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
     snr = alphas / (1 - alphas)
     progress = Progress(args.work, "unet")
-    start = 0
+    start = warmed_from = 0
     if state := progress.resume():
         unet.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         ema, start = state["ema"], state["step"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        else:  # unpacked from the shipped weights: the optimizer is new and warms up again
+            warmed_from = start
     running = 0.0
     for step in range(start, until):
-        lr = cfg["lr"] * min(1, (step + 1) / cfg["warmup"])
+        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"])
         if args.cooldown:
             lr *= min(1, (until - step) / args.cooldown)
         for group in optimizer.param_groups:

@@ -1,0 +1,51 @@
+"""Make a work folder from the weights that ship, so that the UNet's training goes on from a clone of the repository alone.
+
+    python tools/nano/unpack.py --work build/nano
+    python tools/nano/train_unet.py --work build/nano --until 20000
+
+The optimizer's moments are not shipped: they start anew, with a new warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from common import load
+from train_clip import tokenize
+
+from sdcompress import nano
+from sdcompress.teacher import load_teacher
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--step", type=int, default=json.loads((Path(__file__).parent / "logs/unet.jsonl").read_text().splitlines()[-1])["step"], help="the step the shipped UNet has")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    pipeline = load_teacher("nano").pipeline
+    train = load("train")
+    moments = [pipeline.vae.encode(train.pixels(i)).latent_dist for i in torch.arange(len(train.captions)).split(50)]
+    ids = tokenize(pipeline.tokenizer, [*train.captions, ""])
+    cache = {
+        "mean": torch.cat([m.mean for m in moments]).half(),
+        "std": torch.cat([m.std for m in moments]).half(),
+        "scale": torch.tensor(pipeline.vae.config.scaling_factor),
+        "text": torch.cat([pipeline.text_encoder(chunk)[0] for chunk in ids.split(256)]).half(),
+    }
+    torch.save(cache, args.work / "cache.pt")
+    torch.save(pipeline.vae.state_dict(), args.work / "vae.pt")
+    shutil.copytree(nano.teacher_folder() / "tokenizer", args.work / "tokenizer", dirs_exist_ok=True)
+    weights = pipeline.unet.state_dict()
+    torch.save({"model": weights, "ema": weights, "step": args.step, "seconds": 0.0}, args.work / "unet.ckpt")
+    torch.save(weights, args.work / "unet.pt")
+    print(f"{args.work}: ready to go on from step {args.step}")
+
+
+if __name__ == "__main__":
+    main()
