@@ -59,7 +59,7 @@ def latency() -> str:
     lines += ["| model | backend | UNet step, ms | whole picture, s |", "|---|---|---|---|"]
     for run in found["latency"]:
         if not run.get("failed"):
-            step, whole = (statistics.median(run["samples_ms"][stage]) for stage in ("unet_step", "end_to_end"))
+            step, whole = (statistics.median(sample for of_round in run["samples_ms"][stage] for sample in of_round) for stage in ("unet_step", "end_to_end"))
             lines.append(f"| {run['model']} | {run['backend']} | {step:.1f} | {whole / 1000:.2f} |")
     return "\n".join(lines) + "\n"
 

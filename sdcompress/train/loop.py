@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from sdcompress_engines.errors import TrainingError
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
@@ -122,6 +123,8 @@ def train(student: nn.Module, objective: BlockDistillation, batches: Batches, co
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(config.precision, device_type)
+    # accelerate keeps the first run's precision for the life of the process and refuses another; each run here has its own.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, gradient_accumulation_steps=config.gradient_accumulation, cpu=device_type == "cpu")
     micro = config.gradient_accumulation * accelerator.num_processes
     if config.batch_size % micro:

@@ -88,6 +88,14 @@ def test_a_stopped_run_resumes_to_the_same_weights(teacher: LoadedPipeline, cach
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+def test_runs_of_another_precision_follow_each_other_in_one_process(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+    plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
+    for precision in ("bf16", "fp32", "bf16"):
+        config = SHORT.model_copy(update={"steps": 1, "precision": precision})
+        distill(teacher, plan, cache, config, tmp_path / "run", force=True)
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
+
+
 def test_resuming_another_run_is_refused_and_named(teacher: LoadedPipeline, cache: LatentCache, finished: Path) -> None:
     with pytest.raises(TrainingError, match="plan"):
         distill(teacher, make_plan(teacher.pipeline.unet.config, "bk-base"), cache, SHORT, finished, resume=True)
