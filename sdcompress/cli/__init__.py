@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 import click
@@ -65,6 +66,9 @@ def main() -> None:
     """Run the command line: one line and an exit code for a user's mistake, a traceback only for ours."""
     from sdcompress_engines.errors import SdCompressError, storage_error
 
+    # Notices of optional parts that are not there (torchvision) are not for who types a command; theirs are read at import.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:
         code = cli(standalone_mode=False)
     except SdCompressError as error:
