@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from sdcompress_engines.errors import BackendMissing, ModelError, UsageError
+from sdcompress_engines.errors import BackendMissing, DataError, ModelError, UsageError
 from sdcompress_engines.progress import SILENT, Reporter
 
 BACKENDS = ("torch", "onnxruntime", "tensorrt")
@@ -115,21 +115,41 @@ def _assemble(folder: Path, device: str) -> Any:
     return pipeline
 
 
-def generate(pipeline: Any, prompts: Sequence[str], *, seeds: Sequence[int], steps: int = 25, guidance_scale: float = 7.5, size_px: int | None = None, negative_prompt: str | None = None, batch_size: int = 16) -> list[Image.Image]:
-    """One picture a prompt; each from its own seed, so that the batch size changes nothing.
+def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Unit Gaussian latents (B, C, size/f, size/f), fp32 on the CPU, one seed a picture, and the generators that drew them."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    side = size_px // pipeline.vae_scale_factor
+    shape = (1, pipeline.unet.config.in_channels, side, side)
+    return torch.cat([torch.randn(shape, generator=generator) for generator in generators]), generators
+
+
+def generate(
+    pipeline: Any, prompts: Sequence[str], *, seeds: Sequence[int], steps: int = 25, guidance_scale: float = 7.5, size_px: int | None = None, negative_prompt: str | None = None, batch_size: int = 16
+) -> list[Image.Image]:
+    """One picture a prompt. Noise comes from each picture's own seed and in fp32, so neither batch size nor precision changes what is drawn.
 
     Args:
         prompts, seeds: of equal length.
-        size_px: side in pixels; None is the pipeline's own.
+        size_px: side in pixels; None is what the UNet was made for.
+
+    Raises:
+        DataError: prompts and seeds differ in number.
     """
-    size: dict[str, int] = {} if size_px is None else {"height": size_px, "width": size_px}
+    if len(prompts) != len(seeds):
+        raise DataError(f"{len(prompts)} prompts and {len(seeds)} seeds", expected="a seed for each prompt")
+    size_px = size_px or int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.safety_checker = None
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + batch_size]]
+        latents, generators = initial_latents(pipeline, seeds[start : start + batch_size], size_px)
         negative = [negative_prompt] * len(chunk) if negative_prompt else None
         with torch.no_grad():
-            pictures += pipeline(chunk, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance_scale, generator=generators, **size).images
+            pictures += pipeline(
+                chunk, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance_scale, height=size_px, width=size_px,
+                latents=latents.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators,
+            ).images  # fmt: skip
     return pictures
 
 

@@ -175,8 +175,9 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
     """Everything measured in this process; see `Latency` for the figures."""
     import torch
 
+    from sdcompress.pipeline import generate
+
     from .fidelity import load, precision_of
-    from .quality import generate_images
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
@@ -191,7 +192,7 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
     seeds = [case["seed"] + i for i in range(batch)]
 
     def end_to_end() -> None:
-        list(generate_images(pipeline, case["prompts"], seeds, case["steps"], case["guidance_scale"], batch, size))
+        generate(pipeline, case["prompts"], seeds=seeds, steps=case["steps"], guidance_scale=case["guidance_scale"], size_px=size, batch_size=batch)
 
     started = time.perf_counter()
     end_to_end()

@@ -1,11 +1,11 @@
-"""How good pictures are, as a CLIP sees them, against the same figures of real pictures; and how the pictures are made."""
+"""How good pictures are, as a CLIP sees them, against the same figures of real pictures."""
 
 from __future__ import annotations
 
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,35 +31,6 @@ class Share:
     def of(cls, hits: torch.Tensor) -> Share:
         """From a bool tensor (N,)."""
         return cls(hits.float().mean().item(), *share_interval(int(hits.sum()), len(hits)), len(hits))
-
-
-def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Unit Gaussian latents (B, C, size/f, size/f), fp32 on the CPU, one seed a picture, and the generators that drew them."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    side = size_px // pipeline.vae_scale_factor
-    shape = (1, pipeline.unet.config.in_channels, side, side)
-    return torch.cat([torch.randn(shape, generator=generator) for generator in generators]), generators
-
-
-def generate_images(
-    pipeline: Any, captions: Sequence[str], seeds: Sequence[int], steps: int, guidance_scale: float = 7.5, batch: int = 8, size_px: int = 512
-) -> Iterator[Image.Image]:
-    """One picture for each caption. Noise comes from each picture's own seed, so the batch size changes nothing but speed. Silent.
-
-    Raises:
-        DataError: captions and seeds differ in number.
-    """
-    if len(captions) != len(seeds):
-        raise DataError(f"{len(captions)} captions and {len(seeds)} seeds", expected="a seed for each caption")
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.safety_checker = None
-    for start in range(0, len(captions), batch):
-        part = slice(start, start + batch)
-        latents, generators = initial_latents(pipeline, seeds[part], size_px)
-        yield from pipeline(
-            list(captions[part]), height=size_px, width=size_px, num_inference_steps=steps, guidance_scale=guidance_scale,
-            latents=latents.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators,
-        ).images  # fmt: skip
 
 
 class ClipMetric:

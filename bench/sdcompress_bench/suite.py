@@ -16,6 +16,8 @@ from sdcompress_engines.errors import BackendMissing, SdCompressError
 from sdcompress_engines.manifest import sha256_file, staged, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.pipeline import generate
+
 from . import fidelity, quality
 from .environment import environment
 from .latency import measure
@@ -78,7 +80,7 @@ def _compare(suite: Suite, folder: Path, report: Reporter) -> dict[str, Any]:
             pipeline = fidelity.load(model.path, "torch", device=suite.device)
             parts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "text_encoder", "vae")}
             found["models"].append({"name": model.name, "sha256": model.sha256, "parameters": parts})
-            images = list(quality.generate_images(pipeline, captions, seeds, suite.steps, suite.guidance_scale, suite.quality_batch, suite.size_px))
+            images = generate(pipeline, captions, seeds=seeds, steps=suite.steps, guidance_scale=suite.guidance_scale, size_px=suite.size_px, batch_size=suite.quality_batch)
             if metric:
                 count = suite.quality_pictures
                 found["quality"][model.name] = _plain(quality.judge(metric, images[:count], wanted[:count], dict(suite.styles)))
@@ -123,7 +125,7 @@ def _other(
         output = fidelity.predict(pipeline, probe)
         count = len(images[: suite.pictures])
         captions, seeds = [p.caption for p in suite.prompts[:count]], [suite.seed + i for i in range(count)]
-        pictures = list(quality.generate_images(pipeline, captions, seeds, suite.steps, suite.guidance_scale, max(suite.batch), suite.size_px))
+        pictures = generate(pipeline, captions, seeds=seeds, steps=suite.steps, guidance_scale=suite.guidance_scale, size_px=suite.size_px, batch_size=max(suite.batch))
         del pipeline
         entry = {"precision": precision} | fidelity.distance(fidelity.compare_steps(output, reference, probe.timesteps), fidelity.compare_pictures(pictures, images[:count]))
         if backend != "torch":

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from sdcompress_bench.environment import environment
 from sdcompress_bench.fidelity import compare_steps, make_probe, predict
-from sdcompress_bench.quality import ClipMetric, Share, generate_images, judge, real_pictures
+from sdcompress_bench.quality import ClipMetric, Share, judge, real_pictures
 from sdcompress_bench.scenario import Prompt
 
 from sdcompress import nano
 from sdcompress.cli._console import ConsoleReporter
 from sdcompress.data.cache import LatentCache, build_cache
 from sdcompress.data.sources import open_source
+from sdcompress.pipeline import generate
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
 from sdcompress.teacher import load_teacher
@@ -58,7 +59,7 @@ def main() -> None:
 
     def figures(tested: Any) -> dict[str, float]:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-            images = list(generate_images(tested, [p.caption for p in prompts], list(range(len(prompts))), 25, 7.5, 50, 128))
+            images = generate(tested, [p.caption for p in prompts], seeds=list(range(len(prompts))), batch_size=50)
         judged = {k: asdict(v)["share"] if isinstance(v, Share) else v for k, v in judge(metric, images, prompts, styles).items()}
         steps = compare_steps(predict(tested, probe), truth, probe.timesteps)
         return {"style_accuracy": judged["style"], "retrieval_top5": judged["top5"], "output_relative_l2": statistics.fmean(s.relative_l2 for s in steps)}

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from sdcompress_bench.quality import ClipMetric, generate_images, judge, read_shard, to_pixels
+from sdcompress_bench.quality import ClipMetric, judge, read_shard, to_pixels
 from sdcompress_bench.scenario import Prompt
 from sdcompress_engines.errors import DataError, ModelError
+
+from sdcompress.pipeline import generate
 
 STYLES = {"flat": "a flat icon of", "line": "a black line drawing of", "3d": "a 3d render of"}
 
@@ -43,13 +45,13 @@ def test_batch_size_changes_no_picture(pipeline_folder: Path, capfd: pytest.Capt
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
     capfd.readouterr()
     captions, seeds = ["a cat", "a dog", "a tree"], [5, 6, 7]
-    alone, together = ([to_pixels(i) for i in generate_images(pipeline, captions, seeds, steps=2, batch=batch, size_px=64)] for batch in (1, 3))
+    alone, together = ([to_pixels(i) for i in generate(pipeline, captions, seeds=seeds, steps=2, batch_size=batch, size_px=64)] for batch in (1, 3))
     for one, other in zip(alone, together, strict=True):
         assert (one - other).abs().max() <= 1 / 255 + 1e-6  # rounding to bytes may tip over
     assert not torch.equal(alone[0], alone[1])
     assert capfd.readouterr().err == ""
-    with pytest.raises(DataError, match="3 captions and 1 seeds"):
-        list(generate_images(pipeline, captions, [1], steps=1))
+    with pytest.raises(DataError, match="3 prompts and 1 seeds"):
+        generate(pipeline, captions, seeds=[1], steps=1)
 
 
 def test_style_is_right_only_where_the_picture_shows_it(metric: ReadsTheAnswer) -> None:

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from common import load
 from sdcompress_bench.environment import environment
-from sdcompress_bench.quality import ClipMetric, Share, generate_images, judge, real_pictures
+from sdcompress_bench.quality import ClipMetric, Share, judge, real_pictures
 from sdcompress_bench.scenario import Prompt
 from train_vae import psnr
 
 from sdcompress import nano
-from sdcompress.pipeline import grid
+from sdcompress.pipeline import generate, grid
 from sdcompress.teacher import load_teacher
 
 STEPS, GUIDANCE = 25, 7.5
@@ -58,7 +58,7 @@ def main() -> None:
     for split, shards in (("seen", nano.shards("train")), ("heldout", nano.shards("heldout"))):
         prompts = [Prompt(p.caption, p.style) for p in nano.prompts(split, args.count)]
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-            images = list(generate_images(pipeline, [p.caption for p in prompts], list(range(len(prompts))), STEPS, GUIDANCE, 40, 128))
+            images = generate(pipeline, [p.caption for p in prompts], seeds=list(range(len(prompts))), steps=STEPS, guidance_scale=GUIDANCE, batch_size=40)
         result[split] = plain(judge(metric, images, prompts, styles))
         if split == "heldout":
             result["heldout_real_pictures"] = plain(judge(metric, *real_pictures(shards[0], prompts), styles))
