@@ -18,7 +18,6 @@ COMMANDS = {
     "generate": "Make a picture.",
     "inspect": "Say what a pipeline or an artifact is.",
 }
-_ALIASES: dict[str, str] = {}
 
 
 class LazyGroup(click.Group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,9 +82,11 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     config = load_config(recipe, overrides)
     chosen = {plan.name if plan.name != "custom" else Path(name).stem: plan for name in plans for plan in [read_plan(name, unet_config(teacher))]}
     source = open_source(data)
-    if not (output / MARKER).is_file():
+    if force or not (output / MARKER).is_file():
         check_free(output, force)
     with storage_errors(output):
+        if force and output.is_dir():
+            shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
         (output / MARKER).write_text(json.dumps({"teacher": teacher, "data": data, "plans": list(plans), "recipe": recipe}) + "\n")
 
