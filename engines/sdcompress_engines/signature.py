@@ -42,10 +42,6 @@ class Signature:
     multiple: int
     names: Mapping[str, str]
 
-    def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """Name → axis → the free axis's name, inputs and outputs."""
-        return {spec.name: {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)} for spec in (*self.inputs, *self.outputs)}
-
 
 def signature(component: str, config: Mapping[str, Any], dtype: torch.dtype = torch.float32, host: str = "diffusers") -> Signature:
     """The I/O of a component with this diffusers or transformers config, its float tensors of `dtype`.

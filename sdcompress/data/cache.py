@@ -102,7 +102,9 @@ def build_cache(source: Source, teacher: LoadedPipeline, output: Path, size_px: 
     """
     pipeline: Any = teacher.pipeline
     size_px = size_px or default_size_px(pipeline)
-    device = pipeline.vae.device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.vae.to(device)
+    pipeline.text_encoder.to(device)
     captions: dict[str, int] = {}
     index: list[int] = []
     moments: list[tuple[torch.Tensor, torch.Tensor]] = []

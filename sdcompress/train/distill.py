@@ -71,7 +71,8 @@ def distill(teacher: LoadedPipeline, plan: BlockPlan, cache: LatentCache, config
             shutil.rmtree(output)
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        (output / "plan.json").write_text(plan.to_json())
+        if not (output / "plan.json").is_file():  # a resume with another plan is refused below, and must find this one unharmed
+            (output / "plan.json").write_text(plan.to_json())
     torch.manual_seed(config.seed)
     student = build_student(pipeline.unet, plan).float()
     frozen = pipeline.unet.requires_grad_(False).eval()
@@ -112,7 +113,8 @@ def _sampler(pipeline: Any, config: DistillConfig, output: Path, size_px: int) -
 
         was_training = student.training
         student.eval()
-        pictures = generate(student_pipeline(pipeline, student), list(config.validation_prompts), seeds=list(range(len(config.validation_prompts))), size_px=size_px)
+        # The other components come to where the student trains.
+        pictures = generate(student_pipeline(pipeline, student).to(next(student.parameters()).device), list(config.validation_prompts), seeds=list(range(len(config.validation_prompts))), size_px=size_px)
         student.train(was_training)
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)

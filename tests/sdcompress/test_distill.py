@@ -99,6 +99,7 @@ def test_runs_of_another_precision_follow_each_other_in_one_process(teacher: Loa
 def test_resuming_another_run_is_refused_and_named(teacher: LoadedPipeline, cache: LatentCache, finished: Path) -> None:
     with pytest.raises(TrainingError, match="plan"):
         distill(teacher, make_plan(teacher.pipeline.unet.config, "bk-base"), cache, SHORT, finished, resume=True)
+    assert json.loads((finished / "plan.json").read_text())["name"] == "bk-tiny"
 
 
 def test_a_full_output_folder_is_refused(teacher: LoadedPipeline, cache: LatentCache, finished: Path) -> None:

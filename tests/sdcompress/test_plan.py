@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from sdcompress_engines.errors import PlanError, UsageError
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdcompress.prune.plan import ALIASES, PRESETS, BlockPlan, LevelPlan, make_plan
 from sdcompress.prune.student import build_student, count_parameters, meta_unet, unet_cost
@@ -45,6 +46,19 @@ def test_parameter_counts_are_the_published_ones(family: str, preset: str | None
     config = config_of(family)
     config = make_plan(config, preset).student_config() if preset else config
     assert count_parameters(meta_unet(config)) == COUNTS[family][preset]
+
+
+def test_the_shares_the_readme_names() -> None:
+    """SD-Small's and SD-Tiny's UNets are 32.6% and 62.4% smaller; with SD1.5's text encoder and VAE around them, 26% and 50%."""
+    with torch.device("meta"):
+        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512), layers_per_block=2
+        )
+    whole, small, tiny = (COUNTS["sd1"][name] for name in (None, "bk-base", "bk-tiny"))
+    rest = count_parameters(text) + count_parameters(vae)
+    assert [f"{1 - n / whole:.1%}" for n in (small, tiny)] == ["32.6%", "62.4%"]
+    assert [f"{1 - (n + rest) / (whole + rest):.0%}" for n in (small, tiny)] == ["26%", "50%"]
 
 
 @pytest.mark.parametrize(("family", "preset"), [(f, p) for f in FAMILIES for p in PRESETS if (f, p) != ("sdxl", "bk-tiny")])
