@@ -30,8 +30,9 @@ from sdcompress.pipeline import generate
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
 from sdcompress.teacher import load_teacher
-from sdcompress.train.config import load_config
-from sdcompress.train.distill import PIPELINE, distill, student_pipeline
+from sdcompress.train.config import DistillConfig, load_config
+from sdcompress.train.distill import distill
+from sdcompress.train.runs import PIPELINE, with_unet
 
 ARMS: dict[str, dict[str, float]] = {"task loss alone": {"output_kd_weight": 0.0, "feature_kd_weight": 0.0}, "distilled": {}}
 TIMESTEPS = (1, 101, 301, 501, 701, 901, 999)
@@ -65,8 +66,8 @@ def main() -> None:
         return {"style_accuracy": judged["style"], "retrieval_top5": judged["top5"], "output_relative_l2": statistics.fmean(s.relative_l2 for s in steps)}
 
     rows: list[dict[str, Any]] = [{"arm": "teacher", "seed": None} | figures(pipeline)]
-    rows.append({"arm": "untrained", "seed": None} | figures(student_pipeline(pipeline, build_student(pipeline.unet, plan).eval())))
-    config = load_config("nano", {"steps": args.steps, "sample_every": 0})
+    rows.append({"arm": "untrained", "seed": None} | figures(with_unet(pipeline, build_student(pipeline.unet, plan).eval())))
+    config = load_config(DistillConfig, "nano", {"steps": args.steps, "sample_every": 0})
     for seed in range(args.seeds):
         for arm, weights in ARMS.items():
             run = args.work / f"{arm.replace(' ', '-')}-{config.steps}-{seed}"

@@ -90,11 +90,15 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def write_manifest(folder: Path, kind: str, *, config: Mapping[str, Any] | None = None, inputs: Mapping[str, str] | None = None, figures: Mapping[str, Any] | None = None, seed: int | None = None) -> Manifest:
-    """Hash every file of `folder` and write its manifest; returns it."""
+def write_manifest(
+    folder: Path, kind: str, *, config: Mapping[str, Any] | None = None, inputs: Mapping[str, str] | None = None, figures: Mapping[str, Any] | None = None, seed: int | None = None,
+    hashed: Mapping[str, FileEntry] | None = None,
+) -> Manifest:  # fmt: skip
+    """Hash every file of `folder`, but those `hashed` already, and write its manifest; returns it."""
+    known = hashed or {}
     manifest = Manifest(
         kind=kind,
-        files={p.relative_to(folder).as_posix(): FileEntry(sha256_file(p), p.stat().st_size) for p in _files(folder)},
+        files={name: known.get(name) or FileEntry(sha256_file(p), p.stat().st_size) for p in _files(folder) for name in [p.relative_to(folder).as_posix()]},
         inputs=dict(inputs or {}),
         config=dict(config or {}),
         figures=dict(figures or {}),
@@ -125,8 +129,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ArtifactError(f"broken manifest ({error})", where=path, hint="delete the folder and make it again") from error
 
 
-def faults(folder: Path, kind: str | None = None) -> list[str]:
-    """What is wrong with an artifact folder: missing, cut or altered files; empty where it is whole."""
+def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> list[str]:
+    """What is wrong with an artifact folder: missing, cut or altered files; empty where it is whole.
+
+    Without `contents` the files' sizes are checked and their bytes are not read.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         return [f"{folder / MANIFEST_NAME} is missing"]
@@ -137,7 +144,7 @@ def faults(folder: Path, kind: str | None = None) -> list[str]:
             found.append(f"{name} is missing")
         elif path.stat().st_size != entry.bytes:
             found.append(f"{name} has {path.stat().st_size} bytes, not {entry.bytes}")
-        elif sha256_file(path) != entry.sha256:
+        elif contents and sha256_file(path) != entry.sha256:
             found.append(f"{name} is not what the manifest says (sha256 differs)")
     return found
 

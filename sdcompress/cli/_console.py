@@ -22,8 +22,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
 
 
+def first_process() -> bool:
+    """Whether this is the one process of several, started by torchrun or accelerate, that talks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class ConsoleReporter(Reporter):
-    """Progress bars on a terminal, a plain line every few seconds elsewhere; always on stderr."""
+    """Progress bars on a terminal, a plain line every few seconds elsewhere; always on stderr, and from one process of several."""
 
     PLAIN_EVERY_S = 10.0
 
@@ -31,11 +36,12 @@ class ConsoleReporter(Reporter):
         self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def say(self, text: str) -> None:
-        click.echo(text, err=True)
+        if first_process():
+            click.echo(text, err=True)
 
     @contextmanager
     def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        if self.terminal:
+        if self.terminal and first_process():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -63,6 +69,8 @@ class ConsoleReporter(Reporter):
 
 def card(title: str, rows: Iterable[tuple[str, object]], next_command: str | None = None) -> None:
     """The closing card of a stage, on stdout: what was made, where, and what to type next."""
+    if not first_process():
+        return
     rows = [(key, str(value)) for key, value in rows]
     width = max((len(key) for key, _ in rows), default=0)
     lines = [f"{key:<{width}}  {value}" for key, value in rows]

@@ -18,26 +18,34 @@ from ._console import ConsoleReporter, card
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--size", "size_px", type=int, default=None, metavar="PX", help="Side of the picture. Default: the model's own.")
 @click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="LoRA made for this model, in diffusers' or kohya's naming; repeat for more.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("out.png"), show_default=True, metavar="FILE")
-def command(model: str, prompt: str, negative_prompt: str | None, steps: int, guidance: float, seed: int, size_px: int | None, backend: str, output: Path) -> None:
+def command(model: str, prompt: str, negative_prompt: str | None, steps: int, guidance: float, seed: int, size_px: int | None, backend: str, loras: tuple[str, ...], output: Path) -> None:
     """Make a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
 
     \b
       sdcompress generate nano "a flat icon of a wine glass" -o glass.png
+      sdcompress generate nano-tiny "a flat icon of a cat" --lora style/lora/lora.safetensors:0.8 -o styled.png
       sdcompress generate student/pipeline "a 3d render of a cat face" --backend ort -o cat.png
     """
     import time
 
     from sdcompress_engines.errors import UsageError, storage_errors
 
+    from sdcompress.lora import fuse_lora, parse_lora, read_lora, unet_modules
     from sdcompress.pipeline import backend_name, generate, load_pipeline
 
     backend = backend_name(backend)
+    chosen = [parse_lora(text) for text in loras]
+    if chosen and backend != "torch":
+        raise UsageError(f"--lora with the backend {backend}: a graph's weights are fixed", expected="--backend torch")
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is no picture's name", where=output, expected="a name ending in .png, .webp or .jpg")
     report = ConsoleReporter()
     started = time.monotonic()
     pipeline = load_pipeline(model, backend, report=report)
+    for file, weight in chosen:
+        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
     loaded = time.monotonic()
     with report.task(f"draw {steps} steps on {backend}"):
         (picture,) = generate(pipeline, [prompt], seeds=[seed], steps=steps, guidance_scale=guidance, size_px=size_px, negative_prompt=negative_prompt)

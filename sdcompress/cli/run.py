@@ -70,7 +70,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     from sdcompress.data.sources import open_source
     from sdcompress.prune.plan import read_plan
     from sdcompress.teacher import load_teacher, unet_config
-    from sdcompress.train.config import load_config
+    from sdcompress.train.config import DistillConfig, load_config
 
     capability = None
     if compute_capability is not None:
@@ -79,9 +79,9 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
             capability = int(major), int(minor)
         except ValueError as error:
             raise UsageError(f"--compute-capability {compute_capability!r}", expected="major.minor, such as 8.9") from error
-    config = load_config(recipe, overrides)
+    config = load_config(DistillConfig, recipe, overrides)
     chosen = {plan.name if plan.name != "custom" else Path(name).stem: plan for name in plans for plan in [read_plan(name, unet_config(teacher))]}
-    source = open_source(data)
+    source = open_source(data, config.data)
     if force or not (output / MARKER).is_file():
         check_free(output, force)
     with storage_errors(output):
@@ -96,7 +96,8 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
 
     from sdcompress.data.cache import LatentCache, build_cache, default_size_px
     from sdcompress.export import build_engines, export_onnx
-    from sdcompress.train.distill import PIPELINE, distill
+    from sdcompress.train.distill import distill
+    from sdcompress.train.runs import PIPELINE
 
     report = ConsoleReporter()
     started = time.monotonic()
@@ -109,10 +110,10 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     stages = _Stages(report, 2 + len(chosen) + graphs_to_write + engines_to_build)
     loaded = load_teacher(teacher)
     pipeline: Any = loaded.pipeline
-    size_px = default_size_px(pipeline)
+    size_px = config.data.size_px or default_size_px(pipeline)
 
     cache_folder = output / "cache"
-    stages("encode the data", cache_folder, "cache", {"teacher": loaded.sha256}, lambda: build_cache(source, loaded, cache_folder, size_px, force=True, report=report), {"files": source.fingerprint(), "size_px": size_px})
+    stages("encode the data", cache_folder, "cache", {"teacher": loaded.sha256}, lambda: build_cache(source, loaded, cache_folder, size_px, config=config.data, force=True, report=report), {"files": source.fingerprint(), "size_px": size_px})
     cache = LatentCache.open(cache_folder, loaded.sha256)
     exported: dict[str, Path] = {}
     graphs: dict[str, Path] = {}

@@ -86,3 +86,8 @@ def unet_cost(config: dict[str, Any]) -> dict[str, Cost]:
         parts[name] = Cost(count_parameters(unet.get_submodule(name)), flops.get(f"{type(unet).__name__}.{name}", 0) // 2)
     named = sum(parts.values(), Cost(0, 0))
     return parts | {"rest": Cost(total.parameters - named.parameters, total.macs - named.macs), "total": total}
+
+
+def attention_pairs(student: UNet2DConditionModel, plan: BlockPlan) -> list[tuple[str, str]]:
+    """(student module, teacher module) of every self-attention of the student."""
+    return [(name, plan.teacher_key(name)) for name, _ in student.named_modules() if name.endswith(".attn1")]

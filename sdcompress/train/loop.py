@@ -2,98 +2,63 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from sdcompress_engines.errors import TrainingError
+from sdcompress_engines.errors import BackendMissing, TrainingError
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
-from sdcompress.data.cache import LatentCache
-
-from .checkpoint import load_newest, save_checkpoint
-from .config import DistillConfig
-from .objectives import BlockDistillation, NoisyBatch
+from .batches import Batches, NoisyBatch, generator_for
+from .checkpoint import Checkpoints, checkpoints, flat, trainable_state
+from .config import TrainConfig
+from .objectives import Objective
 
 Sampler = Callable[[nn.Module, int], None]
 
 
+class Stopped(TrainingError):
+    """Ctrl-C or SIGTERM during training: a checkpoint was written."""
+
+    exit_code = 130
+
+
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: steps done, the last losses, seconds spent in this process, the step it started from."""
+    """How a run ended.
+
+    Attributes:
+        steps: steps done in all. losses: the last ones. resumed_from: the step this process started at.
+        seconds: spent by this process. waited_s: of these, waiting for the next batch.
+        samples_per_s: over all processes, samples and checkpoints left out.
+        peak_memory_mib: of the GPU, None on a CPU.
+        processes: that shared the batches.
+    """
 
     steps: int
     losses: dict[str, float]
     seconds: float
     resumed_from: int
-
-
-def generator_for(seed: int, kind: str, number: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, kind, number), by hash: torch's takes only the low 32 bits of what it is given."""
-    digest = hashlib.blake2b(f"{seed} {kind} {number}".encode(), digest_size=4).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-class Batches:
-    """Noisy batches from a cache, each a function of (seed, step, position) alone: never of rank, worker or history.
-
-    Args:
-        cache: latents and text embeddings.
-        scheduler: the teacher's, for the noise schedule and prediction type.
-        scaling_factor: the VAE's.
-    """
-
-    def __init__(self, cache: LatentCache, scheduler: Any, scaling_factor: float, config: DistillConfig) -> None:
-        self.cache, self.config, self.scaling_factor = cache, config, scaling_factor
-        self.alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
-        self.prediction_type = scheduler.config.prediction_type
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-
-    def _index(self, position: int) -> int:
-        epoch, offset = divmod(position, len(self.cache))
-        if epoch != self._epoch:
-            generator = generator_for(self.config.seed, "epoch", epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.cache), generator=generator)
-        return int(self._order[offset])
-
-    def noisy(self, positions: range, device: torch.device) -> NoisyBatch:
-        """The batch for these positions in the stream of samples (position = step × batch size + place in the batch)."""
-        rows = [self._sample(position) for position in positions]
-        latents, noise, text = (torch.stack(part) for part in list(zip(*rows, strict=True))[:3])
-        timesteps = torch.tensor([row[3] for row in rows])
-        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
-        sample = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        target = noise if self.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        weight = torch.ones(len(rows))
-        if self.config.snr_gamma is not None:
-            snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
-            weight = snr.clamp(max=self.config.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
-        return NoisyBatch(*(t.to(device, non_blocking=True) for t in (sample, timesteps, text, target, weight)))
-
-    def _sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        i = self._index(position)
-        generator = generator_for(self.config.seed, "sample", position)
-        mean, std = self.cache.mean[i].float(), self.cache.std[i].float()
-        latents = (mean + std * torch.randn(mean.shape, generator=generator)) * self.scaling_factor
-        noise = torch.randn(mean.shape, generator=generator)
-        timestep = int(torch.randint(len(self.alphas), (), generator=generator))
-        dropped = float(torch.rand((), generator=generator)) < self.config.caption_dropout
-        text = self.cache.text[-1 if dropped else int(self.cache.caption_index[i])].float()
-        return latents, noise, text, timestep
+    waited_s: float = 0.0
+    samples_per_s: float = 0.0
+    peak_memory_mib: float | None = None
+    processes: int = 1
 
 
 def choose_precision(precision: str, device_type: str) -> str:
-    """`auto` resolved: bf16 where the device computes in it, else fp32; others as given."""
+    """`auto` resolved: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU; others as given."""
     if precision != "auto":
         return precision
     if device_type == "cuda":
@@ -101,7 +66,7 @@ def choose_precision(precision: str, device_type: str) -> str:
     return "bf16" if device_type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def learning_rate(config: DistillConfig, step: int) -> float:
+def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of 0-based `step`."""
     rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
     if config.lr_schedule == "cosine" and step >= config.lr_warmup_steps:
@@ -109,63 +74,198 @@ def learning_rate(config: DistillConfig, step: int) -> float:
     return rate
 
 
-def train(student: nn.Module, objective: BlockDistillation, batches: Batches, config: DistillConfig, output: Path, identity: dict[str, Any], *, sampler: Sampler | None = None, report: Reporter = SILENT) -> TrainResult:
-    """Train `student` in place to `config.steps`, going on from the newest whole checkpoint under `output` if there is one.
-
-    On return `student` holds the weights to keep: the average where `ema_decay` is set.
-
-    Args:
-        identity: what makes this run itself (plan, teacher, data, config); a checkpoint of another identity is refused.
-        sampler: called with (the student, step) every `sample_every` steps, on the main process.
+def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, fused where torch has it, or bitsandbytes' with its state in 8 bits.
 
     Raises:
-        TrainingError: the loss is not finite, or the checkpoint belongs to another run.
+        BackendMissing: bitsandbytes is not installed.
+    """
+    if config.optimizer == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError as error:
+            raise BackendMissing("optimizer adamw8bit needs bitsandbytes", hint="pip install bitsandbytes, or --set optimizer=adamw") from error
+        return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)  # type: ignore[no-any-return]
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
+
+
+@contextmanager
+def plain_attention(*networks: nn.Module | None) -> Iterator[None]:
+    """Attention by plain matrix products for the block: on a CPU their backward is 2 to 5 times as fast as the fused one's."""
+    from diffusers.models.attention_processor import AttnProcessor
+
+    before = [(n, n.attn_processors) for n in networks if n is not None and hasattr(n, "attn_processors")]
+    for network, _ in before:
+        network.set_attn_processor(AttnProcessor())
+    try:
+        yield
+    finally:
+        for network, processors in before:
+            network.set_attn_processor(dict(processors))
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that a SIGINT or SIGTERM is put in instead of ending the process; a second one ends it."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever owns it handles its signals
+        yield received
+        return
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
+    """The run's accelerator.
+
+    Raises:
+        TrainingError: the batch does not divide over processes and accumulation steps. BackendMissing: the tracker is not installed.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(config.precision, device_type)
     # accelerate keeps the first run's precision for the life of the process and refuses another; each run here has its own.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision="no" if precision == "fp32" else precision, gradient_accumulation_steps=config.gradient_accumulation, cpu=device_type == "cpu")
+    if config.tf32 and device_type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.conv.fp32_precision = "tf32"
+    accelerator = Accelerator(
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        cpu=device_type == "cpu",
+        project_dir=str(output),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        log_with=None if config.tracker == "none" else config.tracker,
+    )
+    if config.tracker != "none" and not accelerator.log_with:
+        raise BackendMissing(f"tracker {config.tracker} is not installed", hint=f"pip install {config.tracker}, or --set tracker=none")
     micro = config.gradient_accumulation * accelerator.num_processes
     if config.batch_size % micro:
         raise TrainingError(f"batch_size {config.batch_size} does not divide into {accelerator.num_processes} processes x {config.gradient_accumulation} accumulation steps", expected=f"a multiple of {micro}")
-    share = config.batch_size // micro
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-    state = load_newest(output / "checkpoints")
-    start = 0
+    return accelerator
+
+
+class Feed:
+    """This process's share of each batch, made one ahead on a thread while the step before is computed."""
+
+    def __init__(self, batches: Batches, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.batches, self.config, self.accelerator = batches, config, accelerator
+        self.share = config.batch_size // (config.gradient_accumulation * accelerator.num_processes)
+        self.pool = ThreadPoolExecutor(1)
+        self.waited_s = 0.0
+
+    def _positions(self, part: int) -> range:
+        step, within = divmod(part, self.config.gradient_accumulation)
+        first = step * self.config.batch_size + (within * self.accelerator.num_processes + self.accelerator.process_index) * self.share
+        return range(first, first + self.share)
+
+    def parts(self, start: int) -> Iterator[NoisyBatch]:
+        """From step `start` on without end, `gradient_accumulation` of them a step, on the training device."""
+        part = start * self.config.gradient_accumulation
+        ahead = self.pool.submit(self.batches.noisy, self._positions(part))
+        while True:
+            began = time.perf_counter()
+            batch = ahead.result()
+            self.waited_s += time.perf_counter() - began
+            part += 1
+            ahead = self.pool.submit(self.batches.noisy, self._positions(part))
+            yield batch.to(self.accelerator.device)
+
+
+def train(
+    trained: nn.Module, objective: Objective, batches: Batches, config: TrainConfig, output: Path, identity: dict[str, Any], *,
+    frozen: nn.Module | None = None, sampler: Sampler | None = None, label: str = "train", report: Reporter = SILENT,
+) -> TrainResult:  # fmt: skip
+    """Train the parameters of `trained` that want a gradient, in place, to `config.steps`, going on from the newest whole checkpoint.
+
+    On return `trained` holds the weights to keep: the average where `ema_decay` is set.
+
+    Args:
+        identity: what makes this run itself (plan, teacher, data, config); a checkpoint of another identity is refused.
+        frozen: the teacher, if the objective has one; it only comes to the device.
+        sampler: called with (the network, step) every `sample_every` steps, on the main process.
+
+    Raises:
+        TrainingError: the loss is not finite or explodes, or the checkpoint belongs to another run.
+        Stopped: Ctrl-C or SIGTERM, after a checkpoint was written.
+    """
+    accelerator = make_accelerator(config, output)
+    on_cpu = accelerator.device.type == "cpu"
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    bare_optimizer = make_optimizer(config, parameters)
+    saved = Checkpoints(output / "checkpoints", accelerator, identity, config.keep_checkpoints)
+    if saved.sharded and config.ema_decay:
+        raise TrainingError("ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes", expected="--set ema_decay=0, or DDP")
+    found = saved.newest()
+    start = found[0] if found else 0
+    trained.train()
+    if config.gradient_checkpointing:
+        for module in trained.modules():
+            if hasattr(module, "enable_gradient_checkpointing"):
+                module.enable_gradient_checkpointing()
+    if frozen is not None:
+        frozen.to(accelerator.device)
+    trained.to(accelerator.device)
+    if config.compile:
+        trained.compile()
+        if frozen is not None:
+            frozen.compile()
     average: dict[str, torch.Tensor] | None = None
-    if state is not None:
-        check_identity(state["identity"], identity, output)
-        student.load_state_dict(state["student"])
-        start = state["step"]
-    student.train()
-    wrapped, optimizer = accelerator.prepare(student.to(accelerator.device), optimizer)
-    if objective.teacher is not None:
-        objective.teacher.to(accelerator.device)
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
+    if found and not saved.sharded:  # the weights have to be there before DDP copies them to its peers
+        average = saved.load(found[1], trained, bare_optimizer)
+    wrapped, optimizer = accelerator.prepare(trained, bare_optimizer)
+    if found and saved.sharded:
+        saved.load(found[1], trained, optimizer)
     if config.ema_decay:
-        average = {k: v.detach().to(accelerator.device) for k, v in (state["average"] if state else student.state_dict()).items()}
-        average = {k: v.clone() for k, v in average.items()}
+        average = {k: v.to(accelerator.device).clone() for k, v in (average or trainable_state(trained)).items()}
+    main = accelerator.is_main_process
     metrics = output / "metrics.jsonl"
-    if accelerator.is_main_process:
+    if main:
         keep_lines_up_to(metrics, start)
+    if config.tracker != "none":
+        accelerator.init_trackers("sdcompress", config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat(config.model_dump(mode="json")).items()})
+    feed = Feed(batches, config, accelerator)
+    parts = feed.parts(start)
     last: dict[str, float] = {}
-    began = time.monotonic()
-    with report.task("distill", config.steps) if accelerator.is_main_process else nullcontext(lambda *a, **k: None) as advance:
+    usual: float | None = None
+    began, paused_s = time.monotonic(), 0.0
+
+    def checkpoint(step: int) -> None:
+        nonlocal paused_s
+        paused = time.monotonic()
+        saved.save(step, trained, optimizer, average)
+        paused_s += time.monotonic() - paused
+
+    with (
+        plain_attention(trained, frozen) if on_cpu else nullcontext(),
+        objective.attached(trained),
+        stop_signals() as received,
+        report.task(label, config.steps) if main else nullcontext(lambda *a, **k: None) as advance,
+    ):
         if start:
             advance(start, "resumed")
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
+            torch.random.default_generator.manual_seed(generator_for(config.seed, f"step {accelerator.process_index}", step).initial_seed())
             totals: dict[str, torch.Tensor] = {}
-            for part in range(config.gradient_accumulation):
-                first = step * config.batch_size + (part * accelerator.num_processes + accelerator.process_index) * share
-                with accelerator.accumulate(wrapped), accelerator.autocast():
-                    losses = objective.losses(wrapped, student, batches.noisy(range(first, first + share), accelerator.device))
+            for _ in range(config.gradient_accumulation):
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        losses = objective.losses(wrapped, next(parts))
                     accelerator.backward(losses["loss"])
                     if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
                 for name, value in losses.items():
@@ -173,41 +273,74 @@ def train(student: nn.Module, objective: BlockDistillation, batches: Batches, co
             done = step + 1
             if average is not None:
                 decay = min(config.ema_decay, done / (10 + done))
-                torch._foreach_lerp_(list(average.values()), [v.detach() for v in student.state_dict().values()], 1 - decay)
-            if done % config.log_every == 0 or done == config.steps or done == 1:
+                torch._foreach_lerp_(list(average.values()), list(trainable_state(trained).values()), 1 - decay)
+            due = done % config.checkpoint_every == 0 and done < config.steps
+            if due or done % config.log_every == 0 or done == config.steps or done == 1:
                 last = {name: float(accelerator.reduce(value, "mean")) for name, value in totals.items()}
-                if not all(math.isfinite(v) for v in last.values()):
-                    raise TrainingError(f"the loss is not finite at step {done}", where=output, hint=f"a smaller --learning-rate or --precision fp32; {_last_good(output)}")
-                if accelerator.is_main_process:
+                usual = _check_loss(last, usual, done, config, output)
+                if main and (done % config.log_every == 0 or done in (1, config.steps)):
                     line = {"step": done, "seconds": round(time.monotonic() - began, 2), "learning_rate": learning_rate(config, step), "grad_norm": float(norm)} | last
                     with metrics.open("a") as file:
                         file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                    accelerator.log(line, step=done)
             advance(1, f"loss {last.get('loss', float('nan')):.3f}")
-            if accelerator.is_main_process:
-                if done % config.checkpoint_every == 0 and done < config.steps:
-                    saved = {"student": student.state_dict(), "optimizer": optimizer.state_dict(), "average": average, "identity": json.dumps(identity)}
-                    save_checkpoint(output / "checkpoints", done, saved, config.keep_checkpoints)
-                if sampler and config.sample_every and (done % config.sample_every == 0 or done == config.steps):
-                    with swapped_in(student, average):
-                        sampler(student, done)
+            stopping = _agree(accelerator, bool(received)) and done < config.steps
+            if due or stopping:
+                checkpoint(done)
+            if stopping:
+                raise Stopped(f"stopped at step {done} of {config.steps}; its checkpoint is written", where=output, hint="the same command with --resume")
+            if main and sampler and config.sample_every and (done % config.sample_every == 0 or done == config.steps):
+                paused = time.monotonic()
+                with swapped_in(trained, average):
+                    sampler(trained, done)
+                paused_s += time.monotonic() - paused
+    feed.pool.shutdown(cancel_futures=True)
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     if average is not None:
-        student.load_state_dict(average)
-    return TrainResult(config.steps, last, time.monotonic() - began, start)
+        trained.load_state_dict(average, strict=False)
+    if saved.sharded:
+        trained.load_state_dict(accelerator.get_state_dict(wrapped), strict=False)
+    seconds = time.monotonic() - began
+    per_s = (config.steps - start) * config.batch_size / max(1e-9, seconds - paused_s)
+    peak = None if on_cpu else torch.cuda.max_memory_allocated() / 2**20
+    return TrainResult(config.steps, last, seconds, start, feed.waited_s, per_s, peak, accelerator.num_processes)
+
+
+def _check_loss(losses: dict[str, float], usual: float | None, step: int, config: TrainConfig, output: Path) -> float:
+    """The running average of the loss with this step's in it.
+
+    Raises:
+        TrainingError: not finite, or far over the average.
+    """
+    known = checkpoints(output / "checkpoints")
+    good = f"the last good checkpoint is {known[-1].name}" if known else "no checkpoint had been written yet"
+    if not all(math.isfinite(v) for v in losses.values()):
+        raise TrainingError(f"the loss is not finite at step {step}", where=output, hint=f"a smaller --learning-rate or --precision fp32; {good}")
+    if usual is not None and losses["loss"] > config.divergence_factor * usual:
+        raise TrainingError(f"the loss jumped from about {usual:.3g} to {losses['loss']:.3g} at step {step}", where=output, hint=f"a smaller --learning-rate; {good}")
+    return losses["loss"] if usual is None else 0.9 * usual + 0.1 * losses["loss"]
+
+
+def _agree(accelerator: Accelerator, mine: bool) -> bool:
+    """Whether any process has been told to stop; all of them learn it at the same step."""
+    if accelerator.num_processes == 1:
+        return mine
+    return float(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum")) > 0
 
 
 @contextmanager
-def swapped_in(student: nn.Module, average: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """The averaged weights in the student for the block, its own again after."""
+def swapped_in(trained: nn.Module, average: dict[str, torch.Tensor] | None) -> Iterator[None]:
+    """The averaged weights in the network for the block, its own again after."""
     if average is None:
         yield
         return
-    own = {k: v.clone() for k, v in student.state_dict().items()}
-    student.load_state_dict(average)
+    own = {k: v.clone() for k, v in trainable_state(trained).items()}
+    trained.load_state_dict(average, strict=False)
     try:
         yield
     finally:
-        student.load_state_dict(own)
+        trained.load_state_dict(own, strict=False)
 
 
 def keep_lines_up_to(metrics: Path, step: int) -> None:
@@ -215,22 +348,3 @@ def keep_lines_up_to(metrics: Path, step: int) -> None:
     if metrics.is_file():
         lines = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
         metrics.write_text("".join(line + "\n" for line in lines))
-
-
-def check_identity(saved: str, ours: dict[str, Any], output: Path) -> None:
-    """Refuse a checkpoint of another run.
-
-    Raises:
-        TrainingError: names what differs.
-    """
-    theirs, mine = json.loads(saved), json.loads(json.dumps(ours))
-    differing = [f"{k}: {theirs.get(k)!r:.60} there, {mine.get(k)!r:.60} here" for k in sorted(theirs | mine) if theirs.get(k) != mine.get(k)]
-    if differing:
-        raise TrainingError("holds the checkpoints of another run: " + "; ".join(differing), where=output, hint="--force to start over, or another -o")
-
-
-def _last_good(output: Path) -> str:
-    from .checkpoint import checkpoints
-
-    found = checkpoints(output / "checkpoints")
-    return f"the last good checkpoint is {found[-1].name}" if found else "no checkpoint had been written yet"

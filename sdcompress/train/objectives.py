@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .batches import NoisyBatch
 from .features import collect_features
 
 
-@dataclass(frozen=True)
-class NoisyBatch:
-    """One step's input, everything on the training device.
+class Objective(Protocol):
+    """One kind of training: how a batch becomes losses."""
 
-    Attributes:
-        sample: noisy latents, (B, C, h, w) float32.
-        timesteps: (B,) int64.
-        encoder_hidden_states: text embeddings, (B, 77, D) float32.
-        target: noise or velocity, as the prediction type asks, (B, C, h, w) float32.
-        weight: of each picture's loss, (B,) float32; ones without Min-SNR.
-    """
+    def attached(self, trained: nn.Module) -> AbstractContextManager[None]:
+        """Whatever hooks the losses need on the trained network, for the length of a run."""
 
-    sample: torch.Tensor
-    timesteps: torch.Tensor
-    encoder_hidden_states: torch.Tensor
-    target: torch.Tensor
-    weight: torch.Tensor
+    def losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        """`loss`, the sum that is minimised, and each of its parts, scalars.
+
+        Args:
+            trained: what is called: the network, or a wrapper of it.
+        """
 
 
 def weighted_mse(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -36,39 +33,59 @@ def weighted_mse(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torc
     return (weight * (a.float() - b.float()).square().flatten(1).mean(1)).mean()
 
 
+class Denoising:
+    """The diffusion loss alone: full finetuning and LoRA (arXiv 2006.11239, equation 14)."""
+
+    def attached(self, trained: nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        arguments, options = batch.arguments()
+        return {"loss": weighted_mse(trained(*arguments, **options)[0], batch.target, batch.weight)}
+
+
 class BlockDistillation:
     """Task, output and feature losses of BK-SDM (arXiv 2305.15798, equations 1 to 4).
 
     `task_loss` is the MSE of the student's prediction against the true target, `output_kd_loss` against the teacher's
-    prediction, `feature_kd_loss` the sum over block pairs of the MSE between block outputs, in float32. With
+    prediction, `feature_kd_loss` the sum over block pairs of the MSE between block outputs, in float32, and
+    `attention_kd_loss` the same over self-attention outputs (KOALA, arXiv 2312.04005, section 3.2). With
     `feature_norm="teacher"` each pair is divided by the mean square of the teacher's feature.
 
     Args:
-        teacher: the frozen UNet, in eval mode; None where both distillation weights are 0.
+        teacher: the frozen UNet, in eval mode; None where all distillation weights are 0.
         pairs: (student module, teacher module) names with outputs of equal shape.
-        weights: of the three losses, by name.
+        weights: of the losses, by name; a loss without a weight is not computed.
+        attention_pairs: the same for self-attentions.
     """
 
-    def __init__(self, teacher: nn.Module | None, pairs: list[tuple[str, str]], weights: dict[str, float], feature_norm: str = "none") -> None:
-        self.teacher, self.pairs, self.weights, self.feature_norm = teacher, pairs, weights, feature_norm
+    def __init__(self, teacher: nn.Module | None, pairs: list[tuple[str, str]], weights: dict[str, float], feature_norm: str = "none", attention_pairs: list[tuple[str, str]] | None = None) -> None:
+        self.teacher, self.weights, self.feature_norm = teacher, weights, feature_norm
+        self.kinds = {name: found for name, found in (("feature_kd_loss", pairs), ("attention_kd_loss", attention_pairs or [])) if weights.get(name, 0) > 0}
+        self._ours: dict[str, torch.Tensor] = {}
+        self._theirs: dict[str, torch.Tensor] = {}
 
-    def losses(self, student: nn.Module, bare_student: nn.Module, batch: NoisyBatch) -> dict[str, torch.Tensor]:
-        """`loss` (the weighted sum) and each loss apart, scalars.
+    @contextmanager
+    def attached(self, trained: nn.Module) -> Iterator[None]:
+        """Hooks on the student's and the teacher's modules of the pairs; gone when the block ends."""
+        ours, theirs = ([pair[side] for pairs in self.kinds.values() for pair in pairs] for side in (0, 1))
+        with collect_features(trained, ours) as self._ours, collect_features(self.teacher or trained, theirs if self.teacher is not None else []) as self._theirs:
+            yield
 
-        Args:
-            student: what is called: the student, or accelerate's wrapper of it.
-            bare_student: the student itself, whose submodules carry the hooks.
-        """
-        wants_features = self.weights["feature_kd_loss"] > 0
-        with collect_features(bare_student, [s for s, _ in self.pairs] if wants_features else []) as ours:
-            predicted = student(batch.sample, batch.timesteps, batch.encoder_hidden_states, return_dict=False)[0]
+    def losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        """`loss` (the weighted sum) and each loss apart, scalars; inside `attached`."""
+        arguments, options = batch.arguments()
+        predicted = trained(*arguments, **options)[0]
         found = {"task_loss": weighted_mse(predicted, batch.target, batch.weight)}
-        if self.teacher is not None and (wants_features or self.weights["output_kd_loss"] > 0):
-            with torch.no_grad(), collect_features(self.teacher, [t for _, t in self.pairs] if wants_features else []) as theirs:
-                expected: Any = self.teacher(batch.sample, batch.timesteps, batch.encoder_hidden_states, return_dict=False)[0]
+        if self.teacher is not None:
+            ours = dict(self._ours)
+            with torch.no_grad():
+                expected = self.teacher(*arguments, **options)[0]
             found["output_kd_loss"] = weighted_mse(predicted, expected, batch.weight)
-            if wants_features:
-                found["feature_kd_loss"] = torch.stack([self._feature_loss(ours[s], theirs[t]) for s, t in self.pairs]).sum()
+            for name, pairs in self.kinds.items():
+                found[name] = torch.stack([self._feature_loss(ours[s], self._theirs[t]) for s, t in pairs]).sum()
+            self._ours.clear()
+            self._theirs.clear()
         return {"loss": torch.stack([self.weights[name] * value for name, value in found.items()]).sum()} | found
 
     def _feature_loss(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

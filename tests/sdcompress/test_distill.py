@@ -14,13 +14,13 @@ from sdcompress_engines.errors import ArtifactError, DataError, TrainingError
 from sdcompress.data.cache import LatentCache, build_cache
 from sdcompress.data.sources import open_source
 from sdcompress.prune.plan import make_plan
-from sdcompress.prune.student import build_student
+from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.teacher import LoadedPipeline, load_teacher
-from sdcompress.train import loop
 from sdcompress.train.checkpoint import checkpoints
 from sdcompress.train.config import DistillConfig, load_config
+from sdcompress.train.batches import Batches, NoisyBatch, Order
 from sdcompress.train.distill import distill
-from sdcompress.train.objectives import BlockDistillation, NoisyBatch
+from sdcompress.train.objectives import BlockDistillation, Denoising
 
 SHORT = DistillConfig(steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", checkpoint_every=2, log_every=1, ema_decay=0.9)
 
@@ -116,7 +116,7 @@ def test_a_diverged_run_stops_and_says_so(teacher: LoadedPipeline, cache: Latent
 
 def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(positions: range) -> NoisyBatch:
-        return loop.Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT).noisy(positions, torch.device("cpu"))
+        return Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT).noisy(positions)
 
     whole, first, second = at(range(20, 28)), at(range(20, 24)), at(range(24, 28))
     for name in ("sample", "timesteps", "encoder_hidden_states", "target"):
@@ -125,7 +125,7 @@ def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, ca
 
 def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(seed: int) -> NoisyBatch:
-        return loop.Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT.model_copy(update={"seed": seed})).noisy(range(8), torch.device("cpu"))
+        return Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT.model_copy(update={"seed": seed})).noisy(range(8))
 
     one, other = at(0), at(1)
     assert not torch.equal(one.timesteps, other.timesteps)
@@ -134,23 +134,59 @@ def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache
     assert len({float(v) for v in one.target.flatten(1).sum(1)}) == 8
 
 
-def test_the_three_losses_are_what_the_paper_says(teacher: LoadedPipeline) -> None:
-    unet = teacher.pipeline.unet
+def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipeline) -> None:
+    """BK-SDM's equations 1 to 4, computed apart in float64 from the modules' outputs, with and without the teacher's norm."""
+    import copy
+
+    unet = copy.deepcopy(teacher.pipeline.unet).double()
     plan = make_plan(unet.config, "bk-base")
     student = build_student(unet, plan).eval()
     torch.manual_seed(3)
-    batch = NoisyBatch(torch.randn(2, 4, 16, 16), torch.tensor([10, 900]), torch.randn(2, 77, 96), torch.randn(2, 4, 16, 16), torch.ones(2))
-    weights = {"task_loss": 1.0, "output_kd_loss": 0.5, "feature_kd_loss": 0.25}
     with torch.no_grad():
-        found = BlockDistillation(unet, plan.feature_pairs(), weights).losses(student, student, batch)
-        ours = student(batch.sample, batch.timesteps, batch.encoder_hidden_states).sample.double()
-        theirs = unet(batch.sample, batch.timesteps, batch.encoder_hidden_states).sample.double()
-    assert float(found["task_loss"]) == pytest.approx(float((ours - batch.target).square().mean()), rel=1e-5)
-    assert float(found["output_kd_loss"]) == pytest.approx(float((ours - theirs).square().mean()), rel=1e-5)
-    assert float(found["loss"]) == pytest.approx(float(sum(w * found[k] for k, w in weights.items())), rel=1e-6)
-    same = BlockDistillation(unet, [(t, t) for _, t in plan.feature_pairs()], weights).losses(unet, unet, batch)
-    assert float(same["feature_kd_loss"]) == 0.0
-    assert float(found["feature_kd_loss"]) > 0.0
+        for parameter in student.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    sample, text, target = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 16, 16), (2, 77, 96), (2, 4, 16, 16)))
+    batch = NoisyBatch(sample, torch.tensor([10, 900]), text, target, torch.ones(2))
+    pairs, attentions = plan.feature_pairs(), attention_pairs(student, plan)
+    seen: dict[tuple[str, str], torch.Tensor] = {}
+
+    def see(side: str, name: str):  # type: ignore[no-untyped-def]
+        return lambda module, arguments, output: seen.__setitem__((side, name), output[0] if isinstance(output, tuple) else output)
+
+    handles = [student.get_submodule(s).register_forward_hook(see("student", s)) for s, _ in pairs + attentions]
+    handles += [unet.get_submodule(t).register_forward_hook(see("teacher", t)) for _, t in pairs + attentions]
+    with torch.no_grad():
+        ours, theirs = student(sample, batch.timesteps, text).sample, unet(sample, batch.timesteps, text).sample
+    for handle in handles:
+        handle.remove()
+    expected = {"task_loss": ((ours - target) ** 2).mean(), "output_kd_loss": ((ours - theirs) ** 2).mean()}
+    weights = {"task_loss": 1.0, "output_kd_loss": 0.5, "feature_kd_loss": 0.25, "attention_kd_loss": 0.125}
+    for norm in ("none", "teacher"):
+        for name, named in (("feature_kd_loss", pairs), ("attention_kd_loss", attentions)):
+            squares = [((seen["student", s] - seen["teacher", t]) ** 2).mean() / (1 if norm == "none" else (seen["teacher", t] ** 2).mean()) for s, t in named]
+            expected[name] = torch.stack(squares).sum()
+        objective = BlockDistillation(unet, pairs, weights, norm, attentions)
+        with torch.no_grad(), objective.attached(student):
+            found = objective.losses(student, batch)
+        for name, value in expected.items():
+            assert float(found[name]) == pytest.approx(float(value), rel=1e-6), (norm, name)
+        assert float(found["loss"]) == pytest.approx(float(sum(w * expected[k] for k, w in weights.items())), rel=1e-6)
+    assert not any(m._forward_hooks for network in (unet, student) for m in network.modules())
+    with torch.no_grad():
+        assert float(Denoising().losses(student, batch)["loss"]) == pytest.approx(float(expected["task_loss"]), rel=1e-6)
+
+
+def test_batches_hold_one_shape_each_and_every_picture_of_it_once_an_epoch() -> None:
+    buckets = torch.tensor([0] * 10 + [1] * 7 + [2] * 3)
+    order = Order(buckets, 4, seed=5)
+    assert order.length == 12
+    batches = [[order[step * 4 + i] for i in range(4)] for step in range(30)]
+    assert all(len({int(buckets[i]) for i in batch}) == 1 for batch in batches)
+    for epoch in range(10):
+        drawn = [i for batch in batches[epoch * 3 : epoch * 3 + 3] for i in batch]
+        assert len(set(drawn)) == 12
+    assert {i for batch in batches for i in batch} == set(range(17))  # the three of the last shape never fill a batch
+    assert [Order(buckets, 4, seed=5)[i] for i in range(40)] == [i for batch in batches[:10] for i in batch]
 
 
 def test_a_cache_of_another_teacher_is_refused(cache: LatentCache, teacher: LoadedPipeline, pictures: Path, tmp_path: Path) -> None:
@@ -170,15 +206,15 @@ def test_a_cache_of_another_teacher_is_refused(cache: LatentCache, teacher: Load
 def test_cached_text_is_what_the_pipeline_encodes(teacher: LoadedPipeline, cache: LatentCache, pictures: Path) -> None:
     caption = (pictures / "00.txt").read_text()
     expected, empty = teacher.pipeline.encode_prompt(caption, "cpu", 1, True)
-    assert torch.allclose(cache.text[cache.caption_index[0]].float(), expected[0], atol=2e-3)
-    assert torch.allclose(cache.text[-1].float(), empty[0], atol=2e-3)
+    assert torch.allclose(cache.sample(0, 0, 0.0).text, expected[0], atol=2e-3)
+    assert torch.allclose(cache.sample(0, 0, 0.0, drop_caption=True).text, empty[0], atol=2e-3)
 
 
 def test_recipes_load_and_faults_come_all_at_once(tmp_path: Path) -> None:
-    assert load_config("nano", {"steps": 7}).steps == 7
+    assert load_config(DistillConfig, "nano", {"steps": 7}).steps == 7
     bad = tmp_path / "bad.yaml"
     bad.write_text("steps: many\nbatchsize: 3\n")
     with pytest.raises(Exception, match=r"batchsize.*|steps.*") as caught:
-        load_config(bad, {})
+        load_config(DistillConfig, bad, {})
     assert "steps" in str(caught.value)
     assert "batchsize" in str(caught.value)

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdcompress.prune.plan import ALIASES, PRESETS, BlockPlan, LevelPlan, make_plan
 from sdcompress.prune.student import build_student, count_parameters, meta_unet, unet_cost
-from sdcompress.train.distill import save_pipeline, student_pipeline
+from sdcompress.train.runs import save_pipeline, with_unet
 
 SD = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD2 = {"sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
@@ -150,7 +150,7 @@ def test_a_student_holds_the_teachers_values_and_leaves_the_teacher_alone(random
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_student_reloads_with_equal_output(random_pipeline: StableDiffusionPipeline, preset: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     student = build_student(random_pipeline.unet, make_plan(random_pipeline.unet.config, preset)).eval()
-    save_pipeline(student_pipeline(random_pipeline, student), tmp_path / "student", "student")
+    save_pipeline(with_unet(random_pipeline, student), tmp_path / "student", "student")
     again = DiffusionPipeline.from_pretrained(tmp_path / "student").unet.eval()
     torch.manual_seed(1)
     sample, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 96)

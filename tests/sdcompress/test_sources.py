@@ -13,7 +13,8 @@ from PIL import Image
 from sdcompress_engines.errors import DataError, UsageError
 
 from sdcompress.data.cache import to_pixels
-from sdcompress.data.sources import Record, open_source
+from sdcompress.data.config import DataConfig
+from sdcompress.data.sources import Record, Skipped, expand_braces, open_source
 
 
 def png(color: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -64,8 +65,10 @@ def test_a_cut_shard_gives_what_it_has_and_is_counted(tmp_path: Path) -> None:
 def test_members_that_point_outside_write_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    shard(folder / "0.tar", {"../../evil.png": png(), "../../evil.txt": b"x"})
-    assert [r.caption for r in open_source(folder)] == ["x"]
+    shard(folder / "0.tar", {"../../evil.png": png(), "../../evil.txt": b"x", "good.png": png(), "good.txt": b"fine"})
+    source = open_source(folder)
+    assert [r.caption for r in source] == ["fine"]
+    assert len(source.skipped.reasons["member points outside the shard"]) == 2
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
@@ -105,3 +108,135 @@ def test_pixels_are_the_centre_square(size: tuple[int, int]) -> None:
     assert pixels.dtype == torch.float32
     assert pixels[:, 30:34, 30:34].mean() > pixels.mean()
     assert -1 <= pixels.min() <= pixels.max() <= 1
+
+
+def test_a_thousand_pictures_with_broken_ones_a_cut_shard_and_hostile_members(tmp_path: Path) -> None:
+    """1,000 pictures in ten shards, 30 of them broken, 10 lost by a cut, and 20 hostile members, two behind the cut: every count is right, nothing is written."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    sound = png(size=(8, 8))
+    for number in range(10):
+        with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
+            for i in range(100):
+                broken = i < 3
+                for extension, payload in (("png", sound[:40] if broken else sound), ("txt", b"a picture")):
+                    add(tar, f"{i:05}.{extension}", payload)
+            for name, kind in (("link.png", tarfile.SYMTYPE), ("/etc/evil.png", tarfile.REGTYPE)):
+                add(tar, name, b"" if kind == tarfile.SYMTYPE else sound, kind)
+    last = folder / "00009.tar"
+    cut = 90 * 2048 + 700  # each picture with its caption takes 2048 bytes; this is inside the 91st picture
+    last.write_bytes(last.read_bytes()[:cut])
+    source = open_source(folder)
+    unreadable = 0
+    for record in source:
+        try:
+            record.picture()
+        except DataError:
+            unreadable += 1
+    assert unreadable == 30
+    assert source.skipped.read == 990
+    assert {reason: len(keys) for reason, keys in source.skipped.reasons.items()} == {
+        "member is a link or a device": 9,
+        "member points outside the shard": 9,
+        "shard cut short (ReadError)": 1,
+    }
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert len(list(folder.iterdir())) == 10
+
+
+def add(tar: tarfile.TarFile, name: str, payload: bytes, kind: bytes = tarfile.REGTYPE) -> None:
+    member = tarfile.TarInfo(name)
+    member.type, member.size, member.linkname = kind, len(payload), "/etc/passwd" if kind == tarfile.SYMTYPE else ""
+    tar.addfile(member, io.BytesIO(payload))
+
+
+def test_a_shard_cut_exactly_between_two_members_is_told(tmp_path: Path) -> None:
+    path = shard(tmp_path / "0.tar", {f"{i}.{e}": png() if e == "png" else b"x" for i in range(4) for e in ("png", "txt")})
+    path.write_bytes(path.read_bytes()[: 2 * 2048])
+    source = open_source(tmp_path)
+    assert len(list(source)) == 2
+    assert "shard cut short (no end mark)" in source.skipped.reasons
+
+
+def test_brace_lists_are_written_out(tmp_path: Path) -> None:
+    assert expand_braces("a/{08..11}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
+    assert expand_braces("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"]
+    for number in range(3):
+        shard(tmp_path / f"{number:05}.tar", {"0.png": png(), "0.txt": f"shard {number}".encode()})
+    assert [r.caption for r in open_source(f"{tmp_path}/{{00001..00002}}.tar")] == ["shard 1", "shard 2"]
+    assert open_source(f"{tmp_path}/{{00001..00002}}.tar").units() == 2
+
+
+def table(folder: Path, rows: list[dict[str, object]], size: tuple[int, int] = (40, 30)) -> Path:
+    for number, row in enumerate(rows):
+        (folder / f"{number}.png").write_bytes(png(size=size))
+        row["file_name"] = f"{number}.png"
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_conditions_choose_and_are_counted_apart_from_faults(tmp_path: Path) -> None:
+    table(tmp_path, [{"text": "a", "aesthetic": 8}, {"text": "b", "aesthetic": "7.5"}, {"text": "c", "aesthetic": 3}, {"text": "d"}, {"aesthetic": 9}])
+    source = open_source(tmp_path, DataConfig(where=("aesthetic >= 7.5",)))
+    assert [r.caption for r in source] == ["a", "b"]
+    assert source.skipped.filtered == {"not aesthetic >= 7.5": 1, "no number in 'aesthetic'": 1}
+    assert source.skipped.reasons == {"no caption": ["4.png"]}
+    with pytest.raises(DataError, match="one of the fields there are: aesthetic, file_name, text"):
+        list(open_source(tmp_path, DataConfig(where=("esthetic > 1",))))
+    with pytest.raises(UsageError, match="FIELD"):
+        open_source(tmp_path, DataConfig(where=("aesthetic about 7",)))
+    small = open_source(tmp_path, DataConfig(min_size_px=31))
+    assert list(small) == []
+    assert small.skipped.filtered == {"smaller than 31 px": 4}
+    assert [r.key for r in open_source(tmp_path, DataConfig(max_aspect=1.4))] == ["0.png", "1.png", "2.png", "3.png"]
+    assert list(open_source(tmp_path, DataConfig(max_aspect=1.3))) == []
+
+
+def test_several_caption_columns_with_shares(tmp_path: Path) -> None:
+    table(tmp_path, [{"short": "cat", "long": "a cat on a mat"}, {"short": "dog"}, {"short": 5, "long": "x"}])
+    source = open_source(tmp_path, DataConfig(captions={"short": 1, "long": 3}))
+    assert [r.captions for r in source] == [(("cat", 0.25), ("a cat on a mat", 0.75)), (("dog", 1.0),)]
+    assert source.skipped.reasons == {"caption is no text": ["2.png"]}
+
+
+def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
+    for name, caption in (("a", b"\xff\xfe\x00"), ("b", b"fine")):
+        (tmp_path / f"{name}.png").write_bytes(png())
+        (tmp_path / f"{name}.txt").write_bytes(caption)
+    source = open_source(tmp_path)
+    assert [r.caption for r in source] == ["fine"]
+    assert source.skipped.reasons == {"caption is no text": ["a.png"]}
+
+
+def test_units_are_the_whole_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    table(tmp_path, [{"text": f"picture {i}"} for i in range(8)])
+    source = open_source(tmp_path)
+    assert source.units() == 3
+    apart = {i: [r.caption for r in source.unit(i, Skipped())] for i in (2, 0, 1)}
+    assert [c for i in range(3) for c in apart[i]] == [r.caption for r in source]
+
+
+def test_a_turned_photo_is_set_upright_and_sixteen_bits_become_eight() -> None:
+    turned = Image.new("RGB", (40, 20), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    turned.save(file, "JPEG", exif=exif)
+    assert Record("turned", file.getvalue(), "x").picture().size == (20, 40)
+    file = io.BytesIO()
+    Image.new("I;16", (4, 4), 32768).save(file, "PNG")
+    assert Record("deep", file.getvalue(), "x").picture().getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_a_hub_dataset_is_streamed_by_its_own_shards(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    for number in range(2):
+        rows = {"image": [{"bytes": png(), "path": None}] * 2, "text": [f"{number} {i}" for i in range(2)], "aesthetic": [5.0, 9.0]}
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string"), "aesthetic": datasets.Value("float64")})
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{number}.parquet")
+    source = open_source(f"hub:{tmp_path}", DataConfig(where=("aesthetic > 6",)))
+    assert source.units() == 2
+    records = list(source)
+    assert [r.caption for r in records] == ["0 1", "1 1"]
+    assert records[0].picture().size == (40, 30)

@@ -19,6 +19,8 @@ from common import Progress, Split, batch_indices, config, load
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
+from sdcompress import nano
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -54,7 +56,8 @@ def build(cfg: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
         "projection_dim": cfg["projection_dim"],
     }
     vision = cfg["vision"] | {"image_size": 128, "projection_dim": cfg["projection_dim"]}
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=cfg["projection_dim"]))
+    # Eager attention: on a CPU its backward is several times as fast as the fused one at these sizes.
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=cfg["projection_dim"], attn_implementation="eager"))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -74,15 +77,38 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return moved * (0.95 + 0.05 * torch.rand(count, 1, 1, 1, generator=generator))
 
 
+def composed(model: CLIPModel, image: torch.Tensor, index: torch.Tensor, style_of: torch.Tensor, style_ids: torch.Tensor, bare_ids: torch.Tensor, every_ids: list[torch.Tensor], longest: int) -> torch.Tensor:
+    """What makes a caption the sum of its parts, so that a style and a concept that were never seen together still mean both.
+
+    The picture's style is told by the style's phrase alone, and each concept in every style lies between the phrase's and the concept's own embedding.
+    """
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.normalize(model.get_text_features(input_ids=ids[:, :longest]).pooler_output.float(), dim=-1)
+
+    some = index[torch.randperm(len(index))[:24]]
+    styles, concepts = embed(style_ids), embed(bare_ids[some])
+    told = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ styles.T
+    between = [1 - (embed(ids[some]) * F.normalize(concepts + styles[i], dim=-1)).sum(-1).mean() for i, ids in enumerate(every_ids)]
+    return F.cross_entropy(told, style_of[index]) / 2 + 4 * torch.stack(between).mean()
+
+
 @torch.no_grad()
-def accuracy(model: CLIPModel, ids: torch.Tensor, split: Split) -> dict[str, float]:
-    """Retrieval of each picture's caption among the split's (first 200), top-1 and top-5."""
+def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: Split) -> dict[str, float]:
+    """On the first 200: retrieval of each picture's caption among them, top-1 and top-5, and of its style among its concept's captions."""
+    ids = tokenize(tokenizer, split.captions)
     n = min(200, len(split.captions))
     image = F.normalize(model.get_image_features(pixel_values=split.pixels(torch.arange(n))).pooler_output, dim=-1)
     text = F.normalize(model.get_text_features(input_ids=ids[:n]).pooler_output, dim=-1)
     rank = (image @ text.T).argsort(dim=-1, descending=True)
     hit = rank == torch.arange(n)[:, None]
-    return {"top1": hit[:, :1].any(-1).float().mean().item(), "top5": hit[:, :5].any(-1).float().mean().item()}
+    phrases = nano.styles()
+    in_every_style = [split.captions[i].replace(phrases[split.metas[i]["style"]], phrase, 1) for i in range(n) for phrase in phrases.values()]
+    styled = F.normalize(model.get_text_features(input_ids=tokenize(tokenizer, in_every_style)).pooler_output, dim=-1).view(n, len(phrases), -1)
+    chosen = torch.einsum("nd,nsd->ns", image, styled).argmax(-1)
+    right = [list(phrases)[c] == meta["style"] for c, meta in zip(chosen.tolist(), split.metas[:n], strict=True)]
+    return {"style": sum(right) / n, "top1": hit[:, :1].any(-1).float().mean().item(), "top5": hit[:, :5].any(-1).float().mean().item()}
 
 
 def main() -> None:
@@ -95,22 +121,31 @@ def main() -> None:
     torch.manual_seed(seed)
     train, heldout = load("train"), load("heldout")
     tokenizer = make_tokenizer(train.captions, cfg["vocab_size"], args.work / "tokenizer")
-    ids, heldout_ids = tokenize(tokenizer, train.captions), tokenize(tokenizer, heldout.captions)
+    ids = tokenize(tokenizer, train.captions)
     model = build(cfg, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg["lr"], weight_decay=0.1, betas=(0.9, 0.98), fused=True)
     progress = Progress(args.work, f"clip-{args.role}")
-    start = 0
+    start = warmed_from = 0
     if state := progress.resume():
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        else:  # unpacked from the shipped weights: the optimizer is new and warms up again
+            warmed_from = start
     steps = cfg["steps"][args.role]
+    phrases = nano.styles()
+    style_ids = tokenize(tokenizer, [phrase.removesuffix(" of") for phrase in phrases.values()])
+    style_of = torch.tensor([list(phrases).index(meta["style"]) for meta in train.metas])
+    bare = [caption.removeprefix(phrases[meta["style"]]).strip() for caption, meta in zip(train.captions, train.metas, strict=True)]
+    bare_ids = tokenize(tokenizer, bare)
+    every_ids = [tokenize(tokenizer, [f"{phrase} {text}" for text in bare]) for phrase in phrases.values()]
     by_concept: dict[str, list[int]] = {}
     for i, meta in enumerate(train.metas):
         by_concept.setdefault(meta["concept"], []).append(i)
     members = list(by_concept.values())
     for step in range(start, steps):
-        lr = cfg["lr"] * min(1, (step + 1) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         if step < cfg["grouped_from"]:
@@ -125,6 +160,8 @@ def main() -> None:
         logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
         target = torch.arange(len(index))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        if step >= cfg["composed_from"]:
+            loss = loss + cfg["composed_weight"] * composed(model, image, index, style_of, style_ids, bare_ids, every_ids, longest)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -133,7 +170,7 @@ def main() -> None:
             progress.note(step + 1, loss=loss.item(), top1_batch=(logits.argmax(-1) == target).float().mean().item(), lr=lr)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             progress.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
-            progress.note(step + 1, **{f"heldout_{k}": v for k, v in accuracy(model.eval(), heldout_ids, heldout).items()})
+            progress.note(step + 1, **{f"heldout_{k}": v for k, v in accuracy(model.eval(), tokenizer, heldout).items()})
             model.train()
     model.save_pretrained(args.work / f"clip-{args.role}")
     tokenizer.save_pretrained(args.work / f"clip-{args.role}")

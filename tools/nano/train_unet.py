@@ -1,6 +1,9 @@
 """Train nano's UNet on cached latents and text embeddings, resumable.
 
     python tools/nano/train_unet.py --work build/nano [--until STEP]
+    torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano      one process a core: 1.6 times as fast
+
+The processes share each batch and average the gradients; noise is drawn for the whole batch, so their number changes nothing.
 
 Epsilon prediction on SD1's schedule, Min-SNR weighting (arXiv 2303.09556), caption dropout, EMA. The learning rate is
 constant after warm-up and falls to zero over the last `--cooldown` steps before `--until`, so that a run can be stopped for
@@ -15,8 +18,11 @@ import os
 from pathlib import Path
 
 import torch
+import torch.distributed
 from common import Progress, Split, batch_indices, config, load
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from muon import Muon
 from train_clip import make_tokenizer, tokenize
 from train_vae import build as build_vae
 from transformers import CLIPModel
@@ -58,13 +64,18 @@ def main() -> None:
     parser.add_argument("--cooldown", type=int, default=0)
     args = parser.parse_args()
     cfg = config("unet")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        torch.set_num_threads(max(1, (os.cpu_count() or world) // world))
     until = args.until or cfg["steps"]
     torch.manual_seed(cfg["seed"])
     data = cache(args.work, load("train"))
     count = len(data["mean"])
     unet = build(cfg, data["text"].shape[-1])
+    unet.set_attn_processor(AttnProcessor())  # plain products: on a CPU their backward is 2 to 5 times as fast as the fused attention's
     ema = {k: v.clone() for k, v in unet.state_dict().items()}
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=cfg["lr"], weight_decay=0.01, betas=(0.9, 0.99), fused=True)
+    optimizer = Muon(dict(unet.named_parameters()), lr=cfg["lr"], weight_decay=0.01, without=("conv_in", "conv_out", "time_embedding"))
     alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
     snr = alphas / (1 - alphas)
     progress = Progress(args.work, "unet")
@@ -92,18 +103,28 @@ def main() -> None:
         noise = torch.randn(latents.shape, generator=generator)
         # Stratified timesteps: each of the batch's equal slices of the schedule is hit once.
         timesteps = ((torch.arange(len(index)) + torch.rand(len(index), generator=generator)) / len(index) * 1000).long()
+        mine = slice(rank, None, world)
+        latents, noise, text, timesteps = latents[mine], noise[mine], text[mine], timesteps[mine]
         a = alphas[timesteps].view(-1, 1, 1, 1)
         with torch.autocast("cpu", torch.bfloat16):
             predicted = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timesteps, text).sample
         error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         loss = (error * (snr[timesteps].clamp(max=cfg["snr_gamma"]) / snr[timesteps])).mean()
         loss.backward()
+        if world > 1:
+            gradients = [p.grad for p in unet.parameters()]
+            flat = torch.cat([g.flatten() for g in gradients])
+            torch.distributed.all_reduce(flat)
+            for gradient, mean_gradient in zip(gradients, flat.div_(world).split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean_gradient.view_as(gradient))
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(cfg["ema"], (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.values()), list(unet.state_dict().values()), 1 - decay)
         running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
+        if rank:
+            continue
         if (step + 1) % progress.every == 0:
             progress.note(step + 1, loss=running, lr=lr)
         if (step + 1) % 200 == 0 or step + 1 == until:

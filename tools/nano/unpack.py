@@ -1,4 +1,4 @@
-"""Make a work folder from the weights that ship, so that the UNet's training goes on from a clone of the repository alone.
+"""Make a work folder from the weights that ship, so that the training of the UNet and of nano-CLIP goes on from a clone alone.
 
     python tools/nano/unpack.py --work build/nano
     python tools/nano/train_unet.py --work build/nano --until 20000
@@ -16,16 +16,21 @@ from pathlib import Path
 import torch
 from common import load
 from train_clip import tokenize
+from transformers import CLIPModel
 
 from sdcompress import nano
 from sdcompress.teacher import load_teacher
+
+
+def last_step(log: str) -> int:
+    return json.loads((Path(__file__).parent / f"logs/{log}.jsonl").read_text().splitlines()[-1])["step"]
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--step", type=int, default=json.loads((Path(__file__).parent / "logs/unet.jsonl").read_text().splitlines()[-1])["step"], help="the step the shipped UNet has")
+    parser.add_argument("--step", type=int, default=last_step("unet"), help="the step the shipped UNet has")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     pipeline = load_teacher("nano").pipeline
@@ -44,6 +49,8 @@ def main() -> None:
     weights = pipeline.unet.state_dict()
     torch.save({"model": weights, "ema": weights, "step": args.step, "seconds": 0.0}, args.work / "unet.ckpt")
     torch.save(weights, args.work / "unet.pt")
+    metric = CLIPModel.from_pretrained(nano.metric_folder())
+    torch.save({"model": metric.state_dict(), "step": last_step("clip-metric"), "seconds": 0.0}, args.work / "clip-metric.ckpt")
     print(f"{args.work}: ready to go on from step {args.step}")
 
 

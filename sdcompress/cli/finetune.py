@@ -1,0 +1,45 @@
+"""`sdcompress finetune`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._console import ConsoleReporter, card, mib
+from ._training import outcome, prepare_cache, training_config, training_options
+
+
+@click.command()
+@click.argument("model")
+@training_options("Training folder: checkpoints, metrics.jsonl, samples, and the pipeline under pipeline/.")
+def command(model: str, data: str, cache_folder: Path | None, recipe: str | None, settings: tuple[str, ...], resume: bool, output: Path, force: bool, **options: Any) -> None:
+    """Train every weight of MODEL's UNet, a teacher's or a student's, on new pictures.
+
+    \b
+      sdcompress finetune nano-tiny --data ./pictures --recipe nano-finetune -o finetuned
+      sdcompress finetune segmind/tiny-sd --data ./portraits --recipe segmind-portrait -o portrait
+      sdcompress finetune ... -o portrait --resume           go on after a stop
+    """
+    from sdcompress_engines.manifest import check_free, storage_errors
+
+    from sdcompress.data.sources import open_source
+    from sdcompress.teacher import load_teacher
+    from sdcompress.train.config import FinetuneConfig
+    from sdcompress.train.finetune import finetune
+    from sdcompress.train.runs import PIPELINE
+
+    config = training_config(FinetuneConfig, recipe, settings, options)
+    open_source(data, config.data)
+    if not resume:
+        check_free(output, force)
+    report = ConsoleReporter()
+    loaded = load_teacher(model)
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    cache = prepare_cache(data, loaded, cache_folder or output.with_name(f"{output.name}-cache"), config, report)
+    result = finetune(loaded, cache, config, output, resume=resume, force=force, report=report)
+    folder = output / PIPELINE
+    rows: list[tuple[str, object]] = [("pipeline", folder), ("size", mib(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())))]
+    card(f"{loaded.name}, finetuned", rows + outcome(result), f"sdcompress bench {model} {folder} -o report")

@@ -1,0 +1,92 @@
+"""`sdcompress lora`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ._console import ConsoleReporter, card, mib
+from ._training import outcome, prepare_cache, training_config, training_options
+
+
+@click.group()
+def command() -> None:
+    """Train a LoRA, or carry one over to a student.
+
+    \b
+      sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
+      sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32
+      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o tweaker-tiny.safetensors
+    """
+
+
+@command.command()
+@click.argument("model")
+@click.option("--rank", type=int, default=None, help="Of the adapter's matrices: higher learns more and makes a bigger file.")
+@training_options("Training folder: checkpoints, metrics.jsonl, samples, and the LoRA under lora/.")
+def train(model: str, data: str, cache_folder: Path | None, recipe: str | None, settings: tuple[str, ...], resume: bool, output: Path, force: bool, **options: Any) -> None:
+    """Train a LoRA for MODEL's attention layers; written for diffusers and, in kohya's naming, for the WebUIs.
+
+    \b
+      sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
+      sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32 --set text_encoder=true
+    """
+    from sdcompress_engines.manifest import check_free, storage_errors
+
+    from sdcompress.data.sources import open_source
+    from sdcompress.teacher import load_teacher
+    from sdcompress.train.config import LoraConfig
+    from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
+
+    config = training_config(LoraConfig, recipe, settings, options)
+    open_source(data, config.data)
+    if not resume:
+        check_free(output, force)
+    report = ConsoleReporter()
+    loaded = load_teacher(model)
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    cache = prepare_cache(data, loaded, cache_folder or output.with_name(f"{output.name}-cache"), config, report)
+    result = train_lora(loaded, cache, config, output, resume=resume, force=force, report=report)
+    folder = output / LORA
+    rows: list[tuple[str, object]] = [("diffusers", folder / FILE), ("WebUIs", folder / KOHYA_FILE), ("size", mib((folder / FILE).stat().st_size))]
+    card(f"LoRA of rank {config.rank} for {loaded.name}", rows + outcome(result), f'sdcompress generate {model} "PROMPT" --lora {folder / FILE} -o out.png')
+
+
+@command.command()
+@click.argument("lora", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, help="The model the LoRA was made for: a checkpoint, a hub id, or nano.")
+@click.option("--plan", "plan_name", default="bk-tiny", show_default=True, help="The student's block-removal plan: bk-base, bk-small, bk-tiny, or a plan.json.")
+@click.option("--naming", type=click.Choice(["kohya", "diffusers"]), default="kohya", show_default=True, help="kohya is what the WebUIs read.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The student's LoRA, .safetensors.")
+@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, force: bool) -> None:
+    """Turn a LoRA made for the whole UNet into one for the student: layers of blocks that are gone are dropped and named.
+
+    \b
+      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o tweaker-tiny.safetensors
+    """
+    from sdcompress_engines.errors import ArtifactError, ModelError
+
+    from sdcompress.lora import read_lora, remap_lora, unet_modules, write_lora
+    from sdcompress.prune.plan import read_plan
+    from sdcompress.prune.student import meta_unet
+    from sdcompress.teacher import unet_config
+
+    if output.exists() and not force:
+        raise ArtifactError("exists", where=output, hint="add --force to replace it, or choose another -o")
+    plan = read_plan(plan_name, unet_config(teacher))
+    layers = read_lora(lora, unet_modules(meta_unet(plan.teacher)))
+    remapped = remap_lora(layers, plan, unet_modules(meta_unet(plan.student_config())))
+    if not any(component == "unet" for component, _ in remapped.layers):
+        raise ModelError(f"changes only blocks that {plan.name} has removed", where=lora)
+    write_lora(remapped.layers, output, naming)
+    gone: dict[str, int] = {}
+    for name in remapped.dropped:
+        block = ".".join(name.split(".")[:4] if name.startswith(("down", "up")) else name.split(".")[:3])
+        gone[block] = gone.get(block, 0) + 1
+    rows: list[tuple[str, object]] = [("LoRA", output), ("size", mib(output.stat().st_size)), ("layers", f"{len(layers)} → {len(remapped.layers)}")]
+    rows += [("dropped" if i == 0 else "", f"{block}: {count} layers") for i, (block, count) in enumerate(gone.items())]
+    card(f"{lora.name} for {plan.name}", rows)

@@ -1,0 +1,127 @@
+"""A training folder, and what lands in it: one run at a time, samples, the finished pipeline."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.manifest import check_free, staged, storage_errors, write_manifest
+from torch import nn
+
+from sdcompress.teacher import quiet
+
+from .config import TrainConfig
+
+PIPELINE = "pipeline"
+LOCK = ".lock"
+
+
+@contextmanager
+def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
+    """The training folder, made and locked for the block; processes of one run enter it together.
+
+    Raises:
+        ArtifactError: in the way (neither `resume` nor `force`), or another run is at work in it.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    lock = None
+    if state.is_main_process:
+        with storage_errors(output):
+            if (output / LOCK).is_file() and (resume or force):
+                lock = _lock(output)
+            if not resume:
+                check_free(output, force)
+                if force and output.exists():
+                    shutil.rmtree(output)
+                    lock = None
+            output.mkdir(parents=True, exist_ok=True)
+            lock = lock or _lock(output)
+    state.wait_for_everyone()
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(output: Path) -> int:
+    handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        raise ArtifactError("another run is at work in this folder", where=output, hint="wait for it, or choose another -o") from error
+    return handle
+
+
+def with_unet(pipeline: Any, unet: nn.Module) -> Any:
+    """The pipeline around another UNet; every other component is shared, not copied."""
+    components = dict(pipeline.components) | {"unet": unet}
+    if "safety_checker" in components:
+        components["requires_safety_checker"] = False
+    other = type(pipeline)(**components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def save_pipeline(pipeline: Any, target: Path, kind: str, *, precision: str = "fp32", force: bool = False, **manifest: Any) -> None:
+    """Save a pipeline as an ordinary diffusers folder with a manifest, by one rename; the pipeline is left as it is."""
+    with staged(target, force) as out:
+        if precision == "fp16":
+            pipeline = with_unet(pipeline, copy.deepcopy(pipeline.unet).half())
+            for name in ("vae", "text_encoder", "text_encoder_2"):
+                if getattr(pipeline, name, None) is not None:
+                    pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)).half()})
+        with quiet():
+            pipeline.save_pretrained(out)
+        write_manifest(out, kind, **manifest)
+
+
+def training_scheduler(scheduler: Any) -> Any:
+    """DDPM with the pipeline's noise schedule, whatever sampler it carries."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(scheduler.config)
+
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file that is not there yet: a refused resume must find the run's own unharmed."""
+    if PartialState().is_main_process and not path.is_file():
+        path.write_text(text)
+
+
+def recipe_text(config: TrainConfig) -> str:
+    """The resolved recipe, as it is saved with a run."""
+    return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+
+
+def sampler(dressed: Callable[[nn.Module], Any], config: TrainConfig, output: Path, size_px: int) -> Any:
+    """What draws the validation prompts with `dressed(network)`, a pipeline around the network in training; None without prompts."""
+    if not config.validation_prompts:
+        return None
+    folder = output / "samples"
+
+    def draw(trained: nn.Module, step: int) -> None:
+        from sdcompress.pipeline import generate, grid
+
+        was_training = trained.training
+        trained.eval()
+        # The other components come to where the network trains.
+        pipeline = dressed(trained).to(next(trained.parameters()).device)
+        pictures = generate(pipeline, list(config.validation_prompts), seeds=list(range(len(config.validation_prompts))), size_px=size_px)
+        trained.train(was_training)
+        with storage_errors(folder):
+            folder.mkdir(exist_ok=True)
+            grid(pictures).save(folder / f"step-{step:06d}.webp", quality=90)
+
+    return draw

@@ -1,0 +1,135 @@
+"""The cache: what is in it is what the pipeline would compute, and a build that was stopped ends the same."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from sdcompress_engines.errors import DataError
+from sdcompress_engines.manifest import read_manifest
+
+from sdcompress.data import cache as module
+from sdcompress.data.cache import LatentCache, bucket_shapes, build_cache, nearest_bucket, to_view
+from sdcompress.data.config import DataConfig
+from sdcompress.data.sources import open_source
+from sdcompress.teacher import LoadedPipeline, load_teacher
+
+
+@pytest.fixture(scope="module")
+def teacher(random_folder: Path) -> LoadedPipeline:
+    return load_teacher(random_folder)
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """Nine pictures of three shapes, one of them there twice."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for i in range(9):
+        size = ((150, 150), (220, 130), (130, 230))[i % 3]
+        Image.new("RGB", size, (20 * i, 255 - 20 * i, 90)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"a picture of number {i}")
+    shutil.copy(folder / "4.png", folder / "4b.png")
+    shutil.copy(folder / "4.txt", folder / "4b.txt")
+    return folder
+
+
+def stored(cache: LatentCache) -> list[torch.Tensor]:
+    samples = [cache.sample(i, view, 0.0) for i in range(len(cache)) for view in range(cache.views)]
+    return [t for s in samples for t in (s.mean, s.std, s.text, s.time_ids)]
+
+
+def test_a_sample_is_what_the_vae_gives_for_the_cropped_picture(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+    cache = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64, config=DataConfig(flip=True))
+    vae: Any = teacher.pipeline.vae
+    for view, flip in ((0, False), (1, True)):
+        expected = to_view(Image.open(mixed / "1.png"), 64, 64, flip=flip)
+        with torch.no_grad():
+            posterior = vae.encode(expected.pixels[None]).latent_dist
+        found = cache.sample(1, view, 0.0)
+        assert torch.allclose(found.mean, posterior.mean[0], atol=2e-2, rtol=2e-3)
+        assert torch.allclose(found.std, posterior.std[0], rtol=1e-2)
+        assert found.time_ids.tolist() == [130, 220, 0, 22, 64, 64]
+    assert len(cache) == 9
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    assert manifest.figures["duplicates"] == 1
+    assert manifest.figures["bytes_per_picture"] == round(sum(f.stat().st_size for f in (tmp_path / "cache").glob("*.safetensors") if f.name != "empty.safetensors") / 9)
+
+
+def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+    shapes = bucket_shapes(512, 64)
+    assert shapes[0] == (512, 512)
+    assert {(448, 576), (576, 448), (640, 384)} <= set(shapes)
+    assert all(w % 64 == h % 64 == 0 and 0.8 < w * h / 512**2 <= 1 for w, h in shapes)
+    assert shapes[nearest_bucket(1920, 1280, shapes)] == (640, 384)
+    cache = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64, config=DataConfig(buckets=True))
+    found = {tuple(cache.sample(i, 0, 0.0).mean.shape[1:]) for i in range(len(cache))}
+    assert len(found) == 3
+    assert len(cache.buckets.unique()) == 3
+
+
+def test_a_stopped_build_goes_on_and_ends_the_same(teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
+    genuine, encoded = module._Encoder.unit, []
+
+    def stops(self: Any, source: Any, number: int, *rest: Any) -> None:
+        if number == 2 and len(encoded) == 2:
+            encoded.append(-1)
+            raise KeyboardInterrupt
+        encoded.append(number)
+        genuine(self, source, number, *rest)
+
+    monkeypatch.setattr(module._Encoder, "unit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    assert not (tmp_path / "cache").exists()
+    again = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    assert encoded == [0, 1, -1, 2, 3]
+    assert again.sha256 == whole.sha256
+    assert all(torch.equal(a, b) for a, b in zip(stored(again), stored(whole), strict=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "mixed", "whole"]
+
+
+def test_a_cache_cut_otherwise_is_refused_and_told(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+    build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    with pytest.raises(DataError, match="flip: False there, True here"):
+        LatentCache.open(tmp_path / "cache", config=DataConfig(flip=True))
+    unit = tmp_path / "cache/unit-00000.safetensors"
+    unit.write_bytes(unit.read_bytes()[:-1])
+    with pytest.raises(DataError, match="is no whole cache"):
+        LatentCache.open(tmp_path / "cache")
+
+
+def test_captions_are_drawn_by_their_shares(teacher: LoadedPipeline, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    (folder / "a.json").write_text('{"short": "red", "long": "a plain red square"}')
+    cache = build_cache(open_source(folder, DataConfig(captions={"short": 1, "long": 3})), teacher, tmp_path / "cache", 64)
+    texts = [cache.sample(0, 0, pick).text for pick in (0.0, 0.24, 0.26, 0.99)]
+    assert torch.equal(texts[0], texts[1])
+    assert torch.equal(texts[2], texts[3])
+    assert not torch.equal(texts[1], texts[2])
+
+
+def test_random_crops_are_the_same_every_time(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+    config = DataConfig(crop="random", views=3)
+    first, second = (build_cache(open_source(mixed), teacher, tmp_path / name, 64, config=config) for name in "ab")
+    assert first.views == 3
+    assert first.sha256 == second.sha256
+    crops = {tuple(first.sample(1, view, 0.0).time_ids.tolist()) for view in range(3)}
+    assert len(crops) > 1
+
+
+def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+    (mixed / "0.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"1 of 10 pictures cannot be used: unreadable picture: 1 \(0\.png\)"):
+        build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    config = DataConfig(max_unusable=0.2)
+    assert len(build_cache(open_source(mixed, config), teacher, tmp_path / "cache", 64, config=config)) == 8

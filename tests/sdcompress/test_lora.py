@@ -1,0 +1,140 @@
+"""LoRA: trained, written in both namings, read back, remapped to a student, fused; each with equal outputs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sdcompress_engines.errors import ModelError, UsageError
+
+from sdcompress.data.cache import LatentCache, build_cache
+from sdcompress.data.sources import open_source
+from sdcompress.lora import fuse_lora, read_lora, remap_lora, unet_modules, write_lora
+from sdcompress.prune.plan import make_plan
+from sdcompress.prune.student import build_student
+from sdcompress.teacher import LoadedPipeline, load_teacher
+from sdcompress.train.config import FinetuneConfig, LoraConfig
+from sdcompress.train.finetune import finetune
+from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
+
+SHORT = LoraConfig(steps=4, batch_size=4, learning_rate=1e-2, rank=4, alpha=8, precision="fp32", checkpoint_every=2, log_every=1, text_encoder=True)
+
+
+@pytest.fixture(scope="module")
+def model(random_folder: Path) -> LoadedPipeline:
+    return load_teacher(random_folder)
+
+
+@pytest.fixture(scope="module")
+def cache(model: LoadedPipeline, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    return build_cache(open_source(pictures), model, tmp_path_factory.mktemp("cache") / "cache")
+
+
+@pytest.fixture(scope="module")
+def trained(model: LoadedPipeline, cache: LatentCache, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "run"
+    train_lora(model, cache, SHORT, output)
+    return output / LORA
+
+
+def outputs(pipeline: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        text = pipeline.encode_prompt("a flat icon of a cat", "cpu", 1, False)[0]
+        return pipeline.unet(torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([20, 700]), text.expand(2, -1, -1)).sample
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_diffusers_and_our_loader_draw_the_same_from_either_file(model: LoadedPipeline, trained: Path, random_folder: Path) -> None:
+    plain = outputs(model.pipeline)
+    by_diffusers = load_teacher(random_folder).pipeline
+    by_diffusers.load_lora_weights(trained, weight_name=FILE)
+    expected = outputs(by_diffusers)
+    assert relative(expected, plain) > 1e-2
+    for file in (FILE, KOHYA_FILE):
+        ours = load_teacher(random_folder).pipeline
+        layers = read_lora(trained / file, unet_modules(ours.unet))
+        assert {component for component, _ in layers} == {"unet", "text_encoder"}
+        fuse_lora(ours, layers)
+        assert relative(outputs(ours), expected) < 1e-5
+    kohya = load_teacher(random_folder).pipeline
+    kohya.load_lora_weights(trained, weight_name=KOHYA_FILE)
+    assert relative(outputs(kohya), expected) < 1e-5
+    half = load_teacher(random_folder).pipeline
+    fuse_lora(half, read_lora(trained / FILE, unet_modules(half.unet)), weight=0.0)
+    assert torch.equal(outputs(half), plain)
+
+
+def test_training_leaves_the_model_as_it_was(model: LoadedPipeline, trained: Path, random_folder: Path) -> None:
+    fresh = load_teacher(random_folder)
+    for name in ("unet", "text_encoder"):
+        ours, theirs = getattr(model.pipeline, name).state_dict(), getattr(fresh.pipeline, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_lora_for_the_teacher_becomes_one_for_the_student(model: LoadedPipeline, trained: Path, tmp_path: Path) -> None:
+    """A student pruned from the fused teacher equals the pruned student with the remapped LoRA fused into it."""
+    pipeline: Any = model.pipeline
+    plan = make_plan(pipeline.unet.config, "bk-tiny")
+    layers = {key: layer for key, layer in read_lora(trained / FILE, unet_modules(pipeline.unet)).items() if key[0] == "unet"}
+    student = build_student(pipeline.unet, plan).eval()
+    remapped = remap_lora(layers, plan, unet_modules(student))
+    assert len(remapped.layers) + len(remapped.dropped) == len(layers)
+    assert any(name.startswith("mid_block.") for name in remapped.dropped)
+    assert any(name.startswith("down_blocks.0.attentions.1.") for name in remapped.dropped)
+    write_lora(remapped.layers, tmp_path / "tiny.safetensors", "kohya")
+    pruned = copy.copy(pipeline)
+    pruned.unet = student
+    fuse_lora(pruned, read_lora(tmp_path / "tiny.safetensors", unet_modules(student)))
+    whole = copy.copy(pipeline)
+    whole.unet = copy.deepcopy(pipeline.unet)
+    fuse_lora(whole, layers)
+    whole.unet = build_student(whole.unet, plan).eval()
+    assert relative(outputs(pruned), outputs(whole)) < 1e-5
+
+
+def test_what_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPipeline, tmp_path: Path) -> None:
+    modules = unet_modules(model.pipeline.unet)
+    with pytest.raises(UsageError, match="does not exist"):
+        read_lora(tmp_path / "gone.safetensors", modules)
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ModelError, match="is no LoRA"):
+        read_lora(tmp_path / "other.safetensors", modules)
+    (tmp_path / "cut.safetensors").write_bytes((trained / FILE).read_bytes()[:-100])
+    with pytest.raises(ModelError, match="no readable safetensors"):
+        read_lora(tmp_path / "cut.safetensors", modules)
+    tensors = load_file(trained / KOHYA_FILE)
+    save_file(tensors | {"lora_unet_down_blocks_7_nothing.lora_down.weight": torch.zeros(4, 4)}, tmp_path / "alien.safetensors")
+    with pytest.raises(ModelError, match="down_blocks_7_nothing"):
+        read_lora(tmp_path / "alien.safetensors", modules)
+    half = dict(tensors)
+    half.pop(next(k for k in half if k.endswith("lora_up.weight")))
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(ModelError, match="only one half"):
+        read_lora(tmp_path / "half.safetensors", modules)
+    student = load_teacher(model.folder).pipeline
+    student.unet = build_student(student.unet, make_plan(student.unet.config, "bk-tiny"))
+    with pytest.raises(ModelError, match="lora remap"):
+        fuse_lora(student, read_lora(trained / FILE, modules))
+
+
+def test_targets_that_name_no_layer_are_told(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="to_nowhere name no layer"):
+        train_lora(model, cache, SHORT.model_copy(update={"targets": ("to_nowhere",)}), tmp_path / "run")
+
+
+def test_finetuning_trains_every_weight_and_saves_an_ordinary_pipeline(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+    config = FinetuneConfig(steps=3, batch_size=4, learning_rate=1e-3, precision="fp32", gradient_checkpointing=True, noise_offset=0.05, snr_gamma=5)
+    finetune(model, cache, config, tmp_path / "run")
+    found = load_teacher(tmp_path / "run").pipeline.unet.state_dict()
+    before = model.pipeline.unet.state_dict()
+    assert found.keys() == before.keys()
+    assert sum(not torch.equal(found[k], before[k]) for k in found) > 0.95 * len(found)

@@ -1,0 +1,140 @@
+"""Training as processes: killed at any moment, shared by two, stopped by a signal. Each run is the command as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from sdcompress_engines.manifest import read_manifest
+
+from sdcompress.data.cache import build_cache
+from sdcompress.data.sources import open_source
+from sdcompress.teacher import load_teacher
+from sdcompress.train.checkpoint import checkpoints, is_whole
+
+STEPS = 24
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "sdcompress"]
+ALONE = [sys.executable, "-m", "sdcompress"]
+
+
+@pytest.fixture(scope="module")
+def shared_cache(random_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cache") / "cache"
+    build_cache(open_source(pictures), load_teacher(random_folder), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(random_folder: Path, pictures: Path, shared_cache: Path) -> list[str]:
+    """`distill` with everything but the output: batches of 4, a checkpoint every 3 steps, fp32."""
+    knobs = ["ema_decay=0.9", "keep_checkpoints=3", "log_every=1", "learning_rate=0.001"]
+    plain = ["distill", str(random_folder), "--data", str(pictures), "--cache", str(shared_cache), "--steps", str(STEPS), "--batch-size", "4", "--precision", "fp32", "--checkpoint-every", "3"]
+    return plain + [part for knob in knobs for part in ("--set", knob)]
+
+
+def run(command: list[str], arguments: list[str], output: Path, *extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, *arguments, "-o", str(output), *extra], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=500)
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return dict(UNet2DConditionModel.from_pretrained(output / "pipeline/unet").state_dict())
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+
+
+@pytest.fixture(scope="module")
+def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nothing interrupts."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    done = run(ALONE, arguments, output)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def killed_until_it_ends(command: list[str], arguments: list[str], output: Path, kills: int, seed: int) -> list[int]:
+    """Start, kill after a random number of further steps, resume; `kills` times, then let it end. The steps it was killed at."""
+    draw = random.Random(seed)
+    killed = []
+    for _ in range(kills):
+        reached = len(metrics(output))
+        stop_at = min(STEPS - 1, reached + draw.randint(1, 5))
+        process = subprocess.Popen(
+            [*command, *arguments, "-o", str(output), *(["--resume"] if output.exists() else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True
+        )
+        while process.poll() is None and len(metrics(output)) < stop_at:
+            time.sleep(0.01)
+        time.sleep(draw.random() * 0.2)
+        killed.append(len(metrics(output)))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = run(command, arguments, output, "--resume")
+    assert done.returncode == 0, done.stderr
+    return killed
+
+
+@pytest.mark.slow
+def test_a_run_killed_five_times_ends_with_the_same_bits(arguments: list[str], whole: Path, tmp_path: Path) -> None:
+    killed = killed_until_it_ends(ALONE, arguments, tmp_path / "run", 5, seed=1)
+    assert len(set(killed)) > 1
+    ours, theirs = weights(tmp_path / "run"), weights(whole)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_two_processes_are_two_and_give_the_losses_of_one(arguments: list[str], whole: Path, tmp_path: Path) -> None:
+    done = run(TORCHRUN, arguments, tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "two/pipeline")
+    assert manifest is not None
+    assert manifest.figures["processes"] == 2
+    for one, two in zip(metrics(whole), metrics(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    killed_until_it_ends(TORCHRUN, arguments, tmp_path / "killed", 1, seed=2)
+    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "two")
+    for name, tensor in theirs.items():
+        assert torch.allclose(ours[name], tensor, atol=1e-5, rtol=1e-5), name
+
+
+def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = subprocess.Popen([*ALONE, *arguments, "--steps", "2000", "--checkpoint-every", "5000", "-o", str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    while process.poll() is None and len(metrics(output)) < 2:
+        time.sleep(0.01)
+    second = run(ALONE, arguments, output, "--resume")
+    assert second.returncode == 1
+    assert "another run is at work" in second.stderr
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    (line,) = [line for line in told.splitlines() if line.startswith("sdcompress: ")]
+    assert "--resume" in line
+    (written,) = checkpoints(output / "checkpoints")
+    assert f"stopped at step {int(written.name.removeprefix('step-'))} of 2000" in line
+
+
+def test_a_checkpoint_cut_at_any_tenth_is_never_taken_for_whole(whole: Path, tmp_path: Path) -> None:
+    newest = checkpoints(whole / "checkpoints")[-1]
+    assert is_whole(newest)
+    for file in ("state.pt", "sdcompress.json"):
+        payload = (newest / file).read_bytes()
+        for tenth in range(10):
+            cut = tmp_path / f"{file}-{tenth}"
+            shutil.copytree(newest, cut)
+            (cut / file).write_bytes(payload[: len(payload) * tenth // 10])
+            assert not is_whole(cut), (file, tenth)
