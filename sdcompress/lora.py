@@ -23,7 +23,7 @@ from sdcompress.prune.plan import BlockPlan
 
 KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 _ENDS = {"lora_A.weight": "down", "lora.down.weight": "down", "lora_down.weight": "down", "lora_B.weight": "up", "lora.up.weight": "up", "lora_up.weight": "up", "alpha": "alpha"}
-_KEY = re.compile("(.*?)\\.(%s)$" % "|".join(re.escape(end) for end in _ENDS))
+_KEY = re.compile(rf"(.*?)\.({'|'.join(re.escape(end) for end in _ENDS)})$")
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
-"""Load a Stable Diffusion pipeline by name or path, and say what it is."""
+"""Load a Stable Diffusion pipeline by name or path: a built-in, a diffusers folder, a single-file checkpoint or a hub id."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import ModelError, UsageError
-from sdcompress_engines.manifest import sha256_tree
+from sdcompress_engines.manifest import sha256_file, sha256_tree
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -45,10 +45,10 @@ class LoadedPipeline:
     """A pipeline with where it came from.
 
     Attributes:
-        name: what to call it in reports: a built-in's name, the folder's name, or the hub id.
+        name: what to call it in reports: a built-in's name, the folder's or file's name, or the hub id.
         pipeline: a diffusers pipeline, fp32 on the CPU, safety checker off.
-        sha256: over all its files; names the teacher in every later result.
-        folder: where it was loaded from.
+        sha256: over all its files (of a single file, its own); names the teacher in every later result.
+        folder: where it was loaded from; a single-file checkpoint itself.
     """
 
     name: str
@@ -58,7 +58,7 @@ class LoadedPipeline:
 
 
 def resolve(name_or_path: str | Path) -> Path:
-    """The folder of a pipeline given by a built-in's name, a path or a hub id.
+    """The folder of a pipeline given by a built-in's name, a path or a hub id; of a single-file checkpoint, the file.
 
     Raises:
         UsageError: no such path. ModelError: no pipeline there.
@@ -73,9 +73,9 @@ def resolve(name_or_path: str | Path) -> Path:
         for candidate in (path, path / "pipeline"):  # a training folder holds its student under pipeline/
             if (candidate / "model_index.json").is_file():
                 return candidate
-        raise ModelError("is no diffusers pipeline: it has no model_index.json", where=path, expected="a folder written by DiffusionPipeline.save_pretrained, a hub id, or nano")
+        raise ModelError("is no diffusers pipeline: it has no model_index.json", where=path, expected="a folder written by DiffusionPipeline.save_pretrained, a single-file checkpoint, a hub id, or nano")
     if path.is_file():
-        raise ModelError("is a single file", where=path, expected="a diffusers folder", hint="StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)")
+        return path
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
         return _download(name)
     raise UsageError("does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}")
@@ -96,48 +96,95 @@ def load_teacher(name_or_path: str | Path) -> LoadedPipeline:
     Raises:
         UsageError: no such path. ModelError: not a pipeline, or one with missing or broken parts.
     """
+    folder = resolve(name_or_path)
+    if folder.is_file():
+        from sdcompress.single_file import load_single_file
+
+        with quiet():
+            pipeline = load_single_file(folder)
+    else:
+        pipeline = _load_folder(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    name = str(name_or_path) if str(name_or_path) in BUILT_IN else display_name(folder)
+    return LoadedPipeline(name, pipeline, sha256_of(folder), folder)
+
+
+def _load_folder(folder: Path) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
-    folder = resolve(name_or_path)
     index = model_index(folder)
-    if "unet" not in index:
+    if not (index.get("unet") or [None])[0]:
         raise ModelError(f"{index.get('_class_name', 'the pipeline')} has no UNet", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel")
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     try:
         with quiet():
-            pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, dtype=torch.float32, **options)
+            pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, dtype=torch.float32, **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"does not load: {str(error).splitlines()[0]}", where=folder, expected="a whole diffusers pipeline") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
         raise ModelError(f"has a broken weight file: {error}", where=folder, hint="copy or download it again") from error
-    pipeline.set_progress_bar_config(disable=True)
-    name = str(name_or_path) if str(name_or_path) in BUILT_IN else display_name(folder)
-    return LoadedPipeline(name, pipeline, sha256_tree(folder), folder)
+    return pipeline
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a pipeline: over all files of a folder, or of the single file."""
+    return sha256_file(path) if path.is_file() else sha256_tree(path)
 
 
 def display_name(folder: Path) -> str:
-    """The folder's name; for a training folder's `pipeline/`, the training folder's."""
+    """The folder's name; for a training folder's `pipeline/`, the training folder's; a single file's without its ending."""
     folder = folder.resolve()
+    if folder.is_file():
+        return folder.stem
     return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
 def model_index(folder: Path) -> dict[str, Any]:
-    """The pipeline's `model_index.json`.
+    """The pipeline's `model_index.json`; of a single file, the one its weights stand for.
 
     Raises:
-        ModelError: it is not JSON.
+        ModelError: it is not JSON, or the file is no checkpoint.
     """
-    path = folder / "model_index.json"
+    if folder.is_file():
+        return dict(_file_configs(folder)["model_index.json"])
+    return _json(folder / "model_index.json", "a pipeline's index")
+
+
+def _json(path: Path, what: str) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (ValueError, UnicodeDecodeError) as error:
         raise ModelError(f"is not JSON ({error})", where=path) from error
-    if not isinstance(index, dict):
-        raise ModelError("is not a pipeline's index", where=path)
-    return index
+    if not isinstance(content, dict):
+        raise ModelError(f"is not {what}", where=path)
+    return content
+
+
+def _file_configs(path: Path) -> dict[str, Any]:
+    from sdcompress.single_file import configs_of, open_weights
+
+    return configs_of(open_weights(path))
+
+
+def component_config(name_or_path: str | Path, component: str) -> dict[str, Any]:
+    """The config of `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`, without loading weights; of a single file, from its header.
+
+    Raises:
+        UsageError, ModelError: as `load_teacher`; the pipeline has no such component.
+    """
+    folder = resolve(name_or_path)
+    name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
+    if folder.is_file():
+        configs = _file_configs(folder)
+        if name not in configs:
+            raise ModelError(f"has no {component}", where=folder, expected="a whole Stable Diffusion checkpoint")
+        return dict(configs[name])
+    if not (folder / name).is_file():
+        raise ModelError(f"has no {name}", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel")
+    return _json(folder / name, "a config")
 
 
 def unet_config(name_or_path: str | Path) -> dict[str, Any]:
@@ -146,14 +193,23 @@ def unet_config(name_or_path: str | Path) -> dict[str, Any]:
     Raises:
         UsageError, ModelError: as `load_teacher`.
     """
-    folder = resolve(name_or_path)
-    path = folder / "unet/config.json"
-    if not path.is_file():
-        raise ModelError("has no unet/config.json", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"is not JSON ({error})", where=path) from error
+    config = component_config(name_or_path, "unet")
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise ModelError(f"is a {config['_class_name']}", where=path, expected="a UNet2DConditionModel")
+        raise ModelError(f"is a {config['_class_name']}", where=name_or_path, expected="a UNet2DConditionModel")
     return config
+
+
+def refuse_student(unet_config: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse a block-removed student where a whole teacher is needed.
+
+    Raises:
+        ModelError: the UNet is a student; says which and of what.
+    """
+    from sdcompress.family import FAMILIES, family_of, student_of
+
+    kind = student_of(unet_config)
+    if kind is not None:
+        family = FAMILIES.get(family_of(unet_config), "an unknown family")
+        raise ModelError(
+            f"is a student already ({kind} of {family}): blocks are missing that a teacher must have", where=where, expected="a whole teacher", hint="sdcompress finetune trains a student further as it is"
+        )

@@ -30,7 +30,13 @@ def nano() -> str:
     found = load("nano-teacher.json")
     lines = [f"Nano (UNet {found['parameters']['unet'] / 1e6:.1f} M parameters, sha256 `{found['sha256'][:12]}`), {found['prompts']} prompts each, {found['steps']} steps; VAE reconstruction {found['vae_psnr_db']:.1f} dB:", ""]
     lines += ["| pictures | right style | right caption first of 200 | in the top 5 |", "|---|---|---|---|"]
-    for key, label in (("seen", "nano, prompts seen in training"), ("heldout", "nano, held-out pairs of style and concept"), ("heldout_real_pictures", "real pictures of those pairs (the judge's ceiling)")):
+    rows = {
+        "seen": "nano, prompts seen in training",
+        "seen_real_pictures": "the real pictures of those prompts, which the judge has seen too",
+        "heldout": "nano, held-out pairs of style and concept",
+        "heldout_real_pictures": "the real pictures of those pairs, which the judge has never seen",
+    }
+    for key, label in rows.items():
         lines.append(f"| {label} | {percent(found[key]['style'])} | {percent(found[key]['top1'])} | {percent(found[key]['top5'])} |")
     return "\n".join(lines) + "\n"
 

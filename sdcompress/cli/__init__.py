@@ -13,10 +13,15 @@ COMMANDS = {
     "run": "plan → distill → export → engine → bench for a teacher, resumable by stage.",
     "plan": "Show what a block-removal plan keeps of a teacher's UNet.",
     "distill": "Train a smaller student from a teacher.",
+    "data": "Look at a data set, cache it for training, or make one with a teacher.",
+    "finetune": "Train a teacher or a student on new pictures.",
+    "lora": "Train a LoRA, or carry one over to a student.",
+    "recipes": "Named settings for training: list, show, copy, validate.",
     "export": "Write ONNX graphs of a pipeline, and TensorRT engines of them.",
     "bench": "Measure latency and fidelity, and write a report.",
     "generate": "Make a picture.",
     "inspect": "Say what a pipeline or an artifact is.",
+    "push": "Upload a finished pipeline or LoRA to the hub, with a model card.",
 }
 
 

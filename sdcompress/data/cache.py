@@ -141,6 +141,7 @@ class LatentCache:
         views: crops of each picture, mirrored ones counted.
         sha256: of the cache's content, to name it in what is trained from it.
         size_px: side of the square pictures, or the root of the buckets' area.
+        source: the data set's name.
     """
 
     folder: Path
@@ -149,6 +150,7 @@ class LatentCache:
     sha256: str
     teacher_sha256: str
     size_px: int
+    source: str = ""
     _units: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _empty: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -159,6 +161,10 @@ class LatentCache:
     def buckets(self) -> torch.Tensor:
         """Which of the shapes each picture has, (N,) int32; pictures of one batch must share it."""
         return self.index["bucket"]
+
+    def about(self) -> dict[str, Any]:
+        """What a manifest says of the data something was trained on."""
+        return {"source": self.source, "pictures": len(self), "size_px": self.size_px}
 
     def _unit(self, number: int) -> dict[str, torch.Tensor]:
         if number not in self._units:
@@ -212,7 +218,7 @@ class LatentCache:
             differing = "; ".join(f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k])
             if differing:
                 raise DataError(f"was made with other data settings ({differing})", where=folder, hint="another --cache, or delete it and let it be made again")
-        return cls(folder, load_file(folder / INDEX), manifest.config["views"], manifest.inputs["data"], manifest.inputs["teacher"], manifest.config["size_px"])
+        return cls(folder, load_file(folder / INDEX), manifest.config["views"], manifest.inputs["data"], manifest.inputs["teacher"], manifest.config["size_px"], manifest.config["source"])
 
 
 def unit_name(number: int) -> str:
@@ -357,7 +363,7 @@ class _Encoder:
         for bucket in list(waiting):
             encode(bucket, 1)
         self.met.merge(skipped)
-        if self.met.read + self.met.count >= self.CHECK_FROM:
+        if self.met.read + self.met.count + sum(self.met.filtered.values()) >= self.CHECK_FROM:
             self.met.check(source.name, self.config.max_unusable)
         tensors = {name: torch.cat(parts) for name, parts in done.items()} | self.embed(list(captions))
         kinds = {"caption_share": torch.float32, "digest": torch.uint8}
@@ -367,7 +373,7 @@ class _Encoder:
         temporary = path.with_suffix(".tmp")
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
         os.replace(temporary, path)
-        facts = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "read": skipped.read, "reasons": skipped.reasons, "filtered": skipped.filtered}
+        facts = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "read": skipped.read, "reasons": skipped.reasons, "filtered": skipped.filtered, "fields": sorted(skipped.fields)}
         temporary.write_text(json.dumps(facts))
         os.replace(temporary, folder / f"{unit_name(number)}.json")
 
@@ -386,7 +392,7 @@ def _finish(partial: Path, output: Path, source: Source, teacher: LoadedPipeline
     captions = rows = 0
     for number in range(source.units()):
         facts = json.loads((partial / f"{unit_name(number)}.json").read_text())
-        total.merge(Skipped(read=facts["read"], reasons=facts["reasons"], filtered=facts["filtered"]))
+        total.merge(Skipped(read=facts["read"], reasons=facts["reasons"], filtered=facts["filtered"], fields=set(facts["fields"])))
         hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
         unit = load_file(partial / unit_name(number))
         ours = {name.removeprefix("pictures."): tensor for name, tensor in unit.items() if name.startswith("pictures.")}

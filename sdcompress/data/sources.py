@@ -13,6 +13,9 @@ import io
 import json
 import re
 import tarfile
+import threading
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,6 +27,7 @@ from sdcompress_engines.errors import BackendMissing, DataError, UsageError
 
 from .config import DataConfig
 from .filters import parse_conditions
+from .tar import open_tar, read_tar
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # what files of those names turn out to be; never EPS, which runs a program
@@ -31,10 +35,11 @@ SHARDS = (".tar", ".tar.gz", ".tgz")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 HUB = "hub:"
 MAX_PIXELS = 64_000_000
-MAX_MEMBER_BYTES = 256 * 2**20
 MAX_BROKEN_SHARE = 0.05
 UNIT_PICTURES = 1000
-_BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+MAX_FIELDS = 40
+_BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+_WARNINGS = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Record:
             DataError: the bytes are no picture.
         """
         try:
-            return Image.open(io.BytesIO(self.encoded), formats=FORMATS).size
+            return self._opened().size
         except _BROKEN as error:
             raise DataError(f"is no readable picture ({type(error).__name__})", where=self.key) from error
 
@@ -74,7 +79,7 @@ class Record:
             DataError: the bytes are no picture, or one of more than `MAX_PIXELS`.
         """
         try:
-            picture: Image.Image = Image.open(io.BytesIO(self.encoded), formats=FORMATS)
+            picture = self._opened()
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(f"has {picture.width} x {picture.height} pixels", where=self.key, expected=f"at most {MAX_PIXELS:,}")
             picture = ImageOps.exif_transpose(picture)
@@ -89,6 +94,13 @@ class Record:
             raise DataError(f"is no readable picture ({type(error).__name__})", where=self.key) from error
 
 
+    def _opened(self) -> Image.Image:
+        # Pillow's warning about many pixels becomes an error here; filters of warnings belong to the process, hence the lock.
+        with _WARNINGS, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            return Image.open(io.BytesIO(self.encoded), formats=FORMATS)
+
+
 @dataclass
 class Skipped:
     """What a pass over a source left out.
@@ -97,11 +109,13 @@ class Skipped:
         read: usable pictures.
         reasons: why a picture could not be used → the keys of those.
         filtered: which condition left pictures out → how many; nothing is wrong with them.
+        fields: names of the metadata that pictures have, where a condition asked for one they have not.
     """
 
     read: int = 0
     reasons: dict[str, list[str]] = field(default_factory=dict)
     filtered: dict[str, int] = field(default_factory=dict)
+    fields: set[str] = field(default_factory=set)
 
     @property
     def count(self) -> int:
@@ -117,6 +131,7 @@ class Skipped:
             self.reasons.setdefault(reason, []).extend(keys)
         for reason, count in other.filtered.items():
             self.filtered[reason] = self.filtered.get(reason, 0) + count
+        self.fields |= other.fields
 
     def check(self, where: object, limit: float = MAX_BROKEN_SHARE) -> None:
         """Stop where too much was left out, or everything.
@@ -127,7 +142,7 @@ class Skipped:
         examples = "; ".join(f"{reason}: {len(keys)} ({', '.join(keys[:3])})" for reason, keys in self.reasons.items())
         if self.read == 0 and self.filtered:
             told = "; ".join(f"{reason}: {count}" for reason, count in self.filtered.items())
-            raise DataError(f"has no picture left after filtering ({told})", where=str(where), hint="weaker conditions")
+            raise DataError(f"has no picture left after filtering ({told})", where=str(where), hint=f"other conditions; the fields are {', '.join(sorted(self.fields))}" if self.fields else "weaker conditions")
         if self.read == 0:
             raise DataError(f"holds no captioned picture{f' ({examples})' if examples else ''}", where=str(where), expected="pictures with captions: a .txt beside each, metadata.jsonl / metadata.csv, or webdataset shards")
         if self.count > limit * (self.read + self.count):
@@ -154,34 +169,24 @@ class Source:
         raise NotImplementedError
 
     def unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
-        """The usable records of piece `number`, always in the same order; what is left out goes to `skipped`.
-
-        Raises:
-            DataError: no picture has a field that a condition names.
-        """
-        lacking: dict[str, int] = {}
-        seen, names = 0, set[str]()
+        """The usable records of piece `number`, always in the same order; what is left out goes to `skipped`."""
         for record in self._unit(number, skipped):
             if not record.caption.strip():
                 skipped.add("no caption", record.key)
                 continue
-            seen += 1
-            names |= record.meta.keys()
-            reason = self._filtered(record, lacking)
+            reason = self._filtered(record, skipped)
             if reason:
                 skipped.filtered[reason] = skipped.filtered.get(reason, 0) + 1
                 continue
             skipped.read += 1
             yield record
-        missing = next((name for name, count in lacking.items() if count == seen > 0), None)
-        if missing:
-            raise DataError(f"no picture has a number in the field {missing!r}", where=self.name, expected=f"one of the fields there are: {', '.join(sorted(names)) or 'none'}")
 
-    def _filtered(self, record: Record, lacking: dict[str, int]) -> str | None:
+    def _filtered(self, record: Record, skipped: Skipped) -> str | None:
         for condition in self.conditions:
             holds = condition.holds(record.meta)
             if holds is None:
-                lacking[condition.field] = lacking.get(condition.field, 0) + 1
+                if len(skipped.fields) < MAX_FIELDS:
+                    skipped.fields |= record.meta.keys()
                 return f"no number in {condition.field!r}"
             if not holds:
                 return f"not {condition.text}"
@@ -199,7 +204,7 @@ class Source:
     def _record(self, key: str, encoded: bytes, caption: Any, meta: dict[str, Any], skipped: Skipped) -> Iterator[Record]:
         """One record, its captions chosen by the config's columns if it names any."""
         found = [(meta.get(column), share) for column, share in self.config.captions.items() if meta.get(column)] if self.config.captions else [(caption, 1.0)]
-        if any(not isinstance(text, str) for text, _ in found if text is not None):
+        if any(not is_text(text) for text, _ in found if text is not None):
             skipped.add("caption is no text", key)
             return
         texts = [(str(text).strip(), share) for text, share in found if text is not None and str(text).strip() and share > 0]
@@ -215,6 +220,23 @@ class Source:
 
 def _files_fingerprint(files: Iterable[Path]) -> str:
     return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files)).encode()).hexdigest()
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is text that can be written: JSON lets half a surrogate pair through."""
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:
+        return False
+
+
+def read_object(payload: bytes | str) -> dict[str, Any]:
+    """A JSON object; an empty one where the text is anything else."""
+    try:
+        content = json.loads(payload)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _text(payload: bytes) -> str | None:
@@ -241,10 +263,10 @@ class FolderSource(Source):
     def _table(self) -> dict[str, dict[str, Any]]:
         rows: list[Any] = []
         if (path := self.root / "metadata.jsonl").is_file():
-            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            for number, line in enumerate(path.read_text(errors="replace").split("\n"), 1):
                 try:
                     rows += [json.loads(line)] if line.strip() else []
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"line {number} is not JSON ({error})", where=path) from error
         elif (path := self.root / "metadata.csv").is_file():
             with path.open(newline="", errors="replace") as file:
@@ -262,11 +284,7 @@ class FolderSource(Source):
             key = path.relative_to(self.root).as_posix()
             meta = self._table.get(key, {})
             if (beside := path.with_suffix(".json")).is_file():
-                try:
-                    loaded = json.loads(beside.read_bytes())
-                except ValueError:
-                    loaded = None
-                meta = (loaded if isinstance(loaded, dict) else {}) | meta
+                meta = read_object(beside.read_bytes()) | meta
             caption = next((meta[column] for column in CAPTION_COLUMNS if meta.get(column)), None)
             if caption is None and (beside := path.with_suffix(".txt")).is_file():
                 caption = _text(beside.read_bytes())
@@ -292,39 +310,34 @@ class ShardSource(Source):
     def _unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
         path = self.paths[number]
         key, parts = "", dict[str, bytes]()
-        cut = _cut_between_members(path)
         try:
-            with tarfile.open(path, "r|*") as tar:
-                for member in tar:
-                    if member.isdir():
+            with open_tar(path) as stream:
+                for member, payload, fault in read_tar(stream):
+                    if payload is None:
+                        skipped.add(fault, f"{path.name}:{member}")
                         continue
-                    fault = _fault(member)
-                    if fault:
-                        skipped.add(fault, f"{path.name}:{member.name}")
-                        continue
-                    folder, slash, name = member.name.rpartition("/")
+                    folder, slash, name = member.rpartition("/")
                     stem, _, extension = name.partition(".")
                     if folder + slash + stem != key:
                         yield from self._group(f"{path.name}:{key}", parts, skipped)
                         key, parts = folder + slash + stem, {}
-                    file = tar.extractfile(member)
-                    parts[extension.lower()] = file.read() if file else b""
-        except (tarfile.TarError, EOFError, OSError) as error:
-            cut = f"shard cut short ({type(error).__name__})"
-            parts = {}  # the record the cut went through
-        if cut:
-            skipped.add(cut, path.name)
+                    parts[extension.lower()] = payload
+        except EOFError:
+            skipped.add("shard cut short", path.name)
+            if not any(f".{e}" in PICTURES for e in parts) or not parts.keys() & {"txt", "json"}:
+                return  # the record the cut went through
+        except (tarfile.TarError, OSError, zlib.error) as error:
+            skipped.add(f"shard damaged ({type(error).__name__})", path.name)
+            return
         yield from self._group(f"{path.name}:{key}", parts, skipped)
 
     def _group(self, key: str, parts: dict[str, bytes], skipped: Skipped) -> Iterator[Record]:
         encoded = next((parts[e] for e in parts if f".{e}" in PICTURES), None)
         if encoded is None:
+            if "txt" in parts:
+                skipped.add("caption without a picture", key)
             return
-        try:
-            meta = json.loads(parts.get("json", b"{}"))
-        except ValueError:
-            meta = {}
-        meta = meta if isinstance(meta, dict) else {}
+        meta = read_object(parts.get("json", b"{}"))
         if "txt" in parts:
             caption: Any = _text(parts["txt"])
             if caption is None:
@@ -333,28 +346,6 @@ class ShardSource(Source):
         else:
             caption = next((meta[column] for column in ("caption", "text", "prompt") if meta.get(column)), None)
         yield from self._record(key, encoded, caption, meta, skipped)
-
-
-def _fault(member: tarfile.TarInfo) -> str | None:
-    """Why a member of a shard is not read, None where it is."""
-    if not member.isfile():
-        return "member is a link or a device"
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        return "member points outside the shard"
-    if member.size > MAX_MEMBER_BYTES:
-        return f"member of over {MAX_MEMBER_BYTES // 2**20} MiB"
-    return None
-
-
-def _cut_between_members(path: Path) -> str | None:
-    """Whether a plain tar lacks the zero blocks every tar ends with: cut exactly between two members it reads as whole."""
-    if path.suffix != ".tar":
-        return None
-    with path.open("rb") as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(max(0, size - 1024))
-        tail = file.read()
-    return "shard cut short (no end mark)" if len(tail) < 1024 or any(tail) else None
 
 
 class HubSource(Source):
@@ -388,9 +379,21 @@ class HubSource(Source):
     def _unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
         for place, row in enumerate(self.stream.shard(self.units(), number)):
             picture = row.pop(self.column) or {}
-            encoded = picture.get("bytes") or (Path(picture["path"]).read_bytes() if picture.get("path") else b"")
+            encoded = picture.get("bytes") or self._fetched(str(picture.get("path") or ""))
             caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
             yield from self._record(f"{number}:{place}", encoded, caption, row, skipped)
+
+
+    @staticmethod
+    def _fetched(path: str) -> bytes:
+        """A picture beside the tables of a hub dataset; never a file of this machine, whatever a row says."""
+        if not path.startswith("hf://"):
+            return b""
+        import fsspec
+
+        with fsspec.open(path, "rb") as file:
+            content: bytes = file.read()
+        return content
 
 
 def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = None) -> Source:

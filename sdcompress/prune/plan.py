@@ -119,11 +119,15 @@ class BlockPlan:
         """Student parameter → teacher parameter, for every one of `student_keys`."""
         return {key: self.teacher_key(key) for key in student_keys}
 
-    def feature_pairs(self) -> list[tuple[str, str]]:
+    def feature_pairs(self, choice: str = "blocks") -> list[tuple[str, str]]:
         """(student module, teacher module) whose outputs have equal shapes, from input to output.
 
         Block outputs (BK-SDM, equation 3). A down block that has lost its downsampler is compared before it, at the output
         projection of the last attention, as the paper does for its tiny model.
+
+        Args:
+            choice: `blocks` takes all; `bk-sdm` leaves the mid block out, as the paper's code does; `segmind` compares a last down
+                block that has lost its downsampler with what reaches the level's up block in the teacher, as theirs does.
         """
         pairs = []
         for i, level in enumerate(self.levels):
@@ -135,9 +139,12 @@ class BlockPlan:
             else:
                 student = f"down_blocks.{i}.resnets.{len(level.down) - 1}"
             # The teacher's side of the exception is the end of its block, kept by the student or not.
+            if lost_downsampler and choice == "segmind":
+                pairs.append((f"down_blocks.{i}", f"up_blocks.{self.dropped_levels - 1}"))
+                continue
             teacher = student if not lost_downsampler else student.replace(f".{len(level.down) - 1}", f".{_per_level(self.teacher, 'layers_per_block', 2)[i] - 1}")
             pairs.append((student, teacher))
-        if self.mid:
+        if self.mid and choice != "bk-sdm":
             pairs.append(("mid_block", "mid_block"))
         pairs += [(f"up_blocks.{i}", f"up_blocks.{i + self.dropped_levels}") for i in range(len(self.levels))]
         return pairs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +45,10 @@ class NoisyBatch:
         added = {} if self.added is None else {"added_cond_kwargs": self.added}
         return (self.sample, self.timesteps, self.encoder_hidden_states), {"return_dict": False} | added
 
-    def to(self, device: torch.device) -> NoisyBatch:
-        moved = [t.to(device, non_blocking=True) for t in (self.sample, self.timesteps, self.encoder_hidden_states, self.target, self.weight)]
-        return NoisyBatch(*moved, added=None if self.added is None else {k: v.to(device, non_blocking=True) for k, v in self.added.items()})
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> NoisyBatch:
+        """The batch with every tensor put through `change`."""
+        added = None if self.added is None else {name: change(tensor) for name, tensor in self.added.items()}
+        return NoisyBatch(change(self.sample), change(self.timesteps), change(self.encoder_hidden_states), change(self.target), change(self.weight), added)
 
 
 class Order:
@@ -102,7 +104,7 @@ class Batches:
     def noisy(self, positions: range) -> NoisyBatch:
         """The batch for these positions in the stream of samples (position = step × batch size + place in the batch), on the CPU."""
         rows = [self._sample(position) for position in positions]
-        latents, noise, text = (torch.stack([row[i] for row in rows]) for i in range(3))
+        latents, noise, text = (torch.stack(part) for part in list(zip(*rows, strict=True))[:3])
         timesteps = torch.tensor([row[3] for row in rows])
         alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
         sample = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
@@ -113,7 +115,7 @@ class Batches:
             weight = snr.clamp(max=self.config.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
         added = None if rows[0][4] is None else {name: torch.stack([row[4][name] for row in rows]) for name in rows[0][4]}
         batch = NoisyBatch(sample, timesteps, text, target, weight, added)
-        return batch if not torch.cuda.is_available() else _pinned(batch)
+        return batch.each(torch.Tensor.pin_memory) if torch.cuda.is_available() else batch
 
     def _sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, Any]:
         generator = generator_for(self.config.seed, "sample", position)
@@ -128,7 +130,3 @@ class Batches:
         text = found.ids if self.tokens and found.ids is not None else found.text
         return latents, noise, text, timestep, added
 
-
-def _pinned(batch: NoisyBatch) -> NoisyBatch:
-    tensors = [t.pin_memory() for t in (batch.sample, batch.timesteps, batch.encoder_hidden_states, batch.target, batch.weight)]
-    return NoisyBatch(*tensors, added=None if batch.added is None else {k: v.pin_memory() for k, v in batch.added.items()})

@@ -118,7 +118,8 @@ class Checkpoints:
             optimizer.load_state_dict(state["optimizer"])
             if state["scaler"] and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            return state["average"]  # type: ignore[no-any-return]
+            average: dict[str, torch.Tensor] | None = state["average"]
+            return average
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise TrainingError(f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})", where=path, hint="delete it; the one before is used then") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -57,6 +58,7 @@ class DistillConfig(TrainConfig):
     output_kd_weight: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's prediction.")
     feature_kd_weight: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's block outputs.")
     attention_kd_weight: float = Field(0.0, ge=0, description="Weight of the loss against the teacher's self-attention outputs (KOALA, arXiv 2312.04005); 0 is off.")
+    feature_pairs: Literal["blocks", "bk-sdm", "segmind"] = Field("blocks", description="Which block outputs are compared: all, all but the mid block (the paper's code), or Segmind's choice for tiny.")
     feature_norm: Literal["none", "teacher"] = Field("none", description="`teacher` divides each block's loss by the mean square of the teacher's feature, so that all blocks count alike.")
 
 
@@ -71,7 +73,7 @@ class LoraConfig(TrainConfig):
 
     learning_rate: float = Field(1e-4, gt=0, description="The optimizer's, after warm-up; ten times that of finetuning is usual.")
     rank: int = Field(16, ge=1, description="Of the adapter's matrices: higher learns more and makes a bigger file.")
-    alpha: float | None = Field(None, gt=0, description="The adapter counts alpha / rank; none is alpha = rank.")
+    alpha: int | None = Field(None, ge=1, description="The adapter counts alpha / rank; none is alpha = rank.")
     targets: tuple[str, ...] = Field(("to_q", "to_k", "to_v", "to_out.0"), description="Names of the linear layers that are adapted.")
     text_encoder: bool = Field(False, description="Adapt the text encoder too: names learn faster, guidance may suffer, captions are encoded at every step.")
 
@@ -94,7 +96,7 @@ def recipe_path(recipe: str | Path) -> Path:
     path = Path(recipe) if Path(recipe).suffix in (".yaml", ".yml") else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         near = difflib.get_close_matches(str(recipe), recipe_names(), n=1, cutoff=0.4)
-        raise UsageError("no such recipe", where=str(recipe), expected=f"one of {', '.join(recipe_names())}, or a YAML file", hint=f"--recipe {near[0]}" if near else None)
+        raise UsageError("no such recipe", where=str(recipe), expected=f"one of {', '.join(recipe_names())}, or a YAML file", hint=near[0] if near else "sdcompress recipes list")
     return path
 
 
@@ -156,10 +158,8 @@ def _parse(setting: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"--set {setting!r} has no readable value", expected="name=value, such as data.flip=true") from error
     if isinstance(value, str):  # YAML reads 1e-4 as text; a knob never wants a number as text
-        try:
+        with suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     for part in reversed(name.split(".")):
         value = {part: value}
     return dict(value)

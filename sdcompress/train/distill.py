@@ -45,7 +45,7 @@ def distill(teacher: LoadedPipeline, plan: BlockPlan, cache: LatentCache, config
         student = build_student(pipeline.unet, plan).float()
         weights = {"task_loss": config.task_weight, "output_kd_loss": config.output_kd_weight, "feature_kd_loss": config.feature_kd_weight, "attention_kd_loss": config.attention_kd_weight}
         frozen = frozen_copy(pipeline.unet, config.precision) if any(weight > 0 for name, weight in weights.items() if name != "task_loss") else None
-        objective = BlockDistillation(frozen, plan.feature_pairs(), weights, config.feature_norm, attention_pairs(student, plan))
+        objective = BlockDistillation(frozen, plan.feature_pairs(config.feature_pairs), weights, config.feature_norm, attention_pairs(student, plan))
         batches = Batches(cache, training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config)
         identity = {"teacher": teacher.sha256, "plan": json.loads(plan.to_json()), "data": cache.sha256, "config": config.model_dump(mode="json")}
         draw = sampler(lambda unet: with_unet(pipeline, unet), config, output, cache.size_px)
@@ -57,7 +57,7 @@ def distill(teacher: LoadedPipeline, plan: BlockPlan, cache: LatentCache, config
                 "student",
                 precision=config.save_precision,
                 force=True,
-                config={"plan": identity["plan"], "train": identity["config"], "teacher_name": teacher.name},
+                config={"plan": identity["plan"], "train": identity["config"], "teacher_name": teacher.name, "data": cache.about()},
                 inputs={"teacher": teacher.sha256, "data": cache.sha256},
                 figures=asdict(result),
                 seed=config.seed,

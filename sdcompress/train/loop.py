@@ -85,12 +85,12 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
             raise BackendMissing("optimizer adamw8bit needs bitsandbytes", hint="pip install bitsandbytes, or --set optimizer=adamw") from error
-        return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)  # type: ignore[no-any-return]
+        return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
 
 @contextmanager
-def plain_attention(*networks: nn.Module | None) -> Iterator[None]:
+def plain_attention(*networks: Any) -> Iterator[None]:
     """Attention by plain matrix products for the block: on a CPU their backward is 2 to 5 times as fast as the fused one's."""
     from diffusers.models.attention_processor import AttnProcessor
 
@@ -138,7 +138,6 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     AcceleratorState._reset_state()
     if config.tf32 and device_type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.conv.fp32_precision = "tf32"
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_steps=config.gradient_accumulation,
@@ -179,7 +178,7 @@ class Feed:
             self.waited_s += time.perf_counter() - began
             part += 1
             ahead = self.pool.submit(self.batches.noisy, self._positions(part))
-            yield batch.to(self.accelerator.device)
+            yield batch.each(lambda tensor: tensor.to(self.accelerator.device, non_blocking=True))
 
 
 def train(
@@ -211,8 +210,9 @@ def train(
     trained.train()
     if config.gradient_checkpointing:
         for module in trained.modules():
-            if hasattr(module, "enable_gradient_checkpointing"):
-                module.enable_gradient_checkpointing()
+            enable: Any = getattr(module, "enable_gradient_checkpointing", None)
+            if enable is not None:
+                enable()
     if frozen is not None:
         frozen.to(accelerator.device)
     trained.to(accelerator.device)

@@ -43,7 +43,8 @@ class WithTextEncoder(nn.Module):
         return self.unet(sample, timesteps, self.text_encoder(ids)[0], **options)
 
     def enable_gradient_checkpointing(self) -> None:
-        self.text_encoder.gradient_checkpointing_enable()
+        enable: Any = self.text_encoder.gradient_checkpointing_enable
+        enable()
 
 
 def train_lora(model: LoadedPipeline, cache: LatentCache, config: LoraConfig, output: Path, *, resume: bool = False, force: bool = False, report: Reporter = SILENT) -> TrainResult:
@@ -76,7 +77,7 @@ def train_lora(model: LoadedPipeline, cache: LatentCache, config: LoraConfig, ou
                 write_lora(layers, out / FILE, "diffusers", about)
                 write_lora(layers, out / KOHYA_FILE, "kohya", about)
                 write_manifest(
-                    out, "lora", config={"train": identity["config"], "model_name": model.name}, inputs={"model": model.sha256, "data": cache.sha256}, figures=asdict(result), seed=config.seed
+                    out, "lora", config={"train": identity["config"], "model_name": model.name, "data": cache.about()}, inputs={"model": model.sha256, "data": cache.sha256}, figures=asdict(result), seed=config.seed
                 )
     return result
 

@@ -84,6 +84,10 @@ def save_pipeline(pipeline: Any, target: Path, kind: str, *, precision: str = "f
                     pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)).half()})
         with quiet():
             pipeline.save_pretrained(out)
+        for config in out.rglob("*.json"):  # diffusers notes where a component was loaded from: a path on this machine, not for the world
+            content = json.loads(config.read_text())
+            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+                config.write_text(json.dumps(content, indent=2) + "\n")
         write_manifest(out, kind, **manifest)
 
 

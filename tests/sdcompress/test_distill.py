@@ -16,9 +16,9 @@ from sdcompress.data.sources import open_source
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.teacher import LoadedPipeline, load_teacher
+from sdcompress.train.batches import Batches, NoisyBatch, Order
 from sdcompress.train.checkpoint import checkpoints
 from sdcompress.train.config import DistillConfig, load_config
-from sdcompress.train.batches import Batches, NoisyBatch, Order
 from sdcompress.train.distill import distill
 from sdcompress.train.objectives import BlockDistillation, Denoising
 

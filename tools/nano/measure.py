@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 from common import load
 from sdcompress_bench.environment import environment
-from sdcompress_bench.quality import ClipMetric, Share, judge, real_pictures
+from sdcompress_bench.quality import ClipMetric, Share, judge
 from sdcompress_bench.scenario import Prompt
 from train_vae import psnr
 
 from sdcompress import nano
+from sdcompress.data.sources import open_source
 from sdcompress.pipeline import generate, grid
 from sdcompress.teacher import load_teacher
 
@@ -60,8 +61,8 @@ def main() -> None:
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
             images = generate(pipeline, [p.caption for p in prompts], seeds=list(range(len(prompts))), steps=STEPS, guidance_scale=GUIDANCE, batch_size=40)
         result[split] = plain(judge(metric, images, prompts, styles))
-        if split == "heldout":
-            result["heldout_real_pictures"] = plain(judge(metric, *real_pictures(shards[0], prompts), styles))
+        real = {record.caption: record for record in open_source(shards)}
+        result[f"{split}_real_pictures"] = plain(judge(metric, [real[p.caption].picture() for p in prompts], prompts, styles))
         shown += images[:32]
     result |= {"seconds": round(time.time() - started, 1), "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,231 @@
+"""`sdcompress data`"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ._console import ConsoleReporter, card, force_option, json_option, mib, output_option
+from ._training import DATA_HELP, DATA_KNOBS, data_options, data_overrides
+
+if TYPE_CHECKING:
+    from sdcompress.data.config import DataConfig
+    from sdcompress.data.look import Figures, Spread
+
+BAR = 32
+CAPTION_SHOWN = 100
+
+
+@click.group(epilog=f"DATA: {DATA_HELP}")
+def command() -> None:
+    """Look at a data set, cache it for training, or make one with a teacher.
+
+    \b
+      sdcompress data inspect "laion-art/{00000..00099}.tar" --where "aesthetic >= 7.5" --sheet sheet.png
+      sdcompress data cache pictures realistic-vision-v4 -o rv4-cache
+      sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 -o rv4-pictures
+    """
+
+
+@command.command(short_help="What is in it: usable or not, sizes, metadata, captions.")
+@click.argument("data")
+@click.option("--sheet", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE", help="Write up to 64 of its pictures, drawn at random, side by side.")
+@click.option("--limit", type=int, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]")
+@click.option("--decode", is_flag=True, help="Decode every picture, to find those cut in the middle; without it only headers are read.")
+@json_option
+@data_options
+def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_json: bool, **options: Any) -> None:
+    """Say what is in DATA: how much of it is usable, sizes, metadata, captions.
+
+    Memory stays the same for millions of pictures: medians and histograms are those of 10,000 drawn at random where there are more.
+
+    \b
+      sdcompress data inspect nano
+      sdcompress data inspect pictures --min-size 512 --sheet sheet.png
+      sdcompress data inspect "laion-art/*.tar" --where "aesthetic >= 7.5" --limit 100000 --json
+    """
+    import json
+    from dataclasses import asdict
+
+    from sdcompress_engines.errors import UsageError, storage_errors
+
+    from sdcompress.data.look import SMALL_PX, look
+    from sdcompress.data.sources import open_source
+
+    if sheet is not None and sheet.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
+        raise UsageError("is no picture's name", where=sheet, expected="a name ending in .png, .webp or .jpg")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}", expected="1 or more")
+    again = typed_options(options)
+    config = data_config(options)
+    figures, picture = look(open_source(data, config), limit=limit, decode=decode, sheet=sheet is not None, small_px=config.size_px or SMALL_PX, report=ConsoleReporter())
+    if sheet is not None and picture is not None:
+        with storage_errors(sheet):
+            sheet.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(sheet)
+    if as_json:
+        click.echo(json.dumps(asdict(figures)))
+        return
+    for title, spread in (*figures.fields.items(), ("words a caption", figures.caption_words)):
+        if spread is not None:
+            click.echo("\n".join(["", f"{title}: {summary(spread)}, of {spread.count:,} pictures", *bars(spread)]))
+    if figures.captions:
+        click.echo("\n".join(["", "captions:", *(f"  {shortened(caption)}" for caption in figures.captions)]))
+    rows = figure_rows(figures)
+    if sheet is not None:
+        rows.append(("sheet", sheet if picture is not None else "not written: no picture to show"))
+    card(f"data set {figures.name}", rows, None if figures.fault else f"sdcompress data cache {shlex.quote(data)} TEACHER -o cache{again}")
+
+
+@command.command(short_help="Latents and embeddings, once for any number of trainings.")
+@click.argument("data")
+@click.argument("teacher")
+@output_option("Folder of the cache; a stopped build of it is taken up.")
+@force_option
+@data_options
+def cache(data: str, teacher: str, output: Path, force: bool, **options: Any) -> None:
+    """Encode DATA once with TEACHER's VAE and text encoder, for any number of trainings.
+
+    A stopped build goes on when typed again. `torchrun` or `accelerate launch` shares the work among GPUs.
+
+    \b
+      sdcompress data cache nano nano -o nano-cache
+      sdcompress data cache "laion-art/{00000..00099}.tar" realistic-vision-v4 --where "aesthetic >= 7.5" --flip -o rv4-cache
+    """
+    import time
+
+    from sdcompress_engines.manifest import check_free, read_manifest
+
+    from sdcompress.data.cache import build_cache
+    from sdcompress.data.sources import open_source
+    from sdcompress.teacher import load_teacher
+
+    again = typed_options(options)
+    config = data_config(options)
+    source = open_source(data, config)
+    check_free(output, force)
+    loaded = load_teacher(teacher)
+    started = time.monotonic()
+    build_cache(source, loaded, output, config.size_px, config=config, force=force, report=ConsoleReporter())
+    manifest = read_manifest(output)
+    figures = manifest.figures if manifest else {}
+    left_out = {"skipped": figures.get("skipped"), "filtered out": figures.get("filtered")}
+    card(
+        f"cache of {source.name} for {loaded.name}",
+        [
+            ("cache", output),
+            ("pictures", f"{figures['pictures']:,}" + (f" ({figures['duplicates']:,} duplicates left out)" if figures["duplicates"] else "")),
+            ("captions", f"{figures['captions']:,}"),
+            ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
+            *((name, "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())) for name, counts in left_out.items() if counts),
+            ("time", f"{time.monotonic() - started:.0f} s"),
+        ],
+        f"sdcompress distill {shlex.quote(teacher)} --data {shlex.quote(data)} --cache {shlex.quote(str(output))}{again} -o student",
+    )
+
+
+@command.command(short_help="A data set of a teacher's own pictures.")
+@click.argument("teacher")
+@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Prompts, one a line; picture i shows prompt i mod their number.")
+@click.option("-n", "--count", type=int, required=True, metavar="N", help="Pictures to make.")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures drawn at once: more is faster, and takes more memory.")
+@click.option("--steps", type=int, default=25, show_default=True, help="Denoising steps.")
+@click.option("--guidance", type=float, default=7.5, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--size", "size_px", type=int, default=None, metavar="PX", help="Side of the pictures.  [default: the teacher's own]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next has the next seed.")
+@click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")
+@click.option("--format", "picture_format", type=click.Choice(["webp", "png"]), default="webp", show_default=True, help="webp (quality 95) takes a fraction of the disk; png loses nothing.")
+@output_option("Folder of the data set; a stopped run of the same settings goes on in it.")
+@click.option("--force", is_flag=True, help="Replace the folder where it holds something else, or a set of other settings.")
+def generate(
+    teacher: str, prompts_file: Path, count: int, batch_size: int, steps: int, guidance: float, size_px: int | None, seed: int, backend: str, picture_format: Any, output: Path, force: bool
+) -> None:
+    """Make a data set of TEACHER's own pictures: image files with metadata.jsonl, which `distill --data` takes.
+
+    Stopped anywhere and typed again, it goes on and ends with the very same files.
+
+    \b
+      sdcompress data generate nano --prompts prompts.txt -n 200 -o nano-pictures
+      sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --steps 30 --backend trt -o rv4-pictures
+    """
+    from sdcompress.data.generate import GenerateSettings, generate_dataset, is_export, read_prompts
+
+    settings = GenerateSettings(count, batch_size, steps, guidance, size_px, seed, backend, picture_format)
+    settings.check()
+    made = generate_dataset(teacher, read_prompts(prompts_file), output, settings, force=force, report=ConsoleReporter())
+    figures = made.manifest.figures
+    card(
+        f"data set drawn by {teacher}",
+        [
+            ("data set", output),
+            ("pictures", f"{figures['pictures']:,} of {figures['width_px']} x {figures['height_px']} px" + (f" ({figures['pictures'] - made.drawn:,} were there)" if made.drawn < figures["pictures"] else "")),
+            ("prompts", f"{figures['prompts']:,}"),
+            ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
+            ("time", f"{made.seconds:.0f} s" + (f", {made.drawn / made.seconds:.2f} pictures/s" if made.drawn else "")),
+        ],
+        f"sdcompress distill {'TEACHER' if is_export(teacher) else shlex.quote(teacher)} --data {shlex.quote(str(output))} -o student",
+    )
+
+
+def data_config(options: dict[str, Any]) -> DataConfig:
+    """The data options as a configuration; they are taken out of `options`.
+
+    Raises:
+        UsageError: values that cannot be; all faults in one message.
+    """
+    from sdcompress.train.config import TrainConfig, load_config
+
+    return load_config(TrainConfig, None, {"data": data_overrides(options)}).data
+
+
+def typed_options(options: dict[str, Any]) -> str:
+    """The data options that were given, as they go into the next command; each begins with a space."""
+    text = ""
+    for parameter in click.get_current_context().command.params:
+        value = options.get(parameter.name or "")
+        if parameter.name in DATA_KNOBS and value not in (None, (), False):
+            for one in value if isinstance(value, tuple) else (value,):
+                text += f" {parameter.opts[0]}" + ("" if one is True else f" {shlex.quote(str(one))}")
+    return text
+
+
+def figure_rows(figures: Figures) -> list[tuple[str, object]]:
+    """The rows of the card: what is usable, what is not and why, and the sizes."""
+    rows: list[tuple[str, object]] = [("usable", f"{figures.usable:,} pictures")]
+    unusable = sum(found.count for found in figures.unusable.values())
+    rows.append(("unusable", f"{unusable:,}" + (f" ({unusable / (unusable + figures.usable):.1%})" if unusable else "")))
+    rows += [(f"  {reason}", f"{found.count:,}: {', '.join(found.examples)}" + (", ..." if found.count > len(found.examples) else "")) for reason, found in figures.unusable.items()]
+    if figures.filtered:
+        rows.append(("filtered out", f"{sum(figures.filtered.values()):,}"))
+    rows += [(f"  {reason}", f"{count:,}") for reason, count in figures.filtered.items()]
+    rows += [(name, summary(spread)) for name, spread in (("width, px", figures.width_px), ("height, px", figures.height_px), ("aspect", figures.aspect)) if spread]
+    if figures.usable:
+        rows.append((f"under {figures.small_px} px", f"{figures.small:.1%} by the short side"))
+    if figures.fault:
+        rows.append(("training", f"would stop: {figures.fault}"))
+    return rows
+
+
+def number(value: float) -> str:
+    """Whole, or with four digits that count."""
+    return f"{value:,.0f}" if abs(value) < 1e15 and (abs(value) >= 1000 or value == int(value)) else f"{value:.4g}"
+
+
+def summary(spread: Spread) -> str:
+    return number(spread.least) if spread.least == spread.most else f"{number(spread.least)} to {number(spread.most)}, median {number(spread.median)}"
+
+
+def bars(spread: Spread) -> list[str]:
+    """A histogram as lines of text; nothing for a field of one value."""
+    if len(spread.histogram) == 1:
+        return []
+    highest = max(share for _, _, share in spread.histogram)
+    return [f"  {number(low):>10} – {number(high):<10} {'█' * round(BAR * share / highest):<{BAR}} {share:6.1%}" for low, high, share in spread.histogram]
+
+
+def shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= CAPTION_SHOWN else f"{text[: CAPTION_SHOWN - 1]}…"

@@ -1,0 +1,149 @@
+"""The model card says what the manifest says: teacher, plan, counts, data, losses, licence, and code that names the repository."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from sdcompress_engines.errors import ArtifactError, ModelError, PlanError
+from sdcompress_engines.manifest import MANIFEST_NAME
+
+from sdcompress.data.cache import build_cache
+from sdcompress.data.sources import open_source
+from sdcompress.model_card import finished, model_card
+from sdcompress.prune.plan import make_plan
+from sdcompress.prune.student import count_parameters
+from sdcompress.teacher import load_teacher
+from sdcompress.train.config import DistillConfig, FinetuneConfig, LoraConfig, load_config
+from sdcompress.train.distill import distill
+from sdcompress.train.finetune import finetune
+from sdcompress.train.lora import train_lora
+
+PROMPT = "a flat icon of a wine glass"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictures: Path) -> dict[str, Path]:
+    """What one step each of distill, finetune and lora train leaves on disk."""
+    folder = tmp_path_factory.mktemp("trained")
+    data = folder / "data"
+    data.mkdir()
+    for name in ("00.png", "00.txt", "01.png", "01.txt"):
+        shutil.copyfile(pictures / name, data / name)
+    teacher = load_teacher(random_folder)
+    cache = build_cache(open_source(str(data)), teacher, folder / "cache")
+    given: dict[str, Any] = {"steps": 1, "batch_size": 2, "validation_prompts": (PROMPT,), "sample_every": 0}
+    plan = make_plan(dict(teacher.pipeline.unet.config), "bk-tiny")
+    distill(teacher, plan, cache, load_config(DistillConfig, None, given | {"output_kd_weight": 0.5, "ema_decay": 0.9}), folder / "student")
+    finetune(teacher, cache, load_config(FinetuneConfig, None, given), folder / "finetuned")
+    train_lora(teacher, cache, load_config(LoraConfig, None, given | {"rank": 3}), folder / "style")
+    return {"student": folder / "student/pipeline", "finetuned": folder / "finetuned/pipeline", "lora": folder / "style/lora"}
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, matter, _ = card.split("---\n", 2)
+    found = yaml.safe_load(matter)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_student_card_says_what_was_removed_and_what_it_was_made_from(trained: dict[str, Path], random_pipeline: Any) -> None:
+    from diffusers import UNet2DConditionModel
+
+    folder = trained["student"]
+    card = model_card(folder, "me/random-tiny")
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    before, after = count_parameters(random_pipeline.unet), count_parameters(UNet2DConditionModel.from_pretrained(folder / "unet"))
+    assert f"| teacher | {before:,} |\n| this model | {after:,} |" in card
+    assert "| level 0 (48 channels) | down pairs 1; up pairs 1 | down pairs 0; up pairs 0, 2 |" in card
+    assert "| level 3 (96 channels) | all | nothing |" in card
+    assert "| mid block | all | nothing |" in card
+    assert manifest["inputs"]["teacher"] in card
+    assert manifest["inputs"]["data"] in card
+    assert "against the teacher's prediction | 0.5 |" in card
+    assert "against the teacher's block outputs | 1 |" in card
+    assert f"| last task_loss | {manifest['figures']['losses']['task_loss']:.4f} |" in card
+    assert "| steps | 1 of 2 pictures (2 seen) |" in card
+    assert "| moving average of the weights | 0.9 |" in card
+    assert 'from_pretrained("me/random-tiny"' in card
+    assert "sdcompress export me/random-tiny" in card
+
+
+@pytest.mark.parametrize("kind", ["student", "finetuned", "lora"])
+def test_the_front_matter_is_what_the_hub_reads(trained: dict[str, Path], kind: str) -> None:
+    matter = front_matter(model_card(trained[kind], "me/thing", "creativeml-openrail-m", base_model="org/teacher"))
+    assert matter["license"] == "creativeml-openrail-m"
+    assert matter["base_model"] == "org/teacher"
+    assert matter["library_name"] == "diffusers"
+    assert matter["pipeline_tag"] == "text-to-image"
+    assert "sdcompress" in matter["tags"]
+    assert ("lora" in matter["tags"]) == (kind == "lora")
+
+
+def test_a_teacher_that_is_a_folder_is_no_base_model_on_the_hub(trained: dict[str, Path]) -> None:
+    assert "base_model" not in front_matter(model_card(trained["student"], "me/thing"))
+
+
+def test_a_licence_that_was_not_given_has_to_be_checked(trained: dict[str, Path]) -> None:
+    card = model_card(trained["student"], "me/thing")
+    assert front_matter(card)["license"] == "other"
+    assert "To be checked" in card
+    assert "To be checked" not in model_card(trained["student"], "me/thing", "apache-2.0")
+
+
+def test_a_lora_card_loads_it_by_its_file(trained: dict[str, Path]) -> None:
+    card = model_card(trained["lora"], "me/style", base_model="org/teacher")
+    assert 'from_pretrained("org/teacher"' in card
+    assert 'load_lora_weights("me/style", weight_name="lora.safetensors")' in card
+    assert (trained["lora"] / "lora.safetensors").is_file()
+    assert (trained["lora"] / "lora-kohya.safetensors").is_file()
+    assert "rank 3 (alpha 3) for the layers to_q" in card
+
+
+def test_the_code_of_a_card_runs(trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = model_card(trained["student"], "me/thing").split("```python\n")[1].split("```")[0]
+    code = code.replace("me/thing", str(trained["student"])).replace("num_inference_steps=25", "num_inference_steps=1")
+    exec(compile(code, "card", "exec"), {})
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (128, 128)
+
+
+def test_the_newest_samples_are_shown_with_their_prompts(trained: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(trained["student"], tmp_path / "run/pipeline")
+    folder = tmp_path / "run/pipeline"
+    assert "samples.webp" not in model_card(folder, "me/thing")
+    (tmp_path / "run/samples").mkdir()
+    for step in (90, 180):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"run/samples/step-{step:06d}.webp")
+    assert finished(folder).samples == tmp_path / "run/samples/step-000180.webp"
+    card = model_card(folder, "me/thing")
+    assert "![samples](samples.webp)" in card
+    assert f"- {PROMPT}" in card
+
+
+def test_what_was_not_trained_here_gets_no_card(random_folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"no sdcompress\.json"):
+        model_card(random_folder, "me/thing")
+
+
+@pytest.mark.parametrize(("change", "error"), [({"plan": {}}, PlanError), ({"train": None}, ArtifactError), ({"plan": None}, PlanError)])
+def test_a_manifest_that_does_not_say_what_was_done_is_refused(trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], error: type[Exception]) -> None:
+    folder = tmp_path / "pipeline"
+    shutil.copytree(trained["student"], folder)
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"config": manifest["config"] | change}))
+    with pytest.raises(error):
+        model_card(folder, "me/thing")
+
+
+def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
+    manifest = json.loads((trained["student"] / MANIFEST_NAME).read_text())
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"kind": "engine"}))
+    with pytest.raises(ModelError, match="kind 'engine'"):
+        model_card(tmp_path, "me/thing")
