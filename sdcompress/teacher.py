@@ -105,8 +105,9 @@ def load_teacher(name_or_path: str | Path) -> LoadedPipeline:
     else:
         pipeline = _load_folder(folder)
     pipeline.set_progress_bar_config(disable=True)
-    name = str(name_or_path) if str(name_or_path) in BUILT_IN else display_name(folder)
-    return LoadedPipeline(name, pipeline, sha256_of(folder), folder)
+    given = str(name_or_path)
+    from_hub = folder.is_dir() and not Path(given).expanduser().exists()
+    return LoadedPipeline(given if given in BUILT_IN or from_hub else display_name(folder), pipeline, sha256_of(folder), folder)
 
 
 def _load_folder(folder: Path) -> DiffusionPipeline:
@@ -209,7 +210,7 @@ def refuse_student(unet_config: Mapping[str, Any], where: str | Path) -> None:
 
     kind = student_of(unet_config)
     if kind is not None:
-        family = FAMILIES.get(family_of(unet_config), "an unknown family")
+        family = FAMILIES[family_of(unet_config)]
         raise ModelError(
             f"is a student already ({kind} of {family}): blocks are missing that a teacher must have", where=where, expected="a whole teacher", hint="sdcompress finetune trains a student further as it is"
         )

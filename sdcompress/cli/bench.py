@@ -123,25 +123,21 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _model(text: str) -> ModelUnderTest:
     """From `MODEL` or `NAME=MODEL`; a training folder's `metrics.jsonl` comes along."""
     from sdcompress_bench.scenario import ModelUnderTest
-    from sdcompress_engines.manifest import sha256_tree
-
-    from sdcompress.teacher import BUILT_IN, display_name, resolve
+    from sdcompress.teacher import BUILT_IN, display_name, resolve, sha256_of
 
     given, _, source = text.rpartition("=")
     folder = resolve(source)
     name = given or (source if source in BUILT_IN else display_name(folder))
     metrics = folder.parent / "metrics.jsonl"
-    return ModelUnderTest(name, folder, sha256=sha256_tree(folder), metrics=metrics if metrics.is_file() else None)
+    return ModelUnderTest(name, folder, sha256=sha256_of(folder), metrics=metrics if metrics.is_file() else None)
 
 
 def _own_size(text: str) -> int:
     """Side in pixels that the model was made for: its UNet's sample_size × its VAE's reduction."""
-    import json
-
-    from sdcompress.teacher import resolve, unet_config
+    from sdcompress.teacher import component_config, unet_config
 
     source = text.rpartition("=")[2]
-    vae = json.loads((resolve(source) / "vae/config.json").read_text())
+    vae = component_config(source, "vae")
     return int(unet_config(source)["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
 
 

@@ -164,7 +164,7 @@ def generate(
             ("pictures", f"{figures['pictures']:,} of {figures['width_px']} x {figures['height_px']} px" + (f" ({figures['pictures'] - made.drawn:,} were there)" if made.drawn < figures["pictures"] else "")),
             ("prompts", f"{figures['prompts']:,}"),
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
-            ("time", f"{made.seconds:.0f} s" + (f", {made.drawn / made.seconds:.2f} pictures/s" if made.drawn else "")),
+            ("time", f"{made.seconds:.0f} s"),
         ],
         f"sdcompress distill {'TEACHER' if is_export(teacher) else shlex.quote(teacher)} --data {shlex.quote(str(output))} -o student",
     )

@@ -78,7 +78,7 @@ def _pipeline_facts(index: dict[str, Any], unet: dict[str, Any], prediction_type
         "class": index.get("_class_name"),
         "family": family,
         "student": student,
-        "student_of": None if student is None else FAMILIES.get(family, "an unknown family"),
+        "student_of": None if student is None else FAMILIES[family],
         "prediction_type": prediction_type,
         "unet_parameters": count_parameters(meta_unet({k: v for k, v in unet.items() if not k.startswith("_")})),
         "parameters": parameters,

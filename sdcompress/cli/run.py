@@ -69,7 +69,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
 
     from sdcompress.data.sources import open_source
     from sdcompress.prune.plan import read_plan
-    from sdcompress.teacher import load_teacher, unet_config
+    from sdcompress.teacher import load_teacher, refuse_student, unet_config
     from sdcompress.train.config import DistillConfig, load_config
 
     capability = None
@@ -80,7 +80,9 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
         except ValueError as error:
             raise UsageError(f"--compute-capability {compute_capability!r}", expected="major.minor, such as 8.9") from error
     config = load_config(DistillConfig, recipe, overrides)
-    chosen = {plan.name if plan.name != "custom" else Path(name).stem: plan for name in plans for plan in [read_plan(name, unet_config(teacher))]}
+    theirs = unet_config(teacher)
+    refuse_student(theirs, teacher)
+    chosen = {plan.name if plan.name != "custom" else Path(name).stem: plan for name in plans for plan in [read_plan(name, theirs)]}
     source = open_source(data, config.data)
     if force or not (output / MARKER).is_file():
         check_free(output, force)

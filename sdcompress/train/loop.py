@@ -207,6 +207,9 @@ def train(
         raise TrainingError("ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes", expected="--set ema_decay=0, or DDP")
     found = saved.newest()
     start = found[0] if found else 0
+    seen = accelerator.gather(torch.tensor([start], device=accelerator.device))
+    if int(seen.min()) != int(seen.max()):
+        raise TrainingError("the processes see different checkpoints", where=output, expected="an output folder that every machine shares")
     trained.train()
     if config.gradient_checkpointing:
         for module in trained.modules():

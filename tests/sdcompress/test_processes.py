@@ -25,7 +25,7 @@ from sdcompress.train.checkpoint import checkpoints, is_whole
 
 STEPS = 24
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "sdcompress"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdcompress"]
 ALONE = [sys.executable, "-m", "sdcompress"]
 
 

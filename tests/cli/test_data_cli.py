@@ -1,0 +1,125 @@
+"""`sdcompress data` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdcompress.cli import main
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run `sdcompress ARGS` in this process: exit code, stdout, stderr."""
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, args)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+def one_line(err: str) -> str:
+    lines = [line for line in err.splitlines() if line.startswith("sdcompress: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", ["inspect", "cache", "generate"])
+def test_every_subcommand_teaches_with_an_example(cli: Cli, name: str) -> None:
+    code, out, _ = cli("data", name, "--help")
+    assert code == 0
+    assert f"sdcompress data {name}" in out
+
+
+def test_inspect_for_people_and_for_programs(cli: Cli, pictures: Path, tmp_path: Path) -> None:
+    code, out, err = cli("data", "inspect", pictures, "--size", 64, "--flip", "--sheet", tmp_path / "sheets/a.png")
+    assert code == 0, err
+    assert "24 pictures" in out
+    assert out.splitlines()[-1] == f"next: sdcompress data cache {pictures} TEACHER -o cache --size 64 --flip"
+    with Image.open(tmp_path / "sheets/a.png") as sheet:
+        assert sheet.size == (8 * 172, 3 * 172)
+    code, out, _ = cli("data", "inspect", pictures, "--json", "--limit", 5)
+    figures = json.loads(out)
+    assert figures["usable"] == 5
+    assert figures["width_px"]["median"] == 128
+    assert figures["fault"] is None
+
+
+def test_inspect_says_when_training_would_stop(cli: Cli, tmp_path: Path) -> None:
+    Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
+    code, out, _ = cli("data", "inspect", tmp_path)
+    assert code == 0
+    assert "no captioned picture" in out
+    assert "next:" not in out
+
+
+def test_cache_is_made_counted_and_taken_by_distill(cli: Cli, pictures: Path, random_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    data = shutil.copytree(pictures, tmp_path / "data")
+    for suffix in ("png", "txt"):
+        shutil.copy(data / f"00.{suffix}", data / f"again.{suffix}")
+    options = ["--size", 64, "--flip"]
+    code, out, err = cli("data", "cache", data, random_folder, "-o", tmp_path / "cache", *options)
+    assert code == 0, err
+    assert "24 (1 duplicates left out)" in out
+    assert "bytes a picture" in out
+    typed = out.splitlines()[-1].removeprefix("next: sdcompress ").split()
+    assert typed[0] == "distill"
+    code, _, err = cli(*typed[:-1], tmp_path / "student", "--steps", 1, "--batch-size", 2)
+    assert code == 0, err
+    code, _, err = cli("data", "cache", data, random_folder, "-o", tmp_path / "cache", *options)
+    assert code == 1
+    assert "--force" in one_line(err)
+
+
+def test_generate_makes_what_inspect_reads(cli: Cli, random_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    command = ["data", "generate", random_folder, "--prompts", tmp_path / "prompts.txt", "-n", 3, "--steps", 2, "--size", 64, "--batch-size", 2, "-o", tmp_path / "made"]
+    code, out, err = cli(*command)
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"next: sdcompress distill {random_folder} --data {tmp_path / 'made'} -o student"
+    code, out, err = cli(*command)
+    assert code == 0
+    assert "there already" in err
+    code, out, _ = cli("data", "inspect", tmp_path / "made", "--json")
+    assert json.loads(out)["usable"] == 3
+    assert json.loads(out)["fields"]["seed"]["most"] == 2
+    code, _, err = cli(*command, "--seed", 5)
+    assert code == 1
+    assert "seed: 0 there, 5 here" in one_line(err)
+
+
+def test_mistakes_are_one_line(cli: Cli, random_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n")
+    generate = ["data", "generate", random_folder, "-o", tmp_path / "out", "--prompts"]
+    for arguments, code, told in (
+        ([*generate, prompts, "-n", 1], 1, "holds no prompt"),
+        ([*generate, tmp_path / "gone", "-n", 1], 2, "does not exist"),
+        ([*generate, prompts, "-n", 0], 2, "0 pictures"),
+        ([*generate, prompts, "-n", 1, "--size", 65], 2, "65 px"),
+        ([*generate, prompts, "-n", 1, "--backend", "coreml"], 2, "onnxruntime"),
+        (["data", "inspect", pictures, "--size", 65], 2, "data.size_px"),
+        (["data", "inspect", pictures, "--where", "score is 3"], 2, "--where"),
+        (["data", "inspect", pictures, "--sheet", "a.txt"], 2, "no picture's name"),
+        (["data", "inspect", pictures, "--limit", 0], 2, "--limit"),
+        (["data", "inspect", tmp_path / "gone"], 2, "does not exist"),
+        (["data", "cache", pictures, tmp_path / "gone", "-o", tmp_path / "out"], 2, "does not exist"),
+    ):
+        found, _, err = cli(*arguments)
+        assert found == code, (arguments, err)
+        assert told in one_line(err)
+    assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
