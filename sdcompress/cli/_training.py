@@ -25,8 +25,9 @@ _DATA_OPTIONS = (
     click.option("--crop", type=click.Choice(["center", "random"]), default=None, help="Where pictures are cropped."),
     click.option("--views", type=int, default=None, help="With --crop random: crops kept of each picture."),
     click.option("--flip", is_flag=True, default=None, help="Mirrored pictures too."),
+    click.option("--max-unusable", type=float, default=None, metavar="SHARE", help="Stop where more pictures than this are broken or without a caption.  [default: 0.05]"),
 )
-DATA_KNOBS = ("size_px", "where", "min_size_px", "max_aspect", "captions", "buckets", "crop", "views", "flip")
+DATA_KNOBS = ("size_px", "where", "min_size_px", "max_aspect", "captions", "buckets", "crop", "views", "flip", "max_unusable")
 _TRAINING_OPTIONS = (
     click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
     click.option("--cache", "cache_folder", type=click.Path(path_type=Path), default=None, metavar="DIR", help="Latents and text embeddings; made here if not there.  [default: beside the output, DIR-cache]"),

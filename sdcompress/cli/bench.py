@@ -35,7 +35,7 @@ QUICK = {"rounds": 1, "samples": 6, "end_to_end_samples": 3, "stage_budget_s": 2
 @click.option("--size", "size_px", type=click.IntRange(64), metavar="PX", help="Side of the pictures. [default: the teacher's own]")
 @click.option("--batch", default="1", show_default=True, metavar="N[,N]", help="Pictures at once; each size is a row.")
 @click.option("--steps", type=click.IntRange(1), default=25, show_default=True, help="Sampling steps.")
-@click.option("--guidance", type=float, default=7.5, show_default=True, help="Guidance scale; at 1 or less the UNet runs once a step, not twice.")
+@click.option("--guidance", type=float, default=None, help="Guidance scale; at 1 or less the UNet runs once a step, not twice.  [default: 7.5; nano and its students 4]")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), metavar="FILE", help="Captions, one a line.")
 @click.option("--prompt-count", type=click.IntRange(1), metavar="N", help="How many prompts the quality figures take. [default: all of FILE; 200 held-out ones for nano]")
 @click.option("--metric", type=click.Path(path_type=Path), metavar="DIR", help="A CLIP (transformers folder) that judges the pictures. [default: nano-CLIP for nano]")
@@ -45,7 +45,7 @@ QUICK = {"rounds": 1, "samples": 6, "end_to_end_samples": 3, "stage_budget_s": 2
 @force_option
 @json_option
 def command(
-    models: tuple[str, ...], output: Path, backends: str | None, size_px: int | None, batch: str, steps: int, guidance: float, prompts_file: Path | None, prompt_count: int | None,
+    models: tuple[str, ...], output: Path, backends: str | None, size_px: int | None, batch: str, steps: int, guidance: float | None, prompts_file: Path | None, prompt_count: int | None,
     metric: Path | None, seed: int, rounds: int, quick: bool, force: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure latency, memory and quality of MODELs on every backend, and write a report.
@@ -68,6 +68,8 @@ def command(
     from sdcompress_bench.scenario import Suite
     from sdcompress_bench.suite import run_suite
 
+    from sdcompress.pipeline import default_guidance_scale
+
     tested = tuple(_model(text) for text in models)
     prompts, judged = _prompts(models[0], prompts_file, prompt_count or (40 if quick else 200), seed)
     metric = metric or judged.pop("metric", None)
@@ -75,7 +77,7 @@ def command(
     gpu = torch.cuda.is_available()
     suite = Suite(
         models=tested, backends=chosen, precision="fp16" if gpu else "fp32", device="cuda" if gpu else "cpu", size_px=size_px or _own_size(models[0]), batch=batches, steps=steps,
-        guidance_scale=guidance, prompts=prompts, seed=seed, quality_pictures=min(len(prompts), prompt_count or len(prompts)) if metric else 0, metric=metric, **judged, **effort,
+        guidance_scale=default_guidance_scale(_own_size(models[0])) if guidance is None else guidance, prompts=prompts, seed=seed, quality_pictures=min(len(prompts), prompt_count or len(prompts)) if metric else 0, metric=metric, **judged, **effort,
     )  # fmt: skip
     results = run_suite(suite, output, ConsoleReporter(), force, skipped=skipped, command=_again())
     if as_json:

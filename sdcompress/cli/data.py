@@ -133,7 +133,7 @@ def cache(data: str, teacher: str, output: Path, force: bool, **options: Any) ->
 @click.option("-n", "--count", type=int, required=True, metavar="N", help="Pictures to make.")
 @click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures drawn at once: more is faster, and takes more memory.")
 @click.option("--steps", type=int, default=25, show_default=True, help="Denoising steps.")
-@click.option("--guidance", type=float, default=7.5, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--guidance", type=float, default=7.5, show_default=True, help="Classifier-free guidance scale; 1 is none; nano wants 4.")
 @click.option("--size", "size_px", type=int, default=None, metavar="PX", help="Side of the pictures.  [default: the teacher's own]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next has the next seed.")
 @click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")

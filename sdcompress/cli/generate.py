@@ -14,13 +14,13 @@ from ._console import ConsoleReporter, card
 @click.argument("prompt")
 @click.option("--negative-prompt", default=None, help="What the picture should not show.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=25, show_default=True, help="Denoising steps.")
-@click.option("--guidance", type=float, default=7.5, show_default=True, help="Classifier-free guidance scale; 1 is none.")
+@click.option("--guidance", type=float, default=None, help="Classifier-free guidance scale; 1 is none.  [default: 7.5; nano and its students 4]")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--size", "size_px", type=int, default=None, metavar="PX", help="Side of the picture. Default: the model's own.")
 @click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="LoRA made for this model, in diffusers' or kohya's naming; repeat for more.")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("out.png"), show_default=True, metavar="FILE")
-def command(model: str, prompt: str, negative_prompt: str | None, steps: int, guidance: float, seed: int, size_px: int | None, backend: str, loras: tuple[str, ...], output: Path) -> None:
+def command(model: str, prompt: str, negative_prompt: str | None, steps: int, guidance: float | None, seed: int, size_px: int | None, backend: str, loras: tuple[str, ...], output: Path) -> None:
     """Make a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
 
     \b

@@ -192,6 +192,8 @@ def _bench(stages: _Stages, tested: tuple[Any, ...], teacher: str, size_px: int,
     from sdcompress_bench.scenario import Suite
     from sdcompress_bench.suite import run_suite
 
+    from sdcompress.pipeline import default_guidance_scale
+
     from .bench import QUICK, _again, _backends, _prompts
 
     backends, skipped = _backends(None)
@@ -200,7 +202,7 @@ def _bench(stages: _Stages, tested: tuple[Any, ...], teacher: str, size_px: int,
     effort: dict[str, Any] = QUICK if quick else {}
     suite = Suite(
         models=tested, backends=backends, precision="fp16" if gpu else "fp32", device="cuda" if gpu else "cpu", size_px=size_px,
-        prompts=prompts, quality_pictures=len(prompts) if metric else 0, metric=metric, **judged, **effort,
+        guidance_scale=default_guidance_scale(size_px), prompts=prompts, quality_pictures=len(prompts) if metric else 0, metric=metric, **judged, **effort,
     )  # fmt: skip
     stages("measure and write the report", folder, "results", {model.name: model.sha256 for model in tested}, lambda: run_suite(suite, folder, report, force=True, skipped=skipped, command=_again()))
     return read_results(folder / "results.json")

@@ -81,8 +81,8 @@ def to_view(picture: Image.Image, width: int, height: int, place: tuple[float, f
     if place == (0.5, 0.5):
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
     picture = picture.crop((left, top, left + width, top + height))
-    array = np.asarray(ImageOps.mirror(picture) if flip else picture, dtype=np.float32)
-    return View(torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1, (original[1], original[0], top, left, height, width))
+    array = np.asarray(ImageOps.mirror(picture) if flip else picture, dtype=np.float32) / np.float32(127.5) - 1
+    return View(torch.from_numpy(array).permute(2, 0, 1), (original[1], original[0], top, left, height, width))
 
 
 def to_pixels(picture: Image.Image, size_px: int) -> torch.Tensor:

@@ -146,7 +146,7 @@ class Skipped:
         if self.read == 0:
             raise DataError(f"holds no captioned picture{f' ({examples})' if examples else ''}", where=str(where), expected="pictures with captions: a .txt beside each, metadata.jsonl / metadata.csv, or webdataset shards")
         if self.count > limit * (self.read + self.count):
-            raise DataError(f"{self.count} of {self.read + self.count} pictures cannot be used: {examples}", where=str(where), expected=f"at most {limit:.0%}", hint="--set data.max_unusable=SHARE, if that is fine")
+            raise DataError(f"{self.count} of {self.read + self.count} pictures cannot be used: {examples}", where=str(where), expected=f"at most {limit:.0%}", hint="--max-unusable SHARE, if that is fine")
 
 
 class Source:

@@ -160,7 +160,8 @@ class Feed:
     def __init__(self, batches: Batches, config: TrainConfig, accelerator: Accelerator) -> None:
         self.batches, self.config, self.accelerator = batches, config, accelerator
         self.share = config.batch_size // (config.gradient_accumulation * accelerator.num_processes)
-        self.pool = ThreadPoolExecutor(1)
+        # One thread for its sums too: a second pool of OpenMP threads, spinning beside the first, was seen to halve a CPU's speed.
+        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.waited_s = 0.0
 
     def _positions(self, part: int) -> range:

@@ -23,10 +23,10 @@ from train_vae import psnr
 
 from sdcompress import nano
 from sdcompress.data.sources import open_source
-from sdcompress.pipeline import generate, grid
+from sdcompress.pipeline import default_guidance_scale, generate, grid
 from sdcompress.teacher import load_teacher
 
-STEPS, GUIDANCE = 25, 7.5
+STEPS, GUIDANCE = 25, default_guidance_scale(128)
 
 
 def plain(figures: dict) -> dict:
