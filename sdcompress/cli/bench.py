@@ -125,6 +125,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _model(text: str) -> ModelUnderTest:
     """From `MODEL` or `NAME=MODEL`; a training folder's `metrics.jsonl` comes along."""
     from sdcompress_bench.scenario import ModelUnderTest
+
     from sdcompress.teacher import BUILT_IN, display_name, resolve, sha256_of
 
     given, _, source = text.rpartition("=")

@@ -275,6 +275,10 @@ def build_cache(
             state.wait_for_everyone()
             if state.is_main_process:
                 _finish(partial, output, source, teacher, identity, encoder, config, report)
+        except BaseException:
+            if state.is_main_process and not any(partial.glob("unit-*.json")):  # nothing to go on with
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         finally:
             pipeline.vae.to("cpu")
         state.wait_for_everyone()
@@ -403,7 +407,7 @@ def _finish(partial: Path, output: Path, source: Source, teacher: LoadedPipeline
         for name, tensor in ours.items():
             columns.setdefault(name, []).append(tensor)
     if total.read == 0:
-        shutil.rmtree(partial)  # nothing to go on with
+        shutil.rmtree(partial)
     total.check(source.name, config.max_unusable)
     index = {name: torch.cat(parts) for name, parts in columns.items()}
     _, first_seen = np.unique(index.pop("digest").numpy(), axis=0, return_index=True)
