@@ -70,8 +70,30 @@ def latency() -> str:
     return "\n".join(lines) + "\n"
 
 
+def adapting() -> str:
+    """nano-tiny before and after a LoRA and a finetuning; LoRA steps on student and teacher."""
+    found = load("adapting-nano.json")
+    lines = [f"nano-tiny learns a word it has never seen (\"{found['word']} ...\" for line drawings), {found['prompts']} held-out prompts:", "", "| | drawn as the word asks | steps | seconds |", "|---|---|---|---|"]
+    for name, row in found["rows"].items():
+        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
+        lines.append(f"| {name} | {row['style_accuracy']:.0%} | {row.get('steps', '–')} | {seconds} |")
+    speed = {name: statistics.median(values) for name, values in found["lora_steps_per_s"].items()}
+    lines += ["", f"LoRA training runs at {speed['nano-tiny']:.1f} steps a second on the student and {speed['nano']:.1f} on the teacher: {found['lora_student_over_teacher']:.2f} times as fast."]
+    return "\n".join(lines) + "\n"
+
+
+def training() -> str:
+    """Our loop beside one in the public scripts' manner."""
+    found = load("training-peers-nano.json")
+    lines = [f"Distilling nano on the same two cores, batch {found['settings']['batch']}, in turn, median of {found['settings']['rounds']} rounds:", "", "| loop | pictures a second | peak memory, MiB |", "|---|---|---|"]
+    for name, label in (("public manner", "the public scripts' manner: VAE and text encoder at every step"), ("ours", "ours, from its cache")):
+        memory = statistics.median(row["peak_memory_mib"] for row in found["rounds"][name])
+        lines.append(f"| {label} | {found['samples_per_s'][name]:.1f} | {memory:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def section() -> str:
-    return "\n".join(part() for part in (nano, distillation, latency))
+    return "\n".join(part() for part in (nano, distillation, adapting, training, latency))
 
 
 def updated(readme: str) -> str:

@@ -84,7 +84,7 @@ def test_the_judge_is_not_what_conditions() -> None:
     assert not any(torch.equal(judge[k].float(), conditioning[k].float()) for k in judge if judge[k].ndim > 1)
 
 
-@pytest.mark.parametrize(("name", "key"), [("nano-teacher.json", "sha256"), ("distillation-nano.json", "teacher_sha256")])
+@pytest.mark.parametrize(("name", "key"), [("nano-teacher.json", "sha256"), ("distillation-nano.json", "teacher_sha256"), ("adapting-nano.json", "teacher_sha256")])
 def test_results_are_of_the_teacher_that_ships(name: str, key: str) -> None:
     assert json.loads((RESULTS / name).read_text())[key] == sha256_tree(nano.teacher_folder())
 
