@@ -1,7 +1,7 @@
 """Train nano's UNet on cached latents and text embeddings, resumable.
 
     python tools/nano/train_unet.py --work build/nano [--until STEP]
-    torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano      one process a core: 1.6 times as fast
+    torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano      one process a core, faster than one with a thread a core
 
 The processes share each batch and average the gradients; noise is drawn for the whole batch, so their number changes nothing.
 
