@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError, UsageError
 from sdcompress_engines.manifest import check_free, staged, storage_errors, write_manifest
 from torch import nn
 
@@ -28,13 +28,14 @@ LOCK = ".lock"
 
 @contextmanager
 def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
-    """The training folder, made and locked for the block; processes of one run enter it together.
+    """The training folder, made and locked for the block; processes of one run enter it together. A run that could not begin leaves none.
 
     Raises:
         ArtifactError: in the way (neither `resume` nor `force`), or another run is at work in it.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
     lock = None
+    made = False
     if state.is_main_process:
         with storage_errors(output):
             if (output / LOCK).is_file() and (resume or force):
@@ -44,11 +45,16 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
                 if force and output.exists():
                     shutil.rmtree(output)
                     lock = None
+            made = not output.exists()
             output.mkdir(parents=True, exist_ok=True)
             lock = lock or _lock(output)
     state.wait_for_everyone()
     try:
         yield
+    except (UsageError, BackendMissing, ModelError):
+        if made:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
     finally:
         if lock is not None:
             os.close(lock)

@@ -129,6 +129,7 @@ def test_what_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPi
 def test_targets_that_name_no_layer_are_told(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="to_nowhere name no layer"):
         train_lora(model, cache, SHORT.model_copy(update={"targets": ("to_nowhere",)}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_finetuning_trains_every_weight_and_saves_an_ordinary_pipeline(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
