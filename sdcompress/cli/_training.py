@@ -12,6 +12,7 @@ from ._console import ConsoleReporter, force_option, output_option
 
 if TYPE_CHECKING:
     from sdcompress.data.cache import LatentCache
+    from sdcompress.teacher import LoadedPipeline
     from sdcompress.train.config import Config, TrainConfig
 
 DATA_HELP = "Folder of captioned pictures, webdataset shards (folder, glob or brace list), or nano."
@@ -99,22 +100,31 @@ def training_config(kind: type[Config], recipe: str | None, settings: tuple[str,
     return load_config(kind, recipe, options | ({"data": data} if data else {}), settings)
 
 
-def prepare_cache(data: str, model: Any, folder: Path, config: TrainConfig, report: ConsoleReporter) -> LatentCache:
-    """The cache in `folder`: opened where it is whole and fits, made where nothing is.
+def begin(model: str, data: str, cache_folder: Path | None, config: TrainConfig, output: Path, *, resume: bool, force: bool, report: ConsoleReporter) -> tuple[LoadedPipeline, LatentCache]:
+    """The model and its cache, which is opened where it is whole and fits and made where nothing is; whatever is wrong is told before the model is loaded.
 
     Raises:
-        DataError: it is there and does not fit the model, the data or how the pictures are cut.
+        UsageError, ModelError: no such data or model. ArtifactError: the output is in the way. DataError: the cache does not fit the model, the data or the cut.
     """
+    from sdcompress_engines.manifest import check_free, storage_errors
+
     from sdcompress.data.cache import LatentCache, build_cache, default_size_px
     from sdcompress.data.sources import open_source
+    from sdcompress.teacher import load_teacher
 
     source = open_source(data, config.data)
-    size_px = config.data.size_px or default_size_px(model.pipeline)
+    if not resume:
+        check_free(output, force)
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    loaded = load_teacher(model)
+    folder = cache_folder or output.with_name(f"{output.name}-cache")
+    size_px = config.data.size_px or default_size_px(loaded.pipeline)
     if not folder.exists():
-        return build_cache(source, model, folder, size_px, config=config.data, report=report)
-    cache = LatentCache.open(folder, model.sha256, source, size_px, config.data)
+        return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)
+    cache = LatentCache.open(folder, loaded.sha256, source, size_px, config.data)
     report.say(f"cache: {len(cache):,} pictures in {folder}")
-    return cache
+    return loaded, cache
 
 
 def outcome(result: Any) -> list[tuple[str, object]]:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ._console import ConsoleReporter, card, mib, millions
-from ._training import outcome, prepare_cache, training_config, training_options
+from ._training import begin, outcome, training_config, training_options
 
 
 @click.command()
@@ -29,12 +29,9 @@ def command(
           --recipe segmind-small -o sd-small
       sdcompress distill ... -o sd-small --resume           go on after a stop
     """
-    from sdcompress_engines.manifest import check_free, storage_errors
-
-    from sdcompress.data.sources import open_source
     from sdcompress.prune.plan import read_plan
     from sdcompress.prune.student import count_parameters, meta_unet
-    from sdcompress.teacher import load_teacher, refuse_student, unet_config
+    from sdcompress.teacher import refuse_student, unet_config
     from sdcompress.train.config import DistillConfig
     from sdcompress.train.distill import distill
     from sdcompress.train.runs import PIPELINE
@@ -43,14 +40,8 @@ def command(
     theirs = unet_config(teacher)
     refuse_student(theirs, teacher)
     plan = read_plan(plan_name or config.plan or "bk-tiny", theirs)
-    open_source(data, config.data)
-    if not resume:
-        check_free(output, force)
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
     report = ConsoleReporter()
-    loaded = load_teacher(teacher)
-    cache = prepare_cache(data, loaded, cache_folder or output.with_name(f"{output.name}-cache"), config, report)
+    loaded, cache = begin(teacher, data, cache_folder, config, output, resume=resume, force=force, report=report)
     result = distill(loaded, plan, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
     before, after = count_parameters(meta_unet(plan.teacher)), count_parameters(meta_unet(plan.student_config()))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ._console import ConsoleReporter, card, mib
-from ._training import outcome, prepare_cache, training_config, training_options
+from ._training import begin, outcome, training_config, training_options
 
 
 @click.command()
@@ -22,23 +22,13 @@ def command(model: str, data: str, cache_folder: Path | None, recipe: str | None
       sdcompress finetune segmind/tiny-sd --data ./portraits --recipe segmind-portrait -o portrait
       sdcompress finetune ... -o portrait --resume           go on after a stop
     """
-    from sdcompress_engines.manifest import check_free, storage_errors
-
-    from sdcompress.data.sources import open_source
-    from sdcompress.teacher import load_teacher
     from sdcompress.train.config import FinetuneConfig
     from sdcompress.train.finetune import finetune
     from sdcompress.train.runs import PIPELINE
 
     config = training_config(FinetuneConfig, recipe, settings, options)
-    open_source(data, config.data)
-    if not resume:
-        check_free(output, force)
     report = ConsoleReporter()
-    loaded = load_teacher(model)
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    cache = prepare_cache(data, loaded, cache_folder or output.with_name(f"{output.name}-cache"), config, report)
+    loaded, cache = begin(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
     result = finetune(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
     rows: list[tuple[str, object]] = [("pipeline", folder), ("size", mib(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())))]

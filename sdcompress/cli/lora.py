@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ._console import ConsoleReporter, card, mib
-from ._training import outcome, prepare_cache, training_config, training_options
+from ._training import begin, outcome, training_config, training_options
 
 
 @click.group()
@@ -33,22 +33,12 @@ def train(model: str, data: str, cache_folder: Path | None, recipe: str | None, 
       sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
       sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32 --set text_encoder=true
     """
-    from sdcompress_engines.manifest import check_free, storage_errors
-
-    from sdcompress.data.sources import open_source
-    from sdcompress.teacher import load_teacher
     from sdcompress.train.config import LoraConfig
     from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
 
     config = training_config(LoraConfig, recipe, settings, options)
-    open_source(data, config.data)
-    if not resume:
-        check_free(output, force)
     report = ConsoleReporter()
-    loaded = load_teacher(model)
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    cache = prepare_cache(data, loaded, cache_folder or output.with_name(f"{output.name}-cache"), config, report)
+    loaded, cache = begin(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
     result = train_lora(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / LORA
     rows: list[tuple[str, object]] = [("diffusers", folder / FILE), ("WebUIs", folder / KOHYA_FILE), ("size", mib((folder / FILE).stat().st_size))]

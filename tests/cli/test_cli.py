@@ -7,28 +7,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sdcompress.cli import COMMANDS, main
+from sdcompress.cli import COMMANDS
 
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run `sdcompress ARGS` in this process: exit code, stdout, stderr."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
+from .conftest import Cli, one_line
 
 
 def test_help_answers_at_once_and_loads_no_torch() -> None:
@@ -48,13 +33,6 @@ def test_every_command_teaches_with_an_example(cli: Cli, name: str) -> None:
     code, out, _ = cli(name, "--help")
     assert code == 0
     assert f"sdcompress {name}" in out
-
-
-def one_line(err: str) -> str:
-    lines = [line for line in err.splitlines() if line.startswith("sdcompress: ")]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    return lines[0]
 
 
 def test_a_path_that_is_not_there(cli: Cli, tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,32 +17,10 @@ import yaml
 from PIL import Image
 from sdcompress_engines.manifest import write_manifest
 
-from sdcompress.cli import main
 from sdcompress.lora import LoraLayer, write_lora
 from sdcompress.train.config import LoraConfig, load_config, recipe_names, recipe_path
 
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run `sdcompress ARGS` in this process: exit code, stdout, stderr."""
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        out, err = capfd.readouterr()
-        return int(stop.value.code or 0), out, err
-
-    return run
-
-
-def one_line(err: str) -> str:
-    lines = [line for line in err.splitlines() if line.startswith("sdcompress: ")]
-    assert len(lines) == 1, err
-    assert "Traceback" not in err
-    return lines[0]
+from .conftest import Cli, one_line
 
 
 def test_list_names_every_recipe(cli: Cli) -> None:
