@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.manifest import sha256_tree, staged
+from sdcompress_engines.manifest import cache_folder, sha256_tree, staged
 
 ASSETS = Path(__file__).parent / "assets" / "nano"
 
@@ -56,11 +55,6 @@ def folder(name: str) -> Path:
             shutil.copytree(teacher_folder(), out, ignore=shutil.ignore_patterns("unet"), dirs_exist_ok=True)
             shutil.copytree(unet, out / "unet")
     return target
-
-
-def cache_folder() -> Path:
-    """Where derived files are kept: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
-    return Path(os.environ.get("SDCOMPRESS_CACHE") or Path("~/.cache/sdcompress").expanduser())
 
 
 @cache

@@ -5,17 +5,20 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
-from sdcompress_engines.errors import BackendMissing, DataError, ModelError, UsageError
+from sdcompress_engines.errors import BackendMissing, DataError, EngineMismatch, ModelError, UsageError
 from sdcompress_engines.progress import SILENT, Reporter
 
-BACKENDS = ("torch", "onnxruntime", "tensorrt")
-BACKEND_ALIASES = {"ort": "onnxruntime", "trt": "tensorrt"}
+from sdcompress.graphs import DTYPES, Precision
+
+BACKENDS = ("torch", "compile", "aot", "onnxruntime", "tensorrt", "auto")
+BACKEND_ALIASES = {"ort": "onnxruntime", "trt": "tensorrt", "aoti": "aot"}
+FALLBACKS = ("torch",)
 
 
 def backend_name(name: str) -> str:
@@ -30,82 +33,153 @@ def backend_name(name: str) -> str:
     return full
 
 
-def load_pipeline(model: str | Path, backend: str = "torch", artifacts: Path | None = None, *, device: str | None = None, report: Reporter = SILENT) -> Any:
-    """A diffusers pipeline for `model` whose UNet, text encoder and VAE decoder run on `backend`.
+def load_pipeline(
+    model: str | Path, backend: str = "torch", artifacts: Path | None = None, *, device: str | None = None, precision: Precision | None = None, fallback: str | None = None, steady: bool = False, report: Reporter = SILENT
+) -> Any:
+    """A diffusers pipeline for `model` that runs on `backend`.
+
+    | backend | what runs where |
+    |---|---|
+    | `torch` | PyTorch as it is; channels last in half precision |
+    | `compile` | the UNet through `torch.compile`, which takes its time at the first picture |
+    | `aot` | the UNet as a package that AOTInductor compiled ahead of time |
+    | `onnxruntime` | every component as an ONNX graph, on the CPU or CUDA |
+    | `tensorrt` | every component as a TensorRT engine |
+    | `auto` | the fastest of these for this model on this machine, by measurement; see `sdcompress.autotune` |
 
     Args:
         model: what `load_teacher` takes, or a folder written by `sdcompress export`.
         artifacts: the exported graphs or engines; without it they are made once and kept in the cache folder.
-        device: for torch; cuda where there is one.
+        device: by default cuda where there is one.
+        precision: of what is computed in torch or exported now; by default fp16 on cuda, fp32 on the CPU. Given artifacts have their own.
+        steady: with TensorRT-RTX, compile kernels for a shape before its first run, not beside it: what is timed then is what stays.
+        fallback: `torch` runs the UNet in PyTorch where an engine does not take a shape, and says so; without it that is an error.
 
     Raises:
         UsageError: unknown backend or path. BackendMissing: the runtime is not installed, or has no device. ModelError: not a pipeline.
+        EngineMismatch: artifacts of another model.
     """
     from sdcompress_engines.manifest import read_manifest
 
-    from sdcompress.teacher import load_teacher
-
     backend = backend_name(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if fallback is not None and fallback not in FALLBACKS:
+        raise UsageError(f"no fallback {fallback!r}", expected=" or ".join(FALLBACKS))
     manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
     if manifest is not None and manifest.kind in ("onnx", "engine"):
-        if backend == "torch":
-            raise UsageError(f"holds {manifest.kind} graphs, which torch does not run", where=str(model), hint=f"--backend {'ort' if manifest.kind == 'onnx' else 'trt'}")
-        return _assemble(Path(model), device)
+        own = "onnxruntime" if manifest.kind == "onnx" else "tensorrt"
+        if backend not in (own, "auto"):
+            raise UsageError(f"holds {manifest.kind} graphs, which {backend} does not run", where=str(model), hint=f"--backend {'ort' if own == 'onnxruntime' else 'trt'}")
+        if fallback:
+            raise UsageError(f"--fallback {fallback} with an export folder, which has no torch weights", where=str(model), hint="give the model, and the folder as its artifacts")
+        return _assemble(Path(model), device, steady=steady)
+    if backend == "auto":
+        from sdcompress.autotune import fastest
+
+        backend, precision = fastest(model, device=device, report=report)
     if backend == "tensorrt" and not torch.cuda.is_available():
         raise BackendMissing("TensorRT engines run on an NVIDIA GPU and none is here", hint="--backend ort, or --backend torch")
-    if backend == "torch":
-        pipeline: Any = load_teacher(model).pipeline
-        if device == "cuda":
-            pipeline = pipeline.to(device, torch.float16)
-        return pipeline
-    return _assemble(artifacts or _cached_artifacts(model, backend, report), device)
+    precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
+    if backend in ("torch", "compile", "aot"):
+        return _torch_pipeline(model, backend, device, precision, artifacts, report)
+    if artifacts is not None:
+        _check_same_model(model, artifacts)
+    make_unet = _fallback_unet(model, device, precision) if fallback else None
+    return _assemble(artifacts or cached_artifacts(model, backend, precision, report), device, make_unet, report, steady)
 
 
-def _cached_artifacts(model: str | Path, backend: str, report: Reporter) -> Path:
-    from sdcompress import nano
-    from sdcompress.export import build_engines, export_onnx
+def _torch_pipeline(model: str | Path, backend: str, device: str, precision: Precision, artifacts: Path | None, report: Reporter) -> Any:
     from sdcompress.teacher import load_teacher
 
     loaded = load_teacher(model)
-    precision: Literal["fp32", "fp16"] = "fp16" if backend == "tensorrt" else "fp32"
-    folder = nano.cache_folder() / f"{loaded.name}-{loaded.sha256[:12]}"
+    pipeline: Any = loaded.pipeline
+    # No `dtype` for fp32: diffusers refuses it while a safety checker is off in half precision, and there is nothing to change.
+    pipeline = pipeline.to(device) if precision == "fp32" else pipeline.to(device, DTYPES[precision])
+    if precision != "fp32":
+        for part in (pipeline.unet, pipeline.vae):
+            part.to(memory_format=torch.channels_last)
+    if backend == "compile":
+        pipeline.unet.compile()
+    if backend == "aot":
+        from sdcompress_engines.unet import EngineUNet
+
+        from sdcompress.packages import cached_package, open_package
+
+        package = (artifacts / "unet.pt2") if artifacts else cached_package(loaded, device, precision, report)
+        pipeline.unet = EngineUNet(open_package(package, device), dict(pipeline.unet.config))
+    return pipeline
+
+
+def _fallback_unet(model: str | Path, device: str, precision: Precision) -> Callable[[], torch.nn.Module]:
+    def make() -> torch.nn.Module:
+        from sdcompress.teacher import load_teacher
+
+        pipeline: Any = load_teacher(model).pipeline
+        unet: torch.nn.Module = pipeline.unet.to(device, DTYPES[precision])
+        return unet.eval()
+
+    return make
+
+
+def _check_same_model(model: str | Path, artifacts: Path) -> None:
+    """Refuse artifacts whose manifest names another pipeline than `model`."""
+    from sdcompress_engines.manifest import read_manifest
+
+    from sdcompress.teacher import resolve, sha256_of
+
+    manifest = read_manifest(artifacts)
+    made_from = None if manifest is None else manifest.inputs.get("pipeline")
+    if made_from is not None and made_from != (here := sha256_of(resolve(model))):
+        raise EngineMismatch(f"was made from another model ({made_from[:12]})", where=artifacts, expected=f"one made from {model} ({here[:12]})", hint="sdcompress export MODEL --trt -o DIR")
+
+
+def cached_artifacts(model: str | Path, backend: str, precision: Precision, report: Reporter = SILENT) -> Path:
+    """The graphs (`onnxruntime`) or engines (`tensorrt`) of a model in the cache folder, made now where they are not there."""
+    from sdcompress_engines.manifest import cache_folder
+
+    from sdcompress.engines import build_engines
+    from sdcompress.export import export_onnx
+    from sdcompress.teacher import load_teacher, resolve, sha256_of
+
+    sha256 = sha256_of(resolve(model))
+    folder = cache_folder() / "models" / sha256[:16]
     graphs = folder / f"onnx-{precision}"
     if not graphs.is_dir():
+        loaded = load_teacher(model)
         report.say(f"no graphs given: exporting {loaded.name} once to {graphs}")
-        export_onnx(loaded.pipeline, graphs, precision=precision, source={"pipeline": loaded.sha256}, report=report)
+        export_onnx(loaded.pipeline, graphs, precision=precision, source={"pipeline": sha256}, name=loaded.name, report=report)
     if backend == "onnxruntime":
         return graphs
-    engines = folder / "engine"
+    engines = folder / f"engine-{precision}"
     if not engines.is_dir():
         build_engines(graphs, engines, report=report)
     return engines
 
 
-def _assemble(folder: Path, device: str) -> Any:
+def _assemble(folder: Path, device: str, make_unet: Callable[[], torch.nn.Module] | None = None, report: Reporter = SILENT, steady: bool = False) -> Any:
     """The exported pipeline's own class around the runners of an export folder."""
     import diffusers
-    from sdcompress_engines.runners import open_runner
-    from sdcompress_engines.unet import EngineTextEncoder, EngineUNet, EngineVaeDecoder
+    from sdcompress_engines.unet import EngineTextEncoder, EngineTextEncoderWithProjection, EngineUNet, EngineVaeDecoder
 
     from sdcompress.teacher import model_index
 
     configs = folder / "pipeline"
     index = model_index(configs)
-    stand_ins = {"unet": ("unet", EngineUNet), "text_encoder": ("text_encoder", EngineTextEncoder), "vae": ("vae_decoder", EngineVaeDecoder)}
+    open_graph = _GraphOpener(folder, device, steady)
     components: dict[str, Any] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue
         library, kind = entry
-        if name in stand_ins:
-            graph, wrapper = stand_ins[name]
-            found = sorted(p for p in folder.glob(f"{graph}.*") if p.suffix in (".onnx", ".engine"))
-            if not found:
-                raise ModelError(f"has no graph of the {graph}", where=folder, hint="sdcompress export MODEL -o DIR, with every component")
-            components[name] = wrapper(open_runner(found[0], device=device), json.loads((configs / name / "config.json").read_text()))
-        elif kind is None:
+        if kind is None:
             components[name] = None
+        elif name == "unet":
+            components[name] = EngineUNet(open_graph("unet"), _read(configs / name), fallback=make_unet, report=report)
+        elif name in ("text_encoder", "text_encoder_2"):
+            wrapper = EngineTextEncoder if name == "text_encoder" else EngineTextEncoderWithProjection
+            components[name] = wrapper(open_graph(name), _read(configs / name))
+        elif name == "vae":
+            components[name] = EngineVaeDecoder(open_graph("vae_decoder"), _read(configs / name), encoder=open_graph("vae_encoder", optional=True))
         else:
             components[name] = getattr(importlib.import_module(library), kind).from_pretrained(configs / name)
     if "safety_checker" in components:
@@ -113,6 +187,39 @@ def _assemble(folder: Path, device: str) -> Any:
     pipeline = getattr(diffusers, index["_class_name"])(**components)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+class _GraphOpener:
+    """Opens the graphs of an export folder; engines share their activation memory, as one pipeline runs them one after another."""
+
+    def __init__(self, folder: Path, device: str, steady: bool) -> None:
+        from sdcompress_engines.runners import SharedMemory
+
+        self.folder, self.device, self.kernels = folder, device, "eager" if steady else "lazy"
+        self.memory = SharedMemory(device) if device.startswith("cuda") else None
+
+    def __call__(self, component: str, optional: bool = False) -> Any:
+        from sdcompress_engines.runners import open_runner
+
+        found = sorted(p for p in self.folder.glob(f"{component}.*") if p.suffix in (".onnx", ".engine"))
+        if not found and optional:
+            return None
+        if not found:
+            raise ModelError(f"has no graph of the {component}", where=self.folder, hint="sdcompress export MODEL -o DIR, with every component")
+        options: dict[str, Any] = {"memory": self.memory, "cuda_graph": component == "unet", "kernels": self.kernels} if found[0].suffix == ".engine" else {}
+        return open_runner(found[0], device=self.device, **options)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def close_pipeline(pipeline: Any) -> None:
+    """Free the runners of a pipeline; TensorRT-RTX keeps the kernels it has compiled only then."""
+    for part in pipeline.components.values():
+        if callable(close := getattr(part, "close", None)):
+            close()
 
 
 def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[torch.Tensor, list[torch.Generator]]:

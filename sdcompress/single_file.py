@@ -346,8 +346,8 @@ def _read_config(family: str, name: str) -> dict[str, Any]:
     return config
 
 
-def load_single_file(path: Path) -> DiffusionPipeline:
-    """The pipeline of a single-file checkpoint, fp32 on the CPU whatever the file's dtype, without a safety checker.
+def load_single_file(path: Path, *, as_stored: bool = False) -> DiffusionPipeline:
+    """The pipeline of a single-file checkpoint on the CPU, without a safety checker: in fp32, or with `as_stored` in half precision where the file is.
 
     Raises:
         ModelError: as `open_weights` and `configs_of`; or a weight that is missing or of another shape than the config says.
@@ -364,7 +364,7 @@ def load_single_file(path: Path) -> DiffusionPipeline:
     parts: dict[str, Any] = {}
     try:
         for name in ("unet", "vae", "text_encoder", "text_encoder_2")[: 3 + sdxl]:
-            parts[name] = _load_part(weights, name, configs[f"{name}/config.json"], sdxl)
+            parts[name] = _load_part(weights, name, configs[f"{name}/config.json"], sdxl, as_stored)
         parts["scheduler"] = _load_scheduler(configs["scheduler/scheduler_config.json"], path)
         for name in ("tokenizer", "tokenizer_2")[: 1 + sdxl]:
             parts[name] = _load_tokenizer(weights, name, configs)
@@ -385,7 +385,7 @@ def _load_scheduler(config: dict[str, Any], path: Path) -> Any:
     return scheduler.from_config(config)
 
 
-def _load_part(weights: Weights, name: str, config: dict[str, Any], sdxl: bool) -> Any:
+def _load_part(weights: Weights, name: str, config: dict[str, Any], sdxl: bool, as_stored: bool) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
@@ -404,7 +404,7 @@ def _load_part(weights: Weights, name: str, config: dict[str, Any], sdxl: bool) 
             tensor = tensor.view(empty.shape)  # attention weights are 1×1 convolutions in LDM's VAE
         if tensor.shape != empty.shape:
             raise ModelError(f"the {name}'s {place.name} has shape {tuple(tensor.shape)}", where=weights.path, expected=f"{tuple(empty.shape)}", hint="convert it to a diffusers folder with its own config")
-        state[key] = tensor.to(torch.float32, copy=True).contiguous()
+        state[key] = tensor.to(tensor.dtype if as_stored and tensor.dtype in (torch.float16, torch.bfloat16) else torch.float32, copy=True).contiguous()
     part.load_state_dict(state, assign=True)
     return part.eval()
 

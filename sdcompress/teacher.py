@@ -14,6 +14,7 @@ from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.manifest import sha256_file, sha256_tree
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
 
 BUILT_IN = ("nano", "nano-tiny")
@@ -90,8 +91,8 @@ def _download(repository: str) -> Path:
         raise ModelError(f"is neither a folder here nor a pipeline the hub gives ({type(error).__name__})", where=repository, hint="check the path, or the network and the name on the hub") from error
 
 
-def load_teacher(name_or_path: str | Path) -> LoadedPipeline:
-    """Load a pipeline in fp32 on the CPU.
+def load_teacher(name_or_path: str | Path, *, as_stored: bool = False) -> LoadedPipeline:
+    """Load a pipeline on the CPU: in fp32, or with `as_stored` in half precision where its UNet's file is, which takes half the memory.
 
     Raises:
         UsageError: no such path. ModelError: not a pipeline, or one with missing or broken parts.
@@ -101,16 +102,16 @@ def load_teacher(name_or_path: str | Path) -> LoadedPipeline:
         from sdcompress.single_file import load_single_file
 
         with quiet():
-            pipeline = load_single_file(folder)
+            pipeline = load_single_file(folder, as_stored=as_stored)
     else:
-        pipeline = _load_folder(folder)
+        pipeline = _load_folder(folder, as_stored)
     pipeline.set_progress_bar_config(disable=True)
     given = str(name_or_path)
     from_hub = folder.is_dir() and not Path(given).expanduser().exists()
     return LoadedPipeline(given if given in BUILT_IN or from_hub else display_name(folder), pipeline, sha256_of(folder), folder)
 
 
-def _load_folder(folder: Path) -> DiffusionPipeline:
+def _load_folder(folder: Path, as_stored: bool) -> DiffusionPipeline:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -120,7 +121,7 @@ def _load_folder(folder: Path) -> DiffusionPipeline:
     options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
     try:
         with quiet():
-            pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, dtype=torch.float32, **options)
+            pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=as_stored, dtype=_stored_dtype(folder) if as_stored else torch.float32, **options)
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise ModelError(f"does not load: {str(error).splitlines()[0]}", where=folder, expected="a whole diffusers pipeline") from error
     except Exception as error:
@@ -128,6 +129,22 @@ def _load_folder(folder: Path) -> DiffusionPipeline:
             raise
         raise ModelError(f"has a broken weight file: {error}", where=folder, hint="copy or download it again") from error
     return pipeline
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    """float16 or bfloat16 where the first file of the UNet's weights holds that, else float32."""
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    found = next(iter(sorted((folder / "unet").glob("*.safetensors"))), None)
+    try:
+        if found is not None:
+            with safe_open(found, "pt") as file:
+                stored = file.get_slice(next(iter(file.keys()))).get_dtype()
+            return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
+    except (SafetensorError, OSError, StopIteration):
+        pass  # loading says what is wrong with it
+    return torch.float32
 
 
 def sha256_of(path: Path) -> str:

@@ -1,12 +1,19 @@
-"""The two TensorRT libraries behind one name each: found by importing them, told apart by what they can do, never by a version string."""
+"""The two TensorRT libraries behind one name each: found by importing them, told apart by what they can do, never by a version string.
+
+And what their engines are bound to, as NVIDIA documents it, so that one of another version, card or platform is refused with a
+sentence instead of by a runtime: see "Engine Compatibility" in the TensorRT 11 and TensorRT-RTX documentation.
+"""
 
 from __future__ import annotations
 
 import importlib
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
-from .errors import BackendMissing, UsageError
+from .errors import ArtifactError, BackendMissing, EngineMismatch, SdCompressError, UsageError
 
 
 @dataclass(frozen=True)
@@ -67,3 +74,130 @@ def choose_flavour(requested: str | None = None, gpu_present: bool = False) -> F
         if reason is None:
             return flavour
     raise BackendMissing("; ".join(map(str, reasons.values())), hint=(TENSORRT_RTX if not gpu_present else wanted[0]).install)
+
+
+_REBUILD = "build it again: sdcompress export MODEL --trt -o DIR"
+_AMPERE = (8, 0)
+_READS_OLDER = {10: (8,), 11: (10,)}  # major version → earlier ones whose version-compatible engines it runs
+
+
+def platform_name() -> str:
+    """Operating system and processor of this machine: `linux-x86_64`, `linux-aarch64`, `windows-amd64`."""
+    return f"{platform.system()}-{platform.machine()}".lower()
+
+
+def binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`version`, `cards` and `platform`: what an engine made with this manifest config is bound to, and no more.
+
+    | | `tensorrt` | `tensorrt-rtx` |
+    |---|---|---|
+    | version | all of it; major and minor with `version_compatible` | all of it |
+    | cards | the compute capability; 8.0 and up with `hardware_compatible` = `ampere_plus` | those it was built for; 8.0 and up with none given |
+    | platform | system and processor | the processor |
+
+    Raises:
+        ArtifactError: the config does not say it.
+    """
+    try:
+        flavour, version, options = config["flavour"], config["version"], dict(config.get("options", {}))
+        cards = sorted({(int(major), int(minor)) for major, minor in config["compute_capabilities"]})
+        rtx = flavour == TENSORRT_RTX.name
+        from_ampere = not cards if rtx else options.get("hardware_compatible") == "ampere_plus"
+        if not all(isinstance(text, str) and text for text in (flavour, version, config["platform"])) or not (cards or from_ampere):
+            raise ValueError("an empty field")
+        return {
+            "version": ".".join(version.split(".")[:2]) if _forward(config) else version,
+            "cards": [f"{_dotted(_AMPERE)}+"] if from_ampere else [_dotted(card) for card in cards],
+            "platform": _processor(config["platform"]) if rtx else config["platform"],
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtifactError(f"the engine's manifest does not say what it was built for ({type(error).__name__}: {error})", hint=_REBUILD) from error
+
+
+def obstacle(config: Mapping[str, Any], where: str | PathLike[str] | None = None, device: Any = None) -> SdCompressError | None:
+    """The error that loading an engine with this manifest config would end in on this machine, or None; no runtime sees its bytes.
+
+    An `EngineMismatch` for another version, card or platform; a `BackendMissing` where there is no runtime or no GPU to tell by.
+
+    Args:
+        where: the engine's path, for the message.
+        device: the torch CUDA device it is to run on; by default the current one.
+    """
+    try:
+        bound = binding(config)
+    except ArtifactError as error:
+        return ArtifactError(error.what, where=where, hint=error.hint)
+    flavour, version = FLAVOURS.get(config["flavour"]), config["version"]
+    if flavour is None:
+        return EngineMismatch(f"an engine of {config['flavour']!r}, which is not known here", where=where, expected=" or ".join(FLAVOURS), hint=_REBUILD)
+    here = platform_name()
+    if bound["platform"] != (_processor(here) if flavour is TENSORRT_RTX else here):
+        return EngineMismatch(f"the engine was built for {config['platform']}, and this is {here}", where=where, expected=f"an engine for {here}", hint=f"here, {_REBUILD}")
+    if reason := flavour.missing():
+        return BackendMissing(reason, where=where, hint=flavour.install)
+    if not _version_fits(version, flavour.version, _forward(config)):
+        return EngineMismatch(f"the engine was built with {flavour.name} {version}, and {flavour.version} is installed here", where=where, expected=f"an engine of {flavour.version}", hint=f"{_REBUILD}, or install {flavour.name} {version}")
+    import torch
+
+    if not torch.cuda.is_available():
+        return BackendMissing(f"a {flavour.name} engine runs on an NVIDIA GPU and there is none", where=where, hint="--backend ort, which runs the ONNX graphs on any machine")
+    card = torch.cuda.get_device_capability(device)
+    if _dotted(card) not in bound["cards"] and not (bound["cards"] == [f"{_dotted(_AMPERE)}+"] and card >= _AMPERE):
+        found = f"{torch.cuda.get_device_name(device)} has {_dotted(card)}"
+        return EngineMismatch(f"the engine was built for compute capability {', '.join(bound['cards'])}, and {found}", where=where, expected=f"an engine for {_dotted(card)}", hint=f"sdcompress export MODEL --trt --compute-capability {_dotted(card)} -o DIR")
+    return None
+
+
+def why_not_here(config: Mapping[str, Any]) -> str | None:
+    """Why an engine with this manifest config does not load on this machine, with what to type next; None where it should."""
+    found = obstacle(config)
+    return None if found is None else str(found)
+
+
+def check_fits_here(config: Mapping[str, Any], where: str | PathLike[str], device: Any = None) -> None:
+    """Refuse an engine that cannot load on this machine, before a runtime sees its bytes.
+
+    Raises:
+        EngineMismatch: made with another version, or for another card or platform. BackendMissing: no runtime, or no GPU.
+        ArtifactError: its manifest does not say what it was made for.
+    """
+    if (found := obstacle(config, where, device)) is not None:
+        raise found
+
+
+def check_model(config: Mapping[str, Any], component: str, model_sha256: str, where: str | PathLike[str]) -> None:
+    """Refuse an engine of another model.
+
+    Raises:
+        EngineMismatch: its graph was not the one with `model_sha256`.
+    """
+    models = config.get("model")
+    made_of = models.get(component) if isinstance(models, Mapping) else None
+    if made_of != model_sha256:
+        found = f"from the graph {made_of[:12]}" if isinstance(made_of, str) else "from a graph its manifest does not name"
+        raise EngineMismatch(f"the {component} engine is of another model: it was built {found}", where=where, expected=f"one built from {model_sha256[:12]}", hint="build this model's: sdcompress export MODEL --trt -o DIR")
+
+
+def _dotted(card: tuple[int, int]) -> str:
+    return f"{card[0]}.{card[1]}"
+
+
+def _processor(name: str) -> str:
+    processor = name.rpartition("-")[2]
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(processor, processor)
+
+
+def _forward(config: Mapping[str, Any]) -> bool:
+    """Whether later versions load it too: TensorRT's version-compatible engines; TensorRT-RTX has none."""
+    return config["flavour"] == TENSORRT.name and bool(config.get("options", {}).get("version_compatible"))
+
+
+def _version_fits(built: str, here: str, forward: bool) -> bool:
+    """Whether a runtime of version `here` takes an engine of version `built`; with `forward`, from a later one too."""
+    if not forward or built == here:
+        return built == here
+    try:
+        made, runs = ([int(part) for part in version.split(".")] for version in (built, here))
+    except ValueError:
+        return False
+    return made <= runs and (made[0] == runs[0] or made[0] in _READS_OLDER.get(runs[0], ()))

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -41,6 +41,7 @@ class Manifest:
         config: the full configuration of the stage that made it.
         figures: what the stage measured (parity, losses, seconds).
         versions: package → version at the time.
+        seal: sha256 of all the rest in canonical JSON, so that an edit shows; empty in manifests of before there was one.
     """
 
     kind: str
@@ -52,6 +53,13 @@ class Manifest:
     seed: int | None = None
     created: str = ""
     schema: int = SCHEMA_VERSION
+    seal: str = ""
+
+
+def canonical(value: Any) -> bytes:
+    """JSON of a value, the same bytes whatever the order of its keys, and for a tuple as for a list."""
+    plain = json.loads(json.dumps(value))  # keys that are numbers become text before they are sorted
+    return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
 
 def sha256_file(path: Path) -> str:
@@ -106,15 +114,25 @@ def write_manifest(
         seed=seed,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
+    return save_manifest(folder, manifest)
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Seal a manifest and write it into `folder` as it is; returns it sealed."""
+    manifest = replace(manifest, seal=_seal(asdict(manifest)))
     (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
     return manifest
+
+
+def _seal(raw: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical({name: value for name, value in raw.items() if name != "seal"})).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest | None:
     """The folder's manifest, or None where it has none.
 
     Raises:
-        ArtifactError: the file is there but is not a manifest this version reads.
+        ArtifactError: the file is there but is not a manifest this version reads, or it was edited.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -123,9 +141,19 @@ def read_manifest(folder: Path) -> Manifest | None:
         raw = json.loads(path.read_text())
         if raw["schema"] != SCHEMA_VERSION:
             raise ArtifactError(f"manifest schema {raw['schema']}", where=path, expected=f"schema {SCHEMA_VERSION}", hint="make this artifact again with the installed version")
+        seal = raw.get("seal", "")
+        if seal and seal != _seal(raw):
+            raise ArtifactError("this manifest was edited: its seal does not match what it says", where=path, hint="put the file back as it was, or delete the folder and make it again")
+        if not seal and raw["kind"] == "engine":
+            raise ArtifactError("this engine's manifest has no seal: it was edited, or made by an older version", where=path, hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR")
         raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        return Manifest(**raw)
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        manifest = Manifest(**raw)
+        if wrong := [name for name in ("inputs", "config", "figures", "versions") if not isinstance(getattr(manifest, name), dict)]:
+            raise ValueError(f"{wrong[0]} is no mapping")
+        if wrong := [name for name, entry in manifest.files.items() if not isinstance(entry.sha256, str) or not isinstance(entry.bytes, int)]:
+            raise ValueError(f"no sha256 and size of {wrong[0]}")
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"broken manifest ({error})", where=path, hint="delete the folder and make it again") from error
 
 
@@ -188,6 +216,11 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
                 os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def cache_folder() -> Path:
+    """Where derived files are kept: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
+    return Path(os.environ.get("SDCOMPRESS_CACHE") or Path("~/.cache/sdcompress").expanduser())
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -11,17 +11,25 @@ import torch
 from .errors import ModelError, UsageError
 from .runners.base import TensorSpec
 
-COMPONENTS = ("unet", "text_encoder", "vae_decoder")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 CONTEXT_TOKENS = 77
 """Tokens of one CLIP window; the text encoder takes exactly one, a UNet's context is one or more of them."""
 
-# host → component → (canonical input → its name there, canonical output → its name there), in the order of the graph.
+_UNET = ("sample", "timestep", "encoder_hidden_states")
+_ADDED = ("text_embeds", "time_ids")
+_DIFFUSERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "unet": ((*_UNET, *_ADDED), ("out_sample",)),
+    "text_encoder": (("input_ids",), ("last_hidden_state", "pooled_output", "penultimate_hidden_state")),
+    "text_encoder_2": (("input_ids",), ("text_embeds", "last_hidden_state", "penultimate_hidden_state")),
+    "vae_decoder": (("latent_sample",), ("sample",)),
+    "vae_encoder": (("sample",), ("latent_parameters",)),
+}
+# host → component → (canonical input → its name there, canonical output → its name there), in the order of the graph. `y` is SDXL's text embedding
+# and embedded sizes in one vector, as the LDM code base has it. A host that runs its own text encoder and VAE has no entry for them.
 HOSTS: dict[str, dict[str, tuple[dict[str, str], dict[str, str]]]] = {
-    "diffusers": {
-        "unet": ({name: name for name in ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")}, {"out_sample": "out_sample"}),
-        "text_encoder": ({"input_ids": "input_ids"}, {"last_hidden_state": "last_hidden_state", "pooled_output": "pooled_output"}),
-        "vae_decoder": ({"latent_sample": "latent_sample"}, {"sample": "sample"}),
-    },
+    "diffusers": {component: ({name: name for name in inputs}, {name: name for name in outputs}) for component, (inputs, outputs) in _DIFFUSERS.items()},
+    "webui": {"unet": (dict(zip((*_UNET, "y"), ("sample", "timesteps", "encoder_hidden_states", "y"), strict=True)), {"out_sample": "latent"})},
+    "comfyui": {"unet": (dict(zip((*_UNET, "y"), ("x", "timesteps", "context", "y"), strict=True)), {"out_sample": "h"})},
 }
 
 
@@ -30,8 +38,8 @@ class Signature:
     """A component's graph as one host calls it.
 
     Attributes:
-        inputs, outputs: in graph order; free axes are `batch`, `height`, `width` (latent, or `image_*`), `tokens`.
-        multiple: what `height` and `width` must be divisible by.
+        inputs, outputs: in graph order; free axes are `batch`, `height`, `width` (latent), `image_height`, `image_width` (pixels), `tokens`.
+        multiple: what the free sizes of the picture must be divisible by: latent ones of a UNet, pixels of a VAE's encoder.
         names: canonical name → the host's name, inputs and outputs.
     """
 
@@ -52,7 +60,8 @@ def signature(component: str, config: Mapping[str, Any], dtype: torch.dtype = to
         UsageError: no such component or host. ModelError: a config without the fields that decide the shapes.
     """
     if host not in HOSTS or component not in HOSTS[host]:
-        raise UsageError(f"no signature for {component!r} in host {host!r}", expected=f"one of {', '.join(COMPONENTS)} in {', '.join(HOSTS)}")
+        offered = "; ".join(f"{name}: {', '.join(known)}" for name, known in HOSTS.items())
+        raise UsageError(f"no {component!r} in the signature {host!r}", expected=offered)
     try:
         shapes, results, multiple = _shapes(component, config)
     except KeyError as error:
@@ -67,18 +76,24 @@ def signature(component: str, config: Mapping[str, Any], dtype: torch.dtype = to
 
 
 def _shapes(component: str, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int | str, ...]], int]:
-    if component == "text_encoder":
-        width = config["hidden_size"]
-        return {"input_ids": ("batch", CONTEXT_TOKENS)}, {"last_hidden_state": ("batch", CONTEXT_TOKENS, width), "pooled_output": ("batch", width)}, 1
+    """Canonical inputs and outputs with their shapes, and the multiple."""
+    if component in ("text_encoder", "text_encoder_2"):
+        hidden = ("batch", CONTEXT_TOKENS, config["hidden_size"])
+        results: dict[str, tuple[int | str, ...]] = {"last_hidden_state": hidden, "penultimate_hidden_state": hidden}
+        results |= {"pooled_output": ("batch", config["hidden_size"])} if component == "text_encoder" else {"text_embeds": ("batch", config["projection_dim"])}
+        return {"input_ids": ("batch", CONTEXT_TOKENS)}, results, 1
     levels = len(config["block_out_channels"])
     if component == "vae_decoder":
         return {"latent_sample": ("batch", config["latent_channels"], "height", "width")}, {"sample": ("batch", config["out_channels"], "image_height", "image_width")}, 1
+    if component == "vae_encoder":
+        picture = ("batch", config["in_channels"], "image_height", "image_width")
+        return {"sample": picture}, {"latent_parameters": ("batch", 2 * config["latent_channels"], "height", "width")}, 2 ** (levels - 1)
     shapes: dict[str, tuple[int | str, ...]] = {
         "sample": ("batch", config["in_channels"], "height", "width"),
         "timestep": ("batch",),
         "encoder_hidden_states": ("batch", "tokens", config["cross_attention_dim"]),
     }
-    if config.get("addition_embed_type") == "text_time":  # SDXL
-        shapes["text_embeds"] = ("batch", config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"])
-        shapes["time_ids"] = ("batch", 6)
+    if config.get("addition_embed_type") == "text_time":  # SDXL: the text's embedding, and six numbers that are embedded one by one
+        whole, sizes = config["projection_class_embeddings_input_dim"], 6 * config["addition_time_embed_dim"]
+        shapes |= {"text_embeds": ("batch", whole - sizes), "time_ids": ("batch", 6), "y": ("batch", whole)}
     return shapes, {"out_sample": ("batch", config["out_channels"], "height", "width")}, 2 ** (levels - 1)

@@ -18,6 +18,7 @@ COMMANDS = {
     "lora": "Train a LoRA, or carry one over to a student.",
     "recipes": "Named settings for training: list, show, copy, validate.",
     "export": "Write ONNX graphs of a pipeline, and TensorRT engines of them.",
+    "engines": "The store of built engines: list, show, verify, prune, path.",
     "bench": "Measure latency and fidelity, and write a report.",
     "generate": "Make a picture.",
     "inspect": "Say what a pipeline or an artifact is.",

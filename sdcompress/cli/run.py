@@ -23,7 +23,7 @@ MARKER = "run.json"
 @click.option("--plan", "plans", multiple=True, default=("bk-tiny",), show_default=True, help="bk-base, bk-small, bk-tiny, or a plan.json; repeat for several students.")
 @click.option("--recipe", default=None, metavar="NAME|FILE", help="Training settings, e.g. nano.")
 @click.option("--steps", type=int, default=None, help="Training steps; overrides the recipe.")
-@click.option("--compute-capability", default=None, metavar="MAJOR.MINOR", help="Card to build engines for.  [default: the one here, else 8.9]")
+@click.option("--compute-capability", default=None, metavar="MAJOR.MINOR", help="Card to build engines for.  [default: the one here, else 8.0 and newer]")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), default=None, metavar="FILE", help="Captions for the report, one a line.")
 @click.option("--quick", is_flag=True, help="A shorter bench: a look, not figures to quote.")
 @output_option("Folder of the run; an earlier run in it is continued.")
@@ -76,7 +76,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     if compute_capability is not None:
         try:
             major, minor = compute_capability.split(".")
-            capability = int(major), int(minor)
+            capability = [(int(major), int(minor))]
         except ValueError as error:
             raise UsageError(f"--compute-capability {compute_capability!r}", expected="major.minor, such as 8.9") from error
     config = load_config(DistillConfig, recipe, overrides)
@@ -97,7 +97,8 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     from sdcompress_engines.runners import available
 
     from sdcompress.data.cache import LatentCache, build_cache, default_size_px
-    from sdcompress.export import build_engines, export_onnx
+    from sdcompress.engines import build_engines
+    from sdcompress.export import export_onnx
     from sdcompress.train.distill import distill
     from sdcompress.train.runs import PIPELINE
 
@@ -134,7 +135,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
             stages(f"export {name} in fp16", half, "onnx", {"pipeline": sha256}, lambda: make("fp16", half))
             exported.setdefault("fp16", half)
             made_from = {"onnx": sha256_file(half / MANIFEST_NAME)}
-            stages(f"build {name} as a TensorRT engine", engines[name], "engine", made_from, lambda: build_engines(half, engines[name], compute_capability=capability, force=True, report=report))
+            stages(f"build {name} as a TensorRT engine", engines[name], "engine", made_from, lambda: build_engines(half, engines[name], compute_capabilities=capability, force=True, report=report))
 
     models: list[tuple[str, str, str, Path | None]] = [(loaded.name, teacher, loaded.sha256, None)]
     export(loaded.name, teacher, loaded.sha256)

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from sdcompress_engines import builder
-from sdcompress_engines.builder import Profile, build_engine
-from sdcompress_engines.errors import BackendMissing, EngineError, UsageError
+from sdcompress_engines.builder import BuildOptions, build_engine
+from sdcompress_engines.errors import BackendMissing, EngineError, StorageError, UsageError
 from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, choose_flavour
+from sdcompress_engines.profiles import Profile
 from sdcompress_engines.progress import Reporter
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
@@ -44,7 +46,9 @@ def test_a_small_engine_is_built_and_reported(tmp_path: Path) -> None:
     result = build_engine(write_graph(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine", SUM, TENSORRT_RTX, report=notes)
     assert (tmp_path / "out" / "sum.engine").stat().st_size == result.bytes > 1000
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["sum.engine"]
-    assert (result.flavour, result.compute_capabilities) == ("tensorrt-rtx", ((8, 9),))
+    assert result.flavour == "tensorrt-rtx"
+    assert result.compute_capabilities == ()  # portable unless told otherwise
+    assert result.peak_mib > 50
     assert any(notes.seen)
 
 
@@ -53,16 +57,16 @@ def test_a_small_engine_is_built_and_reported(tmp_path: Path) -> None:
     ("change", "said"),
     [
         ({"op": "NoSuchOperator"}, "NoSuchOperator"),
-        ({"profile": Profile({"left": SUM.shapes["left"]})}, "differ on right"),
-        ({"profile": Profile({"left": SUM.shapes["left"], "right": ((1, 9), (2, 9), (4, 9))})}, "profile of right"),
-        ({"compute_capability": (3, 5)}, r"compute capability 3\.5.*8\.9"),
+        ({"profiles": Profile({"left": SUM.shapes["left"]})}, "differ on right"),
+        ({"profiles": Profile({"left": SUM.shapes["left"], "right": ((1, 9), (2, 9), (4, 9))})}, "profile of right"),
+        ({"compute_capabilities": [(3, 5)]}, r"compute capability 3\.5.*8\.9"),
     ],
 )
 def test_a_failed_build_says_why_and_leaves_nothing(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     graph = write_graph(tmp_path / "sum.onnx", change.pop("op", "Add"))
     with pytest.raises(EngineError, match=said):
-        build_engine(graph, tmp_path / "out" / "sum.engine", **{"profile": SUM, "flavour": TENSORRT_RTX, **change})
-    assert list((tmp_path / "out").iterdir()) == []
+        build_engine(graph, tmp_path / "out" / "sum.engine", **{"profiles": SUM, "flavour": TENSORRT_RTX, **change})
+    assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
 
 
 @needs_rtx
@@ -99,6 +103,59 @@ def test_a_cancelled_build_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def write_linear(path: Path) -> Path:
+    """`y = x · w` with a megabyte of weights."""
+    weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float16), "w")
+    ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", 512]), helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", 1024])]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "linear", ports[:1], ports[1:], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    return path
+
+
+LINEAR = [Profile({"x": ((1, 512), (2, 512), (8, 512))}), Profile({"x": ((16, 512), (16, 512), (16, 512))})]
+
+
+@needs_rtx
+def test_options_reach_the_library(tmp_path: Path) -> None:
+    graph = write_linear(tmp_path / "linear.onnx")
+    built = {name: build_engine(graph, tmp_path / f"{name}.engine", LINEAR, TENSORRT_RTX, options=option) for name, option in {"plain": BuildOptions(), "streamed": BuildOptions(weight_streaming=True, workspace_mib=64)}.items()}
+    assert min(result.bytes for result in built.values()) > 2**20
+    for option in (BuildOptions(refit="any"), BuildOptions(refit="identical"), BuildOptions(strip_plan=True)):
+        if not torch.cuda.is_available():
+            with pytest.raises(EngineError, match=r"Try: without --(refit|strip-plan), or on a machine with an NVIDIA driver"):
+                build_engine(graph, tmp_path / "x.engine", LINEAR, TENSORRT_RTX, options=option)
+            continue
+        size = build_engine(graph, tmp_path / "x.engine", LINEAR, TENSORRT_RTX, options=option).bytes
+        assert (size < 2**20) == option.strip_plan
+
+
+@needs_rtx
+@pytest.mark.parametrize(("option", "said"), [({"optimization_level": 4}, "--optimization-level with tensorrt-rtx"), ({"version_compatible": True}, "--version-compatible"), ({"hardware_compatible": "ampere_plus"}, "--hardware-compatible")])
+def test_options_a_flavour_has_no_use_for_are_refused(tmp_path: Path, option: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        build_engine(write_linear(tmp_path / "linear.onnx"), tmp_path / "x.engine", LINEAR, TENSORRT_RTX, options=BuildOptions(**option))
+
+
+@pytest.mark.parametrize("option", [{"refit": "all"}, {"optimization_level": 6}, {"hardware_compatible": "turing"}])
+def test_options_are_checked_when_made(option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        BuildOptions(**option)
+
+
+@needs_rtx
+def test_engines_for_chosen_cards_say_so(tmp_path: Path) -> None:
+    result = build_engine(write_linear(tmp_path / "linear.onnx"), tmp_path / "x.engine", LINEAR, TENSORRT_RTX, [(12, 0), (8, 9), (8, 9)])
+    assert result.compute_capabilities == ((8, 9), (12, 0))
+
+
+@needs_rtx
+def test_a_build_without_the_memory_for_it_does_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "_MEMORY_BASE", 2**60)
+    with pytest.raises(StorageError, match=r"needs about .* GiB of memory"):
+        build_engine(write_linear(tmp_path / "linear.onnx"), tmp_path / "x.engine", LINEAR, TENSORRT_RTX)
+    assert not (tmp_path / "x.engine").exists()
+
+
 def test_profiles_are_checked_when_made() -> None:
     with pytest.raises(UsageError, match="min ≤ opt ≤ max"):
         Profile({"sample": ((2, 4), (1, 4), (3, 4))})
@@ -128,20 +185,20 @@ def test_neither_flavour_installed_names_the_command(monkeypatch: pytest.MonkeyP
 @needs_rtx
 def test_the_installed_library_has_every_name_the_builder_uses() -> None:
     trt = TENSORRT_RTX.load()
-    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items(), *builder.USED_API_ATTENTION.items()]
+    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items(), *builder.USED_API_ATTENTION.items(), *builder.USED_API_STREAM.items()]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 
 
 @needs_rtx
 def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> None:
-    from sdcompress.export import build_engines
+    from sdcompress.engines import build_engines
 
     result = build_engines(fp16_small.folder, tmp_path / "engines")
     manifest = json.loads((tmp_path / "engines" / "sdcompress.json").read_text())
     assert set(result.builds) == {"text_encoder", "vae_decoder"}
     assert manifest["kind"] == "engine"
-    assert manifest["config"]["compute_capabilities"] == [list(torch.cuda.get_device_capability())] if torch.cuda.is_available() else [[8, 9]]
-    assert manifest["config"]["profile"]["vae_decoder"]["latent_sample"] == [[1, 4, 8, 8], [2, 4, 16, 16], [8, 4, 24, 24]]
+    assert manifest["config"]["compute_capabilities"] == ([list(torch.cuda.get_device_capability())] if manifest["config"]["flavour"] == "tensorrt" else [])
+    assert manifest["config"]["profiles"]["vae_decoder"] == [{"latent_sample": [[1, 4, 8, 8], [1, 4, 16, 16], [4, 4, 24, 24]]}]
     assert all(built.bytes > 1_000_000 for built in result.builds.values())
     assert (tmp_path / "engines" / "pipeline" / "vae" / "config.json").is_file()
 
@@ -149,7 +206,8 @@ def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> Non
 @needs_rtx
 @pytest.mark.slow
 def test_engines_of_the_whole_pipeline(random_pipeline: Any, tmp_path: Path) -> None:
-    from sdcompress.export import build_engines, export_onnx
+    from sdcompress.engines import build_engines
+    from sdcompress.export import export_onnx
 
     exported = export_onnx(random_pipeline, tmp_path / "onnx", precision="fp16")
     result = build_engines(exported.folder, tmp_path / "engines")
@@ -160,7 +218,7 @@ def test_engines_of_the_whole_pipeline(random_pipeline: Any, tmp_path: Path) -> 
 
 @needs_rtx
 def test_an_engine_of_the_unet(fp32_export: Any, tmp_path: Path) -> None:
-    from sdcompress.export import build_engines
+    from sdcompress.engines import build_engines
 
-    result = build_engines(fp32_export.folder, tmp_path / "engines", components=("unet",), size_px=(64, 128, 128))
+    result = build_engines(fp32_export.folder, tmp_path / "engines", components=("unet",), profiles=("height=64:128:128",))
     assert result.builds["unet"].bytes > 20_000_000  # 6.7 M parameters in fp32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import onnx
 import pytest
 import torch
 from click.testing import CliRunner
-from sdcompress_engines.errors import ArtifactError, BackendMissing, ExportError, GateFailed, UsageError
-from sdcompress_engines.manifest import faults
+from sdcompress_engines.errors import ArtifactError, BackendMissing, ExportError, GateFailed, ModelError, UsageError
+from sdcompress_engines.manifest import faults, read_manifest
 from sdcompress_engines.runners import open_runner
+from sdcompress_engines.signature import COMPONENTS
 
-from sdcompress import export
+from sdcompress import engines, export
 from sdcompress.cli import export as cli_export
 
 
@@ -39,10 +41,11 @@ def test_onnxruntime_agrees_with_torch(random_pipeline: Any, fp32_export: Any, b
 def test_the_folder_is_whole_and_says_how_near_it_is(fp32_export: Any) -> None:
     assert faults(fp32_export.folder, "onnx") == []
     manifest = fp32_export.manifest
-    assert manifest.config.items() >= {"precision": "fp32", "opset": 23, "signature": "diffusers", "components": ["unet", "text_encoder", "vae_decoder"]}.items()
+    components = ["unet", "text_encoder", "vae_decoder"]
+    assert manifest.config.items() >= {"precision": "fp32", "opset": 23, "signature": "diffusers", "components": components, "precisions": dict.fromkeys(components, "fp32")}.items()
     assert manifest.inputs == {"pipeline": "0" * 64}
-    assert all(0 < manifest.figures[component]["parity"]["relative_l2"] < 1e-4 for component in export.COMPONENTS)
-    assert manifest.figures["unet"]["parity"]["cases"] == 8
+    assert all(0 < manifest.figures[component]["parity"]["relative_l2"] < 1e-4 for component in components)
+    assert manifest.figures["unet"]["parity"]["cases"] == 5
 
 
 def test_the_folder_alone_holds_what_a_pipeline_needs(fp32_export: Any, random_pipeline: Any) -> None:
@@ -85,17 +88,21 @@ def test_the_pipeline_is_unchanged(random_pipeline: Any, tmp_path: Path) -> None
 
 
 def test_a_graph_too_far_from_torch_leaves_nothing(random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = export._write_graph
+    write = export.write_onnx
 
     def spoiled(graph: Any, wanted: Any, path: Path, opset: int) -> None:
-        with torch.no_grad():
-            next(graph.part.parameters()).mul_(1.01)
+        weight = next(graph.part.parameters())
+        weight.data = weight.data * 1.01  # a tensor of its own: the graph shares the pipeline's
         write(graph, wanted, path, opset)
 
-    monkeypatch.setattr(export, "_write_graph", spoiled)
+    monkeypatch.setattr(export, "write_onnx", spoiled)
     with pytest.raises(GateFailed, match=r"text_encoder is off by \d"):
         export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(GateFailed, match=r"kept in .*out\.failed"):
+        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",), keep_failed=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
+    assert faults(tmp_path / "out.failed", "onnx") == []
 
 
 def test_a_failed_export_leaves_nothing(random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,15 +123,31 @@ def test_an_unchecked_export_says_so(random_pipeline: Any, tmp_path: Path, monke
 
 
 def test_wrong_asks_are_refused_at_once(random_pipeline: Any, tmp_path: Path, fp16_small: Any) -> None:
-    with pytest.raises(UsageError, match="vae_encoder"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("vae_encoder",))
-    with pytest.raises(UsageError, match="bf16"):
-        export.export_onnx(random_pipeline, tmp_path / "out", precision="bf16")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no component vae_something"):
+        export.export_onnx(random_pipeline, tmp_path / "out", components=("vae_something",))
+    with pytest.raises(UsageError, match="text_encoder with the signature webui, which runs its own"):
+        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",), host="webui")
+    with pytest.raises(UsageError, match="no signature 'forge'"):
+        export.export_onnx(random_pipeline, tmp_path / "out", components=("unet",), host="forge")
+    with pytest.raises(UsageError, match="fp12"):
+        export.export_onnx(random_pipeline, tmp_path / "out", precision="fp12")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="no text_encoder_2"):
+        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder_2",))
     with pytest.raises(ArtifactError, match="ONNX folder"):
-        export.build_engines(tmp_path, tmp_path / "out")
-    with pytest.raises(UsageError, match="multiples of 64 px"):
-        export.build_engines(fp16_small.folder, tmp_path / "out", size_px=(64, 100, 128), flavour="tensorrt-rtx")
+        engines.build_engines(tmp_path, tmp_path / "out")
+    with pytest.raises(UsageError, match="multiples of 64"):
+        engines.build_engines(fp16_small.folder, tmp_path / "out", profiles=("height=64:100:128",), flavour="tensorrt-rtx")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_graph_is_refused_before_a_build(fp16_small: Any, tmp_path: Path) -> None:
+    shutil.copytree(fp16_small.folder, tmp_path / "onnx")
+    with (tmp_path / "onnx" / "text_encoder.onnx").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+    with pytest.raises(ArtifactError, match=r"text_encoder\.onnx is not what the manifest says"):
+        engines.build_engines(tmp_path / "onnx", tmp_path / "out", flavour="tensorrt-rtx")
+    assert not (tmp_path / "out").exists()
 
 
 def test_relative_l2_sees_a_scaled_output_and_nan() -> None:
@@ -151,7 +174,7 @@ def test_the_command_refuses_a_full_folder_before_it_loads(tmp_path: Path) -> No
 
 
 def test_the_command_offers_every_component() -> None:
-    assert cli_export.COMPONENTS == export.COMPONENTS
+    assert cli_export.COMPONENTS == COMPONENTS
 
 
 def test_the_command_ends_in_a_card(random_pipeline: Any, tmp_path: Path) -> None:
@@ -173,3 +196,76 @@ def test_a_students_equal_components_are_taken_over_and_its_own_are_not(random_p
     assert same == {"text_encoder": True, "vae_decoder": False}
     assert result.parity["text_encoder"] == fp16_small.parity["text_encoder"]
     assert faults(tmp_path / "out", "onnx") == []
+
+
+@pytest.mark.parametrize("component", ["text_encoder", "vae_encoder"])
+def test_bfloat16_graphs_are_bfloat16_and_within_twice_torch(random_pipeline: Any, tmp_path: Path, component: str) -> None:
+    result = export.export_onnx(random_pipeline, tmp_path / "out", precision="bf16", components=(component,))
+    found = result.parity[component]
+    assert found is not None
+    assert 1e-3 < found.relative_l2 <= 2 * (found.torch_relative_l2 or 0)
+    graph = onnx.load(tmp_path / "out" / f"{component}.onnx").graph
+    assert graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.BFLOAT16
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{component}.onnx", "pipeline", "sdcompress.json"}
+
+
+@pytest.fixture(scope="module")
+def small_unet_pipeline(random_pipeline: Any) -> Any:
+    """A pipeline with a UNet of two levels, which exports in seconds."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=96, attention_head_dim=2, norm_num_groups=8,
+    )  # fmt: skip
+    return type(random_pipeline)(**(random_pipeline.components | {"unet": unet.eval(), "requires_safety_checker": False}))
+
+
+@pytest.mark.parametrize(("host", "inputs", "output"), [("webui", ["sample", "timesteps", "encoder_hidden_states"], "latent"), ("comfyui", ["x", "timesteps", "context"], "h")])
+def test_a_unet_has_its_hosts_names_in_order_and_answers_as_torch(small_unet_pipeline: Any, tmp_path: Path, host: str, inputs: list[str], output: str) -> None:
+    result = export.export_onnx(small_unet_pipeline, tmp_path / "out", host=host)
+    assert list(result.parity) == ["unet"]
+    feeds = [torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.5]), torch.randn(2, 77, 96)]
+    with open_runner(tmp_path / "out" / "unet.onnx") as runner:
+        assert [spec.name for spec in runner.inputs] == inputs
+        assert [spec.name for spec in runner.outputs] == [output]
+        assert [spec.dtype for spec in runner.inputs] == [torch.float32] * 3
+        found = runner.infer(dict(zip(inputs, feeds, strict=True)))[output]
+    with torch.no_grad():
+        truth = small_unet_pipeline.unet(*feeds).sample
+    assert export.relative_l2({"h": found}, {"h": truth}) < 1e-4
+
+
+def test_in_half_precision_the_time_embedding_stays_exact(small_unet_pipeline: Any, tmp_path: Path) -> None:
+    """999 and 999.25 are one number in fp16; the graph tells them apart."""
+    result = export.export_onnx(small_unet_pipeline, tmp_path / "out", precision="fp16", components=("unet",))
+    found = result.parity["unet"]
+    assert found is not None
+    assert found.relative_l2 < (found.torch_relative_l2 or 0)
+    sample, context = torch.randn(1, 4, 16, 16).half(), torch.randn(1, 77, 96).half()
+    with open_runner(tmp_path / "out" / "unet.onnx") as runner:
+        assert [spec.dtype for spec in runner.inputs] == [torch.float16, torch.float32, torch.float16]
+        near = [runner.infer({"sample": sample, "timestep": torch.tensor([t]), "encoder_hidden_states": context})["out_sample"] for t in (999.0, 999.25)]
+    assert not torch.equal(*near)
+
+
+def test_a_lora_is_baked_into_the_graph(small_unet_pipeline: Any, tmp_path: Path) -> None:
+    from sdcompress.lora import LoraLayer, write_lora
+
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    layer = small_unet_pipeline.unet.get_submodule(name)
+    write_lora({("unet", name): LoraLayer(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 2.0)}, tmp_path / "style.safetensors", "kohya")
+    small_unet_pipeline.save_pretrained(tmp_path / "model")
+    for folder, extra in (("plain", []), ("styled", ["--lora", f"{tmp_path / 'style.safetensors'}:0.5"])):
+        result = CliRunner().invoke(cli_export.command, [str(tmp_path / "model"), "-o", str(tmp_path / folder), "--component", "unet", *extra])
+        assert result.exception is None, result.exception
+    feeds = {"sample": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.randn(1, 77, 96)}
+    answers = {}
+    for folder in ("plain", "styled"):
+        with open_runner(tmp_path / folder / "unet.onnx") as runner:
+            answers[folder] = runner.infer(feeds)
+    assert export.relative_l2(answers["styled"], answers["plain"]) > 1e-3
+    styled = read_manifest(tmp_path / "styled")
+    assert styled is not None
+    assert "lora style.safetensors:0.5" in styled.inputs

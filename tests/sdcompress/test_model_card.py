@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 from sdcompress_engines.errors import ArtifactError, ModelError, PlanError
-from sdcompress_engines.manifest import MANIFEST_NAME
+from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, save_manifest
 
 from sdcompress.data.cache import build_cache
 from sdcompress.data.sources import open_source
@@ -136,14 +137,16 @@ def test_what_was_not_trained_here_gets_no_card(random_folder: Path) -> None:
 def test_a_manifest_that_does_not_say_what_was_done_is_refused(trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], error: type[Exception]) -> None:
     folder = tmp_path / "pipeline"
     shutil.copytree(trained["student"], folder)
-    manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    (folder / MANIFEST_NAME).write_text(json.dumps(manifest | {"config": manifest["config"] | change}))
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    save_manifest(folder, replace(manifest, config=manifest.config | change))
     with pytest.raises(error):
         model_card(folder, "me/thing")
 
 
 def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
-    manifest = json.loads((trained["student"] / MANIFEST_NAME).read_text())
-    (tmp_path / MANIFEST_NAME).write_text(json.dumps(manifest | {"kind": "engine"}))
+    manifest = read_manifest(trained["student"])
+    assert manifest is not None
+    save_manifest(tmp_path, replace(manifest, kind="engine"))
     with pytest.raises(ModelError, match="kind 'engine'"):
         model_card(tmp_path, "me/thing")

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from sdcompress_engines.runners import open_runner
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdcompress.data.cache import build_cache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
+from sdcompress.export import export_onnx, relative_l2
 from sdcompress.family import family_of
+from sdcompress.pipeline import generate, load_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.teacher import LoadedPipeline, load_teacher
 from sdcompress.train.config import DistillConfig, LoraConfig
@@ -66,3 +70,31 @@ def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures:
     train_lora(teacher, cache, LoraConfig(steps=2, rank=2, **COMMON), tmp_path / "lora")
     adapted = load_teacher(teacher.folder).pipeline
     adapted.load_lora_weights(tmp_path / "lora" / LORA, weight_name=FILE)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler scheduler under numpy 2
+def test_sdxl_is_exported_for_each_host(teacher: LoadedPipeline, tmp_path: Path) -> None:
+    pipeline: Any = teacher.pipeline
+    whole = export_onnx(pipeline, tmp_path / "whole")
+    assert list(whole.parity) == ["unet", "text_encoder", "text_encoder_2", "vae_decoder"]
+    assert all(found is not None and found.share_of_limit <= 1 for found in whole.parity.values())
+    made = load_pipeline(tmp_path / "whole", "onnxruntime")
+    pictures = [
+        np.asarray(generate(each, ["a cat"], seeds=[1], steps=2, guidance_scale=5.0)[0], dtype=np.float32) for each in (made, pipeline)
+    ]
+    assert np.abs(pictures[0] - pictures[1]).mean() < 1
+    export_onnx(pipeline, tmp_path / "webui", host="webui")
+    sample, times, context, embeds = torch.randn(1, 4, 16, 16), torch.tensor([501.0]), torch.randn(1, 77, 64), torch.randn(1, 32)
+    ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]])
+    y = torch.cat([embeds, pipeline.unet.add_time_proj(ids.flatten()).reshape(1, -1)], dim=-1)
+    with open_runner(tmp_path / "webui" / "unet.onnx") as runner, torch.no_grad():
+        assert [spec.name for spec in (*runner.inputs, *runner.outputs)] == ["sample", "timesteps", "encoder_hidden_states", "y", "latent"]
+        found = runner.infer({"sample": sample, "timesteps": times, "encoder_hidden_states": context, "y": y})["latent"]
+        truth = pipeline.unet(sample, times, context, added_cond_kwargs={"text_embeds": embeds, "time_ids": ids}).sample
+    assert relative_l2({"h": found}, {"h": truth}) < 1e-4
+
+
+def test_a_vae_that_overflows_stays_fp32(teacher: LoadedPipeline, tmp_path: Path) -> None:
+    result = export_onnx(teacher.pipeline, tmp_path / "half", precision="fp16", components=("vae_decoder", "text_encoder_2"))
+    assert result.manifest.config["precisions"] == {"vae_decoder": "fp32", "text_encoder_2": "fp16"}

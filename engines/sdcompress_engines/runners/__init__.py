@@ -1,37 +1,47 @@
-"""Runners: one contract (`base.Runner`) over torch, ONNX Runtime, TensorRT and TensorRT-RTX."""
+"""Runners: one contract (`base.Runner`) over torch, AOTInductor, ONNX Runtime, TensorRT and TensorRT-RTX."""
 
 from __future__ import annotations
 
+import inspect
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import UsageError
 from ..flavour import FLAVOURS
-from . import onnxruntime, tensorrt
+from . import aot_inductor, onnxruntime, tensorrt
+from .aot_inductor import AotInductorRunner, compile_package
 from .base import Runner, TensorSpec
+from .memory import SharedMemory
 from .onnxruntime import OnnxRuntimeRunner
 from .tensorrt import TensorRTRunner
 from .torch import TorchRunner
 
-__all__ = ["OnnxRuntimeRunner", "Runner", "TensorRTRunner", "TensorSpec", "TorchRunner", "available", "open_runner"]
+__all__ = ["AotInductorRunner", "OnnxRuntimeRunner", "Runner", "SharedMemory", "TensorRTRunner", "TensorSpec", "TorchRunner", "available", "compile_package", "open_runner"]
 
-_BY_SUFFIX: dict[str, type[OnnxRuntimeRunner] | type[TensorRTRunner]] = {".onnx": OnnxRuntimeRunner, ".engine": TensorRTRunner}
+_BY_SUFFIX: dict[str, type[OnnxRuntimeRunner] | type[TensorRTRunner] | type[AotInductorRunner]] = {".onnx": OnnxRuntimeRunner, ".engine": TensorRTRunner, ".pt2": AotInductorRunner}
 
 
-def open_runner(path: str | PathLike[str], device: torch.device | str | None = None) -> Runner:
-    """An open runner for a graph, chosen by its suffix: `.onnx` runs on the CPU unless told otherwise, `.engine` on the GPU.
+def open_runner(path: str | PathLike[str], device: torch.device | str | None = None, **options: Any) -> Runner:
+    """An open runner for a graph, chosen by its suffix: `.onnx` runs on the CPU unless told otherwise, `.engine` on the GPU, `.pt2` where it was made for.
+
+    Args:
+        options: of the runner's own, such as `cuda_graph=True`.
 
     Raises:
-        UsageError: another suffix, or no such file. BackendMissing, EngineError, EngineMismatch: as `Runner.open`.
+        UsageError: another suffix, no such file, or an option that runner has not. BackendMissing, EngineError, EngineMismatch: as `Runner.open`.
     """
     kind = _BY_SUFFIX.get(Path(path).suffix)
     if kind is None:
-        raise UsageError("nothing runs this kind of file", where=path, expected=" or ".join(_BY_SUFFIX))
-    return kind(path, device).open()
+        raise UsageError("nothing runs this kind of file", where=path, expected=f"{', '.join(list(_BY_SUFFIX)[:-1])} or {list(_BY_SUFFIX)[-1]}")
+    known = list(inspect.signature(kind.__init__).parameters)[3:]
+    if unknown := sorted(set(options) - set(known)):
+        raise UsageError(f"{kind.backend if hasattr(kind, 'backend') else 'a TensorRT engine'} takes no {', '.join(unknown)}", where=path, expected=", ".join(known) or "no options")
+    return kind(path, device, **options).open()
 
 
 def available() -> dict[str, str | None]:
     """Backend → None where it is usable here, else the reason it is not."""
-    return {"torch": None, "onnxruntime": onnxruntime.missing(), **{name: tensorrt.missing(flavour) for name, flavour in FLAVOURS.items()}}
+    return {"torch": None, "aot-inductor": aot_inductor.missing(), "onnxruntime": onnxruntime.missing(), **{name: tensorrt.missing(flavour) for name, flavour in FLAVOURS.items()}}

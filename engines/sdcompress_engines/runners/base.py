@@ -34,7 +34,7 @@ class Runner(ABC):
     """One backend session over one graph. `inputs` and `outputs` are known once it is open; opening twice is opening once.
 
     Attributes:
-        backend: `torch`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
+        backend: `torch`, `aot-inductor`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
         path: the graph's file; None for a module in memory.
         device: where `infer` takes and gives its tensors.
     """
@@ -103,7 +103,7 @@ class Runner(ABC):
             fits = tensor.ndim == len(spec.shape) and all(size == want if isinstance(want, int) else size == sizes.setdefault(want, size) for size, want in zip(tensor.shape, spec.shape, strict=True))
             if not fits:
                 raise EngineMismatch(f"input {spec.name} has shape {tuple(tensor.shape)}", where=self.path, expected=expected)
-            if tensor.device.type != self.device.type:
+            if tensor.device.type != self.device.type or self.device.index not in (None, tensor.device.index):
                 raise EngineMismatch(f"input {spec.name} is on {tensor.device}", where=self.path, expected=f"a tensor on {self.device}")
 
     @abstractmethod

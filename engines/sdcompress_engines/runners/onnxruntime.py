@@ -1,17 +1,29 @@
-"""ONNX Runtime, on the CPU or on CUDA. Tensors are bound by address, so nothing is copied on the way in, in any dtype."""
+"""ONNX Runtime on the CPU, on CUDA, and through TensorRT. Tensors are bound by address, so nothing is copied on the way in, in any dtype."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
 
-from ..errors import BackendMissing, EngineError
+from ..errors import BackendMissing, EngineError, UsageError, storage_errors
+from ..manifest import cache_folder, read_manifest, sha256_file
 from .base import Runner, TensorSpec
+from .execution import short
+from .shapes import Ranges, Shape
 
 INSTALL = "pip install 'sdcompress[cpu]'"
 INSTALL_GPU = "pip install 'sdcompress[gpu]'"
+INSTALL_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx, beside onnxruntime and without onnxruntime-gpu"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider"}
+GRAPHS = 4
+"""CUDA graphs, each of one shape, of a session, which can let go of none; further shapes run without."""
+# Operators that hold the work of these models: a provider that leaves one of them to another has not taken the graph. Small ones on the CPU are shapes.
+_WORK = {"Attention", "Conv", "ConvTranspose", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul", "MultiHeadAttention", "Resize", "Softmax"}
 
 # ONNX's type name → torch dtype and the number of ONNX's TensorProto.DataType (numpy knows no bfloat16, so the numbers are what binds).
 _DTYPES = {
@@ -37,37 +49,145 @@ def missing() -> str | None:
     return None
 
 
+@dataclass
+class _Static:
+    """Tensors whose addresses stay, for one shape, bound once; the run that has `options` replays the CUDA graph over them."""
+
+    feeds: dict[str, torch.Tensor]
+    results: dict[str, torch.Tensor]
+    binding: Any
+    options: Any
+
+
 class OnnxRuntimeRunner(Runner):
-    """An `.onnx` file in ONNX Runtime, with as many threads as torch uses. `device` is `cpu` or `cuda[:n]`; the default is the CPU."""
+    """An `.onnx` file in ONNX Runtime. On a GPU it works on a stream of its own, in order with torch's current one, and never makes the host wait.
+
+    Args:
+        device: `cpu` or `cuda[:n]`; the default is what `provider` runs on, else the CPU.
+        provider: `cpu`, `cuda`, `tensorrt` or `nvtensorrtrtx`; the default is `cpu` or `cuda`, as the device says. It takes the whole graph or the
+            runner does not open: nothing falls back to another one.
+        threads: of the CPU; by default as many as torch uses.
+        cuda_graph: replay a captured graph for each shape (`cuda` only), over buffers of the runner's own.
+        prefer_nhwc: channels last inside convolutions on `cuda`; whether it pays depends on the card and the model.
+        profile: the shapes that `tensorrt` and `nvtensorrtrtx` build for; without it they build again for each shape that is new.
+        config: further session entries of ONNX Runtime's, by their keys.
+    """
 
     backend = "onnxruntime"
 
-    def __init__(self, path: str | PathLike[str], device: torch.device | str | None = None) -> None:
-        super().__init__(path, device or "cpu")
+    def __init__(
+        self, path: str | PathLike[str], device: torch.device | str | None = None, *, provider: str | None = None, threads: int | None = None,
+        cuda_graph: bool = False, prefer_nhwc: bool = False, profile: Ranges | None = None, config: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(path, device or ("cpu" if provider in (None, "cpu") else "cuda"))
+        self.provider = provider or self.device.type
+        if self.provider not in PROVIDERS or (self.provider == "cpu") != (self.device.type == "cpu"):
+            raise UsageError(f"provider {provider!r} on {self.device}", expected=f"one of {', '.join(PROVIDERS)}, and all but cpu on cuda")
+        if cuda_graph and self.provider != "cuda":
+            raise UsageError(f"a CUDA graph with provider {self.provider!r}", expected="provider 'cuda'", hint="an .engine file, whose runner captures graphs")
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} threads", expected="at least 1")
+        self.cuda_graph = cuda_graph
+        self._threads, self._nhwc, self._profile, self._extra = threads, prefer_nhwc, profile, dict(config or {})
         self._session: Any = None
+        self._statics: dict[tuple[Shape, ...], _Static] = {}
 
     def _load(self) -> None:
         if missing():
             raise BackendMissing("onnxruntime is not installed", hint=INSTALL)
         import onnxruntime
 
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if self.device.type == "cuda":
-            if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or not torch.cuda.is_available():
-                raise BackendMissing("ONNX Runtime has no CUDA here", hint=f"{INSTALL_GPU} on a machine with an NVIDIA GPU, or device='cpu'")
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": self._device_id}))
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads or torch.get_num_threads()
+        options.log_severity_level = 4  # what goes wrong comes as an exception
+        recorded = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
+        for key, value in ({"session.record_ep_graph_assignment_info": "1"} if recorded else {}).items() | self._extra.items():
+            options.add_session_config_entry(key, str(value))
+        providers, names = self._providers(onnxruntime, options)
         try:
-            self._session = onnxruntime.InferenceSession(str(self.path), options, providers=providers)
+            self._session = onnxruntime.InferenceSession(str(self.path), options, providers=providers, enable_fallback=0)
         except Exception as error:  # its exceptions share no base class
-            raise EngineError(f"not a graph that ONNX Runtime loads ({error})", where=self.path, hint="export it again, or a newer onnxruntime") from error
-        if self.device.type == "cuda" and "CUDAExecutionProvider" not in self._session.get_providers():
+            raise self._unreadable(error) from error
+        try:
+            assigned = [(part.ep_name, [node.op_type for node in part.get_nodes()]) for part in self._session.get_provider_graph_assignment_info()] if recorded else []
+            self._check_provider(names, self._session.get_providers(), left_out(assigned, names))
+            self.inputs = tuple(self._spec(node) for node in self._session.get_inputs())
+            self.outputs = tuple(self._spec(node) for node in self._session.get_outputs())
+        except BaseException:
             self._session = None
-            raise BackendMissing("ONNX Runtime could not start CUDA and would have used the CPU", where=self.path, hint=f"{INSTALL_GPU} for the installed CUDA, or device='cpu'")
-        self.inputs = tuple(self._spec(node) for node in self._session.get_inputs())
-        self.outputs = tuple(self._spec(node) for node in self._session.get_outputs())
+            raise
+
+    def _providers(self, onnxruntime: Any, options: Any) -> tuple[list[Any] | None, set[str]]:
+        """What `InferenceSession` gets as providers, and the names under which the wanted one may report itself."""
+        name = PROVIDERS[self.provider]
+        if self.provider == "cpu":
+            return [name], {name}
+        if not torch.cuda.is_available():
+            raise BackendMissing(f"ONNX Runtime has no GPU here for provider {self.provider!r}", where=self.path, hint="provider 'cpu'")
+        self.device = torch.device("cuda", torch.cuda.current_device() if self.device.index is None else self.device.index)
+        self._stream = torch.cuda.Stream(self.device)
+        common = {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
+        cuda = (PROVIDERS["cuda"], common | {"do_copy_in_default_stream": "1", "prefer_nhwc": str(int(self._nhwc)), "enable_cuda_graph": str(int(self.cuda_graph))})
+        there = onnxruntime.get_available_providers()
+        if self.provider == "nvtensorrtrtx":
+            given = common | {"has_user_compute_stream": "1", "nv_runtime_cache_path": self._cache()} | self._shapes("nv")
+            if name in there:
+                return [(name, given), cuda, PROVIDERS["cpu"]], {name}
+            devices = _rtx_devices(onnxruntime)
+            options.add_provider_for_devices(devices[self.device.index : self.device.index + 1] or devices[:1], given)
+            return None, {name, devices[0].ep_name}
+        if name not in there:
+            raise BackendMissing(f"this ONNX Runtime has no {name}: it has {', '.join(there)}", where=self.path, hint=f"{INSTALL_GPU} on a machine with an NVIDIA GPU, or provider 'cpu'")
+        if self.provider == "cuda":
+            return [cuda, PROVIDERS["cpu"]], {name}
+        folder = self._cache()
+        kept = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder, "trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+        return [(name, common | kept | self._precision() | self._shapes("trt")), cuda, PROVIDERS["cpu"]], {name}
+
+    def _cache(self) -> str:
+        """A folder for this very graph: the providers name what they keep by the graph's structure, which students of one shape share."""
+        assert self.path is not None
+        manifest = read_manifest(self.path.parent)
+        entry = None if manifest is None else manifest.files.get(self.path.name)
+        folder = cache_folder() / "onnxruntime" / (entry.sha256 if entry else sha256_file(self.path))[:24] / self.provider
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+    def _precision(self) -> dict[str, str]:
+        """TensorRT's networks are weakly typed here, so a half-precision graph has to be announced."""
+        assert self.path is not None
+        manifest = read_manifest(self.path.parent)
+        precision = "" if manifest is None else str(manifest.config.get("precision"))
+        return {f"trt_{precision}_enable": "1"} if precision in ("fp16", "bf16") else {}
+
+    def _shapes(self, prefix: str) -> dict[str, str]:
+        if self._profile is None:
+            return {}
+        return {f"{prefix}_profile_{which}_shapes": ",".join(f"{name}:{'x'.join(map(str, shapes[at]))}" for name, shapes in self._profile.items()) for at, which in enumerate(("min", "opt", "max"))}
+
+    def _check_provider(self, names: set[str], started: Iterable[str], left: Mapping[str, str]) -> None:
+        if not names & set(started):
+            raise BackendMissing(f"{PROVIDERS[self.provider]} did not start, and ONNX Runtime would have used {', '.join(started)}", where=self.path, hint=f"{INSTALL_GPU} for the installed CUDA, or provider 'cpu'")
+        if left:
+            told = ", ".join(f"{operator} on {provider}" for operator, provider in sorted(left.items()))
+            raise EngineError(f"{PROVIDERS[self.provider]} does not take the whole graph: {told}", where=self.path, hint="a newer ONNX Runtime, an export with a lower --opset, or another provider")
+
+    def _unreadable(self, error: Exception) -> EngineError:
+        """What is wrong with the graph: by looking at it where onnx is installed, else in ONNX Runtime's words."""
+        from ..graph import read_graph
+
+        assert self.path is not None
+        try:
+            read_graph(self.path)
+        except EngineError as found:
+            return found
+        except ImportError:
+            pass
+        said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", short(error))
+        if unknown := re.search(r"No Op registered for (\S+) with domain_version of (\d+)", str(error)):
+            return EngineError(f"this ONNX Runtime knows no operator {unknown[1]} of opset {unknown[2]}", where=self.path, hint="a newer onnxruntime, or an export with a lower --opset")
+        return EngineError(f"not a graph that ONNX Runtime loads ({said})", where=self.path, hint="export it again, or a newer onnxruntime")
 
     @property
     def _device_id(self) -> int:
@@ -80,22 +200,111 @@ class OnnxRuntimeRunner(Runner):
         return TensorSpec(node.name, tuple(size if isinstance(size, (int, str)) else f"{node.name}.{axis}" for axis, size in enumerate(node.shape)), _DTYPES[name][0])
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                return self._run_on_gpu(feeds)
+        binding = self._infer(self._bind(feeds))
+        # A clone, because the values die with the binding.
+        return {name: view.clone() for name, view in self._views(binding).items()}
+
+    def _bind(self, feeds: Mapping[str, torch.Tensor], results: Mapping[str, torch.Tensor] | None = None) -> Any:
+        """A binding of feeds, and of results where they are given; ONNX Runtime makes room for them where not."""
         binding = self._session.io_binding()
         for name, tensor in feeds.items():
             binding.bind_input(name, self.device.type, self._device_id, _ELEMENT[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
         for spec in self.outputs:
-            binding.bind_output(spec.name, self.device.type, self._device_id)
-        if self.device.type == "cuda":  # ONNX Runtime works on a stream of its own, which knows nothing of torch's pending writes
-            torch.cuda.current_stream(self.device).synchronize()
+            given = () if results is None else (_ELEMENT[spec.dtype], tuple(results[spec.name].shape), results[spec.name].data_ptr())
+            binding.bind_output(spec.name, self.device.type, self._device_id, *given)
+        return binding
+
+    def _infer(self, binding: Any, options: Any = None) -> Any:
         try:
-            self._session.run_with_iobinding(binding)
+            self._session.run_with_iobinding(binding, options)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed ({error})", where=self.path) from error
-        # A clone, because the values die with the binding.
-        return {spec.name: _torch_view(value).clone() for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+            raise EngineError(f"ONNX Runtime failed ({short(error)})", where=self.path) from error
+        return binding
+
+    def _views(self, binding: Any) -> dict[str, torch.Tensor]:
+        return {spec.name: _torch_view(value) for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+
+    def _run_on_gpu(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        try:
+            static = self._static(feeds) if self.cuda_graph else None
+            if static is not None:
+                with torch.cuda.stream(self._stream):
+                    for name, tensor in feeds.items():
+                        static.feeds[name].copy_(tensor)
+                binding, views = self._infer(static.binding, static.options), static.results
+            else:
+                binding = self._infer(self._bind(feeds), self._run_options(-1))
+                views = self._views(binding)
+            results = {name: torch.empty_like(view) for name, view in views.items()}  # on the caller's stream, whose they are
+            with torch.cuda.stream(self._stream):
+                for name, tensor in results.items():
+                    tensor.copy_(views[name])
+            del binding  # the values die with it; their memory is used again in the order of the stream
+            return results
+        finally:
+            current.wait_stream(self._stream)
+
+    def _run_options(self, graph: int) -> Any:
+        """`graph` is the number of a CUDA graph to capture and replay; -1 is none."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(graph))
+        return options
+
+    def _static(self, feeds: Mapping[str, torch.Tensor]) -> _Static | None:
+        """Buffers for these shapes; None for a shape more than `GRAPHS`."""
+        key = tuple(tuple(tensor.shape) for tensor in feeds.values())
+        if key not in self._statics:
+            if len(self._statics) == GRAPHS:
+                return None
+            shapes = {name: view.shape for name, view in self._views(self._infer(self._bind(feeds), self._run_options(-1))).items()}
+            fixed = {name: tensor.clone() for name, tensor in feeds.items()}
+            results = {spec.name: torch.empty(shapes[spec.name], dtype=spec.dtype, device=self.device) for spec in self.outputs}
+            torch.cuda.synchronize(self.device)
+            self._statics[key] = _Static(fixed, results, self._bind(fixed, results), self._run_options(len(self._statics) + 1))
+        return self._statics[key]
 
     def _release(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self._session = None
+        self._statics.clear()
+
+
+def left_out(assigned: Iterable[tuple[str, Iterable[str]]], wanted: set[str]) -> dict[str, str]:
+    """The operators with work in them that went to a provider not `wanted`: operator → provider.
+
+    Args:
+        assigned: provider and its operators, for each part of the graph.
+    """
+    return {operator: provider for provider, operators in assigned if provider not in wanted for operator in operators if operator in _WORK}
+
+
+def _rtx_devices(onnxruntime: Any) -> list[Any]:
+    """The GPUs of the TensorRT-RTX provider, which is a library of its own that is registered once a process."""
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+
+        name = plugin.get_ep_name()
+        find = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+        if not find:
+            onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+            find = [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+    except (ImportError, OSError, AttributeError) as error:
+        raise BackendMissing(f"ONNX Runtime has no TensorRT-RTX provider ({error})", hint=INSTALL_RTX) from error
+    except Exception as error:  # ONNX Runtime's own, which share no base class
+        raise BackendMissing(f"the TensorRT-RTX provider does not load ({short(error)})", hint=INSTALL_RTX) from error
+    if not find:
+        raise BackendMissing("the TensorRT-RTX provider finds no GPU it runs on", expected="an RTX card", hint="provider 'cuda'")
+    return find
 
 
 def _torch_view(value: Any) -> torch.Tensor:

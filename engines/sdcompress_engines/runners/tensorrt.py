@@ -1,16 +1,29 @@
-"""TensorRT and TensorRT-RTX engines on torch CUDA tensors: bound by address, run on torch's current stream, never over the host."""
+"""TensorRT and TensorRT-RTX engines on torch CUDA tensors: bound by address, run in the order of torch's stream, never over the host.
+
+Activation memory is ours, not the library's: contexts of one engine, and with `SharedMemory` the engines of a whole pipeline, use one block.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import warnings
+from collections import deque
+from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import BackendMissing, EngineError, EngineMismatch
-from ..flavour import FLAVOURS, Flavour
-from ..manifest import read_manifest
+from ..errors import BackendMissing, EngineError, EngineMismatch, UsageError
+from ..flavour import FLAVOURS, Flavour, check_fits_here
+from ..graph import sha256_graph
+from ..manifest import cache_folder, read_manifest
 from .base import Runner, TensorSpec
+from .execution import Execution, short
+from .kept import read_sealed, write_sealed
+from .memory import SharedMemory
+from .shapes import Ranges, axis_names, choose_profile, no_profile
 
 _DTYPES = {
     "FLOAT": torch.float32,
@@ -22,14 +35,34 @@ _DTYPES = {
     "INT64": torch.int64,
     "BOOL": torch.bool,
 }
-# What this file takes from the library, besides constructors; a test holds each name against the one that is installed.
+KERNELS = ("lazy", "eager", "none")
+# What this file and `execution` take from both libraries, besides constructors; a test holds each name against the one that is installed.
 USED_API = {
     "Runtime": ("deserialize_cuda_engine",),
-    "ICudaEngine": ("num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape", "get_tensor_profile_shape", "create_execution_context"),
-    "IExecutionContext": ("set_input_shape", "set_tensor_address", "infer_shapes", "get_tensor_shape", "execute_async_v3"),
+    "ICudaEngine": (
+        "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape", "get_tensor_profile_shape", "num_optimization_profiles", "create_execution_context",
+        "get_device_memory_size_for_profile_v2", "streamable_weights_size", "weight_streaming_budget_v2", "get_weight_streaming_automatic_budget",
+    ),
+    "IExecutionContext": (
+        "set_optimization_profile_async", "set_input_shape", "set_tensor_address", "infer_shapes", "get_tensor_shape", "update_device_memory_size_for_shapes", "set_device_memory", "execute_async_v3",
+    ),
+    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "TensorIOMode": ("INPUT", "OUTPUT"),
     "ILogger": ("log", "ERROR", "INTERNAL_ERROR"),
     "DataType": tuple(_DTYPES),
+}  # fmt: skip
+# For engines that were built without their weights.
+USED_API_REFIT = {"Refitter": ("refit_cuda_engine",), "OnnxParserRefitter": ("refit_from_file", "num_errors", "get_error"), "ParserError": ("desc",)}
+# What only some have, looked for before it is used: a runtime configuration from TensorRT 10.11 on, the rest in TensorRT-RTX.
+USED_API_RTX = {
+    "Runtime": ("get_engine_validity",),
+    "ICudaEngine": ("create_runtime_config",),
+    "IRuntimeConfig": ("set_execution_context_allocation_strategy", "create_runtime_cache", "set_runtime_cache", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"),
+    "IRuntimeCache": ("serialize", "deserialize"),
+    "CudaGraphStrategy": ("WHOLE_GRAPH_CAPTURE",),
+    "DynamicShapesKernelSpecializationStrategy": tuple(name.upper() for name in KERNELS),
+    "EngineValidity": ("INVALID",),
+    "EngineInvalidityDiagnostics": ("VERSION_MISMATCH", "UNSUPPORTED_CC", "MALFORMED_ENGINE"),
 }
 
 
@@ -41,87 +74,199 @@ def missing(flavour: Flavour) -> str | None:
 class TensorRTRunner(Runner):
     """An `.engine` file on a GPU. Its flavour is the one its manifest names, else the one installed.
 
-    Free sizes carry the names `input.axis`, as an engine keeps none; their range is the engine's first optimization profile.
+    Free sizes carry the graph's axis names where a manifest tells them, else `input.axis`. Each call runs on the optimization profile that fits it
+    best. One thread at a time.
+
+    Args:
+        cuda_graph: replay a captured graph for each shape, over buffers of the runner's own that inputs are copied into and results out of. TensorRT-RTX
+            captures by its own means, which know when a kernel compiled for the shape has replaced the first one.
+        memory: activation memory to share with other runners; by default the runner has its own.
+        kernels: when TensorRT-RTX compiles kernels for the very shape at hand: `lazy` (beside the first runs), `eager` (before them), `none`.
+        weights: the ONNX graph that an engine built with `--strip-plan` takes its weights from; by default the one `export` put in `onnx/` beside `engine/`.
+        runtime_cache: keep the kernels that TensorRT-RTX compiles, in the cache folder, from `close` to the next `open`.
     """
 
-    def __init__(self, path: str | PathLike[str], device: torch.device | str | None = None, flavour: Flavour | None = None) -> None:
+    def __init__(
+        self, path: str | PathLike[str], device: torch.device | str | None = None, flavour: Flavour | None = None, *,
+        cuda_graph: bool = False, memory: SharedMemory | None = None, kernels: str = "lazy", runtime_cache: bool = True, weights: str | PathLike[str] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(path, device or "cuda")
         assert self.path is not None
-        self._made = {} if (manifest := read_manifest(self.path.parent)) is None else manifest.config
-        self.flavour = flavour or FLAVOURS.get(str(self._made.get("flavour"))) or next((f for f in FLAVOURS.values() if f.missing() is None), FLAVOURS["tensorrt-rtx"])
+        if kernels not in KERNELS:
+            raise UsageError(f"kernels {kernels!r}", expected=" or ".join(KERNELS))
+        manifest = read_manifest(self.path.parent)
+        self._made: Mapping[str, Any] | None = None if manifest is None else manifest.config
+        self.flavour = flavour or FLAVOURS.get(str((self._made or {}).get("flavour"))) or next((f for f in FLAVOURS.values() if f.missing() is None), FLAVOURS["tensorrt-rtx"])
         self.backend = self.flavour.name
+        self.cuda_graph, self.kernels = cuda_graph, kernels
+        self._memory, self._keeps_cache = memory, runtime_cache
+        self._weights = self.path.parent.parent / "onnx" / f"{self.path.stem}.onnx" if weights is None else Path(weights)
+        self._forget()
+
+    def _forget(self) -> None:
+        """As it was made; contexts go before their engine, and the log last."""
+        self._execution: Any = None
+        self._config: Any = None
+        self._cache: Any = None
+        self._cache_file: Path | None = None
         self._engine: Any = None
-        self._context: Any = None
-        self._ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self._runtime: Any = None
+        self._log: Any = None
+        self._profiles: list[Ranges] = []
 
     def _load(self) -> None:
-        trt = self.flavour.load()
+        self._trt = trt = self.flavour.load()
         if self.device.type != "cuda" or not torch.cuda.is_available():
             raise BackendMissing(f"a {self.flavour.name} engine runs on an NVIDIA GPU and there is none", where=self.path, hint="run the ONNX graph instead: it needs no GPU")
+        self.device = torch.device("cuda", torch.cuda.current_device() if self.device.index is None else self.device.index)
+        self._forget()
+        content, digest = self._read()
         self._log = _log_of(trt)
-        assert self.path is not None
         with torch.cuda.device(self.device):
             self._runtime = trt.Runtime(self._log)
-            self._engine = self._runtime.deserialize_cuda_engine(self.path.read_bytes())
+            reason = invalid(trt, self._runtime, content)
+            self._engine = None if reason else self._runtime.deserialize_cuda_engine(content)
             if self._engine is None:
-                raise self._mismatch()
-            self._context = self._engine.create_execution_context()
-            if self._context is None:
-                raise EngineError(f"no execution context, most often for lack of GPU memory ({self._log.said()})", where=self.path)
-        specs: dict[Any, list[TensorSpec]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
-        for index in range(self._engine.num_io_tensors):
-            name = self._engine.get_tensor_name(index)
-            mode = self._engine.get_tensor_mode(name)
-            shape = tuple(f"{name}.{axis}" if size < 0 else int(size) for axis, size in enumerate(self._engine.get_tensor_shape(name)))
-            specs[mode].append(TensorSpec(name, shape, _DTYPES[self._engine.get_tensor_dtype(name).name]))
-            if mode == trt.TensorIOMode.INPUT:
-                least, _, most = self._engine.get_tensor_profile_shape(name, 0)
-                self._ranges[name] = (tuple(least), tuple(most))
-        self.inputs, self.outputs = tuple(specs[trt.TensorIOMode.INPUT]), tuple(specs[trt.TensorIOMode.OUTPUT])
+                raise self._mismatch(reason)
+            if ((self._made or {}).get("options") or {}).get("strip_plan"):
+                self._take_weights()
+            if int(self._engine.streamable_weights_size) > 0:
+                self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
+            self._configure(digest)
+            self._describe()
+            obstacle = self._no_graph() if self.cuda_graph else None
+            if obstacle:
+                warnings.warn(f"{self.path}: runs without CUDA graphs, as {obstacle}", RuntimeWarning, stacklevel=4)
+            self._execution = Execution(
+                self._engine, trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config, self.outputs, self.device,
+                self._memory or SharedMemory(self.device), self._log, self.path, graphs=self.cuda_graph and obstacle is None, itself=self._graphs_itself,
+            )  # fmt: skip
 
-    def _mismatch(self) -> EngineMismatch:
+    def _read(self) -> tuple[bytes, str]:
+        """The engine's bytes and their sha256, held against its manifest; a bare engine has none, and the runtime is the first to judge it."""
+        assert self.path is not None
+        if self._made is None:
+            content = self.path.read_bytes()
+            return content, hashlib.sha256(content).hexdigest()
+        from ..store import read_engine
+
+        content, manifest = read_engine(self.path)
+        check_fits_here(manifest.config, self.path, self.device)
+        return content, manifest.files[self.path.name].sha256
+
+    def _take_weights(self) -> None:
+        """Put the weights into an engine that was built without them, from the very graph it was built of."""
+        assert self.path is not None
+        made_of = ((self._made or {}).get("model") or {}).get(self.path.stem)
+        if not self._weights.is_file():
+            raise EngineError("the engine has no weights, and its graph is not there", where=self.path, expected=str(self._weights), hint="keep the onnx folder beside the engine folder, or build without --strip-plan")
+        if sha256_graph(self._weights) != made_of:
+            raise EngineMismatch("the engine has no weights, and the graph is another model's", where=self._weights, expected=f"the graph {str(made_of)[:12]}", hint="export and build again")
+        refitter = self._trt.Refitter(self._engine, self._log)
+        parser = self._trt.OnnxParserRefitter(refitter, self._log)
+        if not parser.refit_from_file(str(self._weights)) or not refitter.refit_cuda_engine():
+            told = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)) or self._log.said()
+            raise EngineError(f"the engine did not take the graph's weights ({short(told)})", where=self._weights, hint="build again without --strip-plan")
+
+    def _configure(self, digest: str) -> None:
+        """What every execution context is made with, where the library has such a thing."""
+        trt = self._trt
+        if not hasattr(self._engine, "create_runtime_config"):
+            return
+        self._config = self._engine.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._compiles:
+            self._config.dynamic_shapes_kernel_specialization_strategy = getattr(trt.DynamicShapesKernelSpecializationStrategy, self.kernels.upper())
+        if self.cuda_graph and self._graphs_itself:
+            self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if self._keeps_cache and hasattr(self._config, "create_runtime_cache"):
+            self._cache_file = cache_folder() / "runtime" / f"{digest[:24]}-sm{''.join(map(str, torch.cuda.get_device_capability(self.device)))}"
+            self._cache = self._config.create_runtime_cache()
+            if (kept := read_sealed(self._cache_file)) is not None:
+                self._cache.deserialize(kept)  # False where it is another card's or version's: then it is filled anew
+            self._config.set_runtime_cache(self._cache)
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether kernels are compiled for the shape at hand, as in TensorRT-RTX."""
+        return hasattr(self._config, "dynamic_shapes_kernel_specialization_strategy")
+
+    @property
+    def _graphs_itself(self) -> bool:
+        return hasattr(self._config, "cuda_graph_strategy")
+
+    def _no_graph(self) -> str | None:
+        """Why no CUDA graph can hold a run of this engine, or None."""
+        if int(self._engine.streamable_weights_size) > 0:
+            return "its weights are streamed from the host"
+        if self._compiles and not self._graphs_itself and self.kernels == "lazy":
+            return "its kernels change while it runs (kernels='eager' compiles them first)"
+        return None
+
+    def _describe(self) -> None:
+        assert self.path is not None
+        trt, names = self._trt, {}
+        for side in ("inputs", "outputs"):
+            for entry in ((self._made or {}).get(side) or {}).get(self.path.stem) or []:
+                names[entry["name"]] = entry["shape"]
+        specs: dict[Any, list[TensorSpec]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
+        for name in (self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)):
+            kind = self._engine.get_tensor_dtype(name).name
+            if kind not in _DTYPES:
+                raise EngineError(f"{name} is a {kind}", where=self.path, expected=f"a tensor of {', '.join(_DTYPES)}")
+            shape = axis_names(name, tuple(self._engine.get_tensor_shape(name)), names.get(name))
+            specs[self._engine.get_tensor_mode(name)].append(TensorSpec(name, shape, _DTYPES[kind]))
+        self.inputs, self.outputs = tuple(specs[trt.TensorIOMode.INPUT]), tuple(specs[trt.TensorIOMode.OUTPUT])
+        for index in range(self._engine.num_optimization_profiles):
+            ranges = {spec.name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, index)] for spec in self.inputs}
+            self._profiles.append({name: (least, best, most) for name, (least, best, most) in ranges.items()})
+
+    def _mismatch(self, reason: str | None) -> EngineMismatch:
         made = self._made
         origin = f"it was built with {made.get('flavour')} {made.get('version')} for compute capability {made.get('compute_capabilities')}" if made else "it has no manifest that says what built it"
         here = f"{self.flavour.name} {self.flavour.version} on {torch.cuda.get_device_name(self.device)} {torch.cuda.get_device_capability(self.device)}"
-        return EngineMismatch(f"the engine does not load: {origin}, and here is {here} ({self._log.said()})", where=self.path, hint="build it again here: sdcompress export MODEL --trt -o DIR")
+        return EngineMismatch(f"the engine does not load: {origin}, and here is {here} ({reason or self._log.said()})", where=self.path, hint="build it again here: sdcompress export MODEL --trt -o DIR")
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        for name, tensor in feeds.items():
-            shape = tuple(tensor.shape)
-            least, most = self._ranges[name]
-            if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
-                raise EngineMismatch(f"input {name} has shape {shape}", where=self.path, expected=f"between {least} and {most}", hint="build the engine with a wider profile")
-            if not self._context.set_input_shape(name, shape) or not self._context.set_tensor_address(name, tensor.data_ptr()):
-                raise EngineMismatch(f"input {name} of shape {shape} was refused ({self._log.said()})", where=self.path)
-        if lacking := self._context.infer_shapes():
-            raise EngineMismatch(f"the shape of {', '.join(lacking)} is not known from the inputs", where=self.path)
-        results = {spec.name: torch.empty(tuple(self._context.get_tensor_shape(spec.name)), dtype=spec.dtype, device=self.device) for spec in self.outputs}
-        for name, tensor in results.items():
-            self._context.set_tensor_address(name, tensor.data_ptr())
-        # Inputs and outputs live in torch's caching allocator, which reuses memory in the order of this stream: no need to wait.
+        shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
+        profile = choose_profile(self._profiles, shapes)
+        if profile is None:
+            assert self.path is not None
+            raise no_profile(self._profiles, shapes, self.inputs, self.path.stem, int((self._made or {}).get("vae_scale", 8)), self.path)
         with torch.cuda.device(self.device):
-            if not self._context.execute_async_v3(torch.cuda.current_stream(self.device).cuda_stream):
-                raise EngineError(f"the engine failed ({self._log.said()})", where=self.path)
-        return results
+            return self._execution.run(profile, shapes, feeds)
 
     def _release(self) -> None:
-        torch.cuda.synchronize(self.device)
-        self._context = self._engine = self._runtime = None
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize(self.device)
+            if self._cache is not None and self._cache_file is not None:
+                write_sealed(self._cache_file, bytes(self._cache.serialize()))
+            self._forget()
+
+
+def invalid(trt: Any, runtime: Any, content: bytes) -> str | None:
+    """Why this runtime will not take these bytes, by its own judgement of their header, or None: it takes them, or cannot tell."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return None
+    validity, bits = runtime.get_engine_validity(content)
+    if validity != trt.EngineValidity.INVALID:
+        return None
+    return ", ".join(name.lower().replace("_", " ") for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if int(bits) & int(bit)) or None
 
 
 def _log_of(trt: Any) -> Any:
-    """A TensorRT logger that keeps its errors for the message instead of printing them."""
+    """A TensorRT logger that keeps its last errors for the message instead of printing them."""
 
     class Log(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+            self.errors: deque[str] = deque(maxlen=3)
 
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
+                self.errors.append(short(message))
 
         def said(self) -> str:
-            return "; ".join(self.errors[-3:]) or "it gave no reason"
+            return "; ".join(self.errors) or "it gave no reason"
 
     return Log()

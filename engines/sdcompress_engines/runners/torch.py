@@ -2,29 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from ..errors import BackendMissing, UsageError
 from .base import Runner, TensorSpec
+
+MODES = ("eager", "channels_last", "compile")
+COMPILER = "a C++ compiler: apt-get install g++"
 
 
 class TorchRunner(Runner):
-    """`module` called with its inputs in the order of `inputs`; it answers with a tensor or a tuple in the order of `outputs`."""
+    """`module` called with its inputs in the order of `inputs`; it answers with a tensor or a tuple in the order of `outputs`. Its dtype is what it has.
+
+    Args:
+        mode: `eager`; `channels_last`, where convolutions keep pixels together, which most processors and cards are faster at; or `compile`, by
+            `torch.compile` at the first call of a shape, over channels-last weights too. The last two change the module's memory layout, not its values.
+    """
 
     backend = "torch"
 
-    def __init__(self, module: torch.nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    def __init__(self, module: torch.nn.Module, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], mode: str = "eager") -> None:
         held = next(module.parameters(), None)
         super().__init__(None, torch.device("cpu") if held is None else held.device)
-        self.module, self.inputs, self.outputs = module, tuple(inputs), tuple(outputs)
+        if mode not in MODES:
+            raise UsageError(f"no torch mode {mode!r}", expected=" or ".join(MODES))
+        self.module, self.inputs, self.outputs, self.mode = module, tuple(inputs), tuple(outputs), mode
+        self._call: Callable[..., Any] = module
 
     def _load(self) -> None:
         self.module.eval()
+        if self.mode != "eager":
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch documents it, its stubs do not
+        self._call = torch.compile(self.module) if self.mode == "compile" else self.module
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        results = self.module(*feeds.values())
+        tensors = [tensor.contiguous(memory_format=torch.channels_last) if self.mode != "eager" and tensor.ndim == 4 else tensor for tensor in feeds.values()]
+        try:
+            results = self._call(*tensors)
+        except RuntimeError as error:
+            if no_compiler(error):
+                raise BackendMissing("torch.compile finds no C++ compiler", hint=f"{COMPILER}, or mode 'channels_last'") from error
+            raise
         return dict(zip((spec.name for spec in self.outputs), results if isinstance(results, (tuple, list)) else (results,), strict=True))
 
     def _release(self) -> None:
         """The module belongs to whoever made it."""
+        self._call = self.module
+
+
+def no_compiler(error: BaseException) -> bool:
+    """Whether torch's compiler gave up for want of a C++ compiler."""
+    return any(sign in f"{type(error).__name__} {error}" for sign in ("InvalidCxxCompiler", "No working C++ compiler"))

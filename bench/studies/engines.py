@@ -1,0 +1,133 @@
+"""What it takes to make TensorRT engines at full size without a GPU: time and memory of `sdcompress export --trt`, whole process tree.
+
+    python bench/studies/engines.py -o bench/results/engines-cpu.json --work build/engines
+
+Weights are random: an engine's size and the way to it do not depend on them. Memory is the largest sum of resident memory (proportional
+set size, so that what processes share counts once) over the command and everything it starts, looked at ten times a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdcompress_bench.environment import environment
+from sdcompress_engines.manifest import read_manifest
+
+from sdcompress.random_model import random_pipeline
+
+CASES = {
+    "SD1.5 bk-tiny": ("sd1", "bk-tiny", "sd15-512"),
+    "SD1.5 whole": ("sd1", None, "sd15-512"),
+    "SD2.1 whole": ("sd2", None, "batch=2,height=768,width=768,tokens=77"),
+    "SDXL bk-small": ("sdxl", "bk-small", "sdxl-1024"),
+    "SDXL whole": ("sdxl", None, "sdxl-1024"),
+}
+
+
+def memory_mib(pid: int) -> float:
+    """Proportional resident memory of a process and its descendants."""
+    total = 0.0
+    for process in [pid, *_children(pid)]:
+        try:
+            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return total
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            direct = [int(child) for child in task.read_text().split()]
+        except OSError:
+            continue
+        found += [process for child in direct for process in (child, *_children(child))]
+    return found
+
+
+def run(command: list[str], log: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """Seconds, exit status and peak memory of a command."""
+    peak, done = 0.0, threading.Event()
+    started = time.monotonic()
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.1):
+                peak = max(peak, memory_mib(process.pid))
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        process.wait()
+        done.set()
+        watcher.join()
+    return {"seconds": round(time.monotonic() - started, 1), "peak_mib": round(peak), "status": process.returncode}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="for the models and engines; emptied of each model when it is done")
+    parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
+    args = parser.parse_args()
+    rows: dict[str, Any] = json.loads(args.output.read_text())["rows"] if args.output.is_file() else {}
+    args.work.mkdir(parents=True, exist_ok=True)
+    settings = os.environ | {"SDCOMPRESS_CACHE": str((args.work / "cache").absolute())}
+    for name in args.case or CASES:
+        family, plan, profile = CASES[name]
+        model, out = args.work / "model", args.work / "out"
+        for folder in (model, out, args.work / "cache"):
+            shutil.rmtree(folder, ignore_errors=True)
+        pipeline = random_pipeline(family, plan, dtype=torch.float16)
+        pipeline.save_pretrained(model)
+        parameters = sum(p.numel() for p in pipeline.unet.parameters())
+        del pipeline
+        command = [sys.executable, "-m", "sdcompress", "export", str(model), "-o", str(out), "--trt", "--flavour", "tensorrt-rtx", "--component", "unet", "--profile", profile]
+        figures = run(command, args.work / "log.txt", settings)
+        row: dict[str, Any] = {"parameters": parameters, "profile": profile, **figures}
+        if figures["status"] == 0:
+            graph, engine = read_manifest(out / "onnx"), read_manifest(out / "engine")
+            assert graph is not None
+            assert engine is not None
+            row |= {
+                "onnx_bytes": sum(e.bytes for n, e in graph.files.items() if n.startswith("unet.onnx")), "engine_bytes": engine.figures["unet"]["bytes"], "build_s": engine.figures["unet"]["seconds"],
+                "build_peak_mib": engine.figures["unet"]["peak_mib"], "export_s": graph.figures["unet"]["seconds"], "parity": graph.figures["unet"]["parity"], "flavour": engine.config["flavour"], "version": engine.config["version"],
+            }  # fmt: skip
+        else:
+            row["said"] = (args.work / "log.txt").read_text().strip().splitlines()[-1][:300]
+        rows[name] = row
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+        shutil.rmtree(args.work / "cache", ignore_errors=True)
+        print(table({name: row}).splitlines()[-1], flush=True)
+    print(table(rows))
+
+
+def table(rows: dict[str, Any]) -> str:
+    lines = ["| UNet | parameters | whole command | peak memory | engine | of it: build | fp16 error (torch's own) |", "|---|---|---|---|---|---|---|"]
+    for name, row in rows.items():
+        if row["status"]:
+            lines.append(f"| {name} | {row['parameters'] / 1e6:,.0f} M | failed after {row['seconds']:.0f} s | {row['peak_mib'] / 1024:.1f} GiB | {row['said']} | | |")
+            continue
+        parity = row["parity"]
+        lines.append(
+            f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['seconds']:.0f} s | {row['peak_mib'] / 1024:.1f} GiB | {row['engine_bytes'] / 2**20:,.0f} MiB | {row['build_s']:.0f} s "
+            f"| {parity['relative_l2']:.1e} ({parity['torch_relative_l2']:.1e}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

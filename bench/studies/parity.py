@@ -1,0 +1,84 @@
+"""Do the exported graphs answer as torch does? Every component of nano and a full-size UNet, over batches, sizes, prompt lengths, timesteps and signatures.
+
+    python bench/studies/parity.py -o bench/results/parity.json --work build/parity
+
+fp32 graphs in ONNX Runtime against torch fp32 (limit: relative L2 1e-4), fp16 graphs against torch fp32 (limit: twice what torch is off by in fp16).
+Batches 1, 2, 3; three resolutions; 77 and 231 tokens; timesteps 1, 250, 500, 750, 999; the three signatures by name, order and dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdcompress_bench.environment import environment
+from sdcompress_engines.runners import open_runner
+from sdcompress_engines.signature import HOSTS
+
+from sdcompress.export import export_onnx
+from sdcompress.graphs import Precision, part_of, signature_of
+from sdcompress.parity import compare_onnx, grid
+from sdcompress.random_model import random_pipeline
+from sdcompress.teacher import load_teacher
+
+BATCHES, TOKENS = (1, 2, 3), (77, 231)
+COMPONENTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
+
+
+def check(pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]], work: Path) -> dict[str, Any]:
+    """Export one component and compare it over the whole grid."""
+    folder = work / "graph"
+    export_onnx(pipeline, folder, precision=precision, components=(component,), host=host, force=True)
+    part = part_of(pipeline, component)
+    wanted = signature_of(component, part, precision, host)
+    with open_runner(folder / f"{component}.onnx") as runner:
+        exact = runner.inputs == wanted.inputs and runner.outputs == wanted.outputs
+    cases = grid(wanted, BATCHES, [(0, 0)] if component == "text_encoder" else latents, TOKENS if component == "unet" else (77,))
+    found = compare_onnx(component, part, precision, folder / f"{component}.onnx", host, cases)
+    return asdict(found) | {"signature_exact": exact, "inputs": [str(spec) for spec in wanted.inputs], "outputs": [str(spec) for spec in wanted.outputs]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="emptied first")
+    args = parser.parse_args()
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+
+    def add(model: str, pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]]) -> None:
+        row = {"model": model, "component": component, "precision": precision, "signature": host} | check(pipeline, component, precision, host, latents, args.work)
+        rows.append(row)
+        print(line(row), flush=True)
+
+    nano: Any = load_teacher("nano").pipeline
+    small = [(8, 8), (16, 16), (24, 16)]
+    for component in COMPONENTS:
+        for precision in ("fp32", "fp16"):
+            add("nano", nano, component, precision, "diffusers", small)  # type: ignore[arg-type]
+    for host in HOSTS:
+        if host != "diffusers":
+            add("nano", nano, "unet", "fp32", host, small)
+    large = random_pipeline("sd1", "bk-tiny", dtype=torch.float16)
+    for precision in ("fp32", "fp16"):
+        add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(32, 32), (64, 32), (64, 64)])  # type: ignore[arg-type]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+    shutil.rmtree(args.work)
+    if any(row["share_of_limit"] > 1 or not row["signature_exact"] for row in rows):
+        raise SystemExit("over the limit")
+
+
+def line(row: dict[str, Any]) -> str:
+    floor = "" if row["torch_relative_l2"] is None else f", torch {row['precision']} {row['torch_relative_l2']:.1e}"
+    return f"{row['model']:<14} {row['component']:<14} {row['precision']} {row['signature']:<10} relative L2 {row['relative_l2']:.1e}{floor}; {row['share_of_limit']:.0%} of the limit; {row['cases']} cases; signature {'exact' if row['signature_exact'] else 'WRONG'}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What an ONNX graph is, read without its weights, so that a damaged one is told from a whole one before a runtime meets it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from .errors import EngineError, UsageError
+from .manifest import canonical, sha256_file
+
+AGAIN = "export it again: sdcompress export MODEL -o DIR"
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """An ONNX graph.
+
+    Attributes:
+        opset: of the standard operators.
+        operators: name → how many nodes.
+        inputs, outputs: name → sizes, an int or the name of a free one.
+        bytes: of the graph and its external data.
+        external: files beside the graph that hold weights.
+    """
+
+    opset: int
+    operators: Mapping[str, int]
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    bytes: int
+    external: tuple[str, ...]
+
+
+def read_graph(path: str | PathLike[str]) -> GraphFacts:
+    """The facts of an ONNX file.
+
+    Raises:
+        UsageError: no such file. EngineError: it is not a whole graph; external data is missing or cut; it names files outside its folder.
+    """
+    from google.protobuf.message import DecodeError
+
+    path = Path(path)
+    model = load_structure(path)
+    external: dict[str, int] = {}
+    try:
+        for tensor in tensors(model.graph):
+            if tensor.data_location != tensor.EXTERNAL:
+                continue
+            entry = {item.key: item.value for item in tensor.external_data}
+            name = entry.get("location", "")
+            if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+                raise EngineError(f"the weight {tensor.name!r} names the file {name!r}", where=path, expected="a file beside the graph", hint=AGAIN)
+            external[name] = max(external.get(name, 0), int(entry.get("offset", 0)) + int(entry.get("length", 0)))
+        facts = GraphFacts(
+            opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
+            operators=Counter(node.op_type for node in model.graph.node),
+            inputs={value.name: _sizes(value) for value in model.graph.input},
+            outputs={value.name: _sizes(value) for value in model.graph.output},
+            bytes=path.stat().st_size + sum(external.values()),
+            external=tuple(sorted(external)),
+        )
+    except (ValueError, TypeError, AttributeError, DecodeError) as error:  # text that is no UTF-8 comes as bytes
+        raise EngineError(f"not a whole ONNX graph ({error})", where=path, hint=AGAIN) from error
+    if not facts.opset or not facts.operators or not facts.outputs:
+        raise EngineError("not a whole ONNX graph: it has no opset, no nodes or no outputs", where=path, hint=AGAIN)
+    for name, needed in external.items():
+        held = path.parent / name
+        if not held.is_file():
+            raise EngineError(f"its weights are missing: {name} is not beside it", where=path, hint=f"copy {name} here too, or {AGAIN}")
+        if held.stat().st_size < needed:
+            raise EngineError(f"its weights are cut: {name} has {held.stat().st_size:,} bytes", where=path, expected=f"{needed:,}", hint=AGAIN)
+    return facts
+
+
+def sha256_graph(path: Path) -> str:
+    """What names a graph in an engine's key: of the file, or where weights lie beside it, of all its files."""
+    return sha256_files({file.name: sha256_file(file) for file in sorted(path.parent.glob(f"{path.name}*"))})
+
+
+def sha256_files(files: Mapping[str, str]) -> str:
+    """`sha256_graph` from name → sha256 of the graph's files, as a manifest has them."""
+    return next(iter(files.values())) if len(files) == 1 else hashlib.sha256(canonical(dict(files))).hexdigest()
+
+
+def load_structure(path: Path) -> Any:
+    """The `onnx.ModelProto` without external data.
+
+    Raises:
+        UsageError: no such file. EngineError: it is not ONNX.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if not path.is_file():
+        raise UsageError("no such file", where=path, hint="make it with: sdcompress export MODEL -o DIR")
+    try:
+        return onnx.load(path, load_external_data=False)
+    except (DecodeError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        raise EngineError(f"not a whole ONNX graph ({' '.join(str(error).split())[:200]})", where=path, hint=AGAIN) from error
+
+
+def tensors(graph: Any) -> Iterator[Any]:
+    """Every stored tensor of a graph: its initializers and the constants of its nodes."""
+    yield from graph.initializer
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+
+
+def _sizes(value: Any) -> tuple[int | str, ...]:
+    return tuple(size.dim_value if size.HasField("dim_value") else size.dim_param or "?" for size in value.type.tensor_type.shape.dim)

@@ -1,0 +1,71 @@
+"""Pipelines of a published shape with random weights: enough to measure what does not depend on the weights, and nothing to download."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdcompress_engines.errors import UsageError
+
+CONFIGS = Path(__file__).parent / "assets" / "configs"
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+def random_pipeline(family: str, plan: str | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A diffusers pipeline of the full size of `family`, or a student of it, with random weights on the CPU; no two seeds are alike.
+
+    Weights are drawn as torch draws new layers'; biases and norms, which would be zeros and ones, are moved away from that, so that each shows in the output.
+
+    Args:
+        family: `sd1` (512 px), `sd2` (768 px, v-prediction) or `sdxl` (1024 px).
+        plan: of block removal: `bk-base`, `bk-small`, `bk-tiny` or a plan file; None is the whole UNet.
+
+    Raises:
+        UsageError: an unknown family. PlanError: a plan the family does not allow.
+    """
+    import diffusers
+    import transformers
+
+    from sdcompress.prune.plan import read_plan
+    from sdcompress.teacher import quiet
+
+    if family not in FAMILIES:
+        raise UsageError(f"no family {family!r}", expected=" or ".join(FAMILIES))
+    folder = CONFIGS / family
+    index = json.loads((folder / "model_index.json").read_text())
+    torch.manual_seed(seed)
+    parts: dict[str, Any] = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
+            continue
+        library, kind = (diffusers if entry[0] == "diffusers" else transformers), entry[1]
+        made = getattr(library, kind)
+        with quiet():
+            if name == "unet":
+                config = json.loads((folder / name / "config.json").read_text())
+                parts[name] = made.from_config(config if plan is None else read_plan(plan, config).student_config())
+            elif library is diffusers and hasattr(made, "from_config") and (folder / name / "config.json").is_file():
+                parts[name] = made.from_config(json.loads((folder / name / "config.json").read_text()))
+            elif (folder / name / "config.json").is_file():
+                parts[name] = made(made.config_class.from_pretrained(folder / name))
+            else:
+                parts[name] = made.from_pretrained(folder / name)
+        if isinstance(parts[name], torch.nn.Module):
+            _shake(parts[name])
+            with quiet():
+                parts[name] = parts[name].to(dtype).eval()
+    if index["_class_name"] == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    with quiet():
+        pipeline = getattr(diffusers, index["_class_name"])(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def _shake(module: torch.nn.Module) -> None:
+    for weight in module.parameters():
+        if weight.ndim == 1:
+            weight.add_(0.1 * torch.randn_like(weight))

@@ -1,0 +1,80 @@
+"""`export` says what cannot be built before it works on it, and `generate` runs what was exported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sdcompress_engines.flavour import TENSORRT_RTX
+
+from .conftest import Cli, one_line
+
+needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--profile", "webui"], "--profile without --trt. Try: add --trt"),
+        (["--batch", "1:2:8"], "--batch without --trt"),
+        (["--refit", "any"], "--refit without --trt"),
+        (["--trt", "--precision", "fp32"], "expected fp16, bf16, fp8 or int8"),
+        (["--calibration-prompts", "p.txt"], "add --precision fp8 or int8"),
+        (["--trt", "--profile", "webui", "--profile", "sd15-512", "--batch", "2"], "the sizes in each of them"),
+        (["--trt", "--profile", "sd15"], "profile 'sd15'"),
+        (["--trt", "--batch", "8:2:1"], "MIN:OPT:MAX that do not fall"),
+        (["--trt", "--height", "100"], "--height 128"),
+        (["--trt", "--tokens", "100"], "expected multiples of 77"),
+        (["--signature", "webui", "--component", "vae_decoder"], "vae_decoder with the signature webui, which runs its own"),
+    ],
+)
+@needs_rtx
+def test_what_cannot_be_is_said_in_one_line(cli: Cli, tmp_path: Path, options: list[str], said: str) -> None:
+    code, _, err = cli("export", "nano", "-o", tmp_path / "out", *options)
+    assert code == 2
+    assert said in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--compute-capability", "3.5"], "builds for no compute capability 3.5"),
+        (["--optimization-level", "5"], "--optimization-level with tensorrt-rtx"),
+        (["--hardware-compatible", "ampere_plus"], "--hardware-compatible with tensorrt-rtx"),
+        (["--precision", "fp8", "--compute-capability", "8.6"], "fp8 needs compute capability 8.9"),
+    ],
+)
+def test_what_the_library_does_not_build_is_said_before_the_export(cli: Cli, tmp_path: Path, options: list[str], said: str) -> None:
+    code, _, err = cli("export", "nano", "-o", tmp_path / "out", "--trt", "--flavour", "tensorrt-rtx", *options)
+    assert code in (1, 2)
+    assert said in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_engines_come_from_the_store_the_second_time_and_are_listed(cli: Cli, tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        code, out, err = cli("export", "nano", "-o", tmp_path / folder, "--trt", "--flavour", "tensorrt-rtx", "--component", "text_encoder", "--batch", "2")
+        assert code == 0, err
+        assert "text_encoder.engine" in out
+    assert "from the store" in out
+    assert "the store has this engine already" in err
+    engines = [tmp_path / folder / "engine" / "text_encoder.engine" for folder in ("first", "second")]
+    assert engines[0].read_bytes() == engines[1].read_bytes()
+    code, out, err = cli("engines", "list", tmp_path / "second")
+    assert code == 0, err
+    assert "text_encoder" in out
+    assert "tensorrt-rtx" in out
+
+
+def test_generate_refuses_what_a_graph_folder_cannot_do(cli: Cli, tmp_path: Path, fp16_small: object) -> None:
+    folder = getattr(fp16_small, "folder")  # noqa: B009
+    for options, said in ((["--backend", "torch"], "--backend ort"), (["--backend", "ort", "--fallback", "torch"], "no torch weights"), (["--backend", "nonsense"], "no backend 'nonsense'")):
+        code, _, err = cli("generate", folder, "a cat", "-o", tmp_path / "out.png", *options)
+        assert code == 2
+        assert said in one_line(err)
+    code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "out.png", "--backend", "ort", "--artifacts", folder)
+    assert code == 1
+    assert "was made from another model" in one_line(err) or "has no graph of the unet" in one_line(err)

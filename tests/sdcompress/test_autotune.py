@@ -1,0 +1,78 @@
+"""`auto` is the fastest backend of those that answer as torch does, found by measuring and remembered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sdcompress_engines.errors import BackendMissing
+
+from sdcompress import autotune
+from sdcompress.autotune import Candidate, Measured, candidates, fastest, measure_backends
+
+TORCH, ORT, HALF = Candidate("torch", "fp32"), Candidate("onnxruntime", "fp32"), Candidate("torch", "bf16")
+
+
+def test_candidates_begin_with_the_one_all_are_held_against() -> None:
+    found = candidates("cpu")
+    assert found[0] == TORCH
+    assert ORT in found
+    assert (HALF in found) == autotune.has_fast_bf16()
+
+
+@pytest.mark.slow
+def test_backends_are_measured_in_processes_of_their_own(random_folder: Path) -> None:
+    measured = {m.candidate: m for m in measure_backends(random_folder, [TORCH, ORT, HALF])}
+    assert measured[TORCH].relative_l2 == 0
+    assert all((m.unet_step_ms or 0) > 0 and m.failed is None for m in measured.values())
+    assert 0 < (measured[ORT].relative_l2 or 0) < 1e-4
+    assert 1e-3 < (measured[HALF].relative_l2 or 0) < 0.1
+
+
+def answer(case: dict[str, Any], ms: float, error: float) -> dict[str, Any]:
+    torch.save(torch.ones(8) * (1 + error), case["answer"])
+    return {"ms": [ms, ms, ms]}
+
+
+def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """ONNX Runtime is made the fastest and wrong, bfloat16 faster than fp32 and right; what a process answers is all that is stood in for."""
+    figures = {"torch fp32": (100.0, 0.0), "onnxruntime fp32": (10.0, 1e-3), "torch bf16": (50.0, 3e-3), "aot bf16": (40.0, 7e-3)}
+    asked = []
+
+    def child(case: dict[str, Any]) -> dict[str, Any]:
+        asked.append(case["backend"])
+        return answer(case, *figures[f"{case['backend']} {case['precision']}"])
+
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "_in_child", child)
+    monkeypatch.setattr(autotune, "candidates", lambda device: [TORCH, ORT, HALF, Candidate("aot", "bf16")])
+    assert fastest(random_folder) == ("torch", "bf16")  # aot is off by more than twice what torch is in bfloat16
+    assert len(asked) == 4
+    assert fastest(random_folder) == ("torch", "bf16")
+    assert len(asked) == 4
+    (kept,) = tmp_path.rglob("auto-cpu.json")
+    known = json.loads(kept.read_text())
+    assert [m["failed"] is None for m in known["measured"]] == [True, False, True, False]
+    kept.write_text(json.dumps(known | {"key": {"device": "another"}}))
+    fastest(random_folder)
+    assert len(asked) == 8
+
+
+def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(autotune, "candidates", lambda device: [TORCH, ORT])
+    monkeypatch.setattr(autotune, "_in_child", lambda case: answer(case, 5.0, 0.0) if case["backend"] == "torch" else {"failed": "its process ended with status -9"})
+    assert fastest(random_folder) == ("torch", "fp32")
+    monkeypatch.setattr(autotune, "machine_key", lambda device: {"device": "new"})
+    monkeypatch.setattr(autotune, "_in_child", lambda case: {"failed": "its process ended with status -9"})
+    with pytest.raises(BackendMissing, match="no backend ran this model"):
+        fastest(random_folder)
+
+
+def test_a_child_that_cannot_start_is_a_reason_not_a_crash(tmp_path: Path) -> None:
+    (m,) = measure_backends(tmp_path / "nowhere", [TORCH])
+    assert isinstance(m, Measured)
+    assert "nowhere" in str(m.failed)
