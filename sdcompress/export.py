@@ -80,7 +80,7 @@ def export_onnx(
     """
     if precision not in (*DTYPES, *QUANTIZED):
         raise UsageError(f"no precision {precision!r}", expected=" or ".join((*DTYPES, *QUANTIZED)))
-    quantized: Quantized | None = precision if precision in QUANTIZED else None  # type: ignore[assignment]
+    quantized: Quantized | None = precision if precision in QUANTIZED else None
     if quantized and (reason := quantize.missing()) is not None:
         raise BackendMissing(reason, hint=quantize.INSTALL)
     chosen = checked_components(default_components(pipeline, host) if components is None else components, host)
@@ -113,7 +113,7 @@ def export_onnx(
             written.parent.mkdir(exist_ok=True)
             with report.task(f"exporting {component}", total=2) as advance:
                 wanted = signature_of(component, part, precisions[component], host)
-                write_onnx(component_graph(component, part, DTYPES[precisions[component]], host), wanted, written, opset or OPSET)
+                write_onnx(component_graph(component, part, DTYPES[precisions[component]]), wanted, written, opset or OPSET)
                 advance(note="comparing with torch")
                 parity[component] = None if onnxruntime_missing() else compare_onnx(component, part, precisions[component], written, host)
                 advance()
@@ -150,7 +150,7 @@ def _quantize(pipeline: Any, precision: Quantized, half: Path, path: Path, host:
     pipeline.to(where)
     exact = signature_of("unet", pipeline.unet, "fp32", host)
     done = quantize.quantize_graph(half, path, precision, quantize.named_for(rows, exact.names, pipeline.unet), high_precision="fp16", report=report)
-    reference = TorchRunner(component_graph("unet", pipeline.unet, torch.float32, host), exact.inputs, exact.outputs)
+    reference = TorchRunner(component_graph("unet", pipeline.unet, torch.float32), exact.inputs, exact.outputs)
     return {"quantized": done, "accuracy": quantize.check_quantized(path, reference, quantize.named_for(feeds, exact.names, pipeline.unet), report=report)}
 
 

@@ -59,7 +59,8 @@ def stable_precision(pipeline: Any, component: str, precision: Precision) -> Pre
     mended for half precision says the contrary.
     """
     is_xl = getattr(pipeline, "text_encoder_2", None) is not None
-    return "fp32" if component.startswith("vae") and precision == "fp16" and is_xl and part_of(pipeline, component).config.force_upcast else precision
+    overflows = is_xl and component.startswith("vae") and precision == "fp16" and config_of(part_of(pipeline, component)).get("force_upcast", True)
+    return "fp32" if overflows else precision
 
 
 class ComponentGraph(torch.nn.Module):
@@ -73,9 +74,8 @@ class ComponentGraph(torch.nn.Module):
 
     fp32_parts: tuple[str, ...] = ()
 
-    def __init__(self, part: torch.nn.Module, dtype: torch.dtype, host: str = "diffusers", *, stable: bool = True) -> None:
+    def __init__(self, part: torch.nn.Module, dtype: torch.dtype, *, stable: bool = True) -> None:
         super().__init__()
-        self.host, self.dtype = host, dtype
         self.stable = stable and dtype != torch.float32
         exact = {id(weight) for name in self.fp32_parts if self.stable and (held := getattr(part, name, None)) is not None for weight in held.parameters()}
         memo: dict[int, Any] = {}
@@ -84,21 +84,24 @@ class ComponentGraph(torch.nn.Module):
         for held in part.buffers():
             memo[id(held)] = held.detach().to("cpu", dtype if held.is_floating_point() else held.dtype)
         with quiet():
-            self.part: Any = copy.deepcopy(part, memo)
-        if hasattr(self.part, "set_attn_processor"):
+            copied: Any = copy.deepcopy(part, memo)
+        if hasattr(copied, "set_attn_processor"):
             from diffusers.models.attention_processor import AttnProcessor2_0
 
-            self.part.set_attn_processor(AttnProcessor2_0())  # torch's own attention, one node in the graph; slicing or xformers would be traced
+            copied.set_attn_processor(AttnProcessor2_0())  # torch's own attention, one node in the graph; slicing or xformers would be traced
+        self.part: Any = copied
         self.eval()
 
 
 class _Cast(torch.nn.Module):
     def __init__(self, before: torch.nn.Module | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self.before, self.dtype = before, dtype
+        self.before: torch.nn.Module = before or torch.nn.Identity()
+        self.dtype = dtype
 
     def forward(self, value: torch.Tensor) -> torch.Tensor:
-        return (value if self.before is None else self.before(value)).to(self.dtype)
+        out: torch.Tensor = self.before(value)
+        return out.to(self.dtype)
 
 
 class UNetGraph(ComponentGraph):
@@ -106,8 +109,8 @@ class UNetGraph(ComponentGraph):
 
     fp32_parts = ("time_embedding", "add_embedding")
 
-    def __init__(self, part: torch.nn.Module, dtype: torch.dtype, host: str = "diffusers", *, stable: bool = True) -> None:
-        super().__init__(part, dtype, host, stable=stable)
+    def __init__(self, part: torch.nn.Module, dtype: torch.dtype, *, stable: bool = True) -> None:
+        super().__init__(part, dtype, stable=stable)
         unet = self.part
         if self.stable:
             unet.get_time_embed = lambda sample, timestep: unet.time_proj(timestep)
@@ -170,11 +173,11 @@ _GRAPHS: dict[str, type[ComponentGraph]] = {
 }
 
 
-def component_graph(component: str, part: torch.nn.Module, dtype: torch.dtype, host: str = "diffusers", *, stable: bool = True) -> ComponentGraph:
-    """The component as a module that has its signature; see `ComponentGraph`."""
+def component_graph(component: str, part: torch.nn.Module, dtype: torch.dtype, *, stable: bool = True) -> ComponentGraph:
+    """The component as a module that takes the inputs of any host's signature in order; see `ComponentGraph`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return _GRAPHS[component](part, dtype, host, stable=stable)
+        return _GRAPHS[component](part, dtype, stable=stable)
 
 
 @dataclass(frozen=True)

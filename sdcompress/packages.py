@@ -40,7 +40,7 @@ def compile_unet(loaded: LoadedPipeline, output: Path, *, device: str = "cpu", p
         with report.task(f"compiling the UNet of {loaded.name} for {device}"), silence():
             graph = component_graph("unet", pipeline.unet, DTYPES[precision], stable=False).to(device)
             if precision != "fp32":
-                graph = graph.to(memory_format=torch.channels_last)
+                graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             example = example_of(wanted, pipeline.unet.config)
             inputs = {name: value.to(device) for name, value in example.inputs.items()}
             compile_package(graph, tuple(inputs.values()), tuple(example.dynamic_shapes.values()), folder / "unet.pt2", wanted.inputs, wanted.outputs)

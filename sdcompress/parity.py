@@ -97,7 +97,7 @@ def compare(component: str, part: torch.nn.Module, precision: Precision, open_gr
     feeds = [random_inputs(wanted, part.config, case.sizes, case.timestep) for case in chosen]
 
     def torch_answers(precision: Precision, ports: Signature) -> list[dict[str, torch.Tensor]]:
-        graph = component_graph(component, part, DTYPES[precision], host, stable=False)
+        graph = component_graph(component, part, DTYPES[precision], stable=False)
         with TorchRunner(graph, ports.inputs, ports.outputs) as runner:
             return [runner.infer({spec.name: feed[spec.name].to(spec.dtype) for spec in ports.inputs}) for feed in feeds]
 
