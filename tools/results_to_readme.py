@@ -1,4 +1,4 @@
-"""Write the README's results section from `bench/results/`.
+"""Write the README's figures from `bench/results/`, between the marks of each section.
 
     python tools/results_to_readme.py            rewrites README.md
     python tools/results_to_readme.py --check    exit 1 where it disagrees
@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-OPEN, CLOSE = "<!-- results -->\n", "<!-- /results -->"
 
 
 def load(name: str) -> Any:
@@ -92,14 +92,55 @@ def training() -> str:
     return "\n".join(lines) + "\n"
 
 
-def section() -> str:
-    return "\n".join(part() for part in (nano, distillation, adapting, training, latency))
+def engines() -> str:
+    """What a TensorRT engine costs to make, and how near its graph is."""
+    found = load("engines-cpu.json")
+    env = found["environment"]
+    version = next(row["version"] for row in found["rows"].values() if "version" in row)
+    lines = [f"`sdcompress export --trt` at full size, random weights, fp16, TensorRT for RTX {version}, {env['cores']} cores and no GPU:", ""]
+    lines += ["| UNet | parameters | whole command | peak memory | engine | error to torch fp32 (torch fp16's own) |", "|---|---|---|---|---|---|"]
+    for name, row in found["rows"].items():
+        if row["status"] == 0:
+            parity = row["parity"]
+            lines.append(
+                f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['seconds']:.0f} s | {row['peak_mib'] / 1024:.1f} GiB | {row['engine_bytes'] / 2**20:,.0f} MiB | {parity['relative_l2']:.1e} ({parity['torch_relative_l2']:.1e}) |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def backends() -> str:
+    """One UNet call on a CPU, every way that was tried."""
+    found = load("backends-cpu.json")
+    env = found["environment"]
+    lines = [f"One UNet call on a CPU ({env['cpu']}, {env['cores']} cores), the same weights every way; the gate is what counts as the same picture:", ""]
+    batches = sorted({batch for rows in found["models"].values() for row in rows.values() for batch in row["batch"]})
+    heads = [f"{name}, batch {batch}" for name in found["models"] for batch in batches]
+    lines += [f"| | {' | '.join(heads)} | relative L2 |", "|---" * (len(heads) + 2) + "|"]
+    for variant in dict.fromkeys(variant for rows in found["models"].values() for variant in rows):
+        cells, errors = [], []
+        for rows in found["models"].values():
+            for batch in batches:
+                row = rows.get(variant, {}).get("batch", {}).get(batch)
+                cells.append("–" if row is None or "failed" in rows[variant] else f"{row['median_ms']:,.0f} ms ({row['speedup']:.2f}×)")
+                errors += [] if row is None else [row]
+        if errors:
+            worst = max(errors, key=lambda row: row["relative_l2"])
+            lines.append(f"| {variant} | {' | '.join(cells)} | {worst['relative_l2']:.1e}{'' if all(row['inside'] for row in errors) else ', over the gate'} |")
+    return "\n".join(lines) + "\n"
+
+
+SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {"nano": (nano, distillation, adapting, training, latency), "engines": (engines, backends)}
 
 
 def updated(readme: str) -> str:
-    before, _, rest = readme.partition(OPEN)
-    _, _, after = rest.partition(CLOSE)
-    return before + OPEN + section() + CLOSE + after
+    """The README with each section's figures between `<!-- results: NAME -->` and `<!-- /results -->`."""
+    for name, parts in SECTIONS.items():
+        before, opened, rest = readme.partition(f"<!-- results: {name} -->\n")
+        _, closed, after = rest.partition("<!-- /results -->")
+        if not opened or not closed:
+            raise SystemExit(f"README.md has no section of results {name!r}")
+        readme = before + opened + "\n".join(part() for part in parts) + closed + after
+    return readme
 
 
 def main() -> None:

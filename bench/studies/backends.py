@@ -36,7 +36,6 @@ VARIANTS = {
     "torch bf16 channels_last": "",
     "compile bf16": "torch.compile, channels last",
     "aot bf16": "AOTInductor, free shapes",
-    "aot bf16 static": "AOTInductor, this shape only",
     "ort fp32": "ONNX Runtime as the runner opens it",
     "ort fp32 no spinning": "threads sleep between operators",
     "ort fp32 opset 20": "attention in its parts",
@@ -61,7 +60,7 @@ LIMIT_S = 900
 
 
 def prepare(variant: str, model: Path, work: Path, device: str) -> None:
-    """What a variant needs on disk, made once."""
+    """What a variant needs on disk; what an earlier run has made is kept."""
     from sdcompress.engines import build_engines
     from sdcompress.export import export_onnx
     from sdcompress.graphs import component_graph, example_of, signature_of, silence
@@ -86,20 +85,16 @@ def prepare(variant: str, model: Path, work: Path, device: str) -> None:
         quantize_dynamic(str(graphs / "unet.onnx"), str(work / "int8" / "unet.onnx"), weight_type=QuantType.QInt8, use_external_data_format=True)
     if kind == "trt" and not (work / "engine").is_dir():
         build_engines(graphs, work / "engine", profiles=("sd15-512",), components=("unet",))
-    if kind == "aot":
+    if kind == "aot" and not (work / "unet.pt2").is_file():
         from sdcompress_engines.runners import compile_package
 
         pipeline: Any = load_teacher(model).pipeline
         dtype = DTYPES[precision]
         wanted = signature_of("unet", pipeline.unet, precision)
         graph = component_graph("unet", pipeline.unet, dtype, stable=False).to(device, memory_format=torch.channels_last)
+        example = example_of(wanted, pipeline.unet.config)
         with silence():
-            if "static" in variant:
-                for batch in BATCHES[device]:
-                    compile_package(graph, list(feeds(pipeline.unet.config, batch, dtype, device).values()), None, work / f"static-{batch}.pt2", wanted.inputs, wanted.outputs)
-            else:
-                example = example_of(wanted, pipeline.unet.config)
-                compile_package(graph, [value.to(device) for value in example.inputs.values()], tuple(example.dynamic_shapes.values()), work / "unet.pt2", wanted.inputs, wanted.outputs)
+            compile_package(graph, [value.to(device) for value in example.inputs.values()], tuple(example.dynamic_shapes.values()), work / "unet.pt2", wanted.inputs, wanted.outputs)
 
 
 def precision_of(variant: str) -> Any:
@@ -144,8 +139,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         if kind == "trt":
             options["kernels"] = "eager"
         graphs = "transformers" if "transformers" in variant else "int8" if "int8" in variant else "onnx-20" if "opset 20" in variant else "onnx-23"
-        aot = f"static-{case['batch']}.pt2" if "static" in variant else "unet.pt2"
-        runner = open_runner({"aot": work / aot, "ort": work / graphs / "unet.onnx", "trt": work / "engine" / "unet.engine"}[kind], device=device, **options)
+        runner = open_runner({"aot": work / "unet.pt2", "ort": work / graphs / "unet.onnx", "trt": work / "engine" / "unet.engine"}[kind], device=device, **options)
 
         def call(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             return next(iter(runner.infer(inputs).values()))
@@ -173,7 +167,8 @@ def child(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
         return {"failed": f"did not finish in {limit_s:.0f} s"}
     if done.returncode == 0:
         return dict(json.loads(done.stdout.splitlines()[-1]))
-    return {"failed": next((line.strip()[:200] for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}")}
+    said = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}")
+    return {"failed": said.replace(f"{case['work']}/", "")[:200]}
 
 
 def study(name: str, model: Path, work: Path, rounds: int, samples: int, variants: dict[str, str], device: str) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def main() -> None:
             add("nano", nano, "unet", "fp32", host, small)
     large = random_pipeline("sd1", "bk-tiny", dtype=torch.float16)
     for precision in ("fp32", "fp16"):
-        add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(32, 32), (64, 32), (64, 64)])  # type: ignore[arg-type]
+        add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(16, 16), (24, 16), (32, 32)])  # type: ignore[arg-type]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
     shutil.rmtree(args.work)

@@ -319,7 +319,7 @@ def _range(sizes: Sequence[object]) -> str:
 
 def _row(fact: Mapping[str, Any]) -> tuple[str, ...]:
     model = " ".join(filter(None, (fact["model_name"], (fact["model"] or "")[:8])))
-    cards = ", ".join(f"{major}.{minor}" for major, minor in fact["compute_capabilities"])
+    cards = ", ".join(f"{major}.{minor}" for major, minor in fact["compute_capabilities"]) or "8.0+"
     built = " ".join(filter(None, (fact["flavour"], fact["version"])))
     loads = "yes" if fact["loads_here"] else f"no: {fact['why_not']}"
     cells = (fact["key"][:8], fact["component"], model, fact["precision"], built, cards, fact["profile"], mib(fact["bytes"]), _shown("age_s", fact["age_s"]), loads)
