@@ -36,7 +36,7 @@ PUBLISHED = {  # steps, whole batch, rate, weights: MODEL_CARD.md of BK-SDM; hug
 
 def complaint(line: str) -> str | None:
     """What is wrong with a `sdcompress ...` command line, or None; nothing is run, and commands that are not there yet are let through."""
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     words = words[words.index("sdcompress") + 1 :]
     command: click.Command = cli
     context = click.Context(cli, info_name="sdcompress")
