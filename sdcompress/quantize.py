@@ -9,7 +9,9 @@ modelopt runs in a process of its own: it patches ONNX Runtime, prints a great d
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
+import itertools
 import json
 import os
 import signal
@@ -24,9 +26,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import sdcompress_engines.errors as engines_errors
 from sdcompress_engines.errors import BackendMissing, DataError, ExportError, GateFailed, UsageError, storage_errors
 from sdcompress_engines.manifest import require_space
-from sdcompress_engines.progress import SILENT, Reporter
+from sdcompress_engines.progress import SILENT, Advance, Reporter
 
 Quantized = Literal["int8", "fp8"]
 HighPrecision = Literal["fp16", "fp32"]
@@ -37,6 +40,10 @@ FP8_CAPABILITY = (8, 9)
 KEPT = ("timestep only", "first and last", "shortcut")
 """Layers that stay in high precision: those that see only the timestep, which have no work worth quantizing; the first and the last convolution; the
 1×1 shortcuts across resnets, which take the residual stream as it is, without a norm before them."""
+LEAST_OPSET = 19
+"""The first with Q/DQ nodes for fp16 and fp8."""
+ONE_FILE_BYTES = int(1.9e9)
+"""Weights over this lie in a file of their own: protobuf ends at 2 GiB."""
 CHECK_TIMESTEPS = 4
 """A check over fewer moments of a trajectory says little: the error grows towards the clean end."""
 
@@ -49,9 +56,8 @@ class Limit:
     worst: float
 
 
-LIMITS: dict[str, Limit] = {"int8": Limit(0.06, 0.15), "fp8": Limit(0.10, 0.26)}
-"""Twice what was measured on nano, whose pictures are then hard to tell from fp32's (docs/quantization.md). A graph calibrated on noise, one with
-the skip connections quantized too or one with a dead layer is over it."""
+LIMITS: dict[str, Limit] = {"int8": Limit(0.035, 0.16), "fp8": Limit(0.06, 0.25)}
+"""Twice what was measured on nano (docs/quantization.md). int8 is over it where nothing with weights is left in high precision."""
 
 PROMPTS = (
     "a portrait of an old fisherman with a white beard, natural light, 85mm photograph",
@@ -97,6 +103,9 @@ def default_prompts(pipeline: Any) -> tuple[list[str], list[str]]:
 
 # Calibration
 
+_INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+_AT_ONCE = 2  # prompts of one run; each is two rows under guidance
+
 
 def collect_calibration(
     pipeline: Any, prompts: Sequence[str], *, steps: int = 20, samples: int = 64, guidance_scale: float | None = None, size_px: int | None = None, seed: int = 0, report: Reporter = SILENT
@@ -122,42 +131,45 @@ def collect_calibration(
         raise DataError(f"{len(prompts)} prompts, {samples} samples, {steps} steps", expected="at least one of each")
     own_size_px = int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
     size_px = size_px or own_size_px
-    latents, generators = initial_latents(pipeline, [seed + index for index in range(len(prompts))], size_px)
+    guidance_scale = default_guidance_scale(own_size_px) if guidance_scale is None else guidance_scale
+    used = list(prompts[: samples if guidance_scale <= 1 else -(-samples // 2)])
     rows: dict[str, list[torch.Tensor]] = {}
-    calls = 0
 
-    def keep(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        nonlocal calls
-        inputs = dict(zip(("sample", "timestep"), arguments, strict=False)) | options
-        inputs |= inputs.pop("added_cond_kwargs", None) or {}
-        batch = inputs["sample"].shape[0]
-        inputs["timestep"] = torch.as_tensor(inputs["timestep"], dtype=torch.float32).reshape(-1).expand(batch)
-        total = len(pipeline.scheduler.timesteps)
-        chosen = [_row(index, batch, len(prompts)) for index in range(calls * samples // total, (calls + 1) * samples // total)]
-        if len(chosen) > batch:
-            raise DataError(f"{samples} samples of {total} UNet calls with {batch} rows each", expected=f"at most {total * batch}", hint="more prompts, or fewer samples")
-        for name in ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"):
-            if inputs.get(name) is not None:
-                rows.setdefault(name, []).append(inputs[name][chosen].detach().float().cpu())
-        calls += 1
-        advance()
+    def draw(start: int, advance: Advance) -> None:
+        """Draw the prompts from `start` on, and keep those rows of theirs whose turn it is."""
+        part = used[start : start + _AT_ONCE]
+        calls = itertools.count()
 
-    handle = pipeline.unet.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with report.task(f"drawing {len(prompts)} prompts to calibrate with", total=None) as advance, torch.no_grad(), _still(pipeline):
+        def keep(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            inputs = dict(zip(("sample", "timestep"), arguments, strict=False)) | options
+            inputs |= inputs.pop("added_cond_kwargs", None) or {}
+            batch, call, total = inputs["sample"].shape[0], next(calls), len(pipeline.scheduler.timesteps)
+            halves = batch // len(part)
+            if samples > total * halves * len(used):
+                raise DataError(f"{samples} samples of {total} UNet calls for {len(used)} prompts", expected=f"at most {total * halves * len(used)}", hint="more prompts")
+            # A sample's number decides its call, and in turn its half of the guided batch and its prompt.
+            places = [(number % halves, number // halves % len(used) - start) for number in range(-(-call * samples // total), -(-(call + 1) * samples // total))]
+            chosen = [half * len(part) + prompt for half, prompt in places if 0 <= prompt < len(part)]
+            inputs["timestep"] = torch.as_tensor(inputs["timestep"], dtype=torch.float32).reshape(-1).expand(batch)
+            for name in _INPUTS:
+                if chosen and inputs.get(name) is not None:
+                    rows.setdefault(name, []).append(inputs[name][chosen].detach().float().cpu())
+            advance()
+
+        latents, generators = initial_latents(pipeline, [seed + start + index for index in range(len(part))], size_px)
+        handle = pipeline.unet.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
             pipeline(
-                list(prompts), num_inference_steps=steps, guidance_scale=default_guidance_scale(own_size_px) if guidance_scale is None else guidance_scale, height=size_px, width=size_px,
+                part, num_inference_steps=steps, guidance_scale=guidance_scale, height=size_px, width=size_px,
                 latents=latents.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators, output_type="latent",
             )  # fmt: skip
-    finally:
-        handle.remove()
+        finally:
+            handle.remove()
+
+    with report.task(f"drawing {len(used)} prompts to calibrate with") as advance, torch.no_grad(), _still(pipeline):
+        for start in range(0, len(used), _AT_ONCE):
+            draw(start, advance)
     return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
-
-
-def _row(index: int, batch: int, prompts: int) -> int:
-    """Which row of a call the sample of this number is: halves of a guided batch in turn, and in each all prompts before one comes again."""
-    halves = batch // prompts
-    return index % halves * prompts + index // halves % prompts
 
 
 @contextlib.contextmanager
@@ -235,7 +247,7 @@ def quantize_graph(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as work:
             np.savez(Path(work) / "calibration.npz", **calibration)  # type: ignore[arg-type]
-            job = {"source": str(source), "work": work, "name": target.name, "precision": precision, "keep": list(keep)}
+            job = {"source": str(source), "work": work, "name": target.name, "precision": precision, "keep": list(keep), "one_file_bytes": ONE_FILE_BYTES}
             with report.task(f"quantizing {source.name} to {precision}") as advance:
                 done = _run_child(job, source, advance)
             made = Path(work) / "made" / target.name
@@ -259,7 +271,10 @@ def _check_calibration(source: Path, calibration: Mapping[str, np.ndarray], high
     names = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
     if high_precision not in names:
         raise UsageError(f"no precision {high_precision!r} around {' or '.join(PRECISIONS)}", expected=" or ".join(names))
-    graph = load_structure(source).graph
+    model = load_structure(source)
+    graph = model.graph
+    if (opset := next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 0)) < LEAST_OPSET:
+        raise UsageError(f"a graph of opset {opset}", where=source, expected=f"at least {LEAST_OPSET}", hint="--opset 20 or --opset 23")
     inputs = {value.name: value.type.tensor_type for value in graph.input}
     found = graph.output[0].type.tensor_type.elem_type
     if found != names[high_precision]:
@@ -283,7 +298,8 @@ _EVENT = "sdcompress:"  # marks our lines among what modelopt and ONNX Runtime p
 
 
 def _run_child(job: Mapping[str, Any], source: Path, advance: Any) -> dict[str, Any]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": job["work"]}
+    paths = [str(Path(file).parents[1]) for file in (__file__, engines_errors.__file__)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")])), "TMPDIR": job["work"]}
     command = [sys.executable, "-m", "sdcompress.quantize"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment, cwd=job["work"]) as child:
         assert child.stdin is not None
@@ -331,14 +347,12 @@ def _child() -> None:
 
 
 def _quantize(job: Mapping[str, Any]) -> dict[str, Any]:
-    import resource
-
     import onnx
 
     work, precision = Path(job["work"]), job["precision"]
     _emit(note="reading the graph")
     model = onnx.load(job["source"])
-    large = model.ByteSize() > _ONE_FILE_BYTES
+    large = model.ByteSize() > job["one_file_bytes"]
     chosen, kept = choose_nodes(model.graph, job["keep"])
     if not chosen:
         raise ValueError("it has no convolution or linear layer to quantize")
@@ -351,12 +365,16 @@ def _quantize(job: Mapping[str, Any]) -> dict[str, Any]:
     made = onnx.load(work / "quantized.onnx")
     nodes = _finish(made.graph, set(chosen), precision)
     declined = len(chosen) - sum(nodes.values())
-    _save(made, work / "made" / job["name"], made.ByteSize() > _ONE_FILE_BYTES)
-    kept |= {"too few channels": declined} if declined else {}
-    return {"nodes": nodes, "kept": kept, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    _save(made, work / "made" / job["name"], made.ByteSize() > job["one_file_bytes"])
+    return {"nodes": nodes, "kept": kept | ({"declined by modelopt": declined} if declined else {}), "peak_mib": _peak_mib()}
 
 
-_ONE_FILE_BYTES = int(1.9e9)  # protobuf ends at 2 GiB
+def _peak_mib() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _save(model: Any, path: Path, external: bool) -> None:
@@ -464,12 +482,10 @@ class _Reader:
 def _calibrate(source: Path, target: Path, precision: str, nodes: Sequence[str], batches: Sequence[dict[str, np.ndarray]], large: bool) -> None:
     import re
 
-    from modelopt.onnx.quantization import quantize
-
-    quantize(
+    importlib.import_module("modelopt.onnx.quantization").quantize(
         str(source),
         quantize_mode=precision,
-        calibration_data_reader=_Reader(batches),  # type: ignore[arg-type]
+        calibration_data_reader=_Reader(batches),
         calibration_method="max",
         calibration_eps=["cpu"],
         nodes_to_quantize=[f"{re.escape(name)}$" for name in nodes],  # it takes patterns, and those by their beginning
@@ -483,41 +499,47 @@ def _calibrate(source: Path, target: Path, precision: str, nodes: Sequence[str],
     )
 
 
-def _finish(graph: Any, chosen: set[str], precision: str) -> dict[str, int]:
-    """Clean modelopt's graph in place; operator → how many nodes are quantized.
+def _finish(graph: Any, chosen: Collection[str], precision: str) -> dict[str, int]:
+    """Clean modelopt's graph in place; operator → how many of the chosen nodes are quantized. It declines some of itself: fp8 with few channels.
 
     Raises:
         ValueError: a chosen node has only one of its two inputs quantized, or most have none.
     """
     _drop_casts(graph)
-    weights = {tensor.name: tensor for tensor in graph.initializer}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
     producer = {name: node for node in graph.node for name in node.output}
-
-    def dequantized(name: str) -> Any:
-        """The node that quantized this value, or None."""
-        after = producer.get(name)
-        return producer.get(after.input[0]) if after is not None and after.op_type == "DequantizeLinear" else None
-
     done: Counter[str] = Counter()
+    stored: dict[str, tuple[Any, Any, int]] = {}
     for node in graph.node:
-        if node.name in chosen and dequantized(node.input[0]) is not None and dequantized(node.input[1]) is not None:
-            _store_weight(graph, weights, dequantized(node.input[1]), producer[node.input[1]], precision)
-            done[node.op_type] += 1
-            continue
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             continue
-        # modelopt gives the dequantized value to whoever reads the tensor. Norms and sums beside a chosen node get back what was meant for them.
-        quantizers = {name: found for name in node.input if (found := dequantized(name)) is not None}
-        if node.name in chosen and quantizers:
-            raise ValueError(f"node {node.name!r} has only {len(quantizers)} of its 2 inputs quantized")
+        pairs = {}  # position → its Q and DQ node
         for at, name in enumerate(node.input):
-            if name in quantizers:
-                node.input[at] = quantizers[name].input[0]
+            after = producer.get(name)
+            if after is not None and after.op_type == "DequantizeLinear":
+                pairs[at] = producer[after.input[0]], after
+        if node.name in chosen and len(pairs) == 1:
+            raise ValueError(f"node {node.name!r} has only one of its two inputs quantized")
+        if node.name in chosen and len(pairs) == 2:
+            done[node.op_type] += 1
+            stored[pairs[1][1].name] = (*pairs[1], _output_axis(node))
+            continue
+        # modelopt gives the dequantized value to whoever reads the tensor. Norms and sums beside a chosen node get back what was meant for them.
+        for at, (quantize, _) in pairs.items():
+            node.input[at] = quantize.input[0]
     if sum(done.values()) < len(chosen) / 2:
         raise ValueError(f"only {sum(done.values())} of {len(chosen)} layers were quantized")
+    for quantize, dequantize, axis in stored.values():
+        _store_weight(tensors, quantize, dequantize, axis, precision)
     _drop_unused(graph)
     graph.ClearField("value_info")  # shapes with names of modelopt's making; every runtime infers them again
     return dict(done)
+
+
+def _output_axis(node: Any) -> int:
+    """Which axis of a node's weight its output channels are."""
+    transposed = any(each.name == "transB" and each.i for each in node.attribute)
+    return 0 if node.op_type == "Conv" or transposed else 1
 
 
 def _drop_casts(graph: Any) -> None:
@@ -531,33 +553,29 @@ def _drop_casts(graph: Any) -> None:
     graph.node.extend(nodes)
 
 
-def _store_weight(graph: Any, weights: dict[str, Any], quantize: Any, dequantize: Any, precision: str) -> None:
-    """Replace a weight and its Q node by the quantized weight; scaled anew, by output channel, over the whole range of the precision.
+def _store_weight(tensors: Mapping[str, Any], quantize: Any, dequantize: Any, axis: int, precision: str) -> None:
+    """Put the quantized weight in the place of the weight and its Q node, which halves the file and what a build reads.
 
-    modelopt's scale of a half-precision channel is 1 where it would be under 6e-5, which rounds a channel of small weights to zeros. And its fp8
-    weights reach 36 of 448.
+    Scaled anew, by output channel, over the whole range of the precision: modelopt's fp8 weights reach 36 of 448. Its activations do too, and keep
+    that room: a value twelve times what was calibrated with does not saturate.
     """
     import ml_dtypes
-    from onnx import numpy_helper
+    from onnx import helper, numpy_helper
 
-    weight, scale, zero = weights[quantize.input[0]], weights[quantize.input[1]], weights[quantize.input[2]]
-    axis = next((each.i for each in quantize.attribute if each.name == "axis"), 1)
+    weight, scale, zero = (tensors[name] for name in quantize.input)
     values = numpy_helper.to_array(weight).astype(np.float32)
-    half = numpy_helper.to_array(scale).dtype
-    largest = 127.0 if precision == "int8" else 448.0
-    axes = tuple(at for at in range(values.ndim) if at != axis)
-    amax = np.abs(values).max(axis=axes, keepdims=True)
-    scales = np.maximum(amax / largest, np.finfo(half).smallest_subnormal).astype(half)
+    dtype = numpy_helper.to_array(scale).dtype
+    largest = np.float32(127 if precision == "int8" else 448)
+    amax = np.abs(values).max(axis=tuple(at for at in range(values.ndim) if at != axis), keepdims=True)
+    scales = np.maximum(amax / largest, np.finfo(dtype).smallest_subnormal).astype(dtype)
     scaled = np.clip(values / scales.astype(np.float32), -largest, largest)
-    stored = np.rint(scaled).astype(np.int8) if precision == "int8" else scaled.astype(ml_dtypes.float8_e4m3fn)
-    weight.CopyFrom(numpy_helper.from_array(stored, weight.name))
+    found: Any = np.rint(scaled).astype(np.int8) if precision == "int8" else scaled.astype(ml_dtypes.float8_e4m3fn)
+    weight.CopyFrom(numpy_helper.from_array(found, weight.name))
     scale.CopyFrom(numpy_helper.from_array(scales.reshape(-1), scale.name))
-    zero.CopyFrom(numpy_helper.from_array(np.zeros(scales.size, stored.dtype), zero.name))
+    zero.CopyFrom(numpy_helper.from_array(np.zeros(scales.size, found.dtype), zero.name))
     dequantize.input[0] = weight.name
-    if not any(each.name == "axis" for each in dequantize.attribute):
-        from onnx import helper
-
-        dequantize.attribute.append(helper.make_attribute("axis", axis))
+    dequantize.ClearField("attribute")
+    dequantize.attribute.append(helper.make_attribute("axis", axis))
 
 
 def _drop_unused(graph: Any) -> None:

@@ -1,0 +1,171 @@
+"""Prompt files and folders of reference pictures, as the public sets come."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from sdcompress_engines.errors import DataError, UsageError
+
+from sdcompress.data.sources import CAPTION_COLUMNS, PICTURES, Record, is_text
+
+from .scenario import Prompt
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """The prompts of a file, in its order. What is in it goes by the ending:
+
+    - `.txt`: one a line; blank lines are left out.
+    - `.tsv`: PartiPrompts (columns Prompt, Category, Challenge, Note), or any table with a caption column. Quotes are letters.
+    - `.csv`, `.jsonl`: a caption column, `text`, `caption` or `prompt`, and if there is one a column `style`.
+    - `.json`: COCO's captions (`annotations` with `image_id` and `caption`): the first caption of each picture.
+
+    Raises:
+        UsageError: no such file, or another ending. DataError: it cannot be read as that, or has no prompts; with the line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError("no such file of prompts", where=path)
+    if (read := _READERS.get(path.suffix.lower())) is None:
+        raise UsageError(f"prompts in a {path.suffix or 'nameless'} file", where=path, expected=", ".join(_READERS))
+    prompts = []
+    for where, caption, style in read(path, _text(path)):
+        if not is_text(caption) or not caption.strip():
+            raise DataError(f"caption {caption!r:.60}" if caption else "no caption", where=where, expected="text")
+        prompts.append(Prompt(" ".join(caption.split()), style if is_text(style) else ""))
+    if not prompts:
+        raise DataError("has no prompts", where=path, expected="at least one")
+    return prompts
+
+
+@dataclass(frozen=True)
+class Pictures(Sequence[torch.Tensor]):
+    """Picture files as squares of one size, uint8 (3, size_px, size_px), each read when it is asked for: a large set need not fit in memory."""
+
+    paths: tuple[Path, ...]
+    size_px: int
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> torch.Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Pictures: ...
+    def __getitem__(self, index: int | slice) -> torch.Tensor | Pictures:
+        """A picture, centre-cropped and resized, or a part of them.
+
+        Raises:
+            DataError: the file is no readable picture.
+        """
+        if isinstance(index, slice):
+            return Pictures(self.paths[index], self.size_px)
+        path = self.paths[index]
+        picture = ImageOps.fit(Record(str(path), path.read_bytes(), "").picture(), (self.size_px, self.size_px), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def read_reference(folder: str | Path, size_px: int) -> Pictures:
+    """The pictures of a folder and its subfolders, sorted by path.
+
+    Raises:
+        UsageError: no such folder. DataError: no pictures in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UsageError("no such folder of reference pictures", where=folder)
+    paths = tuple(sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file()))
+    if not paths:
+        raise DataError("has no pictures", where=folder, expected=", ".join(sorted(PICTURES)))
+    return Pictures(paths, size_px)
+
+
+_Rows = Iterator[tuple[str, Any, Any]]
+"""Of each prompt: the file and line it is in, the caption, the style; not yet known to be text."""
+
+
+def _text(path: Path) -> str:
+    encoded = path.read_bytes()
+    try:
+        return encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = encoded[: error.start].count(b"\n") + 1
+        raise DataError(f"byte 0x{encoded[error.start]:02x} is not UTF-8", where=f"{path}:{line}", expected="UTF-8 text") from error
+
+
+def _read_lines(path: Path, text: str) -> _Rows:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", line, ""
+
+
+def _read_table(path: Path, text: str, **dialect: Any) -> _Rows:
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True, **dialect)
+    try:
+        names = [name or "" for name in rows.fieldnames or ()]
+        column = _caption_column(names, f"{path}:1")
+        style = next((name for name in names if name.lower() == "style"), "")
+        for row in rows:
+            yield f"{path}:{rows.line_num}", row[column], row.get(style)
+    except csv.Error as error:
+        raise DataError(f"cannot be read as a table ({error})", where=f"{path}:{rows.reader.line_num}") from error
+
+
+def _read_csv(path: Path, text: str) -> _Rows:
+    return _read_table(path, text)
+
+
+def _read_tsv(path: Path, text: str) -> _Rows:
+    return _read_table(path, text, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _read_jsonl(path: Path, text: str) -> _Rows:
+    for where, line, _ in _read_lines(path, text):
+        row = _json(where, line)
+        if not isinstance(row, dict):
+            raise DataError(f"a JSON {type(row).__name__}", where=where, expected='an object like {"caption": "a cat"}')
+        yield where, row[_caption_column(row, where)], row.get("style")
+
+
+def _read_coco(path: Path, text: str) -> _Rows:
+    content = _json(str(path), text)
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list):
+        raise DataError("has no annotations", where=path, expected="COCO's captions, as in captions_val2014.json: annotations with image_id and caption")
+    seen = set()
+    for number, annotation in enumerate(annotations):
+        where = f"{path}: annotations[{number}]"
+        if not isinstance(annotation, dict) or "caption" not in annotation or not isinstance(annotation.get("image_id"), int | str):
+            raise DataError("is no caption", where=where, expected="image_id and caption, as in captions_val2014.json")
+        if annotation["image_id"] not in seen:
+            seen.add(annotation["image_id"])
+            yield where, annotation["caption"], ""
+
+
+def _caption_column(names: Sequence[str] | Mapping[str, Any], where: str) -> str:
+    for column in CAPTION_COLUMNS:
+        for name in names:
+            if name.lower() == column:
+                return name
+    raise DataError(f"no captions among the columns {', '.join(names) or '(none)'}", where=where, expected=f"one of {', '.join(CAPTION_COLUMNS)}")
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise DataError("is nested too deeply", where=where, expected="JSON") from error
+    except ValueError as error:
+        line = f"line {error.lineno}, " if isinstance(error, json.JSONDecodeError) and error.lineno > 1 else ""
+        raise DataError(f"is not JSON ({line}{getattr(error, 'msg', error)})", where=where, expected="JSON") from error
+
+
+_READERS: dict[str, Callable[[Path, str], _Rows]] = {".txt": _read_lines, ".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_coco}
