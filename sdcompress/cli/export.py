@@ -112,9 +112,9 @@ def command(
     options = BuildOptions(**build)
     if library is not None:  # what cannot be built is said before minutes go into the graphs
         check_options(library, options)
-        for capability in targets(library, capabilities):
+        for capability in targets(library, capabilities) or ((8, 0),):  # the least of those a portable engine is for
             if reason := supported(precision or "fp16", capability):
-                raise UsageError(f"--precision {precision} for this card: {reason}", hint="--precision int8 or fp16")
+                raise UsageError(f"--precision {precision} for this card: {reason}", hint="--compute-capability 8.9, or --precision int8")
 
     from sdcompress.engines import build_engines, shape_ranges
     from sdcompress.export import checked_components
