@@ -64,6 +64,7 @@ def _engine_options(command: Callable[..., Any]) -> Any:
 @output_option()
 @click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", *QUANTIZED]), default=None, help="Of weights, inputs and outputs; fp8 and int8 quantize the UNet.  [default: fp32; fp16 with --trt]")
 @click.option("--trt", is_flag=True, help="Build TensorRT engines too: DIR/onnx and DIR/engine.")
+@click.option("--ldm", is_flag=True, help="One .safetensors in LDM layout, which A1111, Forge and ComfyUI load; -o is that file.")
 @click.option("--signature", "host", type=click.Choice(HOSTS), default="diffusers", show_default=True, help="Whose names inputs and outputs have; webui and comfyui take the UNet only.")
 @click.option("--component", "components", type=click.Choice(COMPONENTS), multiple=True, help="Only this one; may be repeated.  [default: all that text-to-image needs]")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="LoRA to bake in; repeat for more.")
@@ -73,7 +74,7 @@ def _engine_options(command: Callable[..., Any]) -> Any:
 @click.option("--keep-failed", is_flag=True, help="Keep graphs that are too far from torch in DIR.failed.")
 @force_option
 def command(
-    model: str, output: Path, precision: str | None, trt: bool, host: str, components: tuple[str, ...], loras: tuple[str, ...], opset: int | None, flavour: str | None, profiles: tuple[str, ...],
+    model: str, output: Path, precision: str | None, trt: bool, ldm: bool, host: str, components: tuple[str, ...], loras: tuple[str, ...], opset: int | None, flavour: str | None, profiles: tuple[str, ...],
     batch: str | None, height: str | None, width: str | None, tokens: str | None, capabilities: tuple[tuple[int, int], ...], calibration_prompts: Path | None, keep_failed: bool, force: bool, **build: Any,
 ) -> None:  # fmt: skip
     """Write ONNX graphs of MODEL (a name, a pipeline folder or a single file), each checked against torch, and TensorRT engines of them.
@@ -85,12 +86,18 @@ def command(
     sdcompress export rv4.safetensors -o rv4 --trt --height 512 --width 512:768:1024 --batch 1:2:8
     sdcompress export student/pipeline -o webui --trt --signature webui --profile webui
     sdcompress export student/pipeline -o styled --trt --lora style.safetensors:0.8
+    sdcompress export student/pipeline --ldm -o student.safetensors      a checkpoint for ComfyUI and the WebUIs
     """
     from sdcompress_engines.errors import UsageError
     from sdcompress_engines.manifest import check_free
 
     shapes = {name: value for name, value in (("batch", batch), ("height", height), ("width", width), ("tokens", tokens)) if value is not None}
     asked = [f"--{name.replace('_', '-')}" for name, value in ({"flavour": flavour, "profile": profiles, "compute_capability": capabilities} | shapes | build).items() if value]
+    if ldm:
+        if asked or trt or components or calibration_prompts or precision in QUANTIZED:
+            raise UsageError(f"{(asked or ['graphs and engines'])[0]} with --ldm", expected="a checkpoint alone: --precision fp16, bf16 or fp32, and --lora")
+        _write_ldm(model, output, precision or "fp16", loras, force)
+        return
     if asked and not trt:
         raise UsageError(f"{asked[0]} without --trt", hint="add --trt")
     if trt and precision == "fp32":
@@ -152,6 +159,21 @@ def command(
         rows = [*_graph_rows(result, "onnx/"), *_engine_rows(engines)]
     rows.append(("time", f"{time.monotonic() - started:.1f} s"))
     card(f"{name} → {output}", rows, _next(output, trt, host))
+
+
+def _write_ldm(model: str, output: Path, precision: str, loras: tuple[str, ...], force: bool) -> None:
+    from sdcompress.graphs import DTYPES
+    from sdcompress.hosts.ldm import export_ldm
+    from sdcompress.lora import fuse_lora, parse_lora, read_lora, unet_modules
+    from sdcompress.teacher import load_teacher
+
+    started = time.monotonic()
+    loaded = load_teacher(model)
+    pipeline: Any = loaded.pipeline
+    for file, weight in map(parse_lora, loras):
+        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
+    path = export_ldm(pipeline, output, DTYPES[precision], metadata={"sdcompress.pipeline_sha256": loaded.sha256}, force=force)
+    card(f"{loaded.name} → {output}", [("size", mib(path.stat().st_size)), ("precision", precision), ("time", f"{time.monotonic() - started:.1f} s")], f"sdcompress inspect {output}")
 
 
 def _export(pipeline: Any, output: Path, precision: str, **settings: Any) -> ExportResult:

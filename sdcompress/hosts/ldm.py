@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sdcompress_engines.errors import ModelError
-from sdcompress_engines.manifest import storage_errors
+from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
+from sdcompress_engines.manifest import require_space, storage_errors
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -233,13 +233,40 @@ def _text_state_dict(encoder: Any, sdxl: bool) -> dict[str, torch.Tensor]:
     return weights
 
 
-def write_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torch.float16) -> Path:
+def export_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torch.float16, *, metadata: Mapping[str, str] | None = None, force: bool = False) -> Path:
+    """`write_ldm` with what a command has to look at first: the path, the room on its disk, and that no weight leaves the range of `dtype`.
+
+    Args:
+        metadata: further entries for the file, such as its name and what it was made from; values are text.
+        force: replace a file that is there.
+
+    Returns:
+        The file's absolute path.
+
+    Raises:
+        UsageError: `path` is a folder or does not end in `.safetensors`. ArtifactError: it is there already. ModelError: a part that LDM files do not
+            know, or weights that are infinite in `dtype`. StorageError: no space, no permission.
+    """
+    path = path.absolute()
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise UsageError("a folder" if path.is_dir() else f"a file ending in {path.suffix or 'nothing'!r}", where=path, expected="a file that ends in .safetensors")
+    if path.exists() and not force:
+        raise ArtifactError("exists", where=path, hint="add --force to replace it, or choose another -o")
+    weights = ldm_state_dict(pipeline)
+    if lost := [key for key, tensor in weights.items() if tensor.numel() and not tensor.abs().max() <= torch.finfo(dtype).max]:
+        raise ModelError(f"{len(lost)} weights do not fit into {str(dtype).removeprefix('torch.')}, or are not finite", where=lost[0], hint="--precision fp32, or bf16")
+    require_space(path.parent, sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize + 2**20, "the LDM file")
+    return write_ldm(pipeline, path, dtype, metadata)
+
+
+def write_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None) -> Path:
     """Write a pipeline as one `.safetensors` in LDM layout, by one rename: what A1111, Forge, ComfyUI and `load_teacher` take.
 
     The pipeline's configs go into the file's metadata, and its tokenizer where it is not CLIP's, so that reading it back is exact for any width.
 
     Args:
         dtype: of the weights in the file.
+        metadata: further entries beside the configs.
 
     Raises:
         ModelError: as `ldm_state_dict`. StorageError: no space, no permission.
@@ -247,7 +274,7 @@ def write_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torc
     from safetensors.torch import save_file
 
     weights = {key: tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for key, tensor in ldm_state_dict(pipeline).items()}
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(pipeline_configs(pipeline))}
+    metadata = {**(metadata or {}), "format": "pt", METADATA_KEY: json.dumps(pipeline_configs(pipeline))}
     path = path.absolute()
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,11 +283,24 @@ def write_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torc
         temporary = Path(name)
         try:
             save_file(weights, temporary, metadata=metadata)
+            _sort_metadata(temporary)
             temporary.chmod(0o644)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put a safetensors file's metadata in order, which is another in every process, so that the same model makes the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= size:
+            file.seek(8)
+            file.write(ordered.ljust(size))
 
 
 def pipeline_configs(pipeline: DiffusionPipeline) -> dict[str, str]:

@@ -69,6 +69,23 @@ def test_engines_come_from_the_store_the_second_time_and_are_listed(cli: Cli, tm
     assert "tensorrt-rtx" in out
 
 
+def test_a_checkpoint_in_ldm_layout_is_one_file_that_loads_again(cli: Cli, tmp_path: Path, random_folder: Path) -> None:
+    target = tmp_path / "student.safetensors"
+    code, out, err = cli("export", random_folder, "--ldm", "-o", target)
+    assert code == 0, err
+    assert "sdcompress inspect" in out
+    assert [p.name for p in tmp_path.iterdir()] == ["student.safetensors"]
+    code, out, err = cli("inspect", target)
+    assert code == 0, err
+    assert "sd1" in out
+    code, _, err = cli("export", random_folder, "--ldm", "-o", target)
+    assert code == 1
+    assert "--force" in one_line(err)
+    code, _, err = cli("export", random_folder, "--ldm", "--trt", "-o", tmp_path / "x.safetensors")
+    assert code == 2
+    assert "--ldm" in one_line(err)
+
+
 def test_generate_refuses_what_a_graph_folder_cannot_do(cli: Cli, tmp_path: Path, fp16_small: object) -> None:
     folder = getattr(fp16_small, "folder")  # noqa: B009
     for options, said in ((["--backend", "torch"], "--backend ort"), (["--backend", "ort", "--fallback", "torch"], "no torch weights"), (["--backend", "nonsense"], "no backend 'nonsense'")):

@@ -61,7 +61,7 @@ def complaint(line: str) -> str | None:
 
 def command_lines(text: str) -> list[str]:
     """The `sdcompress` command lines of a page, their continuations joined, those under accelerate and torchrun too."""
-    blocks = "\n".join(line[4:] if line.startswith("    ") else "" for line in text.splitlines()).replace("\\\n", " ")
+    blocks = "\n".join(line.lstrip() if line.startswith("    ") else "" for line in text.splitlines()).replace("\\\n", " ")
     return [line for line in blocks.splitlines() if re.match(r"(sdcompress |(accelerate launch|torchrun) .*-m sdcompress )", line)]
 
 

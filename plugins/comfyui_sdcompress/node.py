@@ -1,0 +1,186 @@
+"""The node, and the ComfyUI model around an engine. ComfyUI is imported where it is used, so that all else runs, and is tested, without it."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from .folders import EngineFolder, engine_folders, ldm_layout, read_folder, refusal
+from .library import errors, manifest
+from .model import EngineModel
+
+KIND = "sdcompress"
+"""What ComfyUI calls the model folder: `models/sdcompress`, and `sdcompress:` in `extra_model_paths.yaml`."""
+
+
+def model_folders() -> list[str]:
+    """Where engines are looked for, as ComfyUI has it configured."""
+    import folder_paths
+
+    place = os.path.join(folder_paths.models_dir, KIND)
+    if KIND not in folder_paths.folder_names_and_paths or place not in folder_paths.get_folder_paths(KIND):
+        folder_paths.add_model_folder_path(KIND, place)
+    return list(folder_paths.get_folder_paths(KIND))
+
+
+def find_folder(name: str) -> Path:
+    """The folder of the engine with this name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    roots = model_folders()
+    found = engine_folders(roots)
+    if name not in found:
+        raise errors.UsageError(f"no engine {name!r} in {' or '.join(roots)}", expected=", ".join(found) or None, hint="sdcompress install comfyui COMFYUI ENGINE, then press R here")
+    return found[name]
+
+
+class LoadSdcompressEngine:
+    """*Load sdcompress engine*: a MODEL whose UNet is an engine. Samplers, schedulers, guidance and everything else of ComfyUI's around the UNet stay as they are."""
+
+    CATEGORY = "loaders"
+    DESCRIPTION = (
+        "A UNet engine (TensorRT, TensorRT-RTX or ONNX) made by sdcompress. Text encoder and VAE come from any checkpoint of the same family. "
+        "LoRAs are baked in at export (sdcompress export --lora): a LoRA node after this one is refused, as are ControlNet, IP-Adapter, FreeU and all else that reaches into the UNet's layers."
+    )
+    FUNCTION = "load"
+    RETURN_TYPES = ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """What the node asks for."""
+        graphs = "Replay a captured CUDA graph for sizes that repeat: faster for small pictures, at the cost of some memory."
+        return {
+            "required": {"engine": (list(engine_folders(model_folders())), {"tooltip": "A folder in models/sdcompress, put there by: sdcompress install comfyui COMFYUI ENGINE"})},
+            "optional": {"cuda_graph": ("BOOLEAN", {"default": False, "tooltip": graphs})},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, engine: str) -> bool | str:
+        """True, or why this engine does not load here, shown before anything runs."""
+        try:
+            return refusal(read_folder(engine, find_folder(engine))) or True
+        except errors.SdCompressError as error:
+            return str(error)
+
+    @classmethod
+    def IS_CHANGED(cls, engine: str, cuda_graph: bool = False) -> str:
+        """Another value once another engine is installed under the same name, so that ComfyUI loads it anew."""
+        try:
+            return manifest.sha256_file(find_folder(engine) / manifest.MANIFEST_NAME)
+        except (errors.SdCompressError, OSError) as error:
+            return str(error)
+
+    def load(self, engine: str, cuda_graph: bool = False) -> tuple[Any]:
+        """The MODEL; the engine itself is read when it is first sampled with.
+
+        Raises:
+            SdCompressError: it does not fit, is damaged, or does not load here; one line that says what to type next.
+        """
+        folder = read_folder(engine, find_folder(engine))
+        return (engine_patcher(folder, {"cuda_graph": cuda_graph} if folder.graph.suffix == ".engine" else {}),)
+
+
+def engine_patcher(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:
+    """An engine as ComfyUI's MODEL: a `ModelPatcher` around a `BaseModel` of its family, whose diffusion model is the engine."""
+    import comfy.model_management
+    import comfy.model_patcher
+
+    patcher = _patcher_class(comfy.model_patcher.ModelPatcher)
+    return patcher(base_model(folder, options), load_device=comfy.model_management.get_torch_device(), offload_device=comfy.model_management.unet_offload_device(), size=folder.bytes)
+
+
+def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:
+    """ComfyUI's model of the engine's family, with its latents, noise schedule and prediction type.
+
+    Raises:
+        EngineMismatch: this ComfyUI does not know what the engine was trained with.
+    """
+    import comfy.model_base
+    import comfy.supported_models
+    import comfy.utils
+
+    config_class, model_class = {
+        "sd1": (comfy.supported_models.SD15, comfy.model_base.BaseModel),
+        "sd2": (comfy.supported_models.SD20, comfy.model_base.BaseModel),
+        "sdxl": (comfy.supported_models.SDXL, comfy.model_base.SDXL),
+    }[folder.family]
+    kinds = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
+    config = config_class({**ldm_layout(folder.unet), "disable_unet_model_creation": True})
+    config.sampling_settings = {**config.sampling_settings, **folder.schedule}
+    if folder.scaling_factor is not None:
+        config.latent_format.scale_factor = folder.scaling_factor
+    model = model_class(config, model_type=kinds[folder.prediction])
+    if folder.schedule.get("zsnr") and float(model.model_sampling.sigma_max) < 1000:
+        raise errors.EngineMismatch("was trained to zero terminal SNR, which this ComfyUI does not know", where=folder.graph.parent, hint="update ComfyUI")
+    names = sorted(set(comfy.utils.unet_to_diffusers(config.unet_config).values()))
+    model.diffusion_model = EngineModel(folder, options, names, _wrapped)
+    model.state_dict_for_saving = _no_weights
+    return model
+
+
+def _wrapped(run: Any, model: Any, options: dict[str, Any], *arguments: Any) -> Any:
+    """A call of the diffusion model through the wrappers other nodes have put around it (EasyCache and such), as ComfyUI's own UNet makes it."""
+    try:
+        from comfy import patcher_extension
+    except ImportError:  # ComfyUI before December 2024 has none
+        return run(*arguments)
+    around = patcher_extension.get_all_wrappers(patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+    return patcher_extension.WrapperExecutor.new_class_executor(run, model, around).execute(*arguments)
+
+
+def _no_weights(*args: Any, **options: Any) -> Any:
+    raise errors.EngineError("an engine has no weights to save or to merge", hint="save the model it was made from: sdcompress export MODEL --ldm -o FILE.safetensors")
+
+
+def _refuse_patches(patches: Any, strength: float, what: str) -> list[Any]:
+    """The keys that were asked for, where they come to nothing.
+
+    Raises:
+        EngineError: they are for the UNet, and would change it.
+    """
+    own = [key for key in patches if str(key if isinstance(key, str) else key[0]).startswith("diffusion_model.")]
+    if own and strength != 0:
+        raise errors.EngineError(
+            f"{what} changes {len(own)} of the UNet's weights, which are built into the engine", expected="strength_model 0, or none on this model",
+            hint="bake it in: sdcompress export MODEL --trt --signature comfyui --lora FILE:STRENGTH -o DIR",
+        )  # fmt: skip
+    return own
+
+
+@cache
+def _patcher_class(base: type) -> type:
+    """ComfyUI's `ModelPatcher` for a model without weights to patch, all of whose memory is the engine's."""
+
+    class EnginePatcher(base):  # type: ignore[misc, valid-type]
+        def clone(self, *args: Any, **options: Any) -> Any:
+            copied = super().clone(*args, **options)
+            copied.__class__ = type(self)  # ComfyUI before December 2024 makes a plain ModelPatcher of it
+            return copied
+
+        def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+            return _refuse_patches(patches, strength_patch, "a LoRA, or another model to merge,")
+
+        def add_hook_patches(self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+            return _refuse_patches(patches, strength_patch, "a LoRA hook")
+
+        def get_key_patches(self, filter_prefix: str | None = None) -> Any:
+            return _no_weights()
+
+        def load(self, device_to: Any = None, **options: Any) -> Any:
+            return super().load(device_to, **{**options, "full_load": True})  # an engine is loaded whole or not at all
+
+        def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+            result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights)
+            if unpatch_weights:
+                self.model.diffusion_model.close()
+            return result
+
+    return EnginePatcher
+
+
+NODE_CLASS_MAPPINGS = {"LoadSdcompressEngine": LoadSdcompressEngine}
+NODE_DISPLAY_NAME_MAPPINGS = {"LoadSdcompressEngine": "Load sdcompress engine"}
