@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -76,30 +76,28 @@ def summarize(samples: Sequence[float], seed: int = 0) -> Summary:
     """
     if not samples:
         raise ValueError("no samples")
-    q25, median, q75, p90, p99 = np.quantile(np.asarray(samples, dtype=np.float64), [0.25, 0.5, 0.75, 0.9, 0.99]).tolist()
-    low, high = median_interval(samples, seed)
-    spread = (q75 - q25) / median if median else 0.0
-    return Summary(len(samples), median, p90, p99, low, high, spread, spread > NOISY_SPREAD)
+    return _summary(samples, 1, *median_interval(samples, seed))
 
 
 def summarize_rounds(rounds: Sequence[Sequence[float]], seed: int = 0) -> Summary:
     """The `Summary` of all samples of all rounds (rounds x samples; empty ones do not count), its interval widened by what differs from round to round.
 
-    From two rounds on the interval is Student's over the logs of the round medians, about the median of all samples: with the three to five rounds
-    a bench has, a bootstrap over rounds covers too little (bench/studies/statistics.py).
+    From two rounds on the interval is Student's over the logs of the round medians, about the median of all samples: with two or three rounds,
+    where it matters, a bootstrap over rounds covers 88% to 92% (bench/studies/stats.py).
 
     Raises:
         ValueError: no samples, or with several rounds one that is not positive.
     """
     filled = [of_round for of_round in rounds if len(of_round)]
-    pooled = summarize([sample for of_round in filled for sample in of_round], seed)
+    samples = [sample for of_round in filled for sample in of_round]
     if len(filled) < 2:
-        return pooled
+        return summarize(samples, seed)
     from scipy.special import stdtrit
 
     logs = _log_medians(filled)
-    half = stdtrit(len(logs) - 1, (1 + LEVEL) / 2) * float(logs.std(ddof=1)) / math.sqrt(len(logs))
-    return replace(pooled, low=pooled.median * math.exp(-half), high=pooled.median * math.exp(half), rounds=len(filled))
+    half = float(stdtrit(len(logs) - 1, (1 + LEVEL) / 2) * logs.std(ddof=1)) / math.sqrt(len(logs))
+    median = float(np.median(samples))
+    return _summary(samples, len(filled), median * math.exp(-half), median * math.exp(half))
 
 
 def change(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Change:
@@ -133,6 +131,12 @@ def change(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) 
     if -math.log1p(SAME_WITHIN) < math.log(low) and math.log(high) < math.log1p(SAME_WITHIN):
         return Change(ratio, low, high, p_value, "same")
     return Change(ratio, low, high, p_value, "unknown", f"the rounds differ too much: the change may be anything from {low - 1:+.0%} to {high - 1:+.0%}")
+
+
+def _summary(samples: Sequence[float], rounds: int, low: float, high: float) -> Summary:
+    q25, median, q75, p90, p99 = np.quantile(np.asarray(samples, dtype=np.float64), [0.25, 0.5, 0.75, 0.9, 0.99]).tolist()
+    spread = (q75 - q25) / median if median else 0.0
+    return Summary(len(samples), median, p90, p99, low, high, spread, spread > NOISY_SPREAD, rounds)
 
 
 def _log_medians(rounds: Sequence[Sequence[float]]) -> np.ndarray:
