@@ -403,16 +403,16 @@ def test_an_altered_graph_is_refused_before_a_runtime_sees_it(tiny: Artifact) ->
         (lambda folder: write_manifest(folder, "student"), "is a student"),
     ],
 )
-def test_a_folder_that_cannot_serve_is_listed_with_the_reason(installed: Path, random_pipeline: Any, damage: Callable[[Path], Any], reason: str) -> None:
+def test_a_folder_that_cannot_serve_is_listed_with_the_reason(installed: Path, whole_graph: Path, random_pipeline: Any, damage: Callable[[Path], Any], reason: str) -> None:
     root = installed / "models" / "sdcompress"
-    shutil.copytree(root / "tiny", root / "sound")
+    shutil.copytree(whole_graph, root / "sound")
     damage(root / "tiny")
     found = {each.folder.name: each for each in find(root)}
     assert isinstance(found["sound"], Artifact)
     assert isinstance(found["tiny"], Unreadable)
     with running(WebUI(installed, random_pipeline.unet)) as host:
         host.load_extension(WEBUI_PLUGIN)
-        entry = next(label for label in host.list_unets() if label.startswith(f"{PREFIX}tiny –"))
+        entry = next(label for label in host.list_unets() if " – cannot run: " in label)
         host.opts.sd_unet = str(entry)
         with pytest.raises(EngineMismatch, match=reason):
             host.apply_unet()
@@ -470,6 +470,20 @@ def test_a_folder_without_permission_says_so(tmp_path: Path) -> None:
     tmp_path.chmod(0)
     with pytest.raises(UsageError, match="cannot be listed"):
         find(tmp_path)
+
+
+def test_a_damaged_folder_is_the_entry_it_was_and_leaves_a_sound_copy_to_serve(installed: Path) -> None:
+    root = installed / "models" / "sdcompress"
+    break_length = (root / "tiny" / "unet.onnx").write_bytes
+    shutil.copytree(root / "tiny", root / "copy")
+    break_length(b"cut")
+    (entry,) = models(find(root), TITLE)
+    assert (entry.title, [artifact.folder.name for artifact in entry.usable]) == (TITLE, ["copy"])
+    shutil.rmtree(root / "copy")
+    (entry,) = models(find(root), TITLE)
+    assert entry.title == TITLE
+    with pytest.raises(EngineMismatch, match="has 3 bytes"):
+        HostedUNet(entry, PlainHost()).activate()
 
 
 # --- the menu -------------------------------------------------------------------------------------------------------------------------------------

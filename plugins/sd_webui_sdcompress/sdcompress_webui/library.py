@@ -102,7 +102,7 @@ class Artifact:
     @property
     def backend(self) -> str:
         """`tensorrt`, `tensorrt-rtx` or `onnxruntime`."""
-        return str(self.manifest.config["flavour"]) if self.manifest.kind == "engine" else "onnxruntime"
+        return identity(self.folder, self.manifest)[3]
 
     @property
     def loras(self) -> tuple[str, ...]:
@@ -191,14 +191,13 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
     if _FILES[manifest.kind] not in manifest.files:
         raise ArtifactError(f"the manifest names no {_FILES[manifest.kind]}", where=folder)
     unet = _json(folder, manifest, "pipeline/unet/config.json")
-    precision = str((config.get("precisions") or {}).get("unet") or config.get("precision") or "")
+    name, source, precision, _ = identity(folder, manifest)
     made = signature("unet", unet, _DTYPES.get(precision, torch.float32), host=SIGNATURE)
-    name = str(config.get("model_name") or folder.name)
     return Artifact(
         folder=folder,
         manifest=manifest,
-        name=" + ".join([name, *baked_loras(manifest)]),
-        source=str(manifest.inputs.get("pipeline", "")),
+        name=name,
+        source=source,
         precision=precision,
         profiles=tuple(_ranges(folder, profile) for profile in config["profiles"]["unet"]) if manifest.kind == "engine" else (_any_shape(made.inputs, made.multiple),),
         inputs=made.inputs,
@@ -213,6 +212,15 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
         unet_config=unet,
         whole=is_whole(unet),
     )
+
+
+def identity(folder: Path, manifest: Manifest) -> tuple[str, str, str, str]:
+    """Name, source, precision and backend: folders that agree in them are one entry of the menu, the sound and the damaged."""
+    config = manifest.config
+    precisions = config.get("precisions")
+    precision = (precisions.get("unet") if isinstance(precisions, dict) else None) or config.get("precision") or ""
+    name = " + ".join([str(config.get("model_name") or folder.name), *baked_loras(manifest)])
+    return name, str(manifest.inputs.get("pipeline", "")), str(precision), str(config.get("flavour")) if manifest.kind == "engine" else "onnxruntime"
 
 
 def baked_loras(manifest: Manifest) -> tuple[str, ...]:
@@ -282,22 +290,22 @@ def models(found: Iterable[Artifact | Unreadable], wanted: str | None = None) ->
     Args:
         wanted: the title that the settings have chosen; it is listed, as one that is gone, where nothing has it.
     """
-    groups: dict[tuple[str, ...], list[tuple[Artifact, str | None]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[Artifact | Unreadable, str | None]]] = {}
     entries: list[Model] = []
     for each in found:
-        if isinstance(each, Unreadable):
-            entries.append(Model(PREFIX + each.folder.name, (), ((each.folder, each.fault),)))
+        if each.manifest is None or each.manifest.kind not in _FILES:
+            entries.append(Model(PREFIX + each.folder.name, (), ((each.folder, each.fault if isinstance(each, Unreadable) else ""),)))
         else:
-            groups.setdefault((each.name, each.source, each.precision, each.backend), []).append((each, each.why_not_here()))
+            groups.setdefault(identity(each.folder, each.manifest), []).append((each, each.fault if isinstance(each, Unreadable) else each.why_not_here()))
     titles = [(key[0], key[2], key[3]) for key in groups]
     for (name, _, precision, backend), members in groups.items():
         shown = name if titles.count((name, precision, backend)) == 1 else members[0][0].folder.name
-        usable = tuple(artifact for artifact, fault in members if fault is None)
-        faulty = tuple((artifact.folder, fault) for artifact, fault in members if fault is not None)
+        usable = tuple(each for each, fault in members if isinstance(each, Artifact) and fault is None)
+        faulty = tuple((each.folder, fault) for each, fault in members if fault is not None)
         entries.append(Model(f"{PREFIX}{shown} ({backend} {precision})", usable, faulty))
     title = str(wanted or "").partition(REASON)[0]
     if title.startswith(PREFIX) and all(entry.title != title for entry in entries):
-        entries.append(Model(title, (), ((Path(title.removeprefix(PREFIX)), "it is in the engine folder no more"),)))
+        entries.append(Model(title, (), ((Path(title.removeprefix(PREFIX)), "it is in the engine folder no more, or cannot be read there"),)))
     return sorted(entries, key=lambda entry: entry.title)
 
 
