@@ -28,11 +28,9 @@ def random_pipeline(family: str, plan: str | None = None, *, dtype: torch.dtype 
     import diffusers
     import transformers
 
-    from sdcompress.prune.plan import read_plan
     from sdcompress.teacher import quiet
 
-    if family not in FAMILIES:
-        raise UsageError(f"no family {family!r}", expected=" or ".join(FAMILIES))
+    configs = family_configs(family, plan)
     folder = CONFIGS / family
     index = json.loads((folder / "model_index.json").read_text())
     torch.manual_seed(seed)
@@ -43,11 +41,8 @@ def random_pipeline(family: str, plan: str | None = None, *, dtype: torch.dtype 
         library, kind = (diffusers if entry[0] == "diffusers" else transformers), entry[1]
         made = getattr(library, kind)
         with quiet():
-            if name == "unet":
-                config = json.loads((folder / name / "config.json").read_text())
-                parts[name] = made.from_config(config if plan is None else read_plan(plan, config).student_config())
-            elif library is diffusers and hasattr(made, "from_config") and (folder / name / "config.json").is_file():
-                parts[name] = made.from_config(json.loads((folder / name / "config.json").read_text()))
+            if library is diffusers and name in configs:
+                parts[name] = made.from_config(configs[name])
             elif (folder / name / "config.json").is_file():
                 parts[name] = made(made.config_class.from_pretrained(folder / name))
             else:
@@ -62,6 +57,23 @@ def random_pipeline(family: str, plan: str | None = None, *, dtype: torch.dtype 
         pipeline = getattr(diffusers, index["_class_name"])(**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def family_configs(family: str, plan: str | None = None) -> dict[str, dict[str, Any]]:
+    """The configs of a family's components by the pipeline's names, with the UNet's as a plan leaves it; nothing is made of them.
+
+    Raises:
+        UsageError: an unknown family. PlanError: a plan the family does not allow.
+    """
+    from sdcompress.prune.plan import read_plan
+
+    if family not in FAMILIES:
+        raise UsageError(f"no family {family!r}", expected=" or ".join(FAMILIES))
+    names = ("unet", "vae", "text_encoder", "text_encoder_2")
+    configs: dict[str, dict[str, Any]] = {name: json.loads(path.read_text()) for name in names if (path := CONFIGS / family / name / "config.json").is_file()}
+    if plan is not None:
+        configs["unet"] = dict(read_plan(plan, configs["unet"]).student_config())
+    return configs
 
 
 @torch.no_grad()

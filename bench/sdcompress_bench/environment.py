@@ -12,7 +12,7 @@ from sdcompress_engines.manifest import installed_versions
 
 
 def environment() -> dict[str, Any]:
-    """CPU, memory, GPU and driver, OS, Python, package versions, load, git commit. No host name, no user, no path."""
+    """CPU, memory, GPU, driver and clocks, OS, Python, package versions, load, git commit. No host name, no user, no path."""
     import torch
 
     return {
@@ -21,6 +21,8 @@ def environment() -> dict[str, Any]:
         "memory_mib": _memory_mib(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": _gpus(),
+        "cpu_features": _cpu_features(),
+        "clocks": _clocks(),
         "os": _system(),
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
@@ -33,6 +35,28 @@ def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+
+
+def _cpu_features() -> list[str]:
+    """The vector units that decide what a precision costs on this CPU."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
+    return [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8") if name in flags]
+
+
+def _clocks() -> str:
+    """The GPU's clocks, limits and mode now, else the CPU's; empty where the machine does not say."""
+    asked = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,persistence_mode"
+    gpu = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader").splitlines()
+    if gpu:
+        names = ("SM", "SM at most", "memory", "power limit", "persistence")
+        return "; ".join(", ".join(f"{name} {value.strip()}" for name, value in zip(names, line.split(","), strict=False)) for line in gpu)
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    cpuinfo = Path("/proc/cpuinfo")
+    speeds = [float(line.split(":", 1)[1]) for line in (cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []) if line.startswith("cpu MHz")]
+    parts = [f"CPU {max(speeds):,.0f} MHz" if speeds else "", governor.read_text().strip() if governor.is_file() else ""]
+    return ", ".join(part for part in parts if part)
 
 
 def _memory_mib() -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .metrics import PSNR_CAP_DB, Lpips, psnr, ssim
 from .quality import to_pixels
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 GATE_FP32 = 1e-4
 """Highest relative L2 of an fp32 backend to PyTorch fp32."""
 GATE_FACTOR = 2.0
 """In a lower precision: how many times PyTorch's own error in that precision a backend may be off."""
-PSNR_CAP_DB = 100.0
-"""PSNR of equal tensors, which has no finite value."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +33,47 @@ class StepError:
 
 @dataclass(frozen=True)
 class PictureError:
-    """PSNR and SSIM of one picture against its counterpart of the same seed and prompt."""
+    """PSNR and SSIM of one picture against its counterpart of the same seed and prompt; LPIPS where its weights are installed."""
 
     psnr_db: float
     ssim: float
+    lpips: float | None = None
+
+
+@dataclass(frozen=True)
+class UNetInputs:
+    """What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, 77, D), and SDXL's `text_embeds` (B, E) and `time_ids` (B, 6)."""
+
+    encoder_hidden_states: torch.Tensor
+    text_embeds: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, pipeline: Any, captions: Sequence[str], size_px: int) -> UNetInputs:
+        """Captions as the pipeline's own text encoders see them, on its device and in its UNet's dtype, for pictures of a size."""
+        unet = pipeline.unet
+        if getattr(pipeline, "text_encoder_2", None) is None:
+            return cls(pipeline.text_encoder(tokens(pipeline.tokenizer, captions, unet.device))[0].to(unet.dtype))
+        states, _, pooled, _ = pipeline.encode_prompt(list(captions), device=unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+        sizes = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(captions), device=unet.device, dtype=unet.dtype)
+        return cls(states.to(unet.dtype), pooled.to(unet.dtype), sizes)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> UNetInputs:
+        return self._map(lambda tensor: tensor.to(device, dtype))
+
+    def repeated(self, times: int) -> UNetInputs:
+        """The batch end to end `times` times, as classifier-free guidance gives it twice."""
+        return self._map(lambda tensor: torch.cat([tensor] * times))
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> UNetInputs:
+        return UNetInputs(*(None if tensor is None else function(tensor) for tensor in (self.encoder_hidden_states, self.text_embeds, self.time_ids)))  # type: ignore[arg-type]
+
+    def call(self, unet: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        """The UNet's noise prediction, shaped as `sample`; a runner may own its memory until the next call."""
+        added = None if self.text_embeds is None else {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
+        out: torch.Tensor = unet(sample, timestep, encoder_hidden_states=self.encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        return out
 
 
 @dataclass(frozen=True)
@@ -48,31 +83,33 @@ class Probe:
     Attributes:
         latents: noised latents, timestep by timestep, (T, B, C, h, w).
         timesteps: of the scheduler's training range, length T.
-        encoder_hidden_states: (B, 77, D).
+        encoder_hidden_states: (B, 77, D); `text_embeds` (B, E) and `time_ids` (B, 6) of SDXL.
     """
 
     latents: torch.Tensor
     timesteps: tuple[int, ...]
     encoder_hidden_states: torch.Tensor
+    text_embeds: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
+
+    @property
+    def inputs(self) -> UNetInputs:
+        return UNetInputs(self.encoder_hidden_states, self.text_embeds, self.time_ids)
+
+
+def tokens(tokenizer: Any, captions: Sequence[str], device: torch.device | str) -> torch.Tensor:
+    """(B, 77) int64, cut and padded as Stable Diffusion does."""
+    ids: torch.Tensor = tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+    return ids.to(device)
 
 
 def load(path: str | Path, backend: str, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "fp32") -> Any:
-    """A silent pipeline on a device; a PyTorch one in the precision asked for, the others in their graph's."""
+    """A silent pipeline on a device, with TensorRT-RTX's kernels compiled before they run: what is timed first is what stays."""
     from sdcompress.pipeline import load_pipeline
 
-    if backend == "torch":  # load_pipeline halves the precision on a GPU, and fp32 would not come back from that
-        pipeline = load_pipeline(path, backend, device="cpu").to(device)
-        if precision != "fp32":
-            pipeline = pipeline.to(DTYPES[precision])
-    else:
-        pipeline = load_pipeline(path, backend, None if artifacts is None else Path(artifacts), device=device)
+    pipeline = load_pipeline(path, backend, None if artifacts is None else Path(artifacts), device=device, precision=precision, steady=True)  # type: ignore[arg-type]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def precision_of(pipeline: Any) -> str:
-    """`fp32`, `fp16` or `bf16`: what the UNet computes its output in."""
-    return next(name for name, dtype in DTYPES.items() if dtype == pipeline.unet.dtype)
 
 
 @torch.inference_mode()
@@ -84,22 +121,33 @@ def make_probe(pipeline: Any, images: Sequence[Image.Image], captions: Sequence[
     vae, device = pipeline.vae, pipeline.unet.device
     pixels = torch.stack([to_pixels(image) for image in images]).to(device, vae.dtype) * 2 - 1
     clean = (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).float().cpu()
+    return _noised(pipeline, clean, captions, timesteps, seed, images[0].width)
+
+
+@torch.inference_mode()
+def make_random_probe(pipeline: Any, size_px: int, captions: Sequence[str], timesteps: Sequence[int], seed: int) -> Probe:
+    """Gaussian latents in the place of pictures, for weights that are random and draw none."""
+    side = size_px // pipeline.vae_scale_factor
+    clean = torch.randn(len(captions), pipeline.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed + 1))
+    return _noised(pipeline, clean, captions, timesteps, seed, size_px)
+
+
+def _noised(pipeline: Any, clean: torch.Tensor, captions: Sequence[str], timesteps: Sequence[int], seed: int, size_px: int) -> Probe:
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     noised = torch.stack([pipeline.scheduler.add_noise(clean, noise, torch.full((len(clean),), t, dtype=torch.long)) for t in timesteps])
-    ids = pipeline.tokenizer(list(captions), padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
-    return Probe(noised, tuple(timesteps), pipeline.text_encoder(ids.to(device))[0].float().cpu())
+    given = UNetInputs.of(pipeline, captions, size_px).to("cpu", torch.float32)
+    return Probe(noised, tuple(timesteps), given.encoder_hidden_states, given.text_embeds, given.time_ids)
 
 
 @torch.inference_mode()
 def predict(pipeline: Any, probe: Probe) -> torch.Tensor:
     """The UNet's noise prediction for a probe: (T, B, C, h, w), float32, on the CPU."""
     unet = pipeline.unet
-    context = probe.encoder_hidden_states.to(unet.device, unet.dtype)
+    inputs = probe.inputs.to(unet.device, unet.dtype)
     outputs = []
     for sample, timestep in zip(probe.latents, probe.timesteps, strict=True):
-        moment = torch.tensor(timestep, device=unet.device)
         # A runner may own its output buffer, so it is copied before the next call.
-        outputs.append(unet(sample.to(unet.device, unet.dtype), moment, encoder_hidden_states=context, return_dict=False)[0].float().cpu().clone())
+        outputs.append(inputs.call(unet, sample.to(unet.device, unet.dtype), torch.tensor(timestep, device=unet.device)).float().cpu().clone())
     return torch.stack(outputs)
 
 
@@ -113,26 +161,11 @@ def cosine(output: torch.Tensor, reference: torch.Tensor) -> float:
     return F.cosine_similarity(output.double().flatten(), reference.double().flatten(), dim=0).item()
 
 
-def psnr_db(output: torch.Tensor, reference: torch.Tensor, data_range: float | None = None) -> float:
-    """Peak signal-to-noise ratio in dB, at most `PSNR_CAP_DB`; the peak is `data_range`, or the reference's own range."""
-    peak = data_range if data_range is not None else (reference.max() - reference.min()).item()
+def psnr_db(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, at most `PSNR_CAP_DB`; the peak is the reference's own range."""
+    peak = (reference.max() - reference.min()).item()
     mse = (output.double() - reference.double()).square().mean().item()
     return PSNR_CAP_DB if mse == 0 else min(PSNR_CAP_DB, 10 * math.log10(peak**2 / mse)) if peak > 0 else -PSNR_CAP_DB
-
-
-def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
-    """Structural similarity of two pictures, (C, H, W) float in [0, 1], at least 11×11: 1 for equal pictures.
-
-    Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment: from error visibility to structural similarity", equation 13
-    averaged over valid windows and channels: Gaussian window 11×11 with σ 1.5, K1 = 0.01, K2 = 0.03.
-    """
-    line = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
-    window = (torch.outer(line, line) / line.sum() ** 2)[None, None]
-    x, y = (t.double()[:, None] for t in (image, reference))
-    blur_x, blur_y, xx, yy, xy = F.conv2d(torch.cat([x, y, x * x, y * y, x * y]), window).chunk(5)
-    var_x, var_y, covariance = xx - blur_x**2, yy - blur_y**2, xy - blur_x * blur_y
-    c1, c2 = 0.01**2, 0.03**2
-    return (((2 * blur_x * blur_y + c1) * (2 * covariance + c2)) / ((blur_x**2 + blur_y**2 + c1) * (var_x + var_y + c2))).mean().item()
 
 
 def compare_steps(output: torch.Tensor, reference: torch.Tensor, timesteps: Sequence[int]) -> list[StepError]:
@@ -140,26 +173,31 @@ def compare_steps(output: torch.Tensor, reference: torch.Tensor, timesteps: Sequ
     return [StepError(t, relative_l2(o, r), cosine(o, r), psnr_db(o, r)) for t, o, r in zip(timesteps, output, reference, strict=True)]
 
 
-def compare_pictures(images: Sequence[Image.Image], references: Sequence[Image.Image]) -> list[PictureError]:
-    """A `PictureError` for each pair of pictures of one size."""
-    pairs = [(to_pixels(i), to_pixels(r)) for i, r in zip(images, references, strict=True)]
-    return [PictureError(psnr_db(i, r, data_range=1.0), ssim(i, r)) for i, r in pairs]
+def compare_pictures(images: Sequence[Image.Image], references: Sequence[Image.Image], lpips: Lpips | None = None) -> list[PictureError]:
+    """A `PictureError` for each pair of pictures, all of one size."""
+    if not images:
+        return []
+    x, y = (torch.stack([to_pixels(image) for image in pictures]) for pictures in (images, references))
+    distances = lpips(x, y).tolist() if lpips else [None] * len(images)
+    return [PictureError(*row) for row in zip(psnr(x, y).tolist(), ssim(x, y).tolist(), distances, strict=True)]
 
 
 def distance(steps: Sequence[StepError], pictures: Sequence[PictureError]) -> dict[str, Any]:
     """The row of a comparison: worst and mean relative L2, lowest cosine, mean picture figures, and the parts they come from."""
-    return {
-        "relative_l2": max(s.relative_l2 for s in steps),
-        "relative_l2_mean": sum(s.relative_l2 for s in steps) / len(steps),
-        "cosine": min(s.cosine for s in steps),
-        "picture_psnr_db": sum(p.psnr_db for p in pictures) / len(pictures) if pictures else None,
-        "picture_ssim": sum(p.ssim for p in pictures) / len(pictures) if pictures else None,
-        "steps": [asdict(s) for s in steps],
-        "pictures": [asdict(p) for p in pictures],
-    }
+    found: dict[str, Any] = {"relative_l2": _worst(s.relative_l2 for s in steps), "relative_l2_mean": sum(s.relative_l2 for s in steps) / len(steps), "cosine": min(s.cosine for s in steps)}
+    for name in ("psnr_db", "ssim", "lpips"):
+        values = [value for p in pictures if (value := getattr(p, name)) is not None]
+        found[f"picture_{name}"] = sum(values) / len(values) if values else None
+    return found | {"steps": [asdict(s) for s in steps], "pictures": [asdict(p) for p in pictures]}
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The highest, and not a number where one is not: `max` would pass over it."""
+    found = list(values)
+    return math.nan if any(math.isnan(value) for value in found) else max(found)
 
 
 def gate(worst_relative_l2: float, noise_floor: float | None) -> dict[str, Any]:
-    """Whether a backend is close enough to PyTorch fp32: `passed` and the `limit`; `noise_floor` is PyTorch's own error in a lower precision."""
+    """Whether a backend is close enough to PyTorch fp32: `passed` and the `limit`; `noise_floor` is PyTorch's own error in a lower precision. An error that is not a number never passes."""
     limit = GATE_FP32 if noise_floor is None else GATE_FACTOR * noise_floor
-    return {"limit": limit, "passed": worst_relative_l2 <= limit}
+    return {"limit": limit, "passed": math.isfinite(limit) and worst_relative_l2 <= limit}

@@ -5,33 +5,29 @@ out-of-memory must cost one row and not the report. Scenarios take turns (A B C,
 machine that warms up or is shared slows all of them alike. Timed, after a warm-up that lasts until calls are steady:
 
     unet_step     one UNet call as sampling makes it: 2·batch latents under classifier-free guidance
-    text_encoder  `batch` captions of 77 tokens (a guided picture does this twice: prompt and empty prompt)
+    text_encoder  `batch` captions (a guided picture does this twice: prompt and empty prompt)
     vae_decode    `batch` latents to pixels
     end_to_end    captions to PIL pictures at `steps` steps
 
-On a GPU the first three are timed by CUDA events; everything else, and everything on a CPU, by the wall clock. The child's last
-line on stdout is its result as JSON: `python -m sdcompress_bench.latency CASE.json`.
+On a GPU the first three are timed by CUDA events; everything else, and everything on a CPU, by the wall clock.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
+import gc
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import SdCompressError
+from sdcompress_engines.errors import EngineError
 from sdcompress_engines.progress import SILENT, Reporter
 
-from .scenario import Scenario, Suite
-from .stats import Summary, summarize
+from .journal import Journal
+from .scenario import Scenario, Suite, Way
+from .stats import Summary, summarize_rounds
 
 STAGES = ("unet_step", "text_encoder", "vae_decode", "end_to_end")
 _STEADY = 1.10
@@ -43,15 +39,16 @@ class Latency:
     """What was measured of one scenario, over all rounds.
 
     Attributes:
-        precision: what was asked of PyTorch; on other backends what the graph is in.
         samples_ms: stage → for each round the raw samples, ms a call.
         load_ms: for each round, from a finished import to a pipeline ready to run.
         first_image_ms: for each round, the first `batch` pictures after loading.
         peak_rss_mib: highest resident memory of the process over the rounds.
         cuda_peak_mib: highest of PyTorch's reserved memory and of what the whole process took of the device; None on a CPU.
         artifact_mib: component → MiB on the backend's side: weights in PyTorch, files elsewhere.
+        build_s: what making the graphs, the package or the engine took, whenever that was; None where there is nothing to make.
         threads: CPU threads PyTorch ran with.
         unsteady: stages whose warm-up ended before calls were within 10% of each other.
+        roofline: share of what this device reached at best, as `work.roofline` gives it for the UNet step; empty where not counted.
         failed: why there are no figures, None where there are.
     """
 
@@ -70,14 +67,20 @@ class Latency:
     peak_rss_mib: float = 0.0
     cuda_peak_mib: float | None = None
     artifact_mib: dict[str, float] = field(default_factory=dict)
+    build_s: float | None = None
     threads: int = 0
     unsteady: list[str] = field(default_factory=list)
+    roofline: dict[str, Any] = field(default_factory=dict)
     failed: str | None = None
+
+    @property
+    def way(self) -> Way:
+        return Way(self.backend, self.precision)
 
     def summary(self, stage: str) -> Summary | None:
         """The stage's `Summary` over all rounds, ms a call; None where it was not measured."""
-        samples = [sample for of_round in self.samples_ms.get(stage, []) for sample in of_round]
-        return summarize(samples) if samples else None
+        rounds = [of_round for of_round in self.samples_ms.get(stage, []) if of_round]
+        return summarize_rounds(rounds) if rounds else None
 
     @property
     def images_per_s(self) -> float | None:
@@ -91,93 +94,103 @@ class Latency:
         return self.cuda_peak_mib or self.peak_rss_mib
 
 
-def measure(suite: Suite, report: Reporter = SILENT) -> list[Latency]:
-    """A `Latency` for each scenario of the suite, in its order. A scenario that dies is recorded as failed and the others go on."""
+def measure(suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]], journal: Journal, report: Reporter = SILENT) -> list[Latency]:
+    """A `Latency` for each scenario of the suite, in its order. A scenario that dies is recorded as failed and the others go on.
+
+    Args:
+        made: what `prepare` gave for each model and way.
+    """
     scenarios = list(suite.scenarios())
     rounds: dict[str, list[dict[str, Any]]] = {scenario.key: [] for scenario in scenarios}
-    failed: dict[str, str] = {}
-    unprepared = {(s.model.name, s.backend): s for s in scenarios if s.backend != "torch" and s.model.artifacts(s.backend) is None}
-    if unprepared:
-        with report.task("preparing graphs", len(unprepared)) as advance:
-            for scenario in unprepared.values():
-                outcome = run_child(scenario, suite, prepare=True)
-                if "failed" in outcome:
-                    failed |= {s.key: outcome["failed"] for s in scenarios if (s.model.name, s.backend) == (scenario.model.name, scenario.backend)}
-                advance(note=scenario.key)
+    failed = {s.key: made[s.model.name, s.way]["failed"] for s in scenarios if "failed" in made[s.model.name, s.way]}
     with report.task("measuring latency", suite.rounds * len(scenarios)) as advance:
-        for _ in range(suite.rounds):
+        for number in range(suite.rounds):
             for scenario in scenarios:
                 if scenario.key not in failed:
-                    outcome = run_child(scenario, suite)
+                    outcome = journal.call(f"latency {scenario.key} {number}", time_case, case_of(scenario, suite, made), suite.scenario_timeout_s)
                     if "failed" in outcome:
                         failed[scenario.key] = outcome["failed"]
                     else:
                         rounds[scenario.key].append(outcome)
                 advance(note=scenario.key)
-    return [_combine(scenario, rounds[scenario.key], failed.get(scenario.key)) for scenario in scenarios]
+    return [_combine(scenario, rounds[scenario.key], failed.get(scenario.key), made[scenario.model.name, scenario.way].get("build_s")) for scenario in scenarios]
 
 
-def run_child(scenario: Scenario, suite: Suite, prepare: bool = False) -> dict[str, Any]:
-    """One process for one scenario: its outcome, or `{"failed": reason}` where it raised, was killed, or ran out of time.
+def prepare(suite: Suite, journal: Journal, report: Reporter = SILENT) -> dict[tuple[str, Way], dict[str, Any]]:
+    """For each model and way, what it runs from and what making that took: `{"artifacts", "build_s"}`, or `{"failed": reason}`. Nothing of it is timed later."""
+    made: dict[tuple[str, Way], dict[str, Any]] = {}
+    wanted = [(model, way) for model in suite.models for way in suite.ways]
+    with report.task("preparing graphs", len(wanted)) as advance:
+        for model, way in wanted:
+            given = model.artifacts(way.backend)
+            case = {"path": str(model.path), "backend": way.backend, "precision": way.precision, "device": suite.device, "artifacts": None if given is None else str(given)}
+            made[model.name, way] = {} if way.backend in ("torch", "compile") else journal.call(f"prepare {model.name} {way}", make_artifacts, case, suite.scenario_timeout_s)
+            advance(note=f"{model.name}, {way}")
+    return made
 
-    With `prepare` the process only loads the pipeline, so that an export into the cache happens outside of what is timed.
-    """
+
+def make_artifacts(case: dict[str, Any]) -> dict[str, Any]:
+    """The folder (of an AOTInductor package, too) that a way runs from, made now where it is not there, and the seconds that making it took then."""
+    from sdcompress_engines.manifest import read_manifest
+
+    from sdcompress.packages import cached_package
+    from sdcompress.pipeline import cached_artifacts
+    from sdcompress.teacher import load_teacher
+
+    folder = Path(case["artifacts"]) if case["artifacts"] else None
+    if folder is None and case["backend"] == "aot":
+        folder = cached_package(load_teacher(case["path"]), case["device"], case["precision"]).parent
+    folder = folder or cached_artifacts(case["path"], case["backend"], case["precision"])
+    manifest = read_manifest(folder)
+    figures = manifest.figures if manifest else {}
+    parts = [figures, *(part for part in figures.values() if isinstance(part, dict))]
+    seconds = [part["seconds"] for part in parts if isinstance(part.get("seconds"), int | float)]
+    return {"artifacts": str(folder), "build_s": sum(seconds) if seconds else None}
+
+
+def case_of(scenario: Scenario, suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]]) -> dict[str, Any]:
+    """A scenario as plain values, for `time_case`."""
     prompts = [suite.prompts[i % len(suite.prompts)].caption for i in range(scenario.batch)]
-    case = {
-        "path": str(scenario.model.path), "backend": scenario.backend, "artifacts": _text(scenario.model.artifacts(scenario.backend)), "precision": scenario.precision,
+    return {
+        "path": str(scenario.model.path), "backend": scenario.way.backend, "artifacts": made[scenario.model.name, scenario.way].get("artifacts"), "precision": scenario.way.precision,
         "size_px": scenario.size_px, "batch": scenario.batch, "unet_batch": scenario.unet_batch, "steps": scenario.steps, "guidance_scale": scenario.guidance_scale,
         "prompts": prompts, "seed": suite.seed, "samples": suite.samples, "end_to_end_samples": suite.end_to_end_samples, "stage_budget_s": suite.stage_budget_s,
-        "device": suite.device, "threads": suite.threads, "prepare": prepare,
+        "device": suite.device, "threads": suite.threads,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="sdcompress-bench-") as folder:
-        file = Path(folder) / "case.json"
-        file.write_text(json.dumps(case))
-        environment = os.environ | ({"OMP_NUM_THREADS": str(suite.threads)} if suite.threads else {})
-        command = [sys.executable, "-m", "sdcompress_bench.latency", str(file)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=suite.scenario_timeout_s, env=environment)
-        except subprocess.TimeoutExpired:
-            return {"failed": f"took over {suite.scenario_timeout_s:g} s"}
-    if done.returncode < 0:
-        cause = "; out of memory is the usual cause" if -done.returncode == signal.SIGKILL else ""
-        return {"failed": f"its process was ended by {signal.Signals(-done.returncode).name}{cause}"}
-    if done.returncode or not done.stdout.strip():
-        tail = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")
-        return {"failed": f"its process ended with status {done.returncode}: {tail}".replace(str(Path.home()), "~")}
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _combine(scenario: Scenario, rounds: list[dict[str, Any]], failed: str | None) -> Latency:
+def _combine(scenario: Scenario, rounds: list[dict[str, Any]], failed: str | None, build_s: float | None) -> Latency:
     facts: dict[str, Any] = {
-        "key": scenario.key, "model": scenario.model.name, "backend": scenario.backend, "precision": scenario.precision, "size_px": scenario.size_px,
+        "key": scenario.key, "model": scenario.model.name, "backend": scenario.way.backend, "precision": scenario.way.precision, "size_px": scenario.size_px,
         "batch": scenario.batch, "unet_batch": scenario.unet_batch, "steps": scenario.steps, "guidance_scale": scenario.guidance_scale,
     }  # fmt: skip
     if failed:
         return Latency(**facts, failed=failed)
     return Latency(
-        **facts | {"precision": rounds[0]["precision"]},
+        **facts,
         samples_ms={stage: [r["samples_ms"][stage] for r in rounds] for stage in STAGES},
         load_ms=[r["load_ms"] for r in rounds],
         first_image_ms=[r["first_image_ms"] for r in rounds],
         peak_rss_mib=max(r["peak_rss_mib"] for r in rounds),
         cuda_peak_mib=max((r["cuda_peak_mib"] for r in rounds if r["cuda_peak_mib"] is not None), default=None),
         artifact_mib=rounds[0]["artifact_mib"],
+        build_s=build_s,
         threads=rounds[0]["threads"],
         unsteady=sorted({stage for r in rounds for stage in r["unsteady"]}),
     )
 
 
-def _child(case: dict[str, Any]) -> dict[str, Any]:
-    """Everything measured in this process; see `Latency` for the figures."""
+def time_case(case: dict[str, Any]) -> dict[str, Any]:
+    """Everything measured in this process; see `Latency` for the figures.
+
+    Raises:
+        EngineError: an output that is not finite.
+    """
     import torch
 
     from sdcompress.pipeline import generate
 
-    from .fidelity import load, precision_of
+    from .fidelity import UNetInputs, load
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
@@ -186,30 +199,27 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     pipeline = load(case["path"], case["backend"], case["artifacts"], case["device"], case["precision"])
     load_ms = _since(started)
-    if case["prepare"]:
-        return {}
     size, batch, unet = case["size_px"], case["batch"], pipeline.unet
     seeds = [case["seed"] + i for i in range(batch)]
 
     def end_to_end() -> None:
         generate(pipeline, case["prompts"], seeds=seeds, steps=case["steps"], guidance_scale=case["guidance_scale"], size_px=size, batch_size=batch)
 
+    gc.collect()
     started = time.perf_counter()
     end_to_end()
     first_image_ms = _since(started)
 
-    side = size // pipeline.vae_scale_factor
-    noise = torch.Generator().manual_seed(case["seed"])
-    ids = pipeline.tokenizer(case["prompts"], padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids.to(unet.device)
     with torch.inference_mode():
-        context = pipeline.text_encoder(ids)[0].to(unet.dtype)
-        context = torch.cat([context] * (case["unet_batch"] // batch)).clone()
-        latents = torch.randn(case["unet_batch"], unet.config.in_channels, side, side, generator=noise).to(unet.device, unet.dtype)
+        inputs = UNetInputs.of(pipeline, case["prompts"], size).repeated(case["unet_batch"] // batch)
+        side = size // pipeline.vae_scale_factor
+        latents = torch.randn(case["unet_batch"], unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(case["seed"])).to(unet.device, unet.dtype)
         moment = torch.tensor(501, device=unet.device)
+        encode = _text_encoder(pipeline, case["prompts"])
         calls: dict[str, Callable[[], Any]] = {
-            "unet_step": lambda: unet(latents, moment, encoder_hidden_states=context, return_dict=False),
-            "text_encoder": lambda: pipeline.text_encoder(ids),
-            "vae_decode": lambda: pipeline.vae.decode(latents[:batch], return_dict=False),
+            "unet_step": lambda: inputs.call(unet, latents, moment),
+            "text_encoder": encode,
+            "vae_decode": lambda: pipeline.vae.decode(latents[:batch].to(pipeline.vae.dtype), return_dict=False)[0],
         }
         samples, unsteady = {}, []
         for stage, call in calls.items():
@@ -217,13 +227,27 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
             samples[stage] = list(_samples(call, cuda, case["samples"], 3, case["stage_budget_s"]))
             if not steady:
                 unsteady.append(stage)
+            if not torch.isfinite(call()).all():
+                raise EngineError(f"the {stage.replace('_', ' ')} gives values that are not finite in {case['precision']}", hint="fp32, or bf16 where the device has it")
     # The first picture was the warm-up of the whole way.
     samples["end_to_end"] = list(_samples(end_to_end, False, case["end_to_end_samples"], 1, case["stage_budget_s"]))
     cuda_peak = max(torch.cuda.max_memory_reserved(), free_before - torch.cuda.mem_get_info()[0]) / 2**20 if cuda else None
     return {
-        "precision": precision_of(pipeline), "samples_ms": samples, "unsteady": unsteady, "load_ms": load_ms, "first_image_ms": first_image_ms, "peak_rss_mib": _peak_rss_mib(), "cuda_peak_mib": cuda_peak,
+        "samples_ms": samples, "unsteady": unsteady, "load_ms": load_ms, "first_image_ms": first_image_ms, "peak_rss_mib": _peak_rss_mib(), "cuda_peak_mib": cuda_peak,
         "artifact_mib": {name: round(_size_mib(getattr(pipeline, name)), 3) for name in ("unet", "text_encoder", "vae")}, "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _text_encoder(pipeline: Any, captions: list[str]) -> Callable[[], Any]:
+    """A call of the text encoder on captions already made tokens; of SDXL, of both, one after the other."""
+    from .fidelity import tokens
+
+    second = getattr(pipeline, "text_encoder_2", None)
+    ids = tokens(pipeline.tokenizer, captions, pipeline.unet.device)
+    if second is None:
+        return lambda: pipeline.text_encoder(ids)[0]
+    ids_2 = tokens(pipeline.tokenizer_2, captions, pipeline.unet.device)
+    return lambda: (pipeline.text_encoder(ids), second(ids_2)[0])[1]
 
 
 def _since(started: float) -> float:
@@ -285,18 +309,3 @@ def _size_mib(component: Any) -> float:
         return sum(tensor.nbytes for tensor in component.state_dict().values()) / 2**20
     path = getattr(getattr(component, "runner", None), "path", None)
     return sum(file.stat().st_size for file in Path(path).parent.glob(f"{Path(path).name}*")) / 2**20 if path else 0.0
-
-
-def main() -> None:
-    """The child: reads the case named on its command line and prints its outcome as the last line."""
-    case = json.loads(Path(sys.argv[1]).read_text())
-    try:
-        outcome = _child(case)
-    except (SdCompressError, RuntimeError, ValueError, OSError, ImportError, MemoryError) as error:
-        name = "" if isinstance(error, SdCompressError) else f"{type(error).__name__}: "
-        outcome = {"failed": f"{name}{' '.join(str(error).split())[:400]}".replace(str(Path.home()), "~")}
-    print(f"\n{json.dumps(outcome)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from . import _page, _plots
+from .latency import Latency
 from .results import Results, Row
-from .scenario import BACKEND_NAMES
+from .scenario import Way
 
-_HEAD = ("model", "parameters", "UNet size", "backend", "UNet step", "pictures/s", "speed-up", "peak memory", "off PyTorch")
+_HEAD = ("model", "parameters", "UNet size", "run by", "UNet step", "pictures/s", "speed-up", "of peak", "peak memory", "off PyTorch")
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -23,32 +24,31 @@ def write_report(results: Results, folder: Path) -> None:
 
 def render_markdown(results: Results) -> str:
     """The headline, the table, the quality figures and the command."""
-    cells = [[text.replace("|", "\\|") for text in _cells(results, row)] for row in results.rows()]
-    lines = [f"# {headline(results)}", "", _subline(results), "", f"| {' | '.join(_HEAD)} |", f"|{'---|' * 3}---|{'---:|' * 5}", *(f"| {' | '.join(row)} |" for row in cells)]
-    for title, head, rows in _quality_tables(results):
-        lines += [
-            "",
-            f"**{title}**",
-            "",
-            f"| {' | '.join(head)} |",
-            f"|---|{'---:|' * (len(head) - 1)}",
-            *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows),
-        ]
+    lines = [f"# {headline(results)}", "", _subline(results), "", *_markdown_table(_HEAD, [_cells(results, row) for row in results.rows()], left=4)]
+    for title, head, rows in [*_quality_tables(results), *_limit_tables(results), *_gate_tables(results)]:
+        lines += ["", f"**{title}**", "", *_markdown_table(head, rows)]
     lines += ["", *(f"- {warning}" for warning in _warnings(results)), "", f"Machine: {_machine(results)}.", "", "```", results.command, "```"]
     return "\n".join(lines) + "\n"
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * left}{'---:|' * (len(head) - left)}", *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
 
 
 def render_html(results: Results, folder: Path) -> str:
     """The page as one string; pictures are read from `folder` and embedded."""
     title = headline(results)
-    table = _table(_HEAD, [_cells(results, row) for row in results.rows()], "answer", tones=[row.backend for row in results.rows()])
+    table = _table(_HEAD, [_cells(results, row) for row in results.rows()], "answer", tones=[row.way.backend for row in results.rows()])
+    warnings = _warnings(results)
     sections = [
         ("Speed", _speed(results)),
         ("Same prompt, same seed", _pictures(results, folder)),
-        ("Quality", "".join(f"<h3>{escape(name)}</h3>{_table(head, rows)}" for name, head, rows in _quality_tables(results))),
+        ("Quality", _titled(_quality_tables(results))),
         ("Distance, timestep by timestep", _errors(results)),
+        ("How far the limit is", _titled(_limit_tables(results))),
         ("Training", _losses(results)),
-        ("Read this first" if results.failed_gates() else "Notes", _bullets(_warnings(results))),
+        ("Gates", _titled(_gate_tables(results))),
+        ("Read this first" if results.failed_gates() else "Notes", _bullets(warnings)),
         ("Method", "".join(f"<p>{escape(text)}</p>" for text in _method(results))),
         ("Machine", _facts(results)),
         ("Again", f"<pre>{escape(results.command)}</pre>"),
@@ -59,34 +59,45 @@ def render_html(results: Results, folder: Path) -> str:
     )
 
 
-def _name(model: str, backend: str, batch: int | None = None) -> str:
-    return f"{model} · {BACKEND_NAMES.get(backend, backend)}" + (f" · batch {batch}" if batch else "")
+def _titled(tables: Iterable[tuple[str, Sequence[str], list[list[str]]]]) -> str:
+    return "".join(f"<h3>{escape(name)}</h3>{_table(head, rows)}" for name, head, rows in tables)
+
+
+def _name(results: Results, row: Row | Latency) -> str:
+    """Model and way, with size and batch where there are several."""
+    return f"{row.model} · {row.way}{_shape(results, row)}"
+
+
+def _shape(results: Results, row: Row | Latency) -> str:
+    sizes, batches = {run.size_px for run in results.latency}, {run.batch for run in results.latency}
+    return (f", {row.size_px} px" if len(sizes) > 1 else "") + (f", batch {row.batch}" if len(batches) > 1 else "")
 
 
 def headline(results: Results) -> str:
     """The answer in one line."""
     rows = [row for row in results.rows() if row.speedup is not None]
     best = max(rows, key=lambda row: row.speedup or 0.0, default=None)
+    base = f"{results.teacher} in {results.baseline}" if results.baseline else f"{results.teacher} in PyTorch"
     if best is None:
-        return f"{results.teacher} in PyTorch could not be measured"
-    if best.speedup is None or best.speedup <= 1.0 or (best.model == results.teacher and best.backend == "torch"):
-        return f"Nothing here is faster than {results.teacher} in PyTorch"
-    reference = next(row for row in rows if row.model == results.teacher and row.backend == "torch" and row.batch == best.batch)
+        return f"{base} could not be measured" if results.baseline else f"{results.teacher}, measured without PyTorch to compare with"
+    if best.speedup is None or best.speedup <= 1.0 or (best.model == results.teacher and best.way == results.baseline):
+        return f"Nothing here is faster than {base}"
+    reference = next(row for row in rows if row.model == results.teacher and row.way == results.baseline and (row.size_px, row.batch) == (best.size_px, best.batch))
     shaky = [s for s in (best.end_to_end, reference.end_to_end) if s is None or s.noisy or s.count < 3]
-    claim = f"{best.model} on {BACKEND_NAMES[best.backend]} makes pictures {best.speedup:.2f}× as fast as {results.teacher} in PyTorch"
+    claim = f"{best.model} on {best.way} makes pictures {best.speedup:.2f}× as fast as {base}"
     return claim + (", if these few or scattered samples can be trusted" if shaky else "")
 
 
 def _subline(results: Results) -> str:
     teacher, *students = results.models
-    whole = teacher["parameters"]["unet"]
-    parts = [f"{s['name']} has {s['parameters']['unet'] / whole:.0%} of the UNet's {_millions(whole)} parameters" for s in students]
+    whole = teacher["parameters"].get("unet") or 1
+    parts = [f"{s['name']} has {s['parameters'].get('unet', 0) / whole:.0%} of the UNet's {_millions(whole)} parameters" for s in students]
     judged = [(name, figures) for name, figures in results.quality.items() if "style" in figures or "top1" in figures]
     key, what = ("style", "Style recognised in") if judged and "style" in judged[0][1] else ("top1", "Caption found in")
     if judged:
-        parts.append(f"{what} " + ", ".join(f"{figures[key]['share']:.0%} ({'real pictures' if name == 'real' else name})" for name, figures in judged))
-    settings = results.settings
-    parts.append(f"{settings['size_px']} px, {settings['steps']} steps, guidance {settings['guidance_scale']:g}, {settings['precision']}")
+        parts.append(f"{what} " + ", ".join(f"{figures[key]['share']:.0%} ({'real pictures' if name == 'real' else name})" for name, figures in judged if key in figures))
+    s = results.settings
+    parts.append(f"{' and '.join(map(str, s['sizes_px']))} px, {s['steps']} steps, guidance {s['guidance_scale']:g}{', random weights' if any(m.get('random') for m in results.models) else ''}")
     return ". ".join(parts) + "."
 
 
@@ -103,24 +114,23 @@ def _rate(value: float) -> str:
 
 
 def _cells(results: Results, row: Row) -> list[str]:
-    several = len({r.batch for r in results.rows()}) > 1
-    backend = BACKEND_NAMES.get(row.backend, row.backend) + (f", batch {row.batch}" if several else "")
+    way = f"{row.way}{_shape(results, row)}"
     if row.failed or row.unet_step is None or row.images_per_s is None or row.peak_mib is None:
-        return [row.model, _millions(row.parameters), "–", backend, f"failed: {row.failed}", "–", "–", "–", "–"]
+        return [row.model, _millions(row.parameters), "–", way, f"failed: {row.failed}", "–", "–", "–", "–", "–"]
     mark = " (noisy)" if row.unet_step.noisy else ""
     if row.fidelity is None:
-        fidelity = "reference" if row.backend == "torch" and results.settings["precision"] == "fp32" else "–"
+        fidelity = "reference" if row.way == Way("torch", "fp32") else "–"
     else:
         fidelity = f"{row.fidelity:.1e}" + ("" if row.fidelity_passed is not False else " over its limit")
-    speedup = f"{row.speedup:.2f}×" if row.speedup else "–"
     return [
         row.model,
         _millions(row.parameters),
         f"{row.unet_mib:,.1f} MiB",
-        backend,
+        way,
         _ms(row.unet_step.median) + mark,
         _rate(row.images_per_s),
-        speedup,
+        f"{row.speedup:.2f}×" if row.speedup else "–",
+        f"{row.share_of_peak:.0%}" if row.share_of_peak else "–",
         f"{row.peak_mib:,.0f} MiB",
         fidelity,
     ]
@@ -137,87 +147,116 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "", t
 
 def _speed(results: Results) -> str:
     rows = [row for row in results.rows() if not row.failed]
-    several = len({row.batch for row in rows}) > 1
     plots = []
     for title, stage in (("One UNet step, ms (median, 95% interval)", "unet_step"), ("Prompt to picture, ms (median, 95% interval)", "end_to_end")):
         drawn = []
         for row in rows:
             summary = row.unet_step if stage == "unet_step" else row.end_to_end
             if summary:
-                drawn.append(_plots.Bar(_name(row.model, row.backend, row.batch if several else None), summary.median, summary.low, summary.high, _ms(summary.median), row.backend))
+                drawn.append(_plots.Bar(_name(results, row), summary.median, summary.low, summary.high, _ms(summary.median), row.way.backend))
         if drawn:
             plots.append(_plots.bars(title, drawn))
     dots, y_name, ceiling = _trade(results, rows)
     if dots:
         plots.append(_plots.scatter("Speed against quality", dots, "pictures/s", y_name, ceiling))
-    stages = _table(("model", "backend", "text encoder", "UNet step", "VAE decode", "end to end", "p90", "p99", "load", "first picture"), list(_stage_rows(results)))
-    return f'<div class="plots">{"".join(plots)}</div><details><summary>Every stage</summary>{stages}</details>'
+    head = ("model", "run by", "text encoder", "UNet step", "p90", "p99", "VAE decode", "end to end", "load", "first picture", "build")
+    return f'<div class="plots">{"".join(plots)}</div><details><summary>Every stage</summary><div class="scroll">{_table(head, list(_stage_rows(results)))}</div></details>'
 
 
 def _stage_rows(results: Results) -> Iterable[list[str]]:
     for run in results.latency:
-        found = [run.summary(stage) for stage in ("text_encoder", "unet_step", "vae_decode", "end_to_end")]
-        whole = found[-1]
-        if whole:
-            medians = [_ms(s.median) if s else "–" for s in found]
-            yield [run.model, f"{BACKEND_NAMES[run.backend]}, batch {run.batch}", *medians, _ms(whole.p90), _ms(whole.p99), _ms(min(run.load_ms)), _ms(min(run.first_image_ms))]
+        text, step, vae, whole = (run.summary(stage) for stage in ("text_encoder", "unet_step", "vae_decode", "end_to_end"))
+        if text and step and vae and whole:
+            first = [load + picture for load, picture in zip(run.load_ms, run.first_image_ms, strict=True)]
+            build = "–" if run.build_s is None else f"{run.build_s:,.0f} s"
+            cells = [text.median, step.median, step.p90, step.p99, vae.median, whole.median, min(run.load_ms), min(first)]
+            yield [run.model, f"{run.way}{_shape(results, run)}", *map(_ms, cells), build]
 
 
 def _trade(results: Results, rows: list[Row]) -> tuple[list[_plots.Dot], str, tuple[float, str] | None]:
     """Speed of every row against its model's quality: the best figure there is, with its interval."""
-    key, y_name = next(
-        (
-            (k, name)
-            for k, name in (("style", "style recognised, %"), ("top1", "caption found first, %"), ("clip_score", "CLIP score"))
-            if any(k in q for q in results.quality.values())
-        ),
-        ("", ""),
-    )
+    known = (("style", "style recognised, %"), ("top1", "caption found first, %"), ("clip_score", "CLIP score"), ("fid_real", "FID to real pictures (lower is better)"))
+    key, y_name = next(((k, name) for k, name in known if any(k in q for q in results.quality.values())), ("", ""))
     marks = {name: _band(figures[key]) for name, figures in results.quality.items() if key in figures}
     # A model's dots are at one height, so its name is written once, at the fastest.
     fastest = {row.model: max(r.images_per_s or 0 for r in rows if r.model == row.model) for row in rows}
     dots = [
-        _plots.Dot(row.images_per_s, *marks[row.model], row.model if row.images_per_s == fastest[row.model] else "", row.backend)
+        _plots.Dot(row.images_per_s, *marks[row.model], row.model if row.images_per_s == fastest[row.model] else "", row.way.backend)
         for row in rows
         if row.images_per_s and row.model in marks
     ]
-    return dots, f"{y_name}; colour: backend", (marks["real"][0], "real pictures") if "real" in marks else None
+    return dots, f"{y_name}; colour: what runs it", (marks["real"][0], "real pictures") if "real" in marks else None
 
 
 def _band(figure: Any) -> tuple[float, float, float]:
-    return (100 * figure["share"], 100 * figure["low"], 100 * figure["high"]) if isinstance(figure, dict) else (figure, figure, figure)
+    if not isinstance(figure, dict):
+        return figure, figure, figure
+    return (100 * figure["share"], 100 * figure["low"], 100 * figure["high"]) if "share" in figure else (figure["value"], figure["low"], figure["high"])
 
 
 def _quality_tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
     tables = []
     if results.quality:
-        keys = list(next(iter(results.quality.values())))
-        names = {"clip_score": "CLIP score", "top1": "caption found first", "top5": "among five", "style": "style recognised"}
+        names = {"clip_score": "CLIP score", "top1": "caption found first", "top5": "among five", "style": "style recognised", "fid_real": "FID to real", "kid_real": "KID to real"}
+        keys = [key for key in names if any(key in figures for figures in results.quality.values())]
         rows = [["real pictures" if m == "real" else m, *(_figure(figures.get(k)) for k in keys)] for m, figures in results.quality.items()]
-        tables.append(("As a CLIP sees the pictures", ["model", *(names.get(k, k) for k in keys)], rows))
+        count = results.settings["quality_pictures"]
+        tables.append((f"{count} pictures of each, with 95% intervals" if count else "The pictures, with 95% intervals", ["model", *(names[k] for k in keys)], rows))
     if results.students:
-        head = ["student", "UNet off the teacher, mean", "worst step", "PSNR of pictures", "SSIM of pictures"]
-        rows = [
-            [n, f"{d['relative_l2_mean']:.3f}", f"{d['relative_l2']:.3f}", _or_dash(d["picture_psnr_db"], "{:.1f} dB"), _or_dash(d["picture_ssim"], "{:.3f}")]
-            for n, d in results.students.items()
-        ]
-        tables.append((f"Student against {results.teacher}, equal prompts and seeds", head, rows))
+        names = {"relative_l2_mean": "UNet off the teacher, mean", "relative_l2": "worst step", "fid": "FID", "kid": "KID", "lpips": "LPIPS", "psnr_db": "PSNR, dB", "ssim": "SSIM"}
+        keys = [key for key in names if any(key in figures for figures in results.students.values())]
+        rows = [[name, *(_figure(figures.get(key)) for key in keys)] for name, figures in results.students.items()]
+        tables.append((f"Student against {results.teacher}, equal prompts and seeds", ["student", *(names[key] for key in keys)], rows))
     measured = [b for b in results.backends if "relative_l2" in b]
     if measured:
-        head = ["same weights, other backend", "relative L2, worst", "limit", "cosine", "PSNR of pictures", "SSIM of pictures"]
+        head = ["same weights", "relative L2, worst", "limit", "cosine", "PSNR of pictures", "SSIM", "LPIPS", "least fault seen"]
         rows = [
-            [_name(b["model"], b["backend"]), f"{b['relative_l2']:.1e}", _or_dash(b.get("gate", {}).get("limit"), "{:.1e}"), f"{b['cosine']:.7f}",
-             _or_dash(b["picture_psnr_db"], "{:.1f} dB"), _or_dash(b["picture_ssim"], "{:.5f}")]
+            [f"{b['model']} · {Way(b['backend'], b['precision'])}", f"{b['relative_l2']:.1e}", _or_dash(b.get("gate", {}).get("limit"), "{:.1e}"), f"{b['cosine']:.7f}",
+             _or_dash(b["picture_psnr_db"], "{:.1f} dB"), _or_dash(b["picture_ssim"], "{:.5f}"), _or_dash(b.get("picture_lpips"), "{:.4f}"), _seen(b.get("sensitivity"))]
             for b in measured
         ]  # fmt: skip
-        tables.append(("Same weights, held against PyTorch fp32", head, rows))
+        tables.append(("Same weights run otherwise, held against PyTorch fp32", head, rows))
     return tables
 
 
+def _seen(sensitivity: dict[str, Any] | None) -> str:
+    """How small a fault the gate could see: one layer's weights off by so much, in the median of the places tried."""
+    return "–" if not sensitivity else f"{sensitivity['median']:.1%} of a layer ({sensitivity['low']:.1%} to {sensitivity['high']:.1%})"
+
+
+def _limit_tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Steps beside what this device could do at best."""
+    rows = [
+        [run.model, f"{run.way}{_shape(results, run)}", f"{r['macs'] / 1e9:,.1f}", _ms(step.median), _ms(r["least_ms"]), f"{r['share_of_matmul_peak']:.0%}", f"{r['share_of_bandwidth']:.0%}", r["bound"]]
+        for run in results.latency
+        if (r := run.roofline) and (step := run.summary("unet_step"))
+    ]
+    if not rows:
+        return []
+    peaks = "; ".join(f"{name}: {_si(peak['matmul_flops_per_s'])}FLOP/s, {_si(peak['bandwidth_bytes_per_s'])}B/s" for name, peak in results.peaks.items())
+    return [(f"A UNet step beside the best this device did in matrix products and copies ({peaks})", ["model", "run by", "GMACs", "step", "least possible", "of matmul peak", "of bandwidth", "bound by"], rows)]
+
+
+def _si(value: float) -> str:
+    return f"{value / 1e12:,.1f} T" if value >= 1e12 else f"{value / 1e9:,.1f} G"
+
+
+def _gate_tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
+    rows = [
+        [" · ".join(part for part in (gate["model"], gate["way"]) if part), gate["figure"], gate["limit"].removeprefix(gate["figure"]).strip(), _or_dash(gate["value"], "{:.4g}"), "holds" if gate["passed"] else "fails"]
+        for gate in results.gates
+    ]
+    return [("Limits of the suite", ["of", "figure", "limit", "measured", ""], rows)] if rows else []
+
+
 def _figure(figure: Any) -> str:
-    if isinstance(figure, dict):
+    if isinstance(figure, dict) and "share" in figure:
         return f"{figure['share']:.1%} ({figure['low']:.0%}–{figure['high']:.0%})"
-    return _or_dash(figure, "{:.2f}")
+    if isinstance(figure, dict):
+        size = max(abs(figure["low"]), abs(figure["high"]))
+        form = ".1f" if size >= 10 else ".3f" if size >= 0.1 else ".4f"
+        return f"{figure['value']:{form}} ({figure['low']:{form}} to {figure['high']:{form}})"
+    return _or_dash(figure, "{:.3f}")
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -225,24 +264,28 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _pictures(results: Results, folder: Path) -> str:
+    """A row a caption, a column a model and way. The first column's picture is laid over the others, as a difference, where the switch is on."""
     if not results.pictures:
         return ""
-    heads = "".join(f"<b>{escape(name)}</b>" for name in results.pictures)
-    cells = []
+    heads = "".join(f"<b>{escape(str(column['model']))}<br><small>{escape(str(Way(column['backend'], column['precision'])))}</small></b>" for column in results.pictures)
+    rows = []
     for index, caption in enumerate(results.captions):
-        cells.append(f'<p class="caption">{escape(caption)}</p>')
-        for name, files in results.pictures.items():
-            data = base64.b64encode((folder / files[index]).read_bytes()).decode()
-            cells.append(f'<img alt="{escape(caption)}, {escape(name)}" src="data:image/webp;base64,{data}">')
-    return f'<div class="scroll"><div class="pictures" style="--columns:{len(results.pictures)}">{heads}{"".join(cells)}</div></div>'
+        data = [base64.b64encode((folder / column["files"][index]).read_bytes()).decode() for column in results.pictures]
+        cells = []
+        for column, picture in zip(results.pictures, data, strict=True):
+            label = f"{caption}, {column['model']}, {Way(column['backend'], column['precision'])}"
+            cells.append(f'<span class="cell"><img alt="{escape(label)}" src="data:image/webp;base64,{picture}"></span>')
+        rows.append(f'<p class="caption">{escape(caption)} <small>seed {results.settings["seed"] + index}</small></p><div class="row" style="--first:url(data:image/webp;base64,{data[0]})">{"".join(cells)}</div>')
+    switch = '<label class="switch"><input type="checkbox"> show the difference to the first column, eight times as strong</label>' if len(results.pictures) > 1 else ""
+    return f'{switch}<div class="scroll"><div class="pictures" style="--columns:{len(results.pictures)}"><div class="row heads">{heads}</div>{"".join(rows)}</div></div>'
 
 
 def _errors(results: Results) -> str:
-    backends = [_line(_name(b["model"], b["backend"]), b, i) for i, b in enumerate(results.backends) if "steps" in b]
-    students = [_line(name, figures, i) for i, (name, figures) in enumerate(results.students.items())]
-    limits = {b["gate"]["limit"] for b in results.backends if "gate" in b}
+    backends = [_line(f"{b['model']} · {Way(b['backend'], b['precision'])}", b, i) for i, b in enumerate(results.backends) if "steps" in b]
+    students = [_line(name, figures, i) for i, (name, figures) in enumerate(results.students.items()) if "steps" in figures]
+    limits = {b["gate"]["limit"] for b in results.backends if b.get("gate", {}).get("limit")}
     level = (limits.pop(), "limit") if len(limits) == 1 else None
-    plots = _plots.lines("Same weights, other backend", backends, "timestep", "relative L2", log=True, level=level) if backends else ""
+    plots = _plots.lines("Same weights run otherwise, to PyTorch fp32", backends, "timestep", "relative L2", log=True, level=level) if backends else ""
     plots += _plots.lines(f"Student against {results.teacher}", students, "timestep", "relative L2") if students else ""
     return f'<div class="plots">{plots}</div>' if plots else ""
 
@@ -260,14 +303,17 @@ def _losses(results: Results) -> str:
 
 
 def _warnings(results: Results) -> list[str]:
-    noisy = [_name(r.model, r.backend, r.batch) for r in results.rows() if r.unet_step and r.unet_step.noisy]
-    unsteady = [f"{_name(r.model, r.backend, r.batch)} ({', '.join(r.unsteady)})" for r in results.latency if r.unsteady]
+    noisy = [_name(results, r) for r in results.rows() if r.unet_step and r.unet_step.noisy]
+    unsteady = [f"{_name(results, r)} ({', '.join(r.unsteady)})" for r in results.latency if r.unsteady]
+    estimates = [figure for part in (*results.quality.values(), *results.students.values()) for figure in part.values() if isinstance(figure, dict)]
     return [
         *results.failed_gates(),
-        *(f"{BACKEND_NAMES.get(backend, backend)} was not measured: {reason}" for backend, reason in results.skipped.items()),
-        *(f"{_name(r.model, r.backend, r.batch)} failed: {r.failed}" for r in results.latency if r.failed),
+        *(f"{name} was not measured: {reason}" for name, reason in results.skipped.items()),
+        *(f"{_name(results, r)} failed: {r.failed}" for r in results.latency if r.failed),
+        *(f"{b['model']} on {Way(b['backend'], b['precision'])} could not be held against PyTorch: {b['failed']}" for b in results.backends if "failed" in b and "gate" not in b),
         *([f"UNet step samples scatter by over 10% (interquartile range over median) for {', '.join(noisy)}: the machine was busy or too few were taken"] if noisy else []),
         *([f"Calls were not yet steady when timing began for {', '.join(unsteady)}"] if unsteady else []),
+        *dict.fromkeys(str(estimate["warning"]) for estimate in estimates if estimate.get("warning")),
         *results.warnings,
     ]
 
@@ -278,16 +324,25 @@ def _bullets(lines: Sequence[str]) -> str:
 
 def _method(results: Results) -> list[str]:
     s, guided = results.settings, results.settings["guidance_scale"] > 1
-    return [
-        f"Every model and backend runs in a fresh process, {s['rounds']} time(s), taking turns and never two at once. After a warm-up until calls agree within 10%, up to {s['samples']} calls of a stage "
-        f"are timed a round ({s['end_to_end_samples']} whole pictures). Figures are medians over all rounds; intervals are 95% bootstrap intervals of the median. Raw samples are in results.json.",
+    found = [
+        f"Every case runs in a fresh process, {s['rounds']} time(s), taking turns and never two at once. After a warm-up until calls agree within 10%, up to {s['samples']} calls of a stage "
+        f"are timed a round ({s['end_to_end_samples']} whole pictures). Figures are medians over all rounds; intervals are 95% and take in how rounds differ, where there are two or more. Raw samples are in results.json.",
         f"A UNet step is one call on {'2 × batch latents, as classifier-free guidance makes it' if guided else 'batch latents, without guidance'}. Speed-up compares pictures a second, prompt to pixels, "
-        f"with {results.teacher} in PyTorch at the same batch. Peak memory is the GPU's where there is one, else the resident memory of the process, the Python runtime and its libraries included.",
-        f"Off PyTorch: relative L2 of the UNet's output to PyTorch fp32 with the same weights, the worst of {len(s['timesteps'])} timesteps, on {s['probes']} pictures of the teacher noised to each timestep. "
-        "fp32 must stay within 1e-4, a lower precision within twice PyTorch's own error at that precision.",
-        "Student against teacher: the same UNet inputs to both; PSNR and SSIM (Wang et al. 2004) of pictures from equal initial noise. A student may draw another good picture, so read these with the "
-        "CLIP figures, which ask only whether a picture shows its caption; intervals there are 95% Wilson intervals.",
+        f"with {results.teacher} in {results.baseline or 'PyTorch'} at the same size and batch. Peak memory is the GPU's where there is one, else the resident memory of the process, the Python runtime and its libraries included. "
+        "The first picture takes loading and warming up in.",
+        "Of peak: multiply-adds counted in convolutions, products and attention, over what this device reached in square matrix products of that precision in this run. Bytes are those an ideally fused execution has to move.",
+        f"Off PyTorch: relative L2 of the UNet's output to PyTorch fp32 with the same weights, the worst of {len(s['timesteps'])} timesteps, on {s['probes']} "
+        + ("latents of noise. " if s.get("random") else "pictures of the teacher noised to each timestep. ")
+        + "fp32 must stay within 1e-4, a lower precision within twice PyTorch's own error at that precision; values that are not finite never pass.",
     ]
+    if results.students:
+        found.append(
+            "Student against teacher: the same UNet inputs to both; LPIPS, PSNR and SSIM of pictures from equal initial noise, FID and KID of the two sets. A student may draw another good picture, so read the pairs with "
+            "the figures of sets and the CLIP figures, which ask only whether a picture shows its caption. FID falls as pictures are added and compares only with FID of as many; KID does not."
+        )
+    if any("sensitivity" in b for b in results.backends):
+        found.append("Least fault seen: one layer's weights scaled until the error passes the gate, at several places; median and range of the change it takes.")
+    return found
 
 
 def _machine(results: Results) -> str:
@@ -303,7 +358,9 @@ def _facts(results: Results) -> str:
         ("Python", env["python"]),
         *env["packages"].items(),
         ("PyTorch threads", env["torch_threads"]),
-        ("load average before", env["load_average"]),
+        ("vector units", ", ".join(env.get("cpu_features", []))),
+        ("clocks", env.get("clocks", "")),
+        ("load average", " before, ".join(str(env[key]) for key in ("load_average", "load_average_after") if env.get(key) is not None) + (" after" if env.get("load_average_after") is not None else "")),
         ("commit", env["commit"]),
     ]
     facts += [(f"sha256 of {model['name']}", model["sha256"]) for model in results.models]

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.errors import ArtifactError, UsageError
 
 from .latency import Latency
+from .scenario import Gate, Way
 from .stats import Summary
 
-RESULTS_SCHEMA = 1
+RESULTS_SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the answer: a model on a backend at a batch size. `speedup` is in pictures a second over the teacher in PyTorch."""
+    """One line of the answer: a model run one way, at a size and a batch. `speedup` is in pictures a second over the teacher in PyTorch, the first way it was run there.
+
+    Attributes:
+        share_of_peak: of the matrix product peak measured on this device, in [0, 1].
+        fidelity: relative L2 to PyTorch fp32 with the same weights, worst timestep; `fidelity_passed` whether its gate holds, None where it has none.
+    """
 
     model: str
-    backend: str
+    way: Way
+    size_px: int
     batch: int
     parameters: int
     unet_mib: float
@@ -30,6 +37,7 @@ class Row:
     images_per_s: float | None
     speedup: float | None
     peak_mib: float | None
+    share_of_peak: float | None
     fidelity: float | None
     fidelity_passed: bool | None
     failed: str | None
@@ -40,14 +48,16 @@ class Results:
     """Everything measured, raw samples included.
 
     Attributes:
-        models: name, `sha256`, `parameters` by component, the teacher first.
+        models: name, `sha256`, `parameters` by component, `random` weights or not; the teacher first.
         latency: a `Latency` for each scenario.
-        backends: same weights, other backend: model, backend and the figures of `fidelity.distance`, `gate`, or `failed`.
-        students: student → figures of `fidelity.distance` against the teacher, PyTorch fp32 both.
-        quality: model, and `real` for real pictures → figures of `quality.judge`.
-        captions: of the picture grid; `pictures`: "model / backend" → a file for each caption, beside the report.
+        peaks: precision → what this device did at best, as `work.Peaks`.
+        backends: same weights, another way: model, backend, precision and the figures of `fidelity.distance`, `gate`, `sensitivity`, or `failed`.
+        students: student → figures of `fidelity.distance` against the teacher, PyTorch fp32 both, and of its pictures against the teacher's (`judge`).
+        quality: model, and `real` for real pictures → figures of `judge`.
+        captions: of the picture grid; `pictures`: model, backend, precision and a file for each caption, beside the report.
         losses: model → loss name → [step, value] pairs.
-        skipped: backend → why it was not measured.
+        gates: figure, model, way, value, limit in words, `passed`.
+        skipped: what was not measured → why.
         settings: the suite. `command`: what to type to do it again.
     """
 
@@ -57,12 +67,14 @@ class Results:
     environment: dict[str, Any]
     models: list[dict[str, Any]]
     latency: list[Latency]
+    peaks: dict[str, dict[str, Any]] = field(default_factory=dict)
     backends: list[dict[str, Any]] = field(default_factory=list)
     students: dict[str, dict[str, Any]] = field(default_factory=dict)
     quality: dict[str, dict[str, Any]] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
-    pictures: dict[str, list[str]] = field(default_factory=dict)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
     losses: dict[str, dict[str, list[list[float]]]] = field(default_factory=dict)
+    gates: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     schema: int = RESULTS_SCHEMA
@@ -71,39 +83,93 @@ class Results:
     def teacher(self) -> str:
         return str(self.models[0]["name"])
 
+    @property
+    def baseline(self) -> Way | None:
+        """The way whose speed on the teacher is 1.0."""
+        found = self.settings.get("baseline")
+        return Way(*found) if found else None
+
     def rows(self) -> Iterator[Row]:
         """The answer, in the order measured."""
-        parameters = {model["name"]: model["parameters"]["unet"] for model in self.models}
-        baseline = {run.batch: run.images_per_s for run in self.latency if run.model == self.teacher and run.backend == "torch"}
-        errors = {(entry["model"], entry["backend"]): entry for entry in self.backends}
+        parameters = {model["name"]: model["parameters"].get("unet", 0) for model in self.models}
+        reference = {(run.size_px, run.batch): run.images_per_s for run in self.latency if run.model == self.teacher and run.way == self.baseline}
+        errors = {(entry["model"], entry["backend"], entry["precision"]): entry for entry in self.backends}
         for run in self.latency:
-            speed, reference, error = run.images_per_s, baseline.get(run.batch), errors.get((run.model, run.backend), {})
+            speed, base, error = run.images_per_s, reference.get((run.size_px, run.batch)), errors.get((run.model, run.backend, run.precision), {})
             yield Row(
-                model=run.model, backend=run.backend, batch=run.batch, parameters=parameters[run.model], unet_mib=run.artifact_mib.get("unet", 0.0),
-                unet_step=run.summary("unet_step"), end_to_end=run.summary("end_to_end"), images_per_s=speed, speedup=speed / reference if speed and reference else None,
-                peak_mib=None if run.failed else run.peak_mib, fidelity=error.get("relative_l2"), fidelity_passed=error.get("gate", {}).get("passed"), failed=run.failed,
+                model=run.model, way=run.way, size_px=run.size_px, batch=run.batch, parameters=parameters.get(run.model, 0), unet_mib=run.artifact_mib.get("unet", 0.0),
+                unet_step=run.summary("unet_step"), end_to_end=run.summary("end_to_end"), images_per_s=speed, speedup=speed / base if speed and base else None,
+                peak_mib=None if run.failed else run.peak_mib, share_of_peak=run.roofline.get("share_of_matmul_peak"), fidelity=error.get("relative_l2"),
+                fidelity_passed=error.get("gate", {}).get("passed"), failed=run.failed,
             )  # fmt: skip
 
+    def judge(self, gates: Sequence[Gate]) -> list[dict[str, Any]]:
+        """Each gate on each figure it asks about: figure, model, way, value, limit, passed. A gate that finds no figure has not passed."""
+        judged = []
+        for gate in gates:
+            found = [(model, way, value) for model, way, value in self._figures(gate.figure) if gate.model in (None, model) and (way is None or gate.way in (None, way))]
+            for model, way, value in found or [(gate.model or "", gate.way, None)]:
+                passed = value is not None and gate.holds(value)
+                judged.append({"figure": gate.figure, "model": model, "way": str(way) if way else "", "value": value, "limit": str(gate), "passed": passed})
+        return judged
+
+    def _figures(self, name: str) -> Iterator[tuple[str, Way | None, float | None]]:
+        """Every value of a figure of `scenario.FIGURES`: model, way where it has one, value."""
+        if name in ("speedup", "unet_step_ms", "peak_mib"):
+            for row in self.rows():
+                values = {"speedup": row.speedup, "unet_step_ms": row.unet_step.median if row.unet_step else None, "peak_mib": row.peak_mib}
+                yield row.model, row.way, values[name]
+        elif name == "relative_l2":
+            for entry in self.backends:
+                yield entry["model"], Way(entry["backend"], entry["precision"]), entry.get("relative_l2")
+        elif name in ("clip_score", "style", "top5"):
+            for model, figures in self.quality.items():
+                if model != "real" and name in figures:
+                    yield model, None, point(figures[name])
+        else:
+            for model, figures in self.students.items():
+                key = "relative_l2_mean" if name == "teacher_relative_l2" else name
+                if key in figures:
+                    yield model, None, point(figures[key])
+            real = self.quality.get(self.teacher, {}).get(f"{name}_real")
+            if real is not None:
+                yield self.teacher, None, point(real)
+
     def failed_gates(self) -> list[str]:
-        """The backends that are further from PyTorch than their limit, in words."""
-        over = [entry for entry in self.backends if not entry.get("gate", {"passed": True})["passed"]]
-        return [f"{e['model']} on {e['backend']}: relative L2 {e['relative_l2']:.2e} over {e['gate']['limit']:.2e}" for e in over]
+        """What is over its limit, in words: backends further from PyTorch than they may be, and the suite's own gates."""
+        found = []
+        for e in self.backends:
+            if not e.get("gate", {"passed": True})["passed"]:
+                way = f"{e['model']} on {Way(e['backend'], e['precision'])}"
+                found.append(f"{way}: {e['failed']}" if "failed" in e else f"{way}: relative L2 {e['relative_l2']:.2e} over {e['gate']['limit']:.2e}")
+        for gate in self.gates:
+            if not gate["passed"]:
+                value = "was not measured" if gate["value"] is None else f"is {gate['value']:.4g}"
+                found.append(f"{' on '.join(part for part in (gate['model'], gate['way']) if part)}: {gate['figure']} {value}, wanted {gate['limit'].removeprefix(gate['figure']).strip()}".lstrip(": "))
+        return found
 
     def save(self, path: Path) -> None:
         """Write `results.json`."""
         path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
 
 
+def point(figure: Any) -> float:
+    """The value of a figure with its interval (a `Share` or an `Estimate` as plain values), or the figure itself."""
+    return float(figure.get("value", figure.get("share")) if isinstance(figure, Mapping) else figure)
+
+
 def read_results(path: Path) -> Results:
     """Results written by `Results.save`.
 
     Raises:
-        ArtifactError: not such a file, or of another schema.
+        UsageError: no such file. ArtifactError: it holds something else, or is of another schema.
     """
+    if not path.is_file():
+        raise UsageError("no such file", where=path, expected="a results.json of `sdcompress bench`")
     try:
         raw = json.loads(path.read_text())
         if raw["schema"] != RESULTS_SCHEMA:
-            raise ArtifactError(f"results schema {raw['schema']}", where=path, expected=f"schema {RESULTS_SCHEMA}", hint="measure again with the installed version")
+            raise ArtifactError(f"results schema {raw['schema']}", where=path, expected=f"schema {RESULTS_SCHEMA}", hint="measure again with the installed version: sdcompress bench SUITE")
         return Results(**raw | {"latency": [Latency(**run) for run in raw["latency"]]})
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"is no results file ({error})", where=path, expected="a results.json of `sdcompress bench`") from error

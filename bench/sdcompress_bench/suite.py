@@ -1,178 +1,287 @@
-"""Runs a suite: latency first, in processes of its own, then pictures and distances in this one, then the report."""
+"""Runs a suite: what is prepared, then latency, then pictures and distances, then the report. Every model is loaded in a process of its own."""
 
 from __future__ import annotations
 
-import gc
+import dataclasses
+import hashlib
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from sdcompress_engines.errors import BackendMissing, SdCompressError
-from sdcompress_engines.manifest import sha256_file, staged, write_manifest
+from sdcompress_engines.errors import BackendMissing, ModelError, SdCompressError
+from sdcompress_engines.manifest import canonical, check_free, installed_versions, sha256_file, staged, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 
-from sdcompress.pipeline import generate
-
-from . import fidelity, quality
+from . import fidelity, outputs
 from .environment import environment
-from .latency import measure
+from .journal import Journal
+from .judge import judge
+from .latency import Latency, measure, prepare
+from .metrics import Lpips
+from .models import made
 from .report import write_report
 from .results import Results, read_losses
-from .scenario import BACKEND_NAMES, ModelUnderTest, Suite, slug
+from .scenario import ModelUnderTest, Suite, Way, slug
+from .work import Peaks, count_pipeline, measure_peaks, roofline
 
 _EMBEDDED_PX = 256
+_REFERENCE = Way("torch", "fp32")
 
 
 def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool = False, command: str | None = None, skipped: dict[str, str] | None = None) -> Results:
     """Measure everything the suite asks for and write `results.json`, `report.html`, `report.md`, `grid.webp` and pictures to `output`.
 
     The first model is the teacher: PyTorch on it is speed-up 1.0, and students are held against it. A scenario that fails is a row
-    that says why. `command` is what the report says to type to do it again; `skipped`, backend → reason, is told in the report.
+    that says why. A suite that was stopped goes on where it was, from a hidden folder beside `output`. `command` is what the report says
+    to type to do it again; `skipped`, what → reason, is told in the report.
 
     Raises:
-        ArtifactError: `output` is in the way. ModelError, UsageError: the teacher does not load. BackendMissing: no backend is left.
+        ArtifactError: `output` is in the way. ModelError, UsageError: a model is none, or the teacher does not run. BackendMissing: no backend is left.
     """
-    if not suite.backends:
+    if not suite.ways:
         raise BackendMissing(f"no backend to measure: {skipped}", hint="--backend torch")
+    check_free(output, force)
+    work = output.absolute().with_name(f".{output.name}.work")
+    suite = dataclasses.replace(suite, models=tuple(made(model, report) for model in suite.models))
+    facts = environment()
+    journal = Journal(work / "journal.jsonl", _fingerprint(suite, facts))
+    if journal.continued:
+        report.say(f"going on with what an earlier start has measured ({work.name})")
+    ready = prepare(suite, journal, report)
+    peaks = _peaks(suite, journal, report)
+    latency = [_with_roofline(run, suite, peaks) for run in measure(suite, ready, journal, report)]
+    found = _Comparison(suite, ready, journal, work, report).run()
+    sources = [(model.name, model.metrics) for model in suite.models]
+    skipped = dict(skipped or {}) | found.pop("skipped")
     with staged(output, force) as folder:
-        facts = environment()
-        latency = measure(suite, report)
-        found = _compare(suite, folder, report)
-        sources = [(model.name, model.metrics) for model in suite.models]
+        shown = _keep_pictures(found.pop("shown"), folder)
         results = Results(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=command or shlex.join(sys.argv),
-            settings={k: v for k, v in asdict(suite).items() if k not in ("models", "metric", "real")} | {"backends": list(suite.backends)},
-            environment=facts,
+            settings=suite.settings() | {"baseline": None if suite.baseline is None else [suite.baseline.backend, suite.baseline.precision]},
+            environment=facts | {"load_average_after": environment()["load_average"]},
             latency=latency,
+            peaks={precision: asdict(peak) for precision, peak in peaks.items()},
             losses={name: losses for name, path in sources if path is not None and (losses := read_losses(path))},
-            skipped=dict(skipped or {}),
-            warnings=_warnings(suite, facts),
+            pictures=shown,
+            skipped=skipped,
+            warnings=_warnings(suite, facts, journal),
             **found,
         )
+        results = dataclasses.replace(results, gates=results.judge(suite.gates))
         results.save(folder / "results.json")
         write_report(results, folder)
-        inputs = {model.name: model.sha256 for model in suite.models} | (
-            {"metric": sha256_file(suite.metric / "model.safetensors")} if suite.metric and (suite.metric / "model.safetensors").is_file() else {}
-        )
+        inputs = {model.name: model.sha256 for model in suite.models}
+        if suite.metric and (suite.metric / "model.safetensors").is_file():
+            inputs["metric"] = sha256_file(suite.metric / "model.safetensors")
         write_manifest(folder, "results", config=results.settings, inputs=inputs, seed=suite.seed)
+    shutil.rmtree(work, ignore_errors=True)
     return results
 
 
-def _compare(suite: Suite, folder: Path, report: Reporter) -> dict[str, Any]:
-    """Pictures, distances and CLIP figures: the parts of `Results` that are not timed. One pipeline is alive at a time."""
-    wanted = suite.prompts[: max(suite.pictures, suite.quality_pictures, suite.probes)]
-    captions, seeds = [prompt.caption for prompt in wanted], [suite.seed + i for i in range(len(wanted))]
-    shown = captions[: suite.pictures]
-    metric = quality.ClipMetric(suite.metric, suite.device) if suite.metric and suite.quality_pictures else None
-    found: dict[str, Any] = {"models": [], "backends": [], "students": {}, "quality": {}, "captions": shown, "pictures": {}}
-    grid: list[list[Image.Image]] = []
-    if metric and suite.real:
-        found["quality"]["real"] = _plain(quality.judge(metric, *quality.real_pictures(suite.real, wanted[: suite.quality_pictures]), dict(suite.styles)))
-    probe = teacher_prediction = teacher_images = None
-    with report.task("pictures and distances", len(suite.models) * (1 + len([b for b in suite.backends if b != "torch"]))) as advance:
-        for model in suite.models:
-            pipeline = fidelity.load(model.path, "torch", device=suite.device)
-            parts = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "text_encoder", "vae")}
-            found["models"].append({"name": model.name, "sha256": model.sha256, "parameters": parts})
-            images = generate(pipeline, captions, seeds=seeds, steps=suite.steps, guidance_scale=suite.guidance_scale, size_px=suite.size_px, batch_size=suite.quality_batch)
-            if metric:
-                count = suite.quality_pictures
-                found["quality"][model.name] = _plain(quality.judge(metric, images[:count], wanted[:count], dict(suite.styles)))
-            if probe is None or not _takes(pipeline, probe):
-                own = fidelity.make_probe(pipeline, images[: suite.probes], captions[: suite.probes], suite.timesteps, suite.seed)
-                probe = probe or own
-            else:
-                own = probe
-            prediction = fidelity.predict(pipeline, own)
-            if teacher_prediction is None or teacher_images is None:
-                teacher_prediction, teacher_images = prediction, images
-            elif own is probe:
-                steps = fidelity.compare_steps(prediction, teacher_prediction, own.timesteps)
-                found["students"][model.name] = fidelity.distance(steps, fidelity.compare_pictures(images[: suite.pictures], teacher_images[: suite.pictures]))
-            if "torch" in suite.backends:
-                found["pictures"][f"{model.name} / {BACKEND_NAMES['torch']}"] = _save(images[: suite.pictures], folder, f"{slug(model.name)}-torch")
-                grid.append(images[: suite.pictures])
-            del pipeline
-            gc.collect()
-            advance(note=model.name)
-            floors: dict[str, float] = {}
-            for backend in suite.backends:
-                if backend != "torch" or suite.precision != "fp32":
-                    entry, pictures = _other(suite, model, backend, own, prediction, images, floors)
-                    found["backends"].append({"model": model.name, "backend": backend} | entry)
-                    if pictures and backend != "torch":
-                        found["pictures"][f"{model.name} / {BACKEND_NAMES[backend]}"] = _save(pictures, folder, f"{slug(model.name)}-{backend}")
-                        grid.append(pictures)
-                    advance(int(backend != "torch"), note=f"{model.name} {backend}")
-    if grid and shown:
-        _sheet(grid).save(folder / "grid.webp", quality=88)
+def _fingerprint(suite: Suite, facts: Mapping[str, Any]) -> str:
+    """What outcomes hold for: the suite, the weights, the machine and the versions."""
+    models = [[m.name, m.sha256, str(m.onnx), str(m.engine)] for m in suite.models]
+    machine = [facts["cpu"], facts["cores"], [gpu["name"] for gpu in facts["gpu"]], installed_versions(), facts["commit"]]
+    return hashlib.sha256(canonical([suite.settings(), models, machine, [asdict(p) for p in suite.prompts], str(suite.metric), str(suite.real)])).hexdigest()
+
+
+def peak_case(case: dict[str, Any]) -> dict[str, Any]:
+    """`work.measure_peaks` as plain values."""
+    import torch
+
+    if case["threads"]:
+        torch.set_num_threads(case["threads"])
+    return asdict(measure_peaks(case["device"], case["precision"]))
+
+
+def _peaks(suite: Suite, journal: Journal, report: Reporter) -> dict[str, Peaks]:
+    found = {}
+    precisions = sorted({way.precision for way in suite.ways})
+    with report.task("measuring what the device can do", len(precisions)) as advance:
+        for precision in precisions:
+            outcome = journal.call(f"peaks {precision}", peak_case, {"device": suite.device, "precision": precision, "threads": suite.threads}, 300)
+            if "failed" not in outcome:
+                found[precision] = Peaks(**outcome)
+            advance(note=precision)
     return found
 
 
-def _other(
-    suite: Suite, model: ModelUnderTest, backend: str, probe: fidelity.Probe, reference: Any, images: Sequence[Image.Image], floors: dict[str, float]
-) -> tuple[dict[str, Any], list[Image.Image]]:
-    """The same weights on another backend, or in a lower precision: figures against PyTorch fp32, and the pictures. A failure is a figure too."""
+def _with_roofline(run: Latency, suite: Suite, peaks: Mapping[str, Peaks]) -> Latency:
+    step = run.summary("unet_step")
+    if step is None or run.precision not in peaks:
+        return run
+    model = next(model for model in suite.models if model.name == run.model)
     try:
-        pipeline = fidelity.load(model.path, backend, model.artifacts(backend), suite.device, suite.precision)
-        precision = fidelity.precision_of(pipeline)
-        output = fidelity.predict(pipeline, probe)
-        count = len(images[: suite.pictures])
-        captions, seeds = [p.caption for p in suite.prompts[:count]], [suite.seed + i for i in range(count)]
-        pictures = generate(pipeline, captions, seeds=seeds, steps=suite.steps, guidance_scale=suite.guidance_scale, size_px=suite.size_px, batch_size=max(suite.batch))
-        del pipeline
-        entry = {"precision": precision} | fidelity.distance(fidelity.compare_steps(output, reference, probe.timesteps), fidelity.compare_pictures(pictures, images[:count]))
-        if backend != "torch":
-            if precision != "fp32" and precision not in floors:
-                floors[precision] = _floor(suite, model, precision, probe, reference)
-            entry["gate"] = fidelity.gate(entry["relative_l2"], floors.get(precision))
-        return entry, pictures
-    except (SdCompressError, RuntimeError, ValueError, OSError) as error:
-        return {"failed": " ".join(str(error).split())[:400]}, []
+        work = count_pipeline(model.path, run.size_px, run.batch, run.guidance_scale > 1, run.precision)["unet"]
+    except SdCompressError:  # a model that cannot be counted is measured all the same
+        return run
+    share = roofline(work, peaks[run.precision], step.median / 1000)
+    return dataclasses.replace(run, roofline={"macs": work.macs, "moved_bytes": work.moved_bytes, **share})
 
 
-def _floor(suite: Suite, model: ModelUnderTest, precision: str, probe: fidelity.Probe, reference: Any) -> float:
-    """PyTorch's own worst relative L2 in a lower precision."""
-    output = fidelity.predict(fidelity.load(model.path, "torch", None, suite.device, precision), probe)
-    return max(step.relative_l2 for step in fidelity.compare_steps(output, reference, probe.timesteps))
+class _Comparison:
+    """Pictures, distances and CLIP figures: the parts of `Results` that are not timed."""
+
+    def __init__(self, suite: Suite, ready: Mapping[tuple[str, Way], Mapping[str, Any]], journal: Journal, work: Path, report: Reporter) -> None:
+        self.suite, self.ready, self.journal, self.work, self.report = suite, ready, journal, work, report
+        self.drawn = suite.prompts[: max(suite.pictures, suite.quality_pictures)]
+        self.shown = min(suite.pictures, len(self.drawn))
+        self.draws = suite.baseline or _REFERENCE  # whose pictures stand for the model
+        self.probe: Path | None = None
+        self.lpips = _lpips(suite)
+
+    def run(self) -> dict[str, Any]:
+        suite = self.suite
+        found: dict[str, Any] = {"models": [], "backends": [], "students": {}, "quality": {}, "captions": [p.caption for p in self.drawn[: self.shown]], "shown": [], "skipped": {}}
+        jobs = sum(len(self._jobs()) for _ in suite.models) + 1
+        with self.report.task("pictures and distances", jobs) as advance:
+            for model in suite.models:
+                answers = {way: self._answer(model, way, advance) for way in self._jobs()}
+                reference = answers[_REFERENCE]
+                if model is suite.models[0] and "failed" in reference and "failed" in answers[self.draws]:
+                    raise ModelError(f"the teacher does not run in PyTorch: {reference['failed']}", where=model.path)
+                parameters: dict[str, int] = next((a["parameters"] for a in (reference, *answers.values()) if a.get("parameters", {}).get("unet")), {})
+                found["models"].append({"name": model.name, "sha256": model.sha256, "parameters": parameters, "random": model.random is not None})
+                found["backends"] += [{"model": model.name, "backend": way.backend, "precision": way.precision} | self._distance(model, way, answers) for way in suite.ways if way != _REFERENCE]
+                found["shown"] += [(model.name, way, self._pictures(model, way)) for way in suite.ways if "failed" not in answers[way]]
+                if model is not suite.models[0] and not model.random and "failed" not in reference and "unlike" not in reference:
+                    found["students"][model.name] = self._to_teacher(model)
+            self._judge(found)
+            advance(note="figures of sets")
+        return found
+
+    def _jobs(self) -> list[Way]:
+        """The reference first; then every way, and PyTorch in each lower precision, whose own error is the noise floor."""
+        floors = [Way("torch", way.precision) for way in self.suite.ways]
+        return list(dict.fromkeys([_REFERENCE, *self.suite.ways, *floors]))
+
+    def _answer(self, model: ModelUnderTest, way: Way, advance: Any) -> dict[str, Any]:
+        suite, ready = self.suite, self.ready.get((model.name, way), {})
+        advance(0, note=f"{model.name}, {way}")
+        if "failed" in ready:
+            advance()
+            return dict(ready)
+        makes_probe = self.probe is None and way == _REFERENCE
+        count = len(self.drawn) if way == self.draws else self.shown if way in suite.ways or way == _REFERENCE else 0
+        case = {
+            "path": str(model.path), "backend": way.backend, "artifacts": ready.get("artifacts"), "device": suite.device, "precision": way.precision, "threads": suite.threads,
+            "folder": str(self._folder(model, way)), "captions": [p.caption for p in self.drawn[:count]], "seeds": outputs.seeds(suite.seed, count), "steps": suite.steps,
+            "guidance_scale": suite.guidance_scale, "size_px": suite.sizes_px[0], "batch": min(suite.quality_batch, max(count, 1)), "seed": suite.seed, "timesteps": list(suite.timesteps),
+            "probe": str(self.probe) if self.probe else None, "make_probe": suite.probes if makes_probe else 0, "random": model.random is not None,
+            "probe_captions": [suite.prompts[i % len(suite.prompts)].caption for i in range(suite.probes)],
+        }  # fmt: skip
+        outcome = self.journal.call(f"answers {model.name} {way}", outputs.produce, case, suite.scenario_timeout_s)
+        if makes_probe and "failed" not in outcome:
+            self.probe = self._folder(model, way) / outputs.PROBE
+        advance()
+        return outcome
+
+    def _folder(self, model: ModelUnderTest, way: Way) -> Path:
+        return self.work / f"{slug(model.name)}-{way.backend}-{way.precision}"
+
+    def _pictures(self, model: ModelUnderTest, way: Way) -> list[Image.Image]:
+        return outputs.read_pictures(self._folder(model, way), self.shown)
+
+    def _distance(self, model: ModelUnderTest, way: Way, answers: Mapping[Way, Mapping[str, Any]]) -> dict[str, Any]:
+        """The same weights another way: figures against PyTorch fp32. A failure is a figure too."""
+        for needed in (way, _REFERENCE):
+            if "failed" in answers[needed]:
+                return {"failed": answers[needed]["failed"]}
+        if "unlike" in answers[way] or self.probe is None:
+            return {"failed": answers[way].get("unlike", "there is no probe")}
+        timesteps = self.suite.timesteps
+        reference = outputs.read_prediction(self._folder(model, _REFERENCE))
+        steps = fidelity.compare_steps(outputs.read_prediction(self._folder(model, way)), reference, timesteps)
+        entry = fidelity.distance(steps, fidelity.compare_pictures(self._pictures(model, way), self._pictures(model, _REFERENCE)[: self.shown], self.lpips) if self._both_drew(model, way) else [])
+        if not answers[way]["finite"]:
+            return {"failed": f"its output in {way.precision} has values that are not finite", "gate": {"limit": None, "passed": False}}
+        floor = Way("torch", way.precision)
+        if way.backend == "torch":
+            return entry  # it is the floor
+        own = None
+        if way.precision != "fp32" and "failed" not in answers[floor]:
+            own = max(s.relative_l2 for s in fidelity.compare_steps(outputs.read_prediction(self._folder(model, floor)), reference, timesteps))
+        if way.precision != "fp32" and own is None:
+            return entry  # PyTorch could not say what this precision costs
+        return entry | {"gate": fidelity.gate(entry["relative_l2"], own)}
+
+    def _both_drew(self, model: ModelUnderTest, way: Way) -> bool:
+        return bool(self.shown) and len(self._pictures(model, way)) == len(self._pictures(model, _REFERENCE)[: self.shown]) > 0
+
+    def _to_teacher(self, model: ModelUnderTest) -> dict[str, Any]:
+        """A student's noise prediction beside the teacher's, PyTorch fp32 both."""
+        predictions = [outputs.read_prediction(self._folder(m, _REFERENCE)) for m in (model, self.suite.models[0])]
+        steps = fidelity.compare_steps(predictions[0], predictions[1], self.suite.timesteps)
+        return {key: value for key, value in fidelity.distance(steps, []).items() if not key.startswith("picture")}
+
+    def _judge(self, found: dict[str, Any]) -> None:
+        """What the pictures as sets say, of the models that drew them all."""
+        suite, count = self.suite, self.suite.quality_pictures or self.shown
+        folders = {model.name: str(self._folder(model, self.draws)) for model in suite.models if len(outputs.read_pictures(self._folder(model, self.draws), count)) == count > 0}
+        if suite.models[0].name not in folders or any(model.random for model in suite.models):
+            return
+        case = {
+            "folders": folders, "prompts": [[p.caption, p.style] for p in self.drawn[:count]], "metric": str(suite.metric) if suite.metric else None, "styles": [list(s) for s in suite.styles],
+            "real": str(suite.real) if suite.real else None, "device": suite.device, "size_px": suite.sizes_px[0],
+        }  # fmt: skip
+        outcome = self.journal.call("judge", judge, case, suite.scenario_timeout_s)
+        if "failed" in outcome:
+            found["skipped"]["figures of sets"] = outcome["failed"]
+            return
+        found["quality"] = {name: figures for name, figures in outcome["quality"].items() if figures}
+        found["skipped"] |= outcome["skipped"]
+        for name, figures in outcome["students"].items():
+            found["students"].setdefault(name, {}).update(figures)
 
 
-def _takes(pipeline: Any, probe: fidelity.Probe) -> bool:
-    """Whether the UNet answers the teacher's inputs: equal latent channels and text width."""
-    config = pipeline.unet.config
-    return bool(config.in_channels == probe.latents.shape[2] and config.cross_attention_dim == probe.encoder_hidden_states.shape[-1])
+def _lpips(suite: Suite) -> Lpips | None:
+    try:
+        return Lpips(device="cpu") if suite.pictures and suite.sizes_px[0] >= 31 else None
+    except BackendMissing:
+        return None
 
 
-def _plain(figures: dict[str, Any]) -> dict[str, Any]:
-    """`quality.judge`'s figures as plain values."""
-    return {key: asdict(value) if isinstance(value, quality.Share) else value for key, value in figures.items()}
+def _keep_pictures(shown: Sequence[tuple[str, Way, list[Image.Image]]], folder: Path) -> list[dict[str, Any]]:
+    """The grid's pictures as WebP beside the report, and all of them as one sheet."""
+    kept: list[dict[str, Any]] = []
+    rows = [(name, way, images) for name, way, images in shown if images]
+    for name, way, images in rows:
+        files = []
+        for number, image in enumerate(images):
+            path = folder / "pictures" / f"{slug(name)}-{way.backend}-{way.precision}-{number:02}.webp"
+            path.parent.mkdir(exist_ok=True)
+            _small(image).save(path, quality=88)
+            files.append(path.relative_to(folder).as_posix())
+        kept.append({"model": name, "backend": way.backend, "precision": way.precision, "files": files})
+    if rows:
+        side = _small(rows[0][2][0]).width
+        sheet = Image.new("RGB", (side * max(len(images) for _, _, images in rows), side * len(rows)), "white")
+        for y, (_, _, images) in enumerate(rows):
+            for x, image in enumerate(images):
+                sheet.paste(_small(image).resize((side, side)), (x * side, y * side))
+        sheet.save(folder / "grid.webp", quality=88)
+    return kept
 
 
-def _warnings(suite: Suite, facts: dict[str, Any]) -> list[str]:
-    busy = facts["load_average"] is not None and facts["load_average"] > 0.5 * (facts["cores"] or 1)
-    return [f"The machine was busy before measuring began (load average {facts['load_average']} on {facts['cores']} cores)"] if busy and suite.device == "cpu" else []
+def _small(image: Image.Image) -> Image.Image:
+    image = image.copy()
+    image.thumbnail((_EMBEDDED_PX, _EMBEDDED_PX), Image.Resampling.LANCZOS)
+    return image
 
 
-def _save(images: Sequence[Image.Image], folder: Path, name: str) -> list[str]:
-    """Pictures as WebP of at most 256 px, for the page; their paths in `folder`."""
-    (folder / "pictures").mkdir(exist_ok=True)
-    paths = [f"pictures/{name}-{index:02d}.webp" for index in range(len(images))]
-    for image, path in zip(images, paths, strict=True):
-        image.copy().resize((min(image.width, _EMBEDDED_PX),) * 2, Image.Resampling.LANCZOS).save(folder / path, quality=84)
-    return paths
-
-
-def _sheet(columns: Sequence[Sequence[Image.Image]]) -> Image.Image:
-    """Pictures side by side: a column for each model and backend, a row for each prompt."""
-    side, gap = min(columns[0][0].width, _EMBEDDED_PX), 6
-    sheet = Image.new("RGB", (len(columns) * (side + gap) - gap, len(columns[0]) * (side + gap) - gap), "white")
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            sheet.paste(image.resize((side, side), Image.Resampling.LANCZOS), (x * (side + gap), y * (side + gap)))
-    return sheet
+def _warnings(suite: Suite, facts: dict[str, Any], journal: Journal) -> list[str]:
+    found = []
+    if facts["load_average"] is not None and facts["load_average"] > 0.5 * (facts["cores"] or 1) and suite.device == "cpu":
+        found.append(f"The machine was busy before measuring began (load average {facts['load_average']} on {facts['cores']} cores)")
+    if journal.continued:
+        found.append("The suite was stopped and went on later: its rounds are not all of one stretch of time")
+    if random := [model.name for model in suite.models if model.random]:
+        found.append(f"The weights of {', '.join(random)} are random: latency and memory do not depend on them, pictures and distances to a teacher would mean nothing and are left out")
+    return found

@@ -153,7 +153,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
         export(name, student, sha256)
     tested = tuple(ModelUnderTest(name, path, graphs.get(name), engines.get(name) if gpu else None, sha256, metrics) for name, path, sha256, metrics in models)
     report_folder = output / "report"
-    results = _bench(stages, tested, teacher, size_px, prompts_file, quick, gpu, report_folder, report)
+    results = _bench(stages, tested, size_px, prompts_file, quick, report_folder, report)
 
     rows: list[tuple[str, object]] = []
     for model in results.models:
@@ -164,7 +164,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
         for row in results.rows():
             if row.model == name and row.unet_step is not None:
                 faster = f", {row.speedup:.2f}× the teacher in PyTorch" if row.speedup else ""
-                rows.append(("", f"{row.backend}: UNet step {row.unet_step.median:.1f} ms, {row.images_per_s or 0:.2f} pictures/s{faster}"))
+                rows.append(("", f"{row.way}: UNet step {row.unet_step.median:.1f} ms, {row.images_per_s or 0:.2f} pictures/s{faster}"))
         if name in results.students:
             rows.append(("", f"noise prediction {results.students[name]['relative_l2_mean']:.3f} relative L2 from the teacher's, mean over timesteps"))
         if name in results.quality and "style" in results.quality[name]:
@@ -188,22 +188,15 @@ def _builder(gpu: bool) -> str | None:
     return None
 
 
-def _bench(stages: _Stages, tested: tuple[Any, ...], teacher: str, size_px: int, prompts_file: Path | None, quick: bool, gpu: bool, folder: Path, report: ConsoleReporter) -> Any:
+def _bench(stages: _Stages, tested: tuple[Any, ...], size_px: int, prompts_file: Path | None, quick: bool, folder: Path, report: ConsoleReporter) -> Any:
     from sdcompress_bench.results import read_results
-    from sdcompress_bench.scenario import Suite
     from sdcompress_bench.suite import run_suite
 
-    from sdcompress.pipeline import default_guidance_scale
+    from .bench import QUICK, again, suite_of
 
-    from .bench import QUICK, _again, _backends, _prompts
-
-    backends, skipped = _backends(None)
-    prompts, judged = _prompts(teacher, prompts_file, 40 if quick else 200, 0)
-    metric = judged.pop("metric", None)
-    effort: dict[str, Any] = QUICK if quick else {}
-    suite = Suite(
-        models=tested, backends=backends, precision="fp16" if gpu else "fp32", device="cuda" if gpu else "cpu", size_px=size_px,
-        guidance_scale=default_guidance_scale(size_px), prompts=prompts, quality_pictures=len(prompts) if metric else 0, metric=metric, **judged, **effort,
-    )  # fmt: skip
-    stages("measure and write the report", folder, "results", {model.name: model.sha256 for model in tested}, lambda: run_suite(suite, folder, report, force=True, skipped=skipped, command=_again()))
+    described: dict[str, Any] = {"models": [str(model.path) for model in tested], "size_px": size_px, "rounds": 3} | (QUICK if quick else {})
+    if prompts_file is not None:
+        described["prompts"] = str(prompts_file)
+    suite, skipped = suite_of(described, quick=quick, tested=tested)
+    stages("measure and write the report", folder, "results", {model.name: model.sha256 for model in tested}, lambda: run_suite(suite, folder, report, force=True, skipped=skipped, command=again()))
     return read_results(folder / "results.json")

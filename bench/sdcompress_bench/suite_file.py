@@ -1,0 +1,174 @@
+"""Suites as YAML: what may stand in one, and how it becomes a `Suite`."""
+
+from __future__ import annotations
+
+import difflib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from sdcompress_engines.errors import UsageError
+
+from .scenario import FIGURES, PRECISIONS, Way
+
+
+class ModelEntry(BaseModel):
+    """A model of a suite: a path, a known name or a hub id, or a published shape with random weights."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str | None = Field(None, description="What the report calls it; the model's own name where there is none.")
+    path: str | None = Field(None, description="A diffusers folder, a single file, a hub id, or a built-in's name.")
+    random: Literal["sd1", "sd2", "sdxl"] | None = Field(None, description="In place of a path: this family's shape, with random weights.")
+    plan: str | None = Field(None, description="With `random`: a student by this plan.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelEntry:
+        if (self.path is None) == (self.random is None):
+            raise ValueError("needs a path, or random with a family, and not both")
+        if self.plan and not self.random:
+            raise ValueError("plan stands with random alone; give the student's own path")
+        return self
+
+
+class GateEntry(BaseModel):
+    """A limit on a figure; over it, `bench` ends with exit status 3."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    figure: str = Field(description=f"One of {', '.join(FIGURES)}.")
+    model: str | None = Field(None, description="Of this model alone.")
+    backend: str | None = Field(None, description="Of this backend alone, with its precision where that is not the usual one: ort, aot:bf16.")
+    at_least: float | None = None
+    at_most: float | None = None
+
+    @model_validator(mode="after")
+    def _some_limit(self) -> GateEntry:
+        if self.at_least is None and self.at_most is None:
+            raise ValueError("needs at_least or at_most")
+        if self.figure not in FIGURES:
+            raise ValueError(f"no figure {self.figure!r}, known: {', '.join(FIGURES)}")
+        return self
+
+
+class SuiteFile(BaseModel):
+    """What is measured. Unknown keys are refused, all faults at once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    title: str = Field("", description="The report's name.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
+    models: tuple[ModelEntry, ...] = Field(min_length=1, description="The first is the teacher.")
+    backends: tuple[str, ...] | None = Field(None, description="Of torch, compile, aot, ort, trt, each with `:precision` where it is not the usual one. None is what this machine has.")
+    gpu_backends: tuple[str, ...] | None = Field(None, description="In place of `backends` on a GPU.")
+    precision: Literal["fp32", "fp16", "bf16"] | None = Field(None, description="Of backends that name none. None is fp16 on a GPU, fp32 on a CPU.")
+    size_px: tuple[int, ...] | None = Field(None, description="Sides of the pictures. None is what the teacher was made for.")
+    batch: tuple[int, ...] = Field((1,), description="Pictures at once; each is a row.")
+    steps: int = Field(25, ge=1, description="Sampling steps.")
+    guidance_scale: float | None = Field(None, description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 4 for nano.")
+    prompts: str | None = Field(None, description="A file of captions: txt, csv, tsv, jsonl, or COCO's json.")
+    reference: str | None = Field(None, description="A folder of real pictures, for FID and KID.")
+    clip: str | None = Field(None, description="A CLIP (transformers folder) that judges the pictures.")
+    seed: int = Field(0, ge=0, description="Of the first picture; the next has the next seed.")
+    rounds: int = Field(5, ge=1, description="How often every case is started afresh.")
+    samples: int = Field(20, ge=1, description="Timed calls a stage and round, at most.")
+    end_to_end_samples: int = Field(3, ge=1, description="Timed pictures a round, at most.")
+    stage_budget_s: float = Field(10.0, gt=0, description="Ends a stage sooner.")
+    scenario_timeout_s: float = Field(3600.0, gt=0, description="Ends a case that hangs.")
+    pictures: int = Field(6, ge=0, description="In the grid.")
+    quality_pictures: int | None = Field(None, ge=0, description="For CLIP, FID and KID. None is all prompts where something judges them.")
+    timesteps: tuple[int, ...] = Field((1, 101, 301, 501, 701, 901, 999), min_length=1, description="Where the UNets are compared.")
+    probes: int = Field(4, ge=1, description="Latents at each timestep.")
+    sensitivity: int = Field(0, ge=0, description="Planted faults that tell what a gate can see; 0 leaves that out.")
+    threads: int | None = Field(None, ge=1, description="CPU threads.")
+    gates: tuple[GateEntry, ...] = ()
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """`MODEL` and `NAME=MODEL` for a whole entry."""
+        if not isinstance(value, list | tuple):
+            return value
+        return [dict(zip(("name", "path"), _split(entry), strict=True)) if isinstance(entry, str) else entry for entry in value]
+
+    @field_validator("size_px", "batch", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    name, _, path = text.rpartition("=")
+    return name or None, path
+
+
+def read_way(text: str, precision: str) -> Way:
+    """A `Way` from `BACKEND` or `BACKEND:PRECISION`, aliases allowed.
+
+    Raises:
+        UsageError: no such backend or precision.
+    """
+    from sdcompress.pipeline import backend_name
+
+    name, colon, wanted = text.strip().partition(":")
+    if colon and wanted not in PRECISIONS:
+        raise UsageError(f"no precision {wanted!r} in --backend {text}", expected=" or ".join(PRECISIONS))
+    full = backend_name(name)
+    if full == "auto":
+        raise UsageError("auto is no backend to measure", expected="the backends themselves, such as torch,ort")
+    return Way(full, wanted or precision)
+
+
+def suite_names() -> list[str]:
+    """The suites that come along."""
+    return sorted(path.stem for path in _folder().glob("*.yaml"))
+
+
+def _folder() -> Path:
+    """`bench/scenarios` of a checkout, or where the wheel has put it."""
+    packed = Path(str(files("sdcompress_bench"))) / "scenarios"
+    return packed if packed.is_dir() else Path(str(files("sdcompress_bench"))).parent / "scenarios"
+
+
+def suite_path(name: str) -> Path | None:
+    """The file of a suite given by name or path; None where the name is no suite."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise UsageError("no such suite", where=name, expected=f"a YAML file, or one of {', '.join(suite_names())}")
+        return path
+    known = _folder() / f"{name}.yaml"
+    return known if name in suite_names() else None
+
+
+def read_suite(path: Path) -> SuiteFile:
+    """A suite file.
+
+    Raises:
+        UsageError: it is no YAML mapping, or has unknown keys or values that cannot be; all faults in one message.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"is not YAML ({error})", where=path) from error
+    if not isinstance(values, dict):
+        raise UsageError("is no mapping of settings", where=path, expected="models and how to measure them; see `sdcompress bench --list`")
+    try:
+        return SuiteFile(**{str(key): value for key, value in values.items()})
+    except ValidationError as error:
+        raise UsageError("; ".join(_fault(e) for e in error.errors()), where=path) from error
+
+
+def _fault(error: Any) -> str:
+    *path, last = (str(part) for part in error["loc"])
+    name = ".".join([*path, last])
+    if error["type"] == "extra_forbidden":
+        kinds: dict[str, type[BaseModel]] = {"models": ModelEntry, "gates": GateEntry}
+        fields = kinds.get(path[0] if path else "", SuiteFile).model_fields
+        near = difflib.get_close_matches(last, fields, n=1, cutoff=0.5)
+        return f"{name}: unknown setting" + (f", did you mean {near[0]}?" if near else "")
+    if error["type"] == "value_error":
+        return f"{name}: {error['ctx']['error']}"
+    return f"{name}: {error['msg'].lower()}" + ("" if error["type"] == "missing" else f", got {error['input']!r}")
