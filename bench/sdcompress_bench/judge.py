@@ -34,7 +34,7 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
     real, real_prompts = _real(case, prompts)
     if case["metric"]:
         clip = quality.ClipMetric(Path(case["metric"]), case["device"])
-        sets = dict(pictures) | ({"real": real} if isinstance(real, list) else {})
+        sets = dict(pictures) | ({"real": real} if real and isinstance(real, list) else {})
         for name, images in sets.items():
             asked = real_prompts if name == "real" else prompts
             figures = quality.judge(clip, images, asked, dict(case["styles"]))

@@ -220,8 +220,11 @@ def _quality_tables(results: Results) -> list[tuple[str, list[str], list[list[st
 
 
 def _seen(sensitivity: dict[str, Any] | None) -> str:
-    """How small a fault the gate could see: one layer's weights off by so much, in the median of the places tried."""
-    return "–" if not sensitivity else f"{sensitivity['median']:.1%} of a layer ({sensitivity['low']:.1%} to {sensitivity['high']:.1%})"
+    """How small a fault the gate could see: one layer's weights off by so much, in the median of the places tried, and attention heads that could be dead."""
+    if not sensitivity:
+        return "–"
+    low, middle, high = ("none" if sensitivity[key] is None else f"{sensitivity[key]:.2%}" for key in ("least_low", "least", "least_high"))
+    return f"{middle} of a layer ({low} to {high}); {sensitivity['heads_unseen']} of {sensitivity['heads']} dead heads unseen"
 
 
 def _limit_tables(results: Results) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -341,7 +344,7 @@ def _method(results: Results) -> list[str]:
             "the figures of sets and the CLIP figures, which ask only whether a picture shows its caption. FID falls as pictures are added and compares only with FID of as many; KID does not."
         )
     if any("sensitivity" in b for b in results.backends):
-        found.append("Least fault seen: one layer's weights scaled until the error passes the gate, at several places; median and range of the change it takes.")
+        found.append("Least fault seen: one layer's weights scaled until the error passes the gate, at several places; median and range of the change it takes. Dead heads: attention heads set to zero, one at a time.")
     return found
 
 

@@ -210,7 +210,15 @@ class _Comparison:
             own = max(s.relative_l2 for s in fidelity.compare_steps(outputs.read_prediction(self._folder(model, floor)), reference, timesteps))
         if way.precision != "fp32" and own is None:
             return entry  # PyTorch could not say what this precision costs
-        return entry | {"gate": fidelity.gate(entry["relative_l2"], own)}
+        entry["gate"] = fidelity.gate(entry["relative_l2"], own)
+        if own is not None and self.suite.sensitivity and model is self.suite.models[0] and entry["gate"]["passed"]:
+            case = {
+                "path": str(model.path), "device": self.suite.device, "probe": str(self.probe), "limit": entry["gate"]["limit"], "floor": entry["relative_l2"], "count": self.suite.sensitivity,
+                "seed": self.suite.seed, "threads": self.suite.threads,
+            }  # fmt: skip
+            felt = self.journal.call(f"sensitivity {model.name} {way}", outputs.feel, case, self.suite.scenario_timeout_s)
+            entry |= {} if "failed" in felt else {"sensitivity": felt}
+        return entry
 
     def _both_drew(self, model: ModelUnderTest, way: Way) -> bool:
         return bool(self.shown) and len(self._pictures(model, way)) == len(self._pictures(model, _REFERENCE)[: self.shown]) > 0

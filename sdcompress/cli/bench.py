@@ -113,7 +113,7 @@ def run_command(targets: tuple[str, ...], output: Path | None, backends: str | N
     from sdcompress_bench.report import headline
     from sdcompress_bench.suite import run_suite
 
-    output = output or _free_folder(f"bench-{path.stem if path else suite.models[-1].name}")
+    output = output or _free_folder(path.stem if path else suite.models[-1].name)
     results = run_suite(suite, output, ConsoleReporter(), force, skipped=skipped, command=again())
     if as_json:
         click.echo((output / "results.json").read_text())
@@ -294,10 +294,10 @@ def _prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> tuple[tup
 
 
 def _free_folder(name: str) -> Path:
-    """`name` here, or with the first number that is free."""
+    """`bench-name` here, or with the first number that is free."""
     from sdcompress_bench.scenario import slug
 
-    stem, number = slug(name), 1
+    stem, number = f"bench-{slug(name)}", 1
     while (folder := Path(stem if number == 1 else f"{stem}-{number}")).exists():
         number += 1
     return folder
@@ -319,15 +319,23 @@ def _dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None:
     from sdcompress_bench.work import count_pipeline
 
     rows: list[dict[str, Any]] = []
-    for scenario in suite.scenarios():
-        model: Any = _configs(scenario.model) if scenario.model.random else scenario.model.path
-        work = count_pipeline(model, scenario.size_px, scenario.batch, scenario.guidance_scale > 1, scenario.way.precision)
+    scenarios = list(suite.scenarios())
+    counted: dict[tuple[Any, ...], Any] = {}
+    with ConsoleReporter().task("counting", len(scenarios)) as advance:
+        for scenario in scenarios:
+            case = scenario.model.name, scenario.size_px, scenario.batch, scenario.way.precision
+            if case not in counted:
+                model: Any = _configs(scenario.model) if scenario.model.random else scenario.model.path
+                counted[case] = count_pipeline(model, scenario.size_px, scenario.batch, scenario.guidance_scale > 1, scenario.way.precision)
+            advance(note=scenario.model.name)
+    for scenario in scenarios:
+        work = counted[scenario.model.name, scenario.size_px, scenario.batch, scenario.way.precision]
         held = sum(part.weight_bytes + part.table_bytes for part in work.values()) + max(part.peak_bytes for part in work.values())
         rows.append({"scenario": scenario.key, "model": scenario.model.name, "backend": scenario.way.backend, "precision": scenario.way.precision, "size_px": scenario.size_px, "batch": scenario.batch, "memory_bytes": held, "unet_macs": work["unet"].macs})
     if as_json:
         click.echo(json.dumps({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1))
         return
-    for row, scenario in zip(rows, suite.scenarios(), strict=True):
+    for row, scenario in zip(rows, scenarios, strict=True):
         click.echo(f"{scenario.model.name:<12} {scenario.way!s:<22} {scenario.size_px:>5} px  batch {scenario.batch:<3} {mib(row['memory_bytes']):>14}   UNet step {row['unet_macs'] / 1e9:,.1f} GMACs")
     for name, reason in skipped.items():
         click.echo(f"left out: {name}, {reason}")

@@ -12,6 +12,7 @@ import pytest
 from sdcompress_bench.latency import STAGES, Latency
 from sdcompress_bench.report import headline, render_html, render_markdown, write_report
 from sdcompress_bench.results import Results, read_losses, read_results
+from sdcompress_bench.scenario import Gate
 from sdcompress_engines.errors import ArtifactError
 
 HOSTILE = '<script>alert("tiny")</script> & |co'
@@ -23,12 +24,17 @@ def latency(model: str, backend: str, ms: float, failed: str | None = None) -> L
     if failed:
         return Latency(key, model, backend, "fp32", 128, 1, 2, 25, 7.5, failed=failed)
     samples = {stage: [[ms, ms * 1.01, ms * 0.99], [ms * 1.02, ms, ms]] for stage in STAGES}
-    return Latency(key, model, backend, "fp32", 128, 1, 2, 25, 7.5, samples, [80.0, 82.0], [900.0, 880.0], 700.0, None, {"unet": 12.5}, 2)
+    limit = {"macs": 7 * 10**8, "moved_bytes": 10**8, "share_of_matmul_peak": 0.37, "share_of_bandwidth": 0.06, "least_ms": 14.8, "bound": "compute"}
+    return Latency(key, model, backend, "fp32", 128, 1, 2, 25, 7.5, samples, [80.0, 82.0], [900.0, 880.0], 700.0, None, {"unet": 12.5}, 41.0, 2, [], limit)
 
 
 def distances(scale: float) -> dict[str, object]:
     steps = [{"timestep": t, "relative_l2": scale * (1 + t / 1000), "cosine": 0.9999, "psnr_db": 40.0} for t in (1, 501, 999)]
     return {"relative_l2": scale * 2, "relative_l2_mean": scale, "cosine": 0.9999, "picture_psnr_db": 31.5, "picture_ssim": 0.97, "steps": steps, "pictures": []}
+
+
+def estimate(value: float) -> dict[str, object]:
+    return {"value": value, "low": 0.9 * value, "high": 1.1 * value, "count": 60, "warning": ""}
 
 
 @pytest.fixture
@@ -41,10 +47,12 @@ def results(tmp_path: Path) -> Results:
         created="2026-01-01T00:00:00+00:00",
         command="sdcompress bench nano 'tiny=<x>' -o report",
         settings={
-            "size_px": 128,
+            "sizes_px": [128],
             "steps": 25,
             "guidance_scale": 7.5,
-            "precision": "fp32",
+            "baseline": ["torch", "fp32"],
+            "seed": 7,
+            "quality_pictures": 60,
             "rounds": 2,
             "samples": 3,
             "end_to_end_samples": 1,
@@ -63,6 +71,7 @@ def results(tmp_path: Path) -> Results:
             "packages": {"torch": "2"},
             "commit": None,
         },
+        peaks={"fp32": {"matmul_flops_per_s": 9.5e10, "bandwidth_bytes_per_s": 1.2e10, "precision": "fp32"}},
         models=[{"name": "nano", "sha256": "ab" * 32, "parameters": {"unet": 4_000_000}}, {"name": HOSTILE, "sha256": "cd" * 32, "parameters": {"unet": 1_000_000}}],
         latency=[
             latency("nano", "torch", 40.0),
@@ -70,20 +79,24 @@ def results(tmp_path: Path) -> Results:
             latency(HOSTILE, "torch", 16.0),
             latency(HOSTILE, "onnxruntime", 0.0, "its process was ended by SIGKILL"),
         ],
-        backends=[{"model": "nano", "backend": "onnxruntime", "gate": {"limit": 1e-4, "passed": True}} | distances(1e-6)],
-        students={HOSTILE: distances(0.2)},
+        backends=[{"model": "nano", "backend": "onnxruntime", "precision": "fp32", "gate": {"limit": 1e-4, "passed": True}} | distances(1e-6)],
+        students={HOSTILE: distances(0.2) | {"fid": estimate(30.0) | {"warning": "FID of 60 pictures is biased upwards"}, "kid": estimate(0.0123), "lpips": estimate(0.21)}},
         quality={"real": {"clip_score": 30.0, "style": share}, "nano": {"clip_score": 28.0, "style": share}, HOSTILE: {"clip_score": 25.0, "style": share}},
         captions=["a <b>cat</b>"],
-        pictures={"nano / PyTorch": ["pictures/a.webp"], f"{HOSTILE} / PyTorch": ["pictures/b.webp"]},
+        pictures=[
+            {"model": "nano", "backend": "torch", "precision": "fp32", "files": ["pictures/a.webp"]},
+            {"model": HOSTILE, "backend": "torch", "precision": "fp32", "files": ["pictures/b.webp"]},
+        ],
+        gates=[{"figure": "kid", "model": HOSTILE, "way": "", "value": 0.0123, "limit": "kid at most 0.02", "passed": True}],
         losses={HOSTILE: {"task_loss": [[1, 1.0], [2, 0.5]], "output_kd_loss": [[1, 0.1], [2, 0.04]]}},
-        skipped={"tensorrt": "no GPU is here"},
+        skipped={"TensorRT": "no GPU is here"},
     )
 
 
 class Tags(HTMLParser):
     """Collects tags and fails on what is closed and was not opened."""
 
-    VOID = ("meta", "img", "link", "br")
+    VOID = ("meta", "img", "link", "br", "input")
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,6 +124,8 @@ def test_page_is_whole_and_needs_nothing_from_elsewhere(results: Results, tmp_pa
     assert not [tag for tag, _ in tags.seen if tag in ("script", "link", "iframe")]
     sources = [attributes["src"] for tag, attributes in tags.seen if tag == "img"]
     assert len(sources) == 2
+    assert "--first:url(data:image/webp;base64,UklGR" in page
+    assert "seed 7" in page
     assert all((source or "").startswith("data:image/webp;base64,UklGR") for source in sources)
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
@@ -135,19 +150,19 @@ def test_every_model_backend_and_failure_is_in_both(results: Results, tmp_path: 
 
 
 def test_headline_is_the_best_speed_up_and_honest_without_one(results: Results) -> None:
-    assert headline(results).endswith("on PyTorch makes pictures 2.50× as fast as nano in PyTorch")
+    assert headline(results).endswith("on PyTorch fp32 makes pictures 2.50× as fast as nano in PyTorch fp32")
     once = dataclasses.replace(
         results, latency=[dataclasses.replace(run, samples_ms={stage: [[40.0], [80.0]] for stage in STAGES}) if i == 0 else run for i, run in enumerate(results.latency)]
     )
     assert headline(once).endswith("if these few or scattered samples can be trusted")
     alone = dataclasses.replace(results, latency=results.latency[:1])
-    assert headline(alone) == "Nothing here is faster than nano in PyTorch"
+    assert headline(alone) == "Nothing here is faster than nano in PyTorch fp32"
     broken = dataclasses.replace(results, latency=[latency("nano", "torch", 0.0, "no memory")])
-    assert headline(broken) == "nano in PyTorch could not be measured"
+    assert headline(broken) == "nano in PyTorch fp32 could not be measured"
 
 
 def test_failed_teacher_and_no_pictures_still_make_a_page(results: Results, tmp_path: Path) -> None:
-    bare = dataclasses.replace(results, latency=[latency("nano", "torch", 0.0, "no memory")], backends=[], students={}, quality={}, captions=[], pictures={}, losses={})
+    bare = dataclasses.replace(results, latency=[latency("nano", "torch", 0.0, "no memory")], backends=[], students={}, quality={}, captions=[], pictures=[], losses={}, peaks={}, gates=[])
     page = render_html(bare, tmp_path)
     assert "no memory" in page
     assert "Same prompt" not in page
@@ -155,8 +170,26 @@ def test_failed_teacher_and_no_pictures_still_make_a_page(results: Results, tmp_
 
 def test_gate_over_its_limit_is_told(results: Results, tmp_path: Path) -> None:
     off = dataclasses.replace(results, backends=[results.backends[0] | {"gate": {"limit": 1e-7, "passed": False}}])
-    assert off.failed_gates() == ["nano on onnxruntime: relative L2 2.00e-06 over 1.00e-07"]
+    assert off.failed_gates() == ["nano on ONNX Runtime fp32: relative L2 2.00e-06 over 1.00e-07"]
     assert "over its limit" in render_html(off, tmp_path)
+    broken = dataclasses.replace(results, backends=[{"model": "nano", "backend": "onnxruntime", "precision": "fp16", "failed": "values that are not finite", "gate": {"limit": None, "passed": False}}])
+    assert broken.failed_gates() == ["nano on ONNX Runtime fp16: values that are not finite"]
+    assert "Read this first" in render_html(broken, tmp_path)
+
+
+def test_quality_limits_and_gates_are_told_with_their_intervals(results: Results, tmp_path: Path) -> None:
+    for text in (render_html(results, tmp_path), render_markdown(results)):
+        for expected in ("30.0 (27.0 to 33.0)", "0.0123 (0.0111 to 0.0135)", "FID of 60 pictures is biased upwards", "80.0% (70%–87%)", "37%", "14.8 ms", "95.0 GFLOP/s", "at most 0.02", "holds"):
+            assert expected in text
+
+
+def test_gates_are_judged_on_what_was_measured(results: Results) -> None:
+    fast, near, none = Gate("speedup", at_least=2.2), Gate("kid", HOSTILE, at_most=0.01), Gate("clip_score", "nobody", at_least=1)
+    judged = dataclasses.replace(results, gates=results.judge([fast, near, none]))
+    assert [(g["model"], g["passed"]) for g in judged.gates[:4]] == [("nano", False), ("nano", False), (HOSTILE, True), (HOSTILE, False)]
+    told = judged.failed_gates()
+    assert f"{HOSTILE}: kid is 0.0123, wanted at most 0.01" in told
+    assert "nobody: clip_score was not measured, wanted at least 1" in told
 
 
 def test_results_survive_the_file(results: Results, tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""Suites as people write them: those that come along are sound, and every fault is told at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sdcompress_bench.scenario import Way
+from sdcompress_bench.suite_file import read_suite, read_way, suite_names, suite_path
+from sdcompress_engines.errors import UsageError
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_suites_that_come_along_are_sound_and_open_with_their_command(name: str) -> None:
+    path = suite_path(name)
+    assert path is not None
+    suite = read_suite(path)
+    assert suite.title
+    assert path.read_text().startswith(f"# sdcompress bench {name}\n")
+    for text in (*(suite.backends or ()), *(suite.gpu_backends or ()), *(gate.backend for gate in suite.gates if gate.backend)):
+        assert read_way(text, "fp32").backend
+
+
+def test_names_needed_are_there() -> None:
+    assert {"nano", "sd15", "sdxl", "smoke"} <= set(suite_names())
+    assert suite_path("nowhere") is None
+
+
+def test_models_are_written_in_three_ways(tmp_path: Path) -> None:
+    suite = read_suite(write(tmp_path, "models: [nano, small=./student, {name: x, random: sd1, plan: bk-tiny}]\nsize_px: 64\nbatch: 2"))
+    assert [(m.name, m.path, m.random, m.plan) for m in suite.models] == [(None, "nano", None, None), ("small", "./student", None, None), ("x", None, "sd1", "bk-tiny")]
+    assert (suite.size_px, suite.batch) == ((64,), (2,))
+
+
+def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+    text = "models: [nano]\nbackend: [torch]\nsteps: 0\ngates: [{figure: fids, at_most: 3}, {figure: kid}]\nmodel_s: 1"
+    with pytest.raises(UsageError) as caught:
+        read_suite(write(tmp_path, text))
+    for expected in ("mine.yaml", "backend: unknown setting, did you mean backends?", "steps: input should be greater than or equal to 1, got 0", "no figure 'fids'", "needs at_least or at_most", "model_s: unknown setting"):
+        assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("models: []", "models"),
+        ("steps: 3", "models: field required"),
+        ("models: [{name: x}]", "needs a path, or random with a family"),
+        ("models: [{path: a, random: sd1}]", "needs a path, or random with a family"),
+        ("models: [{path: a, plan: bk-tiny}]", "plan stands with random alone"),
+        ("models: [{random: sd3}]", "random"),
+        ("- a\n- b", "no mapping"),
+        ("models: [nano", "not YAML"),
+        ("1: 2", "1: unknown setting"),
+    ],
+)
+def test_what_is_no_suite_is_refused(tmp_path: Path, text: str, fault: str) -> None:
+    with pytest.raises(UsageError, match=fault):
+        read_suite(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no such suite; expected a YAML file, or one of nano"):
+        suite_path(str(tmp_path / "gone.yaml"))
+
+
+def test_a_way_is_a_backend_with_or_without_a_precision() -> None:
+    assert read_way("ort", "fp16") == Way("onnxruntime", "fp16")
+    assert read_way(" aot:bf16 ", "fp32") == Way("aot", "bf16")
+    for text, fault in (("tpu", "no backend 'tpu'"), ("torch:int3", "no precision 'int3'"), ("auto", "auto is no backend")):
+        with pytest.raises(UsageError, match=fault):
+            read_way(text, "fp32")
