@@ -1,0 +1,151 @@
+"""Does the fidelity gate catch what goes wrong in a backend, and how small a fault can it see? Faults planted into nano, its real weights.
+
+    python bench/studies/faults.py -o bench/results/faults-nano.json
+
+A weight scaled by 1.02, an attention head zeroed, values past fp16 (infinite, and clamped): ten places each, the gate asked in fp32, bf16 and fp16, where it
+allows twice PyTorch's own error in that precision. As the bench asks it, with one limit for all timesteps, and with a limit for each timestep.
+
+The places are drawn twice. Anywhere: some layers of a trained model do next to nothing, and a fault there is none that pictures show. Among layers in use: those
+whose removal moves the output by 1% or more. A census of every layer and head in fp32 comes first; it says which those are, and how many faults stay unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sdcompress_bench import faults, fidelity
+from sdcompress_bench.environment import environment
+from sdcompress_bench.faults import Kind, Place
+
+from sdcompress import nano
+from sdcompress.data.sources import open_source
+from sdcompress.graphs import DTYPES
+from sdcompress.teacher import load_teacher, quiet
+
+TIMESTEPS, PICTURES, COUNT, SEED = (1, 501, 999), 2, 10, 0
+IN_USE = 0.01
+
+
+class Judge:
+    """Asks the gate about faults in one precision.
+
+    Attributes:
+        floors: at each timestep, what PyTorch without a fault is off by; zero in fp32.
+    """
+
+    def __init__(self, pipeline: Any, probe: fidelity.Probe, precision: str) -> None:
+        self.probe, self.precision = probe, precision
+        self.reference = fidelity.predict(pipeline, probe)
+        self.pipeline = copy.copy(pipeline)
+        if precision != "fp32":
+            with quiet():
+                self.pipeline.unet = copy.deepcopy(pipeline.unet).to(DTYPES[precision])
+        self.floors = self._errors()
+
+    def _errors(self) -> list[float]:
+        return [fidelity.relative_l2(output, right) for output, right in zip(fidelity.predict(self.pipeline, self.probe), self.reference, strict=True)]
+
+    def limits(self) -> list[float]:
+        """Of each timestep by itself."""
+        return [fidelity.gate(0.0, None if self.precision == "fp32" else floor)["limit"] for floor in self.floors]
+
+    def errors(self, kind: Kind, place: Place, scale: float = faults.SCALE) -> list[float]:
+        with faults.plant(self.pipeline.unet, kind, place, scale):
+            return self._errors()
+
+    def caught(self, errors: list[float]) -> bool:
+        floor = None if self.precision == "fp32" else max(self.floors)
+        worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+        return not fidelity.gate(worst, floor)["passed"]
+
+    def caught_by_timestep(self, errors: list[float]) -> bool:
+        return any(not fidelity.gate(error, None if self.precision == "fp32" else floor)["passed"] for error, floor in zip(errors, self.floors, strict=True))
+
+
+def census(judge: Judge) -> dict[str, dict[str, dict[str, float]]]:
+    """Kind → place → the worst error with the fault, and with the layer gone altogether, in fp32."""
+    unet = judge.pipeline.unet
+    scaled = {str(p): {"error": max(judge.errors("scaled", p)), "removed": max(judge.errors("scaled", p, 0.0))} for p in faults.candidates(unet, "scaled")}
+    heads = {str(p): max(judge.errors("head", p)) for p in faults.candidates(unet, "head")}
+    return {"scaled": scaled, "head": {name: {"error": error, "removed": error} for name, error in heads.items()}}
+
+
+def plantings(judge: Judge, chosen: dict[str, dict[Kind, list[Place]]]) -> list[dict[str, Any]]:
+    """For each way of drawing places and each kind: how many the gate catches."""
+    rows = []
+    for drawn, by_kind in chosen.items():
+        for kind, places in by_kind.items():
+            found = {str(place): judge.errors(kind, place) for place in places}
+            missed = {name: max(errors) for name, errors in found.items() if not judge.caught(errors)}
+            caught = sum(judge.caught_by_timestep(errors) for errors in found.values())
+            row = {"precision": judge.precision, "places": drawn, "kind": kind, "count": len(places), "caught": len(places) - len(missed), "caught_by_timestep": caught, "missed": missed}
+            rows.append(row | {"errors": {name: [error if math.isfinite(error) else None for error in errors] for name, errors in found.items()}})
+            unseen = f"; missed: {', '.join(f'{name} {error:.1e}' for name, error in missed.items())}" if missed and judge.precision == "fp32" else ""
+            print(f"{judge.precision} {drawn:<9} {kind:<9} caught {row['caught']:2d} of {len(places)}, with a limit for each timestep {caught:2d}{unseen}", flush=True)
+    return rows
+
+
+def least(judge: Judge, fp32: Any) -> dict[str, Any]:
+    """How small a fault each gate sees, by measurement in fp32; and what planting faults a quarter above and below into the gated precision itself says of that."""
+    floors, rows = np.array(judge.floors), {}
+    exact = judge.precision == "fp32"
+    whole = max(judge.limits())
+    for name, limit, floor in (("one limit", whole, 0.0 if exact else float(floors.max())), ("by timestep", judge.limits(), judge.floors)):
+        found = faults.sensitivity(fp32, judge.probe, limit, floor, COUNT, SEED, len(TIMESTEPS), PICTURES)
+        asked = judge.caught if name == "one limit" else judge.caught_by_timestep
+        seen = {str(place): place for place in faults.candidates(judge.pipeline.unet, "scaled")}
+        tried = [(seen[place], change) for place, change in found.scaled.items() if change is not None]
+        agree = [[asked(judge.errors("scaled", place, 1 + share * change)) for place, change in tried] for share in (1.25, 0.75)]
+        rows[name] = asdict(found) | {"caught_above": sum(agree[0]), "caught_below": sum(agree[1]), "tried": len(tried)}
+        middle = "none" if found.least is None else f"{found.least:.2%}"
+        low = "none" if found.least_low is None else f"{found.least_low:.2%}"
+        print(
+            f"{judge.precision} {name}: least change of one weight seen, median {middle}, lowest {low}, none at {found.blind} of {found.places}; zeroed heads unseen {found.heads_unseen} of {found.heads}; "
+            f"planted in {judge.precision}, a quarter more is caught at {sum(agree[0])} and a quarter less at {sum(agree[1])} of {len(tried)}", flush=True,
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args()
+    pipeline: Any = load_teacher("nano").pipeline
+    records = list(islice(open_source(nano.shards("heldout")), PICTURES))
+    probe = fidelity.make_probe(pipeline, [record.picture() for record in records], [record.caption for record in records], TIMESTEPS, SEED)
+    exact = Judge(pipeline, probe, "fp32")
+    counted = census(exact)
+    limit = fidelity.gate(0.0, None)["limit"]
+    for kind, layers in counted.items():
+        errors = np.array([row["error"] for row in layers.values()])
+        used = np.array([row["removed"] >= IN_USE for row in layers.values()])
+        print(
+            f"census, {kind}: {len(errors)} places, fp32 gate catches {np.mean(errors > limit):.0%}; {used.sum()} in use, of which {np.mean(errors[used] > limit):.0%}; "
+            f"the largest error unseen {errors[errors <= limit].max():.1e}", flush=True,
+        )
+    unet = pipeline.unet
+    every = {kind: faults.candidates(unet, kind) for kind in faults.KINDS}
+    in_use = {kind: [p for p in places if counted["head" if kind == "head" else "scaled"][str(p)]["removed"] >= IN_USE] for kind, places in every.items()}
+    chosen = {name: {kind: faults.spread(places, COUNT, SEED) for kind, places in of.items()} for name, of in (("anywhere", every), ("in use", in_use))}
+    rows, gates = [], {}
+    for precision in ("fp32", "bf16", "fp16"):
+        judge = exact if precision == "fp32" else Judge(pipeline, probe, precision)
+        rows += plantings(judge, chosen)
+        gates[precision] = {"floors": judge.floors, "limits": judge.limits(), "least": least(judge, pipeline)}
+    document = {"timesteps": TIMESTEPS, "pictures": PICTURES, "seed": SEED, "in_use": IN_USE, "rows": rows, "gates": gates, "census": counted, "environment": environment()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(document, indent=1) + "\n")
+    if any(row["caught"] < row["count"] for row in rows if row["precision"] == "fp32" and row["places"] == "in use"):
+        raise SystemExit("the fp32 gate missed a fault in a layer in use")
+
+
+if __name__ == "__main__":
+    main()
