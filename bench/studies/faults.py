@@ -70,11 +70,15 @@ class Judge:
         return any(not fidelity.gate(error, None if self.precision == "fp32" else floor)["passed"] for error, floor in zip(errors, self.floors, strict=True))
 
 
+def _short(error: float) -> float:
+    return float(f"{error:.3g}")
+
+
 def census(judge: Judge) -> dict[str, dict[str, dict[str, float]]]:
     """Kind → place → the worst error with the fault, and with the layer gone altogether, in fp32."""
     unet = judge.pipeline.unet
-    scaled = {str(p): {"error": max(judge.errors("scaled", p)), "removed": max(judge.errors("scaled", p, 0.0))} for p in faults.candidates(unet, "scaled")}
-    heads = {str(p): max(judge.errors("head", p)) for p in faults.candidates(unet, "head")}
+    scaled = {str(p): {"error": _short(max(judge.errors("scaled", p))), "removed": _short(max(judge.errors("scaled", p, 0.0)))} for p in faults.candidates(unet, "scaled")}
+    heads = {str(p): _short(max(judge.errors("head", p))) for p in faults.candidates(unet, "head")}
     return {"scaled": scaled, "head": {name: {"error": error, "removed": error} for name, error in heads.items()}}
 
 
@@ -85,11 +89,12 @@ def plantings(judge: Judge, chosen: dict[str, dict[Kind, list[Place]]]) -> list[
         for kind, places in by_kind.items():
             found = {str(place): judge.errors(kind, place) for place in places}
             missed = {name: max(errors) for name, errors in found.items() if not judge.caught(errors)}
-            caught = sum(judge.caught_by_timestep(errors) for errors in found.values())
-            row = {"precision": judge.precision, "places": drawn, "kind": kind, "count": len(places), "caught": len(places) - len(missed), "caught_by_timestep": caught, "missed": missed}
-            rows.append(row | {"errors": {name: [error if math.isfinite(error) else None for error in errors] for name, errors in found.items()}})
+            by_timestep = sum(judge.caught_by_timestep(errors) for errors in found.values())
+            worst = {name: _short(max(errors)) if np.isfinite(errors).all() else None for name, errors in found.items()}
+            row = {"precision": judge.precision, "places": drawn, "kind": kind, "count": len(places), "caught": len(places) - len(missed), "caught_by_timestep": by_timestep, "errors": worst}
+            rows.append(row)
             unseen = f"; missed: {', '.join(f'{name} {error:.1e}' for name, error in missed.items())}" if missed and judge.precision == "fp32" else ""
-            print(f"{judge.precision} {drawn:<9} {kind:<9} caught {row['caught']:2d} of {len(places)}, with a limit for each timestep {caught:2d}{unseen}", flush=True)
+            print(f"{judge.precision} {drawn:<9} {kind:<9} caught {row['caught']:2d} of {len(places)}, with a limit for each timestep {by_timestep:2d}{unseen}", flush=True)
     return rows
 
 
