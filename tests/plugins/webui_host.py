@@ -165,9 +165,10 @@ class WebUI:
 
         if self.is_forge:
             self.sd_model = forge_model(Own(unet), {"eps": "epsilon", "v": "v_prediction"}[parameterization])
+            self.sd_model.sd_checkpoint_info = SimpleNamespace(name_for_extra=name)
         else:
             model = SimpleNamespace(diffusion_model=Own(unet))
-            self.sd_model = SimpleNamespace(model=model, lowvram=False, parameterization=parameterization, sd_checkpoint_info=SimpleNamespace(model_name=name, filename=f"{name}.safetensors"))
+            self.sd_model = SimpleNamespace(model=model, lowvram=False, parameterization=parameterization, sd_checkpoint_info=SimpleNamespace(model_name=name, name_for_extra=name, filename=f"{name}.safetensors"))
         if hasattr(self, "sd_unet"):
             self._patch()
             sys.modules["modules.sd_models"].model_data.sd_model = self.sd_model  # type: ignore[attr-defined]
@@ -294,8 +295,8 @@ class WebUI:
 
     @contextmanager
     def job(self, *args: Any) -> Iterator[Job]:
-        """A picture: scripts before and after, the chosen UNet between."""
-        job = Job(comments=[], extra_generation_params={}, sd_model=self.sd_model)
+        """A picture: scripts before and after, the chosen UNet between. It knows the checkpoint it was begun with."""
+        job = Job(comments=[], extra_generation_params={}, sd_model=self.sd_model, sd_model_name=self.sd_model.sd_checkpoint_info.name_for_extra)
         if not self.is_forge:
             self.apply_unet()
         for script in self.scripts:
@@ -313,6 +314,7 @@ class WebUI:
 
     def before_sampling(self, job: Job, *args: Any) -> None:
         """Forge, before each of a picture's samplings: the patchers as they were after the LoRAs, then the scripts."""
+        job.sd_model = self.sd_model
         self.sd_model.forge_objects = SimpleNamespace(unet=self.sd_model.after_lora)
         for script in sorted(self.scripts, key=lambda script: script.sorting_priority):
             self._guarded(script.process_before_every_sampling, job, *args)

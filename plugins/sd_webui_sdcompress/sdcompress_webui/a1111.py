@@ -43,9 +43,9 @@ class A1111Host:
         return self._known
 
     def changes(self) -> Sequence[Change]:
-        from modules import shared
+        from modules import sd_models, shared
 
-        found = lora_changes()
+        found = lora_changes() + other_checkpoint(self.job, sd_models.model_data.sd_model)
         found += [Change(f"the hypernetwork {getattr(each, 'name', '')}", "remove it from the prompt") for each in getattr(shared, "loaded_hypernetworks", None) or ()]
         hijack = getattr(sys.modules.get("modules.sd_hijack"), "model_hijack", None)
         if getattr(hijack, "circular_enabled", False):
@@ -61,6 +61,14 @@ class A1111Host:
 def diffusion_model(sd_model: Any) -> Any:
     """The checkpoint's UNet, or None where none is loaded."""
     return getattr(getattr(sd_model, "model", None), "diffusion_model", None)
+
+
+def other_checkpoint(job: Any, model: Any) -> list[Change]:
+    """A checkpoint that the host has loaded in the midst of a picture, as the refiner and that of hires fix are: an engine stands in for the one the picture was begun with."""
+    begun, now = getattr(job, "sd_model_name", None), getattr(getattr(model, "sd_checkpoint_info", None), "name_for_extra", None)
+    if begun is None or now is None or begun == now:
+        return []
+    return [Change(f"the checkpoint {now} in a picture that was begun with {begun}", "turn off the refiner, or the checkpoint of hires fix, or set SD Unet to None")]
 
 
 def lora_changes() -> list[Change]:

@@ -8,9 +8,10 @@ from importlib import util
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import EngineError, SdCompressError
+from sdcompress_engines.errors import SdCompressError, UsageError
 
 from . import pages
+from .a1111 import other_checkpoint
 from .library import REASON, Traits, traits_of_parameters
 from .unet import Change, HostedUNet
 
@@ -47,7 +48,7 @@ class ForgeHost:
         return self._known
 
     def changes(self) -> Sequence[Change]:
-        found = []
+        found = other_checkpoint(self.job, getattr(self.job, "sd_model", None))
         for patches in (getattr(self.patcher, "lora_patches", None), getattr(self.patcher, "patches", None)):
             if patches:
                 names = sorted({str(key[0]) for key in patches if isinstance(key, tuple)})
@@ -83,12 +84,17 @@ class Forge:
             return
         patcher = job.sd_model.forge_objects.unet.clone()
         chosen: list[HostedUNet] = []
-        patcher.set_model_unet_function_wrapper(_wrapper(patcher.model_options.get("model_function_wrapper"), chosen, choice))
+
+        def choose() -> HostedUNet:
+            if not chosen:
+                chosen.append(self._choose(choice))
+            return chosen[0]
+
+        patcher.set_model_unet_function_wrapper(_wrapper(patcher.model_options.get("model_function_wrapper"), choose))
         job.sd_model.forge_objects.unet = self.host.patcher = patcher
         job.extra_generation_params["sdcompress"] = choice.partition(REASON)[0]
-        chosen.append(self._choose(choice))
         with suppress(SdCompressError):  # the first call tries again, and there it is heard
-            chosen[0].activate_once()
+            choose().activate_once()
 
     def after(self, job: Any, processed: Any, choice: str | None) -> None:
         """Say so where the picture was made without the engine after all, as when another extension took its wrapper away."""
@@ -107,7 +113,9 @@ class Forge:
 
     def _choose(self, choice: str) -> HostedUNet:
         """The UNet of `choice`: the one there is, where nothing about it has changed."""
-        model = next(model for model in pages.look(choice)[1] if model.label() == choice)
+        model = next((model for model in pages.look(choice)[1] if model.label() == choice), None)
+        if model is None:
+            raise UsageError(f"no engine {choice!r}", where=pages.folder(), hint="press Look again in the box sdcompress, and choose")
         if self.unet is None or self.unet.model != model:
             if self.unet is not None:
                 self.unet.deactivate()
@@ -115,7 +123,7 @@ class Forge:
         return self.unet
 
 
-def _wrapper(inner: Any, chosen: list[HostedUNet], choice: str) -> Callable[..., torch.Tensor]:
+def _wrapper(inner: Any, choose: Callable[[], HostedUNet]) -> Callable[..., torch.Tensor]:
     """A function, not an object: patchers copy deeply what is in their options, and functions are not copied.
 
     Forge's own arithmetic around the UNet stays: its `apply_model` runs with the engine in the UNet's place. `inner` is another extension's wrapper, which goes on
@@ -125,9 +133,7 @@ def _wrapper(inner: Any, chosen: list[HostedUNet], choice: str) -> Callable[...,
 
     def wrapper(apply_model: Any, args: Any) -> torch.Tensor:
         def call(*given: Any, **named: Any) -> torch.Tensor:
-            if not chosen:
-                raise EngineError(f"{choice} could not be loaded: the console says why")
-            with _in_place(apply_model.__self__.diffusion_model, chosen[0]):
+            with _in_place(apply_model.__self__.diffusion_model, choose()):
                 result: torch.Tensor = apply_model(*given, **named)
                 return result
 
