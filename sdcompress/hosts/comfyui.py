@@ -10,6 +10,7 @@ COMFYUI = Host(
     plugin="comfyui_sdcompress",
     extension="custom_nodes/comfyui-sdcompress",
     marks=(("custom_nodes",), ("models",), ("comfy/sd.py", "user", "comfy/cmd")),  # the desktop application's folder holds no program
+    programs=("main.py",),
     signatures=("comfyui", "webui"),
     steps=(
         "restart ComfyUI (where the node is there already, press R in the browser)",

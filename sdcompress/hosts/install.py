@@ -8,7 +8,6 @@ The record names every file with its sha256. What it does not name is never touc
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import tempfile
@@ -46,6 +45,7 @@ class Host:
         plugin: its folder in `plugins/`. extension: where that goes. models: where engines go.
         marks: what its folder holds; of each entry one alternative.
         absent: what it does not hold, and which host that would be.
+        programs: what it is started with, in its folder.
         signatures: of the engines its plugin calls, the first one preferred.
         steps: what to do in the program after an install.
     """
@@ -55,6 +55,7 @@ class Host:
     plugin: str
     extension: str
     marks: tuple[tuple[str, ...], ...]
+    programs: tuple[str, ...]
     signatures: tuple[str, ...]
     steps: tuple[str, ...]
     absent: Mapping[str, str] = field(default_factory=dict)
@@ -201,7 +202,7 @@ def install(
         if weights is not None:
             held = _weights(Path(weights) if Path(weights).exists() else weights, found, stack, report)
             wanted |= {f"{host.models}/{engine.name}/{WEIGHTS}": held for engine in found}
-        return _apply(host, root, wanted, {engine.name for engine in found}, report)
+        return _noted(_apply(host, root, wanted, {engine.name for engine in found}, report), host, root)
 
 
 def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Done:
@@ -228,7 +229,7 @@ def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Done:
         folders = prune_folders(root, record.folders)
         if left:
             write_record(root / host.record, replace(record, files=left, folders=folders))
-    return Done(removed=tuple(sorted(removed)), kept=kept)
+    return _noted(Done(removed=tuple(sorted(removed)), kept=kept), host, root)
 
 
 def status(host: Host, root: Path) -> Status:
@@ -290,17 +291,27 @@ def _held(folder: Path) -> Path:
 
 
 def plugin_folder(plugin: str) -> Path:
-    """Where a plugin lies: in the installed package, else in the checkout.
+    """Where a plugin lies: in the package, as a wheel has it (`setup.py`), else beside it, as a checkout has it.
 
     Raises:
         ArtifactError: this installation has none.
     """
-    spec = importlib.util.find_spec(plugin)  # found, not imported: it is for another Python
-    places = [*(map(Path, spec.submodule_search_locations or []) if spec else []), Path(__file__).parents[2] / "plugins" / plugin]
+    places = [folder / "plugins" / plugin for folder in Path(__file__).parents[1:3]]
     for place in places:
         if place.is_dir():
             return place
-    raise ArtifactError(f"this installation has no plugin {plugin}", where=places[-1], hint="pip install --force-reinstall sdcompress")
+    raise ArtifactError(f"this installation has no plugin {plugin}", where=places[0], hint="pip install --force-reinstall sdcompress")
+
+
+def running(host: Host, root: Path) -> int | None:
+    """The process that runs this host out of this folder, or None; also where the system does not tell, as only Linux does."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # gone, or another user's
+            for word in (process / "cmdline").read_bytes().split(b"\0")[1:4]:
+                name = Path(os.fsdecode(word))
+                if name.name in host.programs and (process / "cwd" / name).samefile(root / name.name):
+                    return int(process.name)
+    return None
 
 
 def host_packages(root: Path) -> dict[str, str] | None:
@@ -310,6 +321,14 @@ def host_packages(root: Path) -> dict[str, str] | None:
             found = (_RUNTIMES.fullmatch(entry.name) for entry in folder.iterdir())
             return {match[1].lower().replace("_", "-"): match[5] for match in found if match}
     return None
+
+
+def _noted(done: Done, host: Host, root: Path) -> Done:
+    """What was done, with a note where the host runs meanwhile."""
+    process = running(host, root) if done.written or done.removed else None
+    if process is None:
+        return done
+    return replace(done, notes=(*done.notes, f"{host.title} is running (process {process}): it goes on with what it has loaded until it is restarted"))
 
 
 def _copied(source: Path, inside: str) -> dict[str, tuple[Path, Entry]]:

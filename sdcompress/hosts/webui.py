@@ -13,6 +13,7 @@ WEBUI = Host(
     extension="extensions/sd-webui-sdcompress",
     marks=(("webui.py",), ("modules/sd_unet.py",)),
     absent={"modules_forge": "forge"},
+    programs=("launch.py", "webui.py"),
     signatures=("webui",),
     steps=(
         "restart the WebUI (Settings → Reload UI is not enough the first time)",
