@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,14 +22,11 @@ from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from sdcompress_engines.store import EngineKey
 
-from sdcompress.export import export_onnx
 from sdcompress.hosts.install import find_host, install
 from sdcompress.hosts.ldm import unet_keys
 from sdcompress.prune.plan import make_plan
-from sdcompress.prune.student import build_student
 from sdcompress.random_model import CONFIGS
 
-from ..conftest import BETAS, make_pipeline, make_tokenizer
 from .comfyui_host import REAL, Harness, Real, SDXLModel, load_custom_node, unet_to_diffusers
 
 PLUGIN = Path(__file__).parents[2] / "plugins/comfyui_sdcompress"
@@ -40,17 +37,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning" if REAL els
 
 
 @pytest.fixture(scope="session")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A bk-tiny student of SD1's topology at small widths."""
-    pipeline = make_pipeline(tmp_path_factory.mktemp("tokenizer") / "made")
-    pipeline.unet = build_student(pipeline.unet, make_plan(pipeline.unet.config, "bk-tiny"))
-    return pipeline
-
-
-@pytest.fixture(scope="session")
-def graph(student: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It exported for ComfyUI."""
-    return export_onnx(student, tmp_path_factory.mktemp("export") / "tiny", host="comfyui", name="tiny").folder
+def graph(export_unet: Callable[..., Path], student: Any) -> Path:
+    """The student's UNet for ComfyUI."""
+    return export_unet("comfyui", student, "tiny")
 
 
 @pytest.fixture(params=[Harness, Real] if REAL else [Harness], ids=lambda kind: kind.__name__.lower())
@@ -462,24 +451,10 @@ def test_the_layers_that_comfyui_looks_for_a_lora_in_are_the_unets(family: str, 
     assert unet_to_diffusers(parts.folders.ldm_layout(config)) == queries
 
 
-@pytest.mark.slow
-def test_sdxl_gets_its_vector_of_text_and_sizes(harness: Harness, node: Any, tmp_path: Path) -> None:
-    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    torch.manual_seed(3)
-    unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32, 64), layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=[1, 2, 3], attention_head_dim=[2, 2, 4], norm_num_groups=8,
-        cross_attention_dim=64, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
-    )  # fmt: skip
-    tokenizer = make_tokenizer(tmp_path / "tokenizer")
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "projection_dim": 32}
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, scaling_factor=0.13025)
-    texts = {"text_encoder": CLIPTextModel(CLIPTextConfig(**sizes)), "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**sizes)), "tokenizer": tokenizer, "tokenizer_2": tokenizer}
-    pipeline = StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=EulerDiscreteScheduler(**BETAS), add_watermarker=False, **texts)
-    export_onnx(pipeline, tmp_path / "models/sdcompress/xl", host="comfyui")
-    export_onnx(pipeline, tmp_path / "models/sdcompress/diffusers", components=["unet"])
+def test_sdxl_gets_its_vector_of_text_and_sizes(harness: Harness, node: Any, export_unet: Callable[..., Path], xl: Any, tmp_path: Path) -> None:
+    for name in ("xl", "diffusers"):
+        shutil.copytree(export_unet("comfyui", xl, "xl"), tmp_path / "models/sdcompress" / name)
+    change(tmp_path / "models/sdcompress/diffusers", signature="diffusers")
     (patcher,) = node().load("xl")
     assert isinstance(patcher.model, SDXLModel)
     calls = listened(patcher)
@@ -488,7 +463,7 @@ def test_sdxl_gets_its_vector_of_text_and_sizes(harness: Harness, node: Any, tmp
     x, times, context, output = calls[0]
     with torch.no_grad():
         added = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[64.0, 96, 0, 0, 64, 96]] * 2)}
-        assert distance(output, unet.eval()(x, times, context, added_cond_kwargs=added).sample) < 1e-5
+        assert distance(output, xl.unet(x, times, context, added_cond_kwargs=added).sample) < 1e-5
     with pytest.raises(EngineMismatch, match="no pooled text for an engine of SDXL"):
         patcher.model.diffusion_model(x, times, context)
     assert "the signature 'diffusers', which ComfyUI does not call" in node.VALIDATE_INPUTS("diffusers")

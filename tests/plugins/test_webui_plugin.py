@@ -51,13 +51,13 @@ def noise(height: int = 16, width: int = 16, pictures: int = 1) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def tiny_graph(export_unet: Callable[..., Path], student_unet: Any) -> Path:
-    return export_unet("webui", student_unet, "tiny")
+def tiny_graph(export_unet: Callable[..., Path], student: Any) -> Path:
+    return export_unet("webui", student, "tiny")
 
 
 @pytest.fixture(scope="module")
 def whole_graph(export_unet: Callable[..., Path], random_pipeline: Any) -> Path:
-    return export_unet("webui", random_pipeline.unet, "teacher")
+    return export_unet("webui", random_pipeline, "teacher")
 
 
 @pytest.fixture
@@ -161,14 +161,14 @@ def test_deactivating_closes_what_is_open(webui: WebUI) -> None:
         runner.infer({})
 
 
-def test_sdxl_takes_its_added_vector(tmp_path: Path, export_unet: Callable[..., Path], xl_unet: Any) -> None:
-    shutil.copytree(export_unet("webui", xl_unet, "xl"), tmp_path / "models" / "sdcompress" / "xl")
+def test_sdxl_takes_its_added_vector(tmp_path: Path, export_unet: Callable[..., Path], xl: Any) -> None:
+    shutil.copytree(export_unet("webui", xl, "xl"), tmp_path / "models" / "sdcompress" / "xl")
     x, context, y, times = torch.randn(2, 4, 16, 24), torch.randn(2, 77, 64), torch.randn(2, 80), torch.tensor([900.0, 10.0])
-    with running(WebUI(tmp_path, xl_unet)) as host:
+    with running(WebUI(tmp_path, xl.unet)) as host:
         host.load_extension(WEBUI_PLUGIN)
         host.opts.sd_unet = f"{PREFIX}xl (onnxruntime fp32)"
         with host.job():
-            assert relative_l2(host.predict(x, times, context, y), reference(xl_unet)(x, times, context, y)) < ROUNDING
+            assert relative_l2(host.predict(x, times, context, y), reference(xl.unet)(x, times, context, y)) < ROUNDING
             with pytest.raises(EngineError, match="gives no y"):
                 host.predict(x, times, context)
 
@@ -651,6 +651,18 @@ def test_hypernetworks_and_tiling_are_refused(webui: WebUI) -> None:
         sample(webui, cond=words(1), uncond=words(2))
 
 
+def test_a_refiner_is_refused_and_not_passed_over(webui: WebUI, random_pipeline: Any) -> None:
+    webui.opts.sd_unet, webui.opts.sdcompress_fallback = TITLE, "torch"
+    x, times, context = torch.randn(2, 4, 16, 16), torch.ones(2), words(1).expand(2, -1, -1)
+    with webui.job():
+        webui.predict(x, times, context)
+        webui.load(random_pipeline.unet, name="refiner")  # in the midst of a picture
+        with pytest.raises(EngineError, match=r"checkpoint refiner in a picture that was begun with teacher: turn off the refiner"):
+            webui.predict(x, times, context)
+    with webui.job():  # the next one is begun with it
+        webui.predict(x, times, context)
+
+
 # --- falling back ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -802,6 +814,23 @@ def test_forge_refuses_what_an_engine_cannot_take(forge: WebUI, change: Callable
     with forge.job(TITLE) as job:
         forge.before_sampling(job, TITLE)
         with pytest.raises(EngineError, match=named):
+            forge.forge_denoise(X, SIGMA, CONTEXT)
+
+
+def test_forge_refuses_another_checkpoint_for_hires_fix(forge: WebUI, random_pipeline: Any) -> None:
+    with forge.job(TITLE) as job:
+        forge.before_sampling(job, TITLE)
+        forge.forge_denoise(X, SIGMA, CONTEXT)
+        forge.load(random_pipeline.unet, name="larger")
+        forge.before_sampling(job, TITLE)
+        with pytest.raises(EngineError, match="checkpoint larger in a picture that was begun with teacher"):
+            forge.forge_denoise(X, SIGMA, CONTEXT)
+
+
+def test_forge_refuses_a_choice_there_is_not(forge: WebUI) -> None:
+    with forge.job("tiny") as job:
+        forge.before_sampling(job, "tiny")  # as somebody types it who calls the API
+        with pytest.raises(UsageError, match=r"no engine 'tiny'.*Look again"):
             forge.forge_denoise(X, SIGMA, CONTEXT)
 
 
