@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdcompress_bench.results import Results, read_results
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 
@@ -127,6 +129,59 @@ def backends() -> str:
             worst = max(errors, key=lambda row: row["relative_l2"])
             lines.append(f"| {variant} | {' | '.join(cells)} | {worst['relative_l2']:.1e}{'' if all(row['inside'] for row in errors) else ', over the gate'} |")
     return "\n".join(lines) + "\n"
+
+
+def bench_nano() -> str:
+    """What `sdcompress bench nano` found."""
+    found = read_results(RESULTS / "bench-nano.json")
+    lines = [f"`sdcompress bench nano` ({machine(found)}; one picture, guidance, {found.settings['steps']} steps; {found.settings['rounds']} rounds, 95% intervals):", "", *answer(found), ""]
+    student = found.models[1]["name"]
+    pair, real = found.students[student], found.quality.get("real", {})
+    lines += [
+        f"{student} beside {found.teacher}, {found.settings['quality_pictures']} prompts: FID {interval(pair['fid'])}, KID {interval(pair['kid'])}, LPIPS {interval(pair['lpips'])}; caption among the judge's first five "
+        + ", ".join(f"{percent(figures['top5'])} ({name})" for name, figures in ((found.teacher, found.quality[found.teacher]), (student, found.quality[student]), ("real pictures", real)) if "top5" in figures)
+        + "."
+    ]
+    for entry in found.backends:
+        if felt := entry.get("sensitivity"):
+            lines += ["", f"The {entry['precision']} gate sees one layer's weights off by {felt['least']:.1%} (median of {len(felt['scaled'])} layers, {felt['least_low']:.1%} to {limit(felt['least_high'])}); {felt['heads_unseen']} of {felt['heads']} dead attention heads pass it."]
+    return "\n".join(lines) + "\n"
+
+
+def sd15() -> str:
+    """Full-size SD1.5 shapes on a CPU."""
+    found = read_results(RESULTS / "sd15-cpu.json")
+    lines = [f"SD1.5 at {found.settings['sizes_px'][0]} px on a CPU, random weights ({machine(found)}; `sdcompress bench sd15-cpu`; one picture, guidance, {found.settings['steps']} steps):", "", *answer(found, "of peak")]
+    return "\n".join(lines) + "\n"
+
+
+def answer(found: Results, *more: str) -> list[str]:
+    """The table of a report, as a README has room for it."""
+    lines = [f"| model | UNet parameters | run by | UNet step | pictures/s | speed-up | {''.join(f'{name} | ' for name in more)}peak memory | off PyTorch fp32 |", "|---|---|---|---|---|---|---|---|" + "---|" * len(more)]
+    for row in found.rows():
+        if row.failed or row.unet_step is None or row.images_per_s is None:
+            lines.append(f"| {row.model} | {row.parameters / 1e6:,.1f} M | {row.way} | failed: {row.failed} |" + " |" * (4 + len(more)))
+            continue
+        step = row.unet_step
+        time = f"{step.median / 1000:.2f} s ({step.low / 1000:.2f} to {step.high / 1000:.2f})" if step.median >= 1000 else f"{step.median:.1f} ms ({step.low:.1f} to {step.high:.1f})"
+        cells = [row.model, f"{row.parameters / 1e6:,.1f} M", str(row.way), time + (", noisy" if step.noisy else ""), f"{row.images_per_s:.3g}", f"{row.speedup:.2f}×" if row.speedup else "–"]
+        cells += [f"{row.share_of_peak:.0%}" if row.share_of_peak else "–"] * len(more)
+        cells += [f"{row.peak_mib or 0:,.0f} MiB", f"{row.fidelity:.1e}" if row.fidelity is not None else "reference"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def machine(found: Results) -> str:
+    return f"{found.environment['cpu']}, {found.environment['cores']} cores"
+
+
+def interval(estimate: dict[str, Any]) -> str:
+    form = ".1f" if abs(estimate["high"]) >= 10 else ".3f" if abs(estimate["high"]) >= 0.1 else ".4f"
+    return f"{estimate['value']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
+
+
+def limit(value: float | None) -> str:
+    return "not at all" if value is None else f"{value:.1%}"
 
 
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {"nano": (nano, distillation, adapting, training, latency), "engines": (engines, backends)}

@@ -201,3 +201,16 @@ def gate(worst_relative_l2: float, noise_floor: float | None) -> dict[str, Any]:
     """Whether a backend is close enough to PyTorch fp32: `passed` and the `limit`; `noise_floor` is PyTorch's own error in a lower precision. An error that is not a number never passes."""
     limit = GATE_FP32 if noise_floor is None else GATE_FACTOR * noise_floor
     return {"limit": limit, "passed": math.isfinite(limit) and worst_relative_l2 <= limit}
+
+
+def gate_steps(steps: Sequence[StepError], floors: Sequence[StepError] | None) -> dict[str, Any]:
+    """The gate asked at each timestep, against PyTorch's own error there: `passed`, the `limits`, and of the timestep nearest to its limit `timestep`, `error`, `limit`.
+
+    One limit for all would be the widest: half precision is off several times more at timestep 1 than at 500, and a fault that shows everywhere would hide under that.
+    """
+    judged = [gate(step.relative_l2, None if floors is None else floors[i].relative_l2) for i, step in enumerate(steps)]
+    nearest = max(range(len(steps)), key=lambda i: math.inf if not judged[i]["passed"] else steps[i].relative_l2 / (judged[i]["limit"] or math.inf))
+    return {
+        "passed": all(each["passed"] for each in judged), "timestep": steps[nearest].timestep, "error": steps[nearest].relative_l2, "limit": judged[nearest]["limit"],
+        "limits": [each["limit"] for each in judged],
+    }  # fmt: skip

@@ -58,14 +58,14 @@ def feel(case: dict[str, Any]) -> dict[str, Any]:
     """How small a fault a gate can see in the model of a case: `faults.Sensitivity` as plain values.
 
     Args:
-        case: `path`, `device`, `probe`, the gate's `limit`, the gated way's own error `floor`, `count` of places, `seed`.
+        case: `path`, `device`, `probe`; for each of its timesteps the gate's limit in `limits` and what the gated way is off by in `floors`; `count` of places, `seed`.
     """
     from .faults import sensitivity
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     pipeline = fidelity.load(case["path"], "torch", None, case["device"], "fp32")
-    return asdict(sensitivity(pipeline, read_probe(Path(case["probe"])), case["limit"], case["floor"], case["count"], case["seed"]))
+    return asdict(sensitivity(pipeline, read_probe(Path(case["probe"])), case["limits"], case["floors"], case["count"], case["seed"]))
 
 
 def read_probe(path: Path) -> fidelity.Probe:

@@ -209,14 +209,19 @@ def _quality_tables(results: Results) -> list[tuple[str, list[str], list[list[st
         tables.append((f"Student against {results.teacher}, equal prompts and seeds", ["student", *(names[key] for key in keys)], rows))
     measured = [b for b in results.backends if "relative_l2" in b]
     if measured:
-        head = ["same weights", "relative L2, worst", "limit", "cosine", "PSNR of pictures", "SSIM", "LPIPS", "least fault seen"]
+        head = ["same weights", "relative L2, worst", "of its limit", "cosine", "PSNR of pictures", "SSIM", "LPIPS", "least fault seen"]
         rows = [
-            [f"{b['model']} · {Way(b['backend'], b['precision'])}", f"{b['relative_l2']:.1e}", _or_dash(b.get("gate", {}).get("limit"), "{:.1e}"), f"{b['cosine']:.7f}",
+            [f"{b['model']} · {Way(b['backend'], b['precision'])}", f"{b['relative_l2']:.1e}", _of_limit(b.get("gate")), f"{b['cosine']:.7f}",
              _or_dash(b["picture_psnr_db"], "{:.1f} dB"), _or_dash(b["picture_ssim"], "{:.5f}"), _or_dash(b.get("picture_lpips"), "{:.4f}"), _seen(b.get("sensitivity"))]
             for b in measured
         ]  # fmt: skip
         tables.append(("Same weights run otherwise, held against PyTorch fp32", head, rows))
     return tables
+
+
+def _of_limit(gate: dict[str, Any] | None) -> str:
+    """How much of what is allowed is used, at the timestep nearest to its limit."""
+    return "–" if not gate else f"{gate['error'] / gate['limit']:.0%} of {gate['limit']:.1e}"
 
 
 def _seen(sensitivity: dict[str, Any] | None) -> str:
@@ -286,7 +291,7 @@ def _pictures(results: Results, folder: Path) -> str:
 def _errors(results: Results) -> str:
     backends = [_line(f"{b['model']} · {Way(b['backend'], b['precision'])}", b, i) for i, b in enumerate(results.backends) if "steps" in b]
     students = [_line(name, figures, i) for i, (name, figures) in enumerate(results.students.items()) if "steps" in figures]
-    limits = {b["gate"]["limit"] for b in results.backends if b.get("gate", {}).get("limit")}
+    limits = {limit for b in results.backends for limit in b.get("gate", {}).get("limits", [])}
     level = (limits.pop(), "limit") if len(limits) == 1 else None
     plots = _plots.lines("Same weights run otherwise, to PyTorch fp32", backends, "timestep", "relative L2", log=True, level=level) if backends else ""
     plots += _plots.lines(f"Student against {results.teacher}", students, "timestep", "relative L2") if students else ""
@@ -336,7 +341,7 @@ def _method(results: Results) -> list[str]:
         "Of peak: multiply-adds counted in convolutions, products and attention, over what this device reached in square matrix products of that precision in this run. Bytes are those an ideally fused execution has to move.",
         f"Off PyTorch: relative L2 of the UNet's output to PyTorch fp32 with the same weights, the worst of {len(s['timesteps'])} timesteps, on {s['probes']} "
         + ("latents of noise. " if s.get("random") else "pictures of the teacher noised to each timestep. ")
-        + "fp32 must stay within 1e-4, a lower precision within twice PyTorch's own error at that precision; values that are not finite never pass.",
+        + "fp32 must stay within 1e-4 at each of them, a lower precision within twice PyTorch's own error in that precision at the same timestep; values that are not finite never pass.",
     ]
     if results.students:
         found.append(

@@ -141,7 +141,7 @@ class Results:
         for e in self.backends:
             if not e.get("gate", {"passed": True})["passed"]:
                 way = f"{e['model']} on {Way(e['backend'], e['precision'])}"
-                found.append(f"{way}: {e['failed']}" if "failed" in e else f"{way}: relative L2 {e['relative_l2']:.2e} over {e['gate']['limit']:.2e}")
+                found.append(f"{way}: {e['failed']}" if "failed" in e else f"{way}: relative L2 {e['gate']['error']:.2e} over {e['gate']['limit']:.2e} at timestep {e['gate']['timestep']}")
         for gate in self.gates:
             if not gate["passed"]:
                 value = "was not measured" if gate["value"] is None else f"is {gate['value']:.4g}"

@@ -202,18 +202,18 @@ class _Comparison:
         entry = fidelity.distance(steps, fidelity.compare_pictures(self._pictures(model, way), self._pictures(model, _REFERENCE)[: self.shown], self.lpips) if self._both_drew(model, way) else [])
         if not answers[way]["finite"]:
             return {"failed": f"its output in {way.precision} has values that are not finite", "gate": {"limit": None, "passed": False}}
-        floor = Way("torch", way.precision)
-        if way.backend == "torch":
-            return entry  # it is the floor
-        own = None
-        if way.precision != "fp32" and "failed" not in answers[floor]:
-            own = max(s.relative_l2 for s in fidelity.compare_steps(outputs.read_prediction(self._folder(model, floor)), reference, timesteps))
-        if way.precision != "fp32" and own is None:
-            return entry  # PyTorch could not say what this precision costs
-        entry["gate"] = fidelity.gate(entry["relative_l2"], own)
-        if own is not None and self.suite.sensitivity and model is self.suite.models[0] and entry["gate"]["passed"]:
+        floors = None
+        if way.precision != "fp32":
+            torch_way = Way("torch", way.precision)
+            if "failed" in answers[torch_way]:
+                return entry  # PyTorch could not say what this precision costs
+            floors = fidelity.compare_steps(outputs.read_prediction(self._folder(model, torch_way)), reference, timesteps)
+        asked = fidelity.gate_steps(steps, floors)
+        if way.backend != "torch":  # which is the floor itself
+            entry["gate"] = asked
+        if floors is not None and self.suite.sensitivity and model is self.suite.models[0] and asked["passed"]:
             case = {
-                "path": str(model.path), "device": self.suite.device, "probe": str(self.probe), "limit": entry["gate"]["limit"], "floor": entry["relative_l2"], "count": self.suite.sensitivity,
+                "path": str(model.path), "device": self.suite.device, "probe": str(self.probe), "limits": asked["limits"], "floors": [step.relative_l2 for step in steps], "count": self.suite.sensitivity,
                 "seed": self.suite.seed, "threads": self.suite.threads,
             }  # fmt: skip
             felt = self.journal.call(f"sensitivity {model.name} {way}", outputs.feel, case, self.suite.scenario_timeout_s)

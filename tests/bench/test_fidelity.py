@@ -48,6 +48,22 @@ def test_lower_precision_is_held_against_its_own_noise_floor() -> None:
     assert not fidelity.gate(0.0021, noise_floor=0.001)["passed"]
 
 
+def test_each_timestep_has_its_own_limit() -> None:
+    def at(*errors: float) -> list[fidelity.StepError]:
+        return [fidelity.StepError(t, error, 1.0, 60.0) for t, error in zip((1, 501, 999), errors, strict=True)]
+
+    floors = at(0.03, 0.004, 0.003)
+    sound = fidelity.gate_steps(at(0.03, 0.006, 0.003), floors)
+    assert (sound["passed"], sound["timestep"], sound["error"], sound["limit"]) == (True, 501, 0.006, 0.008)
+    assert sound["limits"] == [0.06, 0.008, 0.006]
+    hidden = fidelity.gate_steps(at(0.03, 0.009, 0.003), floors)
+    assert (hidden["passed"], hidden["timestep"]) == (False, 501)
+    assert fidelity.gate_steps(at(1e-6, 2e-6, 3e-6), None)["limit"] == 1e-4
+    for bad in (float("nan"), float("inf")):
+        assert not fidelity.gate_steps(at(0.01, bad, 0.001), floors)["passed"]
+        assert not fidelity.gate_steps(at(0.01, bad, 0.001), None)["passed"]
+
+
 def test_probe_is_noised_more_at_later_timesteps_and_repeats(pipeline: Any) -> None:
     images = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (64, 64), "red")]
     first, again = (fidelity.make_probe(pipeline, images, ["a cat", "a dog"], [1, 999], seed=4) for _ in range(2))

@@ -15,6 +15,7 @@ from sdcompress_bench.results import Results, read_losses, read_results
 from sdcompress_bench.scenario import Gate
 from sdcompress_engines.errors import ArtifactError
 
+GATE = {"limit": 1e-4, "error": 2e-6, "timestep": 999, "limits": [1e-4] * 3, "passed": True}
 HOSTILE = '<script>alert("tiny")</script> & |co'
 WEBP = base64.b64decode("UklGRiIAAABXRUJQVlA4IBYAAAAwAQCdASoBAAEADsD+JaQAA3AAAAAA")
 
@@ -79,7 +80,7 @@ def results(tmp_path: Path) -> Results:
             latency(HOSTILE, "torch", 16.0),
             latency(HOSTILE, "onnxruntime", 0.0, "its process was ended by SIGKILL"),
         ],
-        backends=[{"model": "nano", "backend": "onnxruntime", "precision": "fp32", "gate": {"limit": 1e-4, "passed": True}} | distances(1e-6)],
+        backends=[{"model": "nano", "backend": "onnxruntime", "precision": "fp32", "gate": GATE} | distances(1e-6)],
         students={HOSTILE: distances(0.2) | {"fid": estimate(30.0) | {"warning": "FID of 60 pictures is biased upwards"}, "kid": estimate(0.0123), "lpips": estimate(0.21)}},
         quality={"real": {"clip_score": 30.0, "style": share}, "nano": {"clip_score": 28.0, "style": share}, HOSTILE: {"clip_score": 25.0, "style": share}},
         captions=["a <b>cat</b>"],
@@ -169,8 +170,8 @@ def test_failed_teacher_and_no_pictures_still_make_a_page(results: Results, tmp_
 
 
 def test_gate_over_its_limit_is_told(results: Results, tmp_path: Path) -> None:
-    off = dataclasses.replace(results, backends=[results.backends[0] | {"gate": {"limit": 1e-7, "passed": False}}])
-    assert off.failed_gates() == ["nano on ONNX Runtime fp32: relative L2 2.00e-06 over 1.00e-07"]
+    off = dataclasses.replace(results, backends=[results.backends[0] | {"gate": GATE | {"limit": 1e-7, "passed": False}}])
+    assert off.failed_gates() == ["nano on ONNX Runtime fp32: relative L2 2.00e-06 over 1.00e-07 at timestep 999"]
     assert "over its limit" in render_html(off, tmp_path)
     broken = dataclasses.replace(results, backends=[{"model": "nano", "backend": "onnxruntime", "precision": "fp16", "failed": "values that are not finite", "gate": {"limit": None, "passed": False}}])
     assert broken.failed_gates() == ["nano on ONNX Runtime fp16: values that are not finite"]

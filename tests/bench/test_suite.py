@@ -65,12 +65,15 @@ def test_the_same_weights_are_held_against_pytorch_in_fp32(measured: tuple[Path,
     entries = {(e["model"], e["backend"], e["precision"]): e for e in measured[1].backends}
     assert set(entries) == {(m, b, p) for m in ("teacher", "student") for b, p in (("torch", "bf16"), ("onnxruntime", "fp32"))}
     ort, half = entries["teacher", "onnxruntime", "fp32"], entries["teacher", "torch", "bf16"]
-    assert ort["gate"] == {"limit": 1e-4, "passed": True}
+    assert (ort["gate"]["limits"], ort["gate"]["passed"]) == ([1e-4] * 2, True)
     assert ort["relative_l2"] < 1e-4 < half["relative_l2"]
     assert "gate" not in half
     assert ort["picture_psnr_db"] > 40
     assert ort["picture_lpips"] < 0.01
     assert "sensitivity" not in ort
+    felt = half["sensitivity"]
+    assert felt["places"] == len(felt["scaled"]) == 2
+    assert "sensitivity" not in entries["student", "torch", "bf16"]
 
 
 def test_a_student_is_held_against_its_teacher_and_both_against_the_metric(measured: tuple[Path, Results]) -> None:
