@@ -223,11 +223,16 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
         }
         samples, unsteady = {}, []
         for stage, call in calls.items():
-            steady = _warm_up(call, cuda, case["stage_budget_s"] / 2)
-            samples[stage] = list(_samples(call, cuda, case["samples"], 3, case["stage_budget_s"]))
+            last: list[torch.Tensor] = []
+
+            def kept(call: Callable[[], Any] = call, last: list[torch.Tensor] = last) -> None:
+                last[:] = [call()]
+
+            steady = _warm_up(kept, cuda, case["stage_budget_s"] / 2)
+            samples[stage] = list(_samples(kept, cuda, case["samples"], 3, case["stage_budget_s"]))
             if not steady:
                 unsteady.append(stage)
-            if not torch.isfinite(call()).all():
+            if not torch.isfinite(last[0]).all():
                 raise EngineError(f"the {stage.replace('_', ' ')} gives values that are not finite in {case['precision']}", hint="fp32, or bf16 where the device has it")
     # The first picture was the warm-up of the whole way.
     samples["end_to_end"] = list(_samples(end_to_end, False, case["end_to_end_samples"], 1, case["stage_budget_s"]))
