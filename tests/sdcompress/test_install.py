@@ -376,6 +376,28 @@ def test_a_copy_that_fails_leaves_the_host_as_it_was(comfyui: tuple[Any, Path], 
     assert snapshot(root) == before
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what runs")
+def test_a_host_that_runs_meanwhile_is_named_and_goes_on_with_what_it_has(place: tuple[Any, Path], tmp_path: Path) -> None:
+    host, root = place
+    before, program = snapshot(root), root / host.programs[0]
+    made = make_engine(tmp_path / "made", host.name)
+    assert not install(host, root, [made]).notes
+    engine = root / host.models / "sd-tiny/unet.engine"
+    old = program.read_bytes() if program.exists() else None
+    program.write_text("import mmap, sys\nfile = open(sys.argv[1], 'rb')\nheld = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\nprint('started', flush=True)\nsys.stdin.read()\nprint(held[:6])\n")
+    with subprocess.Popen([sys.executable, program.name, str(engine)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        newer = make_engine(tmp_path / "newer", host.name, plan=b"another plan" * 1000)
+        assert install(host, root, [newer]).notes == (f"{host.title} is running (process {process.pid}): it goes on with what it has loaded until it is restarted",)
+        assert engine.read_bytes()[:12] == b"another plan"
+        assert not install(host, root, [newer]).notes, "nothing was changed"
+        assert "is running" in uninstall(host, root).notes[0]
+        assert process.communicate()[0] == "b'a plan'\n", "its engine stays the one it was"
+    program.unlink() if old is None else program.write_bytes(old)
+    assert snapshot(root) == before
+
+
 KILLED = """
 import sys
 from sdcompress.hosts.install import find_host, install
