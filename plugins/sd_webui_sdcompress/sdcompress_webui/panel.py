@@ -21,6 +21,7 @@ LIMITS = (
      "with the LoRA, where no block of the model has been removed. A student's layers are not the checkpoint's, so there it is refused in both; bake it in. A LoRA that changes the text encoder only works as ever."),
     ("ControlNet, IP-Adapter, reference", "They work inside the checkpoint's own UNet: refused with the reason, whatever the settings say. Set SD Unet to None for such pictures."),
     ("Hypernetworks, tiling", "Refused likewise: both change layers inside the UNet."),
+    ("Refiner, another checkpoint for hires fix", "An engine stands in for the UNet of the checkpoint that a picture was begun with. From the step on at which another is loaded the picture is refused (on Forge the refiner runs with its own UNet)."),
     ("AnimateDiff, FreeU and other extensions that rebuild the UNet", "They have no effect on an engine. On Forge, which says what they patch, they are refused; A1111 does not say so: set SD Unet to None for them."),
     ("Token merging, HyperTile", "They make the checkpoint's UNet faster and less exact, and do nothing to an engine."),
     ("Prompts", "Any number of 77-token parts the engine was built for. A prompt and a negative prompt of different length run one after the other."),
