@@ -3,7 +3,7 @@
     python bench/studies/faults.py -o bench/results/faults-nano.json
 
 A weight scaled by 1.02, an attention head zeroed, values past fp16 (infinite, and clamped): ten places each, the gate asked in fp32, bf16 and fp16, where it
-allows twice PyTorch's own error in that precision. As the bench asks it, with one limit for all timesteps, and with a limit for each timestep.
+allows twice PyTorch's own error in that precision: as the bench asks it, with a limit for each timestep, and with one limit for all of them.
 
 The places are drawn twice. Anywhere: some layers of a trained model do next to nothing, and a fault there is none that pictures show. Among layers in use: those
 whose removal moves the output by 1% or more. A census of every layer and head in fp32 comes first; it says which those are, and how many faults stay unseen.

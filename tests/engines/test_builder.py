@@ -205,11 +205,11 @@ def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> Non
 
 @needs_rtx
 @pytest.mark.slow
-def test_engines_of_the_whole_pipeline(random_pipeline: Any, tmp_path: Path) -> None:
+def test_engines_of_the_whole_pipeline(random_pipeline: Any, fp16_small: Any, tmp_path: Path) -> None:
     from sdcompress.engines import build_engines
     from sdcompress.export import export_onnx
 
-    exported = export_onnx(random_pipeline, tmp_path / "onnx", precision="fp16")
+    exported = export_onnx(random_pipeline, tmp_path / "onnx", precision="fp16", reuse=fp16_small.folder)
     result = build_engines(exported.folder, tmp_path / "engines")
     assert set(result.builds) == {"unet", "text_encoder", "vae_decoder"}
     assert result.builds["unet"].bytes > 10_000_000
