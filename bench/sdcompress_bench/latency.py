@@ -229,7 +229,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
                 last[:] = [call()]
 
             steady = _warm_up(kept, cuda, case["stage_budget_s"] / 2)
-            samples[stage] = list(_samples(kept, cuda, case["samples"], 3, case["stage_budget_s"]))
+            samples[stage] = list(_samples(kept, cuda, case["samples"], 3 if stage == "unet_step" else 1, case["stage_budget_s"]))
             if not steady:
                 unsteady.append(stage)
             if not torch.isfinite(last[0]).all():

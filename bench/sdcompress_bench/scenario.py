@@ -135,7 +135,7 @@ class Suite:
         batch: pictures at once, one or several; each is a row of its own.
         prompts: captions of the timed pictures, the grid and the quality figures, in that order of need.
         rounds: how often every scenario is started afresh; rounds are interleaved, so slow drift of the machine hits all alike.
-        samples: timed calls a stage and round, at most; `stage_budget_s` ends a stage sooner, though never under 3 samples (1 for whole pictures).
+        samples: timed calls a stage and round, at most; `stage_budget_s` ends a stage sooner, though never under 3 samples of a UNet step and 1 of the others.
         pictures: how many prompts the grid and the picture comparison take.
         quality_pictures: how many the figures of sets take (CLIP, FID, KID); 0 leaves them out.
         timesteps: of 1000, where the UNets are compared.
