@@ -162,10 +162,12 @@ def cosine(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def psnr_db(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, at most `PSNR_CAP_DB`; the peak is the reference's own range."""
+    """Peak signal-to-noise ratio in dB, at most `PSNR_CAP_DB`, and minus that where a value is not finite; the peak is the reference's own range."""
     peak = (reference.max() - reference.min()).item()
     mse = (output.double() - reference.double()).square().mean().item()
-    return PSNR_CAP_DB if mse == 0 else min(PSNR_CAP_DB, 10 * math.log10(peak**2 / mse)) if peak > 0 else -PSNR_CAP_DB
+    if mse == 0:
+        return PSNR_CAP_DB
+    return min(PSNR_CAP_DB, 10 * math.log10(peak**2 / mse)) if peak > 0 and math.isfinite(mse) else -PSNR_CAP_DB
 
 
 def compare_steps(output: torch.Tensor, reference: torch.Tensor, timesteps: Sequence[int]) -> list[StepError]:

@@ -78,6 +78,9 @@ def test_an_error_that_is_no_number_never_passes(pipeline: Any, probe: Probe) ->
     for value in (float("nan"), float("inf")):
         assert not fidelity.gate(value, None)["passed"]
         assert not fidelity.gate(value, 0.001)["passed"]
+        output = probe.latents.clone()
+        output[0, 0, 0, 0, 0] = value
+        assert fidelity.compare_steps(output, probe.latents, probe.timesteps)[0].psnr_db == -fidelity.PSNR_CAP_DB
     assert not fidelity.gate(0.5, float("inf"))["passed"]
     broken = copy.copy(pipeline)
     broken.unet = copy.deepcopy(pipeline.unet)
