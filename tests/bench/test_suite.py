@@ -46,6 +46,7 @@ def measured(settings: Suite, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return folder, suite.run_suite(settings, folder)
 
 
+@pytest.mark.slow
 def test_everything_asked_for_is_in_the_results_and_the_results_in_the_folder(measured: tuple[Path, Results]) -> None:
     folder, results = measured
     assert faults(folder, "results") == []
@@ -61,6 +62,7 @@ def test_everything_asked_for_is_in_the_results_and_the_results_in_the_folder(me
     assert not [p.name for p in folder.parent.iterdir() if p.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_the_same_weights_are_held_against_pytorch_in_fp32(measured: tuple[Path, Results]) -> None:
     entries = {(e["model"], e["backend"], e["precision"]): e for e in measured[1].backends}
     assert set(entries) == {(m, b, p) for m in ("teacher", "student") for b, p in (("torch", "bf16"), ("onnxruntime", "fp32"))}
@@ -76,6 +78,7 @@ def test_the_same_weights_are_held_against_pytorch_in_fp32(measured: tuple[Path,
     assert "sensitivity" not in entries["student", "torch", "bf16"]
 
 
+@pytest.mark.slow
 def test_a_student_is_held_against_its_teacher_and_both_against_the_metric(measured: tuple[Path, Results]) -> None:
     results = measured[1]
     assert set(results.students) == {"student"}
@@ -89,6 +92,7 @@ def test_a_student_is_held_against_its_teacher_and_both_against_the_metric(measu
     assert {"clip_score", "top1", "top5", "style"} <= results.quality["teacher"].keys()
 
 
+@pytest.mark.slow
 def test_gates_are_judged_and_the_failed_ones_told(measured: tuple[Path, Results]) -> None:
     results = measured[1]
     assert [gate["passed"] for gate in results.gates] == [True] * 6 + [False]
