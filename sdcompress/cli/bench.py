@@ -349,7 +349,7 @@ def _line(results: Results, row: Row) -> str:
         return f"{head}failed: {row.failed}"
     speedup = f", {row.speedup:.2f}× the teacher in PyTorch" if row.speedup else ""
     noisy = ", noisy" if row.unet_step.noisy else ""
-    return f"{head}UNet step {row.unet_step.median:,.1f} ms, {row.images_per_s:.2f} pictures/s{speedup}, {row.peak_mib:,.0f} MiB{noisy}"
+    return f"{head}UNet step {row.unet_step.median:,.1f} ms, {row.images_per_s:.3g} pictures/s{speedup}, {row.peak_mib:,.0f} MiB{noisy}"
 
 
 def _quality_lines(results: Results) -> list[tuple[str, str]]:
