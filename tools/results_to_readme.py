@@ -178,6 +178,12 @@ def peers() -> str:
     return "\n".join(lines) + "\n"
 
 
+def overhead() -> str:
+    """What the WebUI extension adds to a step."""
+    found = load("webui-overhead-cpu.json")["summary"]
+    return f"Through the WebUI extension a step of nano takes {found['added_ms']:.2f} ms ({found['overhead']:.1%}) longer than in the runner itself, {found['calls']:,} calls each way (`python bench/studies/webui_overhead.py`).\n"
+
+
 def gates() -> str:
     """What the bench's own checks find, on faults and changes that were planted."""
     planted, found = load("statistics.json")["planted"], load("faults-nano.json")
@@ -230,7 +236,7 @@ def limit(value: float | None) -> str:
     return "over 100%" if value is None else f"{value:.2%}"
 
 
-SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {"nano": (nano, distillation, adapting, training, latency), "engines": (engines, backends), "bench": (bench_nano, sd15, peers, gates)}
+SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {"nano": (nano, distillation, adapting, training, latency), "engines": (engines, backends), "bench": (bench_nano, sd15, peers, overhead, gates)}
 
 
 def updated(readme: str) -> str:
