@@ -32,10 +32,12 @@ NANO_PROMPTS, QUICK_PROMPTS = 200, 40
 class _DefaultCommand(click.Group):
     """`bench X` is `bench run X`, unless X is a command of its own."""
 
+    def with_command(self, args: list[str]) -> list[str]:
+        """The arguments with the command's name before them."""
+        return args if args and args[0] in self.commands else ["run", *args]
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not args or args[0] not in self.commands:
-            args = ["run", *args]
-        return super().parse_args(ctx, args)
+        return super().parse_args(ctx, self.with_command(args))
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)

@@ -43,6 +43,7 @@ def complaint(line: str) -> str | None:
     while isinstance(command, click.Group):
         if command is cli and words[0] not in COMMANDS:
             return None
+        words = command.with_command(words) if hasattr(command, "with_command") else words  # `bench X` is `bench run X`
         found = command.get_command(context, words[0])
         if found is None:
             return f"no command {words[0]}"
