@@ -19,7 +19,7 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_mib": _memory_mib(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "gpu": _gpus(),
         "cpu_features": _cpu_features(),
         "clocks": _clocks(),
@@ -29,6 +29,11 @@ def environment() -> dict[str, Any]:
         "packages": installed_versions(),
         "commit": _commit(),
     }
+
+
+def load_average() -> float | None:
+    """Of the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _cpu_model() -> str:

@@ -12,13 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from sdcompress.parity import FP32_LIMIT, HALF_FACTOR
+
 from .metrics import PSNR_CAP_DB, Lpips, psnr, ssim
 from .quality import to_pixels
-
-GATE_FP32 = 1e-4
-"""Highest relative L2 of an fp32 backend to PyTorch fp32."""
-GATE_FACTOR = 2.0
-"""In a lower precision: how many times PyTorch's own error in that precision a backend may be off."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +198,7 @@ def _worst(values: Iterable[float]) -> float:
 
 def gate(worst_relative_l2: float, noise_floor: float | None) -> dict[str, Any]:
     """Whether a backend is close enough to PyTorch fp32: `passed` and the `limit`; `noise_floor` is PyTorch's own error in a lower precision. An error that is not a number never passes."""
-    limit = GATE_FP32 if noise_floor is None else GATE_FACTOR * noise_floor
+    limit = FP32_LIMIT if noise_floor is None else HALF_FACTOR * noise_floor
     return {"limit": limit, "passed": math.isfinite(limit) and worst_relative_l2 <= limit}
 
 

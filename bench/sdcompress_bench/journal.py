@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ class Journal:
     """A file of one line a case: its name and its outcome. Failures are not kept, so they are tried again.
 
     Args:
-        path: None keeps nothing. fingerprint: what the outcomes hold for; a file of another is begun anew.
+        path: in a folder of its own, which goes with it; None keeps nothing. fingerprint: what the outcomes hold for; a folder of another is begun anew.
     """
 
     def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
@@ -25,7 +26,8 @@ class Journal:
         self.continued = bool(self.known)
         if path is not None and not self.known:
             with storage_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(path.parent, ignore_errors=True)  # what cases of another suite have written would be taken for this one's
+                path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
 
     def call(self, name: str, function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:

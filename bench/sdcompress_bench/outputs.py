@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -77,6 +76,10 @@ def read_pictures(folder: Path, count: int | None = None) -> list[Image.Image]:
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))[:count]]
 
 
+def count_pictures(folder: Path) -> int:
+    return len(list(folder.glob("*.png")))
+
+
 def read_prediction(folder: Path) -> torch.Tensor:
     prediction: torch.Tensor = torch.load(folder / PREDICTION, weights_only=True)
     return prediction
@@ -91,8 +94,3 @@ def _takes(pipeline: Any, probe: fidelity.Probe) -> bool:
 
 def _count(component: Any) -> int:
     return sum(parameter.numel() for parameter in component.parameters()) if isinstance(component, torch.nn.Module) else 0
-
-
-def seeds(first: int, count: int) -> Sequence[int]:
-    """One a picture, counted up from the suite's."""
-    return [first + number for number in range(count)]

@@ -19,7 +19,7 @@ from sdcompress_engines.manifest import canonical, check_free, installed_version
 from sdcompress_engines.progress import SILENT, Reporter
 
 from . import fidelity, outputs
-from .environment import environment
+from .environment import environment, load_average
 from .journal import Journal
 from .judge import judge
 from .latency import Latency, measure, prepare
@@ -65,7 +65,7 @@ def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=command or shlex.join(sys.argv),
             settings=suite.settings() | {"baseline": None if suite.baseline is None else [suite.baseline.backend, suite.baseline.precision]},
-            environment=facts | {"load_average_after": environment()["load_average"]},
+            environment=facts | {"load_average_after": load_average()},
             latency=latency,
             peaks={precision: asdict(peak) for precision, peak in peaks.items()},
             losses={name: losses for name, path in sources if path is not None and (losses := read_losses(path))},
@@ -140,10 +140,11 @@ class _Comparison:
     def run(self) -> dict[str, Any]:
         suite = self.suite
         found: dict[str, Any] = {"models": [], "backends": [], "students": {}, "quality": {}, "captions": [p.caption for p in self.drawn[: self.shown]], "shown": [], "skipped": {}}
-        jobs = sum(len(self._jobs()) for _ in suite.models) + 1
-        with self.report.task("pictures and distances", jobs) as advance:
+        # The reference first; then every way, and PyTorch in each lower precision, whose own error is the noise floor.
+        asked = list(dict.fromkeys([_REFERENCE, *suite.ways, *(Way("torch", way.precision) for way in suite.ways)]))
+        with self.report.task("pictures and distances", len(suite.models) * len(asked) + 1) as advance:
             for model in suite.models:
-                answers = {way: self._answer(model, way, advance) for way in self._jobs()}
+                answers = {way: self._answer(model, way, advance) for way in asked}
                 reference = answers[_REFERENCE]
                 if model is suite.models[0] and "failed" in reference and "failed" in answers[self.draws]:
                     raise ModelError(f"the teacher does not run in PyTorch: {reference['failed']}", where=model.path)
@@ -151,16 +152,11 @@ class _Comparison:
                 found["models"].append({"name": model.name, "sha256": model.sha256, "parameters": parameters, "random": model.random is not None})
                 found["backends"] += [{"model": model.name, "backend": way.backend, "precision": way.precision} | self._distance(model, way, answers) for way in suite.ways if way != _REFERENCE]
                 found["shown"] += [(model.name, way, self._pictures(model, way)) for way in suite.ways if "failed" not in answers[way]]
-                if model is not suite.models[0] and not model.random and "failed" not in reference and "unlike" not in reference:
-                    found["students"][model.name] = self._to_teacher(model)
+                if model is not suite.models[0] and not model.random and (distance := self._to_teacher(model)):
+                    found["students"][model.name] = distance
             self._judge(found)
             advance(note="figures of sets")
         return found
-
-    def _jobs(self) -> list[Way]:
-        """The reference first; then every way, and PyTorch in each lower precision, whose own error is the noise floor."""
-        floors = [Way("torch", way.precision) for way in self.suite.ways]
-        return list(dict.fromkeys([_REFERENCE, *self.suite.ways, *floors]))
 
     def _answer(self, model: ModelUnderTest, way: Way, advance: Any) -> dict[str, Any]:
         suite, ready = self.suite, self.ready.get((model.name, way), {})
@@ -172,7 +168,7 @@ class _Comparison:
         count = len(self.drawn) if way == self.draws else self.shown if way in suite.ways or way == _REFERENCE else 0
         case = {
             "path": str(model.path), "backend": way.backend, "artifacts": ready.get("artifacts"), "device": suite.device, "precision": way.precision, "threads": suite.threads,
-            "folder": str(self._folder(model, way)), "captions": [p.caption for p in self.drawn[:count]], "seeds": outputs.seeds(suite.seed, count), "steps": suite.steps,
+            "folder": str(self._folder(model, way)), "captions": [p.caption for p in self.drawn[:count]], "seeds": [suite.seed + i for i in range(count)], "steps": suite.steps,
             "guidance_scale": suite.guidance_scale, "size_px": suite.sizes_px[0], "batch": min(suite.quality_batch, max(count, 1)), "seed": suite.seed, "timesteps": list(suite.timesteps),
             "probe": str(self.probe) if self.probe else None, "make_probe": suite.probes if makes_probe else 0, "random": model.random is not None,
             "probe_captions": [suite.prompts[i % len(suite.prompts)].caption for i in range(suite.probes)],
@@ -196,12 +192,13 @@ class _Comparison:
                 return {"failed": answers[needed]["failed"]}
         if "unlike" in answers[way] or self.probe is None:
             return {"failed": answers[way].get("unlike", "there is no probe")}
+        if not answers[way]["finite"]:
+            return {"failed": f"its output in {way.precision} has values that are not finite", "gate": {"limit": None, "passed": False}}
         timesteps = self.suite.timesteps
         reference = outputs.read_prediction(self._folder(model, _REFERENCE))
         steps = fidelity.compare_steps(outputs.read_prediction(self._folder(model, way)), reference, timesteps)
-        entry = fidelity.distance(steps, fidelity.compare_pictures(self._pictures(model, way), self._pictures(model, _REFERENCE)[: self.shown], self.lpips) if self._both_drew(model, way) else [])
-        if not answers[way]["finite"]:
-            return {"failed": f"its output in {way.precision} has values that are not finite", "gate": {"limit": None, "passed": False}}
+        drawn, wanted = self._pictures(model, way), self._pictures(model, _REFERENCE)
+        entry = fidelity.distance(steps, fidelity.compare_pictures(drawn, wanted, self.lpips) if len(drawn) == len(wanted) else [])
         floors = None
         if way.precision != "fp32":
             torch_way = Way("torch", way.precision)
@@ -220,19 +217,19 @@ class _Comparison:
             entry |= {} if "failed" in felt else {"sensitivity": felt}
         return entry
 
-    def _both_drew(self, model: ModelUnderTest, way: Way) -> bool:
-        return bool(self.shown) and len(self._pictures(model, way)) == len(self._pictures(model, _REFERENCE)[: self.shown]) > 0
-
     def _to_teacher(self, model: ModelUnderTest) -> dict[str, Any]:
-        """A student's noise prediction beside the teacher's, PyTorch fp32 both."""
-        predictions = [outputs.read_prediction(self._folder(m, _REFERENCE)) for m in (model, self.suite.models[0])]
-        steps = fidelity.compare_steps(predictions[0], predictions[1], self.suite.timesteps)
+        """A student's noise prediction beside the teacher's, PyTorch fp32 both; empty where one of them gave none."""
+        folders = [self._folder(m, _REFERENCE) for m in (model, self.suite.models[0])]
+        if not all((folder / outputs.PREDICTION).is_file() for folder in folders):
+            return {}
+        own, teachers = map(outputs.read_prediction, folders)
+        steps = fidelity.compare_steps(own, teachers, self.suite.timesteps)
         return {key: value for key, value in fidelity.distance(steps, []).items() if not key.startswith("picture")}
 
     def _judge(self, found: dict[str, Any]) -> None:
         """What the pictures as sets say, of the models that drew them all."""
         suite, count = self.suite, self.suite.quality_pictures or self.shown
-        folders = {model.name: str(self._folder(model, self.draws)) for model in suite.models if len(outputs.read_pictures(self._folder(model, self.draws), count)) == count > 0}
+        folders = {model.name: str(self._folder(model, self.draws)) for model in suite.models if outputs.count_pictures(self._folder(model, self.draws)) >= count > 0}
         if suite.models[0].name not in folders or any(model.random for model in suite.models):
             return
         case = {

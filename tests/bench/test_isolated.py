@@ -95,7 +95,10 @@ def test_a_journal_runs_nothing_twice_and_tries_failures_again(tmp_path: Path) -
     assert again.continued
     assert again.call("one", count, case, 60) == {"calls": 1}
     assert "two" not in again.known
+    left = path.parent / "picture.png"
+    left.touch()
     other = Journal(path, "b")
     assert not other.continued
     assert other.call("one", count, case, 60) == {"calls": 2}
+    assert not left.exists()
     assert json.loads(path.read_text().splitlines()[0]) == {"fingerprint": "b"}
