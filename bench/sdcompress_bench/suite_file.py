@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from sdcompress_engines.errors import UsageError
+
+from sdcompress.settings import read_mapping, told
 
 from .scenario import FIGURES, PRECISIONS, Way
 
@@ -147,28 +147,18 @@ def read_suite(path: Path) -> SuiteFile:
     """A suite file.
 
     Raises:
-        UsageError: it is no YAML mapping, or has unknown keys or values that cannot be; all faults in one message.
+        UsageError: it is no YAML mapping, or as `check_suite`.
+    """
+    return check_suite(read_mapping(path, "settings"), path)
+
+
+def check_suite(values: dict[str, Any], where: Path | str) -> SuiteFile:
+    """Settings as a suite.
+
+    Raises:
+        UsageError: unknown keys or values that cannot be; all faults in one message.
     """
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"is not YAML ({error})", where=path) from error
-    if not isinstance(values, dict):
-        raise UsageError("is no mapping of settings", where=path, expected="models and how to measure them; see `sdcompress bench --list`")
-    try:
-        return SuiteFile(**{str(key): value for key, value in values.items()})
+        return SuiteFile(**values)
     except ValidationError as error:
-        raise UsageError("; ".join(_fault(e) for e in error.errors()), where=path) from error
-
-
-def _fault(error: Any) -> str:
-    *path, last = (str(part) for part in error["loc"])
-    name = ".".join([*path, last])
-    if error["type"] == "extra_forbidden":
-        kinds: dict[str, type[BaseModel]] = {"models": ModelEntry, "gates": GateEntry}
-        fields = kinds.get(path[0] if path else "", SuiteFile).model_fields
-        near = difflib.get_close_matches(last, fields, n=1, cutoff=0.5)
-        return f"{name}: unknown setting" + (f", did you mean {near[0]}?" if near else "")
-    if error["type"] == "value_error":
-        return f"{name}: {error['ctx']['error']}"
-    return f"{name}: {error['msg'].lower()}" + ("" if error["type"] == "missing" else f", got {error['input']!r}")
+        raise UsageError(told(error, SuiteFile, "setting"), where=where) from error

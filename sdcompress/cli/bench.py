@@ -171,17 +171,13 @@ def suite_of(described: dict[str, Any], *, quick: bool = False, where: Path | No
         UsageError: settings that cannot be, a model or file that is not there.
     """
     import torch
-    from pydantic import ValidationError
     from sdcompress_bench.scenario import Suite
-    from sdcompress_bench.suite_file import SuiteFile, _fault
+    from sdcompress_bench.suite_file import check_suite
     from sdcompress_engines.errors import BackendMissing, UsageError
 
     from sdcompress.pipeline import default_guidance_scale
 
-    try:
-        file = SuiteFile(**described)
-    except ValidationError as error:
-        raise UsageError("; ".join(_fault(e) for e in error.errors()), where=where or "the options") from error
+    file = check_suite(described, where or "the options")
     gpu = torch.cuda.is_available()
     if file.device == "cuda" and not gpu:
         near = f"sdcompress bench {where.stem}-cpu, or --device cpu" if where else "--device cpu"

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sdcompress_engines.errors import UsageError
 
 from sdcompress.data.config import DataConfig
+from sdcompress.settings import read_mapping, told
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -106,14 +107,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: no such recipe, or no YAML mapping.
     """
-    path = recipe_path(recipe)
-    try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"is not YAML ({error})", where=path) from error
-    if not isinstance(values, dict):
-        raise UsageError("is no mapping of knobs", where=path)
-    return values
+    return read_mapping(recipe_path(recipe), "knobs")
 
 
 def load_config(kind: type[Config], recipe: str | Path | None, overrides: dict[str, Any], settings: tuple[str, ...] = ()) -> Config:
@@ -138,8 +132,7 @@ def load_config(kind: type[Config], recipe: str | Path | None, overrides: dict[s
     try:
         return kind(**values)
     except (ValidationError, TypeError) as error:
-        faults = "; ".join(_fault(e, kind) for e in error.errors()) if isinstance(error, ValidationError) else str(error)
-        raise UsageError(faults, where=where) from error
+        raise UsageError(told(error, kind, "knob") if isinstance(error, ValidationError) else str(error), where=where) from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -163,13 +156,3 @@ def _parse(setting: str) -> dict[str, Any]:
     for part in reversed(name.split(".")):
         value = {part: value}
     return dict(value)
-
-
-def _fault(error: Any, kind: type[BaseModel]) -> str:
-    *path, last = (str(part) for part in error["loc"])
-    name = ".".join([*path, last])
-    if error["type"] == "extra_forbidden":
-        fields = DataConfig.model_fields if path == ["data"] else kind.model_fields
-        near = difflib.get_close_matches(last, fields, n=1, cutoff=0.5)
-        return f"{name}: unknown knob" + (f", did you mean {near[0]}?" if near else "")
-    return f"{name}: {error['msg'].lower()}, got {error['input']!r}"

@@ -143,6 +143,20 @@ def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its
     assert results.students == {}
 
 
+def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class TooLarge(suite.Journal):
+        def call(self, name: str, *rest: Any) -> dict[str, Any]:
+            return {"failed": "out of memory"} if name == "answers teacher PyTorch fp32" else super().call(name, *rest)
+
+    monkeypatch.setattr(suite, "Journal", TooLarge)
+    half = dataclasses.replace(settings, ways=(Way("torch", "bf16"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0)
+    results = suite.run_suite(half, tmp_path / "report")
+    assert [run.failed for run in results.latency] == [None, None]
+    assert results.backends[0] == {"model": "teacher", "backend": "torch", "precision": "bf16", "failed": "out of memory"}
+    assert "relative_l2" not in results.students.get("student", {})
+    assert len(results.pictures) == 2
+
+
 def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(settings: Suite, tmp_path: Path) -> None:
     short = dataclasses.replace(settings, models=(ModelUnderTest("gone", tmp_path / "gone", sha256="0"),), ways=(Way("torch"),), metric=None)
     with pytest.raises(ModelError, match="the teacher does not run in PyTorch"):
