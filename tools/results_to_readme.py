@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdcompress_bench.report import estimate_text
 from sdcompress_bench.results import Results, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +139,7 @@ def bench_nano() -> str:
     student = found.models[1]["name"]
     pair, real = found.students[student], found.quality.get("real", {})
     lines += [
-        f"{student} beside {found.teacher}, {found.settings['quality_pictures']} prompts: FID {interval(pair['fid'])}, KID {interval(pair['kid'])}, LPIPS {interval(pair['lpips'])}; caption among the judge's first five "
+        f"{student} beside {found.teacher}, {found.settings['quality_pictures']} prompts: FID {estimate_text(pair['fid'])}, KID {estimate_text(pair['kid'])}, LPIPS {estimate_text(pair['lpips'])}; caption among the judge's first five "
         + ", ".join(f"{percent(figures['top5'])} ({name})" for name, figures in ((found.teacher, found.quality[found.teacher]), (student, found.quality[student]), ("real pictures", real)) if "top5" in figures)
         + "."
     ]
@@ -225,11 +226,6 @@ def answer(found: Results, *more: str) -> list[str]:
 
 def machine(found: Results) -> str:
     return f"{found.environment['cpu']}, {found.environment['cores']} cores"
-
-
-def interval(estimate: dict[str, Any]) -> str:
-    form = ".1f" if abs(estimate["high"]) >= 10 else ".3f" if abs(estimate["high"]) >= 0.1 else ".4f"
-    return f"{estimate['value']:{form}} ({estimate['low']:{form}} to {estimate['high']:{form}})"
 
 
 def limit(value: float | None) -> str:

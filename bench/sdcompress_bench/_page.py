@@ -36,8 +36,8 @@ section { margin-top: 56px; }
 section p { max-width: 46em; color: var(--soft); margin: 0 0 12px; font-size: 15px; }
 table { width: 100%; border-collapse: collapse; font-size: 14.5px; font-variant-numeric: tabular-nums; }
 th { text-align: right; font-weight: 500; font-size: 13px; color: var(--soft); padding: 0 0 8px 14px; vertical-align: bottom; }
-td { text-align: right; padding: 10px 0 10px 14px; border-top: 1px solid var(--rule); overflow-wrap: anywhere; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+td { text-align: right; padding: 10px 0 10px 14px; border-top: 1px solid var(--rule); overflow-wrap: break-word; } td i { font-style: normal; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } td:first-child { overflow-wrap: anywhere; }
 .answer td:nth-child(4), .answer th:nth-child(4) { text-align: left; padding-left: 26px; }
 .answer td:first-child, .answer td:nth-child(7) { font-weight: 620; }
 .answer td:nth-child(4)::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 8px; background: var(--s5); }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from .results import Results, Row
 from .scenario import Way
 
 _HEAD = ("model", "parameters", "UNet size", "run by", "UNet step", "pictures/s", "speed-up", "of peak", "peak memory", "off PyTorch")
+
+_INTERVAL = re.compile(r"(\([^()]{1,24}\))")
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -137,12 +140,16 @@ def _cells(results: Results, row: Row) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "", tones: Sequence[str] = ()) -> str:
-    """Cells carry their column's name, which a narrow screen shows in place of the head."""
+    """Cells carry their column's name, which a narrow screen shows in place of the head; an interval in one is not broken."""
     body = []
     for index, row in enumerate(rows):
         tone = f' class="on-{tones[index]}"' if tones else ""
-        body.append(f"<tr{tone}>" + "".join(f'<td data-name="{escape(name)}">{escape(cell)}</td>' for name, cell in zip(head, row, strict=True)) + "</tr>")
+        body.append(f"<tr{tone}>" + "".join(f'<td data-name="{escape(name)}">{_unbroken(escape(cell))}</td>' for name, cell in zip(head, row, strict=True)) + "</tr>")
     return f'<table class="{kind}"><thead><tr>{"".join(f"<th>{escape(name)}</th>" for name in head)}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+
+
+def _unbroken(cell: str) -> str:
+    return _INTERVAL.sub(r"<i>\1</i>", cell)
 
 
 def _speed(results: Results) -> str:
@@ -258,13 +265,17 @@ def _gate_tables(results: Results) -> list[tuple[str, list[str], list[list[str]]
 
 
 def _figure(figure: Any) -> str:
-    if isinstance(figure, dict) and "share" in figure:
-        return f"{figure['share']:.1%} ({figure['low']:.0%}–{figure['high']:.0%})"
     if isinstance(figure, dict):
-        size = max(abs(figure["low"]), abs(figure["high"]))
-        form = ".1f" if size >= 10 else ".3f" if size >= 0.1 else ".4f"
-        return f"{figure['value']:{form}} ({figure['low']:{form}} to {figure['high']:{form}})"
+        return f"{figure['share']:.1%} ({figure['low']:.0%}–{figure['high']:.0%})" if "share" in figure else estimate_text(figure)
     return _or_dash(figure, "{:.3f}")
+
+
+def estimate_text(estimate: Mapping[str, Any]) -> str:
+    """An estimate with its interval, in digits that its size asks for."""
+    size = max(abs(estimate["low"]), abs(estimate["high"]))
+    digits = 1 if size >= 10 else 3 if size >= 0.1 else 4
+    value, low, high = (f"{round(estimate[key], digits) + 0.0:.{digits}f}" for key in ("value", "low", "high"))  # + 0.0: no minus before a zero
+    return f"{value} ({low} to {high})"
 
 
 def _or_dash(value: float | None, form: str) -> str:
@@ -283,7 +294,7 @@ def _pictures(results: Results, folder: Path) -> str:
         for column, picture in zip(results.pictures, data, strict=True):
             label = f"{caption}, {column['model']}, {Way(column['backend'], column['precision'])}"
             cells.append(f'<span class="cell"><img alt="{escape(label)}" src="data:image/webp;base64,{picture}"></span>')
-        rows.append(f'<p class="caption">{escape(caption)} <small>seed {results.settings["seed"] + index}</small></p><div class="row" style="--first:url(data:image/webp;base64,{data[0]})">{"".join(cells)}</div>')
+        rows.append(f'<p class="caption">{escape(caption)} <small>· seed {results.settings["seed"] + index}</small></p><div class="row" style="--first:url(data:image/webp;base64,{data[0]})">{"".join(cells)}</div>')
     switch = '<label class="switch"><input type="checkbox"> show the difference to the first column, eight times as strong</label>' if len(results.pictures) > 1 else ""
     return f'{switch}<div class="scroll"><div class="pictures" style="--columns:{len(results.pictures)}"><div class="row heads">{heads}</div>{"".join(rows)}</div></div>'
 
@@ -292,7 +303,7 @@ def _errors(results: Results) -> str:
     backends = [_line(f"{b['model']} · {Way(b['backend'], b['precision'])}", b, i) for i, b in enumerate(results.backends) if "steps" in b]
     students = [_line(name, figures, i) for i, (name, figures) in enumerate(results.students.items()) if "steps" in figures]
     limits = {limit for b in results.backends for limit in b.get("gate", {}).get("limits", [])}
-    level = (limits.pop(), "limit") if len(limits) == 1 else None
+    level = (limits.pop(), "limit in fp32") if len(limits) == 1 else None
     plots = _plots.lines("Same weights run otherwise, to PyTorch fp32", backends, "timestep", "relative L2", log=True, level=level) if backends else ""
     plots += _plots.lines(f"Student against {results.teacher}", students, "timestep", "relative L2") if students else ""
     return f'<div class="plots">{plots}</div>' if plots else ""
@@ -370,6 +381,7 @@ def _facts(results: Results) -> str:
         ("clocks", env.get("clocks", "")),
         ("load average", " before, ".join(str(env[key]) for key in ("load_average", "load_average_after") if env.get(key) is not None) + (" after" if env.get("load_average_after") is not None else "")),
         ("commit", env["commit"]),
+        ("took", f"{results.seconds / 60:.1f} min" if results.seconds else None),
     ]
     facts += [(f"sha256 of {model['name']}", model["sha256"]) for model in results.models]
     return "<dl>" + "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts if value not in (None, "")) + "</dl>"

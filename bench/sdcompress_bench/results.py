@@ -58,7 +58,7 @@ class Results:
         losses: model → loss name → [step, value] pairs.
         gates: figure, model, way, value, limit in words, `passed`.
         skipped: what was not measured → why.
-        settings: the suite. `command`: what to type to do it again.
+        settings: the suite. `command`: what to type to do it again. `seconds`: what all of it took, None where it was stopped in between.
     """
 
     created: str
@@ -77,6 +77,7 @@ class Results:
     gates: list[dict[str, Any]] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    seconds: float | None = None
     schema: int = RESULTS_SCHEMA
 
     @property

@@ -7,6 +7,7 @@ import hashlib
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -47,6 +48,7 @@ def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool
     if not suite.ways:
         raise BackendMissing(f"no backend to measure: {skipped}", hint="--backend torch")
     check_free(output, force)
+    started = time.monotonic()
     work = output.absolute().with_name(f".{output.name}.work")
     suite = dataclasses.replace(suite, models=tuple(made(model, report) for model in suite.models))
     facts = environment()
@@ -72,6 +74,7 @@ def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool
             pictures=shown,
             skipped=skipped,
             warnings=_warnings(suite, facts, journal),
+            seconds=None if journal.continued else round(time.monotonic() - started, 1),
             **found,
         )
         results = dataclasses.replace(results, gates=results.judge(suite.gates))

@@ -61,9 +61,9 @@ class Work:
         return self.weight_bytes + self.activation_bytes
 
     @property
-    def memory_bytes(self) -> int:
-        """What an eager run holds at its peak: weights, tables and `peak_bytes`."""
-        return self.weight_bytes + self.table_bytes + self.peak_bytes
+    def held_bytes(self) -> int:
+        """Weights and tables, which are held between calls too."""
+        return self.weight_bytes + self.table_bytes
 
 
 @dataclass(frozen=True)

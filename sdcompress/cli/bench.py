@@ -328,7 +328,7 @@ def _dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None:
             advance(note=scenario.model.name)
     for scenario in scenarios:
         work = counted[scenario.model.name, scenario.size_px, scenario.batch, scenario.way.precision]
-        held = sum(part.weight_bytes + part.table_bytes for part in work.values()) + max(part.peak_bytes for part in work.values())
+        held = sum(part.held_bytes for part in work.values()) + max(part.peak_bytes for part in work.values())
         rows.append({"scenario": scenario.key, "model": scenario.model.name, "backend": scenario.way.backend, "precision": scenario.way.precision, "size_px": scenario.size_px, "batch": scenario.batch, "memory_bytes": held, "unet_macs": work["unet"].macs})
     if as_json:
         click.echo(json.dumps({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1))
