@@ -170,6 +170,15 @@ def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(setting
         suite.run_suite(short, tmp_path / "taken")
 
 
+def test_sdxl_is_measured_with_both_its_encoders_and_its_sizes(settings: Suite, sdxl_folder: Path, tmp_path: Path) -> None:
+    models = (ModelUnderTest("sdxl", sdxl_folder), ModelUnderTest("copy", sdxl_folder))
+    results = suite.run_suite(dataclasses.replace(settings, models=models, ways=(Way("torch"),), sizes_px=(128,), guidance_scale=5.0, quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0), tmp_path / "report")
+    assert [run.failed for run in results.latency] == [None, None]
+    assert results.models[0]["parameters"]["text_encoder_2"] > 0
+    assert results.students["copy"]["relative_l2"] == 0.0
+    assert results.students["copy"]["psnr_db"]["value"] == 100
+
+
 def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) -> None:
     facts = {"cpu": "x", "cores": 2, "gpu": [], "commit": "a"}
     base = suite._fingerprint(settings, facts)
