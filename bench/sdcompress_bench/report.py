@@ -330,6 +330,7 @@ def _warnings(results: Results) -> list[str]:
         *(f"{name} was not measured: {reason}" for name, reason in results.skipped.items()),
         *(f"{_name(results, r)} failed: {r.failed}" for r in results.latency if r.failed),
         *(f"{b['model']} on {Way(b['backend'], b['precision'])} could not be held against PyTorch: {b['failed']}" for b in results.backends if "failed" in b and "gate" not in b),
+        *(["Every case ran in one round: the intervals do not know how one process differs from the next, and a busy machine may have slowed one case alone"] if results.settings["rounds"] == 1 else []),
         *([f"UNet step samples scatter by over 10% (interquartile range over median) for {', '.join(noisy)}: the machine was busy or too few were taken"] if noisy else []),
         *([f"Calls were not yet steady when timing began for {', '.join(unsteady)}"] if unsteady else []),
         *dict.fromkeys(str(estimate["warning"]) for estimate in estimates if estimate.get("warning")),

@@ -169,6 +169,12 @@ def test_failed_teacher_and_no_pictures_still_make_a_page(results: Results, tmp_
     assert "Same prompt" not in page
 
 
+def test_one_round_is_told_and_two_are_not(results: Results, tmp_path: Path) -> None:
+    once = dataclasses.replace(results, settings=results.settings | {"rounds": 1})
+    assert "one process differs from the next" in render_html(once, tmp_path)
+    assert "one process differs from the next" not in render_html(results, tmp_path)
+
+
 def test_gate_over_its_limit_is_told(results: Results, tmp_path: Path) -> None:
     off = dataclasses.replace(results, backends=[results.backends[0] | {"gate": GATE | {"limit": 1e-7, "passed": False}}])
     assert off.failed_gates() == ["nano on ONNX Runtime fp32: relative L2 2.00e-06 over 1.00e-07 at timestep 999"]
