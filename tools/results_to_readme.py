@@ -135,7 +135,8 @@ def backends() -> str:
 def bench_nano() -> str:
     """What `sdcompress bench nano` found."""
     found = read_results(RESULTS / "bench-nano.json")
-    lines = [f"`sdcompress bench nano` ({machine(found)}; one picture, guidance, {found.settings['steps']} steps; {found.settings['rounds']} rounds, 95% intervals{f", {found.seconds / 60:.1f} minutes in all" if found.seconds else ""}):", "", *answer(found), ""]
+    took = f"; {found.seconds / 60:.1f} minutes in all, its graphs not yet made" if found.seconds else ""
+    lines = [f"`sdcompress bench nano` ({machine(found)}; one picture, guidance, {found.settings['steps']} steps; {found.settings['rounds']} rounds, 95% intervals{took}):", "", *answer(found), ""]
     student = found.models[1]["name"]
     pair, real = found.students[student], found.quality.get("real", {})
     lines += [
