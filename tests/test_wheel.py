@@ -17,7 +17,8 @@ FOUND = """
 import sys
 from importlib.resources import files
 from pathlib import Path
-from sdcompress.hosts.install import find_host, install, plugin_folder, uninstall
+from sdcompress.hosts.host import find_host
+from sdcompress.hosts.install import install, plugin_folder, uninstall
 from sdcompress.train.config import recipe_names
 unpacked = Path(sys.argv[1])
 for plugin in ("sd_webui_sdcompress", "comfyui_sdcompress"):

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from sdcompress.hosts.host import hosts
+
 from ._console import ConsoleReporter, card, mib
 
 if TYPE_CHECKING:
-    from sdcompress.hosts.install import Done, Host
+    from sdcompress.hosts.host import Host
+    from sdcompress.hosts.install import Done
 
-HOSTS = ("webui", "forge", "comfyui")  # as `sdcompress.hosts.install.hosts`, which loads torch; a test holds them equal
-host_argument = click.argument("host", type=click.Choice(HOSTS))
+host_argument = click.argument("host", type=click.Choice(list(hosts())))
 path_argument = click.argument("path", type=click.Path(path_type=Path))
 
 
@@ -34,7 +36,8 @@ def command(host: str, path: Path, engines: tuple[Path, ...], name: str | None, 
     sdcompress status comfyui ~/ComfyUI
     sdcompress uninstall comfyui ~/ComfyUI
     """
-    from sdcompress.hosts.install import find_host, install
+    from sdcompress.hosts.host import find_host
+    from sdcompress.hosts.install import install
 
     found, root = find_host(host, path)
     done = install(found, root, engines, name=name, link=link, weights=weights, report=ConsoleReporter())

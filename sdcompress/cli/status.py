@@ -28,7 +28,8 @@ def command(host: str, path: Path, as_json: bool) -> None:
     """
     import json
 
-    from sdcompress.hosts.install import find_host, status
+    from sdcompress.hosts.host import find_host
+    from sdcompress.hosts.install import status
 
     found, root = find_host(host, path)
     state = status(found, root)

@@ -21,7 +21,8 @@ def command(host: str, path: Path, names: tuple[str, ...]) -> None:
     sdcompress uninstall webui ~/stable-diffusion-webui
     sdcompress uninstall comfyui ~/ComfyUI sd-tiny
     """
-    from sdcompress.hosts.install import find_host, uninstall
+    from sdcompress.hosts.host import find_host
+    from sdcompress.hosts.install import uninstall
 
     found, root = find_host(host, path)
     done = uninstall(found, root, names)

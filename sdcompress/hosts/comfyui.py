@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sdcompress.hosts.install import Host
+from sdcompress.hosts.host import Host
 
 COMFYUI = Host(
     name="comfyui",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sdcompress.hosts.install import Host
+from sdcompress.hosts.host import Host
 
 WEBUI = Host(
     name="webui",

@@ -22,9 +22,9 @@ from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, canonical, write_manifest
 from sdcompress_engines.store import EngineKey
 
-from sdcompress.cli.install import HOSTS as CLI_HOSTS
 from sdcompress.hosts import record as records
-from sdcompress.hosts.install import RECORD, WEIGHTS, find_host, host_packages, hosts, install, plugin_folder, read, status, uninstall
+from sdcompress.hosts.host import RECORD, find_host, host_packages, hosts
+from sdcompress.hosts.install import WEIGHTS, install, plugin_folder, read, status, uninstall
 from sdcompress.hosts.ldm import export_ldm
 from sdcompress.single_file import load_single_file
 from sdcompress.teacher import sha256_of
@@ -400,7 +400,8 @@ def test_a_host_that_runs_meanwhile_is_named_and_goes_on_with_what_it_has(place:
 
 KILLED = """
 import sys
-from sdcompress.hosts.install import find_host, install
+from sdcompress.hosts.host import find_host
+from sdcompress.hosts.install import install
 install(*find_host("comfyui", sys.argv[1]), [sys.argv[2]])
 """
 
@@ -594,7 +595,7 @@ def test_every_error_of_an_install_is_one_line(comfyui: tuple[Any, Path], tmp_pa
 
 
 def test_hosts_are_known_by_what_is_typed(comfyui: tuple[Any, Path]) -> None:
-    assert tuple(hosts()) == HOSTS == CLI_HOSTS
+    assert tuple(hosts()) == HOSTS
     assert read(*comfyui) == (None, None)
 
 
