@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError
@@ -134,6 +136,19 @@ def _notes(before: Results, after: Results) -> list[str]:
     if before.settings["rounds"] != after.settings["rounds"]:
         notes.append(f"rounds {before.settings['rounds']} and {after.settings['rounds']}")
     return notes
+
+
+def to_json(found: Comparison) -> str:
+    """The comparison for programs; an interval without an end, as one round gives it, ends in null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(asdict(found)), indent=1, allow_nan=False)
 
 
 def render(found: Comparison) -> str:

@@ -142,15 +142,12 @@ def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bo
       sdcompress bench compare before/results.json after/results.json
       sdcompress bench compare main/results.json mine/results.json --fail-on-slower
     """
-    import json
-    from dataclasses import asdict
-
-    from sdcompress_bench.compare import compare, render
+    from sdcompress_bench.compare import compare, render, to_json
     from sdcompress_bench.results import read_results
     from sdcompress_engines.errors import GateFailed
 
     found = compare(read_results(_results_file(before)), read_results(_results_file(after)), str(before), str(after))
-    click.echo(json.dumps(asdict(found), indent=1) if as_json else render(found))
+    click.echo(to_json(found) if as_json else render(found))
     slower = [f"{line.scenario}, {line.stage}: {line.change.ratio - 1:+.1%}" for line in found.lines if line.change.verdict == "slower"]
     if fail_on_slower and slower:
         raise GateFailed(f"slower: {'; '.join(slower)}", where=after, expected="nothing slower beyond noise")

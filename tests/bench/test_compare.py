@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
 import pytest
-from sdcompress_bench.compare import compare, render
+from sdcompress_bench.compare import compare, render, to_json
 from sdcompress_bench.latency import STAGES, Latency
 from sdcompress_bench.results import Results
 from sdcompress_engines.errors import ArtifactError
@@ -44,6 +45,7 @@ def test_too_few_rounds_say_nothing() -> None:
     found = compare(results(run("nano", "torch", 100, 1, rounds=1)), results(run("nano", "torch", 150, 2, rounds=1)))
     assert {line.change.verdict for line in found.lines} == {"unknown"}
     assert "? unknown" in render(found)
+    assert json.loads(to_json(found), parse_constant=pytest.fail)["lines"][0]["change"]["high"] is None
 
 
 def test_unlike_scenarios_are_refused() -> None:
