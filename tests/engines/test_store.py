@@ -589,7 +589,7 @@ def test_on_a_real_card_only_engines_for_it_fit() -> None:
 
 def test_a_flavour_that_is_not_installed_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(BackendMissing, match=r"sdcompress\[gpu\]"):
+    with pytest.raises(BackendMissing, match=r"sdcompress\[trt\]"):
         check_fits_here(config_for(flavour="tensorrt", version="10.14.1"), "unet.engine")
     with pytest.raises(EngineMismatch, match="tensorrt or tensorrt-rtx"):
         check_fits_here(config_for() | {"flavour": "aitemplate"}, "unet.engine")
