@@ -160,7 +160,9 @@ class _Graph:
         if odd or (lacking := set(self._specs) - set(named)):
             what = f"takes no {', '.join(odd)}" if odd else f"needs {', '.join(sorted(lacking))} too"
             raise EngineMismatch(f"the {self.component} graph {what}", where=self.runner.path, expected=", ".join(self._specs))
-        return {name: tensor.to(self.runner.device, self._specs[name].dtype) for name, tensor in named.items()}
+        device = self.runner.device
+        # From the host to a GPU without waiting: the host's copy is staged before the call returns. The other way round it would not be there yet.
+        return {name: tensor.to(device, self._specs[name].dtype, non_blocking=device.type == "cuda") for name, tensor in named.items()}
 
     def infer(self, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
         """The outputs by canonical name."""

@@ -42,6 +42,11 @@ def open_runner(path: str | PathLike[str], device: torch.device | str | None = N
     return kind(path, device, **options).open()
 
 
-def available() -> dict[str, str | None]:
-    """Backend → None where it is usable here, else the reason it is not."""
-    return {"torch": None, "aot-inductor": aot_inductor.missing(), "onnxruntime": onnxruntime.missing(), **{name: tensorrt.missing(flavour) for name, flavour in FLAVOURS.items()}}
+def available(device: str = "cpu") -> dict[str, str | None]:
+    """Returns backend → None where it is usable here, else the reason.
+
+    Args:
+        device: `cpu` or `cuda`, where ONNX Runtime is to run; the engines of TensorRT run on a GPU whatever it says.
+    """
+    engines = {name: tensorrt.missing(flavour) for name, flavour in FLAVOURS.items()}
+    return {"torch": None, "aot-inductor": aot_inductor.missing(), "onnxruntime": onnxruntime.missing(device), **engines}

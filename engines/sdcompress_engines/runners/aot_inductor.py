@@ -5,8 +5,10 @@ A package holds code: load none that you would not run. It belongs to the torch,
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import re
 import tempfile
 import warnings
 import zipfile
@@ -22,9 +24,10 @@ from ..errors import ArtifactError, BackendMissing, EngineError, EngineMismatch,
 from ..flavour import platform_name
 from ..manifest import read_manifest, sha256_file
 from .base import Runner, TensorSpec
-from .execution import short
+from .cuda_graphs import GraphedCall, check_graph_device, short
 from .torch import COMPILER, no_compiler
 
+CUDA_TOOLKIT = f"install the CUDA toolkit{'' if torch.version.cuda is None else ' ' + torch.version.cuda} and set CUDA_HOME to it, or --backend compile"
 _KEY = "sdcompress"
 _AGAIN = "export it again on this machine"
 
@@ -89,7 +92,7 @@ def compile_package(
         inputs, outputs: names, shapes and dtypes; an axis that comes out fixed is kept as its size.
 
     Raises:
-        UsageError: another suffix. BackendMissing: no C++ compiler. ExportError: the module cannot be exported or compiled. StorageError: no space.
+        UsageError: another suffix. BackendMissing: no C++ compiler, or no CUDA toolkit for a GPU. ExportError: the module cannot be exported or compiled. StorageError: no space.
     """
     path = Path(path)
     if path.suffix != ".pt2":
@@ -117,6 +120,8 @@ def compile_package(
                     raise
                 if no_compiler(error):
                     raise BackendMissing("AOTInductor finds no C++ compiler", hint=COMPILER) from error
+                if device == "cuda" and no_cuda_headers(error):
+                    raise BackendMissing("AOTInductor finds no headers of the CUDA toolkit", hint=CUDA_TOOLKIT) from error
                 raise ExportError(f"AOTInductor cannot compile this module ({type(error).__name__}: {short(error)})", where=path) from error
             os.replace(made, path)
     return path
@@ -149,12 +154,18 @@ class AotInductorRunner(Runner):
     """A `.pt2` package. `device` is the one it was compiled for, and cannot be another kind.
 
     The manifest beside it, where there is one, and the package's own checksums are read before its code is.
+
+    Args:
+        cuda_graph: replay a captured graph for each shape; on a GPU only.
     """
 
     backend = "aot-inductor"
 
-    def __init__(self, path: str | PathLike[str], device: torch.device | str | None = None) -> None:
-        super().__init__(path, device or "cpu")
+    def __init__(self, path: str | PathLike[str], device: torch.device | str | None = None, *, cuda_graph: bool = False) -> None:
+        super().__init__(path, device or ("cuda" if cuda_graph else "cpu"))
+        check_graph_device(cuda_graph, self.device)
+        self.cuda_graph = cuda_graph
+        self._graphed: GraphedCall | None = None
         self._chosen = device is not None
         self._model: Any = None
         self._axes: Mapping[str, Range] = {}
@@ -171,21 +182,31 @@ class AotInductorRunner(Runner):
         if not self._chosen:
             self.device = torch.device(facts.device)
         check_fits(facts, self.device, self.path)
+        check_graph_device(self.cuda_graph, self.device)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's about its own code
                 from torch._inductor import aoti_load_package
 
-                self._model = aoti_load_package(str(self.path), device_index=-1 if self.device.index is None else self.device.index)
+                options: dict[str, Any] = {"device_index": -1 if self.device.index is None else self.device.index}
+                if self.cuda_graph and "run_single_threaded" in inspect.signature(aoti_load_package).parameters:
+                    options["run_single_threaded"] = True  # else it asks after each run whether that has finished, which a capture forbids
+                self._model = aoti_load_package(str(self.path), **options)
         except Exception as error:  # its exceptions share no base class
             raise EngineError(f"the package does not load ({short(error)})", where=self.path, hint=_AGAIN) from error
         self.inputs, self.outputs, self._axes = facts.inputs, facts.outputs, facts.axes
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device() if self.device.index is None else self.device.index)
+        self._graphed = GraphedCall(self._compute, self.device, self.path) if self.cuda_graph else None
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for spec in self.inputs:
             for size, axis in zip(feeds[spec.name].shape, spec.shape, strict=True):
                 if isinstance(axis, str) and axis in self._axes and size not in self._axes[axis]:
                     raise EngineMismatch(f"{axis} {size} is outside what the package was compiled for", where=self.path, expected=f"{axis} {self._axes[axis]}", hint="export it again for these shapes")
+        return self._compute(feeds) if self._graphed is None else self._graphed(feeds)
+
+    def _compute(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         # Kernels for a GPU count on the alignment of a tensor's own memory, which a slice of one need not have.
         tensors = [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in feeds.values()]
         try:
@@ -195,7 +216,13 @@ class AotInductorRunner(Runner):
         return dict(zip((spec.name for spec in self.outputs), results if isinstance(results, (tuple, list)) else (results,), strict=True))
 
     def _release(self) -> None:
-        self._model = None
+        self._model = self._graphed = None
+
+
+def no_cuda_headers(error: BaseException) -> bool:
+    """Returns whether a compilation failed because the CUDA toolkit is not installed: torch carries its libraries, not all of its headers."""
+    text = str(error)
+    return "CUDA_HOME" in text or re.search(r"cuda\w*\.h\b.*No such file", text) is not None
 
 
 def check_fits(facts: Facts, device: torch.device, where: str | PathLike[str] | None) -> None:

@@ -74,7 +74,9 @@ class Runner(ABC):
         if not self._is_open:
             raise EngineError("the runner is not open", where=self.path, hint="with open_runner(path) as runner: ...")
         self._check(feeds)
-        with torch.no_grad():  # not inference_mode, whose tensors a scheduler may not change in place
+        # Not in inference mode, whatever the caller is in: a scheduler may not change such tensors in place, and a CUDA graph's static
+        # tensors could not be written to from a later call outside of it.
+        with torch.inference_mode(False), torch.no_grad():
             return self._run({spec.name: feeds[spec.name].detach().contiguous() for spec in self.inputs})
 
     def close(self) -> None:

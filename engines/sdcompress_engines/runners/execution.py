@@ -1,8 +1,7 @@
-"""How a call runs on an engine: on a context of its profile, in memory of ours, in the order of torch's stream, and as a CUDA graph where that is wanted."""
+"""Run calls on a TensorRT engine: one context for each profile, activations in our memory, in the order of torch's stream, as CUDA graphs if wanted."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,11 +12,9 @@ import torch
 
 from ..errors import EngineError, EngineMismatch
 from .base import TensorSpec
+from .cuda_graphs import GRAPHS, StaticCall, capture_graph, short, warn_without_graph
 from .memory import SharedMemory
 from .shapes import Shape
-
-GRAPHS = 4
-"""CUDA graphs, each of one shape, that an engine keeps; the one used longest ago makes place."""
 
 
 @dataclass
@@ -33,13 +30,12 @@ class _Context:
 
 
 @dataclass
-class _Static:
-    """Tensors whose addresses stay, for one shape; and the CUDA graph over them, where it is ours and not the library's."""
+class _Captured:
+    """A static call, the context it runs on, and whether a CUDA graph of ours holds the addresses of that context's memory."""
 
     context: _Context
-    feeds: dict[str, torch.Tensor]
-    results: dict[str, torch.Tensor]
-    graph: torch.cuda.CUDAGraph | None = None
+    call: StaticCall
+    holds_addresses: bool
 
 
 class Execution:
@@ -61,23 +57,34 @@ class Execution:
         self._memory, self._log, self._where = memory, log, where
         self._graphs, self._itself = graphs, itself
         self._contexts: dict[int, _Context] = {}
-        self._statics: dict[tuple[int, tuple[Shape, ...]], _Static] = {}
+        self._captured: dict[tuple[int, tuple[Shape, ...]], _Captured] = {}  # the one used last comes last
         self._own_stream = torch.cuda.Stream(device)
 
     def run(self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The outputs, fresh tensors of torch's current stream, for contiguous feeds whose shapes `profile` takes; the device is the current one.
 
         Raises:
-            EngineError: no memory, or the engine failed. EngineMismatch: shapes it takes after all not.
+            EngineError: no memory, or the engine failed. EngineMismatch: the engine refuses the shapes.
         """
         with self._stream() as stream, self._memory.lease(stream):
-            if self._graphs and not torch.cuda.is_current_stream_capturing() and (static := self._static(profile, shapes, feeds, stream)):
-                return self._run_static(static, shapes, feeds, stream)
+            if self._graphs and not torch.cuda.is_current_stream_capturing():
+                captured = self._find_or_capture(profile, shapes, feeds, stream)
+                if captured is not None:
+                    return captured.call(feeds, stream)
             context = self._context(profile, stream)
             self._prepare(context, shapes)
             results = self._fresh(context)
             self._execute(context, {**feeds, **results}, stream)
             return results
+
+    def reserve(self, profile: int, shapes: Mapping[str, Shape]) -> None:
+        """Make the activation memory large enough for these shapes now, so that it need not grow, and graphs be captured again, later.
+
+        Raises:
+            EngineError: no memory. EngineMismatch: the profile does not take these shapes.
+        """
+        with self._stream() as stream:
+            self._prepare(self._context(profile, stream), shapes)
 
     @contextmanager
     def _stream(self) -> Iterator[torch.cuda.Stream]:
@@ -99,6 +106,13 @@ class Execution:
         if profile not in self._contexts:
             self._contexts[profile] = self._new_context(profile, stream)
         return self._contexts[profile]
+
+    def _separate_context(self, profile: int, shapes: Mapping[str, Shape], stream: torch.cuda.Stream) -> _Context:
+        """Returns a context for these shapes alone: the one that `reserve` has prepared for them, else a new one."""
+        held = self._contexts.get(profile)
+        if held is not None and held.shapes == shapes:
+            return self._contexts.pop(profile)
+        return self._new_context(profile, stream)
 
     def _new_context(self, profile: int, stream: torch.cuda.Stream) -> _Context:
         native = self._engine.create_execution_context(self._how)
@@ -138,57 +152,48 @@ class Execution:
         if not context.native.execute_async_v3(stream.cuda_stream):
             raise EngineError(f"the engine failed ({self._log.said()})", where=self._where)
 
-    def _run_static(self, static: _Static, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream) -> dict[str, torch.Tensor]:
-        results = {name: torch.empty_like(tensor) for name, tensor in static.results.items()}  # on the caller's stream, whose they are
-        with torch.cuda.stream(stream):
-            for name, tensor in feeds.items():
-                static.feeds[name].copy_(tensor)
-            if static.graph is not None:
-                static.graph.replay()
-            else:
-                self._prepare(static.context, shapes)
-                self._execute(static.context, {**static.feeds, **static.results}, stream)
-            for name, tensor in results.items():
-                tensor.copy_(static.results[name])
-        return results
-
-    def _static(self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream) -> _Static | None:
-        """Buffers and graph for these shapes, captured now if they are not there; None where a capture has failed."""
+    def _find_or_capture(
+        self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream
+    ) -> _Captured | None:
+        """Returns the static call for these shapes, captured now if it is new or its memory has moved; None where a capture has failed."""
         key = (profile, tuple(shapes.values()))
-        static = self._statics.pop(key, None)
-        if static is not None and static.graph is not None and static.context.memory != self._memory.block:
-            torch.cuda.synchronize(self._device)  # it may still run; then it goes, with the addresses it was captured with
-            static = None
-        if static is None:
-            static = self._capture(profile, shapes, feeds, stream)
-        if static is not None:
-            self._statics[key] = static
-            if len(self._statics) > GRAPHS:
+        captured = self._captured.pop(key, None)
+        if captured is not None and captured.holds_addresses and captured.context.memory != self._memory.block:
+            torch.cuda.synchronize(self._device)  # the graph may still run
+            captured = None
+        captured = captured or self._capture(profile, shapes, feeds, stream)
+        if captured is not None:
+            self._captured[key] = captured
+            if len(self._captured) > GRAPHS:
                 torch.cuda.synchronize(self._device)
-                del self._statics[next(iter(self._statics))]
-        return static
+                del self._captured[next(iter(self._captured))]
+        return captured
 
-    def _capture(self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream) -> _Static | None:
+    def _capture(
+        self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream
+    ) -> _Captured | None:
         # A captured context keeps to its shape: what kernels read of sizes may lie in the context's memory, where another shape would change it.
-        context = self._context(profile, stream) if self._itself else self._new_context(profile, stream)
+        context = self._context(profile, stream) if self._itself else self._separate_context(profile, shapes, stream)
         self._prepare(context, shapes)
-        static = _Static(context, {name: tensor.clone() for name, tensor in feeds.items()}, self._fresh(context))
-        if self._itself:
-            return static
-        tensors = {**static.feeds, **static.results}
+        inputs, results = {name: tensor.clone() for name, tensor in feeds.items()}, self._fresh(context)
+        tensors = {**inputs, **results}
+        if self._itself:  # the library captures and replays inside its own launch
+
+            def launch() -> None:
+                self._prepare(context, shapes)
+                self._execute(context, tensors, torch.cuda.current_stream(self._device))
+
+            return _Captured(context, StaticCall(inputs, results, launch), holds_addresses=False)
         torch.cuda.synchronize(self._device)
-        self._execute(context, tensors, self._own_stream)  # the first run of a shape sets up what a capture may not
+        self._execute(context, tensors, self._own_stream)  # the first run of a shape sets up what a capture must not contain
         self._own_stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self._own_stream, capture_error_mode="thread_local"):
-                self._execute(context, tensors, self._own_stream)
+            graph, _ = capture_graph(lambda: self._execute(context, tensors, self._own_stream), self._own_stream)
         except (RuntimeError, EngineError) as error:
             self._graphs = False
-            warnings.warn(f"{self._where}: no CUDA graph could be captured, so it runs without ({short(error)})", RuntimeWarning, stacklevel=6)
+            warn_without_graph(self._where, short(error))
             return None
-        static.graph = graph
-        return static
+        return _Captured(context, StaticCall(inputs, results, graph.replay), holds_addresses=True)
 
     @contextmanager
     def _native_errors(self, what: str) -> Iterator[None]:
@@ -196,9 +201,3 @@ class Execution:
             yield
         except RuntimeError as error:
             raise EngineError(f"the engine does not take {what} ({short(error)}; {self._log.said()})", where=self._where) from error
-
-
-def short(error: object, length: int = 300) -> str:
-    """One line of what a library said, cut where it goes on and on."""
-    line = " ".join(str(error).split())
-    return line if len(line) <= length else f"{line[:length]} ..."

@@ -13,7 +13,7 @@ import torch
 from ..errors import BackendMissing, EngineError, UsageError, storage_errors
 from ..manifest import cache_folder, read_manifest, sha256_file
 from .base import Runner, TensorSpec
-from .execution import short
+from .cuda_graphs import short
 from .shapes import Ranges, Shape
 
 INSTALL = "pip install 'sdcompress[cpu]'"
@@ -40,12 +40,18 @@ _DTYPES = {
 _ELEMENT = dict(_DTYPES.values())
 
 
-def missing() -> str | None:
-    """Why ONNX Runtime is not usable here, or None."""
+def missing(device: str = "cpu") -> str | None:
+    """Returns why ONNX Runtime does not run on a device here, or None.
+
+    Args:
+        device: `cpu`, which every ONNX Runtime serves, or `cuda`.
+    """
     try:
-        import onnxruntime  # noqa: F401
+        import onnxruntime
     except (ImportError, OSError) as error:
         return f"onnxruntime is not installed ({error}): {INSTALL}"
+    if device.startswith("cuda") and PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        return f"this onnxruntime {onnxruntime.__version__} runs on the CPU only: pip uninstall onnxruntime, then {INSTALL_GPU}"
     return None
 
 

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from ..errors import BackendMissing, EngineError, EngineMismatch, UsageError
-from ..flavour import FLAVOURS, Flavour, check_fits_here
+from ..flavour import FLAVOURS, Flavour, check_fits_here, present_card
 from ..graph import sha256_graph
 from ..manifest import cache_folder, read_manifest
 from .base import Runner, TensorSpec
-from .execution import Execution, short
+from .cuda_graphs import short
+from .execution import Execution
 from .kept import read_sealed, write_sealed
 from .memory import SharedMemory
 from .shapes import Ranges, axis_names, choose_profile, no_profile
@@ -67,8 +68,11 @@ USED_API_RTX = {
 
 
 def missing(flavour: Flavour) -> str | None:
-    """Why engines of this flavour cannot run here, or None."""
-    return flavour.missing() or (None if torch.cuda.is_available() else "no CUDA device")
+    """Returns why engines of this flavour cannot run here, or None."""
+    if reason := flavour.missing():
+        return reason
+    card = present_card()
+    return "no CUDA device" if card is None else flavour.unserved(card)
 
 
 class TensorRTRunner(Runner):
@@ -141,6 +145,9 @@ class TensorRTRunner(Runner):
                 self._engine, trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config, self.outputs, self.device,
                 self._memory or SharedMemory(self.device), self._log, self.path, graphs=self.cuda_graph and obstacle is None, itself=self._graphs_itself,
             )  # fmt: skip
+            if self._memory is not None and not self._compiles:  # which would compile kernels for shapes that may never come
+                for index, ranges in enumerate(self._profiles):
+                    self._execution.reserve(index, {name: best for name, (_, best, _) in ranges.items()})
 
     def _read(self) -> tuple[bytes, str]:
         """The engine's bytes and their sha256, held against its manifest; a bare engine has none, and the runtime is the first to judge it."""
