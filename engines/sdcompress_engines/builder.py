@@ -25,6 +25,7 @@ from .graph import read_graph
 from .manifest import cache_folder, require_space
 from .profiles import Profile
 from .progress import SILENT, Reporter
+from .resources import available_memory_bytes, peak_rss_mib
 
 _EVENT = "sdcompress:"  # marks our lines among whatever native code prints
 _MEMORY_FACTOR, _MEMORY_BASE = 3.2, 2**29  # of the graph's weights; measured on whole and pruned UNets (bench/results/engines-cpu.json), rounded up
@@ -46,6 +47,7 @@ USED_API = {
     "ILogger": ("log", "ERROR", "INTERNAL_ERROR"),
 }
 USED_API_ATTENTION = {"IAttentionInputLayer": ("attention",), "IAttention": ("decomposable",), "LayerType": ("ATTENTION_INPUT",)}
+USED_API_MEMORY = {"IBuilderConfig": ("set_preview_feature",), "PreviewFeature": ("RUNTIME_ACTIVATION_RESIZE_10_10",)}
 USED_API_STREAM = {"Builder": ("build_serialized_network_to_stream",), "IStreamWriter": ("write",)}
 USED_API_AHEAD = {"IBuilderConfig": ("num_compute_capabilities", "set_compute_capability")}
 
@@ -114,10 +116,10 @@ def targets(flavour: Flavour, requested: Sequence[tuple[int, int]] | None) -> tu
     """
     if not flavour.builds_ahead():
         return (_present_card(requested, flavour),)
-    known = {(int(name[2:-1]), int(name[-1])) for name in flavour.load().ComputeCapability.__members__ if name.startswith("SM")}
+    known = flavour.served_cards() or ()
     for target in requested or ():
         if target not in known:
-            raise EngineError(f"this {flavour.name} ({flavour.version}) builds for no compute capability {target[0]}.{target[1]}", expected="one of " + ", ".join(f"{a}.{b}" for a, b in sorted(known)))
+            raise EngineError(f"this {flavour.name} ({flavour.version}) builds for no compute capability {target[0]}.{target[1]}", expected="one of " + ", ".join(f"{a}.{b}" for a, b in known))
     return tuple(sorted(set(requested or ())))
 
 
@@ -196,11 +198,8 @@ def check_options(flavour: Flavour, options: BuildOptions) -> None:
 
 def _require_memory(needed_bytes: int, name: str) -> None:
     """Refuse a build that this machine's memory would end, where it tells how much is free."""
-    try:
-        free = next(int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return
-    if free < needed_bytes:
+    free = available_memory_bytes()
+    if free is not None and free < needed_bytes:
         raise StorageError(f"building {name} needs about {needed_bytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free", hint="close other programs, or build one component at a time with --component")
 
 
@@ -269,15 +268,7 @@ def _child() -> None:
         said = "; ".join(dict.fromkeys(errors))
         _emit(error=f"{error}" + (f" ({said})" if said and said not in str(error) else ""))
     else:
-        _emit(done=True, peak_mib=_peak_mib())
-
-
-def _peak_mib() -> float:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        _emit(done=True, peak_mib=peak_rss_mib())
 
 
 def _build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
@@ -314,6 +305,7 @@ def _build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
     config.progress_monitor = monitor
     _aim(trt, config, job["targets"])
     _configure(trt, config, job["options"])
+    _ask_for_exact_memory(trt, config)
     cache = _open_timing_cache(config, Path(job["timing_cache"]))
     for shapes in job["profiles"]:
         if config.add_optimization_profile(_profile(builder, network, shapes)) < 0:
@@ -369,6 +361,13 @@ def _configure(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace_mib"] << 20)
     if level := options.get("hardware_compatible"):
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level.upper())
+
+
+def _ask_for_exact_memory(trt: Any, config: Any) -> None:
+    """Let contexts say what activation memory the shapes at hand need; without this some libraries answer with the profile's maximum."""
+    feature = getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None)
+    if feature is not None:
+        config.set_preview_feature(feature, True)
 
 
 def _open_timing_cache(config: Any, path: Path) -> Any:

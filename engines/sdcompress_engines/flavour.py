@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from .errors import ArtifactError, BackendMissing, EngineMismatch, SdCompressError, UsageError
+
+Card = tuple[int, int]
+"""A compute capability, (major, minor)."""
 
 
 @dataclass(frozen=True)
@@ -48,32 +51,74 @@ class Flavour:
         trt = self.load()
         return hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability")
 
+    def served_cards(self) -> tuple[Card, ...] | None:
+        """Returns the compute capabilities that this library lists as its own, (major, minor) each; None where it has no such list."""
+        listed = getattr(self.load(), "ComputeCapability", None)
+        if listed is None:
+            return None
+        return tuple(sorted((int(name[2:-1]), int(name[-1])) for name in listed.__members__ if name.startswith("SM")))
+
+    def unserved(self, card: Card) -> str | None:
+        """Returns why engines of this library do not run on a card of this compute capability, or None."""
+        served = self.served_cards()
+        if served is None or card in served:
+            return None
+        return f"{self.name} {self.version} serves no compute capability {_dotted(card)}, only {', '.join(map(_dotted, served))}"
+
     @property
     def version(self) -> str:
         return str(self.load().__version__)
 
 
-TENSORRT = Flavour("tensorrt", "tensorrt", "pip install 'sdcompress[gpu]'")
+TENSORRT = Flavour("tensorrt", "tensorrt", "pip install 'sdcompress[trt]'")
 TENSORRT_RTX = Flavour("tensorrt-rtx", "tensorrt_rtx", "pip install 'sdcompress[rtx]'")
 FLAVOURS = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
 
 
-def choose_flavour(requested: str | None = None, gpu_present: bool = False) -> Flavour:
-    """The flavour to build with: the requested one, else `tensorrt` for the GPU that is here and `tensorrt-rtx` where none is.
+def present_card(device: Any = None) -> Card | None:
+    """Returns the compute capability of the GPU in this machine, or None where there is none.
 
-    With a GPU but no `tensorrt` installed, `tensorrt-rtx` serves too; the other way round nothing does, as `tensorrt` builds only for a card it sees.
+    Args:
+        device: a torch CUDA device; by default the current one.
+    """
+    import torch
+
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
+def choose_flavour(requested: str | None = None, card: Card | None = None, wanted_cards: Sequence[Card] | None = None) -> Flavour:
+    """Returns the flavour to build with: the requested one, else `tensorrt` for the GPU that is here and `tensorrt-rtx` where none is.
+
+    With a GPU but no `tensorrt` installed, `tensorrt-rtx` is used if it serves that GPU. Without a GPU only `tensorrt-rtx` builds.
+
+    Args:
+        card: compute capability of the GPU in this machine; None where there is none.
+        wanted_cards: compute capabilities to build for, where they are not this machine's.
 
     Raises:
-        UsageError: no flavour of that name. BackendMissing: it is not installed, with the command that installs it.
+        UsageError: no flavour of that name. BackendMissing: it is not installed, or does not serve this GPU, with what to type next.
     """
     if requested is not None and requested not in FLAVOURS:
         raise UsageError(f"no TensorRT flavour {requested!r}", expected=" or ".join(FLAVOURS))
-    wanted = [FLAVOURS[requested]] if requested else [TENSORRT, TENSORRT_RTX] if gpu_present else [TENSORRT_RTX]
-    reasons = {flavour: flavour.missing() or (None if gpu_present or flavour.builds_ahead() else f"{flavour.name} builds only for a GPU in this machine, and there is none") for flavour in wanted}
-    for flavour, reason in reasons.items():
+    wanted = [FLAVOURS[requested]] if requested else [TENSORRT, TENSORRT_RTX] if card else [TENSORRT_RTX]
+    reasons: dict[str, str] = {}
+    for flavour in wanted:
+        reason = flavour.missing() or _cannot_build(flavour, card, wanted_cards)
         if reason is None:
             return flavour
-    raise BackendMissing("; ".join(map(str, reasons.values())), hint=(TENSORRT_RTX if not gpu_present else wanted[0]).install)
+        reasons[flavour.name] = reason
+    if card and TENSORRT_RTX.name in reasons and not TENSORRT_RTX.missing():
+        hint = f"{TENSORRT.install}, --backend ort, or --compute-capability 8.9 to build for another card"
+    else:
+        hint = wanted[0].install if card else TENSORRT_RTX.install
+    raise BackendMissing("; ".join(reasons.values()), hint=hint)
+
+
+def _cannot_build(flavour: Flavour, card: Card | None, wanted_cards: Sequence[Card] | None) -> str | None:
+    """Why a library that is installed builds nothing for these cards, or None."""
+    if flavour.builds_ahead():
+        return None if wanted_cards or card is None else flavour.unserved(card)
+    return None if card else f"{flavour.name} builds only for a GPU in this machine, and there is none"
 
 
 _REBUILD = "build it again: sdcompress export MODEL --trt -o DIR"
@@ -142,6 +187,8 @@ def obstacle(config: Mapping[str, Any], where: str | PathLike[str] | None = None
     if not torch.cuda.is_available():
         return BackendMissing(f"a {flavour.name} engine runs on an NVIDIA GPU and there is none", where=where, hint="--backend ort, which runs the ONNX graphs on any machine")
     card = torch.cuda.get_device_capability(device)
+    if reason := flavour.unserved(card):
+        return BackendMissing(f"{reason}; this is {torch.cuda.get_device_name(device)}", where=where, hint=f"an engine of {TENSORRT.name}, or --backend ort")
     if _dotted(card) not in bound["cards"] and not (bound["cards"] == [f"{_dotted(_AMPERE)}+"] and card >= _AMPERE):
         found = f"{torch.cuda.get_device_name(device)} has {_dotted(card)}"
         return EngineMismatch(f"the engine was built for compute capability {', '.join(bound['cards'])}, and {found}", where=where, expected=f"an engine for {_dotted(card)}", hint=f"sdcompress export MODEL --trt --compute-capability {_dotted(card)} -o DIR")

@@ -108,14 +108,13 @@ def command(
         raise UsageError(f"--{next(iter(shapes))} with several --profile", expected="the sizes in each of them: --profile batch=1,height=512,...")
     check_free(output, force)
 
-    import torch
     from sdcompress_engines.builder import BuildOptions, check_options, newest_opset, targets
-    from sdcompress_engines.flavour import choose_flavour
+    from sdcompress_engines.flavour import choose_flavour, present_card
     from sdcompress_engines.manifest import staged
 
     from sdcompress.quantize import supported
 
-    library = choose_flavour(flavour, torch.cuda.is_available()) if trt else None
+    library = choose_flavour(flavour, present_card(), capabilities) if trt else None
     options = BuildOptions(**build)
     if library is not None:  # what cannot be built is said before minutes go into the graphs
         check_options(library, options)
@@ -186,7 +185,7 @@ def _prompts(path: Path) -> list[str]:
     from sdcompress_engines.errors import DataError
 
     try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({error})", where=path, expected="prompts, one a line") from error
     if not any(lines):

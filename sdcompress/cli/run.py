@@ -90,7 +90,7 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
         if force and output.is_dir():
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        (output / MARKER).write_text(json.dumps({"teacher": teacher, "data": data, "plans": list(plans), "recipe": recipe}) + "\n")
+        (output / MARKER).write_text(json.dumps({"teacher": teacher, "data": data, "plans": list(plans), "recipe": recipe}) + "\n", encoding="utf-8")
 
     import torch
     from sdcompress_bench.scenario import ModelUnderTest
@@ -105,9 +105,9 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     report = ConsoleReporter()
     started = time.monotonic()
     gpu = torch.cuda.is_available()
-    reasons = available()
+    reasons = available("cuda" if gpu else "cpu")
     # An engine for a card that is not here is built ahead of time by TensorRT for RTX; it needs no device, only the library.
-    builder = _builder(gpu)
+    builder = _builder()
     graphs_to_write = 0 if reasons["onnxruntime"] else 1 + len(chosen)
     engines_to_build = 0 if builder is not None else 2 * (len(chosen) + gpu)
     stages = _Stages(report, 2 + len(chosen) + graphs_to_write + engines_to_build)
@@ -176,13 +176,13 @@ def run(teacher: str, data: str, plans: tuple[str, ...], recipe: str | None, ove
     card(f"{loaded.name} → {', '.join(chosen)}", rows, f'sdcompress generate {output / next(iter(chosen)) / PIPELINE} "{results.captions[0]}" -o out.png')
 
 
-def _builder(gpu: bool) -> str | None:
-    """None where a TensorRT flavour can build here, else why not."""
+def _builder() -> str | None:
+    """Returns None where a TensorRT flavour can build here, else why not."""
     from sdcompress_engines.errors import BackendMissing
-    from sdcompress_engines.flavour import choose_flavour
+    from sdcompress_engines.flavour import choose_flavour, present_card
 
     try:
-        choose_flavour(None, gpu)
+        choose_flavour(None, present_card())
     except BackendMissing as error:
         return str(error)
     return None

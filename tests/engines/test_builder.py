@@ -15,9 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from sdcompress_engines import builder
 from sdcompress_engines.builder import BuildOptions, build_engine
 from sdcompress_engines.errors import BackendMissing, EngineError, StorageError, UsageError
-from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, choose_flavour
+from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, choose_flavour, platform_name, why_not_here
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.progress import Reporter
+from sdcompress_engines.runners.tensorrt import missing as runner_missing
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
 SUM = Profile({"left": ((1, 8), (2, 8), (4, 8)), "right": ((1, 8), (2, 8), (4, 8))})
@@ -165,27 +166,60 @@ def test_profiles_are_checked_when_made() -> None:
 
 @needs_rtx
 def test_without_a_gpu_the_flavour_is_the_one_that_builds_ahead() -> None:
-    assert choose_flavour(None, gpu_present=False) is TENSORRT_RTX
-    assert choose_flavour("tensorrt-rtx", gpu_present=True) is TENSORRT_RTX
+    assert choose_flavour(None) is TENSORRT_RTX
+    assert choose_flavour("tensorrt-rtx", (8, 9)) is TENSORRT_RTX
     if TENSORRT.missing() is not None:
-        assert choose_flavour(None, gpu_present=True) is TENSORRT_RTX
-        with pytest.raises(BackendMissing, match=r"sdcompress\[gpu\]"):
-            choose_flavour("tensorrt", gpu_present=True)
+        assert choose_flavour(None, (8, 9)) is TENSORRT_RTX
+        with pytest.raises(BackendMissing, match=r"sdcompress\[trt\]"):
+            choose_flavour("tensorrt", (8, 9))
+
+
+@needs_rtx
+@pytest.mark.parametrize("card", [(9, 0), (10, 0), (8, 7), (7, 0)])
+def test_a_card_that_the_library_does_not_list_is_refused_before_anything_is_built(card: tuple[int, int]) -> None:
+    with pytest.raises(BackendMissing, match=rf"serves no compute capability {card[0]}\.{card[1]}, only 7\.5, 8\.0, .*Try: .*--compute-capability 8\.9"):
+        choose_flavour("tensorrt-rtx", card)
+    assert choose_flavour("tensorrt-rtx", card, [(8, 9)]) is TENSORRT_RTX
+    assert (card in (TENSORRT_RTX.served_cards() or ())) is False
+
+
+@needs_rtx
+def test_an_engine_for_every_card_is_said_not_to_run_on_one_the_library_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"flavour": "tensorrt-rtx", "version": TENSORRT_RTX.version, "compute_capabilities": [], "platform": platform_name(), "options": {}}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
+    for card, reason in (((9, 0), "serves no compute capability 9.0"), ((8, 9), None), ((7, 5), "built for compute capability 8.0")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, card=card: card)
+        told = why_not_here(made)
+        assert (told is None) if reason is None else (told is not None and reason in told)
+        missing = runner_missing(TENSORRT_RTX)
+        assert (missing is not None) == (card == (9, 0))
 
 
 def test_neither_flavour_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for flavour in FLAVOURS.values():
         monkeypatch.setitem(sys.modules, flavour.module, None)
     with pytest.raises(BackendMissing, match=r"pip install 'sdcompress\[rtx\]'"):
-        choose_flavour(None, gpu_present=False)
+        choose_flavour(None)
     with pytest.raises(UsageError, match="tensorrt or tensorrt-rtx"):
         choose_flavour("trtx")
 
 
 @needs_rtx
+def test_a_build_asks_for_the_memory_of_the_shapes_at_hand() -> None:
+    trt = TENSORRT_RTX.load()
+    config = trt.Builder(trt.Logger()).create_builder_config()
+    feature = trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10
+    config.set_preview_feature(feature, False)  # the default of some versions
+    builder._ask_for_exact_memory(trt, config)
+    assert config.get_preview_feature(feature)
+    builder._ask_for_exact_memory(object(), None)  # a library without such a feature
+
+
+@needs_rtx
 def test_the_installed_library_has_every_name_the_builder_uses() -> None:
     trt = TENSORRT_RTX.load()
-    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items(), *builder.USED_API_ATTENTION.items(), *builder.USED_API_STREAM.items()]
+    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items(), *builder.USED_API_ATTENTION.items(), *builder.USED_API_STREAM.items(), *builder.USED_API_MEMORY.items()]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 
 
