@@ -24,9 +24,11 @@ from sdcompress.graphs import Precision
 from sdcompress.parity import FP32_LIMIT, HALF_FACTOR, relative_l2
 
 SAMPLES = 3
+"""Timed calls at the least; more until `_LEAST_MS` of them, as three steps of milliseconds say little."""
 BATCH = 2
 """One picture under guidance."""
 _LONGEST_S = 1800
+_LEAST_MS, _MOST_SAMPLES = 500.0, 200
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def candidates(device: str) -> list[Candidate]:
     """What could run here; torch in fp32 first, as all others are held against it."""
     from sdcompress_engines.runners import available
 
-    missing = available()
+    missing = available(torch.device(device).type)
     reference = Candidate("torch", "fp32")
     if device.startswith("cuda"):
         engines = any(missing[flavour] is None for flavour in ("tensorrt", "tensorrt-rtx"))
@@ -132,7 +134,7 @@ def measure_backends(model: str | Path, chosen: Sequence[Candidate], *, device: 
     The first candidate must be torch in fp32, to which the answers are compared.
 
     Args:
-        batch: samples of the call. rounds: how often each is started, in turn; the median is over all samples.
+        batch: latents of the call. samples: timed calls at the least; more where they are short. rounds: how often each is started, in turn; the median is over all samples.
     """
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in chosen}
     answers: dict[Candidate, torch.Tensor] = {}
@@ -194,9 +196,9 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
             embeds = torch.randn(case["batch"], width, generator=generator).to(unet.device, unet.dtype)
             added = {"text_embeds": embeds, "time_ids": torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]]).repeat(case["batch"], 1).to(unet.device)}
         moment = torch.tensor(501.0, device=unet.device)
-        times = []
+        times: list[float] = []
         with torch.no_grad():
-            for _ in range(1 + case["samples"]):
+            while len(times) <= case["samples"] or (sum(times[1:]) < _LEAST_MS and len(times) <= _MOST_SAMPLES):
                 started = time.perf_counter()
                 out = unet(sample, moment, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
                 if out.is_cuda:

@@ -65,7 +65,7 @@ def package_folder(sha256: str, device: str, precision: Precision) -> Path:
 
 
 def open_package(path: Path, device: str) -> Runner:
-    """An open runner of a package."""
+    """Returns an open runner of a package; on CUDA it replays CUDA graphs."""
     from sdcompress_engines.runners import open_runner
 
-    return open_runner(path, device=device)
+    return open_runner(path, device=device, cuda_graph=device.startswith("cuda"))

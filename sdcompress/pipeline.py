@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -12,9 +15,11 @@ from typing import Any
 import torch
 from PIL import Image
 from sdcompress_engines.errors import BackendMissing, DataError, EngineMismatch, ModelError, UsageError
+from sdcompress_engines.exactness import use_ieee_fp32
+from sdcompress_engines.profiles import ShapeRanges
 from sdcompress_engines.progress import SILENT, Reporter
 
-from sdcompress.graphs import DTYPES, Precision
+from sdcompress.graphs import DTYPES, Precision, signature_of
 
 BACKENDS = ("torch", "compile", "aot", "onnxruntime", "tensorrt", "auto")
 BACKEND_ALIASES = {"ort": "onnxruntime", "trt": "tensorrt", "aoti": "aot"}
@@ -41,8 +46,8 @@ def load_pipeline(
     | backend | what runs where |
     |---|---|
     | `torch` | PyTorch as it is; channels last in half precision |
-    | `compile` | the UNet through `torch.compile`, which takes its time at the first picture |
-    | `aot` | the UNet as a package that AOTInductor compiled ahead of time |
+    | `compile` | the UNet through `torch.compile`, which compiles at the first picture; on CUDA as a CUDA graph |
+    | `aot` | the UNet as a package that AOTInductor compiled ahead of time; on CUDA as a CUDA graph |
     | `onnxruntime` | every component as an ONNX graph, on the CPU or CUDA |
     | `tensorrt` | every component as a TensorRT engine |
     | `auto` | the fastest of these for this model on this machine, by measurement; see `sdcompress.autotune` |
@@ -52,6 +57,7 @@ def load_pipeline(
         artifacts: the exported graphs or engines; without it they are made once and kept in the cache folder.
         device: by default cuda where there is one.
         precision: of what is computed in torch or exported now; by default fp16 on cuda, fp32 on the CPU. Given artifacts have their own.
+            fp32 is IEEE fp32: TF32 is off in this process from then on.
         steady: with TensorRT-RTX, compile kernels for a shape before its first run, not beside it: what is timed then is what stays.
         fallback: `torch` runs the UNet in PyTorch where an engine does not take a shape, and says so; without it that is an error.
 
@@ -80,12 +86,18 @@ def load_pipeline(
     if backend == "tensorrt" and not torch.cuda.is_available():
         raise BackendMissing("TensorRT engines run on an NVIDIA GPU and none is here", hint="--backend ort, or --backend torch")
     precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
+    if precision == "fp32":
+        use_ieee_fp32()
     if backend in ("torch", "compile", "aot"):
-        return _torch_pipeline(model, backend, device, precision, artifacts, report)
-    if artifacts is not None:
-        _check_same_model(model, artifacts)
-    make_unet = _fallback_unet(model, device, precision) if fallback else None
-    return _assemble(artifacts or cached_artifacts(model, backend, precision, report), device, make_unet, report, steady)
+        pipeline = _torch_pipeline(model, backend, device, precision, artifacts, report)
+    else:
+        if artifacts is not None:
+            _check_same_model(model, artifacts)
+        make_unet = _fallback_unet(model, device, precision) if fallback else None
+        pipeline = _assemble(artifacts or cached_artifacts(model, backend, precision, report), device, make_unet, report, steady)
+    if device.startswith("cuda"):
+        keep_timesteps_on_host(pipeline)
+    return pipeline
 
 
 def _torch_pipeline(model: str | Path, backend: str, device: str, precision: Precision, artifacts: Path | None, report: Reporter) -> Any:
@@ -98,16 +110,77 @@ def _torch_pipeline(model: str | Path, backend: str, device: str, precision: Pre
     if precision != "fp32":
         for part in (pipeline.unet, pipeline.vae):
             part.to(memory_format=torch.channels_last)
-    if backend == "compile":
-        pipeline.unet.compile()
-    if backend == "aot":
+    if backend != "torch":
         from sdcompress_engines.unet import EngineUNet
 
-        from sdcompress.packages import cached_package, open_package
-
-        package = (artifacts / "unet.pt2") if artifacts else cached_package(loaded, device, precision, report)
-        pipeline.unet = EngineUNet(open_package(package, device), dict(pipeline.unet.config))
+        pipeline.unet = EngineUNet(_unet_runner(loaded, backend, device, precision, artifacts, report), dict(pipeline.unet.config))
     return pipeline
+
+
+def _unet_runner(loaded: Any, backend: str, device: str, precision: Precision, artifacts: Path | None, report: Reporter) -> Any:
+    """Returns the runner of a UNet that torch has compiled: every caller reaches it by the same arguments in the same mode, so it compiles once."""
+    from sdcompress_engines.runners import TorchRunner
+
+    from sdcompress.packages import cached_package, open_package
+
+    if backend == "aot":
+        return open_package((artifacts / "unet.pt2") if artifacts else cached_package(loaded, device, precision, report), device)
+    unet = loaded.pipeline.unet
+    wanted = signature_of("unet", unet, precision)
+    return TorchRunner(PositionalUNet(unet), wanted.inputs, wanted.outputs, "compile", cuda_graph=device.startswith("cuda"))
+
+
+class PositionalUNet(torch.nn.Module):
+    """A UNet that takes its inputs in the order of its signature and answers with a tuple; its weights are those of `unet`."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns the prediction, shaped as `sample`.
+
+        Args:
+            sample: noisy latents, (B, 4, H/8, W/8). timestep: (B,) float32. encoder_hidden_states: (B, 77·k, C).
+            text_embeds, time_ids: SDXL's, (B, E) and (B, 6).
+        """
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        found: tuple[torch.Tensor, ...] = self.unet(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )
+        return found
+
+
+def keep_timesteps_on_host(pipeline: Any) -> None:
+    """Keep the scheduler's timesteps on the CPU, so that a denoising loop on a GPU never waits for the device.
+
+    diffusers puts them on the device; then every scheduler that looks a timestep up in a table (PNDM, DDIM, DDPM, LCM: `alphas_cumprod[t]`)
+    copies it back at each step, and the host falls behind.
+    """
+    scheduler = pipeline.scheduler
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def on_host(*args: Any, **options: Any) -> Any:
+        bound = inspect.signature(set_timesteps).bind(*args, **options)
+        if "device" in inspect.signature(set_timesteps).parameters:
+            bound.arguments["device"] = "cpu"
+        return set_timesteps(*bound.args, **bound.kwargs)
+
+    def to_device(module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) > 1 and isinstance(args[1], torch.Tensor):  # as every pipeline passes it
+            args = (args[0], args[1].to(args[0].device, non_blocking=True), *args[2:])
+        return args, options
+
+    scheduler.set_timesteps = on_host
+    pipeline.unet.register_forward_pre_hook(to_device, with_kwargs=True)
 
 
 def _fallback_unet(model: str | Path, device: str, precision: Precision) -> Callable[[], torch.nn.Module]:
@@ -133,8 +206,18 @@ def _check_same_model(model: str | Path, artifacts: Path) -> None:
         raise EngineMismatch(f"was made from another model ({made_from[:12]})", where=artifacts, expected=f"one made from {model} ({here[:12]})", hint="sdcompress export MODEL --trt -o DIR")
 
 
-def cached_artifacts(model: str | Path, backend: str, precision: Precision, report: Reporter = SILENT) -> Path:
-    """The graphs (`onnxruntime`) or engines (`tensorrt`) of a model in the cache folder, made now where they are not there."""
+def cached_artifacts(
+    model: str | Path,
+    backend: str,
+    precision: Precision,
+    report: Reporter = SILENT,
+    profiles: Sequence[str | ShapeRanges] = (),
+) -> Path:
+    """Returns the folder of a model's graphs (`onnxruntime`) or engines (`tensorrt`) in the cache, made now where it is not there.
+
+    Args:
+        profiles: the shapes to build engines for; by default the `dynamic` preset. Each set of profiles has a folder of its own.
+    """
     from sdcompress_engines.manifest import cache_folder
 
     from sdcompress.engines import build_engines
@@ -150,10 +233,16 @@ def cached_artifacts(model: str | Path, backend: str, precision: Precision, repo
         export_onnx(loaded.pipeline, graphs, precision=precision, source={"pipeline": sha256}, name=loaded.name, report=report)
     if backend == "onnxruntime":
         return graphs
-    engines = folder / f"engine-{precision}"
+    engines = folder / f"engine-{precision}{_profile_suffix(profiles)}"
     if not engines.is_dir():
-        build_engines(graphs, engines, report=report)
+        build_engines(graphs, engines, profiles=profiles, report=report)
     return engines
+
+
+def _profile_suffix(profiles: Sequence[str | ShapeRanges]) -> str:
+    """Returns what tells the folders of different profiles apart; empty for the default ones."""
+    text = "; ".join(map(str, profiles))
+    return f"-{hashlib.sha256(text.encode()).hexdigest()[:12]}" if text else ""
 
 
 def _assemble(folder: Path, device: str, make_unet: Callable[[], torch.nn.Module] | None = None, report: Reporter = SILENT, steady: bool = False) -> Any:

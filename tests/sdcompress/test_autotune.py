@@ -12,6 +12,7 @@ from sdcompress_engines.errors import BackendMissing
 
 from sdcompress import autotune
 from sdcompress.autotune import Candidate, Measured, candidates, fastest, measure_backends
+from sdcompress.cli import bench as bench_cli
 
 TORCH, ORT, HALF = Candidate("torch", "fp32"), Candidate("onnxruntime", "fp32"), Candidate("torch", "bf16")
 
@@ -21,6 +22,19 @@ def test_candidates_begin_with_the_one_all_are_held_against() -> None:
     assert found[0] == TORCH
     assert ORT in found
     assert (HALF in found) == autotune.has_fast_bf16()
+
+
+@pytest.mark.parametrize("providers", [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]])
+def test_onnxruntime_is_a_candidate_on_a_gpu_only_where_it_has_cuda(providers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
+    has_cuda = len(providers) == 2
+    assert ("onnxruntime" in [candidate.backend for candidate in candidates("cuda")]) == has_cuda
+    ways, skipped = bench_cli._ways(("torch", "ort"), "cuda", "fp16")
+    assert [way.backend for way in ways] == (["torch", "onnxruntime"] if has_cuda else ["torch"])
+    reason = skipped.get("ONNX Runtime", "")
+    assert ("runs on the CPU only" in reason and "sdcompress[gpu]" in reason) != has_cuda
 
 
 @pytest.mark.slow
@@ -70,6 +84,13 @@ def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(random_fold
     monkeypatch.setattr(autotune, "_in_child", lambda case: {"failed": "its process ended with status -9"})
     with pytest.raises(BackendMissing, match="no backend ran this model"):
         fastest(random_folder)
+
+
+def test_short_steps_are_timed_often_enough(random_folder: Path, tmp_path: Path) -> None:
+    case = {"model": str(random_folder), "backend": "torch", "precision": "fp32", "device": "cpu", "batch": 1, "samples": 3, "answer": str(tmp_path / "answer.pt")}
+    times = autotune._child(case)["ms"]
+    assert sum(times) > 500 or len(times) == 200
+    assert len(times) > 3
 
 
 def test_a_child_that_cannot_start_is_a_reason_not_a_crash(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""A pipeline on any backend calls its UNet in one way, and a denoising loop on a GPU waits for nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sdcompress_engines.exactness import ieee_fp32, use_ieee_fp32
+
+from sdcompress.pipeline import PositionalUNet, generate, keep_timesteps_on_host, load_pipeline
+
+SCHEDULERS = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, with NumPy 2
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_timesteps_stay_on_the_host_and_pictures_are_the_same(random_folder: Path, name: str) -> None:
+    import diffusers
+
+    pictures = []
+    for on_host in (False, True):
+        pipeline = load_pipeline(random_folder, device="cpu")
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+        if on_host:
+            keep_timesteps_on_host(pipeline)
+            pipeline.scheduler.set_timesteps(4, device="meta")
+            assert pipeline.scheduler.timesteps.device == torch.device("cpu")
+        pictures.append(np.asarray(generate(pipeline, ["a cat"], seeds=[1], steps=4, size_px=64)[0]))
+    assert np.array_equal(*pictures)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_denoising_loop_never_waits_for_the_device(random_folder: Path, name: str) -> None:
+    import diffusers
+
+    pipeline = load_pipeline(random_folder, device="cuda")
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    keep_timesteps_on_host(pipeline)
+    waits = []
+    generate(pipeline, ["a cat"], seeds=[1], steps=4)
+    for steps in (4, 8):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with pytest.warns(UserWarning, match="called a synchronizing") as told:
+                generate(pipeline, ["a cat"], seeds=[1], steps=steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(len(told))
+    assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize("folder", ["random_folder", "sdxl_folder"])
+def test_a_unet_called_by_position_answers_as_it_does_by_keyword(folder: str, request: pytest.FixtureRequest) -> None:
+    from sdcompress.graphs import random_inputs, signature_of
+
+    unet: Any = load_pipeline(request.getfixturevalue(folder), device="cpu").unet
+    wanted = signature_of("unet", unet, "fp32")
+    given = random_inputs(wanted, unet.config, {"batch": 2, "height": 8, "width": 16, "tokens": 77}, timestep=501)
+    added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+    with torch.no_grad():
+        (found,) = PositionalUNet(unet)(*given.values())
+        want = unet(given["sample"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"], added_cond_kwargs=added).sample
+    assert len(given) == (5 if folder == "sdxl_folder" else 3)
+    assert torch.equal(found, want)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """TF32 is on at the start of the test, and afterwards as before."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_a_pipeline_in_fp32_computes_in_ieee_fp32(random_folder: Path) -> None:
+    load_pipeline(random_folder, device="cpu", precision="bf16")
+    assert torch.backends.cudnn.allow_tf32
+    load_pipeline(random_folder, device="cpu", precision="fp32")
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.usefixtures("tf32")
+def test_exactness_for_a_block_leaves_the_settings_as_they_were() -> None:
+    with ieee_fp32():
+        assert not torch.backends.cudnn.allow_tf32
+    assert torch.backends.cudnn.allow_tf32
+    use_ieee_fp32()
+    with ieee_fp32():
+        pass
+    assert not torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.gpu
+def test_convolutions_of_a_reference_are_exact_to_fp32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 320, 64, 64, generator=generator), torch.randn(320, 320, 3, 3, generator=generator)
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
+    with ieee_fp32():
+        found = torch.nn.functional.conv2d(x.cuda(), w.cuda(), padding=1).cpu().double()
+    assert ((found - exact).norm() / exact.norm()).item() < 1e-5
