@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from sdcompress_engines.builder import BuildOptions, build_engine, targets
 from sdcompress_engines.errors import ArtifactError
-from sdcompress_engines.flavour import Flavour, choose_flavour, platform_name
+from sdcompress_engines.flavour import Flavour, choose_flavour, platform_name, present_card
 from sdcompress_engines.graph import sha256_files
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest, sha256_file, staged, write_manifest
 from sdcompress_engines.profiles import PRESETS, Profile, ShapeRanges, check_ranges, component_profile, parse_profile
@@ -82,7 +81,7 @@ def build_engines(
         raise ArtifactError(f"is damaged: {'; '.join(found[:3])}", where=onnx_folder, hint="export it again: sdcompress export MODEL -o DIR")
     host = manifest.config["signature"]
     chosen = checked_components(components if components is not None else manifest.config["components"], host)
-    library = choose_flavour(flavour, torch.cuda.is_available())
+    library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
     configs = {component: _config(onnx_folder, component) for component in {*chosen, "unet", "vae_decoder"}}
     scale = vae_scale(configs["vae_decoder"])
@@ -164,7 +163,7 @@ def _hull(ranges: Sequence[ShapeRanges]) -> ShapeRanges:
         values = [getattr(each, name) for each in ranges]
         return min(v[0] for v in values), values[0][1], max(v[2] for v in values)
 
-    return ShapeRanges(over("batch"), over("height"), over("width"), over("tokens"))
+    return ShapeRanges(over("batch"), over("height"), over("width"), over("tokens"), over("vae_batch"))
 
 
 def _config(onnx_folder: Path, component: str) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Way:
     """One way to run the model.
 
     Attributes:
-        kind: `diffusers`, `optimum` or `torch_tensorrt`, or the backend of ours.
+        kind: `diffusers`, `optimum` or `torch_tensorrt`, or the backend of ours (`compile`, `aot`, `onnxruntime`, `tensorrt`).
         install: requirements of the environment it needs for itself; none is ours.
     """
 
@@ -77,11 +77,13 @@ WAYS = {
         "diffusers fp16": Way("diffusers", "fp16"),
         "diffusers fp16 channels_last": Way("diffusers", "fp16", True),
         "torch.compile fp16 channels_last": Way("diffusers", "fp16", True, {}),
-        "torch.compile fp16 channels_last max-autotune": Way("diffusers", "fp16", True, {"mode": "max-autotune-no-cudagraphs"}),
+        "torch.compile fp16 channels_last reduce-overhead": Way("diffusers", "fp16", True, {"mode": "reduce-overhead"}, note="CUDA graphs"),
+        "torch.compile fp16 channels_last max-autotune": Way("diffusers", "fp16", True, {"mode": "max-autotune"}, note="CUDA graphs"),
         "optimum-onnx fp16": Way("optimum", "fp16", install=("optimum-onnx[onnxruntime-gpu]", "diffusers"), note="ONNX Runtime CUDA, its own export and pipeline"),
-        "torch-tensorrt fp16": Way("torch_tensorrt", "fp16", compile={"backend": "torch_tensorrt", "dynamic": False, "options": {"truncate_double": True}}, install=TENSORRT),
+        "torch-tensorrt fp16": Way("torch_tensorrt", "fp16", compile={"backend": "torch_tensorrt", "dynamic": False, "options": {"truncate_double": True}}, install=TENSORRT, note="CUDA graphs"),
         "ours: ort fp16": Way("onnxruntime", "fp16", note="`sdcompress export --precision fp16`, `--backend ort`"),
-        "ours: aot fp16": Way("aot", "fp16", note="`--backend aot`"),
+        "ours: compile fp16": Way("compile", "fp16", note="`--backend compile`: torch.compile in a CUDA graph"),
+        "ours: aot fp16": Way("aot", "fp16", note="`--backend aot`, in a CUDA graph"),
         "ours: trt fp16": Way("tensorrt", "fp16", note="`sdcompress export --trt`, CUDA graphs"),
     },
 }
@@ -128,10 +130,10 @@ def write_model(model: str, folder: Path) -> None:
     weights = target / "text_encoder" / "model.safetensors"
     save_file({key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(weights).items()}, weights, {"format": "pt"})
     whole = target / "tokenizer" / "tokenizer.json"
-    vocabulary = json.loads(whole.read_text())["model"]
+    vocabulary = json.loads(whole.read_text(encoding="utf-8"))["model"]
     whole.unlink()
-    (whole.parent / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
-    (whole.parent / "merges.txt").write_text("".join(["#version: 0.2\n", *(f"{' '.join(pair) if isinstance(pair, list) else pair}\n" for pair in vocabulary["merges"])]))
+    (whole.parent / "vocab.json").write_text(json.dumps(vocabulary["vocab"]), encoding="utf-8")
+    (whole.parent / "merges.txt").write_text("".join(["#version: 0.2\n", *(f"{' '.join(pair) if isinstance(pair, list) else pair}\n" for pair in vocabulary["merges"])]), encoding="utf-8")
 
     side, channels = int(pipeline.unet.config.sample_size), pipeline.unet.config.in_channels
     ids = pipeline.tokenizer(["", PROMPTS.get(model, PROMPT)], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
@@ -144,7 +146,7 @@ def write_model(model: str, folder: Path) -> None:
 
 def artifact_of(way: Way, folder: Path) -> Path:
     """The folder a way runs from, made by `prepare`; of the ways in torch the model's own."""
-    if way.kind == "diffusers" or way.kind == "torch_tensorrt":
+    if way.kind in ("diffusers", "torch_tensorrt", "compile"):
         return folder / "model"
     return folder / f"{way.kind}-{way.precision}"
 
@@ -182,13 +184,13 @@ def environment_of(way: Way, work: Path) -> Path:
     wanted = [f"torch=={metadata.version('torch').partition('+')[0]}", *way.install]
     folder = work / f"venv-{way.kind}"
     python, ready = folder / "bin" / "python", folder / "installed.json"
-    if not ready.is_file() or json.loads(ready.read_text()) != wanted:
+    if not ready.is_file() or json.loads(ready.read_text(encoding="utf-8")) != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         for command in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-I", "-m", "pip", "install", "--quiet", *wanted]):
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
             if done.returncode:
                 raise RuntimeError(f"does not install: {last_line(done.stderr)}")
-        ready.write_text(json.dumps(wanted))
+        ready.write_text(json.dumps(wanted), encoding="utf-8")
     return python
 
 
@@ -201,7 +203,7 @@ def prepare(name: str, way: Way, run: Run) -> tuple[str | None, float | None]:
     except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
         return clean(str(error), run.work), None
     target, note = artifact_of(way, run.folder), run.folder / "prepared.json"
-    known: dict[str, float] = json.loads(note.read_text()) if note.is_file() else {}
+    known: dict[str, float] = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     if target.is_dir():
         return None, known.get(name)
     started = time.monotonic()
@@ -209,7 +211,7 @@ def prepare(name: str, way: Way, run: Run) -> tuple[str | None, float | None]:
     if "failed" in outcome:
         return str(outcome["failed"]), None
     known[name] = round(time.monotonic() - started, 1)
-    note.write_text(json.dumps(known))
+    note.write_text(json.dumps(known), encoding="utf-8")
     return None, known[name]
 
 
@@ -241,7 +243,11 @@ def open_pipeline(way: Way, folder: Path, device: str) -> Any:
         from diffusers import StableDiffusionPipeline
 
         if way.kind == "torch_tensorrt":
-            import torch_tensorrt  # noqa: F401 (registers its backend)
+            import torch_tensorrt  # registers its backend
+
+            torch_tensorrt.runtime.set_cudagraphs_mode(True)
+        if way.precision == "fp32":  # IEEE fp32: torch computes convolutions in TF32 unless told otherwise
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[way.precision]
         pipeline = StableDiffusionPipeline.from_pretrained(artifact, torch_dtype=dtype).to(device)
         if way.channels_last:
@@ -252,8 +258,8 @@ def open_pipeline(way: Way, folder: Path, device: str) -> Any:
     from sdcompress.pipeline import load_pipeline
 
     precision: Any = way.precision
-    if way.kind == "aot":
-        return load_pipeline(folder / "model", "aot", artifact, device=device, precision=precision)
+    if way.kind in ("aot", "compile"):
+        return load_pipeline(folder / "model", way.kind, None if way.kind == "compile" else artifact, device=device, precision=precision)
     return load_pipeline(artifact, way.kind, device=device, steady=True)
 
 
@@ -315,10 +321,16 @@ def answer_of(name: str, folder: Path) -> Path:
 
 
 def peak_rss_mib() -> float:
-    """Of this process; getrusage would carry the parent's across exec."""
+    """Of this process; Linux's getrusage would carry the parent's across exec. `sdcompress_engines.resources` for a Python without our packages."""
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return next(int(line.split()[1]) / 1024 for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+    if sys.platform == "win32":
+        try:
+            import psutil
+        except ImportError:
+            return 0.0
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -350,7 +362,8 @@ def process(command: list[str], work: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"failed": f"did not finish in {LIMIT_S} s"}
     if done.returncode < 0:
-        return {"failed": f"ended by {signal.Signals(-done.returncode).name}" + ("; out of memory is the usual cause" if done.returncode == -signal.SIGKILL else "")}
+        name = signal.Signals(-done.returncode).name
+        return {"failed": f"ended by {name}" + ("; out of memory is the usual cause" if name == "SIGKILL" else "")}
     if done.returncode:
         return {"failed": clean(last_line(done.stderr), work)}
     try:
@@ -475,7 +488,7 @@ def main() -> None:
     size = next((r["size_px"] for row in rows.values() for r in row.get("rounds", [])), None)
     settings = {"model": run.model, "device": run.device, "size_px": size, "unet_batch": 2, "steps": run.steps, "rounds": run.rounds, "samples": run.samples, "pictures": run.pictures, "compiled_before": compiled_before}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"settings": settings, "ways": rows, "environment": machine}, indent=1) + "\n")
+    args.output.write_text(json.dumps({"settings": settings, "ways": rows, "environment": machine}, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
     measured = {n: r for n, r in rows.items() if "failed" not in r}
     print(json.dumps({"settings": settings, "unet_step_ms": {n: r["unet_step_ms"]["median"] for n, r in measured.items()}, "picture_ms": {n: r["picture_ms"]["median"] for n, r in measured.items()}, "failed": {n: r["failed"] for n, r in rows.items() if "failed" in r}}))

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import psutil
 from sdcompress_engines.manifest import installed_versions
 
 
@@ -17,8 +18,8 @@ def environment() -> dict[str, Any]:
 
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_mib": _memory_mib(),
+        "cores": _cores(),
+        "memory_mib": psutil.virtual_memory().total // 2**20,
         "load_average": load_average(),
         "gpu": _gpus(),
         "cpu_features": _cpu_features(),
@@ -31,21 +32,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _cores() -> int | None:
+    """Returns how many CPU cores this process may use."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count()
+
+
 def load_average() -> float | None:
-    """Of the last minute; None where the system does not say."""
+    """Of the last minute; None where the system does not say, as Windows."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
 
 
 def _cpu_features() -> list[str]:
     """The vector units that decide what a precision costs on this CPU."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
     return [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8") if name in flags]
 
@@ -59,15 +66,9 @@ def _clocks() -> str:
         return "; ".join(", ".join(f"{name} {value.strip()}" for name, value in zip(names, line.split(","), strict=False)) for line in gpu)
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     cpuinfo = Path("/proc/cpuinfo")
-    speeds = [float(line.split(":", 1)[1]) for line in (cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []) if line.startswith("cpu MHz")]
-    parts = [f"CPU {max(speeds):,.0f} MHz" if speeds else "", governor.read_text().strip() if governor.is_file() else ""]
+    speeds = [float(line.split(":", 1)[1]) for line in (cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []) if line.startswith("cpu MHz")]
+    parts = [f"CPU {max(speeds):,.0f} MHz" if speeds else "", governor.read_text(encoding="utf-8").strip() if governor.is_file() else ""]
     return ", ".join(part for part in parts if part)
-
-
-def _memory_mib() -> int | None:
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2**20
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -81,6 +82,18 @@ def _gpus() -> list[dict[str, Any]]:
         {"name": gpu.name, "memory_mib": gpu.total_memory // 2**20, "compute": f"{gpu.major}.{gpu.minor}", "driver": driver[0] if driver else "", "cuda": torch.version.cuda}
         for gpu in found
     ]
+
+
+def gpu_memory_used_mib() -> float | None:
+    """Returns the memory in use on all GPUs as the driver counts it, contexts included, MiB; None where `nvidia-smi` does not answer.
+
+    It starts no CUDA context, unlike torch's own figures.
+    """
+    told = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()
+    try:
+        return sum(float(value) for value in told) if told else None
+    except ValueError:
+        return None
 
 
 def _system() -> str:

@@ -15,7 +15,6 @@ On a GPU the first three are timed by CUDA events; everything else, and everythi
 from __future__ import annotations
 
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,9 +23,12 @@ from typing import Any
 
 from sdcompress_engines.errors import EngineError
 from sdcompress_engines.progress import SILENT, Reporter
+from sdcompress_engines.resources import peak_rss_mib
+from sdcompress_engines.signature import CONTEXT_TOKENS
 
+from .environment import gpu_memory_used_mib
 from .journal import Journal
-from .scenario import Scenario, Suite, Way
+from .scenario import ModelUnderTest, Scenario, Suite, Way
 from .stats import Summary, summarize_rounds
 
 STAGES = ("unet_step", "text_encoder", "vae_decode", "end_to_end")
@@ -43,7 +45,7 @@ class Latency:
         load_ms: for each round, from a finished import to a pipeline ready to run.
         first_image_ms: for each round, the first `batch` pictures after loading.
         peak_rss_mib: highest resident memory of the process over the rounds.
-        cuda_peak_mib: highest of PyTorch's reserved memory and of what the whole process took of the device; None on a CPU.
+        cuda_peak_mib: CUDA context, and the higher of PyTorch's reserved memory and of what the process took of the device; None on a CPU.
         artifact_mib: component → MiB on the backend's side: weights in PyTorch, files elsewhere.
         build_s: what making the graphs, the package or the engine took, whenever that was; None where there is nothing to make.
         threads: CPU threads PyTorch ran with.
@@ -102,7 +104,8 @@ def measure(suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]], jou
     """
     scenarios = list(suite.scenarios())
     rounds: dict[str, list[dict[str, Any]]] = {scenario.key: [] for scenario in scenarios}
-    failed = {s.key: made[s.model.name, s.way]["failed"] for s in scenarios if "failed" in made[s.model.name, s.way]}
+    ready = {scenario.key: made_for(scenario, made) for scenario in scenarios}
+    failed = {key: found["failed"] for key, found in ready.items() if "failed" in found}
     with report.task("measuring latency", suite.rounds * len(scenarios)) as advance:
         for number in range(suite.rounds):
             for scenario in scenarios:
@@ -113,20 +116,65 @@ def measure(suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]], jou
                     else:
                         rounds[scenario.key].append(outcome)
                 advance(note=scenario.key)
-    return [_combine(scenario, rounds[scenario.key], failed.get(scenario.key), made[scenario.model.name, scenario.way].get("build_s")) for scenario in scenarios]
+    return [_combine(s, rounds[s.key], failed.get(s.key), ready[s.key].get("build_s")) for s in scenarios]
 
 
 def prepare(suite: Suite, journal: Journal, report: Reporter = SILENT) -> dict[tuple[str, Way], dict[str, Any]]:
-    """For each model and way, what it runs from and what making that took: `{"artifacts", "build_s"}`, or `{"failed": reason}`. Nothing of it is timed later."""
+    """Returns for each model and way what it runs from: `{"artifacts", "build_s"}`, or `{"failed": reason}`. None of it is timed later.
+
+    TensorRT gets one engine for pictures and probes, and under `static` one for each timed shape alone, the fastest there is.
+    """
     made: dict[tuple[str, Way], dict[str, Any]] = {}
     wanted = [(model, way) for model in suite.models for way in suite.ways]
     with report.task("preparing graphs", len(wanted)) as advance:
         for model, way in wanted:
-            given = model.artifacts(way.backend)
-            case = {"path": str(model.path), "backend": way.backend, "precision": way.precision, "device": suite.device, "artifacts": None if given is None else str(given)}
-            made[model.name, way] = {} if way.backend in ("torch", "compile") else journal.call(f"prepare {model.name} {way}", make_artifacts, case, suite.scenario_timeout_s)
-            advance(note=f"{model.name}, {way}")
+            advance(0, note=f"{model.name}, {way}")
+            made[model.name, way] = {} if way.backend in ("torch", "compile") else _prepare(suite, model, way, journal)
+            advance()
     return made
+
+
+def _prepare(suite: Suite, model: ModelUnderTest, way: Way, journal: Journal) -> dict[str, Any]:
+    given = model.artifacts(way.backend)
+    case: dict[str, Any] = {
+        "path": str(model.path), "backend": way.backend, "precision": way.precision, "device": suite.device, "artifacts": None if given is None else str(given), "profiles": []
+    }  # fmt: skip
+    if way.backend != "tensorrt" or given is not None:
+        return journal.call(f"prepare {model.name} {way}", make_artifacts, case, suite.scenario_timeout_s)
+    whole = case | {"profiles": [picture_profile(suite)]}
+    found = journal.call(f"prepare {model.name} {way}", make_artifacts, whole, suite.scenario_timeout_s)
+    if "failed" in found:
+        return found
+    static = {}
+    for scenario in suite.scenarios():
+        if (scenario.model, scenario.way) == (model, way):
+            name, only = _shape_name(scenario), case | {"profiles": [static_profile(scenario)]}
+            static[name] = journal.call(f"prepare {model.name} {way} {name}", make_artifacts, only, suite.scenario_timeout_s)
+    return found | {"static": static}
+
+
+def _shape_name(scenario: Scenario) -> str:
+    return f"{scenario.size_px}px-{scenario.batch}"
+
+
+def static_profile(scenario: Scenario) -> str:
+    """Returns the engine profile that takes the timed shape of a scenario and no other."""
+    return f"batch={scenario.unet_batch},pictures={scenario.batch},height={scenario.size_px},width={scenario.size_px},tokens={CONTEXT_TOKENS}"
+
+
+def picture_profile(suite: Suite) -> str:
+    """Returns the engine profile that takes the pictures of a suite, in batches of any size up to its own, and its probes."""
+    pictures = max(1, min(suite.quality_batch, max(suite.pictures, suite.quality_pictures)))
+    calls = pictures * (2 if suite.guidance_scale > 1 else 1)
+    most, size = max(calls, suite.probes), suite.sizes_px[0]
+    return f"batch=1:{calls}:{most},pictures=1:{pictures}:{pictures},height={size},width={size},tokens={CONTEXT_TOKENS}"
+
+
+def made_for(scenario: Scenario, made: Mapping[tuple[str, Way], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Returns what a scenario runs from: where there is one, the engine for its shape alone."""
+    found = made[scenario.model.name, scenario.way]
+    static: Mapping[str, Any] = found.get("static", {}).get(_shape_name(scenario), found)
+    return static
 
 
 def make_artifacts(case: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +188,7 @@ def make_artifacts(case: dict[str, Any]) -> dict[str, Any]:
     folder = Path(case["artifacts"]) if case["artifacts"] else None
     if folder is None and case["backend"] == "aot":
         folder = cached_package(load_teacher(case["path"]), case["device"], case["precision"]).parent
-    folder = folder or cached_artifacts(case["path"], case["backend"], case["precision"])
+    folder = folder or cached_artifacts(case["path"], case["backend"], case["precision"], profiles=case["profiles"])
     manifest = read_manifest(folder)
     figures = manifest.figures if manifest else {}
     parts = [figures, *(part for part in figures.values() if isinstance(part, dict))]
@@ -152,7 +200,7 @@ def case_of(scenario: Scenario, suite: Suite, made: Mapping[tuple[str, Way], Map
     """A scenario as plain values, for `time_case`."""
     prompts = [suite.prompts[i % len(suite.prompts)].caption for i in range(scenario.batch)]
     return {
-        "path": str(scenario.model.path), "backend": scenario.way.backend, "artifacts": made[scenario.model.name, scenario.way].get("artifacts"), "precision": scenario.way.precision,
+        "path": str(scenario.model.path), "backend": scenario.way.backend, "artifacts": made_for(scenario, made).get("artifacts"), "precision": scenario.way.precision,
         "size_px": scenario.size_px, "batch": scenario.batch, "unet_batch": scenario.unet_batch, "steps": scenario.steps, "guidance_scale": scenario.guidance_scale,
         "prompts": prompts, "seed": suite.seed, "samples": suite.samples, "end_to_end_samples": suite.end_to_end_samples, "stage_budget_s": suite.stage_budget_s,
         "device": suite.device, "threads": suite.threads,
@@ -195,6 +243,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     cuda = case["device"].startswith("cuda")
+    used_before = gpu_memory_used_mib() if cuda else None  # before there is a context, which counts too
     free_before = torch.cuda.mem_get_info()[0] if cuda else 0
     started = time.perf_counter()
     pipeline = load(case["path"], case["backend"], case["artifacts"], case["device"], case["precision"])
@@ -210,7 +259,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     end_to_end()
     first_image_ms = _since(started)
 
-    with torch.inference_mode():
+    with torch.no_grad():  # as in `generate`: a compiled UNet would be compiled again for another mode
         inputs = UNetInputs.of(pipeline, case["prompts"], size).repeated(case["unet_batch"] // batch)
         side = size // pipeline.vae_scale_factor
         latents = torch.randn(case["unet_batch"], unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(case["seed"])).to(unet.device, unet.dtype)
@@ -236,11 +285,26 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
                 raise EngineError(f"the {stage.replace('_', ' ')} gives values that are not finite in {case['precision']}", hint="fp32, or bf16 where the device has it")
     # The first picture was the warm-up of the whole way.
     samples["end_to_end"] = list(_samples(end_to_end, False, case["end_to_end_samples"], 1, case["stage_budget_s"]))
-    cuda_peak = max(torch.cuda.max_memory_reserved(), free_before - torch.cuda.mem_get_info()[0]) / 2**20 if cuda else None
+    cuda_peak = _cuda_peak_mib(used_before, free_before) if cuda else None
     return {
-        "samples_ms": samples, "unsteady": unsteady, "load_ms": load_ms, "first_image_ms": first_image_ms, "peak_rss_mib": _peak_rss_mib(), "cuda_peak_mib": cuda_peak,
+        "samples_ms": samples, "unsteady": unsteady, "load_ms": load_ms, "first_image_ms": first_image_ms, "peak_rss_mib": peak_rss_mib(), "cuda_peak_mib": cuda_peak,
         "artifact_mib": {name: round(_size_mib(getattr(pipeline, name)), 3) for name in ("unet", "text_encoder", "vae")}, "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def _cuda_peak_mib(used_before_mib: float | None, free_before: int) -> float:
+    """Returns the most of the GPU's memory that this process held, MiB.
+
+    Args:
+        used_before_mib: in use before the process had a context; None leaves the context out.
+        free_before: free bytes after that.
+    """
+    import torch
+
+    taken = (free_before - torch.cuda.mem_get_info()[0]) / 2**20
+    used = gpu_memory_used_mib()
+    context = 0.0 if used is None or used_before_mib is None else max(0.0, used - used_before_mib - taken)
+    return context + max(torch.cuda.max_memory_reserved() / 2**20, taken)
 
 
 def _text_encoder(pipeline: Any, captions: list[str]) -> Callable[[], Any]:
@@ -296,20 +360,11 @@ def _samples(call: Callable[[], Any], cuda: bool, count: int, least: int, budget
         yield _time(call, cuda)
 
 
-def _peak_rss_mib() -> float:
-    """Highest resident memory of this process. Linux's getrusage would carry the parent's peak across exec, so /proc comes first."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next((int(line.split()[1]) / 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM:")), 0.0)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def _size_mib(component: Any) -> float:
     """Weights of a torch module; files of a graph and its external data."""
     import torch
 
+    component = getattr(getattr(component, "runner", None), "module", component)  # of a compiled UNet, the module
     if isinstance(component, torch.nn.Module) and any(True for _ in component.parameters()):
         return sum(tensor.nbytes for tensor in component.state_dict().values()) / 2**20
     path = getattr(getattr(component, "runner", None), "path", None)

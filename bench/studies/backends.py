@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -25,6 +24,8 @@ from typing import Any
 
 import torch
 from sdcompress_bench.environment import environment
+from sdcompress_engines.exactness import use_ieee_fp32
+from sdcompress_engines.resources import peak_rss_mib
 
 from sdcompress.graphs import DTYPES
 from sdcompress.random_model import random_pipeline
@@ -46,8 +47,12 @@ GPU_VARIANTS = {
     "torch fp32": "PyTorch as it is, TF32 off",
     "torch fp16": "what most people run",
     "torch fp16 channels_last": "",
+    "torch fp16 graph": "in a CUDA graph",
+    "torch fp16 channels_last graph": "",
     "compile fp16": "torch.compile, channels last",
+    "compile fp16 graph": "in a CUDA graph",
     "aot fp16": "AOTInductor, free shapes",
+    "aot fp16 graph": "in a CUDA graph",
     "ort fp16": "ONNX Runtime CUDA",
     "ort fp16 graph": "with a CUDA graph",
     "ort fp16 nhwc graph": "and channels last",
@@ -110,24 +115,30 @@ def feeds(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu") -> d
     return {"sample": sample.to(device, dtype), "timestep": torch.full((batch,), 501.0, device=device), "encoder_hidden_states": context.to(device, dtype)}
 
 
+def torch_runner(variant: str, model: Path, device: str) -> Any:
+    """Returns an open runner of the UNet in torch."""
+    from sdcompress_engines.runners import TorchRunner
+
+    from sdcompress.graphs import signature_of
+    from sdcompress.pipeline import PositionalUNet
+    from sdcompress.teacher import load_teacher
+
+    pipeline: Any = load_teacher(model).pipeline
+    precision = precision_of(variant)
+    unet = pipeline.unet.to(device, DTYPES[precision])
+    wanted = signature_of("unet", unet, precision)
+    mode = "compile" if variant.startswith("compile") else "channels_last" if "channels_last" in variant else "eager"
+    return TorchRunner(PositionalUNet(unet), wanted.inputs, wanted.outputs, mode, cuda_graph="graph" in variant.split()).open()
+
+
 def measure(case: dict[str, Any]) -> dict[str, Any]:
     """One variant in this process."""
     variant, model, work, device = case["variant"], Path(case["model"]), Path(case["work"]), case["device"]
     kind, dtype = variant.split()[0], DTYPES[precision_of(variant)]
-    config = json.loads((model / "unet" / "config.json").read_text())
+    config = json.loads((model / "unet" / "config.json").read_text(encoding="utf-8"))
+    use_ieee_fp32()
     if kind in ("torch", "compile"):
-        from sdcompress.teacher import load_teacher
-
-        pipeline: Any = load_teacher(model).pipeline
-        unet = pipeline.unet.to(device, dtype)
-        del pipeline
-        if "channels_last" in variant or kind == "compile":
-            unet = unet.to(memory_format=torch.channels_last)
-        if kind == "compile":
-            unet.compile()
-
-        def call(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            return unet(inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], return_dict=False)[0]  # type: ignore[no-any-return]
+        runner = torch_runner(variant, model, device)
     else:
         from sdcompress_engines.runners import open_runner
 
@@ -141,8 +152,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         graphs = "transformers" if "transformers" in variant else "int8" if "int8" in variant else "onnx-20" if "opset 20" in variant else "onnx-23"
         runner = open_runner({"aot": work / "unet.pt2", "ort": work / graphs / "unet.onnx", "trt": work / "engine" / "unet.engine"}[kind], device=device, **options)
 
-        def call(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-            return next(iter(runner.infer(inputs).values()))
+    def call(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return next(iter(runner.infer(inputs).values()))
 
     inputs, times = feeds(config, case["batch"], dtype, device), []
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
@@ -157,7 +168,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             times.append(1000 * (time.perf_counter() - started))
     torch.save(out.float().cpu(), case["answer"])
     memory = {"device_mib": (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**20, "grown_mib": (free - torch.cuda.mem_get_info()[0]) / 2**20} if device == "cuda" else {}
-    return {"ms": times[case["warm_up"] :], "first_ms": times[0], "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, **memory}
+    return {"ms": times[case["warm_up"] :], "first_ms": times[0], "peak_rss_mib": peak_rss_mib(), **memory}
 
 
 def child(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
@@ -226,7 +237,7 @@ def main() -> None:
 
     every = GPU_VARIANTS if args.device == "cuda" else VARIANTS
     variants = {name: note for name, note in every.items() if not args.variant or name in args.variant or name in ("torch fp32", "torch bf16", "torch fp16")}
-    models: dict[str, Any] = json.loads(args.output.read_text())["models"] if args.output.is_file() else {}
+    models: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8"))["models"] if args.output.is_file() else {}
     for name in args.model or MODELS[args.device]:
         work = args.work / name.replace(" ", "-")
         work.mkdir(parents=True, exist_ok=True)
@@ -238,7 +249,7 @@ def main() -> None:
         samples = args.samples or (50 if args.device == "cuda" else 30 if name == "nano" else 3)
         models[name] = study(name, model, work, args.rounds, samples, variants, args.device)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"models": models, "environment": environment()}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"models": models, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(work, ignore_errors=True)
     print(table(models))
 

@@ -47,20 +47,33 @@ class ShapeRanges:
         batch: samples of one UNet call; guidance makes two of a picture.
         height, width: of the picture, in pixels.
         tokens: of the UNet's context: 77 for each part of a long prompt.
+        pictures: that the VAE sees at once; None is half of `batch`, as guidance makes it. Without guidance it is `batch`.
     """
 
     batch: Range
     height: Range
     width: Range
     tokens: Range
+    pictures: Range | None = None
 
     @property
     def is_static(self) -> bool:
         """Whether only one shape fits, so that a CUDA graph of it can be replayed."""
-        return all(least == most for least, _, most in (getattr(self, field.name) for field in fields(self)))
+        return all(least == most for least, _, most in self._given().values())
+
+    @property
+    def vae_batch(self) -> Range:
+        """The pictures that the VAE sees at once."""
+        if self.pictures is not None:
+            return self.pictures
+        _, best, most = (-(-value // 2) for value in self.batch)
+        return (1, best, most) if self.batch[0] != self.batch[2] else (best, best, best)
 
     def __str__(self) -> str:
-        return " ".join(f"{field.name} {format_range(getattr(self, field.name))}" for field in fields(self))
+        return " ".join(f"{name} {format_range(value)}" for name, value in self._given().items())
+
+    def _given(self) -> dict[str, Range]:
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
 
 def format_range(values: Iterable[int]) -> str:
@@ -138,17 +151,17 @@ def component_profile(component: str, config: Mapping[str, Any], ranges: ShapeRa
     """The input shapes of one component for these ranges.
 
     Text encoders take every batch from 1, as prompts and negative prompts are encoded apart. The VAE sees a picture where guidance shows the UNet
-    two, so its batch is half; its activations are the largest of all and would otherwise decide the memory an engine needs.
+    two, so its batch is half where `pictures` does not give it; its activations are the largest of all and would otherwise decide the memory an
+    engine needs.
 
     Args:
         vae_scale: pixels a latent pixel, 8 for Stable Diffusion.
     """
     batch = ranges.batch
     if component.startswith("text_encoder"):
-        batch = (1, 1, ranges.batch[2])
+        batch = (1, 1, max(ranges.batch[2], ranges.vae_batch[2]))
     elif component.startswith("vae"):
-        least, best, most = (-(-value // 2) for value in ranges.batch)
-        batch = (min(1, least), best, most) if ranges.batch[0] != ranges.batch[2] else (best, best, best)
+        batch = ranges.vae_batch
     sizes = {
         "batch": batch,
         "tokens": ranges.tokens,

@@ -208,7 +208,7 @@ def _ways(names: tuple[str, ...] | None, device: str, precision: str) -> tuple[t
 
     gpu = device == "cuda"
     wanted = list(dict.fromkeys(read_way(name, precision) for name in names or (("torch", "compile", "ort", "trt") if gpu else ("torch", "ort"))))
-    reasons = available()
+    reasons = available(device)
     reasons["aot"] = reasons["aot-inductor"]
     reasons["tensorrt"] = "its engines run on an NVIDIA GPU and none is used here" if not gpu else reasons["tensorrt"] and reasons["tensorrt-rtx"]  # either serves
     skipped = {BACKEND_NAMES[way.backend]: reason for way in wanted if (reason := reasons.get(way.backend))}

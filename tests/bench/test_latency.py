@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,12 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from sdcompress_bench import latency
 from sdcompress_bench.journal import Journal
-from sdcompress_bench.latency import STAGES, Latency, measure, prepare, time_case
+from sdcompress_bench.latency import (
+    STAGES,
+    Latency,
+    case_of,
+    make_artifacts,
+    measure,
+    picture_profile,
+    prepare,
+    static_profile,
+    time_case,
+)
 from sdcompress_bench.scenario import Gate, ModelUnderTest, Prompt, Suite, Way
 from sdcompress_engines.errors import UsageError
+from sdcompress_engines.profiles import check_ranges, component_profile, parse_profile
 
+from sdcompress import pipeline as pipeline_module
+
+UNET = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]}
+VAE = {"latent_channels": 4, "in_channels": 3, "out_channels": 3, "block_out_channels": [128, 256, 512, 512]}
 QUICK = Suite(
     models=(ModelUnderTest("teacher", "nowhere"),), ways=(Way("torch"),), sizes_px=(64,), steps=1, prompts=(Prompt("a cat"),),
     rounds=1, samples=3, end_to_end_samples=1, stage_budget_s=0.5, threads=1,
@@ -78,6 +96,77 @@ class Recorded(Journal):
 def outcome(ms: float) -> dict[str, Any]:
     samples = {"unet_step": [ms], "text_encoder": [1.0], "vae_decode": [1.0], "end_to_end": [4 * ms]}
     return {"samples_ms": samples, "unsteady": [], "load_ms": 1.0, "first_image_ms": 1.0, "peak_rss_mib": 1.0, "cuda_peak_mib": None, "artifact_mib": {}, "threads": 1}
+
+
+@pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
+@pytest.mark.parametrize("batches", [(1,), (1, 2, 8), (3,)])
+@pytest.mark.parametrize("pictures", [0, 6, 80])
+def test_engines_are_built_for_every_shape_that_a_suite_asks_for(guidance_scale: float, batches: tuple[int, ...], pictures: int) -> None:
+    suite = dataclasses.replace(QUICK, ways=(Way("tensorrt", "fp16"),), sizes_px=(512, 768), batch=batches, guidance_scale=guidance_scale, pictures=min(pictures, 6), quality_pictures=pictures, probes=4)
+    for scenario in suite.scenarios():
+        static = parse_profile(static_profile(scenario), 512, 64)
+        check_ranges(static, 64)
+        assert static.is_static
+        assert static.height == (scenario.size_px,) * 3
+        assert component_profile("unet", UNET, static, 8).shapes["sample"][0][0] == scenario.unet_batch
+        assert component_profile("vae_decoder", VAE, static, 8).shapes["latent_sample"][0][0] == scenario.batch
+        assert component_profile("text_encoder", {"hidden_size": 768}, static, 8).shapes["input_ids"][2][0] >= scenario.batch
+    free = parse_profile(picture_profile(suite), 512, 64)
+    at_once = min(suite.quality_batch, max(1, pictures))
+    least, _, most = component_profile("unet", UNET, free, 8).shapes["sample"]
+    assert least[0] == 1
+    assert most[0] >= max(suite.probes, at_once * (2 if guidance_scale > 1 else 1))
+    assert component_profile("vae_decoder", VAE, free, 8).shapes["latent_sample"][2][0] == at_once
+
+
+def test_each_timed_shape_runs_on_the_engine_that_was_built_for_it_alone() -> None:
+    suite = dataclasses.replace(QUICK, ways=(Way("tensorrt", "fp16"),), batch=(1, 2))
+    built = []
+
+    class Builds(Journal):
+        def call(self, name: str, function: Any, argument: Any, timeout_s: float) -> dict[str, Any]:
+            if function is make_artifacts:
+                built.append(argument["profiles"])
+                return {"artifacts": f"engine {len(built)}", "build_s": float(len(built))}
+            assert function is time_case
+            return outcome(1.0) if argument["artifacts"] == f"engine {1 + argument['batch']}" else {"failed": f"on {argument['artifacts']}"}
+
+    runs = measure(suite, prepare(suite, Builds()), Builds())
+    assert [run.failed for run in runs] == [None, None]
+    assert [run.build_s for run in runs] == [2.0, 3.0]
+    assert [len(profiles) for profiles in built] == [1, 1, 1]
+
+
+def test_a_compiled_unet_is_compiled_once_for_pictures_and_steps(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    counter, compiled = CompileCounter(), []
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    drawn = pipeline_module.generate
+
+    def generate_and_count(*args: Any, **options: Any) -> Any:
+        found = drawn(*args, **options)
+        compiled.append(counter.frame_count)
+        return found
+
+    monkeypatch.setattr(pipeline_module, "generate", generate_and_count)
+    torch._dynamo.reset()
+    suite = dataclasses.replace(QUICK, models=(ModelUnderTest("teacher", pipeline_folder),), ways=(Way("compile"),))
+    (scenario,) = suite.scenarios()
+    time_case(case_of(scenario, suite, {("teacher", Way("compile")): {}}))
+    assert compiled[0] >= 1
+    assert counter.frame_count == compiled[0]
+    torch._dynamo.reset()
+
+
+def test_the_peak_of_a_gpu_counts_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 16 * 2**30))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30)
+    monkeypatch.setattr(latency, "gpu_memory_used_mib", lambda: 4608.0)
+    assert latency._cuda_peak_mib(2048.0, 12 * 2**30) == 512 + 3072  # 2 GiB taken since the context, 2.5 in all
+    assert latency._cuda_peak_mib(None, 12 * 2**30) == 3072
+    monkeypatch.setattr(latency, "gpu_memory_used_mib", lambda: None)
+    assert latency._cuda_peak_mib(2048.0, 16 * 2**30) == 6144
 
 
 def test_rounds_take_turns_and_a_case_that_failed_is_not_started_again() -> None:
