@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from sdcompress_engines.errors import BackendMissing, GateFailed, UsageError
@@ -21,7 +21,20 @@ from sdcompress_engines.runners.onnxruntime import missing as onnxruntime_missin
 from sdcompress_engines.signature import COMPONENTS, HOSTS
 
 from sdcompress import quantize
-from sdcompress.graphs import DTYPES, OPSET, Precision, component_graph, config_of, default_components, part_of, signature_of, stable_precision, weights_of, write_onnx
+from sdcompress.graphs import (
+    DTYPES,
+    OPSET,
+    Precision,
+    Runtime,
+    component_graph,
+    config_of,
+    default_components,
+    part_of,
+    signature_of,
+    stable_precision,
+    weights_of,
+    write_onnx,
+)
 from sdcompress.parity import Parity, check_parity, compare_onnx, relative_l2
 from sdcompress.quantize import PRECISIONS as QUANTIZED
 from sdcompress.quantize import Quantized
@@ -50,6 +63,7 @@ def export_onnx(
     components: Iterable[str] | None = None,
     host: str = "diffusers",
     opset: int | None = None,
+    runtime: Runtime = "any",
     source: Mapping[str, str] | None = None,
     name: str = "",
     reuse: Path | None = None,
@@ -68,6 +82,7 @@ def export_onnx(
             `int8` and `fp8` quantize the UNet of an fp16 export, see `sdcompress.quantize`; that takes a pipeline that can draw.
         components: by default all that text-to-image needs in `host`.
         host: whose names the inputs and outputs have, a key of `HOSTS`; a WebUI takes a UNet only.
+        runtime: whose kernels the graphs are written for. `onnxruntime` is faster and more exact there; `any` is what TensorRT engines are built of.
         source: name → sha256 of what the pipeline came from, for the manifest. name: the model's, likewise.
         reuse: an `onnx` folder whose graphs of components with equal weights, precision and opset are taken over: a student has its
             teacher's text encoder and VAE.
@@ -78,6 +93,8 @@ def export_onnx(
         UsageError: an unknown component, precision or host. ModelError: the pipeline lacks one. ExportError: the exporter failed.
         GateFailed: a graph is too far from torch. ArtifactError, StorageError: the output. In every case nothing else is left on disk.
     """
+    if runtime not in get_args(Runtime):
+        raise UsageError(f"no runtime {runtime!r}", expected=" or ".join(get_args(Runtime)))
     if precision not in (*DTYPES, *QUANTIZED):
         raise UsageError(f"no precision {precision!r}", expected=" or ".join((*DTYPES, *QUANTIZED)))
     quantized: Quantized | None = precision if precision in QUANTIZED else None
@@ -95,7 +112,7 @@ def export_onnx(
     with staged(output, force) as folder:
         save_small_parts(pipeline, folder / "pipeline")
         final = precisions | ({"unet": quantized} if quantized and "unet" in chosen else {})
-        config: dict[str, Any] = {"precision": precision, "opset": opset or OPSET, "signature": host, "components": list(chosen), "precisions": final, "model_name": name}
+        config: dict[str, Any] = {"precision": precision, "opset": opset or OPSET, "runtime": runtime, "signature": host, "components": list(chosen), "precisions": final, "model_name": name}
         accuracy: dict[str, Any] = {}
         weights_sha256 = {component: sha256_weights(part) for component, part in parts.items()}
         ready = read_manifest(reuse) if reuse else None
@@ -113,7 +130,7 @@ def export_onnx(
             written.parent.mkdir(exist_ok=True)
             with report.task(f"exporting {component}", total=2) as advance:
                 wanted = signature_of(component, part, precisions[component], host)
-                write_onnx(component_graph(component, part, DTYPES[precisions[component]]), wanted, written, opset or OPSET)
+                write_onnx(component_graph(component, part, DTYPES[precisions[component]]), wanted, written, opset or OPSET, runtime)
                 advance(note="comparing with torch")
                 parity[component] = None if onnxruntime_missing() else compare_onnx(component, part, precisions[component], written, host)
                 advance()
@@ -180,7 +197,7 @@ def sha256_weights(part: torch.nn.Module) -> str:
 
 
 def _same_graph(ready: Manifest, component: str, config: Mapping[str, Any], weights_sha256: Mapping[str, str]) -> bool:
-    same = all(ready.config.get(key) == config[key] for key in ("opset", "signature")) and ready.config.get("precisions", {}).get(component) == config["precisions"][component]
+    same = all(ready.config.get(key, "any") == config[key] for key in ("opset", "runtime", "signature")) and ready.config.get("precisions", {}).get(component) == config["precisions"][component]
     return same and ready.config.get("weights_sha256", {}).get(component) == weights_sha256[component]
 
 
@@ -188,13 +205,13 @@ def save_small_parts(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Everything a pipeline needs besides the weights: `model_index.json`, configs, scheduler, tokenizer. No safety checker."""
     pipeline.save_config(folder)
     index_path = folder / "model_index.json"
-    index = json.loads(index_path.read_text())
+    index = json.loads(index_path.read_text(encoding="utf-8"))
     for name in ("safety_checker", "feature_extractor", "image_encoder"):
         if name in index:
             index[name] = [None, None]
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
-    index_path.write_text(json.dumps(index, indent=1) + "\n")
+    index_path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     parts: dict[str, Any] = pipeline.components
     for name, part in parts.items():
         if index.get(name, [None])[0] is None or part is None:

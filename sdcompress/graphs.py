@@ -17,14 +17,17 @@ from sdcompress_engines.errors import ExportError, ModelError
 from sdcompress_engines.runners import TensorSpec
 from sdcompress_engines.signature import COMPONENTS, CONTEXT_TOKENS, HOSTS, Signature, signature
 
+from sdcompress.onnxruntime_ops import use_onnxruntime_ops
 from sdcompress.teacher import quiet
 
 Precision = Literal["fp32", "fp16", "bf16"]
+Runtime = Literal["any", "onnxruntime"]
+"""Whose kernels a graph is written for: `any` keeps `GroupNormalization`, which TensorRT has a kernel for; see `onnxruntime_ops`."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PARTS = {"unet": "unet", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "vae_decoder": "vae", "vae_encoder": "vae"}
 """Component → what a pipeline calls the module it is a part of."""
 OPSET = 23
-"""Keeps `Attention` and `GroupNormalization` as one node each; ONNX Runtime ≥ 1.23 and TensorRT ≥ 10.14 read it."""
+"""Keeps `Attention` and `GroupNormalization` as one node each. ONNX Runtime ≥ 1.23 (on CUDA ≥ 1.25) and TensorRT ≥ 10.14 read it."""
 OLDER_OPSET = 20
 """For TensorRT before 10.14: attention in its parts."""
 _ONE_FILE_BYTES = int(1.9e9)  # protobuf ends at 2 GiB
@@ -230,8 +233,11 @@ def random_inputs(wanted: Signature, config: Any, sizes: Mapping[str, int], time
     return {spec.name: make(spec) for spec in wanted.inputs}
 
 
-def write_onnx(graph: ComponentGraph, wanted: Signature, path: Path, opset: int = OPSET) -> None:
+def write_onnx(graph: ComponentGraph, wanted: Signature, path: Path, opset: int = OPSET, runtime: Runtime = "any") -> None:
     """Trace `graph` and write it with the names, order and free axes of `wanted`; weights over 2 GB go to `<path>.data`.
+
+    Args:
+        runtime: whose kernels it is written for.
 
     Raises:
         ExportError: torch could not export it.
@@ -253,6 +259,8 @@ def write_onnx(graph: ComponentGraph, wanted: Signature, path: Path, opset: int 
         raise ExportError(f"torch could not export the {wanted.component} at opset {opset} ({type(error).__name__}: {_first_lines(error)})", hint="--opset 23, or another torch version") from error
     if program is None:
         raise ExportError(f"torch exported nothing for the {wanted.component}")
+    if runtime == "onnxruntime":
+        use_onnxruntime_ops(program.model)
     _tidy(program.model, wanted)
     large = sum(p.numel() * p.element_size() for p in graph.parameters()) > _ONE_FILE_BYTES
     program.save(str(path), external_data=large)

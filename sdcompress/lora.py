@@ -130,7 +130,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
         UsageError: the weight is no number.
     """
     name, colon, weight = text.rpartition(":")
-    if not colon or weight.endswith(".safetensors"):
+    is_drive = len(name) == 1 and name.isalpha() and weight.startswith(("\\", "/"))
+    if not colon or weight.endswith(".safetensors") or is_drive:
         return Path(text), 1.0
     try:
         return Path(name), float(weight)

@@ -137,7 +137,7 @@ def _parameters(config: dict[str, Any]) -> int:
 def _unet_parameters(folder: Path) -> int:
     path = folder / "unet/config.json"
     try:
-        return _parameters(json.loads(path.read_text()))
+        return _parameters(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"is no UNet's config ({error})", where=path) from error
 

@@ -59,7 +59,7 @@ def folder(name: str) -> Path:
 
 @cache
 def _index() -> dict[str, Any]:
-    index: dict[str, Any] = json.loads((data_folder() / "index.json").read_text())
+    index: dict[str, Any] = json.loads((data_folder() / "index.json").read_text(encoding="utf-8"))
     return index
 
 

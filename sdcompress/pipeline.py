@@ -226,11 +226,12 @@ def cached_artifacts(
 
     sha256 = sha256_of(resolve(model))
     folder = cache_folder() / "models" / sha256[:16]
-    graphs = folder / f"onnx-{precision}"
+    for_onnxruntime = backend == "onnxruntime" and torch.cuda.is_available()  # whose CUDA provider has no kernel for group norms
+    graphs = folder / f"onnx-{precision}{'-onnxruntime' if for_onnxruntime else ''}"
     if not graphs.is_dir():
         loaded = load_teacher(model)
         report.say(f"no graphs given: exporting {loaded.name} once to {graphs}")
-        export_onnx(loaded.pipeline, graphs, precision=precision, source={"pipeline": sha256}, name=loaded.name, report=report)
+        export_onnx(loaded.pipeline, graphs, precision=precision, runtime="onnxruntime" if for_onnxruntime else "any", source={"pipeline": sha256}, name=loaded.name, report=report)
     if backend == "onnxruntime":
         return graphs
     engines = folder / f"engine-{precision}{_profile_suffix(profiles)}"

@@ -30,6 +30,7 @@ import sdcompress_engines.errors as engines_errors
 from sdcompress_engines.errors import BackendMissing, DataError, ExportError, GateFailed, UsageError, storage_errors
 from sdcompress_engines.manifest import require_space
 from sdcompress_engines.progress import SILENT, Advance, Reporter
+from sdcompress_engines.resources import peak_rss_mib
 
 Quantized = Literal["int8", "fp8"]
 HighPrecision = Literal["fp16", "fp32"]
@@ -366,15 +367,7 @@ def _quantize(job: Mapping[str, Any]) -> dict[str, Any]:
     nodes = _finish(made.graph, set(chosen), precision)
     declined = len(chosen) - sum(nodes.values())
     _save(made, work / "made" / job["name"], made.ByteSize() > job["one_file_bytes"])
-    return {"nodes": nodes, "kept": kept | ({"declined by modelopt": declined} if declined else {}), "peak_mib": _peak_mib()}
-
-
-def _peak_mib() -> float:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return {"nodes": nodes, "kept": kept | ({"declined by modelopt": declined} if declined else {}), "peak_mib": peak_rss_mib()}
 
 
 def _save(model: Any, path: Path, external: bool) -> None:

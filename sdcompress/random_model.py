@@ -13,14 +13,22 @@ CONFIGS = Path(__file__).parent / "assets" / "configs"
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
-def random_pipeline(family: str, plan: str | None = None, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A diffusers pipeline of the full size of `family`, or a student of it, with random weights on the CPU; no two seeds are alike.
+def random_pipeline(
+    family: str,
+    plan: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """A diffusers pipeline of the full size of `family`, or a student of it, with random weights; no two seeds are alike.
 
     Weights are drawn as torch draws new layers'; biases and norms, which would be zeros and ones, are moved away from that, so that each shows in the output.
 
     Args:
         family: `sd1` (512 px), `sd2` (768 px, v-prediction) or `sdxl` (1024 px).
         plan: of block removal: `bk-base`, `bk-small`, `bk-tiny` or a plan file; None is the whole UNet.
+        device: where the weights are drawn and stay: seconds on a GPU, half a minute on a CPU. One seed gives other weights on another device.
 
     Raises:
         UsageError: an unknown family. PlanError: a plan the family does not allow.
@@ -32,7 +40,7 @@ def random_pipeline(family: str, plan: str | None = None, *, dtype: torch.dtype 
 
     configs = family_configs(family, plan)
     folder = CONFIGS / family
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     torch.manual_seed(seed)
     parts: dict[str, Any] = {}
     for name, entry in index.items():
@@ -42,9 +50,12 @@ def random_pipeline(family: str, plan: str | None = None, *, dtype: torch.dtype 
         made = getattr(library, kind)
         with quiet():
             if library is diffusers and name in configs:
-                parts[name] = made.from_config(configs[name])
+                with torch.device(device):
+                    parts[name] = made.from_config(configs[name])
             elif (folder / name / "config.json").is_file():
-                parts[name] = made(made.config_class.from_pretrained(folder / name))
+                config = made.config_class.from_pretrained(folder / name)
+                with torch.device(device):
+                    parts[name] = made(config)
             else:
                 parts[name] = made.from_pretrained(folder / name)
         if isinstance(parts[name], torch.nn.Module):
@@ -70,7 +81,7 @@ def family_configs(family: str, plan: str | None = None) -> dict[str, dict[str, 
     if family not in FAMILIES:
         raise UsageError(f"no family {family!r}", expected=" or ".join(FAMILIES))
     names = ("unet", "vae", "text_encoder", "text_encoder_2")
-    configs: dict[str, dict[str, Any]] = {name: json.loads(path.read_text()) for name in names if (path := CONFIGS / family / name / "config.json").is_file()}
+    configs: dict[str, dict[str, Any]] = {name: json.loads(path.read_text(encoding="utf-8")) for name in names if (path := CONFIGS / family / name / "config.json").is_file()}
     if plan is not None:
         configs["unet"] = dict(read_plan(plan, configs["unet"]).student_config())
     return configs

@@ -19,7 +19,7 @@ def read_mapping(path: Path, what: str) -> dict[str, Any]:
         UsageError: it is not YAML, or no mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"is not YAML ({error})", where=path) from error
     if not isinstance(values, dict):

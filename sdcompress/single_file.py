@@ -330,7 +330,7 @@ def configs_of(weights: Weights) -> dict[str, dict[str, Any]]:
     unet = unet_config_of(weights)
     folder = CONFIGS / family_of(unet)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.json")) if path.name != "vocab.json"]
-    configs: dict[str, dict[str, Any]] = {name: json.loads((folder / name).read_text()) for name in names}
+    configs: dict[str, dict[str, Any]] = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in names}
     scheduler = configs["scheduler/scheduler_config.json"]
     scheduler["prediction_type"] = prediction_type(weights)
     if ldm.ZERO_SNR in weights.shapes:
@@ -342,7 +342,7 @@ def configs_of(weights: Weights) -> dict[str, dict[str, Any]]:
 
 
 def _read_config(family: str, name: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((CONFIGS / family / name).read_text())
+    config: dict[str, Any] = json.loads((CONFIGS / family / name).read_text(encoding="utf-8"))
     return config
 
 

@@ -173,7 +173,7 @@ def model_index(folder: Path) -> dict[str, Any]:
 
 def _json(path: Path, what: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
         raise ModelError(f"is not JSON ({error})", where=path) from error
     if not isinstance(content, dict):

@@ -209,6 +209,41 @@ def gates() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu() -> str:
+    """What `bench/gpu.py` found, a table for each card in bench/results/gpu-*.json."""
+    tables = [gpu_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    return "\n".join(tables) if tables else "It has not been run yet, so there is no GPU figure here.\n"
+
+
+def gpu_table(found: dict[str, Any]) -> str:
+    """One gpu.json: the UNet's steps, and a line each for pictures, training and tests."""
+    rows = [row for row in found["rows"] if "failed" not in row and "skipped" not in row]
+    env, card, headline = found["environment"], found["card"], found["headline"]
+    name = f"{card['name']}, driver {card['driver']}" if card else f"{env['cpu']}, no GPU"
+    known = {(row["part"], row["row"]): row for row in rows}
+    lines = [f"{name}, torch {env['packages']['torch']}, random weights (`python bench/gpu.py --minutes {found['minutes']:g}`):", ""]
+    lines += ["| UNet | batch | eager | fastest | by | speed-up | of peak | off PyTorch fp32 |", "|---|---|---|---|---|---|---|---|"]
+    steps = [row for row in rows if row["part"] in (3, 4, 8) and "step_ms" in row]
+    for model, batch in sorted({(row["model"], row["batch"]) for row in steps}, key=lambda key: (key[1], key[0] != "sd15", key[0])):
+        best = min((row for row in steps if (row["model"], row["batch"]) == (model, batch)), key=lambda row: row["step_ms"])
+        eager, teacher = known.get((3, f"{model} b{batch} eager")), known.get((3, f"sd15 b{batch} eager"))
+        speedup = f"{teacher['step_ms'] / best['step_ms']:.2f}×" if teacher else "–"
+        way = best["row"].removeprefix(f"{model} b{batch} ")
+        before = f"{eager['step_ms']:.2f} ms" if eager else "–"
+        lines.append(f"| {model} | {batch} | {before} | {best['step_ms']:.2f} ms | {way} | {speedup} | {best['share_of_peak']:.0%} | {best['relative_l2']:.1e} |")
+    lines.append("")
+    if "picture_speedup" in headline:
+        slow, fast = known[5, "sd15 eager"], known[5, "bk-tiny best"]
+        gap = f"of which the host's share is {fast['gap_ms_per_step']:.2f} ms a step"
+        lines.append(f"A picture with guidance takes SD1.5 in eager mode {slow['picture_ms']:.0f} ms and bk-tiny {fast['picture_ms']:.0f} ms, {gap}.")
+    loops = [row for row in rows if row["part"] == 6 and "samples_per_s" in row]
+    if loops:
+        lines.append("Training samples a second: " + ", ".join(f"{row['row']} {row['samples_per_s']:.1f}" for row in loops) + ".")
+    if "tests_passed" in headline:
+        lines.append(f"Tests that need a GPU: {headline['tests_passed']} passed, {headline['tests_not_passed']} did not.")
+    return "\n".join(lines) + "\n"
+
+
 def answer(found: Results, *more: str) -> list[str]:
     """The table of a report, as a README has room for it."""
     lines = [f"| model | UNet parameters | run by | UNet step | pictures/s | speed-up | {''.join(f'{name} | ' for name in more)}peak memory | off PyTorch fp32 |", "|---|---|---|---|---|---|---|---|" + "---|" * len(more)]
@@ -233,7 +268,7 @@ def limit(value: float | None) -> str:
     return "over 100%" if value is None else f"{value:.2%}"
 
 
-SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {"nano": (nano, distillation, adapting, training, latency), "engines": (engines, backends), "bench": (bench_nano, sd15, peers, overhead, gates)}
+SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {"nano": (nano, distillation, adapting, training, latency), "engines": (engines, backends), "gpu": (gpu,), "bench": (bench_nano, sd15, peers, overhead, gates)}
 
 
 def updated(readme: str) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sdcompress_bench.environment import environment
+from sdcompress_engines.resources import peak_rss_mib
 
 from sdcompress.data.cache import LatentCache, build_cache, to_pixels
 from sdcompress.data.sources import open_source
@@ -169,7 +169,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
 
 def child(args: argparse.Namespace) -> None:
     found = (ours if args.child == "ours" else public_manner)(args)
-    found["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20 if CUDA else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    found["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20 if CUDA else peak_rss_mib()
     print(json.dumps(found))
 
 

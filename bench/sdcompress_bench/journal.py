@@ -28,7 +28,7 @@ class Journal:
             with storage_errors(path):
                 shutil.rmtree(path.parent, ignore_errors=True)  # what cases of another suite have written would be taken for this one's
                 path.parent.mkdir(parents=True)
-                path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n")
+                path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
     def call(self, name: str, function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """`isolated.call`, or what it gave before."""
@@ -38,7 +38,7 @@ class Journal:
                 return outcome
             self.known[name] = outcome
             if self.path is not None:
-                with storage_errors(self.path), self.path.open("a") as file:
+                with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"case": name, "outcome": outcome}) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
@@ -48,7 +48,7 @@ class Journal:
 def _read(path: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
     """Whole lines of a journal of this fingerprint; a line cut by a crash is left out."""
     try:
-        head, *lines = path.read_text().splitlines()
+        head, *lines = path.read_text(encoding="utf-8").splitlines()
         if json.loads(head)["fingerprint"] != fingerprint:
             return {}
     except (OSError, ValueError, KeyError, TypeError):

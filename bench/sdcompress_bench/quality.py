@@ -53,7 +53,7 @@ class ClipMetric:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.device = device
         file = folder / "preprocessor_config.json"
-        config = json.loads(file.read_text()) if file.is_file() else {}
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         self.mean, self.std = (torch.tensor(config.get(key, [0.5] * 3), device=device).view(3, 1, 1) for key in ("image_mean", "image_std"))
 
     @torch.inference_mode()

@@ -151,7 +151,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write `results.json`."""
-        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n")
+        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def point(figure: Any) -> float:
@@ -168,7 +168,7 @@ def read_results(path: Path) -> Results:
     if not path.is_file():
         raise UsageError("no such file", where=path, expected="a results.json of `sdcompress bench`")
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != RESULTS_SCHEMA:
             raise ArtifactError(f"results schema {raw['schema']}", where=path, expected=f"schema {RESULTS_SCHEMA}", hint="measure again with the installed version: sdcompress bench SUITE")
         return Results(**raw | {"latency": [Latency(**run) for run in raw["latency"]]})
@@ -183,7 +183,7 @@ def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
         ArtifactError: a line that is not JSON.
     """
     series: dict[str, list[list[float]]] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = json.loads(line)
         except ValueError as error:

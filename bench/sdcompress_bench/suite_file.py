@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -100,8 +101,9 @@ class SuiteFile(BaseModel):
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    name, _, path = text.rpartition("=")
-    return name or None, path
+    """The name and the model of `NAME=MODEL`; no name where what precedes the `=` is a part of a path."""
+    name, equals, path = text.partition("=")
+    return (name or None, path) if equals and not re.search(r"[\\/:]", name) else (None, text)
 
 
 def read_way(text: str, precision: str) -> Way:

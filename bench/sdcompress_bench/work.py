@@ -277,10 +277,14 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
         return (CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection)(CLIPTextConfig.from_dict(dict(config)))
 
 
-def measure_peaks(device: str, precision: str) -> Peaks:
+def measure_peaks(device: str, precision: str, *, budget_s: float | None = None, copy_bytes: int | None = None) -> Peaks:
     """The best this device does now in what UNets are made of: square matrix products of several sizes, laid out as a linear layer's, and a copy far larger than its caches.
 
     Takes 5 to 10 s on a small CPU, under 3 s on a GPU, and some memory (1 GiB; 2 GiB on a GPU). The best of many calls is given: a limit is wanted, not a mean.
+
+    Args:
+        budget_s: for the copy and for each size of a product; by default what the device needs for a steady figure.
+        copy_bytes: how much is copied; by default far more than the device's caches hold.
 
     Raises:
         UsageError: a precision other than fp32, fp16, bf16. BackendMissing: there is no such device.
@@ -291,15 +295,16 @@ def measure_peaks(device: str, precision: str) -> Peaks:
     if kind not in _MATMUL_SIDES or (kind == "cuda" and not torch.cuda.is_available()):
         raise BackendMissing(f"no device {device!r}", expected="cpu" if not torch.cuda.is_available() else "cpu or cuda")
     dtype: torch.dtype = DTYPES[precision]
-    flops, seconds = 0.0, 0.0
+    flops, seconds, budget_s = 0.0, 0.0, budget_s or _BUDGET_S[kind]
     for side in _MATMUL_SIDES[kind]:
-        if 8 * seconds > _BUDGET_S[kind]:  # the next size takes eight times as long: fp16 on a CPU that has no instructions for it
+        if 8 * seconds > budget_s:  # the next size takes eight times as long: fp16 on a CPU that has no instructions for it
             break
-        seconds = _best(_product(side, device, dtype), device, _BUDGET_S[kind])
+        seconds = _best(_product(side, device, dtype), device, budget_s)
         flops = max(flops, 2 * side**3 / seconds)
-    size = _COPY_BYTES[kind] if kind == "cpu" else min(_COPY_BYTES[kind], torch.cuda.mem_get_info(device)[0] // 4)
+    size = copy_bytes or _COPY_BYTES[kind]
+    size = size if kind == "cpu" else min(size, torch.cuda.mem_get_info(device)[0] // 4)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return Peaks(flops, 2 * size / _best(lambda: target.copy_(source), device, _BUDGET_S[kind]), precision)
+    return Peaks(flops, 2 * size / _best(lambda: target.copy_(source), device, budget_s), precision)
 
 
 def _product(side: int, device: str, dtype: torch.dtype) -> Callable[[], Any]:

@@ -42,7 +42,7 @@ def write_data(folder: Path) -> None:
     phrase = nano.styles()[STYLE]
     for number, record in enumerate(r for r in open_source("nano") if r.meta["style"] == STYLE):
         (folder / f"{number:04d}.webp").write_bytes(record.encoded)
-        (folder / f"{number:04d}.txt").write_text(record.caption.replace(phrase, WORD, 1))
+        (folder / f"{number:04d}.txt").write_text(record.caption.replace(phrase, WORD, 1), encoding="utf-8")
 
 
 def main() -> None:
@@ -90,9 +90,9 @@ def main() -> None:
         "rows": rows, "lora_steps_per_s": speed, "lora_student_over_teacher": ratio, "environment": environment(),
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     text = table(result)
-    args.output.with_suffix(".md").write_text(text)
+    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 

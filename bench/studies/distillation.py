@@ -77,8 +77,8 @@ def main() -> None:
             report.say(json.dumps(rows[-1]))
     result = {"teacher_sha256": teacher.sha256, "plan": "bk-tiny", "steps": config.steps, "batch_size": config.batch_size, "prompts": len(prompts), "rows": rows, "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    args.output.with_suffix(".md").write_text(table(rows, config.steps))
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    args.output.with_suffix(".md").write_text(table(rows, config.steps), encoding="utf-8")
     print(table(rows, config.steps))
 
 

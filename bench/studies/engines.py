@@ -2,8 +2,9 @@
 
     python bench/studies/engines.py -o bench/results/engines-cpu.json --work build/engines
 
-Weights are random: an engine's size and the way to it do not depend on them. Memory is the largest sum of resident memory (proportional
-set size, so that what processes share counts once) over the command and everything it starts, looked at ten times a second.
+Weights are random: an engine's size and the way to it do not depend on them. Memory is the largest sum of resident memory (on Linux
+the proportional set size, so that what processes share counts once; elsewhere the resident size) over the command and everything it
+starts, looked at ten times a second.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from sdcompress_bench.environment import environment
 from sdcompress_engines.manifest import read_manifest
@@ -35,33 +38,22 @@ CASES = {
 
 
 def memory_mib(pid: int) -> float:
-    """Proportional resident memory of a process and its descendants."""
-    total = 0.0
-    for process in [pid, *_children(pid)]:
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-    return total
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            direct = [int(child) for child in task.read_text().split()]
-        except OSError:
-            continue
-        found += [process for child in direct for process in (child, *_children(child))]
-    return found
+    """Resident memory of a process and its descendants; proportional where the system counts it."""
+    total = 0
+    with suppress(psutil.Error):
+        root = psutil.Process(pid)
+        for process in [root, *root.children(recursive=True)]:
+            with suppress(psutil.Error):  # gone
+                memory = process.memory_full_info()
+                total += getattr(memory, "pss", memory.rss)
+    return total / 2**20
 
 
 def run(command: list[str], log: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Seconds, exit status and peak memory of a command."""
     peak, done = 0.0, threading.Event()
     started = time.monotonic()
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
+    with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
 
         def watch() -> None:
             nonlocal peak
@@ -82,7 +74,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="for the models and engines; emptied of each model when it is done")
     parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
     args = parser.parse_args()
-    rows: dict[str, Any] = json.loads(args.output.read_text())["rows"] if args.output.is_file() else {}
+    rows: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else {}
     args.work.mkdir(parents=True, exist_ok=True)
     settings = os.environ | {"SDCOMPRESS_CACHE": str((args.work / "cache").absolute())}
     for name in args.case or CASES:
@@ -106,10 +98,10 @@ def main() -> None:
                 "build_peak_mib": engine.figures["unet"]["peak_mib"], "export_s": graph.figures["unet"]["seconds"], "parity": graph.figures["unet"]["parity"], "flavour": engine.config["flavour"], "version": engine.config["version"],
             }  # fmt: skip
         else:
-            row["said"] = (args.work / "log.txt").read_text().strip().splitlines()[-1][:300]
+            row["said"] = (args.work / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1][:300]
         rows[name] = row
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(args.work / "cache", ignore_errors=True)
         print(table({name: row}).splitlines()[-1], flush=True)
     print(table(rows))

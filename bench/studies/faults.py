@@ -147,7 +147,7 @@ def main() -> None:
         gates[precision] = {"floors": judge.floors, "limits": judge.limits(), "least": least(judge, pipeline)}
     document = {"timesteps": TIMESTEPS, "pictures": PICTURES, "seed": SEED, "in_use": IN_USE, "rows": rows, "gates": gates, "census": counted, "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(document, indent=1) + "\n")
+    args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if any(row["caught"] < row["count"] for row in rows if row["precision"] == "fp32" and row["places"] == "in use"):
         raise SystemExit("the fp32 gate missed a fault in a layer in use")
 

@@ -69,7 +69,7 @@ def main() -> None:
     for precision in ("fp32", "fp16"):
         add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(16, 16), (24, 16), (32, 32)])  # type: ignore[arg-type]
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n")
+    args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(args.work)
     if any(row["share_of_limit"] > 1 or not row["signature_exact"] for row in rows):
         raise SystemExit("over the limit")

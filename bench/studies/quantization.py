@@ -96,9 +96,9 @@ def main() -> None:
         "cpu_ms": speed({"fp32": graphs["fp32"]} | {name: args.work / f"{name}-fp32.onnx" for name in PRECISIONS}, feeds, args.rounds), "environment": environment(),
     }  # fmt: skip
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     text = table(result)
-    args.output.with_suffix(".md").write_text(text)
+    args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 

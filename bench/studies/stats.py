@@ -115,7 +115,7 @@ def real_noise(path: Path) -> list[dict[str, Any]]:
     of so many samples scatters by itself.
     """
     rows = []
-    for name, rounds in _measured(json.loads(path.read_text())):
+    for name, rounds in _measured(json.loads(path.read_text(encoding="utf-8"))):
         logs = [np.log(of_round) for of_round in rounds if len(of_round) >= 5]
         if not logs:
             continue
@@ -169,7 +169,7 @@ def main() -> None:
     constants = {name: getattr(stats, name) for name in ("LEVEL", "SIGNIFICANCE", "LEAST_CHANGE", "SAME_WITHIN", "LEAST_ROUNDS")}
     document = {"constants": constants, "noises": {name: asdict(noise) for name, noise in NOISES.items()}, "runs": RUNS, "quantiles": found, "coverage": covered, "planted": told, "real": real}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(document, indent=1) + "\n")
+    args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     asked = {row["planted"]: row for row in told if (row["noise"], row["rounds"]) == ("quiet", 5)}
     if asked[1.05]["slower"] < FOUND_LEAST or 1 - asked[1.0]["same"] - asked[1.0]["unknown"] > FALSE_MOST:
         raise SystemExit("a planted change was missed, or found where there was none, too often")

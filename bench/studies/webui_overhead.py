@@ -119,7 +119,7 @@ def main() -> int:
     found = measure(made, unet, options.work, options.device, options.calls, options.rounds)
     found |= {"summary": summary(found["rounds"]), "environment": environment()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    options.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     said = found["summary"]
     print(f"{found['label']}, {said['calls']} calls each way: runner {said['runner_ms']:.2f} ms, through the extension {said['extension_ms']:.2f} ms, "
           f"added {said['added_ms']:.3f} ms ({said['added_low_ms']:.3f} to {said['added_high_ms']:.3f}), {said['overhead']:.1%} (aim {AIM:.0%})")  # fmt: skip

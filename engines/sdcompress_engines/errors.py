@@ -93,10 +93,18 @@ _STORAGE = {
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another -o"),
 }
 
+_IN_USE = ("is in use by another program", "close the program that uses it")
+_WINDOWS_STORAGE = {  # by `winerror`; the errno of these fits many other faults
+    32: _IN_USE,
+    33: _IN_USE,
+    1224: _IN_USE,
+    1314: ("Windows lets this account make no links", "turn on Developer Mode, or do it without links"),
+}
+
 
 def storage_error(error: OSError, path: str | PathLike[str]) -> StorageError | None:
     """The `StorageError` that says what this OSError means for a write to `path`, or None where it is another matter."""
-    known = _STORAGE.get(error.errno or 0)
+    known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0) or _STORAGE.get(error.errno or 0)
     return StorageError(known[0], where=error.filename or path, hint=known[1]) if known else None
 
 

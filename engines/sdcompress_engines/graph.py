@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EngineError, UsageError
-from .manifest import canonical, sha256_file
+from .manifest import canonical, is_plain_path, sha256_file
 
 AGAIN = "export it again: sdcompress export MODEL -o DIR"
 
@@ -53,7 +53,7 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
                 continue
             entry = {item.key: item.value for item in tensor.external_data}
             name = entry.get("location", "")
-            if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+            if not is_plain_path(name):
                 raise EngineError(f"the weight {tensor.name!r} names the file {name!r}", where=path, expected="a file beside the graph", hint=AGAIN)
             external[name] = max(external.get(name, 0), int(entry.get("offset", 0)) + int(entry.get("length", 0)))
         facts = GraphFacts(

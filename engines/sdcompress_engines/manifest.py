@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from .errors import ArtifactError, StorageError, storage_errors
@@ -36,7 +37,7 @@ class Manifest:
 
     Attributes:
         kind: `student`, `onnx`, `engine`, `results`, ...
-        files: relative path → `FileEntry`, every file but the manifest itself.
+        files: relative path, with `/` on every system → `FileEntry`, every file but the manifest itself.
         inputs: name of an input artifact → its sha256.
         config: the full configuration of the stage that made it.
         figures: what the stage measured (parity, losses, seconds).
@@ -84,7 +85,18 @@ def sha256_tree(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    return sorted(found, key=by_parts)
+
+
+def by_parts(path: PurePath) -> tuple[str, ...]:
+    """The sort key of a path that is the same on every system: Windows would compare paths without regard to case."""
+    return path.parts
+
+
+def is_plain_path(name: str) -> bool:
+    """Whether a name, as a manifest has it, stays in its folder on Linux and Windows: relative, with `/`, no `..` and no drive."""
+    return not re.search(r"[\\:\x00]", name) and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def installed_versions() -> dict[str, str]:
@@ -120,7 +132,7 @@ def write_manifest(
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Seal a manifest and write it into `folder` as it is; returns it sealed."""
     manifest = replace(manifest, seal=_seal(asdict(manifest)))
-    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -138,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA_VERSION:
             raise ArtifactError(f"manifest schema {raw['schema']}", where=path, expected=f"schema {SCHEMA_VERSION}", hint="make this artifact again with the installed version")
         seal = raw.get("seal", "")
@@ -152,6 +164,8 @@ def read_manifest(folder: Path) -> Manifest | None:
             raise ValueError(f"{wrong[0]} is no mapping")
         if wrong := [name for name, entry in manifest.files.items() if not isinstance(entry.sha256, str) or not isinstance(entry.bytes, int)]:
             raise ValueError(f"no sha256 and size of {wrong[0]}")
+        if wrong := [name for name in manifest.files if not is_plain_path(name)]:
+            raise ValueError(f"{wrong[0]!r} is no path in its folder")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"broken manifest ({error})", where=path, hint="delete the folder and make it again") from error

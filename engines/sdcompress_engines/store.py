@@ -2,7 +2,7 @@
 
     <root>/<digest>/           <component>.engine and its manifest, renamed into place when both are complete
     <root>/.<digest>.*         a build under way, or what a killed one left
-    <root>/locks/<digest>.lock held while a key is built or removed; the kernel lets go of it when the process ends
+    <root>/locks/<digest>.lock held while a key is built or removed; the operating system releases it when the process ends
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from typing import Any
 
 from .errors import ArtifactError, EngineError, EngineMismatch, SdCompressError, StorageError, UsageError, storage_errors
 from .flavour import binding, obstacle
+from .locks import HeldLock, try_lock
 from .manifest import MANIFEST_NAME, Manifest, cache_folder, canonical, faults, read_manifest, staged, write_manifest
 from .progress import SILENT, Reporter
 
@@ -383,36 +383,30 @@ class EngineStore:
 
     @contextmanager
     def _try_lock(self, digest: str) -> Iterator[bool]:
-        with self._lock_file(digest) as handle:
-            taken = _take(handle)
-            try:
-                yield taken
-            finally:
-                if taken:
-                    _release(handle)
+        lock = self._take(digest)
+        try:
+            yield lock is not None
+        finally:
+            if lock is not None:
+                lock.release()
 
     @contextmanager
     def _lock(self, digest: str, waiting: Callable[[], None]) -> Iterator[None]:
-        with self._lock_file(digest) as handle:
-            if not _take(handle):
-                waiting()
-                while not _take(handle):
-                    time.sleep(_POLL_S)
-            try:
-                yield
-            finally:
-                _release(handle)
+        lock = self._take(digest)
+        if lock is None:
+            waiting()
+            while (lock := self._take(digest)) is None:
+                time.sleep(_POLL_S)
+        try:
+            yield
+        finally:
+            lock.release()
 
-    @contextmanager
-    def _lock_file(self, digest: str) -> Iterator[int]:
+    def _take(self, digest: str) -> HeldLock | None:
         folder = self.root / "locks"
         with self._storage():
             folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(folder / f"{digest}.lock", os.O_RDWR | os.O_CREAT, 0o666)  # it stays: removing it would let two processes hold it
-        try:
-            yield handle
-        finally:
-            os.close(handle)
+            return try_lock(folder / f"{digest}.lock", hint=f"{_ELSEWHERE} on a local disk")
 
 
 def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
@@ -468,35 +462,6 @@ def _unusable(entry: Entry) -> str | None:
         return f"damaged: {entry.fault}"
     found = obstacle(entry.manifest.config)
     return found.what if isinstance(found, (EngineMismatch, ArtifactError)) else None
-
-
-def _take(handle: int) -> bool:
-    """Whether the lock on an open file could be had without waiting."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # held by another; Windows says the second
-        return False
-    except OSError as error:
-        raise StorageError(f"the store's file system has no locks ({error.strerror or error})", hint="set SDCOMPRESS_CACHE to a folder on a local disk") from error
-    return True
-
-
-def _release(handle: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _size(path: Path, *, alone: bool = False) -> int:

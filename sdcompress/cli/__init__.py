@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "bench": "Measure latency and fidelity, and write a report.",
     "generate": "Make a picture.",
     "inspect": "Say what a pipeline or an artifact is.",
+    "doctor": "Check this installation, and prove each backend against torch.",
     "push": "Upload a finished pipeline or LoRA to the hub, with a model card.",
 }
 
@@ -60,6 +62,7 @@ def cli() -> None:
 
     \b
     Start here (any machine, no download):
+      sdcompress doctor                                  what works here, and what mends the rest
       sdcompress demo                                    the whole way on the built-in teacher
       sdcompress generate nano "a flat icon of a cat"    a picture from it
     With your own checkpoint:
@@ -70,10 +73,19 @@ def cli() -> None:
     """
 
 
+def accept_all_characters() -> None:
+    """Let stdout and stderr take every character. On Windows, redirected ones have a code page that lacks some of ours."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            chosen = stream.isatty() or os.environ.get("PYTHONIOENCODING")
+            stream.reconfigure(encoding=None if chosen else "utf-8", errors="replace")
+
+
 def main() -> None:
     """Run the command line: one line and an exit code for a user's mistake, a traceback only for ours."""
     from sdcompress_engines.errors import SdCompressError, storage_error
 
+    accept_all_characters()
     # Notices of optional parts that are not there (torchvision) are not for who types a command; theirs are read at import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from sdcompress_engines.command import command_line
 
 from ._console import ConsoleReporter, card, force_option, json_option, mib, output_option
 from ._training import DATA_HELP, DATA_KNOBS, data_options, data_overrides
@@ -77,19 +77,27 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
     rows = figure_rows(figures)
     if sheet is not None:
         rows.append(("sheet", sheet if picture is not None else "not written: no picture to show"))
-    card(f"data set {figures.name}", rows, None if figures.fault else f"sdcompress data cache {shlex.quote(data)} TEACHER -o cache{again}")
+    card(f"data set {figures.name}", rows, None if figures.fault else f"sdcompress data cache {command_line([data])} TEACHER -o cache{again}")
 
 
 @command.command(short_help="Latents and embeddings, once for any number of trainings.")
 @click.argument("data")
 @click.argument("teacher")
+@click.option(
+    "--vae-precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="In which the VAE encodes; auto is bf16 on GPUs that have it, but fp32 for SDXL, and fp32 on a CPU.",
+)
 @output_option("Folder of the cache; a stopped build of it is taken up.")
 @force_option
 @data_options
-def cache(data: str, teacher: str, output: Path, force: bool, **options: Any) -> None:
+def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool, **options: Any) -> None:
     """Encode DATA once with TEACHER's VAE and text encoder, for any number of trainings.
 
-    A stopped build goes on when typed again. `torchrun` or `accelerate launch` shares the work among GPUs.
+    Pictures are encoded in batches that fit the free memory. A stopped build goes on when typed again. `torchrun` or
+    `accelerate launch` shares the work among GPUs.
 
     \b
       sdcompress data cache nano nano -o nano-cache
@@ -109,7 +117,10 @@ def cache(data: str, teacher: str, output: Path, force: bool, **options: Any) ->
     check_free(output, force)
     loaded = load_teacher(teacher)
     started = time.monotonic()
-    build_cache(source, loaded, output, config.size_px, config=config, force=force, report=ConsoleReporter())
+    report = ConsoleReporter()
+    made = build_cache(
+        source, loaded, output, config.size_px, config=config, precision=vae_precision, force=force, report=report
+    )
     manifest = read_manifest(output)
     figures = manifest.figures if manifest else {}
     left_out = {"skipped": figures.get("skipped"), "filtered out": figures.get("filtered")}
@@ -121,9 +132,10 @@ def cache(data: str, teacher: str, output: Path, force: bool, **options: Any) ->
             ("captions", f"{figures['captions']:,}"),
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
             *((name, "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())) for name, counts in left_out.items() if counts),
+            ("VAE precision", made.precision + (f", in tiles of {made.tile_px} px" if made.tile_px else "")),
             ("time", f"{time.monotonic() - started:.0f} s"),
         ],
-        f"sdcompress distill {shlex.quote(teacher)} --data {shlex.quote(data)} --cache {shlex.quote(str(output))}{again} -o student",
+        f"sdcompress distill {command_line([teacher])} --data {command_line([data])} --cache {command_line([str(output)])}{again} -o student",
     )
 
 
@@ -166,7 +178,7 @@ def generate(
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
             ("time", f"{made.seconds:.0f} s"),
         ],
-        f"sdcompress distill {'TEACHER' if is_export(teacher) else shlex.quote(teacher)} --data {shlex.quote(str(output))} -o student",
+        f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([teacher])} --data {command_line([str(output)])} -o student",
     )
 
 
@@ -188,7 +200,7 @@ def typed_options(options: dict[str, Any]) -> str:
         value = options.get(parameter.name or "")
         if parameter.name in DATA_KNOBS and value not in (None, (), False):
             for one in value if isinstance(value, tuple) else (value,):
-                text += f" {parameter.opts[0]}" + ("" if one is True else f" {shlex.quote(str(one))}")
+                text += f" {parameter.opts[0]}" + ("" if one is True else f" {command_line([str(one)])}")
     return text
 
 

@@ -111,7 +111,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
     from sdcompress.teacher import model_index, unet_config
 
     scheduler = folder / "scheduler/scheduler_config.json"
-    prediction_type = json.loads(scheduler.read_text()).get("prediction_type", "epsilon") if scheduler.is_file() else None
+    prediction_type = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon") if scheduler.is_file() else None
     parameters, dtypes = _component_facts(folder)
     return {"format": "diffusers folder"} | _pipeline_facts(model_index(folder), unet_config(folder), prediction_type, parameters, ", ".join(sorted(dtypes)) or "unknown")
 
@@ -162,4 +162,4 @@ def _meta_count(part: Path) -> int | None:
         import diffusers
 
         kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
-        return count_parameters(kinds[part.name].from_config(json.loads(path.read_text())))
+        return count_parameters(kinds[part.name].from_config(json.loads(path.read_text(encoding="utf-8"))))

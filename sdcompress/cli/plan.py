@@ -54,7 +54,7 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
     if output:
         with storage_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(plan.to_json())
+            output.write_text(plan.to_json(), encoding="utf-8")
         rows.append(("plan", str(output)))
     if as_json:
         click.echo(json.dumps({"plan": json.loads(plan.to_json()), "before": before["total"].__dict__, "after": after["total"].__dict__}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,14 +61,12 @@ def write_card(output: Path, text: str, picture: Path | None) -> None:
     Raises:
         ArtifactError: the folder is in the way. StorageError: no space, no permission.
     """
-    import shutil
-
     from sdcompress_engines.manifest import staged
 
     from sdcompress.model_card import CARD, PICTURE
 
     with staged(output) as out:
-        (out / CARD).write_text(text)
+        (out / CARD).write_text(text, encoding="utf-8")
         if picture:
             shutil.copyfile(picture, out / PICTURE)
 
@@ -107,16 +107,26 @@ def require_token() -> str:
 
 @contextmanager
 def upload_folder(files: dict[str, Path], text: str) -> Iterator[Path]:
-    """A folder of links to `files` with the card beside them: the finished folder stays as its manifest says."""
+    """A folder of `files` with the card beside them: the finished folder stays as its manifest says."""
     from sdcompress.model_card import CARD
 
     with tempfile.TemporaryDirectory(prefix="sdcompress-push-") as name:
         staged = Path(name)
         for target, source in files.items():
             (staged / target).parent.mkdir(parents=True, exist_ok=True)
-            (staged / target).symlink_to(source.resolve())
-        (staged / CARD).write_text(text)
+            _put(source.resolve(), staged / target)
+        (staged / CARD).write_text(text, encoding="utf-8")
         yield staged
+
+
+def _put(source: Path, target: Path) -> None:
+    """Link a file, in the way that the system lets; copy it where no way is: Windows gives the right to make symbolic links to few."""
+    for link in (os.symlink, os.link):
+        try:
+            return link(source, target)
+        except OSError:
+            continue
+    shutil.copyfile(source, target)
 
 
 def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) -> str:

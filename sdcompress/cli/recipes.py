@@ -44,7 +44,7 @@ def list_recipes(as_json: bool) -> None:
     facts = []
     for name in recipe_names():
         kind, config = resolved(name)
-        facts.append({"name": name, "kind": kind, "purpose": purpose(recipe_path(name).read_text()), "steps": config.steps, "batch_size": config.batch_size})
+        facts.append({"name": name, "kind": kind, "purpose": purpose(recipe_path(name).read_text(encoding="utf-8")), "steps": config.steps, "batch_size": config.batch_size})
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -70,7 +70,7 @@ def show(recipe: str, as_resolved: bool) -> None:
         click.echo(f"kind: {kind}\n" + knobs(config), nl=False)
     else:
         read_recipe(recipe)
-        click.echo(recipe_path(recipe).read_text(), nl=False)
+        click.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
 
 
 @command.command()
@@ -94,7 +94,7 @@ def copy(name: str, file: Path, force: bool) -> None:
         raise ArtifactError("exists", where=file, hint="add --force to replace it, or choose another name" if file.is_file() else "choose another name")
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(recipe_path(name).read_text())
+        file.write_text(recipe_path(name).read_text(encoding="utf-8"), encoding="utf-8")
     card(f"a copy of {name}", [("recipe", file), ("kind", kind)], f"sdcompress recipes validate {file}")
 
 

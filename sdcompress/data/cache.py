@@ -8,103 +8,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import DataError
-from sdcompress_engines.manifest import FileEntry, check_free, faults, read_manifest, require_space, sha256_file, storage_errors, write_manifest
+from sdcompress_engines.manifest import (
+    FileEntry,
+    check_free,
+    faults,
+    read_manifest,
+    require_space,
+    sha256_file,
+    storage_errors,
+    write_manifest,
+)
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .config import DataConfig
-from .sources import Record, Skipped, Source
+from .encode import LatentEncoder, Precision, PrecisionChoice, choose_precision, embed_in_batches, text_encoders_on
+from .sources import Skipped, Source
+from .units import EncodedUnit, UnitEncoder
+from .views import to_pixels as to_pixels  # re-exported
 
 if TYPE_CHECKING:
     from sdcompress.teacher import LoadedPipeline
 
-ENCODE_BATCH = 32
-TEXT_BATCH = 128
 INDEX = "index.safetensors"
 EMPTY = "empty.safetensors"
-MAX_BUCKET_ASPECT = 2.0
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class View:
-    """One crop of one picture.
-
-    Attributes:
-        pixels: float32 in [-1, 1], (3, h, w).
-        time_ids: height and width of the original, top and left of the crop in the resized picture, height and width of the crop;
-            SDXL is conditioned on them (arXiv 2307.01952, section 2.2).
-    """
-
-    pixels: torch.Tensor
-    time_ids: tuple[int, int, int, int, int, int]
-
-
-def bucket_shapes(size_px: int, step_px: int) -> list[tuple[int, int]]:
-    """(width, height) of equal area, about `size_px` squared, in multiples of `step_px`, up to twice as long as wide; the square first."""
-    shapes = {(size_px, size_px)}
-    for width in range(step_px, 2 * size_px, step_px):
-        height = max(step_px, int(size_px * size_px / width // step_px) * step_px)
-        if max(width / height, height / width) <= MAX_BUCKET_ASPECT:
-            shapes.add((width, height))
-    return sorted(shapes, key=lambda shape: (abs(math.log(shape[0] / shape[1])), shape))
-
-
-def nearest_bucket(width: int, height: int, shapes: list[tuple[int, int]]) -> int:
-    """The index of the shape whose aspect ratio is nearest."""
-    return min(range(len(shapes)), key=lambda i: (abs(math.log(width / height) - math.log(shapes[i][0] / shapes[i][1])), i))
-
-
-def to_view(picture: Image.Image, width: int, height: int, place: tuple[float, float] = (0.5, 0.5), flip: bool = False) -> View:
-    """The picture resized to cover (width, height) and cropped to it, at `place` of what is over: 0 is left or top, 0.5 the centre."""
-    original = picture.size
-    scale = max(width / picture.width, height / picture.height)
-    if scale != 1:
-        picture = picture.resize((max(width, round(picture.width * scale)), max(height, round(picture.height * scale))), Image.Resampling.LANCZOS)
-    left, top = round((picture.width - width) * place[0]), round((picture.height - height) * place[1])
-    if place == (0.5, 0.5):
-        left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    picture = picture.crop((left, top, left + width, top + height))
-    array = np.asarray(ImageOps.mirror(picture) if flip else picture, dtype=np.float32) / np.float32(127.5) - 1
-    return View(torch.from_numpy(array).permute(2, 0, 1), (original[1], original[0], top, left, height, width))
-
-
-def to_pixels(picture: Image.Image, size_px: int) -> torch.Tensor:
-    """Short side to `size_px`, center crop, float32 in [-1, 1], (3, size_px, size_px)."""
-    return to_view(picture, size_px, size_px).pixels
-
-
-@torch.no_grad()
-def embed_captions(pipeline: Any, captions: list[str]) -> dict[str, torch.Tensor]:
-    """What the UNet is conditioned on, as the pipeline's own `encode_prompt` has it, on the CPU.
-
-    Returns:
-        `text`, (N, 77, D) float32, and for SDXL `pooled`, (N, P) float32; else `ids`, the tokens, (N, 77) int32.
-    """
-    from sdcompress.teacher import quiet
-
-    with quiet():
-        encoded = pipeline.encode_prompt(captions, device=pipeline.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-    if len(encoded) > 2:
-        return {"text": encoded[0].float().cpu(), "pooled": encoded[2].float().cpu()}
-    ids = pipeline.tokenizer(captions, padding="max_length", max_length=pipeline.tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
-    return {"text": encoded[0].float().cpu(), "ids": ids.int()}
 
 
 def default_size_px(pipeline: Any) -> int:
@@ -142,6 +78,8 @@ class LatentCache:
         sha256: of the cache's content, to name it in what is trained from it.
         size_px: side of the square pictures, or the root of the buckets' area.
         source: the data set's name.
+        precision: in which the VAE encoded; caches of before it was recorded are fp32.
+        tile_px: side of the smallest tiles in which pictures were encoded; None where all were encoded whole.
     """
 
     folder: Path
@@ -151,6 +89,8 @@ class LatentCache:
     teacher_sha256: str
     size_px: int
     source: str = ""
+    precision: Precision = "fp32"
+    tile_px: int | None = None
     _units: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _empty: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -218,7 +158,18 @@ class LatentCache:
             differing = "; ".join(f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k])
             if differing:
                 raise DataError(f"was made with other data settings ({differing})", where=folder, hint="another --cache, or delete it and let it be made again")
-        return cls(folder, load_file(folder / INDEX), manifest.config["views"], manifest.inputs["data"], manifest.inputs["teacher"], manifest.config["size_px"], manifest.config["source"])
+        made = manifest.config
+        return cls(
+            folder,
+            load_file(folder / INDEX),
+            made["views"],
+            manifest.inputs["data"],
+            manifest.inputs["teacher"],
+            made["size_px"],
+            made["source"],
+            made.get("precision", "fp32"),
+            made.get("tile_px"),
+        )
 
 
 def unit_name(number: int) -> str:
@@ -230,28 +181,30 @@ def _cut(config: DataConfig) -> dict[str, Any]:
     return json.loads(config.model_dump_json(exclude={"size_px", "max_unusable"}))
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map` with `workers` threads, in order, never more than a few items ahead."""
-    with ThreadPoolExecutor(workers) as pool:
-        ahead: deque[Future[Result]] = deque()
-        for item in items:
-            ahead.append(pool.submit(work, item))
-            if len(ahead) > 4 * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
 def build_cache(
-    source: Source, teacher: LoadedPipeline, output: Path, size_px: int | None = None, *, config: DataConfig | None = None, force: bool = False, report: Reporter = SILENT
+    source: Source,
+    teacher: LoadedPipeline,
+    output: Path,
+    size_px: int | None = None,
+    *,
+    config: DataConfig | None = None,
+    precision: PrecisionChoice = "auto",
+    force: bool = False,
+    report: Reporter = SILENT,
 ) -> LatentCache:
     """Encode every usable picture and caption of `source` with the teacher's VAE and text encoder into `output`.
 
-    A stopped build is taken up where it was; under `accelerate launch` or `torchrun` the processes share the units, and the first one
-    writes the index. Exact duplicates (the same bytes with the same captions) are kept once.
+    A stopped build is taken up where it was, unless it encoded in another precision. Under `accelerate launch` or
+    `torchrun` the processes share the units, and the first one writes the index. Exact duplicates (the same bytes with
+    the same captions) are kept once. The teacher's parts are where they were afterwards, with the weights they had.
+
+    Args:
+        precision: in which the VAE encodes; `auto` is what `choose_precision` says, the same for all processes.
 
     Raises:
-        DataError: nothing usable, or more unusable than `config.max_unusable`. ArtifactError, StorageError: `output` cannot be written.
+        DataError: nothing usable, or more unusable than `config.max_unusable`; a picture that the memory does not hold.
+        BackendMissing: `precision` is bf16 and the GPU has none.
+        ArtifactError, StorageError: `output` cannot be written.
     """
     from accelerate import PartialState
 
@@ -260,18 +213,23 @@ def build_cache(
     size_px = size_px or config.size_px or default_size_px(pipeline)
     state = PartialState(cpu=not torch.cuda.is_available())
     check_free(output, force)
-    identity = {"teacher": teacher.sha256, "files": source.fingerprint(), "size_px": size_px, "data": _cut(config), "units": source.units()}
+    chosen = _agree(choose_precision(pipeline, state.device, precision))
+    identity = {
+        "teacher": teacher.sha256, "files": source.fingerprint(), "size_px": size_px, "data": _cut(config),
+        "units": source.units(), "precision": chosen,
+    }  # fmt: skip
     partial = output.with_name(f".{output.name}.partial")
-    with storage_errors(output):
+    with storage_errors(output), text_encoders_on(pipeline, state.device):
         if state.is_main_process:
             _start_or_continue(partial, identity, report)
         state.wait_for_everyone()
-        encoder = _Encoder(pipeline, state.device, size_px, config)
+        latents = LatentEncoder(pipeline.vae, state.device, chosen, processes=state.num_processes, report=report)
+        encoder = UnitEncoder(pipeline, latents, size_px, config)
         try:
             with report.task("encode pictures") as advance:
                 for number in range(state.process_index, source.units(), state.num_processes):
                     if not (partial / f"{unit_name(number)}.json").is_file():
-                        encoder.unit(source, number, partial, advance)
+                        _write_unit(partial, number, encoder.encode(source, number, advance))
             state.wait_for_everyone()
             if state.is_main_process:
                 _finish(partial, output, source, teacher, identity, encoder, config, report)
@@ -279,124 +237,75 @@ def build_cache(
             if state.is_main_process and not any(partial.glob("unit-*.json")):  # nothing to go on with
                 shutil.rmtree(partial, ignore_errors=True)
             raise
-        finally:
-            pipeline.vae.to("cpu")
         state.wait_for_everyone()
     return LatentCache.open(output)
 
 
+def _agree(precision: Precision) -> Precision:
+    """Returns fp32 where any of the processes says fp32, for one cache has one precision."""
+    from accelerate.utils import gather_object
+
+    return "fp32" if "fp32" in gather_object([precision]) else precision
+
+
 def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter) -> None:
+    """Keep the pieces of a stopped build of the same identity, or empty the folder."""
     marker = partial / "build.json"
-    if marker.is_file() and marker.read_text() == json.dumps(identity, sort_keys=True):
+    if marker.is_file():
+        try:
+            begun = {"precision": "fp32"} | json.loads(marker.read_text())
+        except (ValueError, TypeError):
+            begun = {}
         done = len(list(partial.glob("unit-*.json")))
-        report.say(f"cache: going on after {done} of {identity['units']} pieces")
-        return
+        if begun == json.loads(json.dumps(identity)):
+            report.say(f"cache: going on after {done} of {identity['units']} pieces")
+            return
+        if done and begun == identity | {"precision": begun.get("precision")}:
+            was, now = begun["precision"], identity["precision"]
+            report.say(f"cache: starting over: its {done} pieces were encoded in {was}, this build encodes in {now}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     marker.write_text(json.dumps(identity, sort_keys=True))
 
 
-class _Encoder:
-    """Turns units of a source into files of a cache."""
-
-    CHECK_FROM = 1000  # pictures after which too large a share of unusable ones stops the build before its end
-
-    def __init__(self, pipeline: Any, device: torch.device, size_px: int, config: DataConfig) -> None:
-        self.pipeline, self.device, self.config = pipeline, device, config
-        for name in ("vae", "text_encoder", "text_encoder_2"):
-            if getattr(pipeline, name, None) is not None:
-                getattr(pipeline, name).to(device)
-        factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-        self.shapes = bucket_shapes(size_px, max(factor, min(64, size_px // 8))) if config.buckets else [(size_px, size_px)]
-        self.views = (config.views if config.crop == "random" else 1) * (2 if config.flip else 1)
-        self.threads = max(1, (os.cpu_count() or 1) // 2)
-        self.met = Skipped()
-
-    def _views(self, record: Record) -> tuple[Record, int, list[View]] | tuple[Record, DataError]:
-        try:
-            picture = record.picture()
-        except DataError as error:
-            return record, error
-        bucket = nearest_bucket(*picture.size, self.shapes)
-        width, height = self.shapes[bucket]
-        random = np.random.default_rng(list(hashlib.sha256(record.encoded).digest()[:8]))
-        views = []
-        for _ in range(self.config.views if self.config.crop == "random" else 1):
-            place = (float(random.random()), float(random.random())) if self.config.crop == "random" else (0.5, 0.5)
-            views += [to_view(picture, width, height, place, flip) for flip in ((False, True) if self.config.flip else (False,))]
-        return record, bucket, views
-
-    @torch.no_grad()
-    def unit(self, source: Source, number: int, folder: Path, advance: Callable[..., None]) -> None:
-        """Encode one unit into its file and, last, the JSON beside it that says it is whole."""
-        skipped = Skipped()
-        waiting: dict[int, list[View]] = {}
-        done: dict[str, list[torch.Tensor]] = {}
-        rows: dict[int, int] = {}
-        captions: dict[str, int] = {}
-        columns: dict[str, list[Any]] = {name: [] for name in ("bucket", "row", "first", "count", "caption_row", "caption_share", "digest")}
-
-        def encode(bucket: int, least: int) -> None:
-            views = waiting.get(bucket, [])
-            while len(views) >= least:
-                batch, views = views[:ENCODE_BATCH], views[ENCODE_BATCH:]
-                posterior = self.pipeline.vae.encode(torch.stack([v.pixels for v in batch]).to(self.device)).latent_dist
-                done.setdefault(f"mean.{bucket}", []).append(posterior.mean.half().cpu())
-                done.setdefault(f"logvar.{bucket}", []).append(posterior.logvar.half().cpu())
-                done.setdefault(f"time_ids.{bucket}", []).append(torch.tensor([v.time_ids for v in batch], dtype=torch.int32))
-            waiting[bucket] = views
-
-        for found in in_order(self._views, source.unit(number, skipped), self.threads):
-            advance()
-            if len(found) == 2:
-                skipped.read -= 1
-                skipped.add("unreadable picture", found[0].key)
-                continue
-            record, bucket, views = found
-            columns["bucket"].append(bucket)
-            columns["row"].append(rows.get(bucket, 0))
-            columns["first"].append(len(columns["caption_row"]))
-            columns["count"].append(len(record.captions))
-            for caption, share in record.captions:
-                columns["caption_row"].append(captions.setdefault(caption, len(captions)))
-                columns["caption_share"].append(share)
-            columns["digest"].append(list(hashlib.sha256(record.encoded + json.dumps(record.captions).encode()).digest()[:16]))
-            rows[bucket] = rows.get(bucket, 0) + len(views)
-            waiting.setdefault(bucket, []).extend(views)
-            encode(bucket, ENCODE_BATCH)
-        for bucket in list(waiting):
-            encode(bucket, 1)
-        self.met.merge(skipped)
-        if self.met.read + self.met.count + sum(self.met.filtered.values()) >= self.CHECK_FROM:
-            self.met.check(source.name, self.config.max_unusable)
-        tensors = {name: torch.cat(parts) for name, parts in done.items()} | self.embed(list(captions))
-        kinds = {"caption_share": torch.float32, "digest": torch.uint8}
-        tensors |= {f"pictures.{name}": torch.tensor(values, dtype=kinds.get(name, torch.int32)).reshape(len(values), *((16,) if name == "digest" else ())) for name, values in columns.items()}
-        require_space(folder, sum(t.numel() * t.element_size() for t in tensors.values()), "the cache's next piece")
-        path = folder / unit_name(number)
-        temporary = path.with_suffix(".tmp")
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
-        os.replace(temporary, path)
-        facts = {"sha256": sha256_file(path), "bytes": path.stat().st_size, "read": skipped.read, "reasons": skipped.reasons, "filtered": skipped.filtered, "fields": sorted(skipped.fields)}
-        temporary.write_text(json.dumps(facts))
-        os.replace(temporary, folder / f"{unit_name(number)}.json")
-
-    def embed(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """What `embed_captions` gives, in float16."""
-        parts = [embed_captions(self.pipeline, captions[start : start + TEXT_BATCH]) for start in range(0, len(captions), TEXT_BATCH)]
-        joined = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else {})}
-        return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in joined.items()}
+def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
+    """Write a unit's file and, last, the JSON beside it that says it is whole."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in unit.tensors.values())
+    require_space(folder, size, "the cache's next piece")
+    path = folder / unit_name(number)
+    temporary = path.with_suffix(".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in unit.tensors.items()}, temporary)
+    os.replace(temporary, path)
+    skipped = unit.skipped
+    facts = {
+        "sha256": sha256_file(path), "bytes": path.stat().st_size, "read": skipped.read, "reasons": skipped.reasons,
+        "filtered": skipped.filtered, "fields": sorted(skipped.fields), "tiled": unit.tiled, "tile_px": unit.tile_px,
+    }  # fmt: skip
+    temporary.write_text(json.dumps(facts))
+    os.replace(temporary, folder / f"{unit_name(number)}.json")
 
 
-def _finish(partial: Path, output: Path, source: Source, teacher: LoadedPipeline, identity: dict[str, Any], encoder: _Encoder, config: DataConfig, report: Reporter) -> None:
+def _finish(
+    partial: Path,
+    output: Path,
+    source: Source,
+    teacher: LoadedPipeline,
+    identity: dict[str, Any],
+    encoder: UnitEncoder,
+    config: DataConfig,
+    report: Reporter,
+) -> None:
     """Check the shares, write index and manifest, and rename the folder into its place."""
     total = Skipped()
     hashed: dict[str, FileEntry] = {}
     columns: dict[str, list[torch.Tensor]] = {}
-    captions = rows = 0
+    captions = rows = tiled = 0
+    tiles_px: list[int] = []
     for number in range(source.units()):
         facts = json.loads((partial / f"{unit_name(number)}.json").read_text())
         total.merge(Skipped(read=facts["read"], reasons=facts["reasons"], filtered=facts["filtered"], fields=set(facts["fields"])))
+        tiled += facts.get("tiled", 0)
+        tiles_px += [facts["tile_px"]] if facts.get("tile_px") else []
         hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
         unit = load_file(partial / unit_name(number))
         ours = {name.removeprefix("pictures."): tensor for name, tensor in unit.items() if name.startswith("pictures.")}
@@ -415,7 +324,7 @@ def _finish(partial: Path, output: Path, source: Source, teacher: LoadedPipeline
     found = len(index["unit"])
     index |= {name: index[name][kept].contiguous() for name in ("unit", "bucket", "row", "first", "count")}
     save_file(index, partial / INDEX)
-    save_file(encoder.embed([""]), partial / EMPTY)
+    save_file(embed_in_batches(encoder.pipeline, [""]), partial / EMPTY)
     (partial / "build.json").unlink()
     for sidecar in partial.glob("unit-*.json"):
         sidecar.unlink()
@@ -424,10 +333,15 @@ def _finish(partial: Path, output: Path, source: Source, teacher: LoadedPipeline
     figures = {
         "pictures": len(kept), "duplicates": found - len(kept), "captions": rows, "bytes": size, "bytes_per_picture": round(size / len(kept)),
         "skipped": {k: len(v) for k, v in total.reasons.items()}, "filtered": total.filtered,
+        "tiled_views": tiled,
     }  # fmt: skip
     write_manifest(
         partial, "cache", hashed=hashed, inputs={"teacher": teacher.sha256, "data": content}, figures=figures,
-        config={"size_px": identity["size_px"], "source": source.name, "files": identity["files"], "data": identity["data"], "views": encoder.views, "shapes": encoder.shapes},
+        config={
+            "size_px": identity["size_px"], "source": source.name, "files": identity["files"], "data": identity["data"],
+            "views": encoder.views, "shapes": encoder.shapes, "precision": identity["precision"],
+            "tile_px": min(tiles_px, default=None),
+        },
     )  # fmt: skip
     if output.exists():
         shutil.rmtree(output)

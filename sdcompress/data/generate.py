@@ -224,7 +224,7 @@ def _shown(value: object) -> str:
 
 def _settings(output: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads((output / SETTINGS).read_text())
+        found = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) and "prompts" in found and "picture_format" in found else None

@@ -24,6 +24,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 from sdcompress_engines.errors import BackendMissing, DataError, UsageError
+from sdcompress_engines.manifest import by_parts
 
 from .config import DataConfig
 from .filters import parse_conditions
@@ -219,7 +220,7 @@ class Source:
 
 
 def _files_fingerprint(files: Iterable[Path]) -> str:
-    return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files, key=by_parts)).encode()).hexdigest()
 
 
 def is_text(value: object) -> bool:
@@ -242,7 +243,7 @@ def read_object(payload: bytes | str) -> dict[str, Any]:
 def _text(payload: bytes) -> str | None:
     """UTF-8 text, None where it is not."""
     try:
-        return payload.decode()
+        return payload.decode("utf-8-sig")
     except UnicodeDecodeError:
         return None
 
@@ -257,21 +258,23 @@ class FolderSource(Source):
 
     @cached_property
     def _pictures(self) -> list[Path]:
-        return sorted(p for p in self.root.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        return sorted(found, key=by_parts)
 
     @cached_property
     def _table(self) -> dict[str, dict[str, Any]]:
         rows: list[Any] = []
         if (path := self.root / "metadata.jsonl").is_file():
-            for number, line in enumerate(path.read_text(errors="replace").split("\n"), 1):
+            for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8-sig").split("\n"), 1):
                 try:
                     rows += [json.loads(line)] if line.strip() else []
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"line {number} is not JSON ({error})", where=path) from error
         elif (path := self.root / "metadata.csv").is_file():
-            with path.open(newline="", errors="replace") as file:
+            with path.open(newline="", errors="replace", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
-        return {str(row["file_name"]): row for row in rows if isinstance(row, dict) and "file_name" in row}
+        # A table that was written on Windows may have backslashes.
+        return {str(row["file_name"]).replace("\\", "/"): row for row in rows if isinstance(row, dict) and "file_name" in row}
 
     def units(self) -> int:
         return -(-len(self._pictures) // UNIT_PICTURES)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import UsageError
 
 RECORD = "installed.json"
@@ -75,19 +75,21 @@ def find_host(name: str, path: str | Path) -> tuple[Host, Path]:
         return host, root
     other = other or next((each.name for each in known.values() if each is not host and each.missing(root) is None), None)
     if other is not None:
-        raise UsageError(f"is {known[other].title}, not {host.title}", where=root, hint=f"sdcompress install {other} {root}")
+        raise UsageError(f"is {known[other].title}, not {host.title}", where=root, hint=command_line(["sdcompress", "install", other, str(root)]))
     inside = next((entry for entry in sorted(root.iterdir()) if entry.is_dir() and host.missing(entry) is None), None)
-    raise UsageError(f"is no {host.title}: it has no {lacking}", where=root, expected="the folder the program is started from", hint=None if inside is None else f"sdcompress install {name} {inside}")
+    hint = None if inside is None else command_line(["sdcompress", "install", name, str(inside)])
+    raise UsageError(f"is no {host.title}: it has no {lacking}", where=root, expected="the folder the program is started from", hint=hint)
 
 
 def running(host: Host, root: Path) -> int | None:
-    """The process that runs this host out of this folder, or None; also where the system does not tell, as only Linux does."""
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # gone, or another user's
-            for word in (process / "cmdline").read_bytes().split(b"\0")[1:4]:
-                name = Path(os.fsdecode(word))
-                if name.name in host.programs and (process / "cwd" / name).samefile(root / name.name):
-                    return int(process.name)
+    """Returns the id of the process that runs this host from this folder, or None. Another user's processes may not be seen."""
+    import psutil
+
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):  # gone, or another user's
+            for name in map(Path, process.cmdline()[1:4]):
+                if name.name in host.programs and (Path(process.cwd()) / name).samefile(root / name.name):
+                    return int(process.pid)
     return None
 
 

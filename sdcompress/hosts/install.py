@@ -420,7 +420,9 @@ def _writing(root: Path, host: Host) -> Iterator[None]:
     except OSError as error:
         known = storage_error(error, error.filename or root)
         what = known.what if known else f"the file system failed ({error.strerror or error})"
-        raise StorageError(what, where=error.filename or root, hint=f"close {host.title} if it runs, and run this as the user who runs it") from error
+        no_links = known is not None and getattr(error, "winerror", None) == 1314
+        hint = known.hint if known and no_links else f"close {host.title} if it runs, and run this as the user who runs it"
+        raise StorageError(what, where=error.filename or root, hint=hint) from error
 
 
 def _engine_status(name: str, folder: Path, ours: bool) -> EngineStatus:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError
-from sdcompress_engines.manifest import canonical, sha256_file
+from sdcompress_engines.manifest import canonical, is_plain_path, sha256_file
 
 SCHEMA = 1
 PARTIAL = ".sdcompress-partial"
@@ -39,7 +39,7 @@ class Entry:
     def is_at(self, path: Path) -> bool:
         """Whether this is what lies there."""
         if path.is_symlink():
-            return bool(self.link) and os.readlink(path) == self.link
+            return bool(self.link) and without_prefix(os.readlink(path)) == self.link
         return not self.link and path.is_file() and path.stat().st_size == self.bytes and sha256_file(path) == self.sha256
 
 
@@ -80,8 +80,16 @@ def read_record(path: Path, ours: tuple[str, ...]) -> tuple[Record | None, str |
         record = Record({name: Entry(**entry) for name, entry in raw["files"].items()}, tuple(raw["folders"]), raw["version"], raw["created"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"it does not say what was installed ({type(error).__name__}: {error})"
-    outside = [name for name in record.files if ".." in PurePosixPath(name).parts or not name.startswith(tuple(f"{folder}/" for folder in ours))]
+    outside = [name for name in record.files if not is_plain_path(name) or not name.startswith(tuple(f"{folder}/" for folder in ours))]
+    outside += [name for name in record.folders if not is_plain_path(name)]
     return (None, f"it names {outside[0]}, which is none of ours") if outside else (record, None)
+
+
+def without_prefix(target: str) -> str:
+    """The target of a link without the prefix that Windows puts before it: the link was made without."""
+    if target.startswith("\\\\?\\UNC\\"):
+        return "\\\\" + target[8:]
+    return target.removeprefix("\\\\?\\")
 
 
 def write_record(path: Path, record: Record) -> None:

@@ -260,7 +260,7 @@ def read_plan(name_or_path: str, config: UNetConfig) -> BlockPlan:
     path = Path(name_or_path)
     if not path.is_file():
         return make_plan(config, name_or_path)
-    plan = BlockPlan.from_json(path.read_text(), path)
+    plan = BlockPlan.from_json(path.read_text(encoding="utf-8"), path)
     ours = make_plan(config, levels=plan.levels, mid=plan.mid)
     for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types"):
         if plan.teacher.get(key) != ours.teacher.get(key):

@@ -15,7 +15,14 @@ from .features import collect_features
 
 
 class Objective(Protocol):
-    """One kind of training: how a batch becomes losses."""
+    """One kind of training: how a batch becomes losses.
+
+    Attributes:
+        hooked: names of the modules whose outputs the losses read: of the trained network, and of the teacher.
+    """
+
+    @property
+    def hooked(self) -> tuple[list[str], list[str]]: ...
 
     def attached(self, trained: nn.Module) -> AbstractContextManager[None]:
         """Whatever hooks the losses need on the trained network, for the length of a run."""
@@ -35,6 +42,8 @@ def weighted_mse(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torc
 
 class Denoising:
     """The diffusion loss alone: full finetuning and LoRA (arXiv 2006.11239, equation 14)."""
+
+    hooked: tuple[list[str], list[str]] = ([], [])
 
     def attached(self, trained: nn.Module) -> AbstractContextManager[None]:
         return nullcontext()
@@ -65,10 +74,16 @@ class BlockDistillation:
         self._ours: dict[str, torch.Tensor] = {}
         self._theirs: dict[str, torch.Tensor] = {}
 
+    @property
+    def hooked(self) -> tuple[list[str], list[str]]:
+        """Names of the student's and of the teacher's modules whose outputs are compared."""
+        pairs = [pair for kind in self.kinds.values() for pair in kind]
+        return [student for student, _ in pairs], [teacher for _, teacher in pairs]
+
     @contextmanager
     def attached(self, trained: nn.Module) -> Iterator[None]:
         """Hooks on the student's and the teacher's modules of the pairs; gone when the block ends."""
-        ours, theirs = ([pair[side] for pairs in self.kinds.values() for pair in pairs] for side in (0, 1))
+        ours, theirs = self.hooked
         with collect_features(trained, ours) as self._ours, collect_features(self.teacher or trained, theirs if self.teacher is not None else []) as self._theirs:
             yield
 
@@ -79,14 +94,24 @@ class BlockDistillation:
         found = {"task_loss": weighted_mse(predicted, batch.target, batch.weight)}
         if self.teacher is not None:
             ours = dict(self._ours)
-            with torch.no_grad():
-                expected = self.teacher(*arguments, **options)[0]
+            expected = self._ask_teacher(batch)
             found["output_kd_loss"] = weighted_mse(predicted, expected, batch.weight)
             for name, pairs in self.kinds.items():
                 found[name] = torch.stack([self._feature_loss(ours[s], self._theirs[t]) for s, t in pairs]).sum()
             self._ours.clear()
             self._theirs.clear()
         return {"loss": torch.stack([self.weights[name] * value for name, value in found.items()]).sum()} | found
+
+    @torch.no_grad()
+    def _ask_teacher(self, batch: NoisyBatch) -> torch.Tensor:
+        """Returns the teacher's prediction, (B, C, h, w), computed in its own precision: autocast would keep its norms in float32 and cast its
+        inputs at every layer."""
+        assert self.teacher is not None
+        dtype = next(self.teacher.parameters()).dtype
+        arguments, options = batch.each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor).arguments()
+        with torch.autocast(batch.sample.device.type, enabled=False):
+            expected: torch.Tensor = self.teacher(*arguments, **options)[0]
+        return expected
 
     def _feature_loss(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
         theirs = theirs.float()

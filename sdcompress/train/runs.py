@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError, UsageError
+from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError, StorageError, UsageError
+from sdcompress_engines.locks import HeldLock, try_lock
 from sdcompress_engines.manifest import check_free, staged, storage_errors, write_manifest
 from torch import nn
 
@@ -32,42 +31,64 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
 
     Raises:
         ArtifactError: in the way (neither `resume` nor `force`), or another run is at work in it.
+        StorageError: no space, no permission, or a file system without locks.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
-    lock = None
-    made = False
-    if state.is_main_process:
-        with storage_errors(output):
-            if (output / LOCK).is_file() and (resume or force):
-                lock = _lock(output)
-            if not resume:
-                check_free(output, force)
-                if force and output.exists():
-                    shutil.rmtree(output)
-                    lock = None
-            made = not output.exists()
-            output.mkdir(parents=True, exist_ok=True)
-            lock = lock or _lock(output)
+    lock, new = _enter(output, resume, force) if state.is_main_process else (None, False)
     state.wait_for_everyone()
     try:
         yield
     except (UsageError, BackendMissing, ModelError):
-        if made:
-            shutil.rmtree(output, ignore_errors=True)
+        if lock is not None and new:
+            _leave_nothing(output, lock)
+            lock = None
         raise
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.release()
 
 
-def _lock(output: Path) -> int:
-    handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise ArtifactError("another run is at work in this folder", where=output, hint="wait for it, or choose another -o") from error
-    return handle
+def _enter(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
+    """Make and lock the folder; with `force`, empty it. Returns the lock, and whether what is in the folder is this run's alone."""
+    with storage_errors(output):
+        if not resume:
+            check_free(output, force)
+        new = not output.exists()
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = try_lock(output / LOCK, hint="choose another -o, on a local disk")
+        except StorageError:
+            if new:
+                shutil.rmtree(output, ignore_errors=True)
+            raise
+        if lock is None:
+            raise ArtifactError("another run is at work in this folder", where=output, hint="wait for it, or choose another -o")
+        if force and not resume:
+            try:
+                _empty(output)
+            except BaseException:
+                lock.release()
+                raise
+            new = True
+    return lock, new
+
+
+def _empty(output: Path) -> None:
+    """Remove all but the lock file: while it is held, Windows removes neither it nor the folder."""
+    for path in output.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _leave_nothing(output: Path, lock: HeldLock) -> None:
+    """Remove the folder and release its lock."""
+    with suppress(OSError):  # another error is on its way to the user
+        _empty(output)
+    with suppress(OSError):
+        lock.discard()
+        output.rmdir()
 
 
 def with_unet(pipeline: Any, unet: nn.Module) -> Any:
@@ -91,9 +112,9 @@ def save_pipeline(pipeline: Any, target: Path, kind: str, *, precision: str = "f
         with quiet():
             pipeline.save_pretrained(out)
         for config in out.rglob("*.json"):  # diffusers notes where a component was loaded from: a path on this machine, not for the world
-            content = json.loads(config.read_text())
+            content = json.loads(config.read_text(encoding="utf-8"))
             if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-                config.write_text(json.dumps(content, indent=2) + "\n")
+                config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         write_manifest(out, kind, **manifest)
 
 
@@ -107,7 +128,7 @@ def training_scheduler(scheduler: Any) -> Any:
 def write_once(path: Path, text: str) -> None:
     """Write a file that is not there yet: a refused resume must find the run's own unharmed."""
     if PartialState().is_main_process and not path.is_file():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def recipe_text(config: TrainConfig) -> str:

@@ -18,6 +18,8 @@ CARRIED = sorted(path for folder in (ENGINES, PLUGINS) for path in folder.rglob(
 ALWAYS = {"torch", "numpy", "sdcompress_engines", "sdcompress_webui", "comfyui_sdcompress"} | set(sys.stdlib_module_names)
 WHERE_USED = {
     "onnx", "google", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "tensorrt", "tensorrt_rtx", "polygraphy", "typing_extensions",  # of an engine: looked for, and their absence told
+    "filelock",  # of torch
+    "psutil",  # looked for, with another way where it is missing
     "modules", "backend", "gradio", "comfy", "folder_paths", "nodes",  # the hosts
 }  # fmt: skip
 HOSTS = {"modules", "backend", "gradio", "comfy", "folder_paths", "nodes"}
@@ -81,7 +83,7 @@ def absent() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
     names = {name.replace("_", "-").lower() for each in wanted for name in [each.split(";")[0].split("[")[0].split(">")[0].split("<")[0].split("=")[0].strip()]}
-    keep = {"torch", "numpy", "onnxruntime", "onnxruntime-gpu"}
+    keep = {"torch", "filelock", "numpy", "onnxruntime", "onnxruntime-gpu"}
     found = {module for module, owners in packages_distributions().items() for owner in owners if owner.replace("_", "-").lower() in names - keep}
     return found | {"sdcompress", "sdcompress_bench", "onnx", "diffusers", "transformers", "safetensors", "pydantic", "polygraphy", "gradio"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from PIL import Image
 from sdcompress_engines.errors import DataError
 from sdcompress_engines.manifest import read_manifest
+from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import cache as module
-from sdcompress.data.cache import LatentCache, bucket_shapes, build_cache, nearest_bucket, to_view
+from sdcompress.data.cache import LatentCache, build_cache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
+from sdcompress.data.units import UnitEncoder
+from sdcompress.data.views import bucket_shapes, nearest_bucket, to_view
 from sdcompress.teacher import LoadedPipeline, load_teacher
 
 
@@ -41,6 +45,31 @@ def mixed(tmp_path: Path) -> Path:
 def stored(cache: LatentCache) -> list[torch.Tensor]:
     samples = [cache.sample(i, view, 0.0) for i in range(len(cache)) for view in range(cache.views)]
     return [t for s in samples for t in (s.mean, s.std, s.text, s.time_ids)]
+
+
+class Lines(Reporter):
+    """Keeps what is reported."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def stop_at(patch: pytest.MonkeyPatch, stop: int) -> list[int]:
+    """Make the next build stop before unit `stop`, once; returns a list that fills with the units met, -1 for the stop."""
+    genuine, met = UnitEncoder.encode, list[int]()
+
+    def encode(self: UnitEncoder, source: Any, number: int, advance: Any) -> Any:
+        if number == stop and -1 not in met:
+            met.append(-1)
+            raise KeyboardInterrupt
+        met.append(number)
+        return genuine(self, source, number, advance)
+
+    patch.setattr(UnitEncoder, "encode", encode)
+    return met
 
 
 def test_a_sample_is_what_the_vae_gives_for_the_cropped_picture(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
@@ -76,16 +105,7 @@ def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mix
 def test_a_stopped_build_goes_on_and_ends_the_same(teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
     whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
-    genuine, encoded = module._Encoder.unit, []
-
-    def stops(self: Any, source: Any, number: int, *rest: Any) -> None:
-        if number == 2 and len(encoded) == 2:
-            encoded.append(-1)
-            raise KeyboardInterrupt
-        encoded.append(number)
-        genuine(self, source, number, *rest)
-
-    monkeypatch.setattr(module._Encoder, "unit", stops)
+    encoded = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
     assert not (tmp_path / "cache").exists()
@@ -133,3 +153,95 @@ def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
     config = DataConfig(max_unusable=0.2)
     assert len(build_cache(open_source(mixed, config), teacher, tmp_path / "cache", 64, config=config)) == 8
+
+
+def test_a_resumed_build_goes_on_with_pieces_of_another_batch_size(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
+    met = stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    monkeypatch.setattr("sdcompress.data.encode.CPU_BATCH_BYTES", 1)
+    again = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    assert met == [0, 1, -1, 2, 3]
+    for a, b in zip(stored(again), stored(whole), strict=True):
+        assert torch.all((a - b).abs() <= 2e-5 * a.abs().max() + 2**-10 * a.abs())
+
+
+def test_a_stopped_build_of_another_precision_starts_over_and_is_reported(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    met = stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    lines = Lines()
+    cache = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64, precision="bf16", report=lines)
+    assert met == [0, 1, -1, 0, 1, 2, 3]
+    assert lines.lines[0] == "cache: starting over: its 2 pieces were encoded in fp32, this build encodes in bf16"
+    assert cache.precision == "bf16"
+
+
+def test_a_stopped_build_of_before_precision_was_recorded_goes_on_as_fp32(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    met = stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    marker = tmp_path / ".cache.partial/build.json"
+    marker.write_text(json.dumps({k: v for k, v in json.loads(marker.read_text()).items() if k != "precision"}))
+    for sidecar in marker.parent.glob("unit-*.json"):
+        facts = json.loads(sidecar.read_text())
+        sidecar.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("tiled", "tile_px")}))
+    assert build_cache(open_source(mixed), teacher, tmp_path / "cache", 64).precision == "fp32"
+    assert met == [0, 1, -1, 2, 3]
+
+
+def test_a_cache_of_before_precision_was_recorded_is_fp32(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine = module.write_manifest
+
+    def write(*args: Any, config: dict[str, Any], **rest: Any) -> None:
+        genuine(*args, config={k: v for k, v in config.items() if k not in ("precision", "tile_px")}, **rest)
+
+    monkeypatch.setattr(module, "write_manifest", write)  # as the earlier version wrote it
+    source = open_source(mixed)
+    built = build_cache(source, teacher, tmp_path / "cache", 64)
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    assert "precision" not in manifest.config
+    opened = LatentCache.open(tmp_path / "cache", teacher.sha256, source, 64, DataConfig())
+    assert (opened.precision, opened.tile_px) == ("fp32", None)
+    assert all(torch.equal(a, b) for a, b in zip(stored(opened), stored(built), strict=True))
+
+
+def test_precision_is_recorded_and_bf16_is_other_content(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path
+) -> None:
+    exact, half = (build_cache(open_source(mixed), teacher, tmp_path / p, 64, precision=p) for p in ("fp32", "bf16"))
+    assert exact.sha256 != half.sha256
+    for name in ("fp32", "bf16"):
+        manifest = read_manifest(tmp_path / name)
+        assert manifest is not None
+        assert manifest.config["precision"] == name
+        assert LatentCache.open(tmp_path / name, config=DataConfig()).precision == name
+    error = torch.stack([half.sample(i, 0, 0.0).mean - exact.sample(i, 0, 0.0).mean for i in range(len(exact))]).norm()
+    assert 0 < error < 0.02 * torch.stack([exact.sample(i, 0, 0.0).mean for i in range(len(exact))]).norm()
+
+
+def test_tiling_is_recorded(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdcompress.data.encode.free_bytes", lambda *_: 24 * 2**20)  # stand-in for a small memory
+    lines = Lines()
+    cache = build_cache(open_source(mixed), teacher, tmp_path / "cache", 512, report=lines)
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    assert cache.tile_px == manifest.config["tile_px"] == 256
+    assert manifest.figures["tiled_views"] == 10
+    assert "tiles of 256 px" in lines.lines[0]
+    assert cache.sample(0, 0, 0.0).mean.shape == (4, 64, 64)

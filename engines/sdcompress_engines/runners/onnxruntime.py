@@ -1,29 +1,48 @@
-"""ONNX Runtime on the CPU, on CUDA, and through TensorRT. Tensors are bound by address, so nothing is copied on the way in, in any dtype."""
+"""ONNX Runtime on the CPU, on CUDA, and through TensorRT. Tensors are bound by address, so nothing is copied on the way in, in any dtype.
+
+What ONNX Runtime does on a GPU, from its source and from the wheels of 1.23 to 1.31.1:
+
+- Its CUDA provider has a kernel for opset-23 `Attention` from 1.25 on, and for `Sin` and `Cos` of opset 22 and newer from 1.27 on. No version has
+  one for `GroupNormalization`, which it computes as about 20 operators, or for `InstanceNormalization` of opset 22 and newer.
+- The wheels are for CUDA 12 up to 1.26, for CUDA 13 from 1.27 on.
+- A session with a CUDA graph is refused where a node has a subgraph, where a provider other than CUDA and the CPU has a node, or where a tensor
+  is copied between the host and the GPU (`inference_session.cc`). Shapes that are computed on the CPU are no reason.
+- The wheels are built with TensorRT 10. Up to 1.26 its networks are strongly typed where no precision is announced; from 1.27 on none is.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..errors import BackendMissing, EngineError, UsageError, storage_errors
+from ..errors import BackendMissing, EngineError, SdCompressError, UsageError, storage_errors
 from ..manifest import cache_folder, read_manifest, sha256_file
 from .base import Runner, TensorSpec
-from .cuda_graphs import short
+from .cuda_graphs import short, warn_without_graph
 from .shapes import Ranges, Shape
 
 INSTALL = "pip install 'sdcompress[cpu]'"
 INSTALL_GPU = "pip install 'sdcompress[gpu]'"
+REPLACE_BY_GPU = f"pip uninstall -y onnxruntime onnxruntime-gpu, then {INSTALL_GPU}"
+"""Both packages write the same files, so the one for the CPU has to go first."""
 INSTALL_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx, beside onnxruntime and without onnxruntime-gpu"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider"}
 GRAPHS = 4
 """CUDA graphs, each of one shape, of a session, which can let go of none; further shapes run without."""
-# Operators that hold the work of these models: a provider that leaves one of them to another has not taken the graph. Small ones on the CPU are shapes.
-_WORK = {"Attention", "Conv", "ConvTranspose", "Gemm", "GroupNormalization", "LayerNormalization", "MatMul", "MultiHeadAttention", "Resize", "Softmax"}
+# Operators that hold the work of these models: a provider that leaves one of them to another has not taken the graph. What else is on the CPU
+# computes shapes or works on a few numbers: `Concat`, `Div`, `Mul`, `Reshape`, `ArgMax` of token ids, `Sin` and `Cos` of timesteps.
+_WORK = {
+    "Attention", "BatchNormalization", "Conv", "ConvTranspose", "Erf", "Gelu", "Gemm", "GroupNormalization", "InstanceNormalization", "LayerNormalization",
+    "MatMul", "MultiHeadAttention", "QuickGelu", "ReduceMean", "Resize", "RMSNormalization", "Sigmoid", "Softmax",
+}  # fmt: skip
 
 # ONNX's type name → torch dtype and the number of ONNX's TensorProto.DataType (numpy knows no bfloat16, so the numbers are what binds).
 _DTYPES = {
@@ -40,29 +59,84 @@ _DTYPES = {
 _ELEMENT = dict(_DTYPES.values())
 
 
+Session = TypeVar("Session")
+
+
 def missing(device: str = "cpu") -> str | None:
-    """Returns why ONNX Runtime does not run on a device here, or None.
+    """Returns why ONNX Runtime cannot run graphs on this device, with the command that mends it, or None.
 
     Args:
-        device: `cpu`, which every ONNX Runtime serves, or `cuda`.
+        device: `cpu`, or `cuda[:n]` for its CUDA provider. Whether there is a GPU is not asked.
     """
+    on_cuda = device.startswith("cuda")
     try:
         import onnxruntime
     except (ImportError, OSError) as error:
-        return f"onnxruntime is not installed ({error}): {INSTALL}"
-    if device.startswith("cuda") and PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
-        return f"this onnxruntime {onnxruntime.__version__} runs on the CPU only: pip uninstall onnxruntime, then {INSTALL_GPU}"
-    return None
+        return f"onnxruntime is not installed ({error}): {INSTALL_GPU if on_cuda else INSTALL}"
+    if not on_cuda:
+        return None
+    if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
+        return f"this onnxruntime {onnxruntime.__version__} runs on the CPU only: {REPLACE_BY_GPU}"
+    return _other_cuda(onnxruntime)
+
+
+def _other_cuda(onnxruntime: Any) -> str | None:
+    """Why its CUDA provider finds no CUDA libraries beside this torch, or None.
+
+    The libraries are torch's: they are in the process already, and the provider takes those of its own major version.
+    """
+    needed = str(getattr(onnxruntime, "cuda_version", "") or "").partition(".")[0]
+    brought = str(torch.version.cuda or "").partition(".")[0]
+    if not needed or not brought or needed == brought:
+        return None
+    with suppress(OSError):
+        ctypes.CDLL(f"cudart64_{needed}.dll" if sys.platform == "win32" else f"libcudart.so.{needed}")
+        return None
+    change = "pip install 'onnxruntime-gpu<1.27'" if int(needed) > int(brought) else "pip install --upgrade onnxruntime-gpu"
+    return f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA {needed}, and torch {torch.__version__} brings CUDA {brought}: {change}"
+
+
+def start_session(start: Callable[[bool], Session], cuda_graph: bool) -> tuple[Session, str | None]:
+    """Returns a session, with a CUDA graph if that is wanted and possible, and the reason where it is wanted and not possible.
+
+    Args:
+        start: makes the session, with a CUDA graph or without.
+
+    Raises:
+        SdCompressError: `start` raised it. Exception: ONNX Runtime refuses the session without a CUDA graph, too.
+    """
+    if not cuda_graph:
+        return start(False), None
+    try:
+        return start(True), None
+    except SdCompressError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions share no base class
+        reason = message_of(error)
+    return start(False), reason
+
+
+def message_of(error: object) -> str:
+    """Returns what an error of ONNX Runtime says in one line, without its C++ types, source files and host names."""
+    text = " ".join(str(error).split())
+    if found := re.search(r"(\w+ failure \d+: [^;]*?) ;.*expr=([^;]+)", text):
+        return short(f"{found[1]} in {found[2].strip()}")
+    return short(re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", text))
 
 
 @dataclass
 class _Static:
-    """Tensors whose addresses stay, for one shape, bound once; the run that has `options` replays the CUDA graph over them."""
+    """Tensors whose addresses stay, for one shape, bound once; the run that has `options` replays the CUDA graph over them.
+
+    Attributes:
+        captured: whether a run has captured the graph.
+    """
 
     feeds: dict[str, torch.Tensor]
     results: dict[str, torch.Tensor]
     binding: Any
     options: Any
+    captured: bool = False
 
 
 class OnnxRuntimeRunner(Runner):
@@ -73,10 +147,14 @@ class OnnxRuntimeRunner(Runner):
         provider: `cpu`, `cuda`, `tensorrt` or `nvtensorrtrtx`; the default is `cpu` or `cuda`, as the device says. It takes the whole graph or the
             runner does not open: nothing falls back to another one.
         threads: of the CPU; by default as many as torch uses.
-        cuda_graph: replay a captured graph for each shape (`cuda` only), over buffers of the runner's own.
+        cuda_graph: replay a captured graph for each shape (`cuda` only), over buffers of the runner's own. Where ONNX Runtime refuses or a capture
+            fails, a warning gives the reason once, and the runner goes on without.
         prefer_nhwc: channels last inside convolutions on `cuda`; whether it pays depends on the card and the model.
         profile: the shapes that `tensorrt` and `nvtensorrtrtx` build for; without it they build again for each shape that is new.
         config: further session entries of ONNX Runtime's, by their keys.
+
+    Attributes:
+        graph_failure: why it runs without the CUDA graphs that it was asked for; None where it was not asked, or as long as none has failed.
     """
 
     backend = "onnxruntime"
@@ -97,21 +175,27 @@ class OnnxRuntimeRunner(Runner):
         self._threads, self._nhwc, self._profile, self._extra = threads, prefer_nhwc, profile, dict(config or {})
         self._session: Any = None
         self._statics: dict[tuple[Shape, ...], _Static] = {}
+        self.graph_failure: str | None = None
 
     def _load(self) -> None:
         if missing():
             raise BackendMissing("onnxruntime is not installed", hint=INSTALL)
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads or torch.get_num_threads()
-        options.log_severity_level = 4  # what goes wrong comes as an exception
+        self.graph_failure = None
         recorded = hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info")
-        for key, value in ({"session.record_ep_graph_assignment_info": "1"} if recorded else {}).items() | self._extra.items():
-            options.add_session_config_entry(key, str(value))
-        providers, names = self._providers(onnxruntime, options)
+        names: set[str] = set()
+
+        def start(cuda_graph: bool) -> Any:
+            options = self._session_options(onnxruntime, recorded)
+            providers, wanted = self._providers(onnxruntime, options, cuda_graph)
+            names.update(wanted)
+            return onnxruntime.InferenceSession(str(self.path), options, providers=providers, enable_fallback=0)
+
         try:
-            self._session = onnxruntime.InferenceSession(str(self.path), options, providers=providers, enable_fallback=0)
+            self._session, refusal = start_session(start, self.cuda_graph)
+        except SdCompressError:
+            raise
         except Exception as error:  # its exceptions share no base class
             raise self._unreadable(error) from error
         try:
@@ -122,8 +206,27 @@ class OnnxRuntimeRunner(Runner):
         except BaseException:
             self._session = None
             raise
+        if refusal is not None:
+            elsewhere = {operator for provider, operators in assigned if provider not in names for operator in operators}
+            self._drop_graphs(f"{refusal}{'; elsewhere: ' if elsewhere else ''}{', '.join(sorted(elsewhere))}")
 
-    def _providers(self, onnxruntime: Any, options: Any) -> tuple[list[Any] | None, set[str]]:
+    def _session_options(self, onnxruntime: Any, recorded: bool) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self._threads or torch.get_num_threads()
+        options.log_severity_level = 4  # what goes wrong comes as an exception
+        for key, value in ({"session.record_ep_graph_assignment_info": "1"} if recorded else {}).items() | self._extra.items():
+            options.add_session_config_entry(key, str(value))
+        return options
+
+    def _drop_graphs(self, reason: str) -> None:
+        """Go on without CUDA graphs. `_load` or `_run_on_gpu` calls it, so that the warning names the line that called `open_runner` or `infer`."""
+        self.graph_failure = reason
+        if self._statics:
+            torch.cuda.synchronize(self.device)  # earlier replays may still read and write them
+            self._statics.clear()
+        warn_without_graph(self.path, reason)
+
+    def _providers(self, onnxruntime: Any, options: Any, cuda_graph: bool) -> tuple[list[Any] | None, set[str]]:
         """What `InferenceSession` gets as providers, and the names under which the wanted one may report itself."""
         name = PROVIDERS[self.provider]
         if self.provider == "cpu":
@@ -133,7 +236,9 @@ class OnnxRuntimeRunner(Runner):
         self.device = torch.device("cuda", torch.cuda.current_device() if self.device.index is None else self.device.index)
         self._stream = torch.cuda.Stream(self.device)
         common = {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
-        cuda = (PROVIDERS["cuda"], common | {"do_copy_in_default_stream": "1", "prefer_nhwc": str(int(self._nhwc)), "enable_cuda_graph": str(int(self.cuda_graph))})
+        # No TF32: a graph in fp32 is held against torch's fp32, and in half precision little is fp32.
+        own = {"do_copy_in_default_stream": "1", "use_tf32": "0", "prefer_nhwc": str(int(self._nhwc)), "enable_cuda_graph": str(int(cuda_graph))}
+        cuda = (PROVIDERS["cuda"], common | own)
         there = onnxruntime.get_available_providers()
         if self.provider == "nvtensorrtrtx":
             given = common | {"has_user_compute_stream": "1", "nv_runtime_cache_path": self._cache()} | self._shapes("nv")
@@ -161,8 +266,14 @@ class OnnxRuntimeRunner(Runner):
         return str(folder)
 
     def _precision(self) -> dict[str, str]:
-        """TensorRT's networks are weakly typed here, so a half-precision graph has to be announced."""
+        """Returns the options that announce a half-precision graph: TensorRT 10 computes a weakly typed network in fp32 without them.
+
+        TensorRT 11 has strongly typed networks only, and no flags for precisions. No wheel of ONNX Runtime up to 1.31.1 is built with it.
+        """
         assert self.path is not None
+        tensorrt = _tensorrt()
+        if tensorrt is not None and not hasattr(tensorrt.BuilderFlag, "FP16"):
+            return {}
         manifest = read_manifest(self.path.parent)
         precision = "" if manifest is None else str(manifest.config.get("precision"))
         return {f"trt_{precision}_enable": "1"} if precision in ("fp16", "bf16") else {}
@@ -174,10 +285,14 @@ class OnnxRuntimeRunner(Runner):
 
     def _check_provider(self, names: set[str], started: Iterable[str], left: Mapping[str, str]) -> None:
         if not names & set(started):
-            raise BackendMissing(f"{PROVIDERS[self.provider]} did not start, and ONNX Runtime would have used {', '.join(started)}", where=self.path, hint=f"{INSTALL_GPU} for the installed CUDA, or provider 'cpu'")
+            raise BackendMissing(
+                f"{PROVIDERS[self.provider]} did not start, and ONNX Runtime would have used {', '.join(started)}",
+                where=self.path,
+                hint=_start_hint(self.provider),
+            )
         if left:
             told = ", ".join(f"{operator} on {provider}" for operator, provider in sorted(left.items()))
-            raise EngineError(f"{PROVIDERS[self.provider]} does not take the whole graph: {told}", where=self.path, hint="a newer ONNX Runtime, an export with a lower --opset, or another provider")
+            raise EngineError(f"{PROVIDERS[self.provider]} does not take the whole graph: {told}", where=self.path, hint="onnxruntime-gpu 1.25 or newer, an export with --opset 20, or another provider")
 
     def _unreadable(self, error: Exception) -> EngineError:
         """What is wrong with the graph: by looking at it where onnx is installed, else in ONNX Runtime's words."""
@@ -190,10 +305,9 @@ class OnnxRuntimeRunner(Runner):
             return found
         except ImportError:
             pass
-        said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : [A-Z_]+ : ", "", short(error))
         if unknown := re.search(r"No Op registered for (\S+) with domain_version of (\d+)", str(error)):
             return EngineError(f"this ONNX Runtime knows no operator {unknown[1]} of opset {unknown[2]}", where=self.path, hint="a newer onnxruntime, or an export with a lower --opset")
-        return EngineError(f"not a graph that ONNX Runtime loads ({said})", where=self.path, hint="export it again, or a newer onnxruntime")
+        return EngineError(f"not a graph that ONNX Runtime loads ({message_of(error)})", where=self.path, hint="export it again, or a newer onnxruntime")
 
     @property
     def _device_id(self) -> int:
@@ -227,7 +341,7 @@ class OnnxRuntimeRunner(Runner):
         try:
             self._session.run_with_iobinding(binding, options)
         except Exception as error:
-            raise EngineError(f"ONNX Runtime failed ({short(error)})", where=self.path) from error
+            raise EngineError(f"ONNX Runtime failed ({message_of(error)})", where=self.path) from error
         return binding
 
     def _views(self, binding: Any) -> dict[str, torch.Tensor]:
@@ -237,15 +351,15 @@ class OnnxRuntimeRunner(Runner):
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         try:
-            static = self._static(feeds) if self.cuda_graph else None
-            if static is not None:
-                with torch.cuda.stream(self._stream):
-                    for name, tensor in feeds.items():
-                        static.feeds[name].copy_(tensor)
-                binding, views = self._infer(static.binding, static.options), static.results
+            static = self._static(feeds) if self.cuda_graph and self.graph_failure is None else None
+            failure = None if static is None else self._replay(static, feeds)
+            if static is not None and failure is None:
+                binding, views = static.binding, static.results
             else:
                 binding = self._infer(self._bind(feeds), self._run_options(-1))
                 views = self._views(binding)
+            if failure is not None:  # of the graph alone, as the same call has worked without
+                self._drop_graphs(failure)
             results = {name: torch.empty_like(view) for name, view in views.items()}  # on the caller's stream, whose they are
             with torch.cuda.stream(self._stream):
                 for name, tensor in results.items():
@@ -254,6 +368,20 @@ class OnnxRuntimeRunner(Runner):
             return results
         finally:
             current.wait_stream(self._stream)
+
+    def _replay(self, static: _Static, feeds: Mapping[str, torch.Tensor]) -> str | None:
+        """Run over the static tensors. Returns why the graph could not be captured, or None."""
+        with torch.cuda.stream(self._stream):
+            for name, tensor in feeds.items():
+                static.feeds[name].copy_(tensor)
+        try:
+            self._infer(static.binding, static.options)
+        except EngineError as error:
+            if static.captured:
+                raise
+            return message_of(error.__cause__)
+        static.captured = True
+        return None
 
     def _run_options(self, graph: int) -> Any:
         """`graph` is the number of a CUDA graph to capture and replay; -1 is none."""
@@ -311,6 +439,24 @@ def _rtx_devices(onnxruntime: Any) -> list[Any]:
     if not find:
         raise BackendMissing("the TensorRT-RTX provider finds no GPU it runs on", expected="an RTX card", hint="provider 'cuda'")
     return find
+
+
+def _tensorrt() -> Any:
+    """Returns TensorRT's Python package, or None. Importing it loads the libraries that ONNX Runtime's provider asks for by name."""
+    try:
+        import tensorrt
+    except (ImportError, OSError):
+        return None
+    return tensorrt
+
+
+def _start_hint(provider: str) -> str:
+    """Returns what to type where a provider is a part of ONNX Runtime and did not start: most often a library that it needs is missing."""
+    tensorrt = _tensorrt()
+    version = "none" if tensorrt is None else str(tensorrt.__version__)
+    if provider == "tensorrt" and not version.startswith("10."):
+        return f"pip install 'tensorrt<11', as the provider is built with TensorRT 10, and installed is {version}; or provider 'cuda'"
+    return f"{missing('cuda') or f'{INSTALL_GPU} for the installed CUDA'}; or provider 'cpu'"
 
 
 def _torch_view(value: Any) -> torch.Tensor:

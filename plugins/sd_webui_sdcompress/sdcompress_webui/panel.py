@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.command import command_line
 from sdcompress_engines.manifest import Manifest
 from sdcompress_engines.profiles import ShapeRanges, format_range
 from sdcompress_engines.runners.shapes import Ranges, Shape
@@ -51,7 +51,7 @@ def build_command(manifest: Manifest | None, widen: Mapping[str, Shape] | None =
     words += ["--signature", "webui"] + (["--precision", precision] if precision else [])
     for baked in [*(name.removeprefix("lora ") for name in manifest.inputs if name.startswith("lora ")), *lora]:
         words += ["--lora", baked]
-    return shlex.join([*words, "-o", "DIR"])
+    return command_line([*words, "-o", "DIR"])
 
 
 def profile_ranges(manifest: Manifest, widen: Mapping[str, Shape] | None = None) -> list[ShapeRanges]:

@@ -1,0 +1,150 @@
+"""What a part of the program sees in its own process: its device, what earlier parts found, and where its rows go."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import math
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdcompress_engines.errors import BackendMissing, SdCompressError
+from sdcompress_engines.runners.cuda_graphs import short
+
+Row = dict[str, Any]
+BEGUN = "begun"
+"""Key of a line that says which row is being measured, so that a crash can be told by its row."""
+
+
+class DeviceLost(RuntimeError):
+    """The CUDA context is broken: every further call in this process fails."""
+
+
+class PartRun:
+    """One run of one part.
+
+    Args:
+        argument: see `Program.argument_of`; plain values.
+
+    Attributes:
+        device: `cpu`, or a CUDA device with its index. smoke: measure small models, a few samples each.
+        earlier: rows of other parts, and of this one from an earlier attempt.
+        precision: what models run in.
+        folder: of the results. scratch: for large files, gone when the program ends.
+    """
+
+    def __init__(self, argument: Mapping[str, Any]) -> None:
+        self.part: int = argument["part"]
+        self.smoke: bool = argument["smoke"]
+        self.device = torch.device("cuda", 0) if argument["device"] == "cuda" else torch.device("cpu")
+        self.precision = "fp16" if self.is_cuda else "bf16"
+        self.folder, self.scratch = Path(argument["folder"]), Path(argument["scratch"])
+        self.facts: Mapping[str, Any] = argument["facts"]
+        self.earlier: list[Row] = argument["rows"]
+        self._done = {
+            row["row"]: row for row in self.earlier if row["part"] == self.part and row["row"] in argument["done"]
+        }
+        self._deadline: float = argument["deadline"]
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def seconds_left(self) -> float:
+        """Returns how long this part may still run."""
+        return self._deadline - time.time()
+
+    def find(self, part: int, row: str) -> Row | None:
+        """Returns an earlier row that has figures, or None."""
+        found = [each for each in self.earlier if each["part"] == part and each["row"] == row]
+        return next((each for each in found if "failed" not in each and "skipped" not in each), None)
+
+    def row(self, name: str, **figures: Any) -> Row:
+        """Write a row now; a figure that is not finite makes it a failed one."""
+        found: Row = {"part": self.part, "row": name} | figures
+        for key, value in figures.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                found[key] = None
+                found.setdefault("failed", f"{key} is {value}")
+        self._write(found)
+        self.earlier.append(found)
+        return found
+
+    def measure(self, name: str, function: Callable[[], Mapping[str, Any]], **labels: Any) -> Row:
+        """Write the row of what `function` returns, unless an earlier attempt has it; what it raises is the reason.
+
+        Args:
+            labels: plain values that the row has in any case.
+
+        Raises:
+            DeviceLost: the device does not answer any more.
+        """
+        if name in self._done:
+            return self._done[name]
+        self._write({"part": self.part, BEGUN: name})
+        began = time.monotonic()
+        try:
+            found = {**labels, **function()}
+        except BackendMissing as error:
+            found = {**labels, "skipped": str(error)}
+        except Exception as error:  # a row that fails costs only itself
+            self.log(f"part {self.part}, {name}\n{traceback.format_exc()}")
+            kind = "" if isinstance(error, SdCompressError) else f"{type(error).__name__}: "
+            found = {**labels, "failed": short(f"{kind}{error}").replace(str(Path.home()), "~")}
+        row = self.row(name, **found, took_s=round(time.monotonic() - began, 2))
+        if "failed" in row:
+            self._recover(name)
+        return row
+
+    def skip(self, name: str, reason: str, **labels: Any) -> Row:
+        """Write a row that this machine cannot measure."""
+        return self.row(name, **labels, skipped=reason)
+
+    def log(self, text: str) -> None:
+        """Add lines to gpu.log."""
+        with (self.folder / "gpu.log").open("a") as file:
+            file.write(f"{text.rstrip()}\n")
+
+    def _write(self, line: Row) -> None:
+        with (self.folder / "rows.jsonl").open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def _recover(self, name: str) -> None:
+        """Free what a failed row left behind."""
+        gc.collect()
+        if self.is_cuda:
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                raise DeviceLost(f"the device was lost in row {name!r} ({short(error)})") from error
+
+
+def run_part(argument: Mapping[str, Any]) -> dict[str, Any]:
+    """Run the part that `argument` names, in this process; its rows are in rows.jsonl."""
+    run = PartRun(argument)
+    if run.is_cuda:
+        torch.cuda.set_device(run.device)
+    module, _, name = argument["function"].partition(":")
+    getattr(importlib.import_module(module), name)(run)
+    return {}
+
+
+def describe(argument: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the environment, and on CUDA proves that the device computes in this process.
+
+    Raises:
+        RuntimeError: the device does not answer, or answers wrongly.
+    """
+    from ..environment import environment
+
+    if argument["device"] == "cuda":
+        one = torch.ones(256, 256, device="cuda")
+        if (one @ one).sum().item() != 256.0**3:
+            raise RuntimeError("a product of ones on the GPU came out wrong")
+    return {"environment": environment()}

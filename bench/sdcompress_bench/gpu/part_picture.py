@@ -1,0 +1,198 @@
+"""Part 5: a whole picture, from caption to PIL image, and what of its time is neither UNet nor text encoder nor VAE."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sdcompress_engines.signature import CONTEXT_TOKENS
+from sdcompress_engines.unet import EngineUNet
+
+from sdcompress.pipeline import generate, keep_timesteps_on_host
+
+from .child import PartRun
+from .models import TEACHER, Models
+from .part_unet import VARIANTS, Variant, failed_captures_raise
+from .results import measured
+from .timing import synchronize, time_call
+
+PROMPT = "a photo of a lighthouse at dusk"
+STEPS, FEWER_STEPS = 25, 15
+SMOKE_STEPS = (2, 1)
+STUDENT = "bk-tiny"
+LIMIT = 0.5
+"""Relative L2 of two pictures of one model by two backends, their means taken off; unrelated pictures give 1.4."""
+
+
+def picture(run: PartRun) -> None:
+    """Write a row for the teacher as people run it, and for the student the same way and at its best."""
+    models = Models(run)
+    eager = Variant("eager", "eager")
+    best = best_variant(run)
+    run.measure(f"{TEACHER} eager", lambda: measure_picture(run, pipeline_of(models, TEACHER)), model=TEACHER)
+    run.measure(f"{STUDENT} best", lambda: measure_best(run, models, best), model=STUDENT, variant=best.name)
+    run.measure(f"{STUDENT} eager", lambda: measure_picture(run, pipeline_of(models, STUDENT)), model=STUDENT)
+    run.measure(
+        f"{TEACHER} eager, timesteps on the host",
+        lambda: measure_picture(run, pipeline_of(models, TEACHER, eager)),
+        model=TEACHER,
+    )
+
+
+def best_variant(run: PartRun) -> Variant:
+    """Returns how torch ran bk-tiny's step fastest in parts 3 and 4; without these, channels last in a graph."""
+    rows = [row for row in measured(run.earlier) if row.get("model") == STUDENT and row.get("batch") == 2]
+    rows = [row for row in rows if row["part"] in (3, 4) and row["mode"] != "aot" and not row.get("tuned")]
+    if not rows:
+        return VARIANTS[1] if run.is_cuda else VARIANTS[0]
+    row = min(rows, key=lambda row: row["step_ms"])
+    return Variant(row["row"].removeprefix(f"{STUDENT} b2 "), row["mode"], row["cuda_graph"])
+
+
+def pipeline_of(models: Models, name: str, variant: Variant | None = None) -> Any:
+    """Returns the teacher's pipeline around a UNet.
+
+    Args:
+        variant: of the UNet, behind a runner, with the scheduler's timesteps on the host as `load_pipeline` has it;
+            None is diffusers as it is.
+    """
+    teacher = models.pipeline
+    parts = dict(teacher.components)
+    parts["scheduler"] = type(teacher.scheduler).from_config(teacher.scheduler.config)
+    unet: Any = models.unet(name)
+    if variant is not None:
+        unet = EngineUNet(models.runner(name, variant.mode, variant.cuda_graph), dict(unet.config))
+        if variant.mode != "eager":
+            parts["vae"] = copy.deepcopy(teacher.vae).to(memory_format=torch.channels_last)
+    pipeline = type(teacher)(**{**parts, "unet": unet}, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    if variant is not None:
+        keep_timesteps_on_host(pipeline)
+    return pipeline
+
+
+def measure_best(run: PartRun, models: Models, best: Variant) -> dict[str, Any]:
+    """Returns the figures of the student at its best, with the distance of its picture from that of eager mode."""
+    plain = draw(run, pipeline_of(models, STUDENT))
+    pipeline = pipeline_of(models, STUDENT, best)
+    began = time.perf_counter()
+    with failed_captures_raise():
+        found = draw(run, pipeline)
+    first_s, error = time.perf_counter() - began, picture_distance(found, plain)
+    figures = {"first_s": first_s, "relative_l2": error, "limit_relative_l2": LIMIT} | measure_picture(run, pipeline)
+    if not error <= LIMIT:
+        figures["failed"] = f"its picture is off by {error:.2f} from that of eager mode, over {LIMIT:g}"
+    return figures
+
+
+def draw(run: PartRun, pipeline: Any, steps: int | None = None) -> Image.Image:
+    """Returns one picture with guidance, of the UNet's own size, drawn in `steps` steps."""
+    steps = steps or (SMOKE_STEPS[0] if run.smoke else STEPS)
+    return generate(pipeline, [PROMPT], seeds=[0], steps=steps, guidance_scale=7.5)[0]
+
+
+def measure_picture(run: PartRun, pipeline: Any) -> dict[str, Any]:
+    """Returns the wall time of a picture, its parts on the device, and how often the host waits for the device.
+
+    Raises:
+        RuntimeError: the picture has one color: what was computed is not finite.
+    """
+    if not np.ptp(np.asarray(draw(run, pipeline))):
+        raise RuntimeError("the picture has one color")
+    if run.is_cuda:
+        torch.cuda.reset_peak_memory_stats(run.device)
+    times: list[float] = []
+    end = time.perf_counter() + (0.1 if run.smoke else 4.0)
+    while len(times) < (1 if run.smoke else 3) or time.perf_counter() < end:
+        synchronize(run.device)
+        began = time.perf_counter()
+        draw(run, pipeline)
+        synchronize(run.device)
+        times.append(1000 * (time.perf_counter() - began))
+    peak = {"peak_mib": torch.cuda.max_memory_allocated(run.device) / 2**20} if run.is_cuda else {}
+    with unet_clock(run, pipeline) as clock:
+        draw(run, pipeline)
+    picture_ms, unet_ms = statistics.median(times), sum(clock)
+    others = part_times(run, pipeline)
+    return {
+        "picture_ms": picture_ms,
+        "picture_low_ms": min(times),
+        "picture_high_ms": max(times),
+        "pictures": len(times),
+        "unet_calls": len(clock),
+        "unet_ms": unet_ms,
+        **others,
+        "gap_ms_per_step": (picture_ms - unet_ms - sum(others.values())) / len(clock),
+        **peak,
+        **(waits(run, pipeline) if run.is_cuda else {}),
+    }
+
+
+@contextmanager
+def unet_clock(run: PartRun, pipeline: Any) -> Iterator[list[float]]:
+    """Yields a list that has, after the block, the milliseconds of each UNet call from its start to its end."""
+    marks: list[Any] = []
+    found: list[float] = []
+
+    def mark(*_: Any) -> None:
+        if run.is_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(time.perf_counter())
+
+    hooks = [pipeline.unet.register_forward_pre_hook(mark), pipeline.unet.register_forward_hook(mark)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    synchronize(run.device)
+    pairs = zip(marks[::2], marks[1::2], strict=True)
+    found += [begun.elapsed_time(ended) if run.is_cuda else 1000 * (ended - begun) for begun, ended in pairs]
+
+
+def part_times(run: PartRun, pipeline: Any) -> dict[str, float]:
+    """Returns the milliseconds of the text encoder's two calls and of the VAE's decoder."""
+    side = pipeline.unet.config.sample_size
+    ids = torch.zeros(1, CONTEXT_TOKENS, dtype=torch.long, device=run.device)
+    latents = torch.randn(1, pipeline.vae.config.latent_channels, side, side, device=run.device).to(pipeline.vae.dtype)
+    budget_s = 0.05 if run.smoke else 0.3
+    with torch.no_grad():
+        text = time_call(lambda: pipeline.text_encoder(ids), run.device, budget_s)
+        vae = time_call(lambda: pipeline.vae.decode(latents, return_dict=False), run.device, budget_s)
+    return {"text_encoder_ms": 2 * text["step_ms"], "vae_ms": vae["step_ms"]}
+
+
+def waits(run: PartRun, pipeline: Any) -> dict[str, float]:
+    """Returns how often the host waits for the device in a picture, and from two numbers of steps, in a step."""
+    more, fewer = SMOKE_STEPS if run.smoke else (STEPS, FEWER_STEPS)
+    counts = [count_waits(run, pipeline, steps) for steps in (more, fewer)]
+    return {"synchronizations": counts[0], "synchronizations_per_step": (counts[0] - counts[1]) / (more - fewer)}
+
+
+def count_waits(run: PartRun, pipeline: Any, steps: int) -> int:
+    """Returns how many synchronizing operations torch reports while a picture is drawn."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            draw(run, pipeline, steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in said)
+
+
+def picture_distance(found: Image.Image, reference: Image.Image) -> float:
+    """Returns the relative L2 of two pictures without their means."""
+    one, other = (np.asarray(image, dtype=np.float64) for image in (found, reference))
+    return float(np.linalg.norm((one - one.mean()) - (other - other.mean())) / np.linalg.norm(other - other.mean()))

@@ -1,0 +1,20 @@
+"""Commands as a person types them, for hints and reports."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+
+
+def command_line(words: Iterable[str], *, windows: bool = sys.platform == "win32") -> str:
+    """Returns one line that the shell of this system splits into these words: cmd and PowerShell know no single quotes as `sh` does."""
+    return " ".join(_quote_for_windows(word) for word in words) if windows else shlex.join(words)
+
+
+def _quote_for_windows(word: str) -> str:
+    quoted = subprocess.list2cmdline([word])  # backslashes and quotes inside, as programs read them
+    plain = quoted.startswith('"') or re.fullmatch(r"[\w@%+=:.\\/~-]+", quoted)
+    return quoted if plain else f'"{quoted}"'

@@ -1,0 +1,60 @@
+"""Text that can be pasted into an issue: no user name, no home folder, no host name, no absolute path."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import platform
+import re
+from contextlib import suppress
+from pathlib import Path
+
+_COMMON = {"root", "user", "admin", "administrator", "localhost", "ubuntu"}
+"""Names of users and machines that name nobody."""
+_SHORTEST = 3
+_PART = r"[^\s'\"<>|:;,()\[\]{}*?\\/]"
+_UNIX = re.compile(rf"(?<![\w.~$/:\\-])/(?:{_PART}+/)+({_PART}*)")
+_WINDOWS = re.compile(rf"(?<![\w])(?:[A-Za-z]:|\\\\{_PART}+)[\\/]+(?:{_PART}+[\\/]+)*({_PART}*)")
+_QUOTED = re.compile(r"(['\"])((?:/|[A-Za-z]:[\\/]|\\\\)[^'\"\n]*[\\/])([^'\"\n]*)\1")
+
+
+def anonymize(text: str, *, names: bool = True) -> str:
+    """Returns the text without what names a person or a machine.
+
+    The cache folder becomes `$SDCOMPRESS_CACHE`, the home folder `~`; of every other absolute path only the last part
+    stays, as in `.../unet.onnx`. The names of the user and of the machine become USER and HOST.
+
+    Args:
+        names: replace the names too; False for a command, in which they can be words of another meaning.
+    """
+    for folder, sign in _known_folders():
+        text = re.sub(re.escape(folder) + r"(?![\w.-])", sign, text, flags=_case())
+    text = _QUOTED.sub(lambda found: f"{found[1]}.../{found[3]}{found[1]}", text)
+    text = _WINDOWS.sub(lambda found: f".../{found[1]}", text)
+    text = _UNIX.sub(lambda found: f".../{found[1]}", text)
+    for name, sign in _known_names() if names else ():
+        text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", sign, text, flags=re.IGNORECASE)
+    return text
+
+
+def _case() -> re.RegexFlag:
+    return re.IGNORECASE if os.name == "nt" else re.NOFLAG
+
+
+def _known_folders() -> list[tuple[str, str]]:
+    """Folders that have a short name, as written and as they resolve, the longest first."""
+    folders = {str(Path.home()): "~", str(Path.home().resolve()): "~"}
+    if cache := os.environ.get("SDCOMPRESS_CACHE"):
+        folders |= {str(Path(cache).absolute()): "$SDCOMPRESS_CACHE", str(Path(cache).resolve()): "$SDCOMPRESS_CACHE"}
+    usable = [(folder, sign) for folder, sign in folders.items() if len(Path(folder).parts) > 1]
+    return sorted(usable, key=lambda pair: -len(pair[0]))
+
+
+def _known_names() -> list[tuple[str, str]]:
+    users = {Path.home().name}
+    with suppress(OSError, KeyError, ImportError):  # the system knows no name for this user
+        users.add(getpass.getuser())
+    host = platform.node()
+    names = [(name, "USER") for name in users] + [(name, "HOST") for name in (host, host.partition(".")[0])]
+    kept = {name: sign for name, sign in names if len(name) >= _SHORTEST and name.lower() not in _COMMON}
+    return sorted(kept.items(), key=lambda pair: -len(pair[0]))

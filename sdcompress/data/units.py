@@ -1,0 +1,173 @@
+"""Units of a source (a shard, or a thousand pictures of a folder), each encoded into what one file of a cache holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from sdcompress_engines.errors import DataError
+
+from .config import DataConfig
+from .encode import LatentEncoder, embed_in_batches
+from .sources import Record, Skipped, Source
+from .views import View, bucket_shapes, nearest_bucket, to_view
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """`map` with `workers` threads, in order, never more than a few items ahead."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future[Result]] = deque()
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > 4 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+@dataclass(frozen=True)
+class EncodedUnit:
+    """What a unit becomes.
+
+    Attributes:
+        tensors: `mean`, `logvar` and `time_ids` of each shape of its views, the embeddings of its captions, and columns
+            that say which rows are whose, named `pictures.*`.
+        skipped: what was read, and what was left out and why.
+        tiled: views that were encoded in tiles.
+        tile_px: side of the smallest of those tiles; None where there were none.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    skipped: Skipped
+    tiled: int
+    tile_px: int | None
+
+
+class UnitEncoder:
+    """Encodes units of a source with one pipeline.
+
+    Args:
+        pipeline: its text encoders are used where they are.
+        latents: its VAE.
+        size_px: side of the square pictures, or the root of the buckets' area.
+    """
+
+    CHECK_FROM = 1000  # pictures after which too large a share of unusable ones stops the build before its end
+
+    def __init__(self, pipeline: Any, latents: LatentEncoder, size_px: int, config: DataConfig) -> None:
+        self.pipeline, self.latents, self.config = pipeline, latents, config
+        step = max(latents.factor, min(64, size_px // 8))
+        self.shapes = bucket_shapes(size_px, step) if config.buckets else [(size_px, size_px)]
+        self.views = (config.views if config.crop == "random" else 1) * (2 if config.flip else 1)
+        self.threads = max(1, (os.cpu_count() or 1) // 2)
+        self.met = Skipped()
+
+    def _views(self, record: Record) -> tuple[Record, int, list[View]] | tuple[Record, DataError]:
+        try:
+            picture = record.picture()
+        except DataError as error:
+            return record, error
+        bucket = nearest_bucket(*picture.size, self.shapes)
+        width, height = self.shapes[bucket]
+        random = np.random.default_rng(list(hashlib.sha256(record.encoded).digest()[:8]))
+        views = []
+        for _ in range(self.config.views if self.config.crop == "random" else 1):
+            place = (float(random.random()), float(random.random())) if self.config.crop == "random" else (0.5, 0.5)
+            flips = (False, True) if self.config.flip else (False,)
+            views += [to_view(picture, width, height, place, flip) for flip in flips]
+        return record, bucket, views
+
+    def encode(self, source: Source, number: int, advance: Callable[..., None]) -> EncodedUnit:
+        """Returns unit `number` of a source, encoded.
+
+        Args:
+            advance: called once for each picture.
+
+        Raises:
+            DataError: too large a share of what was read so far is unusable; a picture that the memory does not hold.
+        """
+        skipped = Skipped()
+        tiled_before = self.latents.tiled
+        batches = _Batches(self.latents, self.shapes)
+        captions: dict[str, int] = {}
+        names = ("bucket", "row", "first", "count", "caption_row", "caption_share", "digest")
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        for found in in_order(self._views, source.unit(number, skipped), self.threads):
+            advance()
+            if len(found) == 2:
+                skipped.read -= 1
+                skipped.add("unreadable picture", found[0].key)
+                continue
+            record, bucket, views = found
+            columns["bucket"].append(bucket)
+            columns["row"].append(batches.add(bucket, views))
+            columns["first"].append(len(columns["caption_row"]))
+            columns["count"].append(len(record.captions))
+            for caption, share in record.captions:
+                columns["caption_row"].append(captions.setdefault(caption, len(captions)))
+                columns["caption_share"].append(share)
+            content = record.encoded + json.dumps(record.captions).encode()
+            columns["digest"].append(list(hashlib.sha256(content).digest()[:16]))
+        encoded = batches.finish()
+        self.met.merge(skipped)
+        if self.met.read + self.met.count + sum(self.met.filtered.values()) >= self.CHECK_FROM:
+            self.met.check(source.name, self.config.max_unusable)
+        tensors = encoded | embed_in_batches(self.pipeline, list(captions)) | _picture_columns(columns)
+        tiled = self.latents.tiled - tiled_before
+        return EncodedUnit(tensors, skipped, tiled, self.latents.tile_px if tiled else None)
+
+
+class _Batches:
+    """Collects the views of a unit, each shape for itself, and encodes them as soon as a batch is full."""
+
+    def __init__(self, latents: LatentEncoder, shapes: list[tuple[int, int]]) -> None:
+        self.latents, self.shapes = latents, shapes
+        self.waiting: dict[int, list[View]] = {}
+        self.rows: dict[int, int] = {}
+        self.done: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, bucket: int, views: list[View]) -> int:
+        """Take the views of one picture; returns the row of the first among those of its shape."""
+        row = self.rows.get(bucket, 0)
+        self.rows[bucket] = row + len(views)
+        waiting = self.waiting.setdefault(bucket, [])
+        waiting.extend(views)
+        while len(waiting) >= (size := self.latents.batch_size(*self.shapes[bucket])):
+            self._encode(bucket, waiting[:size])
+            del waiting[:size]
+        return row
+
+    def finish(self) -> dict[str, torch.Tensor]:
+        """Encode what waits; returns `mean`, `logvar` and `time_ids` of each shape."""
+        for bucket, views in self.waiting.items():
+            if views:
+                self._encode(bucket, views)
+        return {name: torch.cat(parts) for name, parts in self.done.items()}
+
+    def _encode(self, bucket: int, views: list[View]) -> None:
+        mean, logvar = self.latents.encode(torch.stack([view.pixels for view in views]))
+        time_ids = torch.tensor([view.time_ids for view in views], dtype=torch.int32)
+        for name, tensor in (("mean", mean), ("logvar", logvar), ("time_ids", time_ids)):
+            self.done.setdefault(f"{name}.{bucket}", []).append(tensor)
+
+
+def _picture_columns(columns: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
+    """What is known of a unit's pictures, as tensors."""
+    kinds = {"caption_share": torch.float32, "digest": torch.uint8}
+    return {
+        f"pictures.{name}": torch.tensor(values, dtype=kinds.get(name, torch.int32)).reshape(
+            len(values), *((16,) if name == "digest" else ())
+        )
+        for name, values in columns.items()
+    }
