@@ -123,6 +123,7 @@ class EngineModel(torch.nn.Module):
         self._limits = [Limits.of(profile, folder.host) for profile in folder.profiles]
         self._unet: Any = None
         self._device: torch.device | None = None
+        self._graph_failure: str | None = None
         self.eval()
 
     @property
@@ -139,10 +140,19 @@ class EngineModel(torch.nn.Module):
         if self._unet is None or self._device != device:
             self.close()
             check_contents(self.folder)
-            runner = runners.open_runner(self.folder.graph, runner_device(self.folder, device), **self._options)
+            where = runner_device(self.folder, device)
+            options = {name: value for name, value in self._options.items() if name != "cuda_graph" or where.type == "cuda"}
+            runner = runners.open_runner(self.folder.graph, where, **options)
             self._unet, self._device = unet.EngineUNet(runner, self.folder.unet, self.folder.host), device
             LOG.info("loaded the engine %s (%s, %.0f MiB) on %s", self.folder.name, runner.backend, self.folder.bytes / 2**20, runner.device)
         return self._unet
+
+    def _report_without_graph(self, runner: Any) -> None:
+        """Log once why the engine runs without the CUDA graphs that the node asks for."""
+        reason = getattr(runner, "graph_failure", None)
+        if reason is not None and reason != self._graph_failure:
+            LOG.warning("%s runs without CUDA graphs: %s", self.folder.name, reason)
+        self._graph_failure = reason
 
     def close(self) -> None:
         """Free the engine's memory; the next call loads it again."""
@@ -178,6 +188,7 @@ class EngineModel(torch.nn.Module):
             added = {} if y is None else {"y": _rows(y, call)}
             text = _lengthened(_rows(checked, call), call.tokens)
             parts.append(engine(sample, times, text, added_cond_kwargs=added, return_dict=False)[0][: call.stop - call.start])
+        self._report_without_graph(engine.runner)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.device)
 
     def _checked(self, x: torch.Tensor, context: torch.Tensor | None, y: torch.Tensor | None) -> torch.Tensor:

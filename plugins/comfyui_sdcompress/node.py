@@ -81,7 +81,7 @@ class LoadSdcompressEngine:
             SdCompressError: it does not fit, is damaged, or does not load here; one line that says what to type next.
         """
         folder = read_folder(engine, find_folder(engine))
-        return (engine_patcher(folder, {"cuda_graph": cuda_graph} if folder.graph.suffix == ".engine" else {}),)
+        return (engine_patcher(folder, {"cuda_graph": cuda_graph}),)
 
 
 def engine_patcher(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:

@@ -24,7 +24,7 @@ from sdcompress_engines.store import BrokenEngine, EngineStore, engine_faults
 NEEDED_BYTES = 512 * 2**20
 """Space for what a check of nano leaves in the cache: its graph, a compiled package and engines."""
 IMPORTED_BY_DIFFUSERS = "onnxruntime"
-"""An optional package without which no model loads once it is there and broken: see `diffusers.pipelines.onnx_utils`."""
+"""An optional package with which no model loads while it is broken: see `diffusers.pipelines.onnx_utils`."""
 _READ_S = 10.0
 
 
@@ -86,7 +86,9 @@ def check_packages(has_driver: bool) -> Check:
         return Check("packages", False, f"{' and '.join(both)} are both installed, and write the same files", command)
     if fault := import_fault(IMPORTED_BY_DIFFUSERS):
         text = f"{IMPORTED_BY_DIFFUSERS} cannot be imported ({fault}); diffusers imports it too, so no model loads"
-        return Check("packages", False, text, f"pip install --force-reinstall {' '.join(both)}")
+        return Check(
+            "packages", False, text, f"pip install --force-reinstall {' '.join(both) or IMPORTED_BY_DIFFUSERS}"
+        )
     wrong = _unmet_requirements()
     if not wrong:
         return Check("packages", True, "as sdcompress asks for")

@@ -256,7 +256,10 @@ def _require_onnxruntime(device: str) -> None:
     except ModuleNotFoundError as error:
         raise BackendMissing("onnxruntime is not installed", hint=install) from error
     except (ImportError, OSError) as error:
-        raise BackendMissing(f"onnxruntime does not load ({error})", hint=f"{install} --force-reinstall") from error
+        raise BackendMissing(
+            f"onnxruntime does not load ({error})",
+            hint=f"pip install --force-reinstall onnxruntime{'' if device == 'cpu' else '-gpu'}",
+        ) from error
     there = onnxruntime.get_available_providers()
     if PROVIDERS[device] not in there:
         what = f"this onnxruntime has no {PROVIDERS[device]}, only {', '.join(there)}"
@@ -314,7 +317,7 @@ def _attempt(work: Callable[[], Any]) -> Any:
 
 
 def _remedy(error: BaseException) -> str | None:
-    """Returns the command against an error whose cause is known: no compiler, no Triton, a package that does not import."""
+    """Returns the command against an error of a known cause: no compiler, no Triton, a package that does not import."""
     if isinstance(error, BackendMissing):
         return _COMPILERS.get(sys.platform, _COMPILERS["linux"]) if COMPILER in (error.hint or "") else None
     if "triton" in str(error).lower():

@@ -200,7 +200,15 @@ class HostedUNet:
                     part = torch.cat([part, part[-1:].expand(rows - (stop - start), *part.shape[1:])])
                 given[spec.name] = part.to(runner.device, spec.dtype)
             results.append(runner.infer(given)[runner.outputs[0].name][: stop - start])
+        self._report_without_graph(runner)
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _report_without_graph(self, runner: Runner) -> None:
+        """Say once why an engine runs without the CUDA graphs that the settings ask for."""
+        reason = getattr(runner, "graph_failure", None)
+        if reason is not None and (key := f"{runner.path}: {reason}") not in self._told:
+            self._told.add(key)
+            self.host.warn(f"sdcompress: {self.model.title} runs without CUDA graphs: {reason}")
 
     def _runner(self, artifact: Artifact) -> Runner:
         """The open runner of an engine. Where there is no room for one more, those of other shapes make it."""
