@@ -77,4 +77,7 @@ def import_all() -> None:
 
 
 if __name__ == "__main__":
-    {"isolated": call_isolated, "imports": import_all}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "isolated":
+        call_isolated(sys.argv[2])
+    else:
+        import_all()

@@ -92,7 +92,7 @@ def lack_names() -> None:
         return context("spawn")
 
     multiprocessing.get_all_start_methods = get_all_start_methods
-    multiprocessing.get_context = get_context  # type: ignore[assignment]
+    multiprocessing.get_context = get_context
 
 
 def lack_modules() -> None:
