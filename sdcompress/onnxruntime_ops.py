@@ -1,8 +1,9 @@
-"""Operators of an exported graph that ONNX Runtime has no CUDA kernel for, written in operators that it has kernels for.
+"""Operators of an exported graph that ONNX Runtime has no CUDA kernel for, written in those that it has kernels for.
 
-`GroupNormalization` has no kernel in ONNX Runtime, which computes it as 22 operators: about eight passes over the tensor in fp32, and a variance
-that is the mean of the squares less the square of the mean, which loses digits where the mean is large. `InstanceNormalization` has a CUDA kernel
-up to opset 21 only, while attention is one operator from opset 23 on. `LayerNormalization` has a CUDA kernel in every precision.
+`GroupNormalization` has no kernel in ONNX Runtime, which computes it as 22 operators: about eight passes over the
+tensor in fp32, and a variance that is the mean of the squares less the square of the mean, which loses digits where the
+mean is large. `InstanceNormalization` has a CUDA kernel up to opset 21 only, while attention is one operator from opset
+23 on. `LayerNormalization` has a CUDA kernel in every precision.
 
 `ArgMax` has no CUDA kernel for integers, and `Resize` none for bfloat16, on the CPU neither.
 """
@@ -38,9 +39,10 @@ def use_onnxruntime_ops(model: Any) -> None:
 
 
 def _split_group_norm(graph: Any, node: Any) -> None:
-    """A layer norm over the channels and places of each group, whose scale is one; then the scale and bias of each channel.
+    """A layer norm over the channels and places of each group, whose scale is one; then each channel's scale and bias.
 
-    The norm is `y = scale · (x - mean) / sqrt(variance + epsilon) + bias` with mean and variance of a group (Wu and He 2018, arXiv 1803.08494).
+    The norm is `y = scale · (x - mean) / sqrt(variance + epsilon) + bias`, with the mean and variance of a group
+    (Wu and He 2018, arXiv 1803.08494).
     """
     x, scale, bias = node.inputs
     parts = _Parts(graph, node)
@@ -49,7 +51,9 @@ def _split_group_norm(graph: Any, node: Any) -> None:
     grouped = parts.add("Reshape", [x, _constant(graph, f"groups_{groups}", np.array([0, groups, -1], np.int64))])
     length = parts.add("Shape", [grouped], {"start": 2})
     ones = parts.add("Expand", [_one(graph, x.dtype), length])
-    normed = parts.add("LayerNormalization", [grouped, ones], {"axis": -1, "epsilon": node.attributes["epsilon"].as_float()})
+    normed = parts.add(
+        "LayerNormalization", [grouped, ones], {"axis": -1, "epsilon": node.attributes["epsilon"].as_float()}
+    )
     whole = parts.add("Reshape", [normed, parts.add("Shape", [x])])
     scaled = parts.add("Mul", [whole, parts.add("Reshape", [scale, channelwise])])
     parts.replace_node(parts.add("Add", [scaled, parts.add("Reshape", [bias, channelwise])]))
@@ -84,7 +88,7 @@ class _Parts:
         return node.outputs[0]
 
     def replace_node(self, output: Any) -> None:
-        """Put the new nodes into the graph; `output` takes the place, the name and the type of the old node's output."""
+        """Put the new nodes into the graph; `output` takes the place, name and type of the old node's output."""
         import onnx_ir as ir
 
         old = self._node.outputs
@@ -97,7 +101,9 @@ def _constant(graph: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
 
     if name not in graph.initializers:
         tensor: Any = ir.tensor(array, name=name)
-        graph.register_initializer(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor))
+        graph.register_initializer(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        )
     return graph.initializers[name]
 
 

@@ -98,8 +98,8 @@ class Diagnosis:
     Attributes:
         model: a built-in's name, or the file's or folder's.
         parameters: of the model's UNet; None where torch did not answer.
-        machine: what the figures hold for, by name: system, python, processor, threads, memory_gib, cards,
-            driver.
+        machine: what the figures hold for, by name: system, python, processor, threads, cores, load
+            (of the minute before), memory_gib, cards, driver.
         packages: name → installed version.
         seconds: that all took.
     """
@@ -147,7 +147,7 @@ def examine(
     whole = full or str(model) not in BUILT_IN
     minutes = (LONG_MINUTES if whole else MINUTES) if minutes is None else minutes
     deadline = started + 60 * minutes - _CLOSING_S
-    driver = find_driver()
+    load, driver = psutil.getloadavg()[0], find_driver()
     checks = check_installation(driver, max(NEEDED_BYTES, 3 * _size(folder)))
     report.say(f"proving {', '.join(chosen)}: at most {minutes:g} minutes")
     with (
@@ -165,6 +165,8 @@ def examine(
         "python": platform.python_version(),
         "processor": machine["device"],
         "threads": machine["threads"],
+        "cores": _cores(),
+        "load": round(load, 1),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "cards": _cards(),
         "driver": driver.version if driver else None,

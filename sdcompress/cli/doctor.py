@@ -109,6 +109,9 @@ def show(found: Diagnosis) -> None:
         click.echo(
             f"small UNet: two levels with {found.model}'s operators; sdcompress doctor --full compiles all of it"
         )
+    if machine["load"] > machine["cores"]:
+        busy = f"load {machine['load']:g} on {machine['cores']} cores"
+        click.echo(f"busy: other programs ran before this one ({busy}), so times are longer than they need be")
     click.echo(f"{verdict(found)} ({found.seconds:.0f} s)\nnext: {next_command(found)}")
 
 

@@ -1,6 +1,7 @@
-"""ONNX Runtime on CUDA, as far as a CPU can prove it: the real ONNX Runtime on the CPU stands in for its CUDA provider, fakes for CUDA's streams.
+"""ONNX Runtime on CUDA, as far as a CPU can prove it.
 
-What the stand-in says and refuses was recorded from onnxruntime-gpu 1.24.4, 1.25.1 and 1.31.1, whose CUDA libraries were replaced by empty ones.
+The real ONNX Runtime on the CPU stands in for its CUDA provider, and fakes for CUDA's streams. What the stand-in says
+and refuses was recorded from onnxruntime-gpu 1.24.4, 1.25.1 and 1.31.1 over empty CUDA libraries.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ REFUSAL = (
     "[ONNXRuntimeError] : 1 : FAIL : This session cannot use the graph capture feature as requested by the user "
     " as all compute graph nodes have not been partitioned to the CUDAExecutionProvider"
 )
+_TYPES = "[with ERRTYPE = cudaError; bool THRW = true; std::conditional_t<THRW, void, common::Status> = void]"
 CAPTURE_ERROR = (
-    "Error in execution: /onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 std::conditional_t<THRW, void, "
-    "onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE, const char*, const char*, int) "
-    "[with ERRTYPE = cudaError; bool THRW = true; SUCCTYPE = cudaError; std::conditional_t<THRW, void, common::Status> = void] "
-    "CUDA failure 900: operation not permitted when stream is capturing ; GPU=0 ; hostname=someones-machine ; "
-    "file=/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_graph.cc ; line=61 ; expr=cudaStreamEndCapture(stream_, &graph); "
+    "Error in execution: /onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 std::conditional_t<THRW, "
+    "void, onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE, "
+    f"const char*, const char*, int) {_TYPES} CUDA failure 900: operation not permitted when stream is capturing ; GPU=0 ; "
+    "hostname=someones-machine ; file=/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_graph.cc ; line=61 ; "
+    "expr=cudaStreamEndCapture(stream_, &graph); "
 )
 
 
@@ -75,8 +77,15 @@ class StandIn:
 
             def get_provider_graph_assignment_info(self) -> list[Any]:
                 nodes = [node for part in self._real.get_provider_graph_assignment_info() for node in part.get_nodes()]
-                sides = {CUDA: [n for n in nodes if n.op_type not in stand_in.on_cpu], CPU: [n for n in nodes if n.op_type in stand_in.on_cpu]}
-                return [SimpleNamespace(ep_name=name, get_nodes=lambda held=held: held) for name, held in sides.items() if held]
+                sides = {
+                    CUDA: [n for n in nodes if n.op_type not in stand_in.on_cpu],
+                    CPU: [n for n in nodes if n.op_type in stand_in.on_cpu],
+                }
+                return [
+                    SimpleNamespace(ep_name=name, get_nodes=lambda held=held: held)
+                    for name, held in sides.items()
+                    if held
+                ]
 
             def run_with_iobinding(self, binding: Any, options: Any) -> None:
                 stand_in.runs.append(options.get_run_config_entry("gpu_graph_id"))
@@ -100,7 +109,9 @@ class RunnerOnCpu(OnnxRuntimeRunner):
 
 
 @pytest.fixture
-def make(tmp_path: Path, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RunnerOnCpu, StandIn]]:  # noqa: F811
+def make(
+    tmp_path: Path, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[RunnerOnCpu, StandIn]]:  # noqa: F811
     """Makes a runner of `y = gelu(x · w)` with CUDA graphs, not open yet, and the ONNX Runtime that it will find."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -117,7 +128,11 @@ def write_graph(path: Path) -> Path:
     weights = onnx.numpy_helper.from_array(torch.eye(8).mul(2).numpy(), "w")
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 8]) for name in ("x", "y")]
     nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Gelu", ["h"], ["y"])]
-    model = helper.make_model(helper.make_graph(nodes, "g", ports[:1], ports[1:], [weights]), opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", ports[:1], ports[1:], [weights]),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
     onnx.save(model, path)
     return path
 
@@ -126,10 +141,12 @@ def expected(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(2 * x)
 
 
-# --- is it usable -------------------------------------------------------------------------------------------------------------------------------
+# --- is it usable ----------------------------------------------------------------------------------------------------
 
 
-def test_onnxruntime_for_the_cpu_is_missing_on_cuda_with_the_command_that_replaces_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_for_the_cpu_is_missing_on_cuda_with_the_command_that_replaces_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
     assert missing() is None
     assert missing("cpu") is None
@@ -156,7 +173,9 @@ def test_without_onnxruntime_each_device_names_its_extra(monkeypatch: pytest.Mon
         ("13.0", None, None),
     ],
 )
-def test_another_cuda_than_torchs_is_said_before_a_session_fails(monkeypatch: pytest.MonkeyPatch, onnxruntimes: str, torchs: str | None, command: str | None) -> None:
+def test_another_cuda_than_torchs_is_said_before_a_session_fails(
+    monkeypatch: pytest.MonkeyPatch, onnxruntimes: str, torchs: str | None, command: str | None
+) -> None:
     def load(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
@@ -174,9 +193,9 @@ def test_another_cuda_than_torchs_is_said_before_a_session_fails(monkeypatch: py
     assert missing("cuda") is None
 
 
-# --- where the graph runs -----------------------------------------------------------------------------------------------------------------------
+# --- where the graph runs --------------------------------------------------------------------------------------------
 
-# What 1.31.1, 1.25.1 and 1.24.4 report of nano's UNet at opset 23, and 1.31.1 of one whose group norms are instance norms: operators on the CPU.
+# Operators on the CPU, as each version reports of nano's UNet at opset 23, and of one with instance norms.
 SHAPES = ("Add", "Concat", "Div", "Mul", "Reshape", "Squeeze")
 ASSIGNED = {
     "1.31.1": (SHAPES, {}),
@@ -196,7 +215,10 @@ def test_shapes_may_be_computed_on_the_cpu_and_work_may_not(version: str) -> Non
 
 def test_a_session_that_leaves_work_to_the_cpu_does_not_open_and_names_what_does(make: Callable[..., Any]) -> None:
     runner, _ = make(cuda_graph=False, on_cpu=["Gelu"])
-    with pytest.raises(EngineError, match=r"does not take the whole graph: Gelu on CPUExecutionProvider\. Try: onnxruntime-gpu 1\.25 or newer"):
+    with pytest.raises(
+        EngineError,
+        match=r"does not take the whole graph: Gelu on CPUExecutionProvider\. Try: onnxruntime-gpu 1\.25 or newer",
+    ):
         runner.open()
 
 
@@ -206,7 +228,7 @@ def test_a_graph_in_fp32_is_computed_without_tf32(make: Callable[..., Any]) -> N
     assert stand_in.asked[0]["use_tf32"] == "0"
 
 
-# --- CUDA graphs --------------------------------------------------------------------------------------------------------------------------------
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
 
 
 def test_each_shape_is_captured_once_and_its_results_are_the_callers(make: Callable[..., Any]) -> None:
@@ -230,7 +252,10 @@ def test_shapes_over_the_limit_run_without_a_graph(make: Callable[..., Any]) -> 
 
 def test_a_session_refused_with_a_graph_opens_without_and_warns_once_with_the_reason(make: Callable[..., Any]) -> None:
     runner, stand_in = make(refuses=True, on_cpu=["ArgMax"])
-    with pytest.warns(RuntimeWarning, match=r"unet\.onnx: no CUDA graph could be captured, so it runs without \(This session cannot use"):
+    with pytest.warns(
+        RuntimeWarning,
+        match=r"unet\.onnx: no CUDA graph could be captured, so it runs without \(This session cannot use",
+    ):
         runner.open()
     assert [asked["enable_cuda_graph"] for asked in stand_in.asked] == ["1", "0"]
     x = torch.randn(3, 8)
@@ -241,18 +266,25 @@ def test_a_session_refused_with_a_graph_opens_without_and_warns_once_with_the_re
     assert "graph capture" in runner.graph_failure
 
 
-def test_the_warning_names_operators_that_are_not_on_the_gpu(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_warning_names_operators_that_are_not_on_the_gpu(
+    make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runner, _ = make(refuses=True, on_cpu=["Gelu"])
     monkeypatch.setattr(ort_module, "_WORK", frozenset())
     with pytest.warns(RuntimeWarning, match="elsewhere: Gelu"):
         runner.open()
 
 
-def test_a_capture_that_fails_leaves_the_call_its_result_and_later_calls_without_a_graph(make: Callable[..., Any]) -> None:
+def test_a_capture_that_fails_leaves_the_call_its_result_and_later_calls_without_a_graph(
+    make: Callable[..., Any],
+) -> None:
     runner, stand_in = make(captures=False)
     x = torch.randn(2, 8)
     with runner:
-        with pytest.warns(RuntimeWarning, match=r"CUDA failure 900: operation not permitted when stream is capturing in cudaStreamEndCapture"):
+        with pytest.warns(
+            RuntimeWarning,
+            match=r"CUDA failure 900: operation not permitted when stream is capturing in cudaStreamEndCapture",
+        ):
             assert torch.allclose(runner.infer({"x": x})["y"], expected(x), atol=1e-6)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -301,11 +333,14 @@ def test_a_missing_device_is_not_taken_for_a_refused_graph() -> None:
 
 def test_messages_leave_out_types_files_and_host_names() -> None:
     said = message_of(RuntimeError(CAPTURE_ERROR))
-    assert said == "CUDA failure 900: operation not permitted when stream is capturing in cudaStreamEndCapture(stream_, &graph)"
+    assert (
+        said
+        == "CUDA failure 900: operation not permitted when stream is capturing in cudaStreamEndCapture(stream_, &graph)"
+    )
     assert message_of(RuntimeError(REFUSAL)).startswith("This session cannot use the graph capture feature")
 
 
-# --- TensorRT inside ONNX Runtime ---------------------------------------------------------------------------------------------------------------
+# --- TensorRT inside ONNX Runtime ------------------------------------------------------------------------------------
 
 
 def write_manifest(folder: Path, precision: str) -> None:
@@ -325,9 +360,15 @@ def write_manifest(folder: Path, precision: str) -> None:
     ],
 )
 def test_half_precision_is_announced_where_tensorrt_knows_the_flag(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...] | None, precision: str, announced: dict[str, str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flags: tuple[str, ...] | None,
+    precision: str,
+    announced: dict[str, str],
 ) -> None:
-    library = None if flags is None else SimpleNamespace(BuilderFlag=SimpleNamespace(**dict.fromkeys(flags)), __version__="0")
+    library = (
+        None if flags is None else SimpleNamespace(BuilderFlag=SimpleNamespace(**dict.fromkeys(flags)), __version__="0")
+    )
     monkeypatch.setitem(sys.modules, "tensorrt", library)
     runner = OnnxRuntimeRunner(write_graph(tmp_path / "unet.onnx"), provider="tensorrt")
     write_manifest(tmp_path, precision)
@@ -344,7 +385,7 @@ def test_a_tensorrt_provider_that_does_not_start_names_the_tensorrt_it_needs(
         runner._check_provider({"TensorrtExecutionProvider"}, [CUDA, CPU], {})
 
 
-# --- on a card ----------------------------------------------------------------------------------------------------------------------------------
+# --- on a card -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -354,9 +395,14 @@ def test_an_exported_unet_runs_on_cuda_as_on_the_cpu(random_pipeline: Any, tmp_p
 
     if (reason := missing("cuda")) is not None:
         pytest.skip(reason)
-    folder = export_onnx(random_pipeline, tmp_path / "onnx", precision="fp32", components=("unet",), runtime="onnxruntime").folder
+    folder = export_onnx(
+        random_pipeline, tmp_path / "onnx", precision="fp32", components=("unet",), runtime="onnxruntime"
+    ).folder
     generator = torch.Generator().manual_seed(0)
-    with OnnxRuntimeRunner(folder / "unet.onnx") as cpu, open_runner(folder / "unet.onnx", "cuda", cuda_graph=cuda_graph) as runner:
+    with (
+        OnnxRuntimeRunner(folder / "unet.onnx") as cpu,
+        open_runner(folder / "unet.onnx", "cuda", cuda_graph=cuda_graph) as runner,
+    ):
         for batch in (1, 2, 1):
             shapes = {"sample": (batch, 4, 16, 16), "timestep": (batch,), "encoder_hidden_states": (batch, 77, 96)}
             feeds = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -371,14 +417,24 @@ def test_an_exported_unet_runs_on_cuda_as_on_the_cpu(random_pipeline: Any, tmp_p
 def test_a_graph_with_copies_to_the_host_runs_without_a_cuda_graph(tmp_path: Path) -> None:
     if (reason := missing("cuda")) is not None:
         pytest.skip(reason)
-    ports = [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 8]), helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8])]
+    ports = [
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", 8]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 8]),
+    ]
     nodes = [  # `ArgMax` of integers has no CUDA kernel
         helper.make_node("ArgMax", ["ids"], ["place"], axis=-1, keepdims=1),
         helper.make_node("Add", ["ids", "place"], ["sum"]),
         helper.make_node("Cast", ["sum"], ["y"], to=TensorProto.FLOAT),
     ]
     path = tmp_path / "ids.onnx"
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", ports[:1], ports[1:]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "g", ports[:1], ports[1:]),
+            opset_imports=[helper.make_opsetid("", 21)],
+            ir_version=10,
+        ),
+        path,
+    )
     ids = torch.arange(16).reshape(2, 8)
     with pytest.warns(RuntimeWarning, match=r"ids\.onnx: no CUDA graph could be captured.*elsewhere: ArgMax"):
         runner = open_runner(path, "cuda", cuda_graph=True)

@@ -1,13 +1,16 @@
-"""ONNX Runtime on the CPU, on CUDA, and through TensorRT. Tensors are bound by address, so nothing is copied on the way in, in any dtype.
+"""ONNX Runtime on the CPU, on CUDA, and through TensorRT. Tensors are bound by address: no input is copied.
 
 What ONNX Runtime does on a GPU, from its source and from the wheels of 1.23 to 1.31.1:
 
-- Its CUDA provider has a kernel for opset-23 `Attention` from 1.25 on, and for `Sin` and `Cos` of opset 22 and newer from 1.27 on. No version has
-  one for `GroupNormalization`, which it computes as about 20 operators, or for `InstanceNormalization` of opset 22 and newer.
+- Its CUDA provider has a kernel for opset-23 `Attention` from 1.25 on, and for `Sin` and `Cos` of opset 22 and newer
+  from 1.27 on. No version has one for `GroupNormalization`, which it computes as about 20 operators, or for
+  `InstanceNormalization` of opset 22 and newer.
 - The wheels are for CUDA 12 up to 1.26, for CUDA 13 from 1.27 on.
-- A session with a CUDA graph is refused where a node has a subgraph, where a provider other than CUDA and the CPU has a node, or where a tensor
-  is copied between the host and the GPU (`inference_session.cc`). Shapes that are computed on the CPU are no reason.
-- The wheels are built with TensorRT 10. Up to 1.26 its networks are strongly typed where no precision is announced; from 1.27 on none is.
+- A session with a CUDA graph is refused where a node has a subgraph, where a provider other than CUDA and the CPU has
+  a node, or where a tensor is copied between the host and the GPU (`inference_session.cc`). Shapes that are computed on
+  the CPU are no reason.
+- The wheels are built with TensorRT 10. Up to 1.26 its networks are strongly typed where no precision is announced;
+  from 1.27 on none is.
 """
 
 from __future__ import annotations
@@ -37,11 +40,13 @@ INSTALL_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx, beside onnxruntime an
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider"}
 GRAPHS = 4
 """CUDA graphs, each of one shape, of a session, which can let go of none; further shapes run without."""
-# Operators that hold the work of these models: a provider that leaves one of them to another has not taken the graph. What else is on the CPU
-# computes shapes or works on a few numbers: `Concat`, `Div`, `Mul`, `Reshape`, `ArgMax` of token ids, `Sin` and `Cos` of timesteps.
+# Operators that hold the work of these models: a provider that leaves one of them to another has not taken the graph.
+# What else is on the CPU computes shapes or works on a few numbers: `Concat`, `Div`, `Mul`, `Reshape`, `ArgMax` of
+# token ids, `Sin` and `Cos` of timesteps.
 _WORK = {
-    "Attention", "BatchNormalization", "Conv", "ConvTranspose", "Erf", "Gelu", "Gemm", "GroupNormalization", "InstanceNormalization", "LayerNormalization",
-    "MatMul", "MultiHeadAttention", "QuickGelu", "ReduceMean", "Resize", "RMSNormalization", "Sigmoid", "Softmax",
+    "Attention", "BatchNormalization", "Conv", "ConvTranspose", "Erf", "Gelu", "Gemm", "GroupNormalization",
+    "InstanceNormalization", "LayerNormalization", "MatMul", "MultiHeadAttention", "QuickGelu", "ReduceMean", "Resize",
+    "RMSNormalization", "Sigmoid", "Softmax",
 }  # fmt: skip
 
 # ONNX's type name → torch dtype and the number of ONNX's TensorProto.DataType (numpy knows no bfloat16, so the numbers are what binds).
@@ -92,12 +97,14 @@ def _other_cuda(onnxruntime: Any) -> str | None:
     with suppress(OSError):
         ctypes.CDLL(f"cudart64_{needed}.dll" if sys.platform == "win32" else f"libcudart.so.{needed}")
         return None
-    change = "pip install 'onnxruntime-gpu<1.27'" if int(needed) > int(brought) else "pip install --upgrade onnxruntime-gpu"
-    return f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA {needed}, and torch {torch.__version__} brings CUDA {brought}: {change}"
+    older = int(needed) > int(brought)
+    change = "pip install 'onnxruntime-gpu<1.27'" if older else "pip install --upgrade onnxruntime-gpu"
+    built = f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA {needed}"
+    return f"{built}, and torch {torch.__version__} brings CUDA {brought}: {change}"
 
 
 def start_session(start: Callable[[bool], Session], cuda_graph: bool) -> tuple[Session, str | None]:
-    """Returns a session, with a CUDA graph if that is wanted and possible, and the reason where it is wanted and not possible.
+    """Returns a session, with a CUDA graph if that is wanted and possible; and the reason, where it is not possible.
 
     Args:
         start: makes the session, with a CUDA graph or without.
@@ -147,14 +154,14 @@ class OnnxRuntimeRunner(Runner):
         provider: `cpu`, `cuda`, `tensorrt` or `nvtensorrtrtx`; the default is `cpu` or `cuda`, as the device says. It takes the whole graph or the
             runner does not open: nothing falls back to another one.
         threads: of the CPU; by default as many as torch uses.
-        cuda_graph: replay a captured graph for each shape (`cuda` only), over buffers of the runner's own. Where ONNX Runtime refuses or a capture
-            fails, a warning gives the reason once, and the runner goes on without.
+        cuda_graph: replay a captured graph for each shape (`cuda` only), over buffers of the runner's own. Where ONNX
+            Runtime refuses or a capture fails, a warning gives the reason once, and the runner goes on without.
         prefer_nhwc: channels last inside convolutions on `cuda`; whether it pays depends on the card and the model.
         profile: the shapes that `tensorrt` and `nvtensorrtrtx` build for; without it they build again for each shape that is new.
         config: further session entries of ONNX Runtime's, by their keys.
 
     Attributes:
-        graph_failure: why it runs without the CUDA graphs that it was asked for; None where it was not asked, or as long as none has failed.
+        graph_failure: why it runs without the CUDA graphs that it was asked for; None as long as none has failed.
     """
 
     backend = "onnxruntime"
@@ -199,7 +206,8 @@ class OnnxRuntimeRunner(Runner):
         except Exception as error:  # its exceptions share no base class
             raise self._unreadable(error) from error
         try:
-            assigned = [(part.ep_name, [node.op_type for node in part.get_nodes()]) for part in self._session.get_provider_graph_assignment_info()] if recorded else []
+            parts = self._session.get_provider_graph_assignment_info() if recorded else []
+            assigned = [(part.ep_name, [node.op_type for node in part.get_nodes()]) for part in parts]
             self._check_provider(names, self._session.get_providers(), left_out(assigned, names))
             self.inputs = tuple(self._spec(node) for node in self._session.get_inputs())
             self.outputs = tuple(self._spec(node) for node in self._session.get_outputs())
@@ -207,8 +215,8 @@ class OnnxRuntimeRunner(Runner):
             self._session = None
             raise
         if refusal is not None:
-            elsewhere = {operator for provider, operators in assigned if provider not in names for operator in operators}
-            self._drop_graphs(f"{refusal}{'; elsewhere: ' if elsewhere else ''}{', '.join(sorted(elsewhere))}")
+            others = sorted({operator for name, operators in assigned if name not in names for operator in operators})
+            self._drop_graphs(f"{refusal}; elsewhere: {', '.join(others)}" if others else refusal)
 
     def _session_options(self, onnxruntime: Any, recorded: bool) -> Any:
         options = onnxruntime.SessionOptions()
@@ -219,7 +227,7 @@ class OnnxRuntimeRunner(Runner):
         return options
 
     def _drop_graphs(self, reason: str) -> None:
-        """Go on without CUDA graphs. `_load` or `_run_on_gpu` calls it, so that the warning names the line that called `open_runner` or `infer`."""
+        """Go on without CUDA graphs. `_load` or `_run_on_gpu` calls it, so that the warning names a line of the caller."""
         self.graph_failure = reason
         if self._statics:
             torch.cuda.synchronize(self.device)  # earlier replays may still read and write them
@@ -237,8 +245,8 @@ class OnnxRuntimeRunner(Runner):
         self._stream = torch.cuda.Stream(self.device)
         common = {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
         # No TF32: a graph in fp32 is held against torch's fp32, and in half precision little is fp32.
-        own = {"do_copy_in_default_stream": "1", "use_tf32": "0", "prefer_nhwc": str(int(self._nhwc)), "enable_cuda_graph": str(int(cuda_graph))}
-        cuda = (PROVIDERS["cuda"], common | own)
+        own = {"do_copy_in_default_stream": "1", "use_tf32": "0", "prefer_nhwc": str(int(self._nhwc))}
+        cuda = (PROVIDERS["cuda"], common | own | {"enable_cuda_graph": str(int(cuda_graph))})
         there = onnxruntime.get_available_providers()
         if self.provider == "nvtensorrtrtx":
             given = common | {"has_user_compute_stream": "1", "nv_runtime_cache_path": self._cache()} | self._shapes("nv")
@@ -266,9 +274,9 @@ class OnnxRuntimeRunner(Runner):
         return str(folder)
 
     def _precision(self) -> dict[str, str]:
-        """Returns the options that announce a half-precision graph: TensorRT 10 computes a weakly typed network in fp32 without them.
+        """Returns what announces a half-precision graph: TensorRT 10 computes a weakly typed network in fp32 without.
 
-        TensorRT 11 has strongly typed networks only, and no flags for precisions. No wheel of ONNX Runtime up to 1.31.1 is built with it.
+        TensorRT 11 has strongly typed networks only, and no such flags. No ONNX Runtime up to 1.31.1 is built with it.
         """
         assert self.path is not None
         tensorrt = _tensorrt()
@@ -442,7 +450,7 @@ def _rtx_devices(onnxruntime: Any) -> list[Any]:
 
 
 def _tensorrt() -> Any:
-    """Returns TensorRT's Python package, or None. Importing it loads the libraries that ONNX Runtime's provider asks for by name."""
+    """Returns TensorRT's Python package, or None. Importing it loads the libraries that the provider asks for."""
     try:
         import tensorrt
     except (ImportError, OSError):
@@ -451,11 +459,12 @@ def _tensorrt() -> Any:
 
 
 def _start_hint(provider: str) -> str:
-    """Returns what to type where a provider is a part of ONNX Runtime and did not start: most often a library that it needs is missing."""
+    """Returns what to type where a provider did not start: most often a library that it needs is missing."""
     tensorrt = _tensorrt()
     version = "none" if tensorrt is None else str(tensorrt.__version__)
     if provider == "tensorrt" and not version.startswith("10."):
-        return f"pip install 'tensorrt<11', as the provider is built with TensorRT 10, and installed is {version}; or provider 'cuda'"
+        built = "as the provider is built with TensorRT 10"
+        return f"pip install 'tensorrt<11', {built}, and installed is {version}; or provider 'cuda'"
     return f"{missing('cuda') or f'{INSTALL_GPU} for the installed CUDA'}; or provider 'cpu'"
 
 
