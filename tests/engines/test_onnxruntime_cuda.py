@@ -110,8 +110,10 @@ class RunnerOnCpu(OnnxRuntimeRunner):
 
 @pytest.fixture
 def make(
-    tmp_path: Path, fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[RunnerOnCpu, StandIn]]:  # noqa: F811
+    tmp_path: Path,
+    fake_cuda: FakeCuda,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., tuple[RunnerOnCpu, StandIn]]:
     """Makes a runner of `y = gelu(x · w)` with CUDA graphs, not open yet, and the ONNX Runtime that it will find."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

@@ -90,10 +90,10 @@ def test_the_pipeline_is_unchanged(random_pipeline: Any, tmp_path: Path) -> None
 def test_a_graph_too_far_from_torch_leaves_nothing(random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = export.write_onnx
 
-    def spoiled(graph: Any, wanted: Any, path: Path, opset: int) -> None:
+    def spoiled(graph: Any, wanted: Any, path: Path, opset: int, runtime: Any) -> None:
         weight = next(graph.part.parameters())
         weight.data = weight.data * 1.01  # a tensor of its own: the graph shares the pipeline's
-        write(graph, wanted, path, opset)
+        write(graph, wanted, path, opset, runtime)
 
     monkeypatch.setattr(export, "write_onnx", spoiled)
     with pytest.raises(GateFailed, match=r"text_encoder is off by \d"):
