@@ -45,7 +45,8 @@ _COMPILERS = {
     "win32": "winget install Microsoft.VisualStudio.2022.BuildTools"
     ' --override "--add Microsoft.VisualStudio.Workload.VCTools --includeRecommended"',
 }
-_SAMPLES, _LEAST_MS, _MOST_SAMPLES = 3, 500.0, 200
+_SAMPLES, _MOST_SAMPLES = 3, 200
+_LEAST_MS, _MOST_MS = 500.0, 10_000.0
 
 
 def load_subject(model: str, subject: str) -> LoadedPipeline:
@@ -285,10 +286,10 @@ def _save(answer: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def _median_ms(runner: Runner, feeds: Feeds) -> float:
-    """Returns the median of at least three calls, and of more where they are short."""
+    """Returns the median of three calls; of more where they are short, of fewer where those would take long."""
     times: list[float] = []
     runner.infer(feeds)
-    while len(times) < _SAMPLES or (sum(times) < _LEAST_MS and len(times) < _MOST_SAMPLES):
+    while sum(times) < (_MOST_MS if len(times) < _SAMPLES else _LEAST_MS) and len(times) < _MOST_SAMPLES:
         if runner.device.type == "cuda":
             torch.cuda.synchronize(runner.device)
         started = time.perf_counter()
