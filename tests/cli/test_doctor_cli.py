@@ -169,7 +169,7 @@ def test_an_interrupt_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
             time.sleep(0.5)
             children = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
     assert len(children) == 2
     assert process.returncode == 130
     assert not [each for each in children if each.is_running()]
