@@ -73,6 +73,8 @@ def stop(_signal: int, _frame: Any) -> NoReturn:
 def main() -> int:
     args = parse_arguments()
     use_checkout()
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what picks its device itself picks the CPU
     from sdcompress_bench.gpu.program import Program
     from sdcompress_engines.errors import SdCompressError
 

@@ -1,12 +1,13 @@
 """Our training loop beside a loop in the public scripts' manner, on one machine in one run: samples a second and peak memory.
 
-    python bench/peers/training.py -o bench/results/training-peers-nano.json                       nano, on whatever is here
-    python bench/peers/training.py --model sd15 --batch 16 -o bench/results/training-peers-sd15.json   random SD1.5 weights, for a GPU
+    python bench/peers/training.py -o bench/results/training-peers-nano.json                 nano, fp32 and bf16, one thread and two
+    python bench/peers/training.py --model sd15 --batch 16 --precision bf16 -o bench/results/training-peers-sd15.json     for a GPU
 
 The manner of the public distillation scripts (BK-SDM, distill-sd): the teacher in fp32, the VAE's encoder and the text encoder at every
 step, pictures decoded in the loop, fused attention as torch picks it. Both loops compute the same losses (bk-tiny, weights 1, 1, 1) on the
 same pictures with the same optimizer and the student under the same autocast. Each measurement is a process of its own, in turn
-A B A B; ours has its cache made before the clock starts, and the time that took is given apart.
+A B A B; ours has its cache made before the clock starts, and the time that took is given apart. SD1.5 has random weights: how long a step
+takes does not depend on them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from sdcompress.data.cache import LatentCache, build_cache, to_pixels
 from sdcompress.data.sources import open_source
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
+from sdcompress.random_model import random_pipeline
 from sdcompress.teacher import LoadedPipeline, load_teacher
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import DistillConfig
@@ -43,31 +46,40 @@ from sdcompress.train.objectives import BlockDistillation
 from sdcompress.train.runs import training_scheduler
 
 WARMUP = 4
+PLAN = "bk-tiny"
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
 
-def sd15() -> LoadedPipeline:
-    """SD1.5's shapes with random weights: how long a step takes does not depend on them."""
-    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
 
-    configs = Path(__file__).parents[2] / "sdcompress/assets/configs/sd1"
-    torch.manual_seed(0)
-    parts = {name: json.loads((configs / name / "config.json").read_text()) for name in ("unet", "vae", "text_encoder")}
-    pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(parts["unet"]),
-        vae=AutoencoderKL.from_config(parts["vae"]),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**{k: v for k, v in parts["text_encoder"].items() if k != "architectures"})).eval(),
-        tokenizer=CLIPTokenizer.from_pretrained(configs / "tokenizer"),
-        scheduler=DDPMScheduler.from_pretrained(configs / "scheduler"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    return LoadedPipeline("sd15-random", pipeline, "random", Path("."))
+    Attributes:
+        model: `nano`, `sd15` (random weights) or a pipeline. data: what `open_source` takes.
+        pictures: of the data, at most; None is all. work: folder of the cache.
+        steps: that are timed; with `seconds`, at most as many as fit into that time.
+        threads: of the CPU; None is torch's own choice. compile: torch.compile in our loop.
+    """
+
+    model: str
+    size_px: int
+    batch: int
+    work: Path
+    data: str = "nano"
+    pictures: int | None = None
+    steps: int = 20
+    seconds: float | None = None
+    precision: str = "auto"
+    threads: int | None = None
+    compile: bool = False
 
 
 def load(model: str) -> LoadedPipeline:
-    return sd15() if model == "sd15" else load_teacher(model)
+    """The teacher; `sd15` in fp32 with random weights, made on the device."""
+    if model != "sd15":
+        return load_teacher(model)
+    return LoadedPipeline("sd15-random", random_pipeline("sd1", device=DEVICE), "random", Path("."))
 
 
 class Clock:
@@ -90,37 +102,41 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def public_manner(args: argparse.Namespace) -> dict[str, Any]:
-    """Samples a second of the loop as the public scripts have it, with where the time goes."""
-    loaded = load(args.model)
-    pipeline: Any = loaded.pipeline
-    plan = make_plan(pipeline.unet.config, "bk-tiny")
+def measure_public(case: Case) -> dict[str, Any]:
+    """Returns samples a second of the loop as the public scripts have it, where its time goes, and the peak memory."""
+    use_threads(case)
+    pipeline: Any = load(case.model).pipeline
+    plan = make_plan(pipeline.unet.config, PLAN)
     student = build_student(pipeline.unet, plan).float().to(DEVICE).train()
     teacher = pipeline.unet.requires_grad_(False).to(DEVICE)
     for part in (pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False).to(DEVICE)
-    precision = choose_precision(args.precision, DEVICE.type)
-    autocast = torch.autocast(DEVICE.type, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16), enabled=precision != "fp32")
+    precision = choose_precision(case.precision, DEVICE.type)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
+    autocast = torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, foreach=True)
-    alphas = pipeline.scheduler.alphas_cumprod.to(DEVICE)
-    records = [record for _, record in zip(range(args.batch * 8), open_source(args.data), strict=False)]
-    pairs, clock, started = plan.feature_pairs(), Clock(), 0.0
-    for step in range(WARMUP + args.steps):
+    alphas = training_scheduler(pipeline.scheduler).alphas_cumprod.to(DEVICE)
+    records = [record for _, record in zip(range(case.batch * 8), open_source(case.data), strict=False)]
+    pairs, clock, started, step = plan.feature_pairs(), Clock(), 0.0, 0
+    while step < WARMUP + case.steps:
         if step == WARMUP:
             clock = Clock()
             wait()
             started = time.perf_counter()
+        if step > WARMUP and case.seconds is not None and time.perf_counter() - started > case.seconds:
+            break
         with clock.part("pictures"):
-            chosen = [records[(step * args.batch + i) % len(records)] for i in range(args.batch)]
-            pixels = torch.stack([to_pixels(record.picture(), args.size) for record in chosen]).to(DEVICE)
-            ids = pipeline.tokenizer([record.caption for record in chosen], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids.to(DEVICE)
+            chosen = [records[(step * case.batch + i) % len(records)] for i in range(case.batch)]
+            pixels = torch.stack([to_pixels(record.picture(), case.size_px) for record in chosen]).to(DEVICE)
+            captions = [record.caption for record in chosen]
+            ids = pipeline.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         with torch.no_grad():
             with clock.part("vae"):
                 latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
             with clock.part("text encoder"):
-                text = pipeline.text_encoder(ids)[0]
+                text = pipeline.text_encoder(ids.to(DEVICE))[0]
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(1000, (args.batch,), device=DEVICE)
+        timesteps = torch.randint(1000, (case.batch,), device=DEVICE)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         with collect_features(student, [s for s, _ in pairs]) as ours, collect_features(teacher, [t for _, t in pairs]) as theirs:
@@ -128,49 +144,83 @@ def public_manner(args: argparse.Namespace) -> dict[str, Any]:
                 expected = teacher(noisy, timesteps, text).sample
             with clock.part("student forward"), autocast:
                 predicted = student(noisy, timesteps, text).sample
-                loss = F.mse_loss(predicted.float(), noise) + F.mse_loss(predicted.float(), expected) + sum(F.mse_loss(ours[s].float(), theirs[t].float()) for s, t in pairs)
+                loss = F.mse_loss(predicted.float(), noise) + F.mse_loss(predicted.float(), expected)
+                loss = loss + sum(F.mse_loss(ours[s].float(), theirs[t].float()) for s, t in pairs)
         with clock.part("student backward"):
             loss.backward()
         with clock.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+        step += 1
     wait()
-    seconds = time.perf_counter() - started
-    return {"samples_per_s": args.steps * args.batch / seconds, "seconds": {name: value / args.steps for name, value in clock.spent.items()}}
+    timed, seconds = step - WARMUP, time.perf_counter() - started
+    parts = {name: value / timed for name, value in clock.spent.items()}
+    return {"samples_per_s": timed * case.batch / seconds, "steps": timed, "seconds": parts, "peak_memory_mib": peak_memory_mib()}
 
 
-def ours(args: argparse.Namespace) -> dict[str, Any]:
-    """Samples a second of `train` from a cache."""
-    loaded = load(args.model)
+def measure_ours(case: Case) -> dict[str, Any]:
+    """Returns samples a second of `train` from a cache, and the peak memory of training."""
+    use_threads(case)
+    loaded = load(case.model)
     pipeline: Any = loaded.pipeline
-    plan = make_plan(pipeline.unet.config, "bk-tiny")
+    plan = make_plan(pipeline.unet.config, PLAN)
     began = time.perf_counter()
-    folder = args.work / "cache"
-    cache = LatentCache.open(folder) if folder.is_dir() else build_cache(open_source(args.data), loaded, folder, args.size)
+    cache = open_cache(case, loaded)
     result: dict[str, Any] = {"cache_s": time.perf_counter() - began, "cached_pictures": len(cache)}
-
-    frozen = frozen_copy(pipeline.unet, args.precision)
+    frozen = frozen_copy(pipeline.unet, case.precision)
     scheduler, scaling_factor = training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor
     student = build_student(pipeline.unet, plan).float()
     del pipeline, loaded
+    if CUDA:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     def run(steps: int) -> Any:
-        config = DistillConfig(steps=steps, batch_size=args.batch, checkpoint_every=10**6, log_every=10**6, precision=args.precision, compile=args.compile)
-        objective = BlockDistillation(frozen, plan.feature_pairs(), {"task_loss": 1.0, "output_kd_loss": 1.0, "feature_kd_loss": 1.0})
-        output = args.work / f"run-{time.time_ns()}"
-        output.mkdir()
+        config = DistillConfig(
+            steps=steps, batch_size=case.batch, checkpoint_every=10**6, log_every=10**6, precision=case.precision, compile=case.compile
+        )
+        weights = {"task_loss": 1.0, "output_kd_loss": 1.0, "feature_kd_loss": 1.0}
+        objective = BlockDistillation(frozen, plan.feature_pairs(), weights)
+        output = case.work / f"run-{time.time_ns()}"
+        output.mkdir(parents=True)
         return train(student, objective, Batches(cache, scheduler, scaling_factor, config), config, output, {}, frozen=frozen)
 
-    run(WARMUP)
-    found = run(args.steps)
-    return result | {"samples_per_s": found.samples_per_s, "waited_s_per_step": found.waited_s / args.steps}
+    first = run(WARMUP)  # compiles, chooses kernels
+    steps = case.steps
+    if case.seconds is not None:
+        again = run(2)
+        steps = max(2, min(steps, int(case.seconds * again.samples_per_s / case.batch)))
+    found = run(steps)
+    result |= {"warm_up_s": first.seconds, "steps": steps, "samples_per_s": found.samples_per_s}
+    return result | {"waited_s_per_step": found.waited_s / steps, "peak_memory_mib": peak_memory_mib()}
 
 
-def child(args: argparse.Namespace) -> None:
-    found = (ours if args.child == "ours" else public_manner)(args)
-    found["peak_memory_mib"] = torch.cuda.max_memory_allocated() / 2**20 if CUDA else peak_rss_mib()
-    print(json.dumps(found))
+def open_cache(case: Case, loaded: LoadedPipeline) -> LatentCache:
+    """The latents of the case's pictures, made now where they are not there."""
+    folder = case.work / "cache"
+    if folder.is_dir():
+        return LatentCache.open(folder)
+    data = case.data
+    if case.pictures is not None:
+        data = str(case.work / "pictures")
+        Path(data).mkdir(parents=True)
+        for number, record in zip(range(case.pictures), open_source(case.data), strict=False):
+            record.picture().save(Path(data) / f"{number:05}.png")
+            (Path(data) / f"{number:05}.txt").write_text(record.caption, encoding="utf-8")
+    return build_cache(open_source(data), loaded, folder, case.size_px)
+
+
+def use_threads(case: Case) -> None:
+    if case.threads:
+        torch.set_num_threads(case.threads)
+
+
+def peak_memory_mib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if CUDA else peak_rss_mib()
+
+
+LOOPS = {"public manner": measure_public, "ours": measure_ours}
 
 
 def main() -> None:
@@ -182,42 +232,61 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
+    parser.add_argument("--threads", nargs="+", type=int, default=None, help="of the CPU; default: 1 2 on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile in our loop")
-    parser.add_argument("--child", choices=["ours", "public"], help=argparse.SUPPRESS)
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.size = args.size or (128 if args.model == "nano" else 512)
     if args.child:
-        child(args)
+        given = json.loads(args.child)
+        loop, given["work"] = LOOPS[given.pop("loop")], Path(given["work"])
+        print(json.dumps(loop(Case(**given))))
         return
-    rounds: dict[str, list[dict[str, Any]]] = {"public manner": [], "ours": []}
+    threads = args.threads or ([None] if CUDA else [1, 2])
+    size_px = args.size or (128 if args.model == "nano" else 512)
     with tempfile.TemporaryDirectory() as work:
-        for _ in range(args.rounds):
-            for name, kind in (("public manner", "public"), ("ours", "ours")):
-                command = [sys.executable, *sys.argv, "--child", kind, "--work", work]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(done.stderr)
-                rounds[name].append(json.loads(done.stdout.splitlines()[-1]))
-                print(name, rounds[name][-1], file=sys.stderr, flush=True)
-    speed = {name: statistics.median(r["samples_per_s"] for r in found) for name, found in rounds.items()}
-    settings = {k: getattr(args, k) for k in ("model", "size", "batch", "steps", "rounds", "compile")} | {"precision": choose_precision(args.precision, DEVICE.type), "plan": "bk-tiny"}
-    result = {"settings": settings, "samples_per_s": speed, "speedup": speed["ours"] / speed["public manner"], "rounds": rounds, "environment": environment()}
-    print(table(result))
+        first = Case(args.model, size_px, args.batch, Path(work), args.data, steps=args.steps, compile=args.compile)
+        cases = [replace(first, precision=precision, threads=count) for precision in args.precision for count in threads]
+        rows = [measure_row(case, args.rounds) for case in cases]
+    settings = {"model": args.model, "size": size_px, "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
+    settings |= {"compile": args.compile, "plan": PLAN}
+    result = {"settings": settings, "rows": rows, "environment": environment()}
+    print(table(rows))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+        args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = ["| loop | samples/s | peak memory |", "|---|---|---|"]
-    for name, found in result["rounds"].items():
-        values = [r["samples_per_s"] for r in found]
-        lines.append(f"| {name} | {result['samples_per_s'][name]:.1f} ({min(values):.1f} to {max(values):.1f}) | {statistics.median(r['peak_memory_mib'] for r in found):,.0f} MiB |")
-    last = result["rounds"]["public manner"][-1]["seconds"]
+def measure_row(case: Case, rounds: int) -> dict[str, Any]:
+    """Both loops in one precision with one number of threads, in turn."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in LOOPS}
+    for _ in range(rounds):
+        for name in LOOPS:
+            given = asdict(case) | {"loop": name, "work": str(case.work)}
+            done = subprocess.run([sys.executable, __file__, "--child", json.dumps(given)], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(case.precision, case.threads, name, f"{found[name][-1]['samples_per_s']:.1f} samples/s", file=sys.stderr, flush=True)
+    speed = {name: statistics.median(each["samples_per_s"] for each in row) for name, row in found.items()}
+    return {
+        "precision": choose_precision(case.precision, DEVICE.type), "threads": case.threads, "samples_per_s": speed,
+        "speedup": speed["ours"] / speed["public manner"], "rounds": found,
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line for each precision and number of threads; then where the time of the last one goes."""
+    lines = ["| precision | threads | public manner, samples/s | ours | times as fast |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = []
+        for name, found in row["rounds"].items():
+            values = [each["samples_per_s"] for each in found]
+            cells.append(f"{row['samples_per_s'][name]:.1f} ({min(values):.1f} to {max(values):.1f})")
+        lines.append(f"| {row['precision']} | {row['threads'] or '–'} | {' | '.join(cells)} | {row['speedup']:.2f} |")
+    last = rows[-1]["rounds"]["public manner"][-1]["seconds"]
     share = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in sorted(last.items(), key=lambda item: -item[1]))
-    return "\n".join([*lines, "", f"{result['speedup']:.2f} times as fast; a step in the public manner: {share}"])
+    return "\n".join([*lines, "", f"a step in the public manner: {share}"])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,156 @@
-"""Part 6: training."""
+"""Part 6: samples a second of distilling bk-tiny: in the public scripts' manner, by our loop, and by our loop with compile."""
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from sdcompress_engines.errors import BackendMissing
+
+from sdcompress.prune.plan import make_plan
+from sdcompress.prune.student import unet_cost
+from sdcompress.random_model import family_configs
+from sdcompress.teacher import unet_config
+
 from .child import PartRun
+from .models import known_peaks
+
+PEER = Path(__file__).resolve().parents[2] / "peers" / "training.py"
+STUDENT = "bk-tiny"
+TIMED_S = 8.0
+"""At most; a loop also loads its models, fills its cache and warms up."""
+BATCHES_OF_PICTURES = 2
+LEAST_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained: a teacher by its name in bench/peers/training.py, its UNet's config, and the batch."""
+
+    model: str
+    size_px: int
+    batch: int
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A training loop: what its row is called, the function of bench/peers/training.py, and whether our loop compiles.
+
+    Attributes:
+        runs_small: it is part of a smoke run.
+    """
+
+    name: str
+    function: str
+    compile: bool = False
+    runs_small: bool = True
+
+
+LOOPS = (
+    Loop("public manner", "measure_public"),
+    Loop("sdcompress", "measure_ours"),
+    Loop("sdcompress compile", "measure_ours", compile=True, runs_small=False),
+)
 
 
 def training(run: PartRun) -> None:
-    run.skip("public manner", "not yet")
+    """Write a row for each loop."""
+    train_rows(run, nano_setup(4) if run.smoke else Setup("sd15", 512, 64, family_configs("sd1")["unet"]), "")
 
 
 def nano_rows(run: PartRun) -> None:
-    run.skip("nano", "not yet")
+    """Write the rows of nano's distillation."""
+    train_rows(run, nano_setup(4 if run.smoke else 64), "nano ")
+
+
+def nano_setup(batch: int) -> Setup:
+    return Setup("nano", 128, batch, unet_config("nano"))
+
+
+def train_rows(run: PartRun, setup: Setup, prefix: str) -> None:
+    """Write a row for each loop."""
+    labels = {"teacher": setup.model, "student": STUDENT, "size_px": setup.size_px}
+    for loop in LOOPS:
+        if run.smoke and not loop.runs_small:
+            run.skip(prefix + loop.name, "compiling a training step takes minutes on a CPU", **labels)
+        else:
+            run.measure(prefix + loop.name, functools.partial(measure_loop, run, setup, loop), **labels)
+
+
+def measure_loop(run: PartRun, setup: Setup, loop: Loop) -> dict[str, Any]:
+    """Returns the figures of a loop at the setup's batch, or at half of it, and so on, where memory does not suffice.
+
+    Raises:
+        BackendMissing: this is no checkout.
+    """
+    batch = setup.batch
+    while True:
+        try:
+            return measure_batch(run, setup, loop, batch)
+        except torch.OutOfMemoryError:
+            if batch <= LEAST_BATCH:
+                raise
+            run.log(f"{loop.name}: out of memory at batch {batch}")
+        batch //= 2
+
+
+def measure_batch(run: PartRun, setup: Setup, loop: Loop, batch: int) -> dict[str, Any]:
+    peer = load_peer()
+    gc.collect()
+    if run.is_cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(run.device)
+    case = peer.Case(
+        setup.model,
+        setup.size_px,
+        batch,
+        run.scratch / f"training-{setup.model}",
+        pictures=BATCHES_OF_PICTURES * setup.batch,
+        steps=2 if run.smoke else 1000,
+        seconds=TIMED_S,
+        compile=loop.compile,
+    )
+    found = dict(getattr(peer, loop.function)(case))
+    peak_mib = found.pop("peak_memory_mib")
+    part_seconds = found.pop("seconds", None)
+    if part_seconds is not None:
+        found["part_ms"] = {name: 1000 * seconds for name, seconds in part_seconds.items()}
+    if run.is_cuda:  # a process's peak on a CPU is the highest of all its rows
+        found["peak_mib"] = peak_mib
+    return {"batch": batch, **found, "share_of_peak": share_of_peak(run, setup, found["samples_per_s"])}
+
+
+def share_of_peak(run: PartRun, setup: Setup, samples_per_s: float) -> float:
+    """Returns the share of the bf16 peak that the two UNets take: the teacher forward, the student forward and twice that backward."""
+    teacher, student = (
+        unet_cost(config)["total"].macs for config in (setup.config, make_plan(setup.config, STUDENT).student_config())
+    )
+    flops = 2 * (teacher + 3 * student) * samples_per_s
+    return flops / known_peaks(run, "bf16").matmul_flops_per_s
+
+
+def load_peer() -> ModuleType:
+    """Returns bench/peers/training.py, which is no package's.
+
+    Raises:
+        BackendMissing: it is not there.
+    """
+    name = "sdcompress_peers_training"
+    if name not in sys.modules:
+        if not PEER.is_file():
+            raise BackendMissing("needs a checkout, which has bench/peers")
+        spec = importlib.util.spec_from_file_location(name, PEER)
+        if spec is None or spec.loader is None:
+            raise BackendMissing(f"{PEER.name} cannot be imported")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    return sys.modules[name]
