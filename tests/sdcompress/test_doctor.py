@@ -219,18 +219,20 @@ def test_the_small_unet_has_every_operator_of_the_whole() -> None:
 
 
 def test_a_proof_answers_and_its_process_is_gone(tmp_path: Path) -> None:
+    before = psutil.Process().children()  # servers of other tests
     outcome = Proof(case(tmp_path), time.monotonic() + 100).finish()
     assert outcome["ms"][SMALL] > 0
     assert torch.load(answer_file(str(tmp_path), REFERENCE, SMALL), weights_only=True).shape == (2, 4, 16, 16)
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
 
 
 def test_a_proof_that_runs_out_of_time_is_unfinished_and_its_process_is_gone(tmp_path: Path) -> None:
+    before = psutil.Process().children()
     started = time.monotonic()
     outcome = Proof(case(tmp_path), started + 0.5).finish()
     assert time.monotonic() - started < 5
     assert "the time was over" in outcome["unfinished"]
-    assert not psutil.Process().children()
+    assert psutil.Process().children() == before
     assert "before it began" in Proof(case(tmp_path), started).finish()["unfinished"]
 
 

@@ -34,9 +34,15 @@ PUBLISHED = {  # steps, whole batch, rate, weights: MODEL_CARD.md of BK-SDM; hug
 }
 
 
+def words_of(line: str) -> list[str]:
+    """The words of a command line of a shell, without a comment and without where its output goes."""
+    words = shlex.split(line, comments=True)
+    return words[: words.index(">")] if ">" in words else words
+
+
 def complaint(line: str) -> str | None:
     """What is wrong with a `sdcompress ...` command line, or None; nothing is run, and commands that are not there yet are let through."""
-    words = shlex.split(line, comments=True)
+    words = words_of(line)
     words = words[words.index("sdcompress") + 1 :]
     command: click.Command = cli
     context = click.Context(cli, info_name="sdcompress")
@@ -125,7 +131,7 @@ def test_every_command_line_in_the_docs_is_one_that_is_taken(page: Path) -> None
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
 def test_every_recipe_named_in_the_docs_exists(page: Path) -> None:
     for line in command_lines(page.read_text()):
-        words = shlex.split(line)
+        words = words_of(line)
         named = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--recipe"]
         if "recipes" in words and words[words.index("recipes") + 1] != "list":
             named.append(words[words.index("recipes") + 2])
@@ -141,7 +147,7 @@ def test_the_docs_name_every_recipe_with_its_kind() -> None:
 def test_settings_named_in_the_docs_are_knobs() -> None:
     for page in DOCS:
         for line in command_lines(page.read_text()):
-            words = shlex.split(line)
+            words = words_of(line)
             settings = tuple(words[i + 1] for i, word in enumerate(words) if word == "--set")
             kind = "lora" if "lora" in words else "finetune" if "finetune" in words else "distill"
             load_config(KINDS[kind], None, {}, settings)
