@@ -19,7 +19,7 @@ from sdcompress_engines.exactness import use_ieee_fp32
 from sdcompress_engines.profiles import ShapeRanges
 from sdcompress_engines.progress import SILENT, Reporter
 
-from sdcompress.graphs import DTYPES, Precision, signature_of
+from sdcompress.graphs import DTYPES, Precision, Runtime, signature_of
 
 BACKENDS = ("torch", "compile", "aot", "onnxruntime", "tensorrt", "auto")
 BACKEND_ALIASES = {"ort": "onnxruntime", "trt": "tensorrt", "aoti": "aot"}
@@ -218,26 +218,43 @@ def cached_artifacts(
     Args:
         profiles: the shapes to build engines for; by default the `dynamic` preset. Each set of profiles has a folder of its own.
     """
-    from sdcompress_engines.manifest import cache_folder
-
     from sdcompress.engines import build_engines
     from sdcompress.export import export_onnx
     from sdcompress.teacher import load_teacher, resolve, sha256_of
 
     sha256 = sha256_of(resolve(model))
-    folder = cache_folder() / "models" / sha256[:16]
-    for_onnxruntime = backend == "onnxruntime" and torch.cuda.is_available()  # whose CUDA provider has no kernel for group norms
-    graphs = folder / f"onnx-{precision}{'-onnxruntime' if for_onnxruntime else ''}"
+    runtime = graph_runtime(backend, "cuda" if torch.cuda.is_available() else "cpu")
+    graphs = cached_graphs(sha256, precision, runtime)
     if not graphs.is_dir():
         loaded = load_teacher(model)
         report.say(f"no graphs given: exporting {loaded.name} once to {graphs}")
-        export_onnx(loaded.pipeline, graphs, precision=precision, runtime="onnxruntime" if for_onnxruntime else "any", source={"pipeline": sha256}, name=loaded.name, report=report)
+        export_onnx(
+            loaded.pipeline, graphs, precision=precision, runtime=runtime, source={"pipeline": sha256},
+            name=loaded.name, report=report,
+        )  # fmt: skip
     if backend == "onnxruntime":
         return graphs
-    engines = folder / f"engine-{precision}{_profile_suffix(profiles)}"
+    engines = graphs.parent / f"engine-{precision}{_profile_suffix(profiles)}"
     if not engines.is_dir():
         build_engines(graphs, engines, profiles=profiles, report=report)
     return engines
+
+
+def graph_runtime(backend: str, device_type: str) -> Runtime:
+    """Returns whose kernels a backend's graphs are written for: ONNX Runtime's on CUDA, where it has none for group norms."""
+    return "onnxruntime" if (backend, device_type) == ("onnxruntime", "cuda") else "any"
+
+
+def cached_graphs(sha256: str, precision: Precision, runtime: Runtime = "any") -> Path:
+    """Returns the folder in the cache for a model's graphs, whether it is there or not.
+
+    Args:
+        sha256: of the model. runtime: see `graph_runtime`.
+    """
+    from sdcompress_engines.manifest import cache_folder
+
+    suffix = "" if runtime == "any" else f"-{runtime}"
+    return cache_folder() / "models" / sha256[:16] / f"onnx-{precision}{suffix}"
 
 
 def _profile_suffix(profiles: Sequence[str | ShapeRanges]) -> str:

@@ -7,7 +7,7 @@ The manner of the public distillation scripts (BK-SDM, distill-sd): the teacher 
 step, pictures decoded in the loop, fused attention as torch picks it. Both loops compute the same losses (bk-tiny, weights 1, 1, 1) on the
 same pictures with the same optimizer and the student under the same autocast. Each measurement is a process of its own, in turn
 A B A B; ours has its cache made before the clock starts, and the time that took is given apart. SD1.5 has random weights: how long a step
-takes does not depend on them.
+takes does not depend on them. The share of the peak is that of the UNets' own operations in the best matrix product of this machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,14 +29,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sdcompress_bench.environment import environment
+from sdcompress_bench.work import measure_peaks
 from sdcompress_engines.resources import peak_rss_mib
 
 from sdcompress.data.cache import LatentCache, build_cache, to_pixels
 from sdcompress.data.sources import open_source
 from sdcompress.prune.plan import make_plan
-from sdcompress.prune.student import build_student
-from sdcompress.random_model import random_pipeline
-from sdcompress.teacher import LoadedPipeline, load_teacher
+from sdcompress.prune.student import build_student, unet_cost
+from sdcompress.random_model import family_configs, random_pipeline
+from sdcompress.teacher import LoadedPipeline, load_teacher, unet_config
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import frozen_copy
@@ -211,6 +212,25 @@ def open_cache(case: Case, loaded: LoadedPipeline) -> LatentCache:
     return build_cache(open_source(data), loaded, folder, case.size_px)
 
 
+def flops_per_sample(config: Mapping[str, Any]) -> int:
+    """Returns the operations of a sample: the teacher forward, the student forward, and twice that backward.
+
+    Args:
+        config: of the teacher's UNet. What attention computes beside its matrix products is not in it, nor are VAE and text encoder.
+    """
+    teacher, student = (unet_cost(each)["total"].macs for each in (config, make_plan(config, PLAN).student_config()))
+    return 2 * (teacher + 3 * student)
+
+
+def measure_limit(case: Case) -> dict[str, Any]:
+    """Returns how many samples a second the best matrix product of this machine would give, if a step were nothing else."""
+    use_threads(case)
+    precision = choose_precision(case.precision, DEVICE.type)
+    peak = measure_peaks(str(DEVICE), precision).matmul_flops_per_s
+    config = family_configs("sd1")["unet"] if case.model == "sd15" else unet_config(case.model)
+    return {"matmul_tflops": peak / 1e12, "samples_per_s": peak / flops_per_sample(config)}
+
+
 def use_threads(case: Case) -> None:
     if case.threads:
         torch.set_num_threads(case.threads)
@@ -221,6 +241,8 @@ def peak_memory_mib() -> float:
 
 
 LOOPS = {"public manner": measure_public, "ours": measure_ours}
+LIMIT = "limit"
+MEASURES = LOOPS | {LIMIT: measure_limit}
 
 
 def main() -> None:
@@ -239,7 +261,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         given = json.loads(args.child)
-        loop, given["work"] = LOOPS[given.pop("loop")], Path(given["work"])
+        loop, given["work"] = MEASURES[given.pop("loop")], Path(given["work"])
         print(json.dumps(loop(Case(**given))))
         return
     threads = args.threads or ([None] if CUDA else [1, 2])
@@ -258,32 +280,40 @@ def main() -> None:
 
 
 def measure_row(case: Case, rounds: int) -> dict[str, Any]:
-    """Both loops in one precision with one number of threads, in turn."""
+    """Both loops in one precision with one number of threads, in turn; and the limit that the machine's best matrix product sets."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in LOOPS}
     for _ in range(rounds):
         for name in LOOPS:
-            given = asdict(case) | {"loop": name, "work": str(case.work)}
-            done = subprocess.run([sys.executable, __file__, "--child", json.dumps(given)], capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            found[name].append(run_apart(case, name))
             print(case.precision, case.threads, name, f"{found[name][-1]['samples_per_s']:.1f} samples/s", file=sys.stderr, flush=True)
     speed = {name: statistics.median(each["samples_per_s"] for each in row) for name, row in found.items()}
+    limit = run_apart(case, LIMIT)
     return {
         "precision": choose_precision(case.precision, DEVICE.type), "threads": case.threads, "samples_per_s": speed,
-        "speedup": speed["ours"] / speed["public manner"], "rounds": found,
+        "speedup": speed["ours"] / speed["public manner"], "limit": limit, "share_of_peak": speed["ours"] / limit["samples_per_s"],
+        "rounds": found,
     }  # fmt: skip
+
+
+def run_apart(case: Case, measure: str) -> dict[str, Any]:
+    """Returns what a function of `MEASURES` finds in a process of its own."""
+    given = asdict(case) | {"loop": measure, "work": str(case.work)}
+    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(given)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One line for each precision and number of threads; then where the time of the last one goes."""
-    lines = ["| precision | threads | public manner, samples/s | ours | times as fast |", "|---|---|---|---|---|"]
+    lines = ["| precision | threads | public manner, samples/s | ours | times as fast | ours, of peak |", "|---|---|---|---|---|---|"]
     for row in rows:
         cells = []
         for name, found in row["rounds"].items():
             values = [each["samples_per_s"] for each in found]
             cells.append(f"{row['samples_per_s'][name]:.1f} ({min(values):.1f} to {max(values):.1f})")
-        lines.append(f"| {row['precision']} | {row['threads'] or '–'} | {' | '.join(cells)} | {row['speedup']:.2f} |")
+        lines.append(f"| {row['precision']} | {row['threads'] or '–'} | {' | '.join(cells)} | {row['speedup']:.2f} | {row['share_of_peak']:.0%} |")
     last = rows[-1]["rounds"]["public manner"][-1]["seconds"]
     share = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in sorted(last.items(), key=lambda item: -item[1]))
     return "\n".join([*lines, "", f"a step in the public manner: {share}"])

@@ -26,7 +26,7 @@ from sdcompress_engines.flavour import FLAVOURS, Flavour, present_card
 from sdcompress_engines.manifest import cache_folder, canonical, faults
 from sdcompress_engines.profiles import ShapeRanges
 from sdcompress_engines.runners import Runner, TorchRunner, open_runner
-from sdcompress_engines.runners.onnxruntime import INSTALL, INSTALL_GPU, PROVIDERS
+from sdcompress_engines.runners.onnxruntime import require as require_onnxruntime
 from sdcompress_engines.runners.torch import COMPILER
 from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.store import EngineStore
@@ -34,8 +34,8 @@ from sdcompress_engines.store import EngineStore
 from sdcompress.autotune import BATCH
 from sdcompress.backends.installation import remove_command
 from sdcompress.backends.proof import EVENT, REFERENCE, WHOLE, Case, answer_file
-from sdcompress.graphs import DTYPES, Precision, random_inputs, signature_of
-from sdcompress.pipeline import PositionalUNet
+from sdcompress.graphs import DTYPES, random_inputs, signature_of
+from sdcompress.pipeline import PositionalUNet, cached_graphs, graph_runtime
 from sdcompress.teacher import LoadedPipeline, load_teacher
 
 _TIMESTEP = 501
@@ -105,7 +105,7 @@ def _prepare(case: Case) -> Ready:
         if present_card() is None:
             return _build_ahead(case, flavour, subject)
     elif case.backend == "onnxruntime":
-        _require_onnxruntime(case.device)
+        require_onnxruntime(case.device)  # before anything is exported for it
     loaded = load_subject(case.model, subject)
     feeds = _feeds(loaded, case)
     runner = _OPEN[case.backend](loaded, case)
@@ -160,7 +160,7 @@ def _open_package(loaded: LoadedPipeline, case: Case) -> Runner:
 
 
 def _open_graph(loaded: LoadedPipeline, case: Case) -> Runner:
-    return open_runner(graph_folder(loaded, case.precision) / "unet.onnx", device=case.device)
+    return open_runner(graph_folder(loaded, case) / "unet.onnx", device=case.device)
 
 
 def _open_engine(loaded: LoadedPipeline, case: Case) -> Runner:
@@ -177,7 +177,7 @@ _OPEN: dict[str, Callable[[LoadedPipeline, Case], Runner]] = {
 }
 
 
-def graph_folder(loaded: LoadedPipeline, precision: Precision) -> Path:
+def graph_folder(loaded: LoadedPipeline, case: Case) -> Path:
     """Returns the folder with the UNet's graph in the cache, exported now where it is not there.
 
     It is the one that `generate` uses where that exists, else one with the UNet alone.
@@ -187,10 +187,10 @@ def graph_folder(loaded: LoadedPipeline, precision: Precision) -> Path:
     """
     from sdcompress.export import export_onnx
 
-    models = cache_folder() / "models" / loaded.sha256[:16]
-    folder = next(
-        (each for each in (models / f"onnx-{precision}",) if each.is_dir()), models / f"onnx-{precision}-unet"
-    )
+    runtime = graph_runtime(case.backend, case.device)
+    folder = cached_graphs(loaded.sha256, case.precision, runtime)
+    if not folder.is_dir():
+        folder = folder.with_name(f"{folder.name}-unet")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
@@ -198,7 +198,10 @@ def graph_folder(loaded: LoadedPipeline, precision: Precision) -> Path:
                 raise _damaged(folder, "; ".join(found[:3]))
             return folder
         source = {"pipeline": loaded.sha256}
-        export_onnx(loaded.pipeline, folder, precision=precision, components=("unet",), source=source, name=loaded.name)
+        export_onnx(
+            loaded.pipeline, folder, precision=case.precision, components=("unet",), runtime=runtime, source=source,
+            name=loaded.name,
+        )  # fmt: skip
     return folder
 
 
@@ -240,31 +243,9 @@ def _build(loaded: LoadedPipeline, case: Case, flavour: Flavour, store: EngineSt
 
     side = _latent_side(loaded) * int(loaded.pipeline.vae_scale_factor)
     fixed = ShapeRanges((BATCH,) * 3, (side,) * 3, (side,) * 3, (CONTEXT_TOKENS,) * 3)
-    graphs = graph_folder(loaded, case.precision)
+    graphs = graph_folder(loaded, case)
     found = build_engines(graphs, output, profiles=[fixed], flavour=flavour.name, components=("unet",), store=store)
     return found.builds["unet"]
-
-
-def _require_onnxruntime(device: str) -> None:
-    """Refuse an ONNX Runtime that is not there or has nothing for this device, before anything is exported for it.
-
-    Raises:
-        BackendMissing: says what to install.
-    """
-    install = INSTALL if device == "cpu" else INSTALL_GPU
-    try:
-        import onnxruntime
-    except ModuleNotFoundError as error:
-        raise BackendMissing("onnxruntime is not installed", hint=install) from error
-    except (ImportError, OSError) as error:
-        raise BackendMissing(
-            f"onnxruntime does not load ({error})",
-            hint=f"pip install --force-reinstall onnxruntime{'' if device == 'cpu' else '-gpu'}",
-        ) from error
-    there = onnxruntime.get_available_providers()
-    if PROVIDERS[device] not in there:
-        what = f"this onnxruntime has no {PROVIDERS[device]}, only {', '.join(there)}"
-        raise BackendMissing(what, hint=f"pip uninstall -y onnxruntime onnxruntime-gpu && {install}")
 
 
 def _feeds(loaded: LoadedPipeline, case: Case) -> Feeds:

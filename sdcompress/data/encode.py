@@ -1,12 +1,12 @@
 """Latents and text embeddings, computed in the precision and the batch size that the device allows.
 
 Precision. A cache holds fp16 values. bf16 has 8 bits of mantissa: encoding nano's pictures in it moves the latents by
-0.6% (relative L2; 1.1% for the worst picture). The limit is 1%: a third of the noise that the first training timestep
-adds (SD's schedule begins at sigma 0.029, in units of the latents' spread), and less than what saving the pictures as
-JPEG at quality 95 does (1.3 to 2.1%). SD1's and SD2's VAE are taken to stay under it as nano's does, so CUDA devices
-that compute bf16 natively use it. SDXL's VAE has activations so large that fp16 overflows; what bf16 loses there is not
-measured, so it stays fp32. Nothing is encoded in fp16. fp32 is torch's own, which on CUDA lets convolutions round their
-inputs to TF32.
+0.5% (relative L2; 1.0% for the worst of 256 pictures; bench/studies/encoding.py). The limit is 1%: a third of the noise
+that the first training timestep adds (SD's schedule begins at sigma 0.029, in units of the latents' spread), and less
+than what saving the pictures as JPEG at quality 95 does (2.1%). SD1's and SD2's VAE are taken to stay under it as
+nano's does, so CUDA devices that compute bf16 natively use it. SDXL's VAE has activations so large that fp16 overflows;
+what bf16 loses there is not measured, so it stays fp32. Nothing is encoded in fp16. fp32 is torch's own, which on CUDA
+lets convolutions round their inputs to TF32.
 
 Memory. `LatentEncoder` finds out what one picture needs and encodes as many at once as fit.
 """

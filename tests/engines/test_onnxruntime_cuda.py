@@ -154,7 +154,7 @@ def test_onnxruntime_for_the_cpu_is_missing_on_cuda_with_the_command_that_replac
     assert missing("cpu") is None
     reason = missing("cuda:1") or ""
     assert "runs on the CPU only" in reason
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'sdcompress[gpu]'" in reason
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'sdcompress[gpu]'" in reason
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     assert missing("cuda") is None
 

@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from sdcompress_engines.errors import BackendMissing
 
-from sdcompress.prune.plan import make_plan
-from sdcompress.prune.student import unet_cost
 from sdcompress.random_model import family_configs
 from sdcompress.teacher import unet_config
 
@@ -129,12 +127,9 @@ def measure_batch(run: PartRun, setup: Setup, loop: Loop, batch: int) -> dict[st
 
 
 def share_of_peak(run: PartRun, setup: Setup, samples_per_s: float) -> float:
-    """Returns the share of the bf16 peak that the two UNets take: the teacher forward, the student forward and twice that backward."""
-    teacher, student = (
-        unet_cost(config)["total"].macs for config in (setup.config, make_plan(setup.config, STUDENT).student_config())
-    )
-    flops = 2 * (teacher + 3 * student) * samples_per_s
-    return flops / known_peaks(run, "bf16").matmul_flops_per_s
+    """Returns the share of the bf16 peak that the operations of the two UNets take."""
+    flops = load_peer().flops_per_sample(setup.config) * samples_per_s
+    return float(flops / known_peaks(run, "bf16").matmul_flops_per_s)
 
 
 def load_peer() -> ModuleType:

@@ -34,7 +34,7 @@ from .shapes import Ranges, Shape
 
 INSTALL = "pip install 'sdcompress[cpu]'"
 INSTALL_GPU = "pip install 'sdcompress[gpu]'"
-REPLACE_BY_GPU = f"pip uninstall -y onnxruntime onnxruntime-gpu, then {INSTALL_GPU}"
+REPLACE_BY_GPU = f"pip uninstall -y onnxruntime onnxruntime-gpu && {INSTALL_GPU}"
 """Both packages write the same files, so the one for the CPU has to go first."""
 INSTALL_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx, beside onnxruntime and without onnxruntime-gpu"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider"}
@@ -67,40 +67,64 @@ _ELEMENT = dict(_DTYPES.values())
 Session = TypeVar("Session")
 
 
-def missing(device: str = "cpu") -> str | None:
-    """Returns why ONNX Runtime cannot run graphs on this device, with the command that mends it, or None.
+def require(device: str = "cpu") -> None:
+    """Refuse an ONNX Runtime that is not there, or has nothing for this device.
 
     Args:
         device: `cpu`, or `cuda[:n]` for its CUDA provider. Whether there is a GPU is not asked.
+
+    Raises:
+        BackendMissing: the reason, and as its hint the command that mends it.
     """
     on_cuda = device.startswith("cuda")
     try:
         import onnxruntime
+    except ModuleNotFoundError as error:
+        raise BackendMissing("onnxruntime is not installed", hint=INSTALL_GPU if on_cuda else INSTALL) from error
     except (ImportError, OSError) as error:
-        return f"onnxruntime is not installed ({error}): {INSTALL_GPU if on_cuda else INSTALL}"
+        again = f"pip install --force-reinstall onnxruntime{'-gpu' if on_cuda else ''}"
+        raise BackendMissing(f"onnxruntime does not load ({error})", hint=again) from error
     if not on_cuda:
-        return None
+        return
     if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
-        return f"this onnxruntime {onnxruntime.__version__} runs on the CPU only: {REPLACE_BY_GPU}"
-    return _other_cuda(onnxruntime)
+        raise BackendMissing(
+            f"this onnxruntime {onnxruntime.__version__} runs on the CPU only", hint=REPLACE_BY_GPU
+        )
+    _require_cuda_of_torch(onnxruntime)
 
 
-def _other_cuda(onnxruntime: Any) -> str | None:
-    """Why its CUDA provider finds no CUDA libraries beside this torch, or None.
+def missing(device: str = "cpu") -> str | None:
+    """Returns why ONNX Runtime cannot run graphs on this device, with the command that mends it, or None.
+
+    Args:
+        device: as of `require`.
+    """
+    try:
+        require(device)
+    except BackendMissing as error:
+        return f"{error.what}: {error.hint}"
+    return None
+
+
+def _require_cuda_of_torch(onnxruntime: Any) -> None:
+    """Refuse a CUDA provider that finds no CUDA libraries beside this torch.
 
     The libraries are torch's: they are in the process already, and the provider takes those of its own major version.
+
+    Raises:
+        BackendMissing: it is built for another.
     """
     needed = str(getattr(onnxruntime, "cuda_version", "") or "").partition(".")[0]
     brought = str(torch.version.cuda or "").partition(".")[0]
     if not needed or not brought or needed == brought:
-        return None
+        return
     with suppress(OSError):
         ctypes.CDLL(f"cudart64_{needed}.dll" if sys.platform == "win32" else f"libcudart.so.{needed}")
-        return None
+        return
     older = int(needed) > int(brought)
     change = "pip install 'onnxruntime-gpu<1.27'" if older else "pip install --upgrade onnxruntime-gpu"
     built = f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA {needed}"
-    return f"{built}, and torch {torch.__version__} brings CUDA {brought}: {change}"
+    raise BackendMissing(f"{built}, and torch {torch.__version__} brings CUDA {brought}", hint=change)
 
 
 def start_session(start: Callable[[bool], Session], cuda_graph: bool) -> tuple[Session, str | None]:
@@ -185,8 +209,7 @@ class OnnxRuntimeRunner(Runner):
         self.graph_failure: str | None = None
 
     def _load(self) -> None:
-        if missing():
-            raise BackendMissing("onnxruntime is not installed", hint=INSTALL)
+        require()
         import onnxruntime
 
         self.graph_failure = None

@@ -1,0 +1,133 @@
+"""How long the cache's VAE takes for a picture, and what its precision costs.
+
+    python bench/studies/encoding.py -o bench/results/encoding-nano.json
+    python bench/studies/encoding.py --model ./rv4.safetensors --data ./pictures --size 512 -o encoding-rv4.json
+
+Time: `LatentEncoder` in fp32 and in bf16, which chooses its batches itself, against fp32 in batches of 32, as the cache
+encoded once. The ways run in turn, and in another order each round. Error: the relative L2 of a picture's latents (the
+mean of the posterior) to those in IEEE fp32, beside what saving the picture as JPEG at quality 95 changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from sdcompress_bench.environment import environment
+from sdcompress_engines.exactness import ieee_fp32
+
+from sdcompress.data.cache import to_pixels
+from sdcompress.data.encode import LatentEncoder, copy_encoder
+from sdcompress.data.sources import open_source
+from sdcompress.teacher import load_teacher
+
+FIXED_BATCH = 32
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Way = Callable[[torch.Tensor], torch.Tensor]
+"""From pixels, (N, 3, H, W) in [-1, 1], to the posterior's mean, (N, C, H/8, W/8) float16, both on the CPU."""
+
+
+def encode_by_chosen_batches(vae: Any, precision: Any) -> Way:
+    encoder = LatentEncoder(vae, DEVICE, precision)
+    return lambda pixels: encoder.encode(pixels)[0]
+
+
+def encode_by_fixed_batches(vae: Any) -> Way:
+    encoder = copy_encoder(vae, DEVICE, "fp32")
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        batches = pixels.split(FIXED_BATCH)
+        return torch.cat([encoder.encode(batch.to(DEVICE)).latent_dist.mean.half().cpu() for batch in batches])
+
+    return encode
+
+
+@torch.no_grad()
+def measure_times(ways: dict[str, Way], pixels: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Returns the milliseconds a picture of each way, one value a round."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
+    for number in range(-1, rounds):  # the first round only warms up
+        random.Random(number).shuffle(order)
+        for name in order:
+            began = time.perf_counter()
+            ways[name](pixels)
+            if number >= 0:
+                found[name].append(1000 * (time.perf_counter() - began) / len(pixels))
+    return found
+
+
+@torch.no_grad()
+def measure_errors(vae: Any, ways: dict[str, Way], pictures: Sequence[Image.Image], size_px: int) -> dict[str, Any]:
+    """Returns, for each way and for JPEG, the relative L2 of all latents and the worst of a picture."""
+    pixels = to_batch(pictures, size_px)
+    encoder = copy_encoder(vae, DEVICE, "fp32")
+    with ieee_fp32():
+        exact, jpeg = (
+            torch.cat([encoder.encode(each[None].to(DEVICE)).latent_dist.mean.cpu() for each in given])
+            for given in (pixels, to_batch([save_as_jpeg(picture) for picture in pictures], size_px))
+        )
+    found = {name: way(pixels).float() for name, way in ways.items()} | {"JPEG at quality 95": jpeg}
+    return {
+        name: {
+            "relative_l2": float((latents - exact).norm() / exact.norm()),
+            "worst": float(((latents - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max()),
+        }
+        for name, latents in found.items()
+    }
+
+
+def to_batch(pictures: Sequence[Image.Image], size_px: int) -> torch.Tensor:
+    return torch.stack([to_pixels(picture, size_px) for picture in pictures])
+
+
+def save_as_jpeg(picture: Image.Image) -> Image.Image:
+    """Returns the picture as it is read after it was saved as JPEG at quality 95."""
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=95)
+    buffer.seek(0)
+    return Image.open(buffer).convert("RGB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--data", default="nano", help="what distill --data takes")
+    parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
+    parser.add_argument("--pictures", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    vae = load_teacher(args.model).pipeline.vae
+    pictures = [record.picture() for _, record in zip(range(args.pictures), open_source(args.data), strict=False)]
+    before = f"fp32, batches of {FIXED_BATCH}"
+    ways: dict[str, Way] = {before: encode_by_fixed_batches(vae)} | {
+        precision: encode_by_chosen_batches(vae, precision) for precision in ("fp32", "bf16")
+    }
+    times = measure_times(ways, to_batch(pictures, args.size), args.rounds)
+    errors = measure_errors(vae, ways, pictures, args.size)
+    rows = {name: {"ms_a_picture": statistics.median(values), "rounds": values} for name, values in times.items()}
+    for row in rows.values():
+        row["speedup"] = rows[before]["ms_a_picture"] / row["ms_a_picture"]
+    settings = {name: str(value) for name, value in vars(args).items() if name != "output"}
+    result = {"settings": settings, "times": rows, "errors": errors, "environment": environment()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    for name, row in rows.items():
+        low, high = min(row["rounds"]), max(row["rounds"])
+        print(f"{name:20} {row['ms_a_picture']:8.2f} ms a picture ({low:.2f} to {high:.2f}), {row['speedup']:.2f}x")
+    for name, error in errors.items():
+        print(f"{name:20} relative L2 {error['relative_l2']:.1e}, worst picture {error['worst']:.1e}")
+
+
+if __name__ == "__main__":
+    main()
