@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -163,7 +164,10 @@ def test_a_model_of_ones_own_is_proved_at_its_own_size(cli: Cli, random_folder: 
 def test_an_interrupt_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
     cache = {"SDCOMPRESS_CACHE": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     command = [sys.executable, "-m", "sdcompress", "doctor", "--backend", "compile", "--backend", "ort"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | cache) as process:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background of a shell ignores it
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | cache, preexec_fn=heed
+    ) as process:
         started, children = time.monotonic(), list[psutil.Process]()
         while len(children) < 2 and time.monotonic() - started < 60:  # torch is done, and the others prepare
             time.sleep(0.5)
