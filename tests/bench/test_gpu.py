@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from sdcompress_bench.gpu import part_execution, part_tests
 from sdcompress_bench.gpu.child import PartRun
 from sdcompress_bench.gpu.part_picture import best_variant
-from sdcompress_bench.gpu.program import PARTS, Part, Program
+from sdcompress_bench.gpu.program import PARTS, RESERVE_S, Part, Program, cap_seconds
 from sdcompress_bench.gpu.results import ResultFile, best_step, format_row, headline
 from sdcompress_bench.gpu.timing import time_call
 from sdcompress_engines.errors import UsageError
@@ -270,13 +270,13 @@ def dies(run):
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Program]:
-    """Makes a program whose parts are functions of `INJECTED`: (function, cap in seconds), numbered from 0."""
+    """Makes a program whose parts are functions of `INJECTED`: (function, its cap and what is kept for it, in seconds), numbered from 0."""
     (tmp_path / "injected_parts.py").write_text(INJECTED)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sdcompress_bench.gpu.program.LEAST_S", 1.0)
 
-    def make(*functions: tuple[str, float], minutes: float = 5, smoke: bool = True) -> Program:
-        parts = [Part(i, name, f"injected_parts:{name}", cap_s) for i, (name, cap_s) in enumerate(functions)]
+    def make(*functions: tuple[Any, ...], minutes: float = 5, smoke: bool = True) -> Program:
+        parts = [Part(i, name, f"injected_parts:{name}", *limits) for i, (name, *limits) in enumerate(functions)]
         return Program(tmp_path / "out", "cpu", smoke, minutes, parts=parts, say=print)
 
     return make
@@ -351,6 +351,23 @@ def test_nothing_is_begun_when_the_minutes_are_over(program: Callable[..., Progr
     assert parts["0"]["state"] == "cut"
     assert parts["1"]["state"] == "not begun"
     assert "0 s were left of 0.15 minutes" in parts["1"]["reason"]
+
+
+def test_a_part_that_hangs_leaves_the_later_ones_what_is_kept_for_them(program: Callable[..., Program]) -> None:
+    run = program(("hangs", 60), ("good", 30, 20), minutes=0.5)
+    assert not run.run()
+    parts = read(run.results.folder)["parts"]
+    assert parts["0"]["state"] == "cut"
+    assert parts["0"]["cap_s"] < 7  # of 30 s, less the reserve and the 20 s
+    assert parts["1"]["state"] == "ended"
+
+
+def test_the_parts_of_nine_minutes_all_begin_where_each_takes_its_cap() -> None:
+    left = 9 * 60 - RESERVE_S
+    for index, part in enumerate(PARTS[:-1]):  # the last takes what is left
+        cap_s = cap_seconds(part, PARTS[index + 1 :], left)
+        assert cap_s >= max(30, part.kept_s)
+        left -= cap_s
 
 
 def test_a_folder_of_other_settings_is_refused(program: Callable[..., Program]) -> None:

@@ -34,12 +34,14 @@ class Part:
     Attributes:
         function: `module:name`, called with a `PartRun` in the part's own process.
         cap_s: seconds after which that process is killed.
+        kept_s: of all the time, seconds that no earlier part may take from it.
     """
 
     number: int
     title: str
     function: str
     cap_s: float
+    kept_s: float = 0.0
 
 
 _HERE = __package__
@@ -49,11 +51,16 @@ PARTS = (
     Part(2, "execution and shared memory over the stand-in engine", f"{_HERE}.part_execution:execution", 30),
     Part(3, "UNet step", f"{_HERE}.part_unet:unet_step", 120),
     Part(4, "UNet step, compiled", f"{_HERE}.part_unet:compiled_step", 190),
-    Part(5, "a whole picture", f"{_HERE}.part_picture:picture", 60),
-    Part(6, "training", f"{_HERE}.part_training:training", 150),
-    Part(7, "pytest -m gpu", f"{_HERE}.part_tests:tests", 90),
+    Part(5, "a whole picture", f"{_HERE}.part_picture:picture", 60, 30),
+    Part(6, "training", f"{_HERE}.part_training:training", 150, 60),
+    Part(7, "pytest -m gpu", f"{_HERE}.part_tests:tests", 90, 40),
     Part(8, "what takes longer", f"{_HERE}.part_longer:longer", 600),
 )
+
+
+def cap_seconds(part: Part, later: Sequence[Part], left_s: float) -> float:
+    """Returns how long a part may take of the time that is left, with what is kept for later parts taken off."""
+    return min(part.cap_s, left_s - sum(each.kept_s for each in later))
 
 
 class Program:
@@ -114,8 +121,8 @@ class Program:
             if again:
                 self.results.drop(numbers)
             self._write()
-            for number in todo:
-                self._run(self._table[number])
+            for index, number in enumerate(todo):
+                self._run(self._table[number], [self._table[later] for later in todo[index + 1 :]])
                 self._write()
         return all(self.results.parts[number]["state"] == "ended" for number in numbers)
 
@@ -171,8 +178,8 @@ class Program:
         versions = ", ".join(f"{package} {packages.get(package)}" for package in ("torch", "diffusers", "transformers"))
         self._say(f"{name}; Python {environment['python']}, {versions}; commit {environment['commit']}")
 
-    def _run(self, part: Part) -> None:
-        cap_s = min(part.cap_s, self._seconds_left())
+    def _run(self, part: Part, later: Sequence[Part]) -> None:
+        cap_s = cap_seconds(part, later, self._seconds_left())
         entry = {"title": part.title, "state": "not begun", "seconds": 0.0, "cap_s": round(max(cap_s, 0), 1)}
         self.results.parts[part.number] = entry
         if cap_s < LEAST_S:
