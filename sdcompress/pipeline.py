@@ -241,7 +241,7 @@ def cached_artifacts(
 
 
 def graph_runtime(backend: str, device_type: str) -> Runtime:
-    """Returns whose kernels a backend's graphs are written for: ONNX Runtime's on CUDA, where it has none for group norms."""
+    """Returns whose kernels a backend's graphs are written for: on CUDA, ONNX Runtime has none for group norms."""
     return "onnxruntime" if (backend, device_type) == ("onnxruntime", "cuda") else "any"
 
 

@@ -1,13 +1,14 @@
 """Our training loop beside a loop in the public scripts' manner, on one machine in one run: samples a second and peak memory.
 
-    python bench/peers/training.py -o bench/results/training-peers-nano.json                 nano, fp32 and bf16, one thread and two
-    python bench/peers/training.py --model sd15 --batch 16 --precision bf16 -o bench/results/training-peers-sd15.json     for a GPU
+    python bench/peers/training.py -o bench/results/training-peers-nano.json      nano, fp32 and bf16, one thread and two
+    python bench/peers/training.py --model sd15 --precision bf16 -o bench/results/training-peers-sd15.json     for a GPU
 
 The manner of the public distillation scripts (BK-SDM, distill-sd): the teacher in fp32, the VAE's encoder and the text encoder at every
 step, pictures decoded in the loop, fused attention as torch picks it. Both loops compute the same losses (bk-tiny, weights 1, 1, 1) on the
 same pictures with the same optimizer and the student under the same autocast. Each measurement is a process of its own, in turn
-A B A B; ours has its cache made before the clock starts, and the time that took is given apart. SD1.5 has random weights: how long a step
-takes does not depend on them. The share of the peak is that of the UNets' own operations in the best matrix product of this machine.
+A B A B; ours has its cache made before the clock starts, and the time that took is given apart. SD1.5 has random
+weights: how long a step takes does not depend on them. The share of the peak is that of the UNets' own operations in the
+best matrix product of this machine.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ def measure_public(case: Case) -> dict[str, Any]:
             chosen = [records[(step * case.batch + i) % len(records)] for i in range(case.batch)]
             pixels = torch.stack([to_pixels(record.picture(), case.size_px) for record in chosen]).to(DEVICE)
             captions = [record.caption for record in chosen]
-            ids = pipeline.tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+            ids = pipeline.tokenizer(
+                captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+            ).input_ids
         with torch.no_grad():
             with clock.part("vae"):
                 latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
@@ -140,7 +143,10 @@ def measure_public(case: Case) -> dict[str, Any]:
         timesteps = torch.randint(1000, (case.batch,), device=DEVICE)
         alpha = alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        with collect_features(student, [s for s, _ in pairs]) as ours, collect_features(teacher, [t for _, t in pairs]) as theirs:
+        with (
+            collect_features(student, [s for s, _ in pairs]) as ours,
+            collect_features(teacher, [t for _, t in pairs]) as theirs,
+        ):
             with clock.part("teacher"), torch.no_grad():
                 expected = teacher(noisy, timesteps, text).sample
             with clock.part("student forward"), autocast:
@@ -157,7 +163,12 @@ def measure_public(case: Case) -> dict[str, Any]:
     wait()
     timed, seconds = step - WARMUP, time.perf_counter() - started
     parts = {name: value / timed for name, value in clock.spent.items()}
-    return {"samples_per_s": timed * case.batch / seconds, "steps": timed, "seconds": parts, "peak_memory_mib": peak_memory_mib()}
+    return {
+        "samples_per_s": timed * case.batch / seconds,
+        "steps": timed,
+        "seconds": parts,
+        "peak_memory_mib": peak_memory_mib(),
+    }
 
 
 def measure_ours(case: Case) -> dict[str, Any]:
@@ -179,13 +190,20 @@ def measure_ours(case: Case) -> dict[str, Any]:
 
     def run(steps: int) -> Any:
         config = DistillConfig(
-            steps=steps, batch_size=case.batch, checkpoint_every=10**6, log_every=10**6, precision=case.precision, compile=case.compile
+            steps=steps,
+            batch_size=case.batch,
+            checkpoint_every=10**6,
+            log_every=10**6,
+            precision=case.precision,
+            compile=case.compile,
         )
         weights = {"task_loss": 1.0, "output_kd_loss": 1.0, "feature_kd_loss": 1.0}
         objective = BlockDistillation(frozen, plan.feature_pairs(), weights)
         output = case.work / f"run-{time.time_ns()}"
         output.mkdir(parents=True)
-        return train(student, objective, Batches(cache, scheduler, scaling_factor, config), config, output, {}, frozen=frozen)
+        return train(
+            student, objective, Batches(cache, scheduler, scaling_factor, config), config, output, {}, frozen=frozen
+        )
 
     first = run(WARMUP)  # compiles, chooses kernels
     steps = case.steps
@@ -216,14 +234,15 @@ def flops_per_sample(config: Mapping[str, Any]) -> int:
     """Returns the operations of a sample: the teacher forward, the student forward, and twice that backward.
 
     Args:
-        config: of the teacher's UNet. What attention computes beside its matrix products is not in it, nor are VAE and text encoder.
+        config: of the teacher's UNet. Left out are what attention computes beside its matrix products, the VAE and the
+            text encoder.
     """
     teacher, student = (unet_cost(each)["total"].macs for each in (config, make_plan(config, PLAN).student_config()))
     return 2 * (teacher + 3 * student)
 
 
 def measure_limit(case: Case) -> dict[str, Any]:
-    """Returns how many samples a second the best matrix product of this machine would give, if a step were nothing else."""
+    """Returns the samples a second that the best matrix product of this machine would give, were a step nothing else."""
     use_threads(case)
     precision = choose_precision(case.precision, DEVICE.type)
     peak = measure_peaks(str(DEVICE), precision).matmul_flops_per_s
@@ -250,10 +269,12 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--model", default="nano", help="nano, sd15 (random weights) or a pipeline")
     parser.add_argument("--data", default="nano")
-    parser.add_argument("--size", type=int, default=None, help="side of the pictures in pixels; default: 128 for nano, else 512")
+    parser.add_argument(
+        "--size", type=int, default=None, help="side of the pictures in pixels; default: 128 for nano, else 512"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"])
     parser.add_argument("--threads", nargs="+", type=int, default=None, help="of the CPU; default: 1 2 on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile in our loop")
@@ -268,7 +289,9 @@ def main() -> None:
     size_px = args.size or (128 if args.model == "nano" else 512)
     with tempfile.TemporaryDirectory() as work:
         first = Case(args.model, size_px, args.batch, Path(work), args.data, steps=args.steps, compile=args.compile)
-        cases = [replace(first, precision=precision, threads=count) for precision in args.precision for count in threads]
+        cases = [
+            replace(first, precision=precision, threads=count) for precision in args.precision for count in threads
+        ]
         rows = [measure_row(case, args.rounds) for case in cases]
     settings = {"model": args.model, "size": size_px, "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
     settings |= {"compile": args.compile, "plan": PLAN}
@@ -280,12 +303,19 @@ def main() -> None:
 
 
 def measure_row(case: Case, rounds: int) -> dict[str, Any]:
-    """Both loops in one precision with one number of threads, in turn; and the limit that the machine's best matrix product sets."""
+    """Both loops in one precision with one number of threads, in turn; and the limit that the machine sets."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in LOOPS}
     for _ in range(rounds):
         for name in LOOPS:
             found[name].append(run_apart(case, name))
-            print(case.precision, case.threads, name, f"{found[name][-1]['samples_per_s']:.1f} samples/s", file=sys.stderr, flush=True)
+            print(
+                case.precision,
+                case.threads,
+                name,
+                f"{found[name][-1]['samples_per_s']:.1f} samples/s",
+                file=sys.stderr,
+                flush=True,
+            )
     speed = {name: statistics.median(each["samples_per_s"] for each in row) for name, row in found.items()}
     limit = run_apart(case, LIMIT)
     return {
@@ -298,7 +328,9 @@ def measure_row(case: Case, rounds: int) -> dict[str, Any]:
 def run_apart(case: Case, measure: str) -> dict[str, Any]:
     """Returns what a function of `MEASURES` finds in a process of its own."""
     given = asdict(case) | {"loop": measure, "work": str(case.work)}
-    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(given)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", json.dumps(given)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(done.stderr)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -307,15 +339,22 @@ def run_apart(case: Case, measure: str) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One line for each precision and number of threads; then where the time of the last one goes."""
-    lines = ["| precision | threads | public manner, samples/s | ours | times as fast | ours, of peak |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| precision | threads | public manner, samples/s | ours | times as fast | ours, of peak |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         cells = []
         for name, found in row["rounds"].items():
             values = [each["samples_per_s"] for each in found]
             cells.append(f"{row['samples_per_s'][name]:.1f} ({min(values):.1f} to {max(values):.1f})")
-        lines.append(f"| {row['precision']} | {row['threads'] or '–'} | {' | '.join(cells)} | {row['speedup']:.2f} | {row['share_of_peak']:.0%} |")
+        lines.append(
+            f"| {row['precision']} | {row['threads'] or '–'} | {' | '.join(cells)} | {row['speedup']:.2f} | {row['share_of_peak']:.0%} |"
+        )
     last = rows[-1]["rounds"]["public manner"][-1]["seconds"]
-    share = ", ".join(f"{name} {1000 * value:.0f} ms" for name, value in sorted(last.items(), key=lambda item: -item[1]))
+    share = ", ".join(
+        f"{name} {1000 * value:.0f} ms" for name, value in sorted(last.items(), key=lambda item: -item[1])
+    )
     return "\n".join([*lines, "", f"a step in the public manner: {share}"])
 
 

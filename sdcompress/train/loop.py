@@ -97,9 +97,10 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
 
 @contextmanager
 def plain_attention(trained: Any) -> Iterator[None]:
-    """Attention by plain matrix products for the block: in bfloat16 on a CPU their backward is up to 5 times as fast as the fused one's.
+    """Attention by plain matrix products for the block.
 
-    The teacher, which has no backward, keeps the fused one: nano, batch 16, two threads of an AMD EPYC, 177 ms a step instead of 185.
+    In bfloat16 on a CPU their backward is up to 5 times as fast as the fused one's. The teacher, which has no backward,
+    keeps the fused one: nano, batch 16, two threads of an AMD EPYC, 177 ms a step instead of 185.
     In float32 the fused one is faster for both: 422 against 467 ms on one thread.
     """
     from diffusers.models.attention_processor import AttnProcessor

@@ -270,7 +270,7 @@ def dies(run):
 
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Program]:
-    """Makes a program whose parts are functions of `INJECTED`: (function, its cap and what is kept for it, in seconds), numbered from 0."""
+    """Makes a program of functions of `INJECTED`: (function, its cap and what is kept for it, in seconds)."""
     (tmp_path / "injected_parts.py").write_text(INJECTED)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("sdcompress_bench.gpu.program.LEAST_S", 1.0)

@@ -1,4 +1,4 @@
-"""Part 6: samples a second of distilling bk-tiny: in the public scripts' manner, by our loop, and by our loop with compile."""
+"""Part 6: samples a second of distilling bk-tiny: in the public scripts' manner, by our loop, and with compile."""
 
 from __future__ import annotations
 
