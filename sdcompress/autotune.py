@@ -1,4 +1,6 @@
-"""Which backend is fastest for a model on this machine: measured, each in a process of its own, and only those that stay inside the accuracy gate."""
+"""Which backend is fastest for a model on this machine: measured, each in a process of its own, and only those that
+stay inside the accuracy gate.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,13 @@ def candidates(device: str) -> list[Candidate]:
     reference = Candidate("torch", "fp32")
     if device.startswith("cuda"):
         engines = any(missing[flavour] is None for flavour in ("tensorrt", "tensorrt-rtx"))
-        others = [("torch", True), ("compile", True), ("aot", True), ("onnxruntime", missing["onnxruntime"] is None), ("tensorrt", engines)]
+        others = [
+            ("torch", True),
+            ("compile", True),
+            ("aot", True),
+            ("onnxruntime", missing["onnxruntime"] is None),
+            ("tensorrt", engines),
+        ]
         return [reference, *(Candidate(backend, "fp16") for backend, there in others if there)]
     found = [reference]
     if missing["onnxruntime"] is None:
@@ -83,7 +91,8 @@ def has_fast_bf16() -> bool:
 
 
 def fastest(model: str | Path, *, device: str = "cpu", report: Reporter = SILENT) -> tuple[str, Precision]:
-    """The backend and precision of the fastest UNet step that is exact enough; measured once for a model, machine and set of versions, then remembered.
+    """The backend and precision of the fastest UNet step that is exact enough; measured once for a model, machine and
+    set of versions, then remembered.
 
     Raises:
         UsageError, ModelError: the model. BackendMissing: not even torch answered.
@@ -101,14 +110,29 @@ def fastest(model: str | Path, *, device: str = "cpu", report: Reporter = SILENT
     measured = measure_backends(model, candidates(device), device=device, report=report)
     sound = [m for m in measured if m.unet_step_ms is not None and m.failed is None]
     if not sound:
-        raise BackendMissing(f"no backend ran this model: {'; '.join(f'{m.candidate}: {m.failed}' for m in measured)}", where=str(model))
+        raise BackendMissing(
+            f"no backend ran this model: {'; '.join(f'{m.candidate}: {m.failed}' for m in measured)}", where=str(model)
+        )
     best = min(sound, key=lambda m: m.unet_step_ms or 0.0)
     for m in measured:
-        report.say(f"  {m.candidate!s:<18} " + (f"{m.unet_step_ms:8.1f} ms a UNet step, relative L2 {m.relative_l2:.1e}" if m.unet_step_ms is not None else "") + (f"  left out: {m.failed}" if m.failed else ""))
+        report.say(
+            f"  {m.candidate!s:<18} "
+            + (
+                f"{m.unet_step_ms:8.1f} ms a UNet step, relative L2 {m.relative_l2:.1e}"
+                if m.unet_step_ms is not None
+                else ""
+            )
+            + (f"  left out: {m.failed}" if m.failed else "")
+        )
     report.say(f"fastest here: {best.candidate}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"key": key, "backend": best.candidate.backend, "precision": best.candidate.precision, "measured": [asdict(m) for m in measured]}
+        content = {
+            "key": key,
+            "backend": best.candidate.backend,
+            "precision": best.candidate.precision,
+            "measured": [asdict(m) for m in measured],
+        }
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         partial.write_text(json.dumps(content, indent=1) + "\n")
         os.replace(partial, path)
@@ -123,28 +147,54 @@ def machine_key(device: str) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        return next(line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        return next(
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
 
-def measure_backends(model: str | Path, chosen: Sequence[Candidate], *, device: str = "cpu", batch: int = BATCH, samples: int = SAMPLES, rounds: int = 1, report: Reporter = SILENT) -> list[Measured]:
+def measure_backends(
+    model: str | Path,
+    chosen: Sequence[Candidate],
+    *,
+    device: str = "cpu",
+    batch: int = BATCH,
+    samples: int = SAMPLES,
+    rounds: int = 1,
+    report: Reporter = SILENT,
+) -> list[Measured]:
     """Time a UNet step of each candidate in processes of their own, one after the other, at the model's own size.
 
     The first candidate must be torch in fp32, to which the answers are compared.
 
     Args:
-        batch: latents of the call. samples: timed calls at the least; more where they are short. rounds: how often each is started, in turn; the median is over all samples.
+        batch: latents of the call. samples: timed calls at the least; more where they are short. rounds: how often each
+            is started, in turn; the median is over all samples.
     """
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in chosen}
     answers: dict[Candidate, torch.Tensor] = {}
     failed: dict[Candidate, str] = {}
-    with tempfile.TemporaryDirectory(prefix="sdcompress-auto-") as folder, report.task("measuring backends", rounds * len(chosen)) as advance:
+    with (
+        tempfile.TemporaryDirectory(prefix="sdcompress-auto-") as folder,
+        report.task("measuring backends", rounds * len(chosen)) as advance,
+    ):
         for _ in range(rounds):
             for candidate in chosen:
                 answer = Path(folder) / f"{candidate.backend}-{candidate.precision}.pt"
                 if candidate not in failed:
-                    outcome = _in_child({"model": str(model), **asdict(candidate), "device": device, "batch": batch, "samples": samples, "answer": str(answer)})
+                    outcome = _in_child(
+                        {
+                            "model": str(model),
+                            **asdict(candidate),
+                            "device": device,
+                            "batch": batch,
+                            "samples": samples,
+                            "answer": str(answer),
+                        }
+                    )
                     if "failed" in outcome:
                         failed[candidate] = outcome["failed"]
                     else:
@@ -154,13 +204,21 @@ def measure_backends(model: str | Path, chosen: Sequence[Candidate], *, device: 
     return [_judged(candidate, times[candidate], answers, failed.get(candidate)) for candidate in chosen]
 
 
-def _judged(candidate: Candidate, times: Sequence[float], answers: dict[Candidate, torch.Tensor], failed: str | None) -> Measured:
+def _judged(
+    candidate: Candidate, times: Sequence[float], answers: dict[Candidate, torch.Tensor], failed: str | None
+) -> Measured:
     reference = answers.get(Candidate("torch", "fp32"))
     if failed or reference is None:
         return Measured(candidate, failed=failed or "torch in fp32 did not answer")
     error = relative_l2({"out": answers[candidate]}, {"out": reference})
     floor = answers.get(Candidate("torch", candidate.precision))
-    limit = FP32_LIMIT if candidate.precision == "fp32" else None if floor is None else HALF_FACTOR * relative_l2({"out": floor}, {"out": reference})
+    limit = (
+        FP32_LIMIT
+        if candidate.precision == "fp32"
+        else None
+        if floor is None
+        else HALF_FACTOR * relative_l2({"out": floor}, {"out": reference})
+    )
     over = f"relative L2 {error:.1e} is over {limit:.1e}" if limit is not None and not error <= limit else None
     return Measured(candidate, statistics.median(times), error, limit, over)
 
@@ -168,7 +226,16 @@ def _judged(candidate: Candidate, times: Sequence[float], answers: dict[Candidat
 def _in_child(case: dict[str, Any]) -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     try:
-        done = subprocess.run([sys.executable, "-m", "sdcompress.autotune"], input=json.dumps(case), capture_output=True, text=True, errors="replace", timeout=_LONGEST_S, env=environment, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "sdcompress.autotune"],
+            input=json.dumps(case),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_LONGEST_S,
+            env=environment,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"took over {_LONGEST_S / 60:.0f} minutes"}
     lines = done.stdout.splitlines()
@@ -185,16 +252,29 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
     from sdcompress.pipeline import load_pipeline
 
     try:
-        pipeline = load_pipeline(case["model"], case["backend"], device=case["device"], precision=case["precision"], steady=True)
+        pipeline = load_pipeline(
+            case["model"], case["backend"], device=case["device"], precision=case["precision"], steady=True
+        )
         unet = pipeline.unet
         side, generator = int(unet.config["sample_size"]), torch.Generator().manual_seed(0)
-        sample = torch.randn(case["batch"], unet.config["in_channels"], side, side, generator=generator).to(unet.device, unet.dtype)
-        context = torch.randn(case["batch"], 77, unet.config["cross_attention_dim"], generator=generator).to(unet.device, unet.dtype)
+        sample = torch.randn(case["batch"], unet.config["in_channels"], side, side, generator=generator).to(
+            unet.device, unet.dtype
+        )
+        context = torch.randn(case["batch"], 77, unet.config["cross_attention_dim"], generator=generator).to(
+            unet.device, unet.dtype
+        )
         added = None
         if unet.config.get("addition_embed_type") == "text_time":
             width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
             embeds = torch.randn(case["batch"], width, generator=generator).to(unet.device, unet.dtype)
-            added = {"text_embeds": embeds, "time_ids": torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]]).repeat(case["batch"], 1).to(unet.device)}
+            added = {
+                "text_embeds": embeds,
+                "time_ids": (
+                    torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]])
+                    .repeat(case["batch"], 1)
+                    .to(unet.device)
+                ),
+            }
         moment = torch.tensor(501.0, device=unet.device)
         times: list[float] = []
         with torch.no_grad():

@@ -1,4 +1,6 @@
-"""ONNX graphs → TensorRT engines: one profile in a person's units for all components, each engine built once and kept in the store."""
+"""ONNX graphs → TensorRT engines: one profile in a person's units for all components, each engine built once and kept
+in the store.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from sdcompress_engines.builder import BuildOptions, build_engine, targets
 from sdcompress_engines.errors import ArtifactError
 from sdcompress_engines.flavour import Flavour, choose_flavour, platform_name, present_card
 from sdcompress_engines.graph import sha256_files
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest, sha256_file, staged, write_manifest
+from sdcompress_engines.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    faults,
+    read_manifest,
+    sha256_file,
+    staged,
+    write_manifest,
+)
 from sdcompress_engines.profiles import PRESETS, Profile, ShapeRanges, check_ranges, component_profile, parse_profile
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
@@ -62,10 +72,13 @@ def build_engines(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> EnginesResult:
-    """Write `<component>.engine` for the graphs of an `onnx` folder, and `pipeline/` beside them. What the store has is not built again.
+    """Write `<component>.engine` for the graphs of an `onnx` folder, and `pipeline/` beside them.
+
+    What the store has is not built again.
 
     Args:
-        profiles: presets, `batch=…,height=…` texts or ranges; several give engines that are tuned for each. By default `dynamic`.
+        profiles: presets, `batch=…,height=…` texts or ranges; several give engines that are tuned for each. By default
+            `dynamic`.
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, the second, ahead of time, without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         components: by default those the folder has.
@@ -78,7 +91,11 @@ def build_engines(
     if manifest is None or manifest.kind != "onnx":
         raise ArtifactError("is not an exported ONNX folder", where=onnx_folder, hint="sdcompress export MODEL -o DIR")
     if found := faults(onnx_folder, "onnx"):
-        raise ArtifactError(f"is damaged: {'; '.join(found[:3])}", where=onnx_folder, hint="export it again: sdcompress export MODEL -o DIR")
+        raise ArtifactError(
+            f"is damaged: {'; '.join(found[:3])}",
+            where=onnx_folder,
+            hint="export it again: sdcompress export MODEL -o DIR",
+        )
     host = manifest.config["signature"]
     chosen = checked_components(components if components is not None else manifest.config["components"], host)
     library = choose_flavour(flavour, present_card(), compute_capabilities)
@@ -92,15 +109,43 @@ def build_engines(
     with staged(output, force) as folder:
         for component in chosen:
             # Of what is not a UNet one profile over all shapes is enough: it is called once a picture.
-            shapes = [component_profile(component, configs[component], each, scale, host) for each in (ranges if component == "unet" else [_hull(ranges)])]
+            shapes = [
+                component_profile(component, configs[component], each, scale, host)
+                for each in (ranges if component == "unet" else [_hull(ranges)])
+            ]
             precision = manifest.config["precisions"][component]
-            ports = signature(component, configs[component], DTYPES["fp16" if precision in QUANTIZED else precision], host)
+            ports = signature(
+                component, configs[component], DTYPES["fp16" if precision in QUANTIZED else precision], host
+            )
             key = EngineKey(
-                sha256_files({name: entry.sha256 for name, entry in manifest.files.items() if name.startswith(f"{component}.onnx")}), component, precision, host, library.name, library.version,
-                cards, platform_name(), tuple(profile.shapes for profile in shapes), options.chosen(),
-            )  # fmt: skip
-            said = {"vae_scale": scale, "inputs": {component: _ports(ports.inputs)}, "outputs": {component: _ports(ports.outputs)}, "model_name": manifest.config.get("model_name", "")}
-            stored, reused = store.get_or_build(key, _Build(onnx_folder, component, shapes, library, compute_capabilities, options, said, report), report)
+                sha256_files(
+                    {
+                        name: entry.sha256
+                        for name, entry in manifest.files.items()
+                        if name.startswith(f"{component}.onnx")
+                    }
+                ),
+                component,
+                precision,
+                host,
+                library.name,
+                library.version,
+                cards,
+                platform_name(),
+                tuple(profile.shapes for profile in shapes),
+                options.chosen(),
+            )
+            said = {
+                "vae_scale": scale,
+                "inputs": {component: _ports(ports.inputs)},
+                "outputs": {component: _ports(ports.outputs)},
+                "model_name": manifest.config.get("model_name", ""),
+            }
+            stored, reused = store.get_or_build(
+                key,
+                _Build(onnx_folder, component, shapes, library, compute_capabilities, options, said, report),
+                report,
+            )
             if reused:
                 report.say(f"{component}: the store has this engine already ({key.digest})")
             figures = stored.manifest.figures
@@ -109,10 +154,23 @@ def build_engines(
             store.adopt(stored, folder)
         shutil.copytree(onnx_folder / "pipeline", folder / "pipeline")
         first = next(iter(parts.values()))
-        merged = {name: {component: parts[component][name][component] for component in chosen} for name in ("profiles", "inputs", "outputs", "keys", "model")}
-        config = {**first, **merged, "components": list(chosen), "precision": manifest.config["precision"], "precisions": {component: parts[component]["precision"] for component in chosen}}
+        merged = {
+            name: {component: parts[component][name][component] for component in chosen}
+            for name in ("profiles", "inputs", "outputs", "keys", "model")
+        }
+        config = {
+            **first,
+            **merged,
+            "components": list(chosen),
+            "precision": manifest.config["precision"],
+            "precisions": {component: parts[component]["precision"] for component in chosen},
+        }
         written = write_manifest(
-            folder, "engine", config=config, inputs={"onnx": sha256_file(onnx_folder / MANIFEST_NAME)} | manifest.inputs, figures={component: asdict(built) for component, built in builds.items()}
+            folder,
+            "engine",
+            config=config,
+            inputs={"onnx": sha256_file(onnx_folder / MANIFEST_NAME)} | manifest.inputs,
+            figures={component: asdict(built) for component, built in builds.items()},
         )
     return EnginesResult(output, written, builds, tuple(ranges))
 
@@ -132,11 +190,19 @@ class _Build:
 
     def __call__(self, folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         graph, engine = self.onnx_folder / f"{self.component}.onnx", folder / f"{self.component}.engine"
-        built = build_engine(graph, engine, self.profiles, self.flavour, self.compute_capabilities, self.options, self.report)
-        return self.said, {"seconds": round(built.seconds, 2), "bytes": built.bytes, "peak_mib": round(built.peak_mib, 1)}
+        built = build_engine(
+            graph, engine, self.profiles, self.flavour, self.compute_capabilities, self.options, self.report
+        )
+        return self.said, {
+            "seconds": round(built.seconds, 2),
+            "bytes": built.bytes,
+            "peak_mib": round(built.peak_mib, 1),
+        }
 
 
-def shape_ranges(profiles: Sequence[str | ShapeRanges], unet_config: Mapping[str, Any], scale: int = 8) -> list[ShapeRanges]:
+def shape_ranges(
+    profiles: Sequence[str | ShapeRanges], unet_config: Mapping[str, Any], scale: int = 8
+) -> list[ShapeRanges]:
     """The ranges these profiles stand for with a UNet of this config.
 
     Raises:
@@ -145,7 +211,10 @@ def shape_ranges(profiles: Sequence[str | ShapeRanges], unet_config: Mapping[str
     step = signature("unet", unet_config).multiple * scale
     size = unet_config["sample_size"]
     native = (size if isinstance(size, int) else max(size)) * scale
-    ranges = [profile if isinstance(profile, ShapeRanges) else parse_profile(profile, native, step) for profile in profiles or [next(iter(PRESETS))]]
+    ranges = [
+        profile if isinstance(profile, ShapeRanges) else parse_profile(profile, native, step)
+        for profile in profiles or [next(iter(PRESETS))]
+    ]
     for each in ranges:
         check_ranges(each, step)
     return ranges
@@ -172,4 +241,7 @@ def _config(onnx_folder: Path, component: str) -> dict[str, Any]:
 
 
 def _ports(specs: Iterable[Any]) -> list[dict[str, Any]]:
-    return [{"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in specs]
+    return [
+        {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
+        for spec in specs
+    ]

@@ -1,4 +1,6 @@
-"""A pipeline's components as graphs: a frozen copy with a host's inputs and outputs, traced and written as ONNX or compiled ahead of time."""
+"""A pipeline's components as graphs: a frozen copy with a host's inputs and outputs, traced and written as ONNX or
+compiled ahead of time.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,23 @@ from sdcompress.teacher import quiet
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Runtime = Literal["any", "onnxruntime"]
-"""Whose kernels a graph is written for: `any` keeps `GroupNormalization`, which TensorRT has a kernel for; see `onnxruntime_ops`."""
+"""Whose kernels a graph is written for: `any` keeps `GroupNormalization`, which TensorRT has a kernel for; see
+`onnxruntime_ops`.
+"""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PARTS = {"unet": "unet", "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "vae_decoder": "vae", "vae_encoder": "vae"}
+PARTS = {
+    "unet": "unet",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "vae_decoder": "vae",
+    "vae_encoder": "vae",
+}
 """Component → what a pipeline calls the module it is a part of."""
 OPSET = 23
-"""Keeps `Attention` and `GroupNormalization` as one node each. ONNX Runtime ≥ 1.23 (on CUDA ≥ 1.25) and TensorRT ≥ 10.14 read it."""
+"""Keeps `Attention` and `GroupNormalization` as one node each.
+
+ONNX Runtime ≥ 1.23 (on CUDA ≥ 1.25) and TensorRT ≥ 10.14 read it.
+"""
 OLDER_OPSET = 20
 """For TensorRT before 10.14: attention in its parts."""
 _ONE_FILE_BYTES = int(1.9e9)  # protobuf ends at 2 GiB
@@ -46,8 +59,16 @@ def part_of(pipeline: Any, component: str) -> torch.nn.Module:
 
 
 def default_components(pipeline: Any, host: str = "diffusers") -> tuple[str, ...]:
-    """What text-to-image needs of a pipeline in a host: all it has but the VAE's encoder; a WebUI runs its own but the UNet."""
-    return tuple(name for name in COMPONENTS if name != "vae_encoder" and name in HOSTS[host] and isinstance(getattr(pipeline, PARTS[name], None), torch.nn.Module))
+    """What text-to-image needs of a pipeline in a host: all it has but the VAE's encoder; a WebUI runs its own but the
+    UNet.
+    """
+    return tuple(
+        name
+        for name in COMPONENTS
+        if name != "vae_encoder"
+        and name in HOSTS[host]
+        and isinstance(getattr(pipeline, PARTS[name], None), torch.nn.Module)
+    )
 
 
 def config_of(part: Any) -> dict[str, Any]:
@@ -58,21 +79,28 @@ def config_of(part: Any) -> dict[str, Any]:
 def stable_precision(pipeline: Any, component: str, precision: Precision) -> Precision:
     """The precision a component is exported in where `precision` is asked for.
 
-    SDXL's VAE overflows in half precision and makes black pictures; its config says so (`force_upcast`), and it stays fp32. A VAE that was
-    mended for half precision says the contrary.
+    SDXL's VAE overflows in half precision and makes black pictures; its config says so (`force_upcast`), and it stays
+    fp32. A VAE that was mended for half precision says the contrary.
     """
     is_xl = getattr(pipeline, "text_encoder_2", None) is not None
-    overflows = is_xl and component.startswith("vae") and precision == "fp16" and config_of(part_of(pipeline, component)).get("force_upcast", True)
+    overflows = (
+        is_xl
+        and component.startswith("vae")
+        and precision == "fp16"
+        and config_of(part_of(pipeline, component)).get("force_upcast", True)
+    )
     return "fp32" if overflows else precision
 
 
 class ComponentGraph(torch.nn.Module):
-    """A frozen copy of a component on the CPU, with the graph's inputs as arguments and its outputs as a tuple, both in the order of the signature.
+    """A frozen copy of a component on the CPU, with the graph's inputs as arguments and its outputs as a tuple, both in
+    the order of the signature.
 
     Weights that are in `dtype` already are shared with the component, not copied.
 
     Args:
-        stable: in half precision, compute what loses most in fp32. Without it the graph is what torch computes in `dtype`.
+        stable: in half precision, compute what loses most in fp32. Without it the graph is what torch computes in
+            `dtype`.
     """
 
     fp32_parts: tuple[str, ...] = ()
@@ -80,10 +108,17 @@ class ComponentGraph(torch.nn.Module):
     def __init__(self, part: torch.nn.Module, dtype: torch.dtype, *, stable: bool = True) -> None:
         super().__init__()
         self.stable = stable and dtype != torch.float32
-        exact = {id(weight) for name in self.fp32_parts if self.stable and (held := getattr(part, name, None)) is not None for weight in held.parameters()}
+        exact = {
+            id(weight)
+            for name in self.fp32_parts
+            if self.stable and (held := getattr(part, name, None)) is not None
+            for weight in held.parameters()
+        }
         memo: dict[int, Any] = {}
         for weight in part.parameters():
-            memo[id(weight)] = torch.nn.Parameter(weight.detach().to("cpu", torch.float32 if id(weight) in exact else dtype), requires_grad=False)
+            memo[id(weight)] = torch.nn.Parameter(
+                weight.detach().to("cpu", torch.float32 if id(weight) in exact else dtype), requires_grad=False
+            )
         for held in part.buffers():
             memo[id(held)] = held.detach().to("cpu", dtype if held.is_floating_point() else held.dtype)
         with quiet():
@@ -91,7 +126,9 @@ class ComponentGraph(torch.nn.Module):
         if hasattr(copied, "set_attn_processor"):
             from diffusers.models.attention_processor import AttnProcessor2_0
 
-            copied.set_attn_processor(AttnProcessor2_0())  # torch's own attention, one node in the graph; slicing or xformers would be traced
+            copied.set_attn_processor(
+                AttnProcessor2_0()
+            )  # torch's own attention, one node in the graph; slicing or xformers would be traced
         self.part: Any = copied
         self.eval()
 
@@ -108,7 +145,10 @@ class _Cast(torch.nn.Module):
 
 
 class UNetGraph(ComponentGraph):
-    """The UNet. The embeddings of timestep and sizes stay fp32: sines of large arguments, two small layers, added to every block."""
+    """The UNet.
+
+    The embeddings of timestep and sizes stay fp32: sines of large arguments, two small layers, added to every block.
+    """
 
     fp32_parts = ("time_embedding", "add_embedding")
 
@@ -121,7 +161,9 @@ class UNetGraph(ComponentGraph):
         if getattr(unet, "add_embedding", None) is not None:
             unet.get_aug_embed = self._added
 
-    def _added(self, emb: torch.Tensor, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _added(
+        self, emb: torch.Tensor, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The embedding of SDXL's text and sizes, in `emb`'s dtype; `y` is their concatenation, ready made."""
         added = added_cond_kwargs.get("y")
         if added is None:
@@ -131,14 +173,21 @@ class UNetGraph(ComponentGraph):
         return self.part.add_embedding(added.to(emb.dtype))
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor, encoder_hidden_states: torch.Tensor, text_embeds_or_y: torch.Tensor | None = None, time_ids: torch.Tensor | None = None
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds_or_y: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         added = {"y": text_embeds_or_y} if time_ids is None else {"text_embeds": text_embeds_or_y, "time_ids": time_ids}
         return tuple(self.part(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False))
 
 
 class TextEncoderGraph(ComponentGraph):
-    """CLIP's text model: the last state after its norm, the embedding of the end token, and the state before the last layer (SDXL, "clip skip 2")."""
+    """CLIP's text model: the last state after its norm, the embedding of the end token, and the state before the last
+    layer (SDXL, "clip skip 2").
+    """
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = self.part(input_ids, output_hidden_states=True)
@@ -176,7 +225,9 @@ _GRAPHS: dict[str, type[ComponentGraph]] = {
 }
 
 
-def component_graph(component: str, part: torch.nn.Module, dtype: torch.dtype, *, stable: bool = True) -> ComponentGraph:
+def component_graph(
+    component: str, part: torch.nn.Module, dtype: torch.dtype, *, stable: bool = True
+) -> ComponentGraph:
     """The component as a module that takes the inputs of any host's signature in order; see `ComponentGraph`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -192,19 +243,28 @@ class Example:
 
 
 def example_of(wanted: Signature, config: Any) -> Example:
-    """Inputs to trace with. One `Dim` a free axis; a picture's sizes are multiples, or a UNet's skip connections would not fit."""
-    grown = {name: size * max(1, wanted.multiple) for name, size in {"height": 2, "width": 3, "image_height": 2, "image_width": 3}.items()}
+    """Inputs to trace with.
+
+    One `Dim` a free axis; a picture's sizes are multiples, or a UNet's skip connections would not fit.
+    """
+    grown = {
+        name: size * max(1, wanted.multiple)
+        for name, size in {"height": 2, "width": 3, "image_height": 2, "image_width": 3}.items()
+    }
     sizes = {"batch": 2, "tokens": 2 * CONTEXT_TOKENS} | grown
     if wanted.component == "vae_decoder":
         sizes |= {"height": 16, "width": 24}
-    # diffusers makes batches of 64 and more contiguous before it upsamples: a branch without effect on the graph, which would
-    # have torch capture the model a second time were the example's side of it not promised.
+    # diffusers makes batches of 64 and more contiguous before it upsamples: a branch without effect on the graph, which
+    # would have torch capture the model a second time were the example's side of it not promised.
     dims = {name: torch.export.Dim(name, max=63 if name == "batch" else None) for name in sizes}
 
     def axis(size: str) -> Any:
         return wanted.multiple * dims[size] if wanted.multiple > 1 and size in grown else dims[size]
 
-    free = {spec.name: {at: axis(size) for at, size in enumerate(spec.shape) if isinstance(size, str)} for spec in wanted.inputs}
+    free = {
+        spec.name: {at: axis(size) for at, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in wanted.inputs
+    }
     return Example(random_inputs(wanted, config, sizes, timestep=500), free)
 
 
@@ -233,8 +293,11 @@ def random_inputs(wanted: Signature, config: Any, sizes: Mapping[str, int], time
     return {spec.name: make(spec) for spec in wanted.inputs}
 
 
-def write_onnx(graph: ComponentGraph, wanted: Signature, path: Path, opset: int = OPSET, runtime: Runtime = "any") -> None:
-    """Trace `graph` and write it with the names, order and free axes of `wanted`; weights over 2 GB go to `<path>.data`.
+def write_onnx(
+    graph: ComponentGraph, wanted: Signature, path: Path, opset: int = OPSET, runtime: Runtime = "any"
+) -> None:
+    """Trace `graph` and write it with the names, order and free axes of `wanted`; weights over 2 GB go to
+    `<path>.data`.
 
     Args:
         runtime: whose kernels it is written for.
@@ -256,7 +319,11 @@ def write_onnx(graph: ComponentGraph, wanted: Signature, path: Path, opset: int 
                 verbose=False,
             )
     except Exception as error:
-        raise ExportError(f"torch could not export the {wanted.component} at opset {opset} ({type(error).__name__}: {_first_lines(error)})", hint="--opset 23, or another torch version") from error
+        raise ExportError(
+            f"torch could not export the {wanted.component} at opset {opset} ({type(error).__name__}:"
+            f" {_first_lines(error)})",
+            hint="--opset 23, or another torch version",
+        ) from error
     if program is None:
         raise ExportError(f"torch exported nothing for the {wanted.component}")
     if runtime == "onnxruntime":
@@ -267,7 +334,9 @@ def write_onnx(graph: ComponentGraph, wanted: Signature, path: Path, opset: int 
 
 
 def _tidy(model: Any, wanted: Signature) -> None:
-    """The signature's axis names, and none of the traces that the exporter leaves: paths of this machine, and half of a small file."""
+    """The signature's axis names, and none of the traces that the exporter leaves: paths of this machine, and half of a
+    small file.
+    """
     for value, spec in zip((*model.graph.inputs, *model.graph.outputs), (*wanted.inputs, *wanted.outputs), strict=True):
         value.shape = type(value.shape)(spec.shape)
     model.metadata_props.clear()
@@ -306,7 +375,9 @@ def silence() -> Iterator[None]:
 
 
 def upcast_onnx(path: Path, target: Path) -> None:
-    """A bfloat16 graph with every bfloat16 made float32, values kept: ONNX Runtime's CPU computes no bfloat16, so this is what can be compared there."""
+    """A bfloat16 graph with every bfloat16 made float32, values kept: ONNX Runtime's CPU computes no bfloat16, so this
+    is what can be compared there.
+    """
     import onnx
     from sdcompress_engines.graph import tensors
 
@@ -314,7 +385,11 @@ def upcast_onnx(path: Path, target: Path) -> None:
     half, single = onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT
     for tensor in tensors(model.graph):
         if tensor.data_type == half:
-            bits = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.bfloat16) if tensor.raw_data else torch.tensor(list(tensor.int32_data), dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+            bits = (
+                torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.bfloat16)
+                if tensor.raw_data
+                else torch.tensor(list(tensor.int32_data), dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+            )
             tensor.ClearField("int32_data")
             tensor.raw_data = bits.float().numpy().tobytes()
             tensor.data_type = single

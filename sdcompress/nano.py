@@ -1,4 +1,6 @@
-"""Nano, the built-in teacher: a real, small text-to-image model that travels in the package, with its data and its metric."""
+"""Nano, the built-in teacher: a real, small text-to-image model that travels in the package, with its data and its
+metric.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +45,8 @@ def data_folder() -> Path:
 def folder(name: str) -> Path:
     """The pipeline folder of `nano` or `nano-tiny`.
 
-    The package holds only the UNet of `nano-tiny`; the folder with the teacher's other parts is put together on first use
-    in the user's cache.
+    The package holds only the UNet of `nano-tiny`; the folder with the teacher's other parts is put together on first
+    use in the user's cache.
     """
     if name == "nano":
         return teacher_folder()
@@ -74,7 +76,9 @@ def shards(split: str) -> list[Path]:
 
 
 def prompts(split: str, count: int, seed: int = 0) -> list[NanoPrompt]:
-    """`count` captions drawn without replacement from the `seen` (training) or `heldout` pictures, each concept at most once."""
+    """`count` captions drawn without replacement from the `seen` (training) or `heldout` pictures, each concept at most
+    once.
+    """
     drawn: list[NanoPrompt] = []
     concepts: set[str] = set()
     rows = list(_captions("train" if split == "seen" else "heldout"))

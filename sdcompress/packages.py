@@ -1,4 +1,6 @@
-"""The UNet compiled ahead of time by AOTInductor: a `.pt2` package for this machine's device, which starts without compiling."""
+"""The UNet compiled ahead of time by AOTInductor: a `.pt2` package for this machine's device, which starts without
+compiling.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,21 @@ class PackageResult:
     seconds: float
 
 
-def compile_unet(loaded: LoadedPipeline, output: Path, *, device: str = "cpu", precision: Precision = "fp32", force: bool = False, report: Reporter = SILENT) -> PackageResult:
-    """Compile the UNet for this kind of device, with batch, height, width and tokens free; the pipeline is left as it is.
+def compile_unet(
+    loaded: LoadedPipeline,
+    output: Path,
+    *,
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> PackageResult:
+    """Compile the UNet for this kind of device, with batch, height, width and tokens free; the pipeline is left as it
+    is.
 
     Raises:
-        BackendMissing: no C++ compiler. ExportError: torch could not capture or compile it. ArtifactError, StorageError: the output.
+        BackendMissing: no C++ compiler. ExportError: torch could not capture or compile it. ArtifactError,
+            StorageError: the output.
     """
     from sdcompress_engines.runners.aot_inductor import compile_package
 
@@ -43,9 +55,22 @@ def compile_unet(loaded: LoadedPipeline, output: Path, *, device: str = "cpu", p
                 graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             example = example_of(wanted, pipeline.unet.config)
             inputs = {name: value.to(device) for name, value in example.inputs.items()}
-            compile_package(graph, tuple(inputs.values()), tuple(example.dynamic_shapes.values()), folder / "unet.pt2", wanted.inputs, wanted.outputs)
+            compile_package(
+                graph,
+                tuple(inputs.values()),
+                tuple(example.dynamic_shapes.values()),
+                folder / "unet.pt2",
+                wanted.inputs,
+                wanted.outputs,
+            )
         seconds = time.monotonic() - started
-        manifest = write_manifest(folder, "package", config={"precision": precision, "device": device, "components": ["unet"]}, inputs={"pipeline": loaded.sha256}, figures={"seconds": round(seconds, 1)})
+        manifest = write_manifest(
+            folder,
+            "package",
+            config={"precision": precision, "device": device, "components": ["unet"]},
+            inputs={"pipeline": loaded.sha256},
+            figures={"seconds": round(seconds, 1)},
+        )
     return PackageResult(output, manifest, seconds)
 
 
@@ -59,7 +84,9 @@ def cached_package(loaded: LoadedPipeline, device: str, precision: Precision, re
 
 
 def package_folder(sha256: str, device: str, precision: Precision) -> Path:
-    """Where `cached_package` keeps a model's package: by torch version, as a package is loaded by the version that made it."""
+    """Where `cached_package` keeps a model's package: by torch version, as a package is loaded by the version that made
+    it.
+    """
     kind = torch.device(device).type
     return cache_folder() / "models" / sha256[:16] / f"aot-{kind}-{precision}-{torch.__version__.replace('+', '-')}"
 

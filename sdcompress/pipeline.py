@@ -39,7 +39,15 @@ def backend_name(name: str) -> str:
 
 
 def load_pipeline(
-    model: str | Path, backend: str = "torch", artifacts: Path | None = None, *, device: str | None = None, precision: Precision | None = None, fallback: str | None = None, steady: bool = False, report: Reporter = SILENT
+    model: str | Path,
+    backend: str = "torch",
+    artifacts: Path | None = None,
+    *,
+    device: str | None = None,
+    precision: Precision | None = None,
+    fallback: str | None = None,
+    steady: bool = False,
+    report: Reporter = SILENT,
 ) -> Any:
     """A diffusers pipeline for `model` that runs on `backend`.
 
@@ -56,13 +64,16 @@ def load_pipeline(
         model: what `load_teacher` takes, or a folder written by `sdcompress export`.
         artifacts: the exported graphs or engines; without it they are made once and kept in the cache folder.
         device: by default cuda where there is one.
-        precision: of what is computed in torch or exported now; by default fp16 on cuda, fp32 on the CPU. Given artifacts have their own.
-            fp32 is IEEE fp32: TF32 is off in this process from then on.
-        steady: with TensorRT-RTX, compile kernels for a shape before its first run, not beside it: what is timed then is what stays.
-        fallback: `torch` runs the UNet in PyTorch where an engine does not take a shape, and says so; without it that is an error.
+        precision: of what is computed in torch or exported now; by default fp16 on cuda, fp32 on the CPU. Given
+            artifacts have their own. fp32 is IEEE fp32: TF32 is off in this process from then on.
+        steady: with TensorRT-RTX, compile kernels for a shape before its first run, not beside it: what is timed then
+            is what stays.
+        fallback: `torch` runs the UNet in PyTorch where an engine does not take a shape, and says so; without it that
+            is an error.
 
     Raises:
-        UsageError: unknown backend or path. BackendMissing: the runtime is not installed, or has no device. ModelError: not a pipeline.
+        UsageError: unknown backend or path. BackendMissing: the runtime is not installed, or has no device. ModelError:
+            not a pipeline.
         EngineMismatch: artifacts of another model.
     """
     from sdcompress_engines.manifest import read_manifest
@@ -75,16 +86,26 @@ def load_pipeline(
     if manifest is not None and manifest.kind in ("onnx", "engine"):
         own = "onnxruntime" if manifest.kind == "onnx" else "tensorrt"
         if backend not in (own, "auto"):
-            raise UsageError(f"holds {manifest.kind} graphs, which {backend} does not run", where=str(model), hint=f"--backend {'ort' if own == 'onnxruntime' else 'trt'}")
+            raise UsageError(
+                f"holds {manifest.kind} graphs, which {backend} does not run",
+                where=str(model),
+                hint=f"--backend {'ort' if own == 'onnxruntime' else 'trt'}",
+            )
         if fallback:
-            raise UsageError(f"--fallback {fallback} with an export folder, which has no torch weights", where=str(model), hint="give the model, and the folder as its artifacts")
+            raise UsageError(
+                f"--fallback {fallback} with an export folder, which has no torch weights",
+                where=str(model),
+                hint="give the model, and the folder as its artifacts",
+            )
         return _assemble(Path(model), device, steady=steady)
     if backend == "auto":
         from sdcompress.autotune import fastest
 
         backend, precision = fastest(model, device=device, report=report)
     if backend == "tensorrt" and not torch.cuda.is_available():
-        raise BackendMissing("TensorRT engines run on an NVIDIA GPU and none is here", hint="--backend ort, or --backend torch")
+        raise BackendMissing(
+            "TensorRT engines run on an NVIDIA GPU and none is here", hint="--backend ort, or --backend torch"
+        )
     precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
     if precision == "fp32":
         use_ieee_fp32()
@@ -94,18 +115,23 @@ def load_pipeline(
         if artifacts is not None:
             _check_same_model(model, artifacts)
         make_unet = _fallback_unet(model, device, precision) if fallback else None
-        pipeline = _assemble(artifacts or cached_artifacts(model, backend, precision, report), device, make_unet, report, steady)
+        pipeline = _assemble(
+            artifacts or cached_artifacts(model, backend, precision, report), device, make_unet, report, steady
+        )
     if device.startswith("cuda"):
         keep_timesteps_on_host(pipeline)
     return pipeline
 
 
-def _torch_pipeline(model: str | Path, backend: str, device: str, precision: Precision, artifacts: Path | None, report: Reporter) -> Any:
+def _torch_pipeline(
+    model: str | Path, backend: str, device: str, precision: Precision, artifacts: Path | None, report: Reporter
+) -> Any:
     from sdcompress.teacher import load_teacher
 
     loaded = load_teacher(model)
     pipeline: Any = loaded.pipeline
-    # No `dtype` for fp32: diffusers refuses it while a safety checker is off in half precision, and there is nothing to change.
+    # No `dtype` for fp32: diffusers refuses it while a safety checker is off in half precision, and there is nothing to
+    # change.
     pipeline = pipeline.to(device) if precision == "fp32" else pipeline.to(device, DTYPES[precision])
     if precision != "fp32":
         for part in (pipeline.unet, pipeline.vae):
@@ -113,25 +139,37 @@ def _torch_pipeline(model: str | Path, backend: str, device: str, precision: Pre
     if backend != "torch":
         from sdcompress_engines.unet import EngineUNet
 
-        pipeline.unet = EngineUNet(_unet_runner(loaded, backend, device, precision, artifacts, report), dict(pipeline.unet.config))
+        pipeline.unet = EngineUNet(
+            _unet_runner(loaded, backend, device, precision, artifacts, report), dict(pipeline.unet.config)
+        )
     return pipeline
 
 
-def _unet_runner(loaded: Any, backend: str, device: str, precision: Precision, artifacts: Path | None, report: Reporter) -> Any:
-    """Returns the runner of a UNet that torch has compiled: every caller reaches it by the same arguments in the same mode, so it compiles once."""
+def _unet_runner(
+    loaded: Any, backend: str, device: str, precision: Precision, artifacts: Path | None, report: Reporter
+) -> Any:
+    """Returns the runner of a UNet that torch has compiled: every caller reaches it by the same arguments in the same
+    mode, so it compiles once.
+    """
     from sdcompress_engines.runners import TorchRunner
 
     from sdcompress.packages import cached_package, open_package
 
     if backend == "aot":
-        return open_package((artifacts / "unet.pt2") if artifacts else cached_package(loaded, device, precision, report), device)
+        return open_package(
+            (artifacts / "unet.pt2") if artifacts else cached_package(loaded, device, precision, report), device
+        )
     unet = loaded.pipeline.unet
     wanted = signature_of("unet", unet, precision)
-    return TorchRunner(PositionalUNet(unet), wanted.inputs, wanted.outputs, "compile", cuda_graph=device.startswith("cuda"))
+    return TorchRunner(
+        PositionalUNet(unet), wanted.inputs, wanted.outputs, "compile", cuda_graph=device.startswith("cuda")
+    )
 
 
 class PositionalUNet(torch.nn.Module):
-    """A UNet that takes its inputs in the order of its signature and answers with a tuple; its weights are those of `unet`."""
+    """A UNet that takes its inputs in the order of its signature and answers with a tuple; its weights are those of
+    `unet`.
+    """
 
     def __init__(self, unet: torch.nn.Module) -> None:
         super().__init__()
@@ -161,8 +199,8 @@ class PositionalUNet(torch.nn.Module):
 def keep_timesteps_on_host(pipeline: Any) -> None:
     """Keep the scheduler's timesteps on the CPU, so that a denoising loop on a GPU never waits for the device.
 
-    diffusers puts them on the device; then every scheduler that looks a timestep up in a table (PNDM, DDIM, DDPM, LCM: `alphas_cumprod[t]`)
-    copies it back at each step, and the host falls behind.
+    diffusers puts them on the device; then every scheduler that looks a timestep up in a table (PNDM, DDIM, DDPM, LCM:
+    `alphas_cumprod[t]`) copies it back at each step, and the host falls behind.
     """
     scheduler = pipeline.scheduler
     set_timesteps = scheduler.set_timesteps
@@ -174,7 +212,9 @@ def keep_timesteps_on_host(pipeline: Any) -> None:
             bound.arguments["device"] = "cpu"
         return set_timesteps(*bound.args, **bound.kwargs)
 
-    def to_device(module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def to_device(
+        module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if len(args) > 1 and isinstance(args[1], torch.Tensor):  # as every pipeline passes it
             args = (args[0], args[1].to(args[0].device, non_blocking=True), *args[2:])
         return args, options
@@ -203,7 +243,12 @@ def _check_same_model(model: str | Path, artifacts: Path) -> None:
     manifest = read_manifest(artifacts)
     made_from = None if manifest is None else manifest.inputs.get("pipeline")
     if made_from is not None and made_from != (here := sha256_of(resolve(model))):
-        raise EngineMismatch(f"was made from another model ({made_from[:12]})", where=artifacts, expected=f"one made from {model} ({here[:12]})", hint="sdcompress export MODEL --trt -o DIR")
+        raise EngineMismatch(
+            f"was made from another model ({made_from[:12]})",
+            where=artifacts,
+            expected=f"one made from {model} ({here[:12]})",
+            hint="sdcompress export MODEL --trt -o DIR",
+        )
 
 
 def cached_artifacts(
@@ -213,10 +258,12 @@ def cached_artifacts(
     report: Reporter = SILENT,
     profiles: Sequence[str | ShapeRanges] = (),
 ) -> Path:
-    """Returns the folder of a model's graphs (`onnxruntime`) or engines (`tensorrt`) in the cache, made now where it is not there.
+    """Returns the folder of a model's graphs (`onnxruntime`) or engines (`tensorrt`) in the cache, made now where it is
+    not there.
 
     Args:
-        profiles: the shapes to build engines for; by default the `dynamic` preset. Each set of profiles has a folder of its own.
+        profiles: the shapes to build engines for; by default the `dynamic` preset. Each set of profiles has a folder of
+            its own.
     """
     from sdcompress.engines import build_engines
     from sdcompress.export import export_onnx
@@ -229,9 +276,14 @@ def cached_artifacts(
         loaded = load_teacher(model)
         report.say(f"no graphs given: exporting {loaded.name} once to {graphs}")
         export_onnx(
-            loaded.pipeline, graphs, precision=precision, runtime=runtime, source={"pipeline": sha256},
-            name=loaded.name, report=report,
-        )  # fmt: skip
+            loaded.pipeline,
+            graphs,
+            precision=precision,
+            runtime=runtime,
+            source={"pipeline": sha256},
+            name=loaded.name,
+            report=report,
+        )
     if backend == "onnxruntime":
         return graphs
     engines = graphs.parent / f"engine-{precision}{_profile_suffix(profiles)}"
@@ -263,7 +315,13 @@ def _profile_suffix(profiles: Sequence[str | ShapeRanges]) -> str:
     return f"-{hashlib.sha256(text.encode()).hexdigest()[:12]}" if text else ""
 
 
-def _assemble(folder: Path, device: str, make_unet: Callable[[], torch.nn.Module] | None = None, report: Reporter = SILENT, steady: bool = False) -> Any:
+def _assemble(
+    folder: Path,
+    device: str,
+    make_unet: Callable[[], torch.nn.Module] | None = None,
+    report: Reporter = SILENT,
+    steady: bool = False,
+) -> Any:
     """The exported pipeline's own class around the runners of an export folder."""
     import diffusers
     from sdcompress_engines.unet import EngineTextEncoder, EngineTextEncoderWithProjection, EngineUNet, EngineVaeDecoder
@@ -286,7 +344,9 @@ def _assemble(folder: Path, device: str, make_unet: Callable[[], torch.nn.Module
             wrapper = EngineTextEncoder if name == "text_encoder" else EngineTextEncoderWithProjection
             components[name] = wrapper(open_graph(name), _read(configs / name))
         elif name == "vae":
-            components[name] = EngineVaeDecoder(open_graph("vae_decoder"), _read(configs / name), encoder=open_graph("vae_encoder", optional=True))
+            components[name] = EngineVaeDecoder(
+                open_graph("vae_decoder"), _read(configs / name), encoder=open_graph("vae_encoder", optional=True)
+            )
         else:
             components[name] = getattr(importlib.import_module(library), kind).from_pretrained(configs / name)
     if "safety_checker" in components:
@@ -297,7 +357,9 @@ def _assemble(folder: Path, device: str, make_unet: Callable[[], torch.nn.Module
 
 
 class _GraphOpener:
-    """Opens the graphs of an export folder; engines share their activation memory, as one pipeline runs them one after another."""
+    """Opens the graphs of an export folder; engines share their activation memory, as one pipeline runs them one after
+    another.
+    """
 
     def __init__(self, folder: Path, device: str, steady: bool) -> None:
         from sdcompress_engines.runners import SharedMemory
@@ -312,8 +374,16 @@ class _GraphOpener:
         if not found and optional:
             return None
         if not found:
-            raise ModelError(f"has no graph of the {component}", where=self.folder, hint="sdcompress export MODEL -o DIR, with every component")
-        options: dict[str, Any] = {"memory": self.memory, "cuda_graph": component == "unet", "kernels": self.kernels} if found[0].suffix == ".engine" else {}
+            raise ModelError(
+                f"has no graph of the {component}",
+                where=self.folder,
+                hint="sdcompress export MODEL -o DIR, with every component",
+            )
+        options: dict[str, Any] = (
+            {"memory": self.memory, "cuda_graph": component == "unet", "kernels": self.kernels}
+            if found[0].suffix == ".engine"
+            else {}
+        )
         return open_runner(found[0], device=self.device, **options)
 
 
@@ -330,7 +400,9 @@ def close_pipeline(pipeline: Any) -> None:
 
 
 def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Unit Gaussian latents (B, C, size/f, size/f), fp32 on the CPU, one seed a picture, and the generators that drew them."""
+    """Unit Gaussian latents (B, C, size/f, size/f), fp32 on the CPU, one seed a picture, and the generators that drew
+    them.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     side = size_px // pipeline.vae_scale_factor
     shape = (1, pipeline.unet.config.in_channels, side, side)
@@ -338,14 +410,26 @@ def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[
 
 
 def default_guidance_scale(own_size_px: int) -> float:
-    """7.5, as Stable Diffusion is used; 4 for nano and its students, told by the size they were made for: at 7.5 their colours burn out."""
+    """7.5, as Stable Diffusion is used; 4 for nano and its students, told by the size they were made for: at 7.5 their
+    colours burn out.
+    """
     return 7.5 if own_size_px >= 256 else 4.0
 
 
 def generate(
-    pipeline: Any, prompts: Sequence[str], *, seeds: Sequence[int], steps: int = 25, guidance_scale: float | None = None, size_px: int | None = None, negative_prompt: str | None = None, batch_size: int = 16
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[int],
+    steps: int = 25,
+    guidance_scale: float | None = None,
+    size_px: int | None = None,
+    negative_prompt: str | None = None,
+    batch_size: int = 16,
 ) -> list[Image.Image]:
-    """One picture a prompt. Noise comes from each picture's own seed and in fp32, so neither batch size nor precision changes what is drawn.
+    """One picture a prompt.
+
+    Noise comes from each picture's own seed and in fp32, so neither batch size nor precision changes what is drawn.
 
     Args:
         prompts, seeds: of equal length.
@@ -369,9 +453,15 @@ def generate(
         negative = [negative_prompt] * len(chunk) if negative_prompt else None
         with torch.no_grad():
             pictures += pipeline(
-                chunk, negative_prompt=negative, num_inference_steps=steps, guidance_scale=guidance_scale, height=size_px, width=size_px,
-                latents=latents.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators,
-            ).images  # fmt: skip
+                chunk,
+                negative_prompt=negative,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                height=size_px,
+                width=size_px,
+                latents=latents.to(pipeline.unet.device, pipeline.unet.dtype),
+                generator=generators,
+            ).images
     return pictures
 
 

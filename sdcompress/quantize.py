@@ -1,9 +1,10 @@
-"""A UNet's graph → the same graph in int8 or fp8: explicit Q/DQ pairs by nvidia-modelopt, calibrated on the model's own denoising.
+"""A UNet's graph → the same graph in int8 or fp8: explicit Q/DQ pairs by nvidia-modelopt, calibrated on the model's own
+denoising.
 
 An export calls, in this order, `collect_calibration`, `quantize_graph`, `check_quantized`, `check_accuracy`.
 
-modelopt runs in a process of its own: it patches ONNX Runtime, prints a great deal and holds the graph several times over.
-`python -m sdcompress.quantize` is that process: one JSON job on stdin, one JSON event a line on stdout.
+modelopt runs in a process of its own: it patches ONNX Runtime, prints a great deal and holds the graph several times
+over. `python -m sdcompress.quantize` is that process: one JSON job on stdin, one JSON event a line on stdout.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ INSTALL = "pip install 'sdcompress[quantize]'"
 FP8_CAPABILITY = (8, 9)
 """The first cards with fp8 arithmetic: Ada and Hopper."""
 KEPT = ("timestep only", "first and last", "shortcut")
-"""Layers that stay in high precision: those that see only the timestep, which have no work worth quantizing; the first and the last convolution; the
+"""Layers that stay in high precision: those that see only the timestep, which have no work worth quantizing; the first
+and the last convolution; the
 1×1 shortcuts across resnets, which take the residual stream as it is, without a norm before them."""
 LEAST_OPSET = 19
 """The first with Q/DQ nodes for fp16 and fp8."""
@@ -51,14 +53,18 @@ CHECK_TIMESTEPS = 4
 
 @dataclass(frozen=True)
 class Limit:
-    """How far a quantized UNet may be from fp32, relative L2 of its prediction: on average over the timesteps, and at the worst of them."""
+    """How far a quantized UNet may be from fp32, relative L2 of its prediction: on average over the timesteps, and at
+    the worst of them.
+    """
 
     mean: float
     worst: float
 
 
 LIMITS: dict[str, Limit] = {"int8": Limit(0.035, 0.16), "fp8": Limit(0.06, 0.25)}
-"""Twice what was measured on nano (docs/quantization.md). int8 is over it where nothing with weights is left in high precision."""
+"""Twice what was measured on nano (docs/quantization.md). int8 is over it where nothing with weights is left in high
+precision.
+"""
 
 PROMPTS = (
     "a portrait of an old fisherman with a white beard, natural light, 85mm photograph",
@@ -81,20 +87,32 @@ HELD_OUT_PROMPTS = (
 
 def missing() -> str | None:
     """Why nothing can be quantized here, or None."""
-    lacking = [name for name in ("modelopt", "onnx_graphsurgeon", "onnxslim", "lief", "onnxruntime") if importlib.util.find_spec(name) is None]
+    lacking = [
+        name
+        for name in ("modelopt", "onnx_graphsurgeon", "onnxslim", "lief", "onnxruntime")
+        if importlib.util.find_spec(name) is None
+    ]
     return f"quantization needs {', '.join(lacking)}, not installed" if lacking else None
 
 
 def supported(precision: str, compute_capability: tuple[int, int]) -> str | None:
-    """Why a card of this (major, minor) has no use for the precision, or None. Every card that TensorRT serves computes int8."""
+    """Why a card of this (major, minor) has no use for the precision, or None.
+
+    Every card that TensorRT serves computes int8.
+    """
     if precision != "fp8" or compute_capability >= FP8_CAPABILITY:
         return None
     major, minor = compute_capability
-    return f"fp8 needs compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (RTX 40, L4, H100) or newer, not {major}.{minor}; int8 runs there"
+    return (
+        f"fp8 needs compute capability {FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} (RTX 40, L4, H100) or newer, not"
+        f" {major}.{minor}; int8 runs there"
+    )
 
 
 def default_prompts(pipeline: Any) -> tuple[list[str], list[str]]:
-    """Prompts to calibrate with and others to check with; for nano and its students, told by their size, captions of nano's own kind."""
+    """Prompts to calibrate with and others to check with; for nano and its students, told by their size, captions of
+    nano's own kind.
+    """
     if int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor >= 256:
         return list(PROMPTS), list(HELD_OUT_PROMPTS)
     from sdcompress import nano
@@ -109,12 +127,21 @@ _AT_ONCE = 2  # prompts of one run; each is two rows under guidance
 
 
 def collect_calibration(
-    pipeline: Any, prompts: Sequence[str], *, steps: int = 20, samples: int = 64, guidance_scale: float | None = None, size_px: int | None = None, seed: int = 0, report: Reporter = SILENT
+    pipeline: Any,
+    prompts: Sequence[str],
+    *,
+    steps: int = 20,
+    samples: int = 64,
+    guidance_scale: float | None = None,
+    size_px: int | None = None,
+    seed: int = 0,
+    report: Reporter = SILENT,
 ) -> dict[str, np.ndarray]:
     """What the UNet meets while `pipeline` draws the prompts: `samples` rows by canonical input name, float32.
 
-    `sample` (N, C, H/8, W/8), `timestep` (N,), `encoder_hidden_states` (N, 77·k, D), of SDXL `text_embeds` (N, P) and `time_ids` (N, 6).
-    The rows are spread evenly over the UNet's calls, over the prompts, and with guidance over its unconditional and conditional half.
+    `sample` (N, C, H/8, W/8), `timestep` (N,), `encoder_hidden_states` (N, 77·k, D), of SDXL `text_embeds` (N, P) and
+    `time_ids` (N, 6). The rows are spread evenly over the UNet's calls, over the prompts, and with guidance over its
+    unconditional and conditional half.
 
     Args:
         pipeline: a diffusers pipeline in torch; it is left as it was. Nothing is decoded.
@@ -147,9 +174,16 @@ def collect_calibration(
             batch, call, total = inputs["sample"].shape[0], next(calls), len(pipeline.scheduler.timesteps)
             halves = batch // len(part)
             if samples > total * halves * len(used):
-                raise DataError(f"{samples} samples of {total} UNet calls for {len(used)} prompts", expected=f"at most {total * halves * len(used)}", hint="more prompts")
+                raise DataError(
+                    f"{samples} samples of {total} UNet calls for {len(used)} prompts",
+                    expected=f"at most {total * halves * len(used)}",
+                    hint="more prompts",
+                )
             # A sample's number decides its call, and in turn its half of the guided batch and its prompt.
-            places = [(number % halves, number // halves % len(used) - start) for number in range(-(-call * samples // total), -(-(call + 1) * samples // total))]
+            places = [
+                (number % halves, number // halves % len(used) - start)
+                for number in range(-(-call * samples // total), -(-(call + 1) * samples // total))
+            ]
             chosen = [half * len(part) + prompt for half, prompt in places if 0 <= prompt < len(part)]
             inputs["timestep"] = torch.as_tensor(inputs["timestep"], dtype=torch.float32).reshape(-1).expand(batch)
             for name in _INPUTS:
@@ -161,9 +195,15 @@ def collect_calibration(
         handle = pipeline.unet.register_forward_pre_hook(keep, with_kwargs=True)
         try:
             pipeline(
-                part, num_inference_steps=steps, guidance_scale=guidance_scale, height=size_px, width=size_px,
-                latents=latents.to(pipeline.unet.device, pipeline.unet.dtype), generator=generators, output_type="latent",
-            )  # fmt: skip
+                part,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                height=size_px,
+                width=size_px,
+                latents=latents.to(pipeline.unet.device, pipeline.unet.dtype),
+                generator=generators,
+                output_type="latent",
+            )
         finally:
             handle.remove()
 
@@ -206,7 +246,8 @@ class QuantizeResult:
     Attributes:
         nodes: operator → how many nodes compute in the quantized precision.
         kept: why a node with weights stays in high precision → how many do.
-        seconds: wall clock. bytes: of the graph with its external data. peak_mib: highest memory of the process that did it.
+        seconds: wall clock. bytes: of the graph with its external data. peak_mib: highest memory of the process that
+            did it.
     """
 
     nodes: dict[str, int]
@@ -217,12 +258,20 @@ class QuantizeResult:
 
 
 def quantize_graph(
-    source: Path, target: Path, precision: Quantized, calibration: Mapping[str, np.ndarray], *, high_precision: HighPrecision, keep: Collection[str] = KEPT, report: Reporter = SILENT
+    source: Path,
+    target: Path,
+    precision: Quantized,
+    calibration: Mapping[str, np.ndarray],
+    *,
+    high_precision: HighPrecision,
+    keep: Collection[str] = KEPT,
+    report: Reporter = SILENT,
 ) -> QuantizeResult:
-    """Write `target`: `source` with int8 or fp8 weights, and Q/DQ pairs before its convolutions and linear layers; weights over 2 GB go to `<target>.data`.
+    """Write `target`: `source` with int8 or fp8 weights, and Q/DQ pairs before its convolutions and linear layers;
+    weights over 2 GB go to `<target>.data`.
 
-    Inputs, outputs, norms, attention's softmax and the sums of the residual stream stay as they are. Weights are scaled by output channel, activations
-    by tensor.
+    Inputs, outputs, norms, attention's softmax and the sums of the residual stream stay as they are. Weights are scaled
+    by output channel, activations by tensor.
 
     Args:
         source: a UNet's graph of opset 19 or later, in `high_precision`. It is only read.
@@ -230,8 +279,10 @@ def quantize_graph(
         keep: which of the layers named in `KEPT` are not quantized.
 
     Raises:
-        UsageError: no such graph, precision or layers, or a graph in another precision. DataError: calibration that does not fit the inputs. BackendMissing: no modelopt.
-        StorageError: no space. ExportError: modelopt failed or its process died. In every case nothing is left, and an older `target` stays.
+        UsageError: no such graph, precision or layers, or a graph in another precision. DataError: calibration that
+            does not fit the inputs. BackendMissing: no modelopt.
+        StorageError: no space. ExportError: modelopt failed or its process died. In every case nothing is left, and an
+            older `target` stays.
     """
     source, target = Path(source).absolute(), Path(target).absolute()
     if precision not in PRECISIONS:
@@ -248,7 +299,14 @@ def quantize_graph(
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".partial", dir=target.parent) as work:
             np.savez(Path(work) / "calibration.npz", **calibration)  # type: ignore[arg-type]
-            job = {"source": str(source), "work": work, "name": target.name, "precision": precision, "keep": list(keep), "one_file_bytes": ONE_FILE_BYTES}
+            job = {
+                "source": str(source),
+                "work": work,
+                "name": target.name,
+                "precision": precision,
+                "keep": list(keep),
+                "one_file_bytes": ONE_FILE_BYTES,
+            }
             with report.task(f"quantizing {source.name} to {precision}") as advance:
                 done = _run_child(job, source, advance)
             made = Path(work) / "made" / target.name
@@ -271,26 +329,53 @@ def _check_calibration(source: Path, calibration: Mapping[str, np.ndarray], high
 
     names = {"fp16": onnx.TensorProto.FLOAT16, "fp32": onnx.TensorProto.FLOAT}
     if high_precision not in names:
-        raise UsageError(f"no precision {high_precision!r} around {' or '.join(PRECISIONS)}", expected=" or ".join(names))
+        raise UsageError(
+            f"no precision {high_precision!r} around {' or '.join(PRECISIONS)}", expected=" or ".join(names)
+        )
     model = load_structure(source)
     graph = model.graph
-    if (opset := next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 0)) < LEAST_OPSET:
-        raise UsageError(f"a graph of opset {opset}", where=source, expected=f"at least {LEAST_OPSET}", hint="--opset 20 or --opset 23")
+    if (
+        opset := next((each.version for each in model.opset_import if each.domain in ("", "ai.onnx")), 0)
+    ) < LEAST_OPSET:
+        raise UsageError(
+            f"a graph of opset {opset}",
+            where=source,
+            expected=f"at least {LEAST_OPSET}",
+            hint="--opset 20 or --opset 23",
+        )
     inputs = {value.name: value.type.tensor_type for value in graph.input}
     found = graph.output[0].type.tensor_type.elem_type
     if found != names[high_precision]:
-        raise UsageError(f"a graph in {onnx.TensorProto.DataType.Name(found).lower()}", where=source, expected=high_precision)
+        raise UsageError(
+            f"a graph in {onnx.TensorProto.DataType.Name(found).lower()}", where=source, expected=high_precision
+        )
     if set(calibration) != set(inputs):
-        raise DataError(f"calibration of {', '.join(calibration) or 'nothing'}", where=source, expected=f"an array for each input: {', '.join(inputs)}")
+        raise DataError(
+            f"calibration of {', '.join(calibration) or 'nothing'}",
+            where=source,
+            expected=f"an array for each input: {', '.join(inputs)}",
+        )
     counts = {name: len(values) for name, values in calibration.items()}
     if len(set(counts.values())) != 1 or not all(counts.values()):
-        raise DataError(f"calibration rows {counts}", where=source, expected="the same number for each input, at least one")
+        raise DataError(
+            f"calibration rows {counts}", where=source, expected="the same number for each input, at least one"
+        )
     for name, values in calibration.items():
         wanted = [size.dim_value or None for size in inputs[name].shape.dim]
-        if len(wanted) != values.ndim or any(size not in (None, have) for size, have in zip(wanted, values.shape, strict=True)):
-            raise DataError(f"calibration of {name} with shape {values.shape}", where=source, expected=f"({', '.join(str(size or 'any') for size in wanted)})")
+        if len(wanted) != values.ndim or any(
+            size not in (None, have) for size, have in zip(wanted, values.shape, strict=True)
+        ):
+            raise DataError(
+                f"calibration of {name} with shape {values.shape}",
+                where=source,
+                expected=f"({', '.join(str(size or 'any') for size in wanted)})",
+            )
         if not np.isfinite(values).all():
-            raise DataError(f"calibration of {name} with values that are not finite", where=source, hint="calibrate with the pipeline in fp32")
+            raise DataError(
+                f"calibration of {name} with values that are not finite",
+                where=source,
+                hint="calibrate with the pipeline in fp32",
+            )
 
 
 # The process
@@ -300,9 +385,22 @@ _EVENT = "sdcompress:"  # marks our lines among what modelopt and ONNX Runtime p
 
 def _run_child(job: Mapping[str, Any], source: Path, advance: Any) -> dict[str, Any]:
     paths = [str(Path(file).parents[1]) for file in (__file__, engines_errors.__file__)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")])), "TMPDIR": job["work"]}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")])),
+        "TMPDIR": job["work"],
+    }
     command = [sys.executable, "-m", "sdcompress.quantize"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment, cwd=job["work"]) as child:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        cwd=job["work"],
+    ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         done: dict[str, Any] | None = None
@@ -324,10 +422,16 @@ def _run_child(job: Mapping[str, Any], source: Path, advance: Any) -> dict[str, 
             raise
         code = child.wait()
     if failure:
-        raise ExportError(failure, where=source, hint="another version of nvidia-modelopt; 0.47 is the one that was tested")
+        raise ExportError(
+            failure, where=source, hint="another version of nvidia-modelopt; 0.47 is the one that was tested"
+        )
     if code or done is None:
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        raise ExportError(f"the quantization process ended with {died}: {' '.join(chatter).strip() or 'no output'}", where=source, hint="a machine with more memory, or fewer calibration samples")
+        raise ExportError(
+            f"the quantization process ended with {died}: {' '.join(chatter).strip() or 'no output'}",
+            where=source,
+            hint="a machine with more memory, or fewer calibration samples",
+        )
     return done
 
 
@@ -344,7 +448,12 @@ def _child() -> None:
     except BrokenPipeError:  # whoever asked is gone
         sys.exit(1)
     except Exception as error:
-        _emit(error=f"modelopt could not quantize the graph to {job['precision']} ({type(error).__name__}: {' '.join(str(error).split())[:300]})")
+        _emit(
+            error=(
+                f"modelopt could not quantize the graph to {job['precision']} ({type(error).__name__}:"
+                f" {' '.join(str(error).split())[:300]})"
+            )
+        )
 
 
 def _quantize(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,7 +476,11 @@ def _quantize(job: Mapping[str, Any]) -> dict[str, Any]:
     nodes = _finish(made.graph, set(chosen), precision)
     declined = len(chosen) - sum(nodes.values())
     _save(made, work / "made" / job["name"], made.ByteSize() > job["one_file_bytes"])
-    return {"nodes": nodes, "kept": kept | ({"declined by modelopt": declined} if declined else {}), "peak_mib": peak_rss_mib()}
+    return {
+        "nodes": nodes,
+        "kept": kept | ({"declined by modelopt": declined} if declined else {}),
+        "peak_mib": peak_rss_mib(),
+    }
 
 
 def _save(model: Any, path: Path, external: bool) -> None:
@@ -378,7 +491,8 @@ def _save(model: Any, path: Path, external: bool) -> None:
 
 
 def choose_nodes(graph: Any, keep: Collection[str] = KEPT) -> tuple[list[str], dict[str, int]]:
-    """The names of the nodes to quantize, and why how many others with weights are not; told from the graph's structure, whatever its names are.
+    """The names of the nodes to quantize, and why how many others with weights are not; told from the graph's
+    structure, whatever its names are.
 
     Args:
         graph: an `onnx.GraphProto` of a UNet: its picture and its context are the inputs of more than two dimensions.
@@ -421,8 +535,8 @@ _TYPED = ".typed"
 def _mark_types(graph: Any) -> None:
     """A Cast to its own type behind each GroupNormalization.
 
-    ONNX infers no type for that operator's output. modelopt forgets the types the file gives, knows none behind the first of these nodes, and then
-    leaves every activation there unquantized with nothing but a warning in its log.
+    ONNX infers no type for that operator's output. modelopt forgets the types the file gives, knows none behind the
+    first of these nodes, and then leaves every activation there unquantized with nothing but a warning in its log.
     """
     from onnx import helper
 
@@ -444,7 +558,9 @@ def _batches(path: Path, graph: Any) -> list[dict[str, np.ndarray]]:
     from onnx import helper
 
     with np.load(path) as arrays:
-        dtypes = {value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input}
+        dtypes = {
+            value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type) for value in graph.input
+        }
         rows = {name: arrays[name].astype(dtypes[name]) for name in dtypes}
     places = max(int(np.prod(values.shape[2:])) for values in rows.values() if values.ndim == 4)
     count, step = len(next(iter(rows.values()))), max(1, 2048 // places)
@@ -472,7 +588,14 @@ class _Reader:
         self._at = 0
 
 
-def _calibrate(source: Path, target: Path, precision: str, nodes: Sequence[str], batches: Sequence[dict[str, np.ndarray]], large: bool) -> None:
+def _calibrate(
+    source: Path,
+    target: Path,
+    precision: str,
+    nodes: Sequence[str],
+    batches: Sequence[dict[str, np.ndarray]],
+    large: bool,
+) -> None:
     import re
 
     importlib.import_module("modelopt.onnx.quantization").quantize(
@@ -485,7 +608,8 @@ def _calibrate(source: Path, target: Path, precision: str, nodes: Sequence[str],
         output_path=str(target),
         use_external_data_format=large,
         high_precision_dtype="fp32",  # converts nothing: what is not quantized stays in the precision the graph has
-        disable_mha_qdq=True,  # attention in its parts has no weights to quantize; looking for it would run the model once more
+        # attention in its parts has no weights to quantize; looking for it would run the model once more
+        disable_mha_qdq=True,
         enable_gemv_detection_for_trt=False,  # needs shapes that a graph of free sizes does not have
         passes=[],  # one scale for all that a Concat joins would widen each of them
         log_level="WARNING",
@@ -493,7 +617,9 @@ def _calibrate(source: Path, target: Path, precision: str, nodes: Sequence[str],
 
 
 def _finish(graph: Any, chosen: Collection[str], precision: str) -> dict[str, int]:
-    """Clean modelopt's graph in place; operator → how many of the chosen nodes are quantized. It declines some of itself: fp8 with few channels.
+    """Clean modelopt's graph in place; operator → how many of the chosen nodes are quantized.
+
+    It declines some of itself: fp8 with few channels.
 
     Raises:
         ValueError: a chosen node has only one of its two inputs quantized, or most have none.
@@ -517,7 +643,8 @@ def _finish(graph: Any, chosen: Collection[str], precision: str) -> dict[str, in
             done[node.op_type] += 1
             stored[pairs[1][1].name] = (*pairs[1], _output_axis(node))
             continue
-        # modelopt gives the dequantized value to whoever reads the tensor. Norms and sums beside a chosen node get back what was meant for them.
+        # modelopt gives the dequantized value to whoever reads the tensor. Norms and sums beside a chosen node get back
+        # what was meant for them.
         for at, (quantize, _) in pairs.items():
             node.input[at] = quantize.input[0]
     if sum(done.values()) < len(chosen) / 2:
@@ -549,8 +676,8 @@ def _drop_casts(graph: Any) -> None:
 def _store_weight(tensors: Mapping[str, Any], quantize: Any, dequantize: Any, axis: int, precision: str) -> None:
     """Put the quantized weight in the place of the weight and its Q node, which halves the file and what a build reads.
 
-    Scaled anew, by output channel, over the whole range of the precision: modelopt's fp8 weights reach 36 of 448. Its activations do too, and keep
-    that room: a value twelve times what was calibrated with does not saturate.
+    Scaled anew, by output channel, over the whole range of the precision: modelopt's fp8 weights reach 36 of 448. Its
+    activations do too, and keep that room: a value twelve times what was calibrated with does not saturate.
     """
     import ml_dtypes
     from onnx import helper, numpy_helper
@@ -606,15 +733,21 @@ class Accuracy:
     rows: int
 
 
-def check_quantized(quantized: Path, reference: Any, feeds: Mapping[str, np.ndarray], *, report: Reporter = SILENT) -> Accuracy:
-    """Run a quantized graph in ONNX Runtime on the CPU beside its fp32 original; the figures, which `check_accuracy` judges.
+def check_quantized(
+    quantized: Path, reference: Any, feeds: Mapping[str, np.ndarray], *, report: Reporter = SILENT
+) -> Accuracy:
+    """Run a quantized graph in ONNX Runtime on the CPU beside its fp32 original; the figures, which `check_accuracy`
+    judges.
 
     Args:
-        reference: a `Runner` with the same input names in fp32, or the path of an fp32 `.onnx` graph. It answers all rows before the quantized graph is loaded.
-        feeds: rows by input name of trajectories that were not calibrated with, of at least four timesteps, as `collect_calibration` gives them.
+        reference: a `Runner` with the same input names in fp32, or the path of an fp32 `.onnx` graph. It answers all
+            rows before the quantized graph is loaded.
+        feeds: rows by input name of trajectories that were not calibrated with, of at least four timesteps, as
+            `collect_calibration` gives them.
 
     Raises:
-        DataError: fewer than four timesteps. UsageError: a graph that is not quantized. EngineError, EngineMismatch: as `Runner.infer`.
+        DataError: fewer than four timesteps. UsageError: a graph that is not quantized. EngineError, EngineMismatch: as
+            `Runner.infer`.
     """
     import torch
     from sdcompress_engines.runners import OnnxRuntimeRunner, Runner
@@ -629,8 +762,16 @@ def check_quantized(quantized: Path, reference: Any, feeds: Mapping[str, np.ndar
         found = []
         with runner, report.task(f"checking {precision}: {runner.backend}", total=len(moments)) as advance:
             for rows in moments.values():
-                chunks = [{spec.name: torch.from_numpy(feeds[spec.name][rows[at : at + 4]]).to(runner.device, spec.dtype) for spec in runner.inputs} for at in range(0, len(rows), 4)]
-                found.append(torch.cat([runner.infer(chunk)[runner.outputs[0].name].double().cpu() for chunk in chunks]))
+                chunks = [
+                    {
+                        spec.name: torch.from_numpy(feeds[spec.name][rows[at : at + 4]]).to(runner.device, spec.dtype)
+                        for spec in runner.inputs
+                    }
+                    for at in range(0, len(rows), 4)
+                ]
+                found.append(
+                    torch.cat([runner.infer(chunk)[runner.outputs[0].name].double().cpu() for chunk in chunks])
+                )
                 advance()
         return found
 
@@ -638,7 +779,9 @@ def check_quantized(quantized: Path, reference: Any, feeds: Mapping[str, np.ndar
     found = answers(OnnxRuntimeRunner(quantized))
     errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, truths, strict=True)]
     errors = [error if error == error else float("inf") for error in errors]
-    return Accuracy(precision, dict(zip(moments, errors, strict=True)), sum(errors) / len(errors), max(errors), len(times))
+    return Accuracy(
+        precision, dict(zip(moments, errors, strict=True)), sum(errors) / len(errors), max(errors), len(times)
+    )
 
 
 def _precision_of(path: Path) -> str:
@@ -661,7 +804,8 @@ def check_accuracy(accuracy: Accuracy) -> None:
     if not (accuracy.mean <= limit.mean and accuracy.worst <= limit.worst):
         moment = max(accuracy.relative_l2, key=lambda time: accuracy.relative_l2[time])
         raise GateFailed(
-            f"the {accuracy.precision} UNet is too far from fp32: relative L2 {accuracy.mean:.3f} on average, {accuracy.worst:.3f} at timestep {moment:g}",
+            f"the {accuracy.precision} UNet is too far from fp32: relative L2 {accuracy.mean:.3f} on average,"
+            f" {accuracy.worst:.3f} at timestep {moment:g}",
             expected=f"at most {limit.mean:g} and {limit.worst:g}",
             hint="--calibration-prompts with prompts of the kind the model is used for, or --precision fp16",
         )

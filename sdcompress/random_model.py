@@ -1,4 +1,6 @@
-"""Pipelines of a published shape with random weights: enough to measure what does not depend on the weights, and nothing to download."""
+"""Pipelines of a published shape with random weights: enough to measure what does not depend on the weights, and
+nothing to download.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,17 @@ def random_pipeline(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """A diffusers pipeline of the full size of `family`, or a student of it, with random weights; no two seeds are alike.
+    """A diffusers pipeline of the full size of `family`, or a student of it, with random weights; no two seeds are
+    alike.
 
-    Weights are drawn as torch draws new layers'; biases and norms, which would be zeros and ones, are moved away from that, so that each shows in the output.
+    Weights are drawn as torch draws new layers'; biases and norms, which would be zeros and ones, are moved away from
+    that, so that each shows in the output.
 
     Args:
         family: `sd1` (512 px), `sd2` (768 px, v-prediction) or `sdxl` (1024 px).
         plan: of block removal: `bk-base`, `bk-small`, `bk-tiny` or a plan file; None is the whole UNet.
-        device: where the weights are drawn and stay: seconds on a GPU, half a minute on a CPU. One seed gives other weights on another device.
+        device: where the weights are drawn and stay: seconds on a GPU, half a minute on a CPU. One seed gives other
+            weights on another device.
 
     Raises:
         UsageError: an unknown family. PlanError: a plan the family does not allow.
@@ -71,7 +76,8 @@ def random_pipeline(
 
 
 def family_configs(family: str, plan: str | None = None) -> dict[str, dict[str, Any]]:
-    """The configs of a family's components by the pipeline's names, with the UNet's as a plan leaves it; nothing is made of them.
+    """The configs of a family's components by the pipeline's names, with the UNet's as a plan leaves it; nothing is
+    made of them.
 
     Raises:
         UsageError: an unknown family. PlanError: a plan the family does not allow.
@@ -81,7 +87,11 @@ def family_configs(family: str, plan: str | None = None) -> dict[str, dict[str, 
     if family not in FAMILIES:
         raise UsageError(f"no family {family!r}", expected=" or ".join(FAMILIES))
     names = ("unet", "vae", "text_encoder", "text_encoder_2")
-    configs: dict[str, dict[str, Any]] = {name: json.loads(path.read_text(encoding="utf-8")) for name in names if (path := CONFIGS / family / name / "config.json").is_file()}
+    configs: dict[str, dict[str, Any]] = {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name in names
+        if (path := CONFIGS / family / name / "config.json").is_file()
+    }
     if plan is not None:
         configs["unet"] = dict(read_plan(plan, configs["unet"]).student_config())
     return configs

@@ -1,4 +1,6 @@
-"""Settings that people write in YAML and pydantic checks: all faults in one message, with the nearest name that is known."""
+"""Settings that people write in YAML and pydantic checks: all faults in one message, with the nearest name that is
+known.
+"""
 
 from __future__ import annotations
 

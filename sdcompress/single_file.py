@@ -1,7 +1,9 @@
-"""Read a Stable Diffusion checkpoint kept in one file, in the LDM layout of WebUIs and checkpoint sites, without a network.
+"""Read a Stable Diffusion checkpoint kept in one file, in the LDM layout of WebUIs and checkpoint sites, without a
+network.
 
-What a file does not say (noise schedule, tokenizer, text encoder and VAE figures) comes from the configs in `assets/configs`; the UNet's comes from the
-shapes of its weights, so that students load as teachers do. Files that `hosts.ldm.write_ldm` wrote carry their configs and need neither.
+What a file does not say (noise schedule, tokenizer, text encoder and VAE figures) comes from the configs in
+`assets/configs`; the UNet's comes from the shapes of its weights, so that students load as teachers do. Files that
+`hosts.ldm.write_ldm` wrote carry their configs and need neither.
 """
 
 from __future__ import annotations
@@ -39,7 +41,16 @@ _GROUPS = 32
 VOCABULARY = "sd1/tokenizer"  # CLIP's, which all families share
 _CONFIG_NAME = re.compile(r"(model_index\.json|[a-z0-9_]+/[A-Za-z0-9_]+\.(json|txt))")
 _PARTS = {"unet": (ldm.UNET,), "vae": (ldm.VAE,), "text_encoder": ("cond_stage_model.", "conditioner.embedders.")}
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "I64": "int64", "I32": "int32"}
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+}
 CHECKPOINT, LORA, UNKNOWN = "a Stable Diffusion checkpoint", "a LoRA", "unknown weights"
 # An EMA copy's keys are written without dots; these are what they are made of.
 _EMA = "model_ema.diffusion_model"
@@ -83,7 +94,8 @@ class Weights:
 
     @cached_property
     def configs(self) -> dict[str, Any] | None:
-        """Relative path → content of the configs that `write_ldm` put into the file, text files as text; None where it has none.
+        """Relative path → content of the configs that `write_ldm` put into the file, text files as text; None where it
+        has none.
 
         Raises:
             ModelError: they are broken.
@@ -91,13 +103,23 @@ class Weights:
         if ldm.METADATA_KEY not in self.metadata:
             return None
         try:
-            files = {name: json.loads(text) if name.endswith(".json") else str(text) for name, text in json.loads(self.metadata[ldm.METADATA_KEY]).items()}
+            files = {
+                name: json.loads(text) if name.endswith(".json") else str(text)
+                for name, text in json.loads(self.metadata[ldm.METADATA_KEY]).items()
+            }
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"carries broken configs ({error})", where=self.path) from error
         strange = [name for name in files if not _CONFIG_NAME.fullmatch(name)]
-        lacks = [name for name in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json") if not isinstance(files.get(name), dict)]
+        lacks = [
+            name
+            for name in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+            if not isinstance(files.get(name), dict)
+        ]
         if strange or lacks:
-            raise ModelError(f"carries broken configs ({f'a strange name, {strange[0]!r}' if strange else f'no {lacks[0]}'})", where=self.path)
+            raise ModelError(
+                f"carries broken configs ({f'a strange name, {strange[0]!r}' if strange else f'no {lacks[0]}'})",
+                where=self.path,
+            )
         return files
 
 
@@ -111,7 +133,11 @@ def open_weights(path: Path) -> Weights:
         return _open_safetensors(path)
     if path.suffix in PICKLES:
         return _open_pickle(path)
-    raise ModelError(f"is a {path.suffix or 'nameless'} file", where=path, expected=f"a checkpoint in .safetensors, or {', '.join(PICKLES[:2])}")
+    raise ModelError(
+        f"is a {path.suffix or 'nameless'} file",
+        where=path,
+        expected=f"a checkpoint in .safetensors, or {', '.join(PICKLES[:2])}",
+    )
 
 
 def _open_safetensors(path: Path) -> Weights:
@@ -120,9 +146,17 @@ def _open_safetensors(path: Path) -> Weights:
         names = _ldm_names(file.keys())
         views = {key: file.get_slice(name) for key, name in names.items()}
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"is no whole safetensors file ({str(error).splitlines()[0]})", where=path, hint="copy or download it again") from error
+        raise ModelError(
+            f"is no whole safetensors file ({str(error).splitlines()[0]})", where=path, hint="copy or download it again"
+        ) from error
     shapes = {key: tuple(view.get_shape()) for key, view in views.items()}
-    return Weights(path, shapes, {key: _DTYPES.get(view.get_dtype(), view.get_dtype()) for key, view in views.items()}, file.metadata() or {}, lambda key: file.get_tensor(names[key]))
+    return Weights(
+        path,
+        shapes,
+        {key: _DTYPES.get(view.get_dtype(), view.get_dtype()) for key, view in views.items()},
+        file.metadata() or {},
+        lambda key: file.get_tensor(names[key]),
+    )
 
 
 def _reason(error: BaseException) -> str:
@@ -139,26 +173,54 @@ def _open_pickle(path: Path) -> Weights:
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|class|operand) `?([A-Za-z_0-9][\w.]*)", str(error))
         if named is None:
-            raise ModelError(f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again") from error
+            raise ModelError(
+                f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again"
+            ) from error
         raise ModelError(
-            f"is a pickle with more than tensors in it ({named[1]}), which could run code; it was not loaded", where=path, expected="tensors only", hint="the .safetensors of the same model"
+            f"is a pickle with more than tensors in it ({named[1]}), which could run code; it was not loaded",
+            where=path,
+            expected="tensors only",
+            hint="the .safetensors of the same model",
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError, TypeError, struct.error) as error:
-        raise ModelError(f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again") from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        struct.error,
+    ) as error:
+        raise ModelError(
+            f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again"
+        ) from error
     state = loaded
     while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    found = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)} if isinstance(state, dict) else {}
+    found = (
+        {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+        if isinstance(state, dict)
+        else {}
+    )
     tensors = {key: found[name] for key, name in _ldm_names(found).items()}
     if not tensors:
         raise ModelError("holds no tensors", where=path, expected="a Stable Diffusion checkpoint")
-    return Weights(path, {key: tuple(value.shape) for key, value in tensors.items()}, {key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()}, {}, tensors.__getitem__)
+    return Weights(
+        path,
+        {key: tuple(value.shape) for key, value in tensors.items()},
+        {key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()},
+        {},
+        tensors.__getitem__,
+    )
 
 
 def _ldm_names(names: Iterable[str]) -> dict[str, str]:
     """Key in the LDM layout → key in the file.
 
-    A training checkpoint holds the model and an EMA copy of it: as A1111, ComfyUI and diffusers do, the model is taken, and the copy only where it is alone.
+    A training checkpoint holds the model and an EMA copy of it: as A1111, ComfyUI and diffusers do, the model is taken,
+    and the copy only where it is alone.
     """
     names = list(names)
     only_ema = not any(name.startswith(ldm.UNET) for name in names)
@@ -168,7 +230,12 @@ def _ldm_names(names: Iterable[str]) -> dict[str, str]:
         if name.startswith("vae."):
             key = ldm.VAE + name.removeprefix("vae.")
         elif only_ema and name.startswith(_EMA):
-            key = ldm.UNET + ".".join(part for match in _EMA_PART.finditer(name.removeprefix(_EMA)) for part in match.groups() if part is not None)
+            key = ldm.UNET + ".".join(
+                part
+                for match in _EMA_PART.finditer(name.removeprefix(_EMA))
+                for part in match.groups()
+                if part is not None
+            )
         found[key] = name
     return found
 
@@ -177,7 +244,9 @@ def kind_of(weights: Weights) -> str:
     """What a weight file is: `CHECKPOINT`, `LORA`, `a VAE alone`, ...; `unknown weights` where its keys do not tell."""
     if any(key.startswith(f"{ldm.UNET}input_blocks.") for key in weights.shapes):
         return CHECKPOINT
-    return next((name for name, pattern in _OTHERS.items() if any(pattern.search(key) for key in weights.shapes)), UNKNOWN)
+    return next(
+        (name for name, pattern in _OTHERS.items() if any(pattern.search(key) for key in weights.shapes)), UNKNOWN
+    )
 
 
 def check_checkpoint(weights: Weights) -> None:
@@ -189,30 +258,63 @@ def check_checkpoint(weights: Weights) -> None:
     kind = kind_of(weights)
     if kind != CHECKPOINT:
         hint = "sdcompress generate MODEL PROMPT --lora FILE" if kind == LORA else None
-        raise ModelError(f"is {kind}, no checkpoint: it has no UNet with VAE and text encoder", where=weights.path, expected="a Stable Diffusion checkpoint in LDM layout", hint=hint)
-    lacks = [name.replace("_", " ") for name, prefix in _PARTS.items() if not any(key.startswith(prefix) for key in weights.shapes)]
+        raise ModelError(
+            f"is {kind}, no checkpoint: it has no UNet with VAE and text encoder",
+            where=weights.path,
+            expected="a Stable Diffusion checkpoint in LDM layout",
+            hint=hint,
+        )
+    lacks = [
+        name.replace("_", " ")
+        for name, prefix in _PARTS.items()
+        if not any(key.startswith(prefix) for key in weights.shapes)
+    ]
     if lacks:
-        raise ModelError(f"has no {' and no '.join(lacks)}", where=weights.path, expected="a Stable Diffusion checkpoint with UNet, VAE and text encoder")
+        raise ModelError(
+            f"has no {' and no '.join(lacks)}",
+            where=weights.path,
+            expected="a Stable Diffusion checkpoint with UNet, VAE and text encoder",
+        )
 
 
 def component_parameters(weights: Weights) -> dict[str, int]:
-    """Component → number of parameters the file holds of it; training's leftovers (EMA, loss, schedule) are not counted."""
+    """Component → number of parameters the file holds of it; training's leftovers (EMA, loss, schedule) are not
+    counted.
+    """
     prefixes = dict(_PARTS)
     if any(key.startswith("conditioner.embedders.1.") for key in weights.shapes):
         prefixes |= {"text_encoder": ("conditioner.embedders.0.",), "text_encoder_2": ("conditioner.embedders.1.",)}
     return {
-        name: sum(math.prod(shape) for key, shape in weights.shapes.items() if key.startswith(prefix) and "float" in weights.dtypes[key]) for name, prefix in prefixes.items()
+        name: sum(
+            math.prod(shape)
+            for key, shape in weights.shapes.items()
+            if key.startswith(prefix) and "float" in weights.dtypes[key]
+        )
+        for name, prefix in prefixes.items()
     }
 
 
 def lora_facts(weights: Weights) -> dict[str, Any]:
-    """A LoRA's ranks, number of adapted layers, naming (`kohya` or `diffusers`), the components it changes, and what it was made for where it says so."""
+    """A LoRA's ranks, number of adapted layers, naming (`kohya` or `diffusers`), the components it changes, and what it
+    was made for where it says so.
+    """
     downs = {key: shape[0] for key, shape in weights.shapes.items() if _LORA_DOWN.search(key)}
     layers = {_LORA_DOWN.sub("", key) for key in downs}
     kohya = any(key.startswith("lora_") for key in layers)
-    parts = {"unet": ("lora_unet_", "unet."), "text_encoder": ("lora_te_", "lora_te1_", "text_encoder."), "text_encoder_2": ("lora_te2_", "text_encoder_2.")}
+    parts = {
+        "unet": ("lora_unet_", "unet."),
+        "text_encoder": ("lora_te_", "lora_te1_", "text_encoder."),
+        "text_encoder_2": ("lora_te2_", "text_encoder_2."),
+    }
     counts = {name: sum(key.startswith(prefixes) for key in layers) for name, prefixes in parts.items()}
-    about = next((weights.metadata[key] for key in ("ss_base_model", "ss_base_model_version", "ss_sd_model_name", "modelspec.architecture") if weights.metadata.get(key)), None)
+    about = next(
+        (
+            weights.metadata[key]
+            for key in ("ss_base_model", "ss_base_model_version", "ss_sd_model_name", "modelspec.architecture")
+            if weights.metadata.get(key)
+        ),
+        None,
+    )
     return {
         "rank": sorted(set(downs.values())),
         "layers": len(layers),
@@ -234,13 +336,27 @@ def unet_config_of(weights: Weights) -> dict[str, Any]:
     try:
         derived = _unet_from_shapes(shapes)
     except (KeyError, IndexError, StopIteration, ValueError) as error:
-        raise ModelError(f"has a UNet unlike Stable Diffusion's ({error} is missing)", where=weights.path, expected="a UNet of SD1.x, SD2.x or SDXL, or a student of one") from error
+        raise ModelError(
+            f"has a UNet unlike Stable Diffusion's ({error} is missing)",
+            where=weights.path,
+            expected="a UNet of SD1.x, SD2.x or SDXL, or a student of one",
+        ) from error
     family = family_of(derived)
     if family == "other":
-        raise ModelError("has a UNet that is none of SD1.x, SD2.x and SDXL", where=weights.path, expected=", ".join(list(FAMILIES.values())[:3]))
+        raise ModelError(
+            "has a UNet that is none of SD1.x, SD2.x and SDXL",
+            where=weights.path,
+            expected=", ".join(list(FAMILIES.values())[:3]),
+        )
     channels = derived["block_out_channels"]
-    if any(width % _GROUPS for width in channels) or (family != "sd1" and any(width % _HEAD_WIDTH for width in channels)):
-        raise ModelError(f"has a UNet of unusual widths {channels}: its heads and groups are not told by the weights", where=weights.path, hint="convert it to a diffusers folder with its own config")
+    if any(width % _GROUPS for width in channels) or (
+        family != "sd1" and any(width % _HEAD_WIDTH for width in channels)
+    ):
+        raise ModelError(
+            f"has a UNet of unusual widths {channels}: its heads and groups are not told by the weights",
+            where=weights.path,
+            hint="convert it to a diffusers folder with its own config",
+        )
     derived["attention_head_dim"] = _SD1_HEADS if family == "sd1" else [width // _HEAD_WIDTH for width in channels]
     if family == "sd2" and prediction_type(weights) == "v_prediction":
         derived |= {"sample_size": 96, "upcast_attention": True}  # as stabilityai/stable-diffusion-2-1: 768 px
@@ -248,10 +364,19 @@ def unet_config_of(weights: Weights) -> dict[str, Any]:
 
 
 def _unet_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What a UNet's LDM weights say of its diffusers config. Within a level every entry is one resnet–attention pair; a sampler ends the level."""
+    """What a UNet's LDM weights say of its diffusers config.
+
+    Within a level every entry is one resnet–attention pair; a sampler ends the level.
+    """
 
     def depth(block: str) -> int:
-        return len({key.split(".")[len(block.split(".")) + 1] for key in shapes if key.startswith(f"{block}.transformer_blocks.")})
+        return len(
+            {
+                key.split(".")[len(block.split(".")) + 1]
+                for key in shapes
+                if key.startswith(f"{block}.transformer_blocks.")
+            }
+        )
 
     def count(side: str) -> int:
         return len({key.split(".")[1] for key in shapes if key.startswith(f"{side}.")})
@@ -280,29 +405,46 @@ def _unet_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "layers_per_block": pairs[0] if len(set(pairs)) == 1 else pairs,
         "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attended],
         "up_block_types": ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up],
-        "mid_block_type": "UNetMidBlock2DCrossAttn" if depth("middle_block.1") else "UNetMidBlock2D" if count("middle_block") else None,
-        "cross_attention_dim": next(shape[1] for key, shape in shapes.items() if key.endswith("transformer_blocks.0.attn2.to_k.weight")),
-        "use_linear_projection": next(len(shape) for key, shape in shapes.items() if key.endswith(".1.proj_in.weight")) == 2,
+        "mid_block_type": (
+            "UNetMidBlock2DCrossAttn"
+            if depth("middle_block.1")
+            else "UNetMidBlock2D"
+            if count("middle_block")
+            else None
+        ),
+        "cross_attention_dim": next(
+            shape[1] for key, shape in shapes.items() if key.endswith("transformer_blocks.0.attn2.to_k.weight")
+        ),
+        "use_linear_projection": (
+            next(len(shape) for key, shape in shapes.items() if key.endswith(".1.proj_in.weight")) == 2
+        ),
     }
     down_depths, up_depths = ([_depths(level) for level in side] for side in (down, up))
     config["transformer_layers_per_block"] = 1 if set(map(str, down_depths)) == {"1"} else down_depths
     if up_depths != down_depths[::-1]:
         config["reverse_transformer_layers_per_block"] = up_depths
     if "label_emb.0.0.weight" in shapes:
-        config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1]}
+        config |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
+        }
     return config
 
 
 def _depths(level: list[int]) -> int | list[int]:
-    """A level's numbers of transformer blocks as diffusers writes them: one figure where they are equal, 1 where there are none."""
+    """A level's numbers of transformer blocks as diffusers writes them: one figure where they are equal, 1 where there
+    are none.
+    """
     return max(level[0], 1) if len(set(level)) == 1 else level
 
 
 def prediction_type(weights: Weights) -> str:
-    """`epsilon` or `v_prediction`: from the config the file carries, its `v_pred` key or its metadata, else, for SD2.x, from its weights.
+    """`epsilon` or `v_prediction`: from the config the file carries, its `v_pred` key or its metadata, else, for SD2.x,
+    from its weights.
 
-    SD2.x checkpoints of both kinds have equal shapes; in ComfyUI's published observation the bias of the last attention's first norm is spread more
-    than 0.09 (population standard deviation) after training for v-prediction.
+    SD2.x checkpoints of both kinds have equal shapes; in ComfyUI's published observation the bias of the last
+    attention's first norm is spread more than 0.09 (population standard deviation) after training for v-prediction.
     """
     if weights.configs is not None:
         return str(weights.configs["scheduler/scheduler_config.json"].get("prediction_type", "epsilon"))
@@ -315,7 +457,11 @@ def prediction_type(weights: Weights) -> str:
     found = {int(match[1]): key for key in weights.shapes if (match := last.fullmatch(key))}
     if not found:
         return "epsilon"
-    return "v_prediction" if weights.read(found[max(found)]).float().std(unbiased=False).item() > V_BIAS_SPREAD else "epsilon"
+    return (
+        "v_prediction"
+        if weights.read(found[max(found)]).float().std(unbiased=False).item() > V_BIAS_SPREAD
+        else "epsilon"
+    )
 
 
 def configs_of(weights: Weights) -> dict[str, dict[str, Any]]:
@@ -329,8 +475,12 @@ def configs_of(weights: Weights) -> dict[str, dict[str, Any]]:
         return {name: dict(content) for name, content in weights.configs.items() if isinstance(content, dict)}
     unet = unet_config_of(weights)
     folder = CONFIGS / family_of(unet)
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.json")) if path.name != "vocab.json"]
-    configs: dict[str, dict[str, Any]] = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in names}
+    names = [
+        path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.json")) if path.name != "vocab.json"
+    ]
+    configs: dict[str, dict[str, Any]] = {
+        name: json.loads((folder / name).read_text(encoding="utf-8")) for name in names
+    }
     scheduler = configs["scheduler/scheduler_config.json"]
     scheduler["prediction_type"] = prediction_type(weights)
     if ldm.ZERO_SNR in weights.shapes:
@@ -347,10 +497,12 @@ def _read_config(family: str, name: str) -> dict[str, Any]:
 
 
 def load_single_file(path: Path, *, as_stored: bool = False) -> DiffusionPipeline:
-    """The pipeline of a single-file checkpoint on the CPU, without a safety checker: in fp32, or with `as_stored` in half precision where the file is.
+    """The pipeline of a single-file checkpoint on the CPU, without a safety checker: in fp32, or with `as_stored` in
+    half precision where the file is.
 
     Raises:
-        ModelError: as `open_weights` and `configs_of`; or a weight that is missing or of another shape than the config says.
+        ModelError: as `open_weights` and `configs_of`; or a weight that is missing or of another shape than the config
+            says.
     """
     import diffusers
 
@@ -359,7 +511,11 @@ def load_single_file(path: Path, *, as_stored: bool = False) -> DiffusionPipelin
     index = configs["model_index.json"]
     channels = configs["unet/config.json"].get("in_channels", 4)
     if channels != configs["vae/config.json"].get("latent_channels", 4):
-        raise ModelError(f"has a UNet of {channels} input channels: an inpainting or editing model", where=path, expected="a text-to-image model, whose UNet takes the VAE's 4 channels")
+        raise ModelError(
+            f"has a UNet of {channels} input channels: an inpainting or editing model",
+            where=path,
+            expected="a text-to-image model, whose UNet takes the VAE's 4 channels",
+        )
     sdxl = "text_encoder_2/config.json" in configs
     parts: dict[str, Any] = {}
     try:
@@ -369,10 +525,18 @@ def load_single_file(path: Path, *, as_stored: bool = False) -> DiffusionPipelin
         for name in ("tokenizer", "tokenizer_2")[: 1 + sdxl]:
             parts[name] = _load_tokenizer(weights, name, configs)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise ModelError(f"has configs that build no pipeline ({(str(error) or type(error).__name__).splitlines()[0]})", where=path) from error
+        raise ModelError(
+            f"has configs that build no pipeline ({(str(error) or type(error).__name__).splitlines()[0]})", where=path
+        ) from error
     if sdxl:
-        return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)), add_watermarker=False)
-    return diffusers.StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        return diffusers.StableDiffusionXLPipeline(
+            **parts,
+            force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
+            add_watermarker=False,
+        )
+    return diffusers.StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 def _load_scheduler(config: dict[str, Any], path: Path) -> Any:
@@ -398,13 +562,25 @@ def _load_part(weights: Weights, name: str, config: dict[str, Any], sdxl: bool, 
             continue
         place = places[key]
         if place.name not in weights.shapes:
-            raise ModelError(f"the {name} lacks {place.name}", where=weights.path, expected=f"shape {tuple(empty.shape)}", hint="copy or download it again, or convert it to a diffusers folder")
+            raise ModelError(
+                f"the {name} lacks {place.name}",
+                where=weights.path,
+                expected=f"shape {tuple(empty.shape)}",
+                hint="copy or download it again, or convert it to a diffusers folder",
+            )
         tensor = place.take(weights.read(place.name))
         if tensor.shape != empty.shape and tensor.numel() == empty.numel():
             tensor = tensor.view(empty.shape)  # attention weights are 1×1 convolutions in LDM's VAE
         if tensor.shape != empty.shape:
-            raise ModelError(f"the {name}'s {place.name} has shape {tuple(tensor.shape)}", where=weights.path, expected=f"{tuple(empty.shape)}", hint="convert it to a diffusers folder with its own config")
-        state[key] = tensor.to(tensor.dtype if as_stored and tensor.dtype in (torch.float16, torch.bfloat16) else torch.float32, copy=True).contiguous()
+            raise ModelError(
+                f"the {name}'s {place.name} has shape {tuple(tensor.shape)}",
+                where=weights.path,
+                expected=f"{tuple(empty.shape)}",
+                hint="convert it to a diffusers folder with its own config",
+            )
+        state[key] = tensor.to(
+            tensor.dtype if as_stored and tensor.dtype in (torch.float16, torch.bfloat16) else torch.float32, copy=True
+        ).contiguous()
     part.load_state_dict(state, assign=True)
     return part.eval()
 
@@ -418,7 +594,11 @@ def _build(name: str, config: dict[str, Any]) -> Any:
     if name == "vae":
         return AutoencoderKL.from_config(config)
     kind = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-    return kind(CLIPTextConfig(**{key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}))
+    return kind(
+        CLIPTextConfig(
+            **{key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
+        )
+    )
 
 
 @dataclass(frozen=True)
@@ -439,10 +619,16 @@ def _places(weights: Weights, name: str, part: Any, sdxl: bool) -> dict[str, _Pl
     prefix, projection = ldm.text_prefixes(sdxl, openclip)
     plain = {key: key.removeprefix("text_model.") for key in keys}
     if openclip:
-        return {key: _openclip_place(prefix + place, plain[key]) for key, place in zip(plain, ldm.openclip_keys(plain.values()).values(), strict=True)}
+        return {
+            key: _openclip_place(prefix + place, plain[key])
+            for key, place in zip(plain, ldm.openclip_keys(plain.values()).values(), strict=True)
+        }
     if not any(key.startswith(prefix) for key in weights.shapes):
         prefix = prefix.removesuffix("text_model.")  # as some checkpoints of 2022 have it
-    return {key: _Place((projection if bare.startswith("text_projection") else prefix) + bare) for key, bare in plain.items()}
+    return {
+        key: _Place((projection if bare.startswith("text_projection") else prefix) + bare)
+        for key, bare in plain.items()
+    }
 
 
 def _openclip_place(name: str, key: str) -> _Place:
@@ -458,10 +644,14 @@ def _load_tokenizer(weights: Weights, name: str, configs: Mapping[str, Any]) -> 
     found = configs if weights.configs is None else weights.configs
     files = {path.partition("/")[2]: content for path, content in found.items() if path.startswith(f"{name}/")}
     if not {"vocab.json", "tokenizer.json"} & set(files):
-        files |= {file: (CONFIGS / VOCABULARY / file).read_text(encoding="utf-8") for file in ("vocab.json", "merges.txt")}
+        files |= {
+            file: (CONFIGS / VOCABULARY / file).read_text(encoding="utf-8") for file in ("vocab.json", "merges.txt")
+        }
     with tempfile.TemporaryDirectory() as scratch:
         for file, content in files.items():
-            (Path(scratch) / file).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+            (Path(scratch) / file).write_text(
+                content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
+            )
         return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
 
 

@@ -1,4 +1,6 @@
-"""Load a Stable Diffusion pipeline by name or path: a built-in, a diffusers folder, a single-file checkpoint or a hub id."""
+"""Load a Stable Diffusion pipeline by name or path: a built-in, a diffusers folder, a single-file checkpoint or a hub
+id.
+"""
 
 from __future__ import annotations
 
@@ -74,12 +76,20 @@ def resolve(name_or_path: str | Path) -> Path:
         for candidate in (path, path / "pipeline"):  # a training folder holds its student under pipeline/
             if (candidate / "model_index.json").is_file():
                 return candidate
-        raise ModelError("is no diffusers pipeline: it has no model_index.json", where=path, expected="a folder written by DiffusionPipeline.save_pretrained, a single-file checkpoint, a hub id, or nano")
+        raise ModelError(
+            "is no diffusers pipeline: it has no model_index.json",
+            where=path,
+            expected=(
+                "a folder written by DiffusionPipeline.save_pretrained, a single-file checkpoint, a hub id, or nano"
+            ),
+        )
     if path.is_file():
         return path
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
         return _download(name)
-    raise UsageError("does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}")
+    raise UsageError(
+        "does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}"
+    )
 
 
 def _download(repository: str) -> Path:
@@ -88,11 +98,16 @@ def _download(repository: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(repository, safety_checker=None))
     except Exception as error:
-        raise ModelError(f"is neither a folder here nor a pipeline the hub gives ({type(error).__name__})", where=repository, hint="check the path, or the network and the name on the hub") from error
+        raise ModelError(
+            f"is neither a folder here nor a pipeline the hub gives ({type(error).__name__})",
+            where=repository,
+            hint="check the path, or the network and the name on the hub",
+        ) from error
 
 
 def load_teacher(name_or_path: str | Path, *, as_stored: bool = False) -> LoadedPipeline:
-    """Load a pipeline on the CPU: in fp32, or with `as_stored` in half precision where its UNet's file is, which takes half the memory.
+    """Load a pipeline on the CPU: in fp32, or with `as_stored` in half precision where its UNet's file is, which takes
+    half the memory.
 
     Raises:
         UsageError: no such path. ModelError: not a pipeline, or one with missing or broken parts.
@@ -108,7 +123,9 @@ def load_teacher(name_or_path: str | Path, *, as_stored: bool = False) -> Loaded
     pipeline.set_progress_bar_config(disable=True)
     given = str(name_or_path)
     from_hub = folder.is_dir() and not Path(given).expanduser().exists()
-    return LoadedPipeline(given if given in BUILT_IN or from_hub else display_name(folder), pipeline, sha256_of(folder), folder)
+    return LoadedPipeline(
+        given if given in BUILT_IN or from_hub else display_name(folder), pipeline, sha256_of(folder), folder
+    )
 
 
 def _load_folder(folder: Path, as_stored: bool) -> DiffusionPipeline:
@@ -117,17 +134,33 @@ def _load_folder(folder: Path, as_stored: bool) -> DiffusionPipeline:
 
     index = model_index(folder)
     if not (index.get("unet") or [None])[0]:
-        raise ModelError(f"{index.get('_class_name', 'the pipeline')} has no UNet", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel")
-    options: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+        raise ModelError(
+            f"{index.get('_class_name', 'the pipeline')} has no UNet",
+            where=folder,
+            expected="a Stable Diffusion pipeline with a UNet2DConditionModel",
+        )
+    options: dict[str, Any] = (
+        {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    )
     try:
         with quiet():
-            pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=as_stored, dtype=_stored_dtype(folder) if as_stored else torch.float32, **options)
+            pipeline: DiffusionPipeline = DiffusionPipeline.from_pretrained(
+                folder,
+                local_files_only=True,
+                low_cpu_mem_usage=as_stored,
+                dtype=_stored_dtype(folder) if as_stored else torch.float32,
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(f"does not load: {str(error).splitlines()[0]}", where=folder, expected="a whole diffusers pipeline") from error
+        raise ModelError(
+            f"does not load: {str(error).splitlines()[0]}", where=folder, expected="a whole diffusers pipeline"
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise ModelError(f"has a broken weight file: {error}", where=folder, hint="copy or download it again") from error
+        raise ModelError(
+            f"has a broken weight file: {error}", where=folder, hint="copy or download it again"
+        ) from error
     return pipeline
 
 
@@ -153,7 +186,9 @@ def sha256_of(path: Path) -> str:
 
 
 def display_name(folder: Path) -> str:
-    """The folder's name; for a training folder's `pipeline/`, the training folder's; a single file's without its ending."""
+    """The folder's name; for a training folder's `pipeline/`, the training folder's; a single file's without its
+    ending.
+    """
     folder = folder.resolve()
     if folder.is_file():
         return folder.stem
@@ -188,7 +223,8 @@ def _file_configs(path: Path) -> dict[str, Any]:
 
 
 def component_config(name_or_path: str | Path, component: str) -> dict[str, Any]:
-    """The config of `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`, without loading weights; of a single file, from its header.
+    """The config of `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`, without loading weights; of a
+    single file, from its header.
 
     Raises:
         UsageError, ModelError: as `load_teacher`; the pipeline has no such component.
@@ -201,7 +237,9 @@ def component_config(name_or_path: str | Path, component: str) -> dict[str, Any]
             raise ModelError(f"has no {component}", where=folder, expected="a whole Stable Diffusion checkpoint")
         return dict(configs[name])
     if not (folder / name).is_file():
-        raise ModelError(f"has no {name}", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel")
+        raise ModelError(
+            f"has no {name}", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel"
+        )
     return _json(folder / name, "a config")
 
 
@@ -229,5 +267,8 @@ def refuse_student(unet_config: Mapping[str, Any], where: str | Path) -> None:
     if kind is not None:
         family = FAMILIES[family_of(unet_config)]
         raise ModelError(
-            f"is a student already ({kind} of {family}): blocks are missing that a teacher must have", where=where, expected="a whole teacher", hint="sdcompress finetune trains a student further as it is"
+            f"is a student already ({kind} of {family}): blocks are missing that a teacher must have",
+            where=where,
+            expected="a whole teacher",
+            hint="sdcompress finetune trains a student further as it is",
         )

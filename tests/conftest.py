@@ -53,7 +53,12 @@ def make_pipeline(folder: Path) -> Any:
     tokenizer = make_tokenizer(folder)
     count = len(tokenizer)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(48, 80, 96, 96), layers_per_block=2, cross_attention_dim=96, attention_head_dim=2, norm_num_groups=16
+        sample_size=16,
+        block_out_channels=(48, 80, 96, 96),
+        layers_per_block=2,
+        cross_attention_dim=96,
+        attention_head_dim=2,
+        norm_num_groups=16,
     )
     vae = AutoencoderKL(
         block_out_channels=(16, 32, 64, 96),
@@ -66,18 +71,33 @@ def make_pipeline(folder: Path) -> Any:
     )
     text = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=count, hidden_size=96, num_hidden_layers=3, num_attention_heads=3, intermediate_size=384, projection_dim=96,
-            bos_token_id=count - 2, eos_token_id=count - 1, pad_token_id=count - 1,
+            vocab_size=count,
+            hidden_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=3,
+            intermediate_size=384,
+            projection_dim=96,
+            bos_token_id=count - 2,
+            eos_token_id=count - 1,
+            pad_token_id=count - 1,
         )
     )
     with torch.no_grad():
         for part in (unet, vae, text):
             for name, weight in part.named_parameters():
                 if weight.ndim == 1:
-                    weight.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * torch.randn_like(weight))
+                    weight.copy_(
+                        (1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * torch.randn_like(weight)
+                    )
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     for part in (unet, vae, text):
         part.eval()
@@ -109,19 +129,49 @@ def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sdxl")
     tokenizer = make_tokenizer(folder / "tokenizer-made")
     text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "projection_dim": 32,
-        "bos_token_id": len(tokenizer) - 2, "eos_token_id": len(tokenizer) - 1, "pad_token_id": len(tokenizer) - 1,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "projection_dim": 32,
+        "bos_token_id": len(tokenizer) - 2,
+        "eos_token_id": len(tokenizer) - 1,
+        "pad_token_id": len(tokenizer) - 1,
+    }
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32, 64), layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=[1, 2, 3], attention_head_dim=[2, 2, 4], norm_num_groups=8,
-        cross_attention_dim=64, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, sample_size=128)
+        sample_size=16,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 2, 3],
+        attention_head_dim=[2, 2, 4],
+        norm_num_groups=8,
+        cross_attention_dim=64,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=32 + 6 * 8,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        sample_size=128,
+    )
     pipeline = StableDiffusionXLPipeline(
-        vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(**text)), text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)), tokenizer=tokenizer, tokenizer_2=tokenizer,
-        unet=unet, scheduler=EulerDiscreteScheduler(**BETAS), add_watermarker=False,
-    )  # fmt: skip
+        vae=vae,
+        text_encoder=CLIPTextModel(CLIPTextConfig(**text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**text)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**BETAS),
+        add_watermarker=False,
+    )
     pipeline.save_pretrained(folder / "sdxl")
     return folder / "sdxl"
 
@@ -150,4 +200,9 @@ def fp16_small(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -
     """`ExportResult` at fp16 of the two components that export in seconds."""
     from sdcompress.export import export_onnx
 
-    return export_onnx(random_pipeline, tmp_path_factory.mktemp("export") / "fp16", precision="fp16", components=("text_encoder", "vae_decoder"))
+    return export_onnx(
+        random_pipeline,
+        tmp_path_factory.mktemp("export") / "fp16",
+        precision="fp16",
+        components=("text_encoder", "vae_decoder"),
+    )

@@ -1,4 +1,6 @@
-"""What holds for the repository as a whole: who may import whom, what ships, and that the README's figures are the measured ones."""
+"""What holds for the repository as a whole: who may import whom, what ships, and that the README's figures are the
+measured ones.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,13 @@ def test_no_module_imports_from_a_higher_floor(module: str, path: Path) -> None:
     own = floor(module)
     assert own is not None
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+            else []
+        )
         for name in names:
             other = floor(name)
             assert other is None or other <= own, f"{path}:{node.lineno} imports {name}"

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("sdcompress", "engines", "bench", "plugins", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES = (
+    "sdcompress",
+    "engines",
+    "bench",
+    "plugins",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
 FOUND = """
 import sys
 from importlib.resources import files
@@ -37,10 +47,26 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / "source" / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "results"))
+            shutil.copytree(
+                ROOT / name,
+                folder / "source" / name,
+                ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "results"),
+            )
         else:
             shutil.copy(ROOT / name, folder / "source" / name)
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(folder / "source")]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+        str(folder / "source"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (wheel,) = folder.glob("*.whl")
@@ -50,10 +76,16 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plugins_and_scenarios_are_in_the_wheel_whole(unpacked: Path) -> None:
-    for source, target, kind in (("plugins", "sdcompress/plugins", "*.py"), ("bench/scenarios", "sdcompress_bench/scenarios", "*.yaml"), ("sdcompress/recipes", "sdcompress/recipes", "*.yaml")):
+    for source, target, kind in (
+        ("plugins", "sdcompress/plugins", "*.py"),
+        ("bench/scenarios", "sdcompress_bench/scenarios", "*.yaml"),
+        ("sdcompress/recipes", "sdcompress/recipes", "*.yaml"),
+    ):
         wanted = {path.relative_to(ROOT / source): path.read_bytes() for path in (ROOT / source).rglob(kind)}
         assert wanted
-        assert {path.relative_to(unpacked / target): path.read_bytes() for path in (unpacked / target).rglob(kind)} == wanted
+        assert {
+            path.relative_to(unpacked / target): path.read_bytes() for path in (unpacked / target).rglob(kind)
+        } == wanted
     assert not list(unpacked.rglob("*.pyc"))
 
 
@@ -63,7 +95,14 @@ def test_an_installation_without_the_repository_installs_plugins(unpacked: Path,
         (host / folder).mkdir(parents=True)
     (host / "comfy/sd.py").touch()
     environment = {**os.environ, "PYTHONPATH": str(unpacked)}  # before the editable installation of the repository
-    ran = subprocess.run([sys.executable, "-c", FOUND, unpacked, host], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", FOUND, unpacked, host],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr
     scenarios, recipes = ran.stdout.splitlines()
     assert scenarios == str(sorted(path.name for path in (ROOT / "bench/scenarios").iterdir()))

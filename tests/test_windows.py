@@ -1,4 +1,6 @@
-"""What people do on Windows, run here in processes that lack what Windows lacks: see `like_windows/sitecustomize.py`, a stand-in."""
+"""What people do on Windows, run here in processes that lack what Windows lacks: see `like_windows/sitecustomize.py`, a
+stand-in.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +27,20 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the stand-in ta
 def environment(cache: Path) -> dict[str, str]:
     """Of a process without what Windows lacks."""
     path = os.pathsep.join(filter(None, [str(LIKE_WINDOWS), os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": path, "SDCOMPRESS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
+    return os.environ | {
+        "PYTHONPATH": path,
+        "SDCOMPRESS_CACHE": str(cache),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "2",
+    }
 
 
 def run(*arguments: object, cache: Path, cwd: Path | None = None) -> str:
     """Run Python with the arguments; returns its stdout."""
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, env=environment(cache), cwd=cwd or cache, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, env=environment(cache), cwd=cwd or cache, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-3000:]
     return done.stdout.decode("utf-8")
 
@@ -49,15 +58,33 @@ def webui(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "code",
     [
-        "import fcntl", "import resource", "from pwd import getpwuid", "import importlib; importlib.import_module('termios')",
-        "import os; os.fork", "from os import setsid", "import os; os.killpg", "import os; os.sched_getaffinity", "import os; os.getloadavg", "import os; os.sysconf",
-        "import signal; signal.SIGKILL", "import signal; signal.SIGHUP", "import multiprocessing; multiprocessing.get_context('forkserver')",
-        "open('/proc/meminfo')", "from pathlib import Path; Path('/proc/self/status').read_text()", "import os; os.listdir('/sys')", "import os; os.open('/proc/stat', 0)",
-        "open('file', 'w').write('→')", "open('a:b', 'w')", "import os; os.mkdir('NUL')", "import os; os.symlink('file', 'link')",
-        "file = open('file', 'w')\nimport os; os.unlink('file')", "file = open('file', 'w')\nimport os; os.mkdir('x'); os.replace('file', 'x/file')",
-        "import os, shutil; os.mkdir('x')\nfile = open('x/file', 'w')\nshutil.rmtree('x')", "import os; os.mkdir('x'); os.mkdir('y'); os.replace('x', 'y')",
+        "import fcntl",
+        "import resource",
+        "from pwd import getpwuid",
+        "import importlib; importlib.import_module('termios')",
+        "import os; os.fork",
+        "from os import setsid",
+        "import os; os.killpg",
+        "import os; os.sched_getaffinity",
+        "import os; os.getloadavg",
+        "import os; os.sysconf",
+        "import signal; signal.SIGKILL",
+        "import signal; signal.SIGHUP",
+        "import multiprocessing; multiprocessing.get_context('forkserver')",
+        "open('/proc/meminfo')",
+        "from pathlib import Path; Path('/proc/self/status').read_text()",
+        "import os; os.listdir('/sys')",
+        "import os; os.open('/proc/stat', 0)",
+        "open('file', 'w').write('→')",
+        "open('a:b', 'w')",
+        "import os; os.mkdir('NUL')",
+        "import os; os.symlink('file', 'link')",
+        "file = open('file', 'w')\nimport os; os.unlink('file')",
+        "file = open('file', 'w')\nimport os; os.mkdir('x'); os.replace('file', 'x/file')",
+        "import os, shutil; os.mkdir('x')\nfile = open('x/file', 'w')\nshutil.rmtree('x')",
+        "import os; os.mkdir('x'); os.mkdir('y'); os.replace('x', 'y')",
     ],
-)  # fmt: skip
+)
 def test_the_stand_in_refuses_to_our_modules_what_windows_lacks(code: str, tmp_path: Path) -> None:
     module = f"""
 import sys
@@ -136,7 +163,20 @@ def test_a_student_is_distilled(trained: Path) -> None:
 
 def test_force_empties_the_training_folder_while_its_lock_is_held(trained: Path) -> None:
     (trained / "run/left").mkdir(exist_ok=True)
-    run(*CLI, "distill", "nano", "--data", "pictures", "--cache", "run-cache", *TRAINING, "-o", "run", "--force", cache=trained)
+    run(
+        *CLI,
+        "distill",
+        "nano",
+        "--data",
+        "pictures",
+        "--cache",
+        "run-cache",
+        *TRAINING,
+        "-o",
+        "run",
+        "--force",
+        cache=trained,
+    )
     assert not (trained / "run/left").exists()
     assert (trained / "run/pipeline/sdcompress.json").is_file()
 
@@ -149,7 +189,9 @@ def test_a_card_beyond_the_code_page_is_written_and_printed(trained: Path) -> No
 
 
 def test_a_spawned_case_answers_or_ends_with_all_it_started(tmp_path: Path) -> None:
-    answer, crashed, late, started = json.loads(run(LIKE_WINDOWS / "cases.py", "isolated", tmp_path, cache=tmp_path).splitlines()[-1])
+    answer, crashed, late, started = json.loads(
+        run(LIKE_WINDOWS / "cases.py", "isolated", tmp_path, cache=tmp_path).splitlines()[-1]
+    )
     assert answer == {"twice": 8}
     assert crashed == {"failed": "its process ended with status 3: boom"}
     assert late == {"failed": "took over 8 s"}
@@ -175,21 +217,44 @@ def text_without_encoding(path: Path) -> list[int]:
         function = node.func
         if isinstance(function, ast.Attribute) and function.attr in ("read_text", "write_text"):
             found.append(node.lineno)
-        mode = node.args[1:2] if isinstance(function, ast.Name) and function.id == "open" else node.args[:1] if isinstance(function, ast.Attribute) and function.attr == "open" else []
-        if mode and isinstance(mode[0], ast.Constant) and isinstance(mode[0].value, str) and set(mode[0].value) <= set("rwax+t"):
+        mode = (
+            node.args[1:2]
+            if isinstance(function, ast.Name) and function.id == "open"
+            else node.args[:1]
+            if isinstance(function, ast.Attribute) and function.attr == "open"
+            else []
+        )
+        if (
+            mode
+            and isinstance(mode[0], ast.Constant)
+            and isinstance(mode[0].value, str)
+            and set(mode[0].value) <= set("rwax+t")
+        ):
             found.append(node.lineno)
     return found
 
 
 JSON_ALONE = {
-    "bench/peers/training.py", "bench/sdcompress_bench/gpu/child.py", "bench/sdcompress_bench/gpu/results.py", "sdcompress/autotune.py", "sdcompress/cli/bench.py", "sdcompress/data/cache.py",
-    "sdcompress/engines.py", "sdcompress/pipeline.py", "sdcompress/train/loop.py",
-}  # fmt: skip
+    "bench/peers/training.py",
+    "bench/sdcompress_bench/gpu/child.py",
+    "bench/sdcompress_bench/gpu/results.py",
+    "sdcompress/autotune.py",
+    "sdcompress/cli/bench.py",
+    "sdcompress/data/cache.py",
+    "sdcompress/engines.py",
+    "sdcompress/pipeline.py",
+    "sdcompress/train/loop.py",
+}
 """Files that read and write nothing but JSON, which is ASCII as `json.dumps` writes it."""
 
 
 def test_text_names_its_encoding() -> None:
     folders = [ROOT / name for name in ("sdcompress", "engines", "bench", "plugins")]
-    files = [path for folder in folders for path in sorted(folder.rglob("*.py")) if path.relative_to(ROOT).as_posix() not in JSON_ALONE]
+    files = [
+        path
+        for folder in folders
+        for path in sorted(folder.rglob("*.py"))
+        if path.relative_to(ROOT).as_posix() not in JSON_ALONE
+    ]
     assert len(files) > 100
     assert not {path.relative_to(ROOT).as_posix(): lines for path in files if (lines := text_without_encoding(path))}

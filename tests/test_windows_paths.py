@@ -28,7 +28,22 @@ from sdcompress.lora import parse_lora
 from sdcompress.packages import package_folder
 from sdcompress.teacher import resolve
 
-OUTSIDE = ["..\\..\\x.py", "unet\\..\\..\\x.py", "C:\\x.py", "C:x.py", "C:/x.py", "\\x.py", "\\\\server\\share\\x.py", "file:stream", "../x.py", "/x.py", "a//b", "./x", "a/../b", ""]
+OUTSIDE = [
+    "..\\..\\x.py",
+    "unet\\..\\..\\x.py",
+    "C:\\x.py",
+    "C:x.py",
+    "C:/x.py",
+    "\\x.py",
+    "\\\\server\\share\\x.py",
+    "file:stream",
+    "../x.py",
+    "/x.py",
+    "a//b",
+    "./x",
+    "a/../b",
+    "",
+]
 INSIDE = ["unet.engine", "pipeline/unet/config.json", "a b/ü-1.2(3).json", "..x/y..z"]
 NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]+(?<![. ])')
 """A file name that NTFS takes."""
@@ -76,8 +91,20 @@ def test_a_graph_whose_weights_lie_outside_its_folder_on_windows_is_refused(loca
 
     weight = helper.make_tensor("w", TensorProto.FLOAT, [64], bytes(256), raw=True)
     port = helper.make_tensor_value_info("x", TensorProto.FLOAT, [64])
-    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "small", [port], [helper.make_tensor_value_info("y", TensorProto.FLOAT, [64])], [weight])
-    onnx.save(helper.make_model(graph), tmp_path / "small.onnx", save_as_external_data=True, location="small.data", size_threshold=0)
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        "small",
+        [port],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [64])],
+        [weight],
+    )
+    onnx.save(
+        helper.make_model(graph),
+        tmp_path / "small.onnx",
+        save_as_external_data=True,
+        location="small.data",
+        size_threshold=0,
+    )
     model = onnx.load(tmp_path / "small.onnx", load_external_data=False)
     next(entry for entry in model.graph.initializer[0].external_data if entry.key == "location").value = location
     (tmp_path / "small.onnx").write_bytes(model.SerializeToString())
@@ -98,7 +125,15 @@ def test_an_install_record_that_names_a_file_outside_is_not_believed(inside: str
     assert read_record(path, ours)[1] is None
 
 
-@pytest.mark.parametrize(("read", "made"), [("\\\\?\\C:\\my engines\\sd15", "C:\\my engines\\sd15"), ("\\\\?\\UNC\\nas\\engines", "\\\\nas\\engines"), ("C:\\engines", "C:\\engines"), ("/srv/engines", "/srv/engines")])
+@pytest.mark.parametrize(
+    ("read", "made"),
+    [
+        ("\\\\?\\C:\\my engines\\sd15", "C:\\my engines\\sd15"),
+        ("\\\\?\\UNC\\nas\\engines", "\\\\nas\\engines"),
+        ("C:\\engines", "C:\\engines"),
+        ("/srv/engines", "/srv/engines"),
+    ],
+)
 def test_a_link_is_recognized_as_windows_reads_it(read: str, made: str) -> None:
     assert without_prefix(read) == made
 
@@ -141,8 +176,12 @@ def test_a_bench_model_is_read_with_its_drive(typed: str, name: str | None, path
     assert (model.name, model.path) == (name, path)
 
 
-@pytest.mark.parametrize("typed", ["C:\\models\\sd15", "C:/models", "models\\sd15", "\\\\nas\\models\\sd15.safetensors"])
-def test_a_windows_path_that_is_not_there_is_never_asked_of_the_hub(typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "typed", ["C:\\models\\sd15", "C:/models", "models\\sd15", "\\\\nas\\models\\sd15.safetensors"]
+)
+def test_a_windows_path_that_is_not_there_is_never_asked_of_the_hub(
+    typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sdcompress.teacher._download", lambda name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(UsageError, match="does not exist"):
         resolve(typed)
@@ -167,13 +206,30 @@ def test_captions_beside_pictures_are_read_without_the_mark_of_notepad(pictures:
 
 
 def test_names_of_caches_are_names_that_ntfs_takes() -> None:
-    paths = [timing_cache(flavour, ((8, 9), (12, 0))).name for flavour in FLAVOURS.values() if flavour.missing() is None]
+    paths = [
+        timing_cache(flavour, ((8, 9), (12, 0))).name for flavour in FLAVOURS.values() if flavour.missing() is None
+    ]
     paths += [package_folder("0" * 64, "cuda:0", "fp16").name, slug("C:\\models\\a: b*?"), slug("owner/name")]
     assert len(paths) >= 4
     assert [name for name in paths if not NAME.fullmatch(name)] == []
 
 
-@pytest.mark.parametrize("words", [["C:\\my models\\a.safetensors", "plain", "it's", 'say "x"', "", "C:\\dir x\\", "50%&", "batch=1:2:8,height=512"], ["D:\\a\\b"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "C:\\my models\\a.safetensors",
+            "plain",
+            "it's",
+            'say "x"',
+            "",
+            "C:\\dir x\\",
+            "50%&",
+            "batch=1:2:8,height=512",
+        ],
+        ["D:\\a\\b"],
+    ],
+)
 def test_a_command_for_windows_is_read_back_as_its_words(words: list[str]) -> None:
     line = command_line(["sdcompress", *words], windows=True)
     assert split_as_windows_does(line) == ["sdcompress", *words]
@@ -209,7 +265,9 @@ def test_a_command_for_this_system_is_the_shells() -> None:
 
 
 @pytest.mark.parametrize("ways", [(), ("symlink",), ("symlink", "link")], ids=["links", "hard links", "copies"])
-def test_an_upload_is_put_together_where_links_need_a_privilege(ways: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_is_put_together_where_links_need_a_privilege(
+    ways: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError("A required privilege is not held by the client")
 

@@ -3,8 +3,9 @@
     pip download --no-deps open_clip_torch -d wheels
     python tools/build_configs.py wheels/open_clip_torch-*.whl
 
-The configs are the published architectures' figures, written down here; only what differs from a class's default is written. The tokenizer
-(`vocab.json`, `merges.txt`) is derived from the byte-pair list in the wheel, which is that of OpenAI's CLIP; it is stored once and all families share it.
+The configs are the published architectures' figures, written down here; only what differs from a class's default is
+written. The tokenizer (`vocab.json`, `merges.txt`) is derived from the byte-pair list in the wheel, which is that of
+OpenAI's CLIP; it is stored once and all families share it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 TARGET = Path(__file__).parents[1] / "sdcompress/assets/configs"
-MERGES = 48894  # of the list's 262,145 pairs, those CLIP uses: with 2 × 256 byte tokens and two specials they make 49,408
+MERGES = (
+    48894  # of the list's 262,145 pairs, those CLIP uses: with 2 × 256 byte tokens and two specials they make 49,408
+)
 START, END = "<|startoftext|>", "<|endoftext|>"
 NOTICE = """\
 sd1/tokenizer/vocab.json and merges.txt are derived from the byte-pair list `bpe_simple_vocab_16e6.txt.gz` of OpenAI's CLIP
@@ -28,11 +31,28 @@ The configs beside them state the published shapes of the Stable Diffusion 1.x, 
 
 """
 
-BETAS = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "timestep_spacing": "leading", "prediction_type": "epsilon"}
+BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
 ATTENTION, PLAIN = "CrossAttn{}Block2D", "{}Block2D"
 
 
-def unet(channels: list[int], attention: list[bool], *, context: int, heads: int | list[int], linear: bool, sample_size: int, **more: Any) -> dict[str, Any]:
+def unet(
+    channels: list[int],
+    attention: list[bool],
+    *,
+    context: int,
+    heads: int | list[int],
+    linear: bool,
+    sample_size: int,
+    **more: Any,
+) -> dict[str, Any]:
     """A UNet2DConditionModel's config; `attention` says per level, outermost first, whether it has any."""
     kinds = [ATTENTION if has else PLAIN for has in attention]
     return {
@@ -87,14 +107,37 @@ def text_encoder(kind: str, width: int, layers: int, heads: int, activation: str
 
 
 def tokenizer(pad: str) -> dict[str, Any]:
-    """A CLIPTokenizer's config. OpenAI's text encoder was trained on text padded with the end token, OpenCLIP's on token 0, `!`."""
-    return {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    """A CLIPTokenizer's config.
+
+    OpenAI's text encoder was trained on text padded with the end token, OpenCLIP's on token 0, `!`.
+    """
+    return {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": pad,
+    }
 
 
 def index(kind: str, scheduler: str, **more: Any) -> dict[str, Any]:
     """A pipeline's model_index.json."""
-    parts = {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"], "scheduler": ["diffusers", scheduler]}
-    return {"_class_name": kind, "_diffusers_version": "0.42.0", "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]} | parts | more
+    parts = {
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", scheduler],
+    }
+    return (
+        {
+            "_class_name": kind,
+            "_diffusers_version": "0.42.0",
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+        }
+        | parts
+        | more
+    )
 
 
 def families() -> dict[str, dict[str, dict[str, Any]]]:
@@ -104,20 +147,33 @@ def families() -> dict[str, dict[str, dict[str, Any]]]:
     return {
         "sd1": {
             "model_index.json": index("StableDiffusionPipeline", "PNDMScheduler", **sd_index),
-            "unet/config.json": unet([320, 640, 1280, 1280], [True, True, True, False], context=768, heads=8, linear=False, sample_size=64),
+            "unet/config.json": unet(
+                [320, 640, 1280, 1280], [True, True, True, False], context=768, heads=8, linear=False, sample_size=64
+            ),
             "vae/config.json": vae(512, 0.18215),
             "text_encoder/config.json": openai,
             "tokenizer/tokenizer_config.json": tokenizer(END),
-            "scheduler/scheduler_config.json": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False} | BETAS,
+            "scheduler/scheduler_config.json": (
+                {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False} | BETAS
+            ),
         },
         "sd2": {
             "model_index.json": index("StableDiffusionPipeline", "DDIMScheduler", **sd_index),
-            "unet/config.json": unet([320, 640, 1280, 1280], [True, True, True, False], context=1024, heads=[5, 10, 20, 20], linear=True, sample_size=64),
+            "unet/config.json": unet(
+                [320, 640, 1280, 1280],
+                [True, True, True, False],
+                context=1024,
+                heads=[5, 10, 20, 20],
+                linear=True,
+                sample_size=64,
+            ),
             "vae/config.json": vae(512, 0.18215),
             # The 24th layer of OpenCLIP's encoder is never run: SD2 takes the output of the one before.
             "text_encoder/config.json": text_encoder("CLIPTextModel", 1024, 23, 16, "gelu", 512),
             "tokenizer/tokenizer_config.json": tokenizer("!"),
-            "scheduler/scheduler_config.json": {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False} | BETAS,
+            "scheduler/scheduler_config.json": (
+                {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False} | BETAS
+            ),
         },
         "sdxl": {
             "model_index.json": index(
@@ -150,7 +206,9 @@ def families() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def byte_letters() -> Iterator[str]:
-    """The printable letter that stands for each byte in CLIP's vocabulary: itself where it is printable, else one from U+0100 on. Printable bytes come first."""
+    """The printable letter that stands for each byte in CLIP's vocabulary: itself where it is printable, else one from
+    U+0100 on. Printable bytes come first.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     yield from map(chr, printable)
     yield from (chr(256 + i) for i in range(256 - len(printable)))
@@ -162,7 +220,13 @@ def main(wheel: Path) -> None:
         licence = archive.read(next(name for name in archive.namelist() if name.endswith("LICENSE"))).decode()
     merges = lines[1 : MERGES + 1]
     letters = list(byte_letters())
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(line.split()) for line in merges), START, END]
+    tokens = [
+        *letters,
+        *(f"{letter}</w>" for letter in letters),
+        *("".join(line.split()) for line in merges),
+        START,
+        END,
+    ]
     shutil.rmtree(TARGET, ignore_errors=True)
     for family, files in families().items():
         for name, content in files.items():
@@ -170,7 +234,10 @@ def main(wheel: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content, indent=1) + "\n")
     shared = TARGET / "sd1/tokenizer"
-    (shared / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    (shared / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, separators=(",", ":")),
+        encoding="utf-8",
+    )
     (shared / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     (TARGET / "NOTICE").write_text(NOTICE.format(version=wheel.name.split("-")[1]) + licence)
 

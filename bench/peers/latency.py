@@ -1,18 +1,22 @@
-"""What a user would pick instead, on one machine in one run: diffusers as it is, channels last, torch.compile, optimum-onnx, torch-tensorrt, and ours.
+"""What a user would pick instead, on one machine in one run: diffusers as it is, channels last, torch.compile,
+optimum-onnx, torch-tensorrt, and ours.
 
     python bench/peers/latency.py -o bench/results/peers-cpu.json --work build/peers                           nano
-    python bench/peers/latency.py -o bench/results/peers-sd15-cpu.json --work build/peers --model bk-tiny      random SD1.5 weights, 512 px
-    python bench/peers/latency.py -o bench/results/peers-gpu.json --work build/peers --model sd15 --device cuda
+    python bench/peers/latency.py -o bench/results/peers-sd15-cpu.json --work build/peers --model bk-tiny      random
+    SD1.5 weights, 512 px python bench/peers/latency.py -o bench/results/peers-gpu.json --work build/peers --model sd15
+    --device cuda
 
-All run one model folder, one set of UNet inputs, one prompt, one latent and the pipeline's own scheduler and step count. Timed are a UNet call on two
-latents, as guidance makes it, and a whole picture, caption to PIL image; both by the wall clock, the device waited for at both ends. Every way is a
-process of its own, started afresh each round, in turn; raw samples are kept. The error is the relative L2 of the UNet's answer to diffusers in fp32,
-and the PSNR of the picture to the one that drew.
+All run one model folder, one set of UNet inputs, one prompt, one latent and the pipeline's own scheduler and step
+count. Timed are a UNet call on two latents, as guidance makes it, and a whole picture, caption to PIL image; both by
+the wall clock, the device waited for at both ends. Every way is a process of its own, started afresh each round, in
+turn; raw samples are kept. The error is the relative L2 of the UNet's answer to diffusers in fp32, and the PSNR of the
+picture to the one that drew.
 
-optimum-onnx and torch-tensorrt get environments of their own under `--work`, as they pin other versions of what we need; they run their own
-exporter and their own pipeline class. What does not install or run is a row with the reason. What was prepared is kept for the next time (`--prepare`
-stops there), and so are torch.compile's kernels: "first picture" of the first round has compiling in it only where `compiled_before` is false.
-This file is also what every process runs, in whichever environment, so it imports nothing before it is needed.
+optimum-onnx and torch-tensorrt get environments of their own under `--work`, as they pin other versions of what we
+need; they run their own exporter and their own pipeline class. What does not install or run is a row with the reason.
+What was prepared is kept for the next time (`--prepare` stops there), and so are torch.compile's kernels: "first
+picture" of the first round has compiling in it only where `compiled_before` is false. This file is also what every
+process runs, in whichever environment, so it imports nothing before it is needed.
 """
 
 from __future__ import annotations
@@ -38,7 +42,17 @@ PROMPT = "a photo of a lighthouse at dusk"
 LIMIT_S = 1800
 STEADY = 1.1
 """Warm-up ends when three calls in a row are this near each other, or after 20 (2 of a full-size model on a CPU)."""
-PACKAGES = ("torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu", "optimum-onnx", "torch-tensorrt", "tensorrt", "tensorrt-rtx-cu13")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "optimum-onnx",
+    "torch-tensorrt",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +60,8 @@ class Way:
     """One way to run the model.
 
     Attributes:
-        kind: `diffusers`, `optimum` or `torch_tensorrt`, or the backend of ours (`compile`, `aot`, `onnxruntime`, `tensorrt`).
+        kind: `diffusers`, `optimum` or `torch_tensorrt`, or the backend of ours (`compile`, `aot`, `onnxruntime`,
+            `tensorrt`).
         install: requirements of the environment it needs for itself; none is ours.
     """
 
@@ -67,8 +82,15 @@ WAYS = {
         "diffusers bf16 channels_last": Way("diffusers", "bf16", True),
         "torch.compile fp32": Way("diffusers", "fp32", compile={}),
         "torch.compile bf16 channels_last": Way("diffusers", "bf16", True, {}),
-        "optimum-onnx fp32": Way("optimum", "fp32", install=("optimum-onnx[onnxruntime]", "diffusers"), note="ONNX Runtime, its own export and pipeline"),
-        "torch-tensorrt fp16": Way("torch_tensorrt", "fp16", compile={"backend": "torch_tensorrt"}, install=TENSORRT, runs_on=("cuda",)),
+        "optimum-onnx fp32": Way(
+            "optimum",
+            "fp32",
+            install=("optimum-onnx[onnxruntime]", "diffusers"),
+            note="ONNX Runtime, its own export and pipeline",
+        ),
+        "torch-tensorrt fp16": Way(
+            "torch_tensorrt", "fp16", compile={"backend": "torch_tensorrt"}, install=TENSORRT, runs_on=("cuda",)
+        ),
         "ours: ort fp32": Way("onnxruntime", "fp32", note="`sdcompress export`, `--backend ort`"),
         "ours: aot bf16": Way("aot", "bf16", note="`--backend aot`: the UNet by AOTInductor, the rest in torch"),
     },
@@ -77,10 +99,25 @@ WAYS = {
         "diffusers fp16": Way("diffusers", "fp16"),
         "diffusers fp16 channels_last": Way("diffusers", "fp16", True),
         "torch.compile fp16 channels_last": Way("diffusers", "fp16", True, {}),
-        "torch.compile fp16 channels_last reduce-overhead": Way("diffusers", "fp16", True, {"mode": "reduce-overhead"}, note="CUDA graphs"),
-        "torch.compile fp16 channels_last max-autotune": Way("diffusers", "fp16", True, {"mode": "max-autotune"}, note="CUDA graphs"),
-        "optimum-onnx fp16": Way("optimum", "fp16", install=("optimum-onnx[onnxruntime-gpu]", "diffusers"), note="ONNX Runtime CUDA, its own export and pipeline"),
-        "torch-tensorrt fp16": Way("torch_tensorrt", "fp16", compile={"backend": "torch_tensorrt", "dynamic": False, "options": {"truncate_double": True}}, install=TENSORRT, note="CUDA graphs"),
+        "torch.compile fp16 channels_last reduce-overhead": Way(
+            "diffusers", "fp16", True, {"mode": "reduce-overhead"}, note="CUDA graphs"
+        ),
+        "torch.compile fp16 channels_last max-autotune": Way(
+            "diffusers", "fp16", True, {"mode": "max-autotune"}, note="CUDA graphs"
+        ),
+        "optimum-onnx fp16": Way(
+            "optimum",
+            "fp16",
+            install=("optimum-onnx[onnxruntime-gpu]", "diffusers"),
+            note="ONNX Runtime CUDA, its own export and pipeline",
+        ),
+        "torch-tensorrt fp16": Way(
+            "torch_tensorrt",
+            "fp16",
+            compile={"backend": "torch_tensorrt", "dynamic": False, "options": {"truncate_double": True}},
+            install=TENSORRT,
+            note="CUDA graphs",
+        ),
         "ours: ort fp16": Way("onnxruntime", "fp16", note="`sdcompress export --precision fp16`, `--backend ort`"),
         "ours: compile fp16": Way("compile", "fp16", note="`--backend compile`: torch.compile in a CUDA graph"),
         "ours: aot fp16": Way("aot", "fp16", note="`--backend aot`, in a CUDA graph"),
@@ -106,15 +143,29 @@ class Run:
         return self.work / self.model
 
     def case(self, task: str, name: str = "") -> dict[str, Any]:
-        shared = {"task": task, "way": name, "device": self.device, "work": str(self.work), "folder": str(self.folder), "model": self.model}
-        return shared | {"steps": self.steps, "samples": self.samples, "pictures": self.pictures, "prompt": PROMPTS.get(self.model, PROMPT)}
+        shared = {
+            "task": task,
+            "way": name,
+            "device": self.device,
+            "work": str(self.work),
+            "folder": str(self.folder),
+            "model": self.model,
+        }
+        return shared | {
+            "steps": self.steps,
+            "samples": self.samples,
+            "pictures": self.pictures,
+            "prompt": PROMPTS.get(self.model, PROMPT),
+        }
 
 
 # Preparing: in our environment, but for what the others install and export.
 
 
 def write_model(model: str, folder: Path) -> None:
-    """The pipeline in fp32, in the layout that both transformers 4 and 5 read; and `inputs.npz`, what every UNet is given."""
+    """The pipeline in fp32, in the layout that both transformers 4 and 5 read; and `inputs.npz`, what every UNet is
+    given.
+    """
     import numpy as np
     import torch
     from safetensors.torch import load_file, save_file
@@ -128,19 +179,41 @@ def write_model(model: str, folder: Path) -> None:
     with quiet():
         pipeline.save_pretrained(target)
     weights = target / "text_encoder" / "model.safetensors"
-    save_file({key if key.startswith("text_model.") else f"text_model.{key}": value for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file(
+        {
+            key if key.startswith("text_model.") else f"text_model.{key}": value
+            for key, value in load_file(weights).items()
+        },
+        weights,
+        {"format": "pt"},
+    )
     whole = target / "tokenizer" / "tokenizer.json"
     vocabulary = json.loads(whole.read_text(encoding="utf-8"))["model"]
     whole.unlink()
     (whole.parent / "vocab.json").write_text(json.dumps(vocabulary["vocab"]), encoding="utf-8")
-    (whole.parent / "merges.txt").write_text("".join(["#version: 0.2\n", *(f"{' '.join(pair) if isinstance(pair, list) else pair}\n" for pair in vocabulary["merges"])]), encoding="utf-8")
+    (whole.parent / "merges.txt").write_text(
+        "".join(
+            [
+                "#version: 0.2\n",
+                *(f"{' '.join(pair) if isinstance(pair, list) else pair}\n" for pair in vocabulary["merges"]),
+            ]
+        ),
+        encoding="utf-8",
+    )
 
     side, channels = int(pipeline.unet.config.sample_size), pipeline.unet.config.in_channels
-    ids = pipeline.tokenizer(["", PROMPTS.get(model, PROMPT)], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = pipeline.tokenizer(
+        ["", PROMPTS.get(model, PROMPT)], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         context = pipeline.text_encoder(ids)[0]
     generator = torch.Generator().manual_seed(0)
-    np.savez(folder / "inputs.npz", sample=torch.randn(2, channels, side, side, generator=generator).numpy(), context=context.numpy(), latents=torch.randn(1, channels, side, side, generator=generator).numpy())
+    np.savez(
+        folder / "inputs.npz",
+        sample=torch.randn(2, channels, side, side, generator=generator).numpy(),
+        context=context.numpy(),
+        latents=torch.randn(1, channels, side, side, generator=generator).numpy(),
+    )
     target.rename(folder / "model")
 
 
@@ -154,7 +227,12 @@ def artifact_of(way: Way, folder: Path) -> Path:
 def unet_mib(way: Way, folder: Path) -> float:
     """The UNet's file, with its external data."""
     artifact = artifact_of(way, folder)
-    found = [path for pattern in ("unet/*.safetensors", "unet/*.onnx*", "unet.*") for path in artifact.glob(pattern) if path.is_file()]
+    found = [
+        path
+        for pattern in ("unet/*.safetensors", "unet/*.onnx*", "unet.*")
+        for path in artifact.glob(pattern)
+        if path.is_file()
+    ]
     return sum(path.stat().st_size for path in found) / 2**20
 
 
@@ -178,7 +256,9 @@ def prepare_ours(way: Way, folder: Path, device: str) -> None:
 
 
 def environment_of(way: Way, work: Path) -> Path:
-    """The Python that a way runs on: ours, or one installed for it, with our version of torch so that only the way differs."""
+    """The Python that a way runs on: ours, or one installed for it, with our version of torch so that only the way
+    differs.
+    """
     if not way.install:
         return Path(sys.executable)
     wanted = [f"torch=={metadata.version('torch').partition('+')[0]}", *way.install]
@@ -186,8 +266,13 @@ def environment_of(way: Way, work: Path) -> Path:
     python, ready = folder / "bin" / "python", folder / "installed.json"
     if not ready.is_file() or json.loads(ready.read_text(encoding="utf-8")) != wanted:
         shutil.rmtree(folder, ignore_errors=True)
-        for command in ([sys.executable, "-m", "venv", str(folder)], [str(python), "-I", "-m", "pip", "install", "--quiet", *wanted]):
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
+        for command in (
+            [sys.executable, "-m", "venv", str(folder)],
+            [str(python), "-I", "-m", "pip", "install", "--quiet", *wanted],
+        ):
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False
+            )
             if done.returncode:
                 raise RuntimeError(f"does not install: {last_line(done.stderr)}")
         ready.write_text(json.dumps(wanted), encoding="utf-8")
@@ -195,7 +280,9 @@ def environment_of(way: Way, work: Path) -> Path:
 
 
 def prepare(name: str, way: Way, run: Run) -> tuple[str | None, float | None]:
-    """Make what a way needs, unless it is there: why that failed, or None; and the seconds of exporting, compiling or building, now or then, without installing."""
+    """Make what a way needs, unless it is there: why that failed, or None; and the seconds of exporting, compiling or
+    building, now or then, without installing.
+    """
     if run.device not in way.runs_on:
         return f"runs on {' or '.join(way.runs_on)} only", None
     try:
@@ -207,7 +294,9 @@ def prepare(name: str, way: Way, run: Run) -> tuple[str | None, float | None]:
     if target.is_dir():
         return None, known.get(name)
     started = time.monotonic()
-    outcome = export_theirs(python, way, run) if way.kind == "optimum" else child(python, run.case("prepare", name), run.work)
+    outcome = (
+        export_theirs(python, way, run) if way.kind == "optimum" else child(python, run.case("prepare", name), run.work)
+    )
     if "failed" in outcome:
         return str(outcome["failed"]), None
     known[name] = round(time.monotonic() - started, 1)
@@ -221,7 +310,20 @@ def export_theirs(python: Path, way: Way, run: Run) -> dict[str, Any]:
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     options = ["--dtype", "fp16", "--device", "cuda"] if way.precision == "fp16" else []
-    command = [str(python), "-I", "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", str(run.folder / "model"), "--task", "text-to-image", *options, str(partial)]
+    command = [
+        str(python),
+        "-I",
+        "-m",
+        "optimum.commands.optimum_cli",
+        "export",
+        "onnx",
+        "--model",
+        str(run.folder / "model"),
+        "--task",
+        "text-to-image",
+        *options,
+        str(partial),
+    ]
     outcome = process(command, run.work)
     if "failed" not in outcome:
         partial.rename(target)
@@ -237,7 +339,9 @@ def open_pipeline(way: Way, folder: Path, device: str) -> Any:
     if way.kind == "optimum":
         from optimum.onnxruntime import ORTStableDiffusionPipeline
 
-        return ORTStableDiffusionPipeline.from_pretrained(artifact, provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider")
+        return ORTStableDiffusionPipeline.from_pretrained(
+            artifact, provider="CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        )
     if way.kind in ("diffusers", "torch_tensorrt"):
         import torch
         from diffusers import StableDiffusionPipeline
@@ -259,7 +363,9 @@ def open_pipeline(way: Way, folder: Path, device: str) -> Any:
 
     precision: Any = way.precision
     if way.kind in ("aot", "compile"):
-        return load_pipeline(folder / "model", way.kind, None if way.kind == "compile" else artifact, device=device, precision=precision)
+        return load_pipeline(
+            folder / "model", way.kind, None if way.kind == "compile" else artifact, device=device, precision=precision
+        )
     return load_pipeline(artifact, way.kind, device=device, steady=True)
 
 
@@ -286,22 +392,40 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     load_ms, pipeline = timed(lambda: open_pipeline(way, folder, device))
     pipeline.set_progress_bar_config(disable=True)
     # What a runtime takes by numpy has no bfloat16, and optimum's pipelines take fp32 whatever their graphs are in.
-    dtype = torch.float32 if way.kind == "optimum" and way.precision == "fp32" else {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[way.precision]
-    sample, context, latents = (torch.from_numpy(given[name]).to(device, dtype) for name in ("sample", "context", "latents"))
+    dtype = (
+        torch.float32
+        if way.kind == "optimum" and way.precision == "fp32"
+        else {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[way.precision]
+    )
+    sample, context, latents = (
+        torch.from_numpy(given[name]).to(device, dtype) for name in ("sample", "context", "latents")
+    )
     moment = torch.tensor(501, device=device)
     guidance = 4.0 if case["model"] == "nano" else 7.5
 
     def picture() -> Any:
-        return pipeline(case["prompt"], latents=latents.clone(), num_inference_steps=case["steps"], guidance_scale=guidance).images[0]
+        return pipeline(
+            case["prompt"], latents=latents.clone(), num_inference_steps=case["steps"], guidance_scale=guidance
+        ).images[0]
 
     def step() -> Any:
         # Every argument as the pipeline gives it: a compiled UNet compiles again for others.
-        return pipeline.unet(sample, moment, encoder_hidden_states=context, timestep_cond=None, cross_attention_kwargs=None, added_cond_kwargs=None, return_dict=False)[0]
+        return pipeline.unet(
+            sample,
+            moment,
+            encoder_hidden_states=context,
+            timestep_cond=None,
+            cross_attention_kwargs=None,
+            added_cond_kwargs=None,
+            return_dict=False,
+        )[0]
 
     first_ms, _ = timed(picture)
     with torch.no_grad():
         warm: list[float] = []
-        while len(warm) < (2 if case["samples"] < 3 else 20) and not (len(warm) > 2 and max(warm[-3:]) <= STEADY * min(warm[-3:])):
+        while len(warm) < (2 if case["samples"] < 3 else 20) and not (
+            len(warm) > 2 and max(warm[-3:]) <= STEADY * min(warm[-3:])
+        ):
             warm.append(timed(step)[0])
         steps = [timed(step) for _ in range(case["samples"])]
     pictures = [timed(picture) for _ in range(case["pictures"])]
@@ -311,9 +435,15 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError("its UNet's answer is not finite")
     np.savez(answer_of(case["way"], folder), unet=answer, picture=drawn)
     return {
-        "load_ms": load_ms, "first_picture_ms": first_ms, "unet_step_ms": [ms for ms, _ in steps], "picture_ms": [ms for ms, _ in pictures], "size_px": drawn.shape[0], "peak_rss_mib": peak_rss_mib(),
-        "device_mib": (free - torch.cuda.mem_get_info()[0]) / 2**20 if cuda else None, "versions": versions(),
-    }  # fmt: skip
+        "load_ms": load_ms,
+        "first_picture_ms": first_ms,
+        "unet_step_ms": [ms for ms, _ in steps],
+        "picture_ms": [ms for ms, _ in pictures],
+        "size_px": drawn.shape[0],
+        "peak_rss_mib": peak_rss_mib(),
+        "device_mib": (free - torch.cuda.mem_get_info()[0]) / 2**20 if cuda else None,
+        "versions": versions(),
+    }
 
 
 def answer_of(name: str, folder: Path) -> Path:
@@ -321,10 +451,17 @@ def answer_of(name: str, folder: Path) -> Path:
 
 
 def peak_rss_mib() -> float:
-    """Of this process; Linux's getrusage would carry the parent's across exec. `sdcompress_engines.resources` for a Python without our packages."""
+    """Of this process; Linux's getrusage would carry the parent's across exec.
+
+    `sdcompress_engines.resources` for a Python without our packages.
+    """
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) / 1024 for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return next(
+            int(line.split()[1]) / 1024
+            for line in status.read_text(encoding="utf-8").splitlines()
+            if line.startswith("VmHWM:")
+        )
     if sys.platform == "win32":
         try:
             import psutil
@@ -356,9 +493,15 @@ def child(python: str | Path, case: dict[str, Any], work: Path) -> dict[str, Any
 
 
 def process(command: list[str], work: Path) -> dict[str, Any]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
+    }
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, env=environment, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, env=environment, check=False
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"did not finish in {LIMIT_S} s"}
     if done.returncode < 0:
@@ -392,7 +535,12 @@ def measure_all(run: Run, rows: dict[str, Any]) -> None:
                 rows[name] |= outcome
             else:
                 rows[name].setdefault("rounds", []).append(outcome)
-            print(f"round {number + 1}: {name:<46} {outcome.get('failed') or '{:.1f} ms a step'.format(sorted(outcome['unet_step_ms'])[len(outcome['unet_step_ms']) // 2])}", file=sys.stderr, flush=True)
+            print(
+                f"round {number + 1}: {name:<46}"
+                f" {outcome.get('failed') or '{:.1f} ms a step'.format(sorted(outcome['unet_step_ms'])[len(outcome['unet_step_ms']) // 2])}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def summarize_rows(run: Run, rows: dict[str, Any]) -> None:
@@ -408,8 +556,16 @@ def summarize_rows(run: Run, rows: dict[str, Any]) -> None:
         rounds = row["rounds"]
         for figure in ("unet_step_ms", "picture_ms"):
             found = summarize_rounds([r[figure] for r in rounds])
-            fastest = min(float(np.median(r[figure])) for r in rounds)  # others on the machine only ever slow a round down
-            row[figure] = {"median": found.median, "low": found.low, "high": found.high, "noisy": found.noisy, "fastest_round": fastest}
+            fastest = min(
+                float(np.median(r[figure])) for r in rounds
+            )  # others on the machine only ever slow a round down
+            row[figure] = {
+                "median": found.median,
+                "low": found.low,
+                "high": found.high,
+                "noisy": found.noisy,
+                "fastest_round": fastest,
+            }
         row["first_picture_s"] = (rounds[0]["load_ms"] + rounds[0]["first_picture_ms"]) / 1000
         row["peak_mib"] = max(r["device_mib"] if run.device == "cuda" else r["peak_rss_mib"] for r in rounds)
         row["unet_file_mib"] = unet_mib(WAYS[run.device][name], run.folder)
@@ -425,7 +581,13 @@ def summarize_rows(run: Run, rows: dict[str, Any]) -> None:
 def table(rows: dict[str, Any]) -> str:
     """One table, the reference first; where a way has no figures its reason."""
     reference = rows[REFERENCE]
-    lines = ["| | UNet step, ms | | its fastest round | whole picture, ms | | its fastest round | first picture, s | peak memory, MiB | UNet file, MiB | relative L2 | picture, dB |", "|---|" + "---|" * 11]
+    lines = [
+        (
+            "| | UNet step, ms | | its fastest round | whole picture, ms | | its fastest round | first picture, s |"
+            " peak memory, MiB | UNet file, MiB | relative L2 | picture, dB |"
+        ),
+        "|---|" + "---|" * 11,
+    ]
     for name, row in rows.items():
         if "failed" in row:
             lines.append(f"| {name} | {row['failed']} |" + " |" * 10)
@@ -434,10 +596,21 @@ def table(rows: dict[str, Any]) -> str:
         for figure in ("unet_step_ms", "picture_ms"):
             found = row[figure]
             times = f"{reference[figure]['median'] / found['median']:.2f}×" if figure in reference else "–"
-            cells += [f"{found['median']:,.1f} ({found['low']:,.1f} to {found['high']:,.1f}){', noisy' if found['noisy'] else ''}", times, f"{found['fastest_round']:,.1f}"]
+            cells += [
+                (
+                    f"{found['median']:,.1f} ({found['low']:,.1f} to"
+                    f" {found['high']:,.1f}){', noisy' if found['noisy'] else ''}"
+                ),
+                times,
+                f"{found['fastest_round']:,.1f}",
+            ]
         psnr = row.get("picture_psnr_db")
         cells += [f"{row['first_picture_s']:.1f}", f"{row['peak_mib']:,.0f}", f"{row['unet_file_mib']:,.1f}"]
-        cells += ["–", "–"] if "relative_l2" not in row else [f"{row['relative_l2']:.1e}", "the same" if psnr is None else f"{psnr:.1f}"]
+        cells += (
+            ["–", "–"]
+            if "relative_l2" not in row
+            else [f"{row['relative_l2']:.1e}", "the same" if psnr is None else f"{psnr:.1f}"]
+        )
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -455,7 +628,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="folder for environments, exports and answers; kept")
-    parser.add_argument("--model", choices=["nano", *STUDENTS], default="nano", help="nano, or random weights in the shape of SD1.5 or a student of it")
+    parser.add_argument(
+        "--model",
+        choices=["nano", *STUDENTS],
+        default="nano",
+        help="nano, or random weights in the shape of SD1.5 or a student of it",
+    )
     parser.add_argument("--device", choices=list(WAYS), default="cpu")
     parser.add_argument("--steps", type=int, help="of a picture; by default 25, and 4 for a full-size model on a CPU")
     parser.add_argument("--rounds", type=int, help="by default 3, and 1 for a full-size model on a CPU")
@@ -467,17 +645,35 @@ def main() -> None:
         parser.error(f"no way {', '.join(sorted(unknown))}; there are: {', '.join(WAYS[args.device])}")
     slow = args.device == "cpu" and args.model != "nano"
     samples, pictures = (2, 1) if slow else (20, 2) if args.device == "cpu" else (50, 5)
-    run = Run(args.model, args.device, args.work.resolve(), args.steps or (4 if slow else 25), args.rounds or (1 if slow else 3), samples, pictures)
+    run = Run(
+        args.model,
+        args.device,
+        args.work.resolve(),
+        args.steps or (4 if slow else 25),
+        args.rounds or (1 if slow else 3),
+        samples,
+        pictures,
+    )
 
     run.folder.mkdir(parents=True, exist_ok=True)
-    compiled_before = any(answer_of(name, run.folder).is_file() for name, way in ways.items() if way.compile is not None)
-    if not (run.folder / "model").is_dir() and (reason := child(sys.executable, run.case("model"), run.work).get("failed")):
+    compiled_before = any(
+        answer_of(name, run.folder).is_file() for name, way in ways.items() if way.compile is not None
+    )
+    if not (run.folder / "model").is_dir() and (
+        reason := child(sys.executable, run.case("model"), run.work).get("failed")
+    ):
         sys.exit(f"the model could not be written: {reason}")
     rows: dict[str, Any] = {}
     for name, way in ways.items():
         reason, seconds = prepare(name, way, run)
-        rows[name] = {"note": way.note} | ({"prepare_s": seconds} if seconds else {}) | ({"failed": reason} if reason else {})
-        print(f"{name}: {reason or (f'prepared in {seconds} s' if seconds else 'nothing to prepare')}", file=sys.stderr, flush=True)
+        rows[name] = (
+            {"note": way.note} | ({"prepare_s": seconds} if seconds else {}) | ({"failed": reason} if reason else {})
+        )
+        print(
+            f"{name}: {reason or (f'prepared in {seconds} s' if seconds else 'nothing to prepare')}",
+            file=sys.stderr,
+            flush=True,
+        )
     if args.prepare:
         return
     from sdcompress_bench.environment import environment
@@ -486,12 +682,33 @@ def main() -> None:
     measure_all(run, rows)
     summarize_rows(run, rows)
     size = next((r["size_px"] for row in rows.values() for r in row.get("rounds", [])), None)
-    settings = {"model": run.model, "device": run.device, "size_px": size, "unet_batch": 2, "steps": run.steps, "rounds": run.rounds, "samples": run.samples, "pictures": run.pictures, "compiled_before": compiled_before}
+    settings = {
+        "model": run.model,
+        "device": run.device,
+        "size_px": size,
+        "unet_batch": 2,
+        "steps": run.steps,
+        "rounds": run.rounds,
+        "samples": run.samples,
+        "pictures": run.pictures,
+        "compiled_before": compiled_before,
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"settings": settings, "ways": rows, "environment": machine}, indent=1) + "\n", encoding="utf-8")
+    args.output.write_text(
+        json.dumps({"settings": settings, "ways": rows, "environment": machine}, indent=1) + "\n", encoding="utf-8"
+    )
     print(table(rows))
     measured = {n: r for n, r in rows.items() if "failed" not in r}
-    print(json.dumps({"settings": settings, "unet_step_ms": {n: r["unet_step_ms"]["median"] for n, r in measured.items()}, "picture_ms": {n: r["picture_ms"]["median"] for n, r in measured.items()}, "failed": {n: r["failed"] for n, r in rows.items() if "failed" in r}}))
+    print(
+        json.dumps(
+            {
+                "settings": settings,
+                "unet_step_ms": {n: r["unet_step_ms"]["median"] for n, r in measured.items()},
+                "picture_ms": {n: r["picture_ms"]["median"] for n, r in measured.items()},
+                "failed": {n: r["failed"] for n, r in rows.items() if "failed" in r},
+            }
+        )
+    )
     if all("failed" in row for row in rows.values()):
         sys.exit("no way ran")
 

@@ -1,14 +1,16 @@
-"""Our training loop beside a loop in the public scripts' manner, on one machine in one run: samples a second and peak memory.
+"""Our training loop beside a loop in the public scripts' manner, on one machine in one run: samples a second and peak
+memory.
 
-    python bench/peers/training.py -o bench/results/training-peers-nano.json      nano, fp32 and bf16, one thread and two
-    python bench/peers/training.py --model sd15 --precision bf16 -o bench/results/training-peers-sd15.json     for a GPU
+    python bench/peers/training.py -o bench/results/training-peers-nano.json      nano, fp32 and bf16, one thread and
+    two python bench/peers/training.py --model sd15 --precision bf16 -o bench/results/training-peers-sd15.json     for a
+    GPU
 
-The manner of the public distillation scripts (BK-SDM, distill-sd): the teacher in fp32, the VAE's encoder and the text encoder at every
-step, pictures decoded in the loop, fused attention as torch picks it. Both loops compute the same losses (bk-tiny, weights 1, 1, 1) on the
-same pictures with the same optimizer and the student under the same autocast. Each measurement is a process of its own, in turn
-A B A B; ours has its cache made before the clock starts, and the time that took is given apart. SD1.5 has random
-weights: how long a step takes does not depend on them. The share of the peak is that of the UNets' own operations in the
-best matrix product of this machine.
+The manner of the public distillation scripts (BK-SDM, distill-sd): the teacher in fp32, the VAE's encoder and the text
+encoder at every step, pictures decoded in the loop, fused attention as torch picks it. Both loops compute the same
+losses (bk-tiny, weights 1, 1, 1) on the same pictures with the same optimizer and the student under the same autocast.
+Each measurement is a process of its own, in turn A B A B; ours has its cache made before the clock starts, and the time
+that took is given apart. SD1.5 has random weights: how long a step takes does not depend on them. The share of the peak
+is that of the UNets' own operations in the best matrix product of this machine.
 """
 
 from __future__ import annotations
@@ -319,10 +321,14 @@ def measure_row(case: Case, rounds: int) -> dict[str, Any]:
     speed = {name: statistics.median(each["samples_per_s"] for each in row) for name, row in found.items()}
     limit = run_apart(case, LIMIT)
     return {
-        "precision": choose_precision(case.precision, DEVICE.type), "threads": case.threads, "samples_per_s": speed,
-        "speedup": speed["ours"] / speed["public manner"], "limit": limit, "share_of_peak": speed["ours"] / limit["samples_per_s"],
+        "precision": choose_precision(case.precision, DEVICE.type),
+        "threads": case.threads,
+        "samples_per_s": speed,
+        "speedup": speed["ours"] / speed["public manner"],
+        "limit": limit,
+        "share_of_peak": speed["ours"] / limit["samples_per_s"],
         "rounds": found,
-    }  # fmt: skip
+    }
 
 
 def run_apart(case: Case, measure: str) -> dict[str, Any]:
@@ -349,7 +355,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             values = [each["samples_per_s"] for each in found]
             cells.append(f"{row['samples_per_s'][name]:.1f} ({min(values):.1f} to {max(values):.1f})")
         lines.append(
-            f"| {row['precision']} | {row['threads'] or '–'} | {' | '.join(cells)} | {row['speedup']:.2f} | {row['share_of_peak']:.0%} |"
+            f"| {row['precision']} | {row['threads'] or '–'} | {' | '.join(cells)} | {row['speedup']:.2f} |"
+            f" {row['share_of_peak']:.0%} |"
         )
     last = rows[-1]["rounds"]["public manner"][-1]["seconds"]
     share = ", ".join(

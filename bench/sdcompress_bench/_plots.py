@@ -1,4 +1,7 @@
-"""Plots as inline SVG. Positions along x are percentages and text is in pixels, so one drawing is sharp and legible at any width."""
+"""Plots as inline SVG.
+
+Positions along x are percentages and text is in pixels, so one drawing is sharp and legible at any width.
+"""
 
 from __future__ import annotations
 
@@ -50,47 +53,79 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
     for index, row in enumerate(rows):
         y = index * _ROW
         width, low, high = (100 * v / top for v in (row.value, row.low, row.high))
-        out.append(f'<text x="0" y="{y + 14}" class="label">{escape(row.label)}</text><rect x="0" y="{y + 20}" width="{width:.2f}%" height="12" rx="2" class="{row.tone}"/>')
+        out.append(
+            f'<text x="0" y="{y + 14}" class="label">{escape(row.label)}</text><rect x="0" y="{y + 20}"'
+            f' width="{width:.2f}%" height="12" rx="2" class="{row.tone}"/>'
+        )
         out.append(f'<line x1="{low:.2f}%" x2="{high:.2f}%" y1="{y + 26}" y2="{y + 26}" class="whisker"/>')
-        out += [f'<line x1="{end:.2f}%" x2="{end:.2f}%" y1="{y + 22}" y2="{y + 30}" class="whisker"/>' for end in (low, high)]
+        out += [
+            f'<line x1="{end:.2f}%" x2="{end:.2f}%" y1="{y + 22}" y2="{y + 30}" class="whisker"/>'
+            for end in (low, high)
+        ]
         out.append(f'<text x="{max(width, high):.2f}%" dx="8" y="{y + 30}" class="value">{escape(row.text)}</text>')
     return _figure(title, len(rows) * _ROW, "".join(out))
 
 
 def scatter(title: str, dots: Sequence[Dot], x_name: str, y_name: str, level: tuple[float, str] | None = None) -> str:
-    """Dots with a whisker along y, unlabelled where `label` is empty; `level` is a horizontal line with its name, such as a ceiling."""
+    """Dots with a whisker along y, unlabelled where `label` is empty; `level` is a horizontal line with its name, such
+    as a ceiling.
+    """
     xs = [dot.x for dot in dots]
     ys = [value for dot in dots for value in (dot.low, dot.high)] + ([level[0]] if level else [])
     x_axis, y_axis = _Axis(0, max(xs) * 1.15), _Axis(*_padded(min(ys), max(ys)))
     out = [_grid(x_axis, y_axis, x_name, y_name)]
     if level:
         y = y_axis.y(level[0])
-        out.append(f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="level"/><text x="{_LEFT + 1}%" y="{y - 6:.1f}" class="tick">{escape(level[1])}</text>')
+        out.append(
+            f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="level"/><text x="{_LEFT + 1}%"'
+            f' y="{y - 6:.1f}" class="tick">{escape(level[1])}</text>'
+        )
     for dot in dots:
         x, y, low, high = x_axis.x(dot.x), y_axis.y(dot.y), y_axis.y(dot.low), y_axis.y(dot.high)
         anchor, shift = ("end", -9) if x > 70 else ("start", 9)
-        out.append(f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{low:.1f}" y2="{high:.1f}" class="whisker faint"/><circle cx="{x:.2f}%" cy="{y:.1f}" r="5" class="{dot.tone}"/>')
-        out.append(f'<text x="{x:.2f}%" dx="{shift}" y="{y - 7:.1f}" text-anchor="{anchor}" class="label small">{escape(dot.label)}</text>')
+        out.append(
+            f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{low:.1f}" y2="{high:.1f}" class="whisker faint"/><circle'
+            f' cx="{x:.2f}%" cy="{y:.1f}" r="5" class="{dot.tone}"/>'
+        )
+        out.append(
+            f'<text x="{x:.2f}%" dx="{shift}" y="{y - 7:.1f}" text-anchor="{anchor}" class="label'
+            f' small">{escape(dot.label)}</text>'
+        )
     return _figure(title, _PLOT + 44, "".join(out))
 
 
-def lines(title: str, series: Sequence[Line], x_name: str, y_name: str, log: bool = False, level: tuple[float, str] | None = None) -> str:
+def lines(
+    title: str,
+    series: Sequence[Line],
+    x_name: str,
+    y_name: str,
+    log: bool = False,
+    level: tuple[float, str] | None = None,
+) -> str:
     """Curves over a shared x, y linear or logarithmic; a legend below."""
     xs = [x for line in series for x, _ in line.points]
     ys = [y for line in series for _, y in line.points if not log or y > 0] + ([level[0]] if level else [])
     if not xs or not ys:
         return ""
     x_axis = _Axis(min(xs), max(xs))
-    y_axis = _Axis(10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys) * 1.0001)), log=True) if log else _Axis(*_padded(min(0.0, *ys), max(ys)))
+    y_axis = (
+        _Axis(10 ** math.floor(math.log10(min(ys))), 10 ** math.ceil(math.log10(max(ys) * 1.0001)), log=True)
+        if log
+        else _Axis(*_padded(min(0.0, *ys), max(ys)))
+    )
     out = [_grid(x_axis, y_axis, x_name, y_name)]
     if level:
         y = y_axis.y(level[0])
-        out.append(f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="level"/><text x="{_LEFT + 1}%" y="{y - 6:.1f}" class="tick">{escape(level[1])}</text>')
+        out.append(
+            f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="level"/><text x="{_LEFT + 1}%"'
+            f' y="{y - 6:.1f}" class="tick">{escape(level[1])}</text>'
+        )
     # Polylines take no percentages, so curves are drawn in a box of 1000 units that stretches with the page.
     for line in series:
         points = " ".join(f"{x_axis.x(x) * 10:.1f},{y_axis.y(y):.1f}" for x, y in line.points if not log or y > 0)
         out.append(
-            f'<svg x="0" y="0" width="100%" height="{_PLOT}" viewBox="0 0 1000 {_PLOT}" preserveAspectRatio="none"><polyline points="{points}" class="curve {line.tone}"/></svg>'
+            f'<svg x="0" y="0" width="100%" height="{_PLOT}" viewBox="0 0 1000 {_PLOT}"'
+            f' preserveAspectRatio="none"><polyline points="{points}" class="curve {line.tone}"/></svg>'
         )
     legend = "".join(f'<span><i class="{line.tone}"></i>{escape(line.label)}</span>' for line in series)
     return _figure(title, _PLOT + 44, "".join(out), f'<div class="legend">{legend}</div>')
@@ -105,7 +140,9 @@ class _Axis:
     log: bool = False
 
     def part(self, value: float) -> float:
-        low, high, value = (math.log10(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, value = (
+            (math.log10(v) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        )
         return (value - low) / (high - low) if high > low else 0.5
 
     def x(self, value: float) -> float:
@@ -133,13 +170,21 @@ def _padded(low: float, high: float) -> tuple[float, float]:
 
 
 def _grid(x_axis: _Axis, y_axis: _Axis, x_name: str, y_name: str) -> str:
-    out = [f'<text x="0" y="{_PLOT + 38}" class="tick">↑ {escape(y_name)}</text><text x="100%" y="{_PLOT + 38}" text-anchor="end" class="tick">{escape(x_name)} →</text>']
+    out = [
+        f'<text x="0" y="{_PLOT + 38}" class="tick">↑ {escape(y_name)}</text><text x="100%" y="{_PLOT + 38}"'
+        f' text-anchor="end" class="tick">{escape(x_name)} →</text>'
+    ]
     for tick in y_axis.ticks():
         y = y_axis.y(tick)
         out.append(
-            f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="rule"/><text x="{_LEFT - 1}%" y="{y + 4:.1f}" text-anchor="end" class="tick">{_tick(tick, y_axis.log)}</text>'
+            f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="rule"/><text x="{_LEFT - 1}%"'
+            f' y="{y + 4:.1f}" text-anchor="end" class="tick">{_tick(tick, y_axis.log)}</text>'
         )
-    out += [f'<text x="{x_axis.x(tick):.2f}%" y="{_PLOT + 18}" text-anchor="middle" class="tick">{_tick(tick, x_axis.log)}</text>' for tick in x_axis.ticks()]
+    out += [
+        f'<text x="{x_axis.x(tick):.2f}%" y="{_PLOT + 18}" text-anchor="middle"'
+        f' class="tick">{_tick(tick, x_axis.log)}</text>'
+        for tick in x_axis.ticks()
+    ]
     return "".join(out)
 
 

@@ -1,4 +1,7 @@
-"""What the fork server imports once for every measured process. Nothing here computes: a thread pool started before the fork would be dead after it."""
+"""What the fork server imports once for every measured process.
+
+Nothing here computes: a thread pool started before the fork would be dead after it.
+"""
 
 import diffusers
 import torch
@@ -8,4 +11,15 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 import sdcompress.pipeline
 
-__all__ = ["AutoencoderKL", "CLIPTextModel", "CLIPTokenizer", "DDIMScheduler", "StableDiffusionPipeline", "UNet2DConditionModel", "diffusers", "sdcompress", "torch", "transformers"]
+__all__ = [
+    "AutoencoderKL",
+    "CLIPTextModel",
+    "CLIPTokenizer",
+    "DDIMScheduler",
+    "StableDiffusionPipeline",
+    "UNet2DConditionModel",
+    "diffusers",
+    "sdcompress",
+    "torch",
+    "transformers",
+]

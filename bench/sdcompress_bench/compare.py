@@ -32,7 +32,9 @@ class TimeLine:
 
 @dataclass(frozen=True)
 class FigureLine:
-    """One figure of fidelity or quality: both values, and whether their intervals are apart (None where a side has none)."""
+    """One figure of fidelity or quality: both values, and whether their intervals are apart (None where a side has
+    none).
+    """
 
     what: str
     figure: str
@@ -67,14 +69,27 @@ def compare(before: Results, after: Results, before_name: str = "before", after_
     Raises:
         ArtifactError: they measured unlike things: no scenario in common, or other steps or guidance.
     """
-    unlike = [f"{name} {before.settings[name]} and {after.settings[name]}" for name in _MUST_AGREE if before.settings[name] != after.settings[name]]
+    unlike = [
+        f"{name} {before.settings[name]} and {after.settings[name]}"
+        for name in _MUST_AGREE
+        if before.settings[name] != after.settings[name]
+    ]
     if unlike:
-        raise ArtifactError(f"cannot be compared with {before_name}: {'; '.join(unlike)}", where=after_name, expected="two runs of the same suite", hint="measure one of them again with the other's settings")
+        raise ArtifactError(
+            f"cannot be compared with {before_name}: {'; '.join(unlike)}",
+            where=after_name,
+            expected="two runs of the same suite",
+            hint="measure one of them again with the other's settings",
+        )
     sides = [{_key(run): run for run in results.latency if not run.failed} for results in (before, after)]
     shared = [key for key in sides[0] if key in sides[1]]
     if not shared:
         names = [", ".join(map(_named, side)) or "none that ran" for side in sides]
-        raise ArtifactError(f"has no scenario in common with {before_name}: {names[1]} beside {names[0]}", where=after_name, expected="equal model names, backends, precisions, sizes and batches")
+        raise ArtifactError(
+            f"has no scenario in common with {before_name}: {names[1]} beside {names[0]}",
+            where=after_name,
+            expected="equal model names, backends, precisions, sizes and batches",
+        )
     lines = []
     for key in shared:
         for stage in STAGES:
@@ -83,9 +98,14 @@ def compare(before: Results, after: Results, before_name: str = "before", after_
             if medians[0] and medians[1]:
                 lines.append(TimeLine(_named(key), stage, medians[0].median, medians[1].median, change(x, y)))
     return Comparison(
-        before_name, after_name, lines, list(_figures(before, after)),
-        [_named(_key(run)) for run in before.latency if _key(run) not in shared], [_named(_key(run)) for run in after.latency if _key(run) not in shared], _notes(before, after),
-    )  # fmt: skip
+        before_name,
+        after_name,
+        lines,
+        list(_figures(before, after)),
+        [_named(_key(run)) for run in before.latency if _key(run) not in shared],
+        [_named(_key(run)) for run in after.latency if _key(run) not in shared],
+        _notes(before, after),
+    )
 
 
 def _key(run: Latency) -> tuple[str, Way, int, int]:
@@ -103,7 +123,9 @@ def _figures(before: Results, after: Results) -> Iterator[FigureLine]:
         found: dict[tuple[str, str], Any] = {}
         for entry in results.backends:
             if "relative_l2" in entry:
-                found[f"{entry['model']}, {Way(entry['backend'], entry['precision'])}", "relative L2 to PyTorch fp32"] = entry["relative_l2"]
+                found[
+                    f"{entry['model']}, {Way(entry['backend'], entry['precision'])}", "relative L2 to PyTorch fp32"
+                ] = entry["relative_l2"]
         for name, figures in [*results.students.items(), *results.quality.items()]:
             found |= {(name, key): figures[key] for key in _SETS if key in figures}
             if "relative_l2_mean" in figures:
@@ -128,11 +150,19 @@ def _notes(before: Results, after: Results) -> list[str]:
     if cards[0] != cards[1]:
         notes.append(f"another GPU or driver: {cards[0]} and {cards[1]}")
     packages = [env.get("packages", {}) for env in (x, y)]
-    notes += [f"{name} {packages[0].get(name, 'none')} and {packages[1].get(name, 'none')}" for name in sorted({*packages[0], *packages[1]}) if packages[0].get(name) != packages[1].get(name)]
+    notes += [
+        f"{name} {packages[0].get(name, 'none')} and {packages[1].get(name, 'none')}"
+        for name in sorted({*packages[0], *packages[1]})
+        if packages[0].get(name) != packages[1].get(name)
+    ]
     if x.get("commit") != y.get("commit"):
         notes.append(f"commit {x.get('commit')} and {y.get('commit')}")
     weights = [{model["name"]: model["sha256"] for model in results.models} for results in (before, after)]
-    notes += [f"{name}: other weights ({weights[0][name][:12]} and {weights[1][name][:12]})" for name in weights[0] if name in weights[1] and weights[0][name] != weights[1][name]]
+    notes += [
+        f"{name}: other weights ({weights[0][name][:12]} and {weights[1][name][:12]})"
+        for name in weights[0]
+        if name in weights[1] and weights[0][name] != weights[1][name]
+    ]
     if before.settings["rounds"] != after.settings["rounds"]:
         notes.append(f"rounds {before.settings['rounds']} and {after.settings['rounds']}")
     return notes
@@ -161,7 +191,10 @@ def render(found: Comparison) -> str:
         if line.change.p_value is not None:
             told += f"  ({line.change.low - 1:+.1%} to {line.change.high - 1:+.1%})"
         note = f": {line.change.note}" if line.change.note else ""
-        out.append(f"{line.scenario:<{width}}  {line.stage:<13}{line.before_ms:>11,.2f} → {line.after_ms:>10,.2f} ms  {told:<30}{signs[line.change.verdict]}{note}")
+        out.append(
+            f"{line.scenario:<{width}}  {line.stage:<13}{line.before_ms:>11,.2f} → {line.after_ms:>10,.2f} ms "
+            f" {told:<30}{signs[line.change.verdict]}{note}"
+        )
     if found.figures:
         out.append("")
         wide = max(len(f"{line.what}  {line.figure}") for line in found.figures)
@@ -169,6 +202,14 @@ def render(found: Comparison) -> str:
             verdict = {True: "changed", False: "within the intervals", None: ""}[figure.apart]
             label = f"{figure.what}  {figure.figure}"
             out.append(f"{label:<{wide}}  {figure.before:>10.4g} → {figure.after:<10.4g}  {verdict}")
-    out += ["", *(f"only before: {name}" for name in found.only_before), *(f"only after: {name}" for name in found.only_after), *(f"note: {note}" for note in found.notes)]
-    out.append(f"A change is told where its odds by chance are under {SIGNIFICANCE:.0%} and it is at least {LEAST_CHANGE:.0%} (Welch's test on the rounds); drift between the two runs is not noise it can see.")
+    out += [
+        "",
+        *(f"only before: {name}" for name in found.only_before),
+        *(f"only after: {name}" for name in found.only_after),
+        *(f"note: {note}" for note in found.notes),
+    ]
+    out.append(
+        f"A change is told where its odds by chance are under {SIGNIFICANCE:.0%} and it is at least {LEAST_CHANGE:.0%}"
+        " (Welch's test on the rounds); drift between the two runs is not noise it can see."
+    )
     return "\n".join(out)

@@ -13,7 +13,10 @@ from sdcompress_engines.manifest import installed_versions
 
 
 def environment() -> dict[str, Any]:
-    """CPU, memory, GPU, driver and clocks, OS, Python, package versions, load, git commit. No host name, no user, no path."""
+    """CPU, memory, GPU, driver and clocks, OS, Python, package versions, load, git commit.
+
+    No host name, no user, no path.
+    """
     import torch
 
     return {
@@ -46,7 +49,10 @@ def load_average() -> float | None:
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
 
 
 def _cpu_features() -> list[str]:
@@ -54,7 +60,11 @@ def _cpu_features() -> list[str]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
-    return [name for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8") if name in flags]
+    return [
+        name
+        for name in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8")
+        if name in flags
+    ]
 
 
 def _clocks() -> str:
@@ -63,11 +73,21 @@ def _clocks() -> str:
     gpu = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader").splitlines()
     if gpu:
         names = ("SM", "SM at most", "memory", "power limit", "persistence")
-        return "; ".join(", ".join(f"{name} {value.strip()}" for name, value in zip(names, line.split(","), strict=False)) for line in gpu)
+        return "; ".join(
+            ", ".join(f"{name} {value.strip()}" for name, value in zip(names, line.split(","), strict=False))
+            for line in gpu
+        )
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     cpuinfo = Path("/proc/cpuinfo")
-    speeds = [float(line.split(":", 1)[1]) for line in (cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []) if line.startswith("cpu MHz")]
-    parts = [f"CPU {max(speeds):,.0f} MHz" if speeds else "", governor.read_text(encoding="utf-8").strip() if governor.is_file() else ""]
+    speeds = [
+        float(line.split(":", 1)[1])
+        for line in (cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else [])
+        if line.startswith("cpu MHz")
+    ]
+    parts = [
+        f"CPU {max(speeds):,.0f} MHz" if speeds else "",
+        governor.read_text(encoding="utf-8").strip() if governor.is_file() else "",
+    ]
     return ", ".join(part for part in parts if part)
 
 
@@ -79,13 +99,20 @@ def _gpus() -> list[dict[str, Any]]:
     driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
-        {"name": gpu.name, "memory_mib": gpu.total_memory // 2**20, "compute": f"{gpu.major}.{gpu.minor}", "driver": driver[0] if driver else "", "cuda": torch.version.cuda}
+        {
+            "name": gpu.name,
+            "memory_mib": gpu.total_memory // 2**20,
+            "compute": f"{gpu.major}.{gpu.minor}",
+            "driver": driver[0] if driver else "",
+            "cuda": torch.version.cuda,
+        }
         for gpu in found
     ]
 
 
 def gpu_memory_used_mib() -> float | None:
-    """Returns the memory in use on all GPUs as the driver counts it, contexts included, MiB; None where `nvidia-smi` does not answer.
+    """Returns the memory in use on all GPUs as the driver counts it, contexts included, MiB; None where `nvidia-smi`
+    does not answer.
 
     It starts no CUDA context, unlike torch's own figures.
     """

@@ -1,4 +1,7 @@
-"""How far two models' outputs are apart. Two questions, never mixed: the same weights on another backend, and a student against its teacher."""
+"""How far two models' outputs are apart.
+
+Two questions, never mixed: the same weights on another backend, and a student against its teacher.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,9 @@ class StepError:
 
 @dataclass(frozen=True)
 class PictureError:
-    """PSNR and SSIM of one picture against its counterpart of the same seed and prompt; LPIPS where its weights are installed."""
+    """PSNR and SSIM of one picture against its counterpart of the same seed and prompt; LPIPS where its weights are
+    installed.
+    """
 
     psnr_db: float
     ssim: float
@@ -39,7 +44,9 @@ class PictureError:
 
 @dataclass(frozen=True)
 class UNetInputs:
-    """What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, 77, D), and SDXL's `text_embeds` (B, E) and `time_ids` (B, 6)."""
+    """What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, 77, D), and SDXL's `text_embeds`
+    (B, E) and `time_ids` (B, 6).
+    """
 
     encoder_hidden_states: torch.Tensor
     text_embeds: torch.Tensor | None = None
@@ -48,12 +55,18 @@ class UNetInputs:
     @classmethod
     @torch.no_grad()
     def of(cls, pipeline: Any, captions: Sequence[str], size_px: int) -> UNetInputs:
-        """Captions as the pipeline's own text encoders see them, on its device and in its UNet's dtype, for pictures of a size."""
+        """Captions as the pipeline's own text encoders see them, on its device and in its UNet's dtype, for pictures of
+        a size.
+        """
         unet = pipeline.unet
         if getattr(pipeline, "text_encoder_2", None) is None:
             return cls(pipeline.text_encoder(tokens(pipeline.tokenizer, captions, unet.device))[0].to(unet.dtype))
-        states, _, pooled, _ = pipeline.encode_prompt(list(captions), device=unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
-        sizes = torch.tensor([[size_px, size_px, 0, 0, size_px, size_px]] * len(captions), device=unet.device, dtype=unet.dtype)
+        states, _, pooled, _ = pipeline.encode_prompt(
+            list(captions), device=unet.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        sizes = torch.tensor(
+            [[size_px, size_px, 0, 0, size_px, size_px]] * len(captions), device=unet.device, dtype=unet.dtype
+        )
         return cls(states.to(unet.dtype), pooled.to(unet.dtype), sizes)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> UNetInputs:
@@ -64,12 +77,23 @@ class UNetInputs:
         return self._map(lambda tensor: torch.cat([tensor] * times))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> UNetInputs:
-        return UNetInputs(*(None if tensor is None else function(tensor) for tensor in (self.encoder_hidden_states, self.text_embeds, self.time_ids)))  # type: ignore[arg-type]
+        return UNetInputs(
+            *(
+                None if tensor is None else function(tensor)
+                for tensor in (self.encoder_hidden_states, self.text_embeds, self.time_ids)
+            )
+        )  # type: ignore[arg-type]
 
     def call(self, unet: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The UNet's noise prediction, shaped as `sample`; a runner may own its memory until the next call."""
         added = None if self.text_embeds is None else {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
-        out: torch.Tensor = unet(sample, timestep, encoder_hidden_states=self.encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0]
+        out: torch.Tensor = unet(
+            sample,
+            timestep,
+            encoder_hidden_states=self.encoder_hidden_states,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
         return out
 
 
@@ -96,22 +120,37 @@ class Probe:
 
 def tokens(tokenizer: Any, captions: Sequence[str], device: torch.device | str) -> torch.Tensor:
     """(B, 77) int64, cut and padded as Stable Diffusion does."""
-    ids: torch.Tensor = tokenizer(list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt").input_ids
+    ids: torch.Tensor = tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
     return ids.to(device)
 
 
-def load(path: str | Path, backend: str, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "fp32") -> Any:
-    """A silent pipeline on a device, with TensorRT-RTX's kernels compiled before they run: what is timed first is what stays."""
+def load(
+    path: str | Path, backend: str, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "fp32"
+) -> Any:
+    """A silent pipeline on a device, with TensorRT-RTX's kernels compiled before they run: what is timed first is what
+    stays.
+    """
     from sdcompress.pipeline import load_pipeline
 
-    pipeline = load_pipeline(path, backend, None if artifacts is None else Path(artifacts), device=device, precision=precision, steady=True)  # type: ignore[arg-type]
+    pipeline = load_pipeline(
+        path, backend, None if artifacts is None else Path(artifacts), device=device, precision=precision, steady=True
+    )  # type: ignore[arg-type]
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @torch.inference_mode()
-def make_probe(pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], timesteps: Sequence[int], seed: int) -> Probe:
-    """The teacher's own pictures, encoded and noised to each timestep: what its UNet meets in use, unlike pure noise at a late step.
+def make_probe(
+    pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], timesteps: Sequence[int], seed: int
+) -> Probe:
+    """The teacher's own pictures, encoded and noised to each timestep: what its UNet meets in use, unlike pure noise at
+    a late step.
 
     `pipeline` is a PyTorch pipeline; its scheduler says how much noise a timestep has.
     """
@@ -122,16 +161,24 @@ def make_probe(pipeline: Any, images: Sequence[Image.Image], captions: Sequence[
 
 
 @torch.inference_mode()
-def make_random_probe(pipeline: Any, size_px: int, captions: Sequence[str], timesteps: Sequence[int], seed: int) -> Probe:
+def make_random_probe(
+    pipeline: Any, size_px: int, captions: Sequence[str], timesteps: Sequence[int], seed: int
+) -> Probe:
     """Gaussian latents in the place of pictures, for weights that are random and draw none."""
     side = size_px // pipeline.vae_scale_factor
-    clean = torch.randn(len(captions), pipeline.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed + 1))
+    clean = torch.randn(
+        len(captions), pipeline.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed + 1)
+    )
     return _noised(pipeline, clean, captions, timesteps, seed, size_px)
 
 
-def _noised(pipeline: Any, clean: torch.Tensor, captions: Sequence[str], timesteps: Sequence[int], seed: int, size_px: int) -> Probe:
+def _noised(
+    pipeline: Any, clean: torch.Tensor, captions: Sequence[str], timesteps: Sequence[int], seed: int, size_px: int
+) -> Probe:
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
-    noised = torch.stack([pipeline.scheduler.add_noise(clean, noise, torch.full((len(clean),), t, dtype=torch.long)) for t in timesteps])
+    noised = torch.stack(
+        [pipeline.scheduler.add_noise(clean, noise, torch.full((len(clean),), t, dtype=torch.long)) for t in timesteps]
+    )
     given = UNetInputs.of(pipeline, captions, size_px).to("cpu", torch.float32)
     return Probe(noised, tuple(timesteps), given.encoder_hidden_states, given.text_embeds, given.time_ids)
 
@@ -144,12 +191,20 @@ def predict(pipeline: Any, probe: Probe) -> torch.Tensor:
     outputs = []
     for sample, timestep in zip(probe.latents, probe.timesteps, strict=True):
         # A runner may own its output buffer, so it is copied before the next call.
-        outputs.append(inputs.call(unet, sample.to(unet.device, unet.dtype), torch.tensor(timestep, device=unet.device)).float().cpu().clone())
+        outputs.append(
+            inputs.call(unet, sample.to(unet.device, unet.dtype), torch.tensor(timestep, device=unet.device))
+            .float()
+            .cpu()
+            .clone()
+        )
     return torch.stack(outputs)
 
 
 def relative_l2(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖output − reference‖ / ‖reference‖, over all elements; 0 for equal tensors. Unlike cosine it sees a wrong scale."""
+    """‖output − reference‖ / ‖reference‖, over all elements; 0 for equal tensors.
+
+    Unlike cosine it sees a wrong scale.
+    """
     return ((output.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)).item()
 
 
@@ -159,7 +214,9 @@ def cosine(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def psnr_db(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, at most `PSNR_CAP_DB`, and minus that where a value is not finite; the peak is the reference's own range."""
+    """Peak signal-to-noise ratio in dB, at most `PSNR_CAP_DB`, and minus that where a value is not finite; the peak is
+    the reference's own range.
+    """
     peak = (reference.max() - reference.min()).item()
     mse = (output.double() - reference.double()).square().mean().item()
     if mse == 0:
@@ -169,10 +226,15 @@ def psnr_db(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 def compare_steps(output: torch.Tensor, reference: torch.Tensor, timesteps: Sequence[int]) -> list[StepError]:
     """A `StepError` for each timestep of two predictions (T, B, C, h, w)."""
-    return [StepError(t, relative_l2(o, r), cosine(o, r), psnr_db(o, r)) for t, o, r in zip(timesteps, output, reference, strict=True)]
+    return [
+        StepError(t, relative_l2(o, r), cosine(o, r), psnr_db(o, r))
+        for t, o, r in zip(timesteps, output, reference, strict=True)
+    ]
 
 
-def compare_pictures(images: Sequence[Image.Image], references: Sequence[Image.Image], lpips: Lpips | None = None) -> list[PictureError]:
+def compare_pictures(
+    images: Sequence[Image.Image], references: Sequence[Image.Image], lpips: Lpips | None = None
+) -> list[PictureError]:
     """A `PictureError` for each pair of pictures, all of one size."""
     if not images:
         return []
@@ -182,8 +244,14 @@ def compare_pictures(images: Sequence[Image.Image], references: Sequence[Image.I
 
 
 def distance(steps: Sequence[StepError], pictures: Sequence[PictureError]) -> dict[str, Any]:
-    """The row of a comparison: worst and mean relative L2, lowest cosine, mean picture figures, and the parts they come from."""
-    found: dict[str, Any] = {"relative_l2": _worst(s.relative_l2 for s in steps), "relative_l2_mean": sum(s.relative_l2 for s in steps) / len(steps), "cosine": min(s.cosine for s in steps)}
+    """The row of a comparison: worst and mean relative L2, lowest cosine, mean picture figures, and the parts they come
+    from.
+    """
+    found: dict[str, Any] = {
+        "relative_l2": _worst(s.relative_l2 for s in steps),
+        "relative_l2_mean": sum(s.relative_l2 for s in steps) / len(steps),
+        "cosine": min(s.cosine for s in steps),
+    }
     for name in ("psnr_db", "ssim", "lpips"):
         values = [value for p in pictures if (value := getattr(p, name)) is not None]
         found[f"picture_{name}"] = sum(values) / len(values) if values else None
@@ -197,19 +265,29 @@ def _worst(values: Iterable[float]) -> float:
 
 
 def gate(worst_relative_l2: float, noise_floor: float | None) -> dict[str, Any]:
-    """Whether a backend is close enough to PyTorch fp32: `passed` and the `limit`; `noise_floor` is PyTorch's own error in a lower precision. An error that is not a number never passes."""
+    """Whether a backend is close enough to PyTorch fp32: `passed` and the `limit`; `noise_floor` is PyTorch's own error
+    in a lower precision. An error that is not a number never passes.
+    """
     limit = FP32_LIMIT if noise_floor is None else HALF_FACTOR * noise_floor
     return {"limit": limit, "passed": math.isfinite(limit) and worst_relative_l2 <= limit}
 
 
 def gate_steps(steps: Sequence[StepError], floors: Sequence[StepError] | None) -> dict[str, Any]:
-    """The gate asked at each timestep, against PyTorch's own error there: `passed`, the `limits`, and of the timestep nearest to its limit `timestep`, `error`, `limit`.
+    """The gate asked at each timestep, against PyTorch's own error there: `passed`, the `limits`, and of the timestep
+    nearest to its limit `timestep`, `error`, `limit`.
 
-    One limit for all would be the widest: half precision is off several times more at timestep 1 than at 500, and a fault that shows everywhere would hide under that.
+    One limit for all would be the widest: half precision is off several times more at timestep 1 than at 500, and a
+    fault that shows everywhere would hide under that.
     """
     judged = [gate(step.relative_l2, None if floors is None else floors[i].relative_l2) for i, step in enumerate(steps)]
-    nearest = max(range(len(steps)), key=lambda i: math.inf if not judged[i]["passed"] else steps[i].relative_l2 / (judged[i]["limit"] or math.inf))
+    nearest = max(
+        range(len(steps)),
+        key=lambda i: math.inf if not judged[i]["passed"] else steps[i].relative_l2 / (judged[i]["limit"] or math.inf),
+    )
     return {
-        "passed": all(each["passed"] for each in judged), "timestep": steps[nearest].timestep, "error": steps[nearest].relative_l2, "limit": judged[nearest]["limit"],
+        "passed": all(each["passed"] for each in judged),
+        "timestep": steps[nearest].timestep,
+        "error": steps[nearest].relative_l2,
+        "limit": judged[nearest]["limit"],
         "limits": [each["limit"] for each in judged],
-    }  # fmt: skip
+    }

@@ -1,8 +1,9 @@
-"""A function called in a process of its own, started afresh, so that nothing outlives the call and a crash costs only its own figure.
+"""A function called in a process of its own, started afresh, so that nothing outlives the call and a crash costs only
+its own figure.
 
-The processes are forked from a server that has imported what they need and computed nothing (`multiprocessing`'s fork server): no
-thread pool, no arena and no CUDA context is older than the call, and six seconds of imports are paid once. Where a platform cannot
-fork, as Windows, each is spawned.
+The processes are forked from a server that has imported what they need and computed nothing (`multiprocessing`'s fork
+server): no thread pool, no arena and no CUDA context is older than the call, and six seconds of imports are paid once.
+Where a platform cannot fork, as Windows, each is spawned.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _NOTICES = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
 def call(
     function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float, *, fork: bool = True
 ) -> dict[str, Any]:
-    """What `function(argument)` returns, through JSON; `{"failed": reason}` where it raised, was killed, or ran over `timeout_s`.
+    """What `function(argument)` returns, through JSON; `{"failed": reason}` where it raised, was killed, or ran over
+    `timeout_s`.
 
     Args:
         function: importable by name. argument: plain values.
@@ -37,7 +39,8 @@ def call(
     """
     # Windows removes no file that a process which is just ending still has open; the rest is left to the system then.
     with tempfile.TemporaryDirectory(prefix="sdcompress-bench-", ignore_cleanup_errors=True) as folder:
-        process = _context(fork).Process(target=_run, args=(function, dict(argument), folder))  # type: ignore[attr-defined]
+        # type: ignore[attr-defined]
+        process = _context(fork).Process(target=_run, args=(function, dict(argument), folder))
         started = time.time()
         process.start()
         try:
@@ -58,8 +61,8 @@ def _context(fork: bool) -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    # diffusers asks at its import whether CUDA is there. torch answers by starting CUDA, which no forked process could use
-    # then, unless it is told to ask the driver's management library.
+    # diffusers asks at its import whether CUDA is there. torch answers by starting CUDA, which no forked process could
+    # use then, unless it is told to ask the driver's management library.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     for name in _NOTICES:  # of optional packages, read when the server imports
         os.environ.setdefault(name, "error")
@@ -107,7 +110,10 @@ def _end(process: Any, started: float) -> None:
 
 
 def _descendants(pid: int, started: float) -> list[psutil.Process]:
-    """What a process has started, where there are no process groups. Windows names the parent of a process even when that one is gone."""
+    """What a process has started, where there are no process groups.
+
+    Windows names the parent of a process even when that one is gone.
+    """
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter():
         with suppress(psutil.Error):  # gone

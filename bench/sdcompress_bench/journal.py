@@ -18,7 +18,8 @@ class Journal:
     """A file of one line a case: its name and its outcome. Failures are not kept, so they are tried again.
 
     Args:
-        path: in a folder of its own, which goes with it; None keeps nothing. fingerprint: what the outcomes hold for; a folder of another is begun anew.
+        path: in a folder of its own, which goes with it; None keeps nothing. fingerprint: what the outcomes hold for; a
+            folder of another is begun anew.
     """
 
     def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
@@ -26,11 +27,15 @@ class Journal:
         self.continued = bool(self.known)
         if path is not None and not self.known:
             with storage_errors(path):
-                shutil.rmtree(path.parent, ignore_errors=True)  # what cases of another suite have written would be taken for this one's
+                shutil.rmtree(
+                    path.parent, ignore_errors=True
+                )  # what cases of another suite have written would be taken for this one's
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
-    def call(self, name: str, function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+    def call(
+        self, name: str, function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float
+    ) -> dict[str, Any]:
         """`isolated.call`, or what it gave before."""
         if name not in self.known:
             outcome = isolated.call(function, argument, timeout_s)

@@ -1,4 +1,6 @@
-"""Figures of sets of pictures, worked out in a process of its own: what a CLIP sees in them, how far a student's are from its teacher's, and how far all are from real ones."""
+"""Figures of sets of pictures, worked out in a process of its own: what a CLIP sees in them, how far a student's are
+from its teacher's, and how far all are from real ones.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,12 @@ LEAST_FOR_SETS = 10
 def judge(case: dict[str, Any]) -> dict[str, Any]:
     """`{"quality": model → figures, "students": student → figures against the first model, "skipped": what → why not}`.
 
-    Figures are shares (`quality.Share`), estimates (`metrics.Estimate`) or, of FID and KID to real pictures, `fid_real` and `kid_real`, all as plain values.
+    Figures are shares (`quality.Share`), estimates (`metrics.Estimate`) or, of FID and KID to real pictures, `fid_real`
+    and `kid_real`, all as plain values.
 
     Args:
-        case: `folders`, model → where its pictures are, the teacher first; `prompts` as [caption, style]; `metric`, `styles`, `real` and `device` of the suite; `size_px`.
+        case: `folders`, model → where its pictures are, the teacher first; `prompts` as [caption, style]; `metric`,
+            `styles`, `real` and `device` of the suite; `size_px`.
     """
     prompts = [Prompt(*prompt) for prompt in case["prompts"]]
     pictures = {name: read_pictures(Path(folder), len(prompts)) for name, folder in case["folders"].items()}
@@ -45,10 +49,15 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
     pairs = _if_there(lambda: metrics.Lpips(device=case["device"]), "LPIPS", found["skipped"])
     for name in students:
         x, y = _tensor(pictures[name]), _tensor(pictures[teacher])
-        measured = {"psnr_db": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)} | ({"lpips": pairs(x, y)} if pairs else {})
+        measured = {"psnr_db": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)} | (
+            {"lpips": pairs(x, y)} if pairs else {}
+        )
         found["students"][name] = {key: asdict(metrics.mean_of(values)) for key, values in measured.items()}
     if len(prompts) < LEAST_FOR_SETS:
-        found["skipped"]["FID, KID"] = f"{len(prompts)} pictures say nothing; {LEAST_FOR_SETS} at least, {metrics.FID_PICTURES} for figures to quote"
+        found["skipped"]["FID, KID"] = (
+            f"{len(prompts)} pictures say nothing; {LEAST_FOR_SETS} at least, {metrics.FID_PICTURES} for figures to"
+            " quote"
+        )
     elif inception := _if_there(lambda: metrics.InceptionFeatures(case["device"]), "FID, KID", found["skipped"]):
         features = {name: inception(_tensor(images)) for name, images in pictures.items()}
         for name in students:

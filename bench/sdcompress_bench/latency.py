@@ -1,8 +1,9 @@
 """How long each part of a pipeline takes and how much memory it needs, every scenario in a process of its own.
 
-Why a process: a runtime's arenas, thread pools and compiled kernels outlive the pipeline that made them, and a crash or an
-out-of-memory must cost one row and not the report. Scenarios take turns (A B C, A B C, ...) and only one is alive at a time, so a
-machine that warms up or is shared slows all of them alike. Timed, after a warm-up that lasts until calls are steady:
+Why a process: a runtime's arenas, thread pools and compiled kernels outlive the pipeline that made them, and a crash or
+an out-of-memory must cost one row and not the report. Scenarios take turns (A B C, A B C, ...) and only one is alive at
+a time, so a machine that warms up or is shared slows all of them alike. Timed, after a warm-up that lasts until calls
+are steady:
 
     unet_step     one UNet call as sampling makes it: 2·batch latents under classifier-free guidance
     text_encoder  `batch` captions (a guided picture does this twice: prompt and empty prompt)
@@ -45,12 +46,15 @@ class Latency:
         load_ms: for each round, from a finished import to a pipeline ready to run.
         first_image_ms: for each round, the first `batch` pictures after loading.
         peak_rss_mib: highest resident memory of the process over the rounds.
-        cuda_peak_mib: CUDA context, and the higher of PyTorch's reserved memory and of what the process took of the device; None on a CPU.
+        cuda_peak_mib: CUDA context, and the higher of PyTorch's reserved memory and of what the process took of the
+            device; None on a CPU.
         artifact_mib: component → MiB on the backend's side: weights in PyTorch, files elsewhere.
-        build_s: what making the graphs, the package or the engine took, whenever that was; None where there is nothing to make.
+        build_s: what making the graphs, the package or the engine took, whenever that was; None where there is nothing
+            to make.
         threads: CPU threads PyTorch ran with.
         unsteady: stages whose warm-up ended before calls were within 10% of each other.
-        roofline: share of what this device reached at best, as `work.roofline` gives it for the UNet step; empty where not counted.
+        roofline: share of what this device reached at best, as `work.roofline` gives it for the UNet step; empty where
+            not counted.
         failed: why there are no figures, None where there are.
     """
 
@@ -96,8 +100,12 @@ class Latency:
         return self.cuda_peak_mib or self.peak_rss_mib
 
 
-def measure(suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]], journal: Journal, report: Reporter = SILENT) -> list[Latency]:
-    """A `Latency` for each scenario of the suite, in its order. A scenario that dies is recorded as failed and the others go on.
+def measure(
+    suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]], journal: Journal, report: Reporter = SILENT
+) -> list[Latency]:
+    """A `Latency` for each scenario of the suite, in its order.
+
+    A scenario that dies is recorded as failed and the others go on.
 
     Args:
         made: what `prepare` gave for each model and way.
@@ -110,7 +118,12 @@ def measure(suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]], jou
         for number in range(suite.rounds):
             for scenario in scenarios:
                 if scenario.key not in failed:
-                    outcome = journal.call(f"latency {scenario.key} {number}", time_case, case_of(scenario, suite, made), suite.scenario_timeout_s)
+                    outcome = journal.call(
+                        f"latency {scenario.key} {number}",
+                        time_case,
+                        case_of(scenario, suite, made),
+                        suite.scenario_timeout_s,
+                    )
                     if "failed" in outcome:
                         failed[scenario.key] = outcome["failed"]
                     else:
@@ -120,9 +133,12 @@ def measure(suite: Suite, made: Mapping[tuple[str, Way], Mapping[str, Any]], jou
 
 
 def prepare(suite: Suite, journal: Journal, report: Reporter = SILENT) -> dict[tuple[str, Way], dict[str, Any]]:
-    """Returns for each model and way what it runs from: `{"artifacts", "build_s"}`, or `{"failed": reason}`. None of it is timed later.
+    """Returns for each model and way what it runs from: `{"artifacts", "build_s"}`, or `{"failed": reason}`.
 
-    TensorRT gets one engine for pictures and probes, and under `static` one for each timed shape alone, the fastest there is.
+    None of it is timed later.
+
+    TensorRT gets one engine for pictures and probes, and under `static` one for each timed shape alone, the fastest
+    there is.
     """
     made: dict[tuple[str, Way], dict[str, Any]] = {}
     wanted = [(model, way) for model in suite.models for way in suite.ways]
@@ -137,8 +153,13 @@ def prepare(suite: Suite, journal: Journal, report: Reporter = SILENT) -> dict[t
 def _prepare(suite: Suite, model: ModelUnderTest, way: Way, journal: Journal) -> dict[str, Any]:
     given = model.artifacts(way.backend)
     case: dict[str, Any] = {
-        "path": str(model.path), "backend": way.backend, "precision": way.precision, "device": suite.device, "artifacts": None if given is None else str(given), "profiles": []
-    }  # fmt: skip
+        "path": str(model.path),
+        "backend": way.backend,
+        "precision": way.precision,
+        "device": suite.device,
+        "artifacts": None if given is None else str(given),
+        "profiles": [],
+    }
     if way.backend != "tensorrt" or given is not None:
         return journal.call(f"prepare {model.name} {way}", make_artifacts, case, suite.scenario_timeout_s)
     whole = case | {"profiles": [picture_profile(suite)]}
@@ -149,7 +170,9 @@ def _prepare(suite: Suite, model: ModelUnderTest, way: Way, journal: Journal) ->
     for scenario in suite.scenarios():
         if (scenario.model, scenario.way) == (model, way):
             name, only = _shape_name(scenario), case | {"profiles": [static_profile(scenario)]}
-            static[name] = journal.call(f"prepare {model.name} {way} {name}", make_artifacts, only, suite.scenario_timeout_s)
+            static[name] = journal.call(
+                f"prepare {model.name} {way} {name}", make_artifacts, only, suite.scenario_timeout_s
+            )
     return found | {"static": static}
 
 
@@ -163,7 +186,9 @@ def static_profile(scenario: Scenario) -> str:
 
 
 def picture_profile(suite: Suite) -> str:
-    """Returns the engine profile that takes the pictures of a suite, in batches of any size up to its own, and its probes."""
+    """Returns the engine profile that takes the pictures of a suite, in batches of any size up to its own, and its
+    probes.
+    """
     pictures = max(1, min(suite.quality_batch, max(suite.pictures, suite.quality_pictures)))
     calls = pictures * (2 if suite.guidance_scale > 1 else 1)
     most, size = max(calls, suite.probes), suite.sizes_px[0]
@@ -178,7 +203,9 @@ def made_for(scenario: Scenario, made: Mapping[tuple[str, Way], Mapping[str, Any
 
 
 def make_artifacts(case: dict[str, Any]) -> dict[str, Any]:
-    """The folder (of an AOTInductor package, too) that a way runs from, made now where it is not there, and the seconds that making it took then."""
+    """The folder (of an AOTInductor package, too) that a way runs from, made now where it is not there, and the seconds
+    that making it took then.
+    """
     from sdcompress_engines.manifest import read_manifest
 
     from sdcompress.packages import cached_package
@@ -200,18 +227,37 @@ def case_of(scenario: Scenario, suite: Suite, made: Mapping[tuple[str, Way], Map
     """A scenario as plain values, for `time_case`."""
     prompts = [suite.prompts[i % len(suite.prompts)].caption for i in range(scenario.batch)]
     return {
-        "path": str(scenario.model.path), "backend": scenario.way.backend, "artifacts": made_for(scenario, made).get("artifacts"), "precision": scenario.way.precision,
-        "size_px": scenario.size_px, "batch": scenario.batch, "unet_batch": scenario.unet_batch, "steps": scenario.steps, "guidance_scale": scenario.guidance_scale,
-        "prompts": prompts, "seed": suite.seed, "samples": suite.samples, "end_to_end_samples": suite.end_to_end_samples, "stage_budget_s": suite.stage_budget_s,
-        "device": suite.device, "threads": suite.threads,
-    }  # fmt: skip
+        "path": str(scenario.model.path),
+        "backend": scenario.way.backend,
+        "artifacts": made_for(scenario, made).get("artifacts"),
+        "precision": scenario.way.precision,
+        "size_px": scenario.size_px,
+        "batch": scenario.batch,
+        "unet_batch": scenario.unet_batch,
+        "steps": scenario.steps,
+        "guidance_scale": scenario.guidance_scale,
+        "prompts": prompts,
+        "seed": suite.seed,
+        "samples": suite.samples,
+        "end_to_end_samples": suite.end_to_end_samples,
+        "stage_budget_s": suite.stage_budget_s,
+        "device": suite.device,
+        "threads": suite.threads,
+    }
 
 
 def _combine(scenario: Scenario, rounds: list[dict[str, Any]], failed: str | None, build_s: float | None) -> Latency:
     facts: dict[str, Any] = {
-        "key": scenario.key, "model": scenario.model.name, "backend": scenario.way.backend, "precision": scenario.way.precision, "size_px": scenario.size_px,
-        "batch": scenario.batch, "unet_batch": scenario.unet_batch, "steps": scenario.steps, "guidance_scale": scenario.guidance_scale,
-    }  # fmt: skip
+        "key": scenario.key,
+        "model": scenario.model.name,
+        "backend": scenario.way.backend,
+        "precision": scenario.way.precision,
+        "size_px": scenario.size_px,
+        "batch": scenario.batch,
+        "unet_batch": scenario.unet_batch,
+        "steps": scenario.steps,
+        "guidance_scale": scenario.guidance_scale,
+    }
     if failed:
         return Latency(**facts, failed=failed)
     return Latency(
@@ -252,7 +298,15 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     seeds = [case["seed"] + i for i in range(batch)]
 
     def end_to_end() -> None:
-        generate(pipeline, case["prompts"], seeds=seeds, steps=case["steps"], guidance_scale=case["guidance_scale"], size_px=size, batch_size=batch)
+        generate(
+            pipeline,
+            case["prompts"],
+            seeds=seeds,
+            steps=case["steps"],
+            guidance_scale=case["guidance_scale"],
+            size_px=size,
+            batch_size=batch,
+        )
 
     gc.collect()
     started = time.perf_counter()
@@ -262,7 +316,13 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad():  # as in `generate`: a compiled UNet would be compiled again for another mode
         inputs = UNetInputs.of(pipeline, case["prompts"], size).repeated(case["unet_batch"] // batch)
         side = size // pipeline.vae_scale_factor
-        latents = torch.randn(case["unet_batch"], unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(case["seed"])).to(unet.device, unet.dtype)
+        latents = torch.randn(
+            case["unet_batch"],
+            unet.config.in_channels,
+            side,
+            side,
+            generator=torch.Generator().manual_seed(case["seed"]),
+        ).to(unet.device, unet.dtype)
         moment = torch.tensor(501, device=unet.device)
         encode = _text_encoder(pipeline, case["prompts"])
         calls: dict[str, Callable[[], Any]] = {
@@ -278,18 +338,31 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
                 last[:] = [call()]
 
             steady = _warm_up(kept, cuda, case["stage_budget_s"] / 2)
-            samples[stage] = list(_samples(kept, cuda, case["samples"], 3 if stage == "unet_step" else 1, case["stage_budget_s"]))
+            samples[stage] = list(
+                _samples(kept, cuda, case["samples"], 3 if stage == "unet_step" else 1, case["stage_budget_s"])
+            )
             if not steady:
                 unsteady.append(stage)
             if not torch.isfinite(last[0]).all():
-                raise EngineError(f"the {stage.replace('_', ' ')} gives values that are not finite in {case['precision']}", hint="fp32, or bf16 where the device has it")
+                raise EngineError(
+                    f"the {stage.replace('_', ' ')} gives values that are not finite in {case['precision']}",
+                    hint="fp32, or bf16 where the device has it",
+                )
     # The first picture was the warm-up of the whole way.
     samples["end_to_end"] = list(_samples(end_to_end, False, case["end_to_end_samples"], 1, case["stage_budget_s"]))
     cuda_peak = _cuda_peak_mib(used_before, free_before) if cuda else None
     return {
-        "samples_ms": samples, "unsteady": unsteady, "load_ms": load_ms, "first_image_ms": first_image_ms, "peak_rss_mib": peak_rss_mib(), "cuda_peak_mib": cuda_peak,
-        "artifact_mib": {name: round(_size_mib(getattr(pipeline, name)), 3) for name in ("unet", "text_encoder", "vae")}, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "samples_ms": samples,
+        "unsteady": unsteady,
+        "load_ms": load_ms,
+        "first_image_ms": first_image_ms,
+        "peak_rss_mib": peak_rss_mib(),
+        "cuda_peak_mib": cuda_peak,
+        "artifact_mib": {
+            name: round(_size_mib(getattr(pipeline, name)), 3) for name in ("unet", "text_encoder", "vae")
+        },
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _cuda_peak_mib(used_before_mib: float | None, free_before: int) -> float:

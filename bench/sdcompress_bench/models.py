@@ -12,7 +12,8 @@ from .scenario import ModelUnderTest, Random, slug
 
 
 def made(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnderTest:
-    """The model with a path that is there and its sha256; one with random weights is made in the cache folder, in half precision, where it is not there yet.
+    """The model with a path that is there and its sha256; one with random weights is made in the cache folder, in half
+    precision, where it is not there yet.
 
     Raises:
         UsageError, ModelError: no such model. PlanError: a plan its family does not allow. StorageError: no room.
@@ -30,11 +31,15 @@ def made(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnderTest:
         with report.task(f"making {model.name} with random weights"):
             pipeline = random_pipeline(model.random.family, model.random.plan, dtype=torch.float16)
             parts = (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
-            require_space(folder, sum(2 * p.numel() for part in parts for p in part.parameters()), f"a random {model.name}")
+            require_space(
+                folder, sum(2 * p.numel() for part in parts for p in part.parameters()), f"a random {model.name}"
+            )
             with staged(folder) as partial:
                 pipeline.save_pretrained(partial)
                 known = write_manifest(partial, "random model", config=dataclasses.asdict(model.random), inputs={})
-    return dataclasses.replace(model, path=folder, sha256=known.files["unet/diffusion_pytorch_model.safetensors"].sha256)
+    return dataclasses.replace(
+        model, path=folder, sha256=known.files["unet/diffusion_pytorch_model.safetensors"].sha256
+    )
 
 
 def random_folder(random: Random) -> Path:

@@ -1,4 +1,6 @@
-"""What a model answers, run one way: noise predictions and pictures, written by a process of its own and compared elsewhere."""
+"""What a model answers, run one way: noise predictions and pictures, written by a process of its own and compared
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,14 @@ PREDICTION, PROBE = "prediction.pt", "probe.pt"
 
 
 def produce(case: dict[str, Any]) -> dict[str, Any]:
-    """Run a case: its pictures as PNG, its probe where it makes one, its prediction. Returns the parameters of each component and whether the prediction is finite.
+    """Run a case: its pictures as PNG, its probe where it makes one, its prediction.
+
+    Returns the parameters of each component and whether the prediction is finite.
 
     Args:
-        case: `path`, `backend`, `artifacts`, `device`, `precision` of the model; `folder` to write to; `captions` and `seeds` of the pictures;
-            `probe`, a file to answer; or `make_probe`, how many pictures to make one of, with `timesteps` and `random`.
+        case: `path`, `backend`, `artifacts`, `device`, `precision` of the model; `folder` to write to; `captions` and
+            `seeds` of the pictures; `probe`, a file to answer; or `make_probe`, how many pictures to make one of, with
+            `timesteps` and `random`.
     """
     from sdcompress.pipeline import generate
 
@@ -30,11 +35,21 @@ def produce(case: dict[str, Any]) -> dict[str, Any]:
     pipeline = fidelity.load(case["path"], case["backend"], case["artifacts"], case["device"], case["precision"])
     images: list[Image.Image] = []
     if case["captions"]:
-        options = {"steps": case["steps"], "guidance_scale": case["guidance_scale"], "size_px": case["size_px"], "batch_size": case["batch"]}
+        options = {
+            "steps": case["steps"],
+            "guidance_scale": case["guidance_scale"],
+            "size_px": case["size_px"],
+            "batch_size": case["batch"],
+        }
         images = generate(pipeline, case["captions"], seeds=case["seeds"], **options)
         for number, image in enumerate(images):
             image.save(folder / f"{number:04}.png")
-    found: dict[str, Any] = {"parameters": {name: _count(getattr(pipeline, name, None)) for name in ("unet", "text_encoder", "text_encoder_2", "vae")}, "finite": True}
+    found: dict[str, Any] = {
+        "parameters": {
+            name: _count(getattr(pipeline, name, None)) for name in ("unet", "text_encoder", "text_encoder_2", "vae")
+        },
+        "finite": True,
+    }
     probe = None
     if case["make_probe"]:
         count, timesteps, seed = case["make_probe"], case["timesteps"], case["seed"]
@@ -57,14 +72,19 @@ def feel(case: dict[str, Any]) -> dict[str, Any]:
     """How small a fault a gate can see in the model of a case: `faults.Sensitivity` as plain values.
 
     Args:
-        case: `path`, `device`, `probe`; for each of its timesteps the gate's limit in `limits` and what the gated way is off by in `floors`; `count` of places, `seed`.
+        case: `path`, `device`, `probe`; for each of its timesteps the gate's limit in `limits` and what the gated way
+            is off by in `floors`; `count` of places, `seed`.
     """
     from .faults import sensitivity
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     pipeline = fidelity.load(case["path"], "torch", None, case["device"], "fp32")
-    return asdict(sensitivity(pipeline, read_probe(Path(case["probe"])), case["limits"], case["floors"], case["count"], case["seed"]))
+    return asdict(
+        sensitivity(
+            pipeline, read_probe(Path(case["probe"])), case["limits"], case["floors"], case["count"], case["seed"]
+        )
+    )
 
 
 def read_probe(path: Path) -> fidelity.Probe:
@@ -89,8 +109,14 @@ def _takes(pipeline: Any, probe: fidelity.Probe) -> bool:
     """Whether the UNet answers the teacher's inputs: equal latent channels, text width and added inputs."""
     config = pipeline.unet.config
     added = config.addition_embed_type == "text_time"
-    return bool(config.in_channels == probe.latents.shape[2] and config.cross_attention_dim == probe.encoder_hidden_states.shape[-1] and added == (probe.text_embeds is not None))
+    return bool(
+        config.in_channels == probe.latents.shape[2]
+        and config.cross_attention_dim == probe.encoder_hidden_states.shape[-1]
+        and added == (probe.text_embeds is not None)
+    )
 
 
 def _count(component: Any) -> int:
-    return sum(parameter.numel() for parameter in component.parameters()) if isinstance(component, torch.nn.Module) else 0
+    return (
+        sum(parameter.numel() for parameter in component.parameters()) if isinstance(component, torch.nn.Module) else 0
+    )

@@ -24,12 +24,14 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     """The prompts of a file, in its order. What is in it goes by the ending:
 
     - `.txt`: one a line; blank lines are left out.
-    - `.tsv`: PartiPrompts (columns Prompt, Category, Challenge, Note), or any table with a caption column. Quotes are letters.
+    - `.tsv`: PartiPrompts (columns Prompt, Category, Challenge, Note), or any table with a caption column. Quotes are
+      letters.
     - `.csv`, `.jsonl`: a caption column, `text`, `caption` or `prompt`, and if there is one a column `style`.
     - `.json`: COCO's captions (`annotations` with `image_id` and `caption`): the first caption of each picture.
 
     Raises:
-        UsageError: no such file, or another ending. DataError: it cannot be read as that, or has no prompts; with the line.
+        UsageError: no such file, or another ending. DataError: it cannot be read as that, or has no prompts; with the
+            line.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,7 +50,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Pictures(Sequence[torch.Tensor]):
-    """Picture files as squares of one size, uint8 (3, size_px, size_px), each read when it is asked for: a large set need not fit in memory."""
+    """Picture files as squares of one size, uint8 (3, size_px, size_px), each read when it is asked for: a large set
+    need not fit in memory.
+    """
 
     paths: tuple[Path, ...]
     size_px: int
@@ -69,7 +73,9 @@ class Pictures(Sequence[torch.Tensor]):
         if isinstance(index, slice):
             return Pictures(self.paths[index], self.size_px)
         path = self.paths[index]
-        picture = ImageOps.fit(Record(str(path), path.read_bytes(), "").picture(), (self.size_px, self.size_px), Image.Resampling.LANCZOS)
+        picture = ImageOps.fit(
+            Record(str(path), path.read_bytes(), "").picture(), (self.size_px, self.size_px), Image.Resampling.LANCZOS
+        )
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
@@ -98,7 +104,9 @@ def _text(path: Path) -> str:
         return encoded.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = encoded[: error.start].count(b"\n") + 1
-        raise DataError(f"byte 0x{encoded[error.start]:02x} is not UTF-8", where=f"{path}:{line}", expected="UTF-8 text") from error
+        raise DataError(
+            f"byte 0x{encoded[error.start]:02x} is not UTF-8", where=f"{path}:{line}", expected="UTF-8 text"
+        ) from error
 
 
 def _read_lines(path: Path, text: str) -> _Rows:
@@ -139,11 +147,19 @@ def _read_coco(path: Path, text: str) -> _Rows:
     content = _json(str(path), text)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
-        raise DataError("has no annotations", where=path, expected="COCO's captions, as in captions_val2014.json: annotations with image_id and caption")
+        raise DataError(
+            "has no annotations",
+            where=path,
+            expected="COCO's captions, as in captions_val2014.json: annotations with image_id and caption",
+        )
     seen = set()
     for number, annotation in enumerate(annotations):
         where = f"{path}: annotations[{number}]"
-        if not isinstance(annotation, dict) or "caption" not in annotation or not isinstance(annotation.get("image_id"), int | str):
+        if (
+            not isinstance(annotation, dict)
+            or "caption" not in annotation
+            or not isinstance(annotation.get("image_id"), int | str)
+        ):
             raise DataError("is no caption", where=where, expected="image_id and caption, as in captions_val2014.json")
         if annotation["image_id"] not in seen:
             seen.add(annotation["image_id"])
@@ -155,7 +171,11 @@ def _caption_column(names: Sequence[str] | Mapping[str, Any], where: str) -> str
         for name in names:
             if name.lower() == column:
                 return name
-    raise DataError(f"no captions among the columns {', '.join(names) or '(none)'}", where=where, expected=f"one of {', '.join(CAPTION_COLUMNS)}")
+    raise DataError(
+        f"no captions among the columns {', '.join(names) or '(none)'}",
+        where=where,
+        expected=f"one of {', '.join(CAPTION_COLUMNS)}",
+    )
 
 
 def _json(where: str, text: str) -> Any:
@@ -168,4 +188,10 @@ def _json(where: str, text: str) -> Any:
         raise DataError(f"is not JSON ({line}{getattr(error, 'msg', error)})", where=where, expected="JSON") from error
 
 
-_READERS: dict[str, Callable[[Path, str], _Rows]] = {".txt": _read_lines, ".tsv": _read_tsv, ".csv": _read_csv, ".jsonl": _read_jsonl, ".json": _read_coco}
+_READERS: dict[str, Callable[[Path, str], _Rows]] = {
+    ".txt": _read_lines,
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".json": _read_coco,
+}

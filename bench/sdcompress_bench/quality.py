@@ -44,7 +44,9 @@ class ClipMetric:
         from transformers.utils import logging
 
         if not (folder / "config.json").is_file():
-            raise ModelError("not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer")
+            raise ModelError(
+                "not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer"
+            )
         logging.disable_progress_bar()  # it would draw over the reporter's
         try:
             self.model = CLIPModel.from_pretrained(folder).eval().to(device)
@@ -54,7 +56,9 @@ class ClipMetric:
         self.device = device
         file = folder / "preprocessor_config.json"
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self.mean, self.std = (torch.tensor(config.get(key, [0.5] * 3), device=device).view(3, 1, 1) for key in ("image_mean", "image_std"))
+        self.mean, self.std = (
+            torch.tensor(config.get(key, [0.5] * 3), device=device).view(3, 1, 1) for key in ("image_mean", "image_std")
+        )
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[Image.Image], batch: int = 64) -> torch.Tensor:
@@ -62,21 +66,38 @@ class ClipMetric:
         side = self.model.config.vision_config.image_size
         parts = []
         for start in range(0, len(images), batch):
-            pixels = torch.stack([to_pixels(i if i.size == (side, side) else i.resize((side, side), Image.Resampling.BICUBIC)) for i in images[start : start + batch]])
-            parts.append(self.model.get_image_features(pixel_values=(pixels.to(self.device) - self.mean) / self.std).pooler_output)
+            pixels = torch.stack(
+                [
+                    to_pixels(i if i.size == (side, side) else i.resize((side, side), Image.Resampling.BICUBIC))
+                    for i in images[start : start + batch]
+                ]
+            )
+            parts.append(
+                self.model.get_image_features(
+                    pixel_values=(pixels.to(self.device) - self.mean) / self.std
+                ).pooler_output
+            )
         return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
 
     @torch.inference_mode()
     def text_features(self, captions: Sequence[str]) -> torch.Tensor:
         """Unit vectors (N, D), float32."""
-        ids = self.tokenizer(list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids.to(self.device)
-        return torch.nn.functional.normalize(torch.cat([self.model.get_text_features(input_ids=part).pooler_output for part in ids.split(256)]), dim=-1)
+        ids = self.tokenizer(
+            list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+        ).input_ids.to(self.device)
+        return torch.nn.functional.normalize(
+            torch.cat([self.model.get_text_features(input_ids=part).pooler_output for part in ids.split(256)]), dim=-1
+        )
 
     def clip_score(self, images: Sequence[Image.Image], captions: Sequence[str]) -> float:
-        """Mean cosine of each picture with its caption, × 100 (Hessel et al. 2021, without their clip at zero and 2.5 weight)."""
+        """Mean cosine of each picture with its caption, × 100 (Hessel et al. 2021, without their clip at zero and 2.5
+        weight).
+        """
         return 100 * (self.image_features(images) * self.text_features(captions)).sum(-1).mean().item()
 
-    def style_accuracy(self, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]) -> Share:
+    def style_accuracy(
+        self, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]
+    ) -> Share:
         """Share of pictures whose own caption wins over the same concept in every other style; chance is 1 / styles.
 
         Args:
@@ -91,7 +112,10 @@ class ClipMetric:
         for prompt in prompts:
             phrase = styles.get(prompt.style)
             if phrase is None or not prompt.caption.startswith(phrase):
-                raise DataError(f"prompt {prompt.caption!r} of style {prompt.style!r}", expected=f"one that starts with one of {phrases}")
+                raise DataError(
+                    f"prompt {prompt.caption!r} of style {prompt.style!r}",
+                    expected=f"one that starts with one of {phrases}",
+                )
             captions += [p + prompt.caption.removeprefix(phrase) for p in phrases]
             target.append(phrases.index(phrase))
         text = self.text_features(captions).view(len(prompts), len(phrases), -1)
@@ -99,7 +123,9 @@ class ClipMetric:
         return Share.of(picked == torch.tensor(target))
 
     def retrieval(self, images: Sequence[Image.Image], captions: Sequence[str], k: int = 5) -> dict[str, Share]:
-        """`top1` and `top{k}`: share of pictures whose caption is the first, or among the first k, of all the captions given."""
+        """`top1` and `top{k}`: share of pictures whose caption is the first, or among the first k, of all the captions
+        given.
+        """
         distinct = list(dict.fromkeys(captions))
         target = torch.tensor([distinct.index(caption) for caption in captions])
         rank = (self.image_features(images) @ self.text_features(distinct).T).argsort(dim=-1, descending=True).cpu()
@@ -107,15 +133,22 @@ class ClipMetric:
         return {"top1": Share.of(hit[:, 0]), f"top{k}": Share.of(hit[:, :k].any(-1))}
 
 
-def judge(metric: ClipMetric, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]) -> dict[str, Any]:
-    """All figures of a set of pictures: `clip_score`, `retrieval` top-1 and top-5, and `style` where the prompts have styles."""
+def judge(
+    metric: ClipMetric, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]
+) -> dict[str, Any]:
+    """All figures of a set of pictures: `clip_score`, `retrieval` top-1 and top-5, and `style` where the prompts have
+    styles.
+    """
     captions = [prompt.caption for prompt in prompts]
     figures: dict[str, Any] = {"clip_score": metric.clip_score(images, captions), **metric.retrieval(images, captions)}
     return figures | ({"style": metric.style_accuracy(images, prompts, styles)} if styles else {})
 
 
-def read_shard(shard: Path, captions: Sequence[str] | None = None, count: int | None = None) -> tuple[list[Image.Image], list[Prompt]]:
-    """Real pictures (RGB) of a webdataset shard, with their captions and styles; those of `captions`, in that order, where given.
+def read_shard(
+    shard: Path, captions: Sequence[str] | None = None, count: int | None = None
+) -> tuple[list[Image.Image], list[Prompt]]:
+    """Real pictures (RGB) of a webdataset shard, with their captions and styles; those of `captions`, in that order,
+    where given.
 
     Raises:
         DataError: the shard has none of them.
@@ -139,18 +172,32 @@ def read_shard(shard: Path, captions: Sequence[str] | None = None, count: int | 
     wanted = [c for c in (by_caption if captions is None else captions) if c in by_caption][:count]
     if not wanted:
         raise DataError("no picture with a wanted caption", where=shard, expected="pairs of picture and .txt")
-    return [images[by_caption[c]] for c in wanted], [Prompt(c, metas.get(by_caption[c], {}).get("style", "")) for c in wanted]
+    return [images[by_caption[c]] for c in wanted], [
+        Prompt(c, metas.get(by_caption[c], {}).get("style", "")) for c in wanted
+    ]
 
 
 def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Image], list[Prompt]]:
-    """The shard's pictures of the prompts, or its first ones, equally many, where it lacks some: retrieval is harder among more."""
+    """The shard's pictures of the prompts, or its first ones, equally many, where it lacks some: retrieval is harder
+    among more.
+    """
     images, found = read_shard(shard)
     at = {prompt.caption: index for index, prompt in enumerate(found)}
-    picked = [at[p.caption] for p in prompts] if all(p.caption in at for p in prompts) else list(range(min(len(prompts), len(found))))
+    picked = (
+        [at[p.caption] for p in prompts]
+        if all(p.caption in at for p in prompts)
+        else list(range(min(len(prompts), len(found))))
+    )
     return [images[i] for i in picked], [found[i] for i in picked]
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
     """(3, H, W) float32 in [0, 1]."""
     image = image.convert("RGB")
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1).float() / 255
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .permute(2, 0, 1)
+        .float()
+        / 255
+    )

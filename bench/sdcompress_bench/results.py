@@ -19,11 +19,14 @@ RESULTS_SCHEMA = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the answer: a model run one way, at a size and a batch. `speedup` is in pictures a second over the teacher in PyTorch, the first way it was run there.
+    """One line of the answer: a model run one way, at a size and a batch.
+
+    `speedup` is in pictures a second over the teacher in PyTorch, the first way it was run there.
 
     Attributes:
         share_of_peak: of the matrix product peak measured on this device, in [0, 1].
-        fidelity: relative L2 to PyTorch fp32 with the same weights, worst timestep; `fidelity_passed` whether its gate holds, None where it has none.
+        fidelity: relative L2 to PyTorch fp32 with the same weights, worst timestep; `fidelity_passed` whether its gate
+            holds, None where it has none.
     """
 
     model: str
@@ -51,14 +54,18 @@ class Results:
         models: name, `sha256`, `parameters` by component, `random` weights or not; the teacher first.
         latency: a `Latency` for each scenario.
         peaks: precision → what this device did at best, as `work.Peaks`.
-        backends: same weights, another way: model, backend, precision and the figures of `fidelity.distance`, `gate`, `sensitivity`, or `failed`.
-        students: student → figures of `fidelity.distance` against the teacher, PyTorch fp32 both, and of its pictures against the teacher's (`judge`).
+        backends: same weights, another way: model, backend, precision and the figures of `fidelity.distance`, `gate`,
+            `sensitivity`, or `failed`.
+        students: student → figures of `fidelity.distance` against the teacher, PyTorch fp32 both, and of its pictures
+            against the teacher's (`judge`).
         quality: model, and `real` for real pictures → figures of `judge`.
-        captions: of the picture grid; `pictures`: model, backend, precision and a file for each caption, beside the report.
+        captions: of the picture grid; `pictures`: model, backend, precision and a file for each caption, beside the
+            report.
         losses: model → loss name → [step, value] pairs.
         gates: figure, model, way, value, limit in words, `passed`.
         skipped: what was not measured → why.
-        settings: the suite. `command`: what to type to do it again. `seconds`: what all of it took, None where it was stopped in between.
+        settings: the suite. `command`: what to type to do it again. `seconds`: what all of it took, None where it was
+            stopped in between.
     """
 
     created: str
@@ -93,32 +100,71 @@ class Results:
     def rows(self) -> Iterator[Row]:
         """The answer, in the order measured."""
         parameters = {model["name"]: model["parameters"].get("unet", 0) for model in self.models}
-        reference = {(run.size_px, run.batch): run.images_per_s for run in self.latency if run.model == self.teacher and run.way == self.baseline}
+        reference = {
+            (run.size_px, run.batch): run.images_per_s
+            for run in self.latency
+            if run.model == self.teacher and run.way == self.baseline
+        }
         errors = {(entry["model"], entry["backend"], entry["precision"]): entry for entry in self.backends}
         for run in self.latency:
-            speed, base, error = run.images_per_s, reference.get((run.size_px, run.batch)), errors.get((run.model, run.backend, run.precision), {})
+            speed, base, error = (
+                run.images_per_s,
+                reference.get((run.size_px, run.batch)),
+                errors.get((run.model, run.backend, run.precision), {}),
+            )
             yield Row(
-                model=run.model, way=run.way, size_px=run.size_px, batch=run.batch, parameters=parameters.get(run.model, 0), unet_mib=run.artifact_mib.get("unet", 0.0),
-                unet_step=run.summary("unet_step"), end_to_end=run.summary("end_to_end"), images_per_s=speed, speedup=speed / base if speed and base else None,
-                peak_mib=None if run.failed else run.peak_mib, share_of_peak=run.roofline.get("share_of_matmul_peak"), fidelity=error.get("relative_l2"),
-                fidelity_passed=error.get("gate", {}).get("passed"), failed=run.failed,
-            )  # fmt: skip
+                model=run.model,
+                way=run.way,
+                size_px=run.size_px,
+                batch=run.batch,
+                parameters=parameters.get(run.model, 0),
+                unet_mib=run.artifact_mib.get("unet", 0.0),
+                unet_step=run.summary("unet_step"),
+                end_to_end=run.summary("end_to_end"),
+                images_per_s=speed,
+                speedup=speed / base if speed and base else None,
+                peak_mib=None if run.failed else run.peak_mib,
+                share_of_peak=run.roofline.get("share_of_matmul_peak"),
+                fidelity=error.get("relative_l2"),
+                fidelity_passed=error.get("gate", {}).get("passed"),
+                failed=run.failed,
+            )
 
     def judge(self, gates: Sequence[Gate]) -> list[dict[str, Any]]:
-        """Each gate on each figure it asks about: figure, model, way, value, limit, passed. A gate that finds no figure has not passed."""
+        """Each gate on each figure it asks about: figure, model, way, value, limit, passed.
+
+        A gate that finds no figure has not passed.
+        """
         judged = []
         for gate in gates:
-            found = [(model, way, value) for model, way, value in self._figures(gate.figure) if gate.model in (None, model) and (way is None or gate.way in (None, way))]
+            found = [
+                (model, way, value)
+                for model, way, value in self._figures(gate.figure)
+                if gate.model in (None, model) and (way is None or gate.way in (None, way))
+            ]
             for model, way, value in found or [(gate.model or "", gate.way, None)]:
                 passed = value is not None and gate.holds(value)
-                judged.append({"figure": gate.figure, "model": model, "way": str(way) if way else "", "value": value, "limit": str(gate), "passed": passed})
+                judged.append(
+                    {
+                        "figure": gate.figure,
+                        "model": model,
+                        "way": str(way) if way else "",
+                        "value": value,
+                        "limit": str(gate),
+                        "passed": passed,
+                    }
+                )
         return judged
 
     def _figures(self, name: str) -> Iterator[tuple[str, Way | None, float | None]]:
         """Every value of a figure of `scenario.FIGURES`: model, way where it has one, value."""
         if name in ("speedup", "unet_step_ms", "peak_mib"):
             for row in self.rows():
-                values = {"speedup": row.speedup, "unet_step_ms": row.unet_step.median if row.unet_step else None, "peak_mib": row.peak_mib}
+                values = {
+                    "speedup": row.speedup,
+                    "unet_step_ms": row.unet_step.median if row.unet_step else None,
+                    "peak_mib": row.peak_mib,
+                }
                 yield row.model, row.way, values[name]
         elif name == "relative_l2":
             for entry in self.backends:
@@ -142,11 +188,21 @@ class Results:
         for e in self.backends:
             if not e.get("gate", {"passed": True})["passed"]:
                 way = f"{e['model']} on {Way(e['backend'], e['precision'])}"
-                found.append(f"{way}: {e['failed']}" if "failed" in e else f"{way}: relative L2 {e['gate']['error']:.2e} over {e['gate']['limit']:.2e} at timestep {e['gate']['timestep']}")
+                found.append(
+                    f"{way}: {e['failed']}"
+                    if "failed" in e
+                    else (
+                        f"{way}: relative L2 {e['gate']['error']:.2e} over {e['gate']['limit']:.2e} at timestep"
+                        f" {e['gate']['timestep']}"
+                    )
+                )
         for gate in self.gates:
             if not gate["passed"]:
                 value = "was not measured" if gate["value"] is None else f"is {gate['value']:.4g}"
-                found.append(f"{' on '.join(part for part in (gate['model'], gate['way']) if part)}: {gate['figure']} {value}, wanted {gate['limit'].removeprefix(gate['figure']).strip()}".lstrip(": "))
+                found.append(
+                    f"{' on '.join(part for part in (gate['model'], gate['way']) if part)}: {gate['figure']} {value},"
+                    f" wanted {gate['limit'].removeprefix(gate['figure']).strip()}".lstrip(": ")
+                )
         return found
 
     def save(self, path: Path) -> None:
@@ -170,14 +226,22 @@ def read_results(path: Path) -> Results:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != RESULTS_SCHEMA:
-            raise ArtifactError(f"results schema {raw['schema']}", where=path, expected=f"schema {RESULTS_SCHEMA}", hint="measure again with the installed version: sdcompress bench SUITE")
+            raise ArtifactError(
+                f"results schema {raw['schema']}",
+                where=path,
+                expected=f"schema {RESULTS_SCHEMA}",
+                hint="measure again with the installed version: sdcompress bench SUITE",
+            )
         return Results(**raw | {"latency": [Latency(**run) for run in raw["latency"]]})
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"is no results file ({error})", where=path, expected="a results.json of `sdcompress bench`") from error
+        raise ArtifactError(
+            f"is no results file ({error})", where=path, expected="a results.json of `sdcompress bench`"
+        ) from error
 
 
 def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
-    """Loss name → [step, value] pairs of a `metrics.jsonl`, thinned by the mean of equal runs of lines to at most `points`.
+    """Loss name → [step, value] pairs of a `metrics.jsonl`, thinned by the mean of equal runs of lines to at most
+    `points`.
 
     Raises:
         ArtifactError: a line that is not JSON.
@@ -187,7 +251,9 @@ def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
         try:
             entry = json.loads(line)
         except ValueError as error:
-            raise ArtifactError(f"line {number} is not JSON", where=path, expected="the metrics.jsonl of a training") from error
+            raise ArtifactError(
+                f"line {number} is not JSON", where=path, expected="the metrics.jsonl of a training"
+            ) from error
         for name, value in entry.items():
             if "loss" in name and isinstance(value, int | float) and "step" in entry:
                 series.setdefault(name, []).append([entry["step"], value])

@@ -11,7 +11,13 @@ from typing import Any
 
 from sdcompress_engines.errors import UsageError
 
-BACKEND_NAMES = {"torch": "PyTorch", "compile": "torch.compile", "aot": "AOTInductor", "onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
+BACKEND_NAMES = {
+    "torch": "PyTorch",
+    "compile": "torch.compile",
+    "aot": "AOTInductor",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+}
 PRECISIONS = ("fp32", "fp16", "bf16")
 FIGURES = {
     "speedup": "pictures a second over the first model on the first way to run it in PyTorch",
@@ -85,7 +91,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit on a figure of `FIGURES`; on every model or way where none is named, the first model left out of what compares with it."""
+    """A limit on a figure of `FIGURES`; on every model or way where none is named, the first model left out of what
+    compares with it.
+    """
 
     figure: str
     model: str | None = None
@@ -99,7 +107,10 @@ class Gate:
         return all(compare(value, bound) for compare, bound in inside if bound is not None)
 
     def __str__(self) -> str:
-        parts = [f"at least {self.at_least:g}" if self.at_least is not None else "", f"at most {self.at_most:g}" if self.at_most is not None else ""]
+        parts = [
+            f"at least {self.at_least:g}" if self.at_least is not None else "",
+            f"at most {self.at_most:g}" if self.at_most is not None else "",
+        ]
         return f"{self.figure} {' and '.join(p for p in parts if p)}"
 
 
@@ -127,23 +138,29 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Suite:
-    """Everything a report is made from. The first model is the teacher: what students are held against, and speed-up 1.0 the first way it runs in PyTorch.
+    """Everything a report is made from.
+
+    The first model is the teacher: what students are held against, and speed-up 1.0 the first way it runs in PyTorch.
 
     Attributes:
         name: what the report is called where it has a name; for people.
         sizes_px: sides of the pictures; distances and pictures are taken at the first.
         batch: pictures at once, one or several; each is a row of its own.
         prompts: captions of the timed pictures, the grid and the quality figures, in that order of need.
-        rounds: how often every scenario is started afresh; rounds are interleaved, so slow drift of the machine hits all alike.
-        samples: timed calls a stage and round, at most; `stage_budget_s` ends a stage sooner, though never under 3 samples of a UNet step and 1 of the others.
+        rounds: how often every scenario is started afresh; rounds are interleaved, so slow drift of the machine hits
+            all alike.
+        samples: timed calls a stage and round, at most; `stage_budget_s` ends a stage sooner, though never under 3
+            samples of a UNet step and 1 of the others.
         pictures: how many prompts the grid and the picture comparison take.
         quality_pictures: how many the figures of sets take (CLIP, FID, KID); 0 leaves them out.
         timesteps: of 1000, where the UNets are compared.
         probes: latents compared at each timestep.
-        sensitivity: places where a fault is planted to tell how small a one the gate of a lower precision can see; 0 leaves that out.
+        sensitivity: places where a fault is planted to tell how small a one the gate of a lower precision can see; 0
+            leaves that out.
         metric: folder of a CLIP that judges the pictures; None leaves the CLIP figures out.
         styles: style → phrase its captions start with; needed for `style_accuracy`.
-        real: webdataset shard of real pictures with captions, or a folder of pictures (`--reference`): the ceiling of the CLIP figures and a reference of FID and KID.
+        real: webdataset shard of real pictures with captions, or a folder of pictures (`--reference`): the ceiling of
+            the CLIP figures and a reference of FID and KID.
         threads: CPU threads of every child, None for the runtime's own choice.
     """
 
@@ -177,7 +194,10 @@ class Suite:
     def __post_init__(self) -> None:
         names = [slug(model.name) for model in self.models]
         if not names or len(set(names)) != len(names):
-            raise UsageError(f"model names {[m.name for m in self.models]}", expected="at least one model, each with a name of its own")
+            raise UsageError(
+                f"model names {[m.name for m in self.models]}",
+                expected="at least one model, each with a name of its own",
+            )
         for way in self.ways:
             if way.backend not in BACKEND_NAMES:
                 raise UsageError(f"unknown backend {way.backend!r}", expected=", ".join(BACKEND_NAMES))
@@ -190,7 +210,9 @@ class Suite:
 
     @property
     def baseline(self) -> Way | None:
-        """The first way in PyTorch: the teacher's speed there is 1.0, and pictures for the quality figures are drawn by it. None where PyTorch is not measured."""
+        """The first way in PyTorch: the teacher's speed there is 1.0, and pictures for the quality figures are drawn by
+        it. None where PyTorch is not measured.
+        """
         return next((way for way in self.ways if way.backend == "torch"), None)
 
     def scenarios(self) -> Iterator[Scenario]:
@@ -204,11 +226,27 @@ class Suite:
     def settings(self) -> dict[str, Any]:
         """What a results file keeps of the suite: plain values, the models and paths left out."""
         return {
-            "name": self.name, "device": self.device, "ways": [[w.backend, w.precision] for w in self.ways], "sizes_px": list(self.sizes_px), "batch": list(self.batch), "steps": self.steps,
-            "guidance_scale": self.guidance_scale, "seed": self.seed, "rounds": self.rounds, "samples": self.samples, "end_to_end_samples": self.end_to_end_samples, "stage_budget_s": self.stage_budget_s,
-            "pictures": self.pictures, "quality_pictures": self.quality_pictures, "timesteps": list(self.timesteps), "probes": self.probes, "sensitivity": self.sensitivity, "threads": self.threads,
-            "prompts": len(self.prompts), "random": {m.name: m.random.family for m in self.models if m.random},
-        }  # fmt: skip
+            "name": self.name,
+            "device": self.device,
+            "ways": [[w.backend, w.precision] for w in self.ways],
+            "sizes_px": list(self.sizes_px),
+            "batch": list(self.batch),
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "rounds": self.rounds,
+            "samples": self.samples,
+            "end_to_end_samples": self.end_to_end_samples,
+            "stage_budget_s": self.stage_budget_s,
+            "pictures": self.pictures,
+            "quality_pictures": self.quality_pictures,
+            "timesteps": list(self.timesteps),
+            "probes": self.probes,
+            "sensitivity": self.sensitivity,
+            "threads": self.threads,
+            "prompts": len(self.prompts),
+            "random": {m.name: m.random.family for m in self.models if m.random},
+        }
 
 
 def slug(name: str) -> str:

@@ -1,8 +1,9 @@
 """A stand-in for a TensorRT engine, with torch's kernels behind TensorRT's names, where no TensorRT can run.
 
-It proves `Execution` and `SharedMemory` on a card that TensorRT does not serve, and, over fakes of CUDA's streams and graphs, on a CPU:
-the order of calls, capture and replay, memory that moves, streams. It computes softmax(left · right) · right and keeps what lies between
-in the activation memory it was given, so a wrong or stale address gives a wrong answer.
+It proves `Execution` and `SharedMemory` on a card that TensorRT does not serve, and, over fakes of CUDA's streams and
+graphs, on a CPU: the order of calls, capture and replay, memory that moves, streams. It computes softmax(left · right)
+· right and keeps what lies between in the activation memory it was given, so a wrong or stale address gives a wrong
+answer.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Figures from raw samples: quantiles, an interval for the median, whether the samples can be trusted, and whether two sets differ.
+"""Figures from raw samples: quantiles, an interval for the median, whether the samples can be trusted, and whether two
+sets differ.
 
-A round is one fresh process. Its samples share a memory layout and a clock, so the unit of evidence is the round: what only says how samples
-scatter inside one is blind to most of what makes two runs of the same thing differ.
+A round is one fresh process. Its samples share a memory layout and a clock, so the unit of evidence is the round: what
+only says how samples scatter inside one is blind to most of what makes two runs of the same thing differ.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Summary:
     """What samples say, in their unit.
 
     Attributes:
-        low, high: 95% interval of the median: over rounds where there are two or more, else by bootstrap over the samples.
+        low, high: 95% interval of the median: over rounds where there are two or more, else by bootstrap over the
+            samples.
         spread: interquartile range over the median; `noisy` where it is over `NOISY_SPREAD`.
         rounds: how many processes the samples are of; from 1 the interval cannot know how processes differ.
     """
@@ -56,7 +58,8 @@ class Change:
 
     Attributes:
         ratio: after over before, of the geometric means of the round medians; `low`, `high`: its 95% interval.
-        p_value: of Welch's test that nothing changed. Where a side has one round there is none, and the interval is 0 to infinity.
+        p_value: of Welch's test that nothing changed. Where a side has one round there is none, and the interval is 0
+            to infinity.
         verdict: `unknown` where the rounds are too few or too unlike to tell; `note` says which.
     """
 
@@ -80,10 +83,11 @@ def summarize(samples: Sequence[float], seed: int = 0) -> Summary:
 
 
 def summarize_rounds(rounds: Sequence[Sequence[float]], seed: int = 0) -> Summary:
-    """The `Summary` of all samples of all rounds (rounds x samples; empty ones do not count), its interval widened by what differs from round to round.
+    """The `Summary` of all samples of all rounds (rounds x samples; empty ones do not count), its interval widened by
+    what differs from round to round.
 
-    From two rounds on the interval is Student's over the logs of the round medians, about the median of all samples: with two or three rounds,
-    where it matters, a bootstrap over rounds covers 88% to 92% (bench/studies/stats.py).
+    From two rounds on the interval is Student's over the logs of the round medians, about the median of all samples:
+    with two or three rounds, where it matters, a bootstrap over rounds covers 88% to 92% (bench/studies/stats.py).
 
     Raises:
         ValueError: no samples, or with several rounds one that is not positive.
@@ -101,9 +105,11 @@ def summarize_rounds(rounds: Sequence[Sequence[float]], seed: int = 0) -> Summar
 
 
 def change(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) -> Change:
-    """How `after` differs from `before`, each rounds x samples of one scenario, ms: Welch's t-test (1947) on the logs of the round medians.
+    """How `after` differs from `before`, each rounds x samples of one scenario, ms: Welch's t-test (1947) on the logs
+    of the round medians.
 
-    The median of a round shrugs off its spikes; logs make a change of a share the same at every speed and the interval that of a ratio.
+    The median of a round shrugs off its spikes; logs make a change of a share the same at every speed and the interval
+    that of a ratio.
 
     Raises:
         ValueError: a side has no samples, or one that is not positive.
@@ -123,18 +129,31 @@ def change(before: Sequence[Sequence[float]], after: Sequence[Sequence[float]]) 
     else:
         freedom = sum(parts) ** 2 / sum(part**2 / (count - 1) for part, count in zip(parts, counts, strict=True))
         half = float(stdtrit(freedom, (1 + LEVEL) / 2)) * error
-        low, high, p_value = math.exp(shift - half), math.exp(shift + half), 2 * float(stdtr(freedom, -abs(shift) / error))
+        low, high, p_value = (
+            math.exp(shift - half),
+            math.exp(shift + half),
+            2 * float(stdtr(freedom, -abs(shift) / error)),
+        )
     if min(counts) < LEAST_ROUNDS:
         return Change(ratio, low, high, p_value, "unknown", _few(counts))
     if p_value < SIGNIFICANCE and abs(shift) >= math.log1p(LEAST_CHANGE):
         return Change(ratio, low, high, p_value, "slower" if shift > 0 else "faster")
     if -math.log1p(SAME_WITHIN) < math.log(low) and math.log(high) < math.log1p(SAME_WITHIN):
         return Change(ratio, low, high, p_value, "same")
-    return Change(ratio, low, high, p_value, "unknown", f"the rounds differ too much: the change may be anything from {low - 1:+.0%} to {high - 1:+.0%}")
+    return Change(
+        ratio,
+        low,
+        high,
+        p_value,
+        "unknown",
+        f"the rounds differ too much: the change may be anything from {low - 1:+.0%} to {high - 1:+.0%}",
+    )
 
 
 def _summary(samples: Sequence[float], rounds: int, low: float, high: float) -> Summary:
-    q25, median, q75, p90, p99 = np.quantile(np.asarray(samples, dtype=np.float64), [0.25, 0.5, 0.75, 0.9, 0.99]).tolist()
+    q25, median, q75, p90, p99 = np.quantile(
+        np.asarray(samples, dtype=np.float64), [0.25, 0.5, 0.75, 0.9, 0.99]
+    ).tolist()
     spread = (q75 - q25) / median if median else 0.0
     return Summary(len(samples), median, p90, p99, low, high, spread, spread > NOISY_SPREAD, rounds)
 
@@ -151,7 +170,9 @@ def _few(counts: Sequence[int]) -> str:
     return f"{counts[0]} and {counts[1]} rounds, {LEAST_ROUNDS} each are needed"
 
 
-def median_interval(samples: Sequence[float], seed: int = 0, level: float = LEVEL, resamples: int = 2000) -> tuple[float, float]:
+def median_interval(
+    samples: Sequence[float], seed: int = 0, level: float = LEVEL, resamples: int = 2000
+) -> tuple[float, float]:
     """Percentile bootstrap interval of the median (Efron 1979): the same samples and seed give the same interval."""
     values = np.asarray(samples, dtype=np.float64)
     drawn = np.random.default_rng(seed).integers(0, len(values), (resamples, len(values)))

@@ -1,4 +1,7 @@
-"""Runs a suite: what is prepared, then latency, then pictures and distances, then the report. Every model is loaded in a process of its own."""
+"""Runs a suite: what is prepared, then latency, then pictures and distances, then the report.
+
+Every model is loaded in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +38,24 @@ _EMBEDDED_PX = 256
 _REFERENCE = Way("torch", "fp32")
 
 
-def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool = False, command: str | None = None, skipped: dict[str, str] | None = None) -> Results:
-    """Measure everything the suite asks for and write `results.json`, `report.html`, `report.md`, `grid.webp` and pictures to `output`.
+def run_suite(
+    suite: Suite,
+    output: Path,
+    report: Reporter = SILENT,
+    force: bool = False,
+    command: str | None = None,
+    skipped: dict[str, str] | None = None,
+) -> Results:
+    """Measure everything the suite asks for and write `results.json`, `report.html`, `report.md`, `grid.webp` and
+    pictures to `output`.
 
-    The first model is the teacher: PyTorch on it is speed-up 1.0, and students are held against it. A scenario that fails is a row
-    that says why. A suite that was stopped goes on where it was, from a hidden folder beside `output`. `command` is what the report says
-    to type to do it again; `skipped`, what → reason, is told in the report.
+    The first model is the teacher: PyTorch on it is speed-up 1.0, and students are held against it. A scenario that
+    fails is a row that says why. A suite that was stopped goes on where it was, from a hidden folder beside `output`.
+    `command` is what the report says to type to do it again; `skipped`, what → reason, is told in the report.
 
     Raises:
-        ArtifactError: `output` is in the way. ModelError, UsageError: a model is none, or the teacher does not run. BackendMissing: no backend is left.
+        ArtifactError: `output` is in the way. ModelError, UsageError: a model is none, or the teacher does not run.
+            BackendMissing: no backend is left.
     """
     if not suite.ways:
         raise BackendMissing(f"no backend to measure: {skipped}", hint="--backend torch")
@@ -66,7 +78,8 @@ def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool
         results = Results(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=command or shlex.join(sys.argv),
-            settings=suite.settings() | {"baseline": None if suite.baseline is None else [suite.baseline.backend, suite.baseline.precision]},
+            settings=suite.settings()
+            | {"baseline": None if suite.baseline is None else [suite.baseline.backend, suite.baseline.precision]},
             environment=facts | {"load_average_after": load_average()},
             latency=latency,
             peaks={precision: asdict(peak) for precision, peak in peaks.items()},
@@ -91,8 +104,18 @@ def run_suite(suite: Suite, output: Path, report: Reporter = SILENT, force: bool
 def _fingerprint(suite: Suite, facts: Mapping[str, Any]) -> str:
     """What outcomes hold for: the suite, the weights, the machine and the versions."""
     models = [[m.name, m.sha256, str(m.onnx), str(m.engine)] for m in suite.models]
-    machine = [facts["cpu"], facts["cores"], [gpu["name"] for gpu in facts["gpu"]], installed_versions(), facts["commit"]]
-    return hashlib.sha256(canonical([suite.settings(), models, machine, [asdict(p) for p in suite.prompts], str(suite.metric), str(suite.real)])).hexdigest()
+    machine = [
+        facts["cpu"],
+        facts["cores"],
+        [gpu["name"] for gpu in facts["gpu"]],
+        installed_versions(),
+        facts["commit"],
+    ]
+    return hashlib.sha256(
+        canonical(
+            [suite.settings(), models, machine, [asdict(p) for p in suite.prompts], str(suite.metric), str(suite.real)]
+        )
+    ).hexdigest()
 
 
 def peak_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +132,12 @@ def _peaks(suite: Suite, journal: Journal, report: Reporter) -> dict[str, Peaks]
     precisions = sorted({way.precision for way in suite.ways})
     with report.task("measuring what the device can do", len(precisions)) as advance:
         for precision in precisions:
-            outcome = journal.call(f"peaks {precision}", peak_case, {"device": suite.device, "precision": precision, "threads": suite.threads}, 300)
+            outcome = journal.call(
+                f"peaks {precision}",
+                peak_case,
+                {"device": suite.device, "precision": precision, "threads": suite.threads},
+                300,
+            )
             if "failed" not in outcome:
                 found[precision] = Peaks(**outcome)
             advance(note=precision)
@@ -132,7 +160,14 @@ def _with_roofline(run: Latency, suite: Suite, peaks: Mapping[str, Peaks]) -> La
 class _Comparison:
     """Pictures, distances and CLIP figures: the parts of `Results` that are not timed."""
 
-    def __init__(self, suite: Suite, ready: Mapping[tuple[str, Way], Mapping[str, Any]], journal: Journal, work: Path, report: Reporter) -> None:
+    def __init__(
+        self,
+        suite: Suite,
+        ready: Mapping[tuple[str, Way], Mapping[str, Any]],
+        journal: Journal,
+        work: Path,
+        report: Reporter,
+    ) -> None:
         self.suite, self.ready, self.journal, self.work, self.report = suite, ready, journal, work, report
         self.drawn = suite.prompts[: max(suite.pictures, suite.quality_pictures)]
         self.shown = min(suite.pictures, len(self.drawn))
@@ -142,7 +177,15 @@ class _Comparison:
 
     def run(self) -> dict[str, Any]:
         suite = self.suite
-        found: dict[str, Any] = {"models": [], "backends": [], "students": {}, "quality": {}, "captions": [p.caption for p in self.drawn[: self.shown]], "shown": [], "skipped": {}}
+        found: dict[str, Any] = {
+            "models": [],
+            "backends": [],
+            "students": {},
+            "quality": {},
+            "captions": [p.caption for p in self.drawn[: self.shown]],
+            "shown": [],
+            "skipped": {},
+        }
         # The reference first; then every way, and PyTorch in each lower precision, whose own error is the noise floor.
         asked = list(dict.fromkeys([_REFERENCE, *suite.ways, *(Way("torch", way.precision) for way in suite.ways)]))
         with self.report.task("pictures and distances", len(suite.models) * len(asked) + 1) as advance:
@@ -151,10 +194,26 @@ class _Comparison:
                 reference = answers[_REFERENCE]
                 if model is suite.models[0] and "failed" in reference and "failed" in answers[self.draws]:
                     raise ModelError(f"the teacher does not run in PyTorch: {reference['failed']}", where=model.path)
-                parameters: dict[str, int] = next((a["parameters"] for a in (reference, *answers.values()) if a.get("parameters", {}).get("unet")), {})
-                found["models"].append({"name": model.name, "sha256": model.sha256, "parameters": parameters, "random": model.random is not None})
-                found["backends"] += [{"model": model.name, "backend": way.backend, "precision": way.precision} | self._distance(model, way, answers) for way in suite.ways if way != _REFERENCE]
-                found["shown"] += [(model.name, way, self._pictures(model, way)) for way in suite.ways if "failed" not in answers[way]]
+                parameters: dict[str, int] = next(
+                    (a["parameters"] for a in (reference, *answers.values()) if a.get("parameters", {}).get("unet")), {}
+                )
+                found["models"].append(
+                    {
+                        "name": model.name,
+                        "sha256": model.sha256,
+                        "parameters": parameters,
+                        "random": model.random is not None,
+                    }
+                )
+                found["backends"] += [
+                    {"model": model.name, "backend": way.backend, "precision": way.precision}
+                    | self._distance(model, way, answers)
+                    for way in suite.ways
+                    if way != _REFERENCE
+                ]
+                found["shown"] += [
+                    (model.name, way, self._pictures(model, way)) for way in suite.ways if "failed" not in answers[way]
+                ]
                 if model is not suite.models[0] and not model.random and (distance := self._to_teacher(model)):
                     found["students"][model.name] = distance
             self._judge(found)
@@ -170,12 +229,26 @@ class _Comparison:
         makes_probe = self.probe is None and way == _REFERENCE
         count = len(self.drawn) if way == self.draws else self.shown if way in suite.ways or way == _REFERENCE else 0
         case = {
-            "path": str(model.path), "backend": way.backend, "artifacts": ready.get("artifacts"), "device": suite.device, "precision": way.precision, "threads": suite.threads,
-            "folder": str(self._folder(model, way)), "captions": [p.caption for p in self.drawn[:count]], "seeds": [suite.seed + i for i in range(count)], "steps": suite.steps,
-            "guidance_scale": suite.guidance_scale, "size_px": suite.sizes_px[0], "batch": min(suite.quality_batch, max(count, 1)), "seed": suite.seed, "timesteps": list(suite.timesteps),
-            "probe": str(self.probe) if self.probe else None, "make_probe": suite.probes if makes_probe else 0, "random": model.random is not None,
+            "path": str(model.path),
+            "backend": way.backend,
+            "artifacts": ready.get("artifacts"),
+            "device": suite.device,
+            "precision": way.precision,
+            "threads": suite.threads,
+            "folder": str(self._folder(model, way)),
+            "captions": [p.caption for p in self.drawn[:count]],
+            "seeds": [suite.seed + i for i in range(count)],
+            "steps": suite.steps,
+            "guidance_scale": suite.guidance_scale,
+            "size_px": suite.sizes_px[0],
+            "batch": min(suite.quality_batch, max(count, 1)),
+            "seed": suite.seed,
+            "timesteps": list(suite.timesteps),
+            "probe": str(self.probe) if self.probe else None,
+            "make_probe": suite.probes if makes_probe else 0,
+            "random": model.random is not None,
             "probe_captions": [suite.prompts[i % len(suite.prompts)].caption for i in range(suite.probes)],
-        }  # fmt: skip
+        }
         outcome = self.journal.call(f"answers {model.name} {way}", outputs.produce, case, suite.scenario_timeout_s)
         if makes_probe and "failed" not in outcome:
             self.probe = self._folder(model, way) / outputs.PROBE
@@ -196,27 +269,42 @@ class _Comparison:
         if "unlike" in answers[way] or self.probe is None:
             return {"failed": answers[way].get("unlike", "there is no probe")}
         if not answers[way]["finite"]:
-            return {"failed": f"its output in {way.precision} has values that are not finite", "gate": {"limit": None, "passed": False}}
+            return {
+                "failed": f"its output in {way.precision} has values that are not finite",
+                "gate": {"limit": None, "passed": False},
+            }
         timesteps = self.suite.timesteps
         reference = outputs.read_prediction(self._folder(model, _REFERENCE))
         steps = fidelity.compare_steps(outputs.read_prediction(self._folder(model, way)), reference, timesteps)
         drawn, wanted = self._pictures(model, way), self._pictures(model, _REFERENCE)
-        entry = fidelity.distance(steps, fidelity.compare_pictures(drawn, wanted, self.lpips) if len(drawn) == len(wanted) else [])
+        entry = fidelity.distance(
+            steps, fidelity.compare_pictures(drawn, wanted, self.lpips) if len(drawn) == len(wanted) else []
+        )
         floors = None
         if way.precision != "fp32":
             torch_way = Way("torch", way.precision)
             if "failed" in answers[torch_way]:
                 return entry  # PyTorch could not say what this precision costs
-            floors = fidelity.compare_steps(outputs.read_prediction(self._folder(model, torch_way)), reference, timesteps)
+            floors = fidelity.compare_steps(
+                outputs.read_prediction(self._folder(model, torch_way)), reference, timesteps
+            )
         asked = fidelity.gate_steps(steps, floors)
         if way.backend != "torch":  # which is the floor itself
             entry["gate"] = asked
         if floors is not None and self.suite.sensitivity and model is self.suite.models[0] and asked["passed"]:
             case = {
-                "path": str(model.path), "device": self.suite.device, "probe": str(self.probe), "limits": asked["limits"], "floors": [step.relative_l2 for step in steps], "count": self.suite.sensitivity,
-                "seed": self.suite.seed, "threads": self.suite.threads,
-            }  # fmt: skip
-            felt = self.journal.call(f"sensitivity {model.name} {way}", outputs.feel, case, self.suite.scenario_timeout_s)
+                "path": str(model.path),
+                "device": self.suite.device,
+                "probe": str(self.probe),
+                "limits": asked["limits"],
+                "floors": [step.relative_l2 for step in steps],
+                "count": self.suite.sensitivity,
+                "seed": self.suite.seed,
+                "threads": self.suite.threads,
+            }
+            felt = self.journal.call(
+                f"sensitivity {model.name} {way}", outputs.feel, case, self.suite.scenario_timeout_s
+            )
             entry |= {} if "failed" in felt else {"sensitivity": felt}
         return entry
 
@@ -232,13 +320,22 @@ class _Comparison:
     def _judge(self, found: dict[str, Any]) -> None:
         """What the pictures as sets say, of the models that drew them all."""
         suite, count = self.suite, self.suite.quality_pictures or self.shown
-        folders = {model.name: str(self._folder(model, self.draws)) for model in suite.models if outputs.count_pictures(self._folder(model, self.draws)) >= count > 0}
+        folders = {
+            model.name: str(self._folder(model, self.draws))
+            for model in suite.models
+            if outputs.count_pictures(self._folder(model, self.draws)) >= count > 0
+        }
         if suite.models[0].name not in folders or any(model.random for model in suite.models):
             return
         case = {
-            "folders": folders, "prompts": [[p.caption, p.style] for p in self.drawn[:count]], "metric": str(suite.metric) if suite.metric else None, "styles": [list(s) for s in suite.styles],
-            "real": str(suite.real) if suite.real else None, "device": suite.device, "size_px": suite.sizes_px[0],
-        }  # fmt: skip
+            "folders": folders,
+            "prompts": [[p.caption, p.style] for p in self.drawn[:count]],
+            "metric": str(suite.metric) if suite.metric else None,
+            "styles": [list(s) for s in suite.styles],
+            "real": str(suite.real) if suite.real else None,
+            "device": suite.device,
+            "size_px": suite.sizes_px[0],
+        }
         outcome = self.journal.call("judge", judge, case, suite.scenario_timeout_s)
         if "failed" in outcome:
             found["skipped"]["figures of sets"] = outcome["failed"]
@@ -286,10 +383,20 @@ def _small(image: Image.Image) -> Image.Image:
 
 def _warnings(suite: Suite, facts: dict[str, Any], journal: Journal) -> list[str]:
     found = []
-    if facts["load_average"] is not None and facts["load_average"] > 0.5 * (facts["cores"] or 1) and suite.device == "cpu":
-        found.append(f"The machine was busy before measuring began (load average {facts['load_average']} on {facts['cores']} cores)")
+    if (
+        facts["load_average"] is not None
+        and facts["load_average"] > 0.5 * (facts["cores"] or 1)
+        and suite.device == "cpu"
+    ):
+        found.append(
+            f"The machine was busy before measuring began (load average {facts['load_average']} on {facts['cores']}"
+            " cores)"
+        )
     if journal.continued:
         found.append("The suite was stopped and went on later: its rounds are not all of one stretch of time")
     if random := [model.name for model in suite.models if model.random]:
-        found.append(f"The weights of {', '.join(random)} are random: latency and memory do not depend on them, pictures and distances to a teacher would mean nothing and are left out")
+        found.append(
+            f"The weights of {', '.join(random)} are random: latency and memory do not depend on them, pictures and"
+            " distances to a teacher would mean nothing and are left out"
+        )
     return found

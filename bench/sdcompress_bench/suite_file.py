@@ -22,7 +22,9 @@ class ModelEntry(BaseModel):
 
     name: str | None = Field(None, description="What the report calls it; the model's own name where there is none.")
     path: str | None = Field(None, description="A diffusers folder, a single file, a hub id, or a built-in's name.")
-    random: Literal["sd1", "sd2", "sdxl"] | None = Field(None, description="In place of a path: this family's shape, with random weights.")
+    random: Literal["sd1", "sd2", "sdxl"] | None = Field(
+        None, description="In place of a path: this family's shape, with random weights."
+    )
     plan: str | None = Field(None, description="With `random`: a student by this plan.")
 
     @model_validator(mode="after")
@@ -41,7 +43,9 @@ class GateEntry(BaseModel):
 
     figure: str = Field(description=f"One of {', '.join(FIGURES)}.")
     model: str | None = Field(None, description="Of this model alone.")
-    backend: str | None = Field(None, description="Of this backend alone, with its precision where that is not the usual one: ort, aot:bf16.")
+    backend: str | None = Field(
+        None, description="Of this backend alone, with its precision where that is not the usual one: ort, aot:bf16."
+    )
     at_least: float | None = None
     at_most: float | None = None
 
@@ -62,13 +66,25 @@ class SuiteFile(BaseModel):
     title: str = Field("", description="The report's name.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="The first is the teacher.")
-    backends: tuple[str, ...] | None = Field(None, description="Of torch, compile, aot, ort, trt, each with `:precision` where it is not the usual one. None is what this machine has.")
+    backends: tuple[str, ...] | None = Field(
+        None,
+        description=(
+            "Of torch, compile, aot, ort, trt, each with `:precision` where it is not the usual one. None is what this"
+            " machine has."
+        ),
+    )
     gpu_backends: tuple[str, ...] | None = Field(None, description="In place of `backends` on a GPU.")
-    precision: Literal["fp32", "fp16", "bf16"] | None = Field(None, description="Of backends that name none. None is fp16 on a GPU, fp32 on a CPU.")
-    size_px: tuple[int, ...] | None = Field(None, description="Sides of the pictures. None is what the teacher was made for.")
+    precision: Literal["fp32", "fp16", "bf16"] | None = Field(
+        None, description="Of backends that name none. None is fp16 on a GPU, fp32 on a CPU."
+    )
+    size_px: tuple[int, ...] | None = Field(
+        None, description="Sides of the pictures. None is what the teacher was made for."
+    )
     batch: tuple[int, ...] = Field((1,), description="Pictures at once; each is a row.")
     steps: int = Field(25, ge=1, description="Sampling steps.")
-    guidance_scale: float | None = Field(None, description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 4 for nano.")
+    guidance_scale: float | None = Field(
+        None, description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 4 for nano."
+    )
     prompts: str | None = Field(None, description="A file of captions: txt, csv, tsv, jsonl, or COCO's json.")
     reference: str | None = Field(None, description="A folder of real pictures, for FID and KID.")
     clip: str | None = Field(None, description="A CLIP (transformers folder) that judges the pictures.")
@@ -79,8 +95,12 @@ class SuiteFile(BaseModel):
     stage_budget_s: float = Field(10.0, gt=0, description="Ends a stage sooner.")
     scenario_timeout_s: float = Field(3600.0, gt=0, description="Ends a case that hangs.")
     pictures: int = Field(6, ge=0, description="In the grid.")
-    quality_pictures: int | None = Field(None, ge=0, description="For CLIP, FID and KID. None is all prompts where something judges them.")
-    timesteps: tuple[int, ...] = Field((1, 101, 301, 501, 701, 901, 999), min_length=1, description="Where the UNets are compared.")
+    quality_pictures: int | None = Field(
+        None, ge=0, description="For CLIP, FID and KID. None is all prompts where something judges them."
+    )
+    timesteps: tuple[int, ...] = Field(
+        (1, 101, 301, 501, 701, 901, 999), min_length=1, description="Where the UNets are compared."
+    )
     probes: int = Field(4, ge=1, description="Latents at each timestep.")
     sensitivity: int = Field(0, ge=0, description="Planted faults that tell what a gate can see; 0 leaves that out.")
     threads: int | None = Field(None, ge=1, description="CPU threads.")
@@ -92,7 +112,10 @@ class SuiteFile(BaseModel):
         """`MODEL` and `NAME=MODEL` for a whole entry."""
         if not isinstance(value, list | tuple):
             return value
-        return [dict(zip(("name", "path"), _split(entry), strict=True)) if isinstance(entry, str) else entry for entry in value]
+        return [
+            dict(zip(("name", "path"), _split(entry), strict=True)) if isinstance(entry, str) else entry
+            for entry in value
+        ]
 
     @field_validator("size_px", "batch", mode="before")
     @classmethod

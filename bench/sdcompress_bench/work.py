@@ -1,13 +1,15 @@
-"""How much work a call of a component is, counted without running it, and how fast this device could do that at best, measured.
+"""How much work a call of a component is, counted without running it, and how fast this device could do that at best,
+measured.
 
-    macs               multiply-adds of convolutions, matrix products and attention; two operations each where a figure is in FLOPs
-    weight_bytes       weights the call reads, each once
-    activation_bytes   what every convolution, matrix product and attention reads and writes
+    macs               multiply-adds of convolutions, matrix products and attention; two operations each where a figure
+    is in FLOPs weight_bytes       weights the call reads, each once activation_bytes   what every convolution, matrix
+    product and attention reads and writes
 
-That is an execution which fuses all else (norms, activations, additions, up-sampling, casts) into the operator before or after it and
-never writes the scores of attention. No backend reaches it and all can be held against it: `roofline` says what share of the device's
-measured peaks a measured time is. Convolutions count as they are defined: a backend that takes Winograd's way multiplies less, and its
-share comes out higher for that. Causal attention counts whole, a grouped convolution only what its groups multiply.
+That is an execution which fuses all else (norms, activations, additions, up-sampling, casts) into the operator before
+or after it and never writes the scores of attention. No backend reaches it and all can be held against it: `roofline`
+says what share of the device's measured peaks a measured time is. Convolutions count as they are defined: a backend
+that takes Winograd's way multiplies less, and its share comes out higher for that. Causal attention counts whole, a
+grouped convolution only what its groups multiply.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ from sdcompress.graphs import DTYPES
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 """Precision → bytes of a value, weight or activation."""
 _MATMUL_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
-_COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # a CPU's last cache has up to a few hundred MiB, and source and target do not share it
+_COPY_BYTES = {
+    "cpu": 2**28,
+    "cuda": 2**30,
+}  # a CPU's last cache has up to a few hundred MiB, and source and target do not share it
 _BUDGET_S = {"cpu": 1.5, "cuda": 0.3}
 
 
@@ -44,9 +49,11 @@ class Work:
     """What one call is; the module's docstring says what counts.
 
     Attributes:
-        peak_bytes: the most that is alive at once of inputs, outputs and what lies between in an eager run without gradients, its
-            attention fused; not what an operator takes for itself and frees (workspaces), nor what an allocator keeps.
-        table_bytes: lookup tables (token and position embeddings), which are held but of which a call moves only a few rows.
+        peak_bytes: the most that is alive at once of inputs, outputs and what lies between in an eager run without
+            gradients, its attention fused; not what an operator takes for itself and frees (workspaces), nor what an
+            allocator keeps.
+        table_bytes: lookup tables (token and position embeddings), which are held but of which a call moves only a few
+            rows.
     """
 
     macs: int
@@ -68,7 +75,9 @@ class Work:
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a device reached: in a square matrix product of `precision` (two operations a multiply-add), and copying memory (read and written bytes both count)."""
+    """What a device reached: in a square matrix product of `precision` (two operations a multiply-add), and copying
+    memory (read and written bytes both count).
+    """
 
     matmul_flops_per_s: float
     bandwidth_bytes_per_s: float
@@ -76,7 +85,10 @@ class Peaks:
 
 
 class Roofline(TypedDict):
-    """A measured time beside the device's limits. Shares are of 1; `least_ms` is the longer of what the matmul peak and the bandwidth allow, `bound` which that is."""
+    """A measured time beside the device's limits.
+
+    Shares are of 1; `least_ms` is the longer of what the matmul peak and the bandwidth allow, `bound` which that is.
+    """
 
     share_of_matmul_peak: float
     share_of_bandwidth: float
@@ -84,12 +96,16 @@ class Roofline(TypedDict):
     bound: str
 
 
-def count_work(component: torch.nn.Module, example: Mapping[str, Any], bytes_per_value: int, method: str = "forward") -> Work:
-    """The `Work` of one call of `component`, counted on the meta device: nothing is computed, and weights that are elsewhere are not touched.
+def count_work(
+    component: torch.nn.Module, example: Mapping[str, Any], bytes_per_value: int, method: str = "forward"
+) -> Work:
+    """The `Work` of one call of `component`, counted on the meta device: nothing is computed, and weights that are
+    elsewhere are not touched.
 
     Args:
-        example: the call's arguments by name, tensors on any device: a UNet's `sample`, `timestep`, `encoder_hidden_states` and SDXL's
-            `added_cond_kwargs`, a text encoder's `input_ids`, the `z` of a VAE's `decode`.
+        example: the call's arguments by name, tensors on any device: a UNet's `sample`, `timestep`,
+            `encoder_hidden_states` and SDXL's `added_cond_kwargs`, a text encoder's `input_ids`, the `z` of a VAE's
+            `decode`.
         bytes_per_value: of every floating-point value, whatever dtype the component is in; others have their own.
         method: which of the component's methods is called.
 
@@ -105,19 +121,25 @@ def count_work(component: torch.nn.Module, example: Mapping[str, Any], bytes_per
         with torch.no_grad(), _FusedAttention(counter), counter:
             getattr(module, method)(**arguments)
     except (RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(f"{type(component).__name__}.{method} does not take {', '.join(example)}: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"{type(component).__name__}.{method} does not take {', '.join(example)}: {str(error).splitlines()[0]}"
+        ) from error
     return counter.work()
 
 
 def _to_meta(component: torch.nn.Module) -> torch.nn.Module:
     """A copy on the meta device, in inference mode; the component itself stays as and where it is."""
-    memo: dict[int, Any] = {id(weight): torch.nn.Parameter(_meta(weight), requires_grad=False) for weight in component.parameters()}
+    memo: dict[int, Any] = {
+        id(weight): torch.nn.Parameter(_meta(weight), requires_grad=False) for weight in component.parameters()
+    }
     memo |= {id(held): _meta(held) for held in component.buffers()}
     return copy.deepcopy(component, memo).eval()
 
 
 def _meta(value: Any) -> Any:
-    """A tensor on the meta device, one float dtype for all, as a component may be in another than its example; what is no tensor as it is."""
+    """A tensor on the meta device, one float dtype for all, as a component may be in another than its example; what is
+    no tensor as it is.
+    """
     if not isinstance(value, torch.Tensor):
         return value
     return value.detach().to("meta", torch.float32 if value.is_floating_point() else value.dtype)
@@ -144,15 +166,23 @@ class _Counter(TorchDispatchMode):
         for key in {tensor.untyped_storage()._cdata for tensor in given} & self.weights.keys():
             (self.tables if key == table else self.read).add(key)
         if func._overloadpacket in flop_registry:
-            self.add(flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) // 2, [*given, *_tensors(out)])
+            self.add(
+                flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out) // 2, [*given, *_tensors(out)]
+            )
         for tensor in _tensors(out):
             self._watch(tensor)
         return out
 
     def add(self, macs: int, moved: list[torch.Tensor]) -> None:
-        """One operator: its multiply-adds, and the tensors it reads and writes; those of them that are weights count elsewhere."""
+        """One operator: its multiply-adds, and the tensors it reads and writes; those of them that are weights count
+        elsewhere.
+        """
         self.macs += macs
-        self.activation_bytes += sum(self._size(tensor, tensor.numel()) for tensor in moved if tensor.untyped_storage()._cdata not in self.weights)
+        self.activation_bytes += sum(
+            self._size(tensor, tensor.numel())
+            for tensor in moved
+            if tensor.untyped_storage()._cdata not in self.weights
+        )
 
     def work(self) -> Work:
         def held(keys: set[int]) -> int:
@@ -163,7 +193,9 @@ class _Counter(TorchDispatchMode):
     def _size(self, tensor: torch.Tensor, at_most: int | None = None) -> int:
         """Bytes of a tensor's storage, or of `at_most` values of it: of a broadcast tensor only what is there."""
         values = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return (values if at_most is None else min(values, at_most)) * (self.bytes_per_value if tensor.is_floating_point() else tensor.element_size())
+        return (values if at_most is None else min(values, at_most)) * (
+            self.bytes_per_value if tensor.is_floating_point() else tensor.element_size()
+        )
 
     def _watch(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -182,7 +214,9 @@ class _Counter(TorchDispatchMode):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Torch's attention as the one operator it is on CPU and GPU; on the meta device it would fall into its parts, scores and all."""
+    """Torch's attention as the one operator it is on CPU and GPU; on the meta device it would fall into its parts,
+    scores and all.
+    """
 
     def __init__(self, counter: _Counter) -> None:
         super().__init__()
@@ -193,10 +227,21 @@ class _FusedAttention(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return self._attend(*args, **(kwargs or {}))
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, *_: Any, **__: Any) -> torch.Tensor:
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> torch.Tensor:
         *batch, length, width = query.shape
-        # The kernels lay their result out as (batch, length, heads, width), which is what lets a model merge the heads without a copy.
-        shape = (*batch[:-1], length, batch[-1], value.shape[-1]) if len(batch) > 1 else (*batch, length, value.shape[-1])
+        # The kernels lay their result out as (batch, length, heads, width), which is what lets a model merge the heads
+        # without a copy.
+        shape = (
+            (*batch[:-1], length, batch[-1], value.shape[-1]) if len(batch) > 1 else (*batch, length, value.shape[-1])
+        )
         out = query.new_empty(shape)
         out = out.transpose(-3, -2) if len(batch) > 1 else out
         given = [query, key, value] + ([] if attn_mask is None else [attn_mask])
@@ -208,13 +253,19 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
-def count_pipeline(model: str | Path | Mapping[str, Mapping[str, Any]], size_px: int, batch: int, guided: bool, precision: str) -> dict[str, Work]:
-    """Component → `Work` of one call: `unet`, `text_encoder`, `vae_decoder`, and `text_encoder_2` where there is one. From configs alone; no weights are read or made.
+def count_pipeline(
+    model: str | Path | Mapping[str, Mapping[str, Any]], size_px: int, batch: int, guided: bool, precision: str
+) -> dict[str, Work]:
+    """Component → `Work` of one call: `unet`, `text_encoder`, `vae_decoder`, and `text_encoder_2` where there is one.
+
+    From configs alone; no weights are read or made.
 
     Args:
-        model: what `load_teacher` takes, or the configs by the pipeline's names (`unet`, `vae`, `text_encoder`, `text_encoder_2`).
+        model: what `load_teacher` takes, or the configs by the pipeline's names (`unet`, `vae`, `text_encoder`,
+            `text_encoder_2`).
         size_px: side of the pictures. batch: pictures in one call.
-        guided: classifier-free guidance, which gives the UNet 2·batch latents; the text encoder is called once for `batch` captions and once more for the empty one.
+        guided: classifier-free guidance, which gives the UNet 2·batch latents; the text encoder is called once for
+            `batch` captions and once more for the empty one.
         precision: a key of `BYTES`.
 
     Raises:
@@ -234,12 +285,21 @@ def count_pipeline(model: str | Path | Mapping[str, Mapping[str, Any]], size_px:
     with torch.device("meta"):
         latents = {"sample": torch.empty(rows, unet.config.in_channels, side, side), "timestep": torch.empty(rows)}
         examples: dict[str, tuple[str, dict[str, Any], str]] = {
-            "unet": ("unet", latents | {"encoder_hidden_states": torch.empty(rows, CONTEXT_TOKENS, unet.config.cross_attention_dim)} | _sizes(unet.config, rows), "forward"),
+            "unet": (
+                "unet",
+                latents
+                | {"encoder_hidden_states": torch.empty(rows, CONTEXT_TOKENS, unet.config.cross_attention_dim)}
+                | _sizes(unet.config, rows),
+                "forward",
+            ),
             "vae_decoder": ("vae", {"z": torch.empty(batch, vae.config.latent_channels, side, side)}, "decode"),
         }
         for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
             examples[name] = (name, {"input_ids": torch.zeros(batch, CONTEXT_TOKENS, dtype=torch.long)}, "forward")
-    return {name: count_work(parts[part], example, BYTES[precision], method) for name, (part, example, method) in sorted(examples.items())}
+    return {
+        name: count_work(parts[part], example, BYTES[precision], method)
+        for name, (part, example, method) in sorted(examples.items())
+    }
 
 
 def _sizes(config: Any, rows: int) -> dict[str, Any]:
@@ -256,7 +316,9 @@ def _configs(model: str | Path | Mapping[str, Mapping[str, Any]]) -> dict[str, M
     if isinstance(model, Mapping):
         lacking = {"unet", "vae", "text_encoder"} - model.keys()
         if lacking:
-            raise ModelError(f"no config of the {', '.join(sorted(lacking))}", expected="those of unet, vae and text_encoder")
+            raise ModelError(
+                f"no config of the {', '.join(sorted(lacking))}", expected="those of unet, vae and text_encoder"
+            )
         return {name: model[name] for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in model}
     second = ("text_encoder_2",) if "text_encoder_2" in model_index(resolve(model)) else ()
     return {name: component_config(model, name) for name in ("unet", "vae", "text_encoder", *second)}
@@ -274,13 +336,19 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
             return UNet2DConditionModel.from_config(dict(config))
         if name == "vae":
             return AutoencoderKL.from_config(dict(config))
-        return (CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection)(CLIPTextConfig.from_dict(dict(config)))
+        return (CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection)(
+            CLIPTextConfig.from_dict(dict(config))
+        )
 
 
-def measure_peaks(device: str, precision: str, *, budget_s: float | None = None, copy_bytes: int | None = None) -> Peaks:
-    """The best this device does now in what UNets are made of: square matrix products of several sizes, laid out as a linear layer's, and a copy far larger than its caches.
+def measure_peaks(
+    device: str, precision: str, *, budget_s: float | None = None, copy_bytes: int | None = None
+) -> Peaks:
+    """The best this device does now in what UNets are made of: square matrix products of several sizes, laid out as a
+    linear layer's, and a copy far larger than its caches.
 
-    Takes 5 to 10 s on a small CPU, under 3 s on a GPU, and some memory (1 GiB; 2 GiB on a GPU). The best of many calls is given: a limit is wanted, not a mean.
+    Takes 5 to 10 s on a small CPU, under 3 s on a GPU, and some memory (1 GiB; 2 GiB on a GPU). The best of many calls
+    is given: a limit is wanted, not a mean.
 
     Args:
         budget_s: for the copy and for each size of a product; by default what the device needs for a steady figure.
@@ -293,11 +361,15 @@ def measure_peaks(device: str, precision: str, *, budget_s: float | None = None,
         raise UsageError(f"no peak is measured in {precision!r}", expected=" or ".join(DTYPES))
     kind = device.partition(":")[0]
     if kind not in _MATMUL_SIDES or (kind == "cuda" and not torch.cuda.is_available()):
-        raise BackendMissing(f"no device {device!r}", expected="cpu" if not torch.cuda.is_available() else "cpu or cuda")
+        raise BackendMissing(
+            f"no device {device!r}", expected="cpu" if not torch.cuda.is_available() else "cpu or cuda"
+        )
     dtype: torch.dtype = DTYPES[precision]
     flops, seconds, budget_s = 0.0, 0.0, budget_s or _BUDGET_S[kind]
     for side in _MATMUL_SIDES[kind]:
-        if 8 * seconds > budget_s:  # the next size takes eight times as long: fp16 on a CPU that has no instructions for it
+        if (
+            8 * seconds > budget_s
+        ):  # the next size takes eight times as long: fp16 on a CPU that has no instructions for it
             break
         seconds = _best(_product(side, device, dtype), device, budget_s)
         flops = max(flops, 2 * side**3 / seconds)
@@ -350,6 +422,8 @@ def roofline(work: Work, peaks: Peaks, step_s: float) -> Roofline:
     compute_s = 2 * work.macs / peaks.matmul_flops_per_s
     memory_s = work.moved_bytes / peaks.bandwidth_bytes_per_s
     return {
-        "share_of_matmul_peak": compute_s / step_s, "share_of_bandwidth": memory_s / step_s,
-        "least_ms": 1000 * max(compute_s, memory_s), "bound": "compute" if compute_s >= memory_s else "memory",
-    }  # fmt: skip
+        "share_of_matmul_peak": compute_s / step_s,
+        "share_of_bandwidth": memory_s / step_s,
+        "least_ms": 1000 * max(compute_s, memory_s),
+        "bound": "compute" if compute_s >= memory_s else "memory",
+    }

@@ -2,9 +2,10 @@
 
     python bench/studies/adapting.py -o bench/results/adapting-nano.json --work build/adapting
 
-The word is "sketch": the training pictures are nano's line drawings with captions "a sketch of ..." in the place of "a black line
-drawing of ...". Judged on concepts of held-out pairs, prompted "a sketch of ...": the share of pictures that nano-CLIP calls line
-drawings, and retrieval top-5, before and after. LoRA steps a second on the teacher and on the student are taken in turn.
+The word is "sketch": the training pictures are nano's line drawings with captions "a sketch of ..." in the place of "a
+black line drawing of ...". Judged on concepts of held-out pairs, prompted "a sketch of ...": the share of pictures that
+nano-CLIP calls line drawings, and retrieval top-5, before and after. LoRA steps a second on the teacher and on the
+student are taken in turn.
 """
 
 from __future__ import annotations
@@ -57,7 +58,10 @@ def main() -> None:
     write_data(args.work / "data")
     student, teacher = load_teacher("nano-tiny"), load_teacher("nano")
     source = open_source(args.work / "data")
-    caches = {model.name: build_cache(source, model, args.work / f"cache-{model.name}", report=report) for model in (student, teacher)}
+    caches = {
+        model.name: build_cache(source, model, args.work / f"cache-{model.name}", report=report)
+        for model in (student, teacher)
+    }
     metric, styles = ClipMetric(nano.metric_folder()), nano.styles()
     asked = nano.prompts("heldout", args.prompts)
     # The judge is asked in the words it knows; the model is prompted with the new one.
@@ -65,19 +69,35 @@ def main() -> None:
     prompts = [p.caption.replace(styles[p.style], WORD, 1) for p in asked]
 
     def figures(pipeline: Any) -> dict[str, float]:
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),
+        ):
             images = generate(pipeline, prompts, seeds=list(range(len(prompts))), batch_size=50)
-        judged = {k: asdict(v)["share"] if isinstance(v, Share) else v for k, v in judge(metric, images, known, styles).items()}
+        judged = {
+            k: asdict(v)["share"] if isinstance(v, Share) else v
+            for k, v in judge(metric, images, known, styles).items()
+        }
         return {"style_accuracy": judged["style"], "retrieval_top5": judged["top5"]}
 
-    lora, full = load_config(LoraConfig, "nano-lora", {"sample_every": 0}), load_config(FinetuneConfig, "nano-finetune", {"sample_every": 0})
+    lora, full = (
+        load_config(LoraConfig, "nano-lora", {"sample_every": 0}),
+        load_config(FinetuneConfig, "nano-finetune", {"sample_every": 0}),
+    )
     rows: dict[str, dict[str, Any]] = {"before": figures(student.pipeline)}
     found = train_lora(student, caches["nano-tiny"], lora, args.work / "lora", report=report)
     adapted = load_teacher("nano-tiny").pipeline
     fuse_lora(adapted, read_lora(args.work / "lora" / LORA / KOHYA_FILE, unet_modules(adapted.unet)))
-    rows["LoRA"] = figures(adapted) | {"steps": lora.steps, "seconds": found.seconds, "file_bytes": (args.work / "lora" / LORA / KOHYA_FILE).stat().st_size}
+    rows["LoRA"] = figures(adapted) | {
+        "steps": lora.steps,
+        "seconds": found.seconds,
+        "file_bytes": (args.work / "lora" / LORA / KOHYA_FILE).stat().st_size,
+    }
     found = finetune(student, caches["nano-tiny"], full, args.work / "full", report=report)
-    rows["full finetuning"] = figures(load_teacher(args.work / "full").pipeline) | {"steps": full.steps, "seconds": found.seconds}
+    rows["full finetuning"] = figures(load_teacher(args.work / "full").pipeline) | {
+        "steps": full.steps,
+        "seconds": found.seconds,
+    }
     speed: dict[str, list[float]] = {"nano": [], "nano-tiny": []}
     for _ in range(args.rounds):
         for model in (teacher, student):
@@ -86,9 +106,17 @@ def main() -> None:
             speed[model.name].append(config.steps / run.seconds)
     ratio = statistics.median(speed["nano-tiny"]) / statistics.median(speed["nano"])
     result = {
-        "teacher_sha256": teacher.sha256, "student_sha256": student.sha256, "word": WORD, "style": STYLE, "prompts": len(prompts), "batch_size": lora.batch_size,
-        "rows": rows, "lora_steps_per_s": speed, "lora_student_over_teacher": ratio, "environment": environment(),
-    }  # fmt: skip
+        "teacher_sha256": teacher.sha256,
+        "student_sha256": student.sha256,
+        "word": WORD,
+        "style": STYLE,
+        "prompts": len(prompts),
+        "batch_size": lora.batch_size,
+        "rows": rows,
+        "lora_steps_per_s": speed,
+        "lora_student_over_teacher": ratio,
+        "environment": environment(),
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     text = table(result)
@@ -97,10 +125,24 @@ def main() -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f'nano-tiny learns "{result["word"]} ..."; {result["prompts"]} held-out prompts', "", "| | right style | right caption in the top 5 |", "|---|---|---|"]
-    lines += [f"| {name} | {row['style_accuracy']:.2f} | {row['retrieval_top5']:.2f} |" for name, row in result["rows"].items()]
+    lines = [
+        f'nano-tiny learns "{result["word"]} ..."; {result["prompts"]} held-out prompts',
+        "",
+        "| | right style | right caption in the top 5 |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {row['style_accuracy']:.2f} | {row['retrieval_top5']:.2f} |"
+        for name, row in result["rows"].items()
+    ]
     speed = {name: statistics.median(values) for name, values in result["lora_steps_per_s"].items()}
-    lines += ["", f"LoRA steps a second: {speed['nano-tiny']:.2f} on the student, {speed['nano']:.2f} on the teacher ({result['lora_student_over_teacher']:.2f} times)"]
+    lines += [
+        "",
+        (
+            f"LoRA steps a second: {speed['nano-tiny']:.2f} on the student, {speed['nano']:.2f} on the teacher"
+            f" ({result['lora_student_over_teacher']:.2f} times)"
+        ),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,12 +1,15 @@
-"""What is the fastest way to run a UNet here, with the same weights and inside the accuracy gate? Everything that was tried, with its figures.
+"""What is the fastest way to run a UNet here, with the same weights and inside the accuracy gate? Everything that was
+tried, with its figures.
 
     python bench/studies/backends.py -o bench/results/backends-cpu.json --work build/backends
     python bench/studies/backends.py -o bench/results/backends-gpu.json --work build/backends --device cuda
 
-On a CPU nano and a full-size bk-tiny, batch 1 and 2; on a GPU the whole SD1.5 UNet, bk-base and bk-tiny in fp16 at 512 px, batch 2, with and without CUDA graphs.
+On a CPU nano and a full-size bk-tiny, batch 1 and 2; on a GPU the whole SD1.5 UNet, bk-base and bk-tiny in fp16 at 512
+px, batch 2, with and without CUDA graphs.
 
-Each variant runs in a process of its own, started afresh each round, in turn. Time is that of one UNet call at the model's own size. The error is the
-relative L2 to torch in fp32; the gate is 1e-4 in fp32, and in half precision twice what torch itself is off by. Preparing (export, compiling) is timed apart.
+Each variant runs in a process of its own, started afresh each round, in turn. Time is that of one UNet call at the
+model's own size. The error is the relative L2 to torch in fp32; the gate is 1e-4 in fp32, and in half precision twice
+what torch itself is off by. Preparing (export, compiling) is timed apart.
 """
 
 from __future__ import annotations
@@ -59,7 +62,10 @@ GPU_VARIANTS = {
     "trt fp16": "the engine, static shapes",
     "trt fp16 graph": "with a CUDA graph",
 }
-MODELS = {"cpu": {"nano": None, "SD1.5 bk-tiny": "bk-tiny"}, "cuda": {"SD1.5 whole": None, "SD1.5 bk-base": "bk-base", "SD1.5 bk-tiny": "bk-tiny"}}
+MODELS = {
+    "cpu": {"nano": None, "SD1.5 bk-tiny": "bk-tiny"},
+    "cuda": {"SD1.5 whole": None, "SD1.5 bk-base": "bk-base", "SD1.5 bk-tiny": "bk-tiny"},
+}
 BATCHES = {"cpu": (1, 2), "cuda": (2,)}
 LIMIT_S = 900
 
@@ -87,7 +93,12 @@ def prepare(variant: str, model: Path, work: Path, device: str) -> None:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         (work / "int8").mkdir(exist_ok=True)
-        quantize_dynamic(str(graphs / "unet.onnx"), str(work / "int8" / "unet.onnx"), weight_type=QuantType.QInt8, use_external_data_format=True)
+        quantize_dynamic(
+            str(graphs / "unet.onnx"),
+            str(work / "int8" / "unet.onnx"),
+            weight_type=QuantType.QInt8,
+            use_external_data_format=True,
+        )
     if kind == "trt" and not (work / "engine").is_dir():
         build_engines(graphs, work / "engine", profiles=("sd15-512",), components=("unet",))
     if kind == "aot" and not (work / "unet.pt2").is_file():
@@ -96,10 +107,19 @@ def prepare(variant: str, model: Path, work: Path, device: str) -> None:
         pipeline: Any = load_teacher(model).pipeline
         dtype = DTYPES[precision]
         wanted = signature_of("unet", pipeline.unet, precision)
-        graph = component_graph("unet", pipeline.unet, dtype, stable=False).to(device, memory_format=torch.channels_last)
+        graph = component_graph("unet", pipeline.unet, dtype, stable=False).to(
+            device, memory_format=torch.channels_last
+        )
         example = example_of(wanted, pipeline.unet.config)
         with silence():
-            compile_package(graph, [value.to(device) for value in example.inputs.values()], tuple(example.dynamic_shapes.values()), work / "unet.pt2", wanted.inputs, wanted.outputs)
+            compile_package(
+                graph,
+                [value.to(device) for value in example.inputs.values()],
+                tuple(example.dynamic_shapes.values()),
+                work / "unet.pt2",
+                wanted.inputs,
+                wanted.outputs,
+            )
 
 
 def precision_of(variant: str) -> Any:
@@ -112,7 +132,11 @@ def feeds(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu") -> d
     side = int(config["sample_size"])
     sample = torch.randn(batch, config["in_channels"], side, side, generator=generator)
     context = torch.randn(batch, 77, config["cross_attention_dim"], generator=generator)
-    return {"sample": sample.to(device, dtype), "timestep": torch.full((batch,), 501.0, device=device), "encoder_hidden_states": context.to(device, dtype)}
+    return {
+        "sample": sample.to(device, dtype),
+        "timestep": torch.full((batch,), 501.0, device=device),
+        "encoder_hidden_states": context.to(device, dtype),
+    }
 
 
 def torch_runner(variant: str, model: Path, device: str) -> Any:
@@ -128,7 +152,9 @@ def torch_runner(variant: str, model: Path, device: str) -> Any:
     unet = pipeline.unet.to(device, DTYPES[precision])
     wanted = signature_of("unet", unet, precision)
     mode = "compile" if variant.startswith("compile") else "channels_last" if "channels_last" in variant else "eager"
-    return TorchRunner(PositionalUNet(unet), wanted.inputs, wanted.outputs, mode, cuda_graph="graph" in variant.split()).open()
+    return TorchRunner(
+        PositionalUNet(unet), wanted.inputs, wanted.outputs, mode, cuda_graph="graph" in variant.split()
+    ).open()
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:
@@ -149,8 +175,22 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
             options["config"] = {"session.intra_op.allow_spinning": "0"}
         if kind == "trt":
             options["kernels"] = "eager"
-        graphs = "transformers" if "transformers" in variant else "int8" if "int8" in variant else "onnx-20" if "opset 20" in variant else "onnx-23"
-        runner = open_runner({"aot": work / "unet.pt2", "ort": work / graphs / "unet.onnx", "trt": work / "engine" / "unet.engine"}[kind], device=device, **options)
+        graphs = (
+            "transformers"
+            if "transformers" in variant
+            else "int8"
+            if "int8" in variant
+            else "onnx-20"
+            if "opset 20" in variant
+            else "onnx-23"
+        )
+        runner = open_runner(
+            {"aot": work / "unet.pt2", "ort": work / graphs / "unet.onnx", "trt": work / "engine" / "unet.engine"}[
+                kind
+            ],
+            device=device,
+            **options,
+        )
 
     def call(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return next(iter(runner.infer(inputs).values()))
@@ -167,22 +207,40 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - started))
     torch.save(out.float().cpu(), case["answer"])
-    memory = {"device_mib": (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**20, "grown_mib": (free - torch.cuda.mem_get_info()[0]) / 2**20} if device == "cuda" else {}
+    memory = (
+        {
+            "device_mib": (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**20,
+            "grown_mib": (free - torch.cuda.mem_get_info()[0]) / 2**20,
+        }
+        if device == "cuda"
+        else {}
+    )
     return {"ms": times[case["warm_up"] :], "first_ms": times[0], "peak_rss_mib": peak_rss_mib(), **memory}
 
 
 def child(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
     try:
-        done = subprocess.run([sys.executable, __file__, "--child", json.dumps(case)], capture_output=True, text=True, errors="replace", timeout=limit_s, check=False)
+        done = subprocess.run(
+            [sys.executable, __file__, "--child", json.dumps(case)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit_s,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"did not finish in {limit_s:.0f} s"}
     if done.returncode == 0:
         return dict(json.loads(done.stdout.splitlines()[-1]))
-    said = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}")
+    said = next(
+        (line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}"
+    )
     return {"failed": said.replace(f"{case['work']}/", "")[:200]}
 
 
-def study(name: str, model: Path, work: Path, rounds: int, samples: int, variants: dict[str, str], device: str) -> dict[str, Any]:
+def study(
+    name: str, model: Path, work: Path, rounds: int, samples: int, variants: dict[str, str], device: str
+) -> dict[str, Any]:
     """Every variant's row: what it took to prepare, and by batch its samples, speed-up over torch fp32 and error."""
     rows: dict[str, Any] = {variant: {"note": note, "batch": {}} for variant, note in variants.items()}
     common = {"model": str(model), "work": str(work), "device": device}
@@ -196,20 +254,48 @@ def study(name: str, model: Path, work: Path, rounds: int, samples: int, variant
         found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
         for _ in range(rounds):
             for variant in (v for v in variants if "failed" not in rows[v]):
-                outcome = child({"variant": variant, **common, "batch": batch, "samples": samples, "warm_up": 10 if device == "cuda" else 1, "answer": str(answer(work, variant))}, LIMIT_S)
+                outcome = child(
+                    {
+                        "variant": variant,
+                        **common,
+                        "batch": batch,
+                        "samples": samples,
+                        "warm_up": 10 if device == "cuda" else 1,
+                        "answer": str(answer(work, variant)),
+                    },
+                    LIMIT_S,
+                )
                 if "failed" in outcome:
                     rows[variant]["failed"] = outcome["failed"]
                     print(f"{name} batch {batch}: {variant:<26} {outcome['failed']}", flush=True)
                 else:
                     found[variant].append(outcome)
         truth = torch.load(answer(work, "torch fp32"), weights_only=True)
-        errors = {v: float((torch.load(answer(work, v), weights_only=True).double() - truth.double()).norm() / truth.double().norm()) for v in variants if found[v]}
+        errors = {
+            v: float(
+                (torch.load(answer(work, v), weights_only=True).double() - truth.double()).norm()
+                / truth.double().norm()
+            )
+            for v in variants
+            if found[v]
+        }
         medians = {v: statistics.median(ms for outcome in found[v] for ms in outcome["ms"]) for v in errors}
         for variant in (v for v in errors if "failed" not in rows[v]):
             limit = 1e-4 if precision_of(variant) == "fp32" and "int8" not in variant else 2 * errors[floor]
-            row = {"rounds": found[variant], "median_ms": medians[variant], "speedup": medians["torch fp32"] / medians[variant], "relative_l2": errors[variant], "limit": limit, "inside": errors[variant] <= limit}
+            row = {
+                "rounds": found[variant],
+                "median_ms": medians[variant],
+                "speedup": medians["torch fp32"] / medians[variant],
+                "relative_l2": errors[variant],
+                "limit": limit,
+                "inside": errors[variant] <= limit,
+            }
             rows[variant]["batch"][str(batch)] = row
-            print(f"{name} batch {batch}: {variant:<26} {row['median_ms']:9.1f} ms  {row['speedup']:5.2f}×  relative L2 {row['relative_l2']:.1e}{'' if row['inside'] else '  OVER THE GATE'}", flush=True)
+            print(
+                f"{name} batch {batch}: {variant:<26} {row['median_ms']:9.1f} ms  {row['speedup']:5.2f}×  relative L2"
+                f" {row['relative_l2']:.1e}{'' if row['inside'] else '  OVER THE GATE'}",
+                flush=True,
+            )
     return rows
 
 
@@ -229,15 +315,28 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--device", choices=MODELS, default="cpu")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--samples", type=int, default=None, help="a round; by default 3 of a full-size model on a CPU, 30 of nano, 50 on a GPU")
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=None,
+        help="a round; by default 3 of a full-size model on a CPU, 30 of nano, 50 on a GPU",
+    )
     parser.add_argument("--model", action="append", choices=sorted({*MODELS["cpu"], *MODELS["cuda"]}))
-    parser.add_argument("--variant", action="append", choices=sorted({*VARIANTS, *GPU_VARIANTS}), help="only this one, beside torch")
+    parser.add_argument(
+        "--variant", action="append", choices=sorted({*VARIANTS, *GPU_VARIANTS}), help="only this one, beside torch"
+    )
     args = parser.parse_args()
     from sdcompress import nano
 
     every = GPU_VARIANTS if args.device == "cuda" else VARIANTS
-    variants = {name: note for name, note in every.items() if not args.variant or name in args.variant or name in ("torch fp32", "torch bf16", "torch fp16")}
-    models: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8"))["models"] if args.output.is_file() else {}
+    variants = {
+        name: note
+        for name, note in every.items()
+        if not args.variant or name in args.variant or name in ("torch fp32", "torch bf16", "torch fp16")
+    }
+    models: dict[str, Any] = (
+        json.loads(args.output.read_text(encoding="utf-8"))["models"] if args.output.is_file() else {}
+    )
     for name in args.model or MODELS[args.device]:
         work = args.work / name.replace(" ", "-")
         work.mkdir(parents=True, exist_ok=True)
@@ -249,7 +348,9 @@ def main() -> None:
         samples = args.samples or (50 if args.device == "cuda" else 30 if name == "nano" else 3)
         models[name] = study(name, model, work, args.rounds, samples, variants, args.device)
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"models": models, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(
+            json.dumps({"models": models, "environment": environment()}, indent=1) + "\n", encoding="utf-8"
+        )
         shutil.rmtree(work, ignore_errors=True)
     print(table(models))
 
@@ -258,15 +359,30 @@ def table(models: dict[str, Any]) -> str:
     lines = []
     for name, rows in models.items():
         batches = sorted({batch for row in rows.values() for batch in row["batch"]})
-        lines += [f"{name}, one UNet call", "", f"| | {' | '.join(f'batch {batch}' for batch in batches)} | relative L2 | to prepare |", "|---" * (3 + len(batches)) + "|"]
+        lines += [
+            f"{name}, one UNet call",
+            "",
+            f"| | {' | '.join(f'batch {batch}' for batch in batches)} | relative L2 | to prepare |",
+            "|---" * (3 + len(batches)) + "|",
+        ]
         for variant, row in rows.items():
             if "failed" in row or not row["batch"]:
                 lines.append(f"| {variant} | {row.get('failed', 'not run')} |" + " |" * (1 + len(batches)))
                 continue
-            cells = [f"{row['batch'][b]['median_ms']:,.1f} ms ({row['batch'][b]['speedup']:.2f}×)" if b in row["batch"] else "" for b in batches]
+            cells = [
+                (
+                    f"{row['batch'][b]['median_ms']:,.1f} ms ({row['batch'][b]['speedup']:.2f}×)"
+                    if b in row["batch"]
+                    else ""
+                )
+                for b in batches
+            ]
             worst = max(row["batch"].values(), key=lambda r: r["relative_l2"])
             prepared = f"{row['prepare_s']:.0f} s" if "prepare_s" in row else ""
-            lines.append(f"| {variant} | {' | '.join(cells)} | {worst['relative_l2']:.1e}{'' if worst['inside'] else ', over the gate'} | {prepared} |")
+            lines.append(
+                f"| {variant} | {' | '.join(cells)} |"
+                f" {worst['relative_l2']:.1e}{'' if worst['inside'] else ', over the gate'} | {prepared} |"
+            )
         lines.append("")
     return "\n".join(lines)
 

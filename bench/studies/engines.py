@@ -1,10 +1,11 @@
-"""What it takes to make TensorRT engines at full size without a GPU: time and memory of `sdcompress export --trt`, whole process tree.
+"""What it takes to make TensorRT engines at full size without a GPU: time and memory of `sdcompress export --trt`,
+whole process tree.
 
     python bench/studies/engines.py -o bench/results/engines-cpu.json --work build/engines
 
-Weights are random: an engine's size and the way to it do not depend on them. Memory is the largest sum of resident memory (on Linux
-the proportional set size, so that what processes share counts once; elsewhere the resident size) over the command and everything it
-starts, looked at ten times a second.
+Weights are random: an engine's size and the way to it do not depend on them. Memory is the largest sum of resident
+memory (on Linux the proportional set size, so that what processes share counts once; elsewhere the resident size) over
+the command and everything it starts, looked at ten times a second.
 """
 
 from __future__ import annotations
@@ -53,7 +54,10 @@ def run(command: list[str], log: Path, environment: dict[str, str]) -> dict[str,
     """Seconds, exit status and peak memory of a command."""
     peak, done = 0.0, threading.Event()
     started = time.monotonic()
-    with log.open("w", encoding="utf-8") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process:
+    with (
+        log.open("w", encoding="utf-8") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment) as process,
+    ):
 
         def watch() -> None:
             nonlocal peak
@@ -71,7 +75,9 @@ def run(command: list[str], log: Path, environment: dict[str, str]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--work", type=Path, required=True, help="for the models and engines; emptied of each model when it is done")
+    parser.add_argument(
+        "--work", type=Path, required=True, help="for the models and engines; emptied of each model when it is done"
+    )
     parser.add_argument("--case", action="append", choices=CASES, help="only this one; may be repeated")
     args = parser.parse_args()
     rows: dict[str, Any] = json.loads(args.output.read_text(encoding="utf-8"))["rows"] if args.output.is_file() else {}
@@ -86,7 +92,22 @@ def main() -> None:
         pipeline.save_pretrained(model)
         parameters = sum(p.numel() for p in pipeline.unet.parameters())
         del pipeline
-        command = [sys.executable, "-m", "sdcompress", "export", str(model), "-o", str(out), "--trt", "--flavour", "tensorrt-rtx", "--component", "unet", "--profile", profile]
+        command = [
+            sys.executable,
+            "-m",
+            "sdcompress",
+            "export",
+            str(model),
+            "-o",
+            str(out),
+            "--trt",
+            "--flavour",
+            "tensorrt-rtx",
+            "--component",
+            "unet",
+            "--profile",
+            profile,
+        ]
         figures = run(command, args.work / "log.txt", settings)
         row: dict[str, Any] = {"parameters": parameters, "profile": profile, **figures}
         if figures["status"] == 0:
@@ -94,29 +115,44 @@ def main() -> None:
             assert graph is not None
             assert engine is not None
             row |= {
-                "onnx_bytes": sum(e.bytes for n, e in graph.files.items() if n.startswith("unet.onnx")), "engine_bytes": engine.figures["unet"]["bytes"], "build_s": engine.figures["unet"]["seconds"],
-                "build_peak_mib": engine.figures["unet"]["peak_mib"], "export_s": graph.figures["unet"]["seconds"], "parity": graph.figures["unet"]["parity"], "flavour": engine.config["flavour"], "version": engine.config["version"],
-            }  # fmt: skip
+                "onnx_bytes": sum(e.bytes for n, e in graph.files.items() if n.startswith("unet.onnx")),
+                "engine_bytes": engine.figures["unet"]["bytes"],
+                "build_s": engine.figures["unet"]["seconds"],
+                "build_peak_mib": engine.figures["unet"]["peak_mib"],
+                "export_s": graph.figures["unet"]["seconds"],
+                "parity": graph.figures["unet"]["parity"],
+                "flavour": engine.config["flavour"],
+                "version": engine.config["version"],
+            }
         else:
             row["said"] = (args.work / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1][:300]
         rows[name] = row
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
+        args.output.write_text(
+            json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8"
+        )
         shutil.rmtree(args.work / "cache", ignore_errors=True)
         print(table({name: row}).splitlines()[-1], flush=True)
     print(table(rows))
 
 
 def table(rows: dict[str, Any]) -> str:
-    lines = ["| UNet | parameters | whole command | peak memory | engine | of it: build | fp16 error (torch's own) |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| UNet | parameters | whole command | peak memory | engine | of it: build | fp16 error (torch's own) |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, row in rows.items():
         if row["status"]:
-            lines.append(f"| {name} | {row['parameters'] / 1e6:,.0f} M | failed after {row['seconds']:.0f} s | {row['peak_mib'] / 1024:.1f} GiB | {row['said']} | | |")
+            lines.append(
+                f"| {name} | {row['parameters'] / 1e6:,.0f} M | failed after {row['seconds']:.0f} s |"
+                f" {row['peak_mib'] / 1024:.1f} GiB | {row['said']} | | |"
+            )
             continue
         parity = row["parity"]
         lines.append(
-            f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['seconds']:.0f} s | {row['peak_mib'] / 1024:.1f} GiB | {row['engine_bytes'] / 2**20:,.0f} MiB | {row['build_s']:.0f} s "
-            f"| {parity['relative_l2']:.1e} ({parity['torch_relative_l2']:.1e}) |"
+            f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['seconds']:.0f} s | {row['peak_mib'] / 1024:.1f} GiB |"
+            f" {row['engine_bytes'] / 2**20:,.0f} MiB | {row['build_s']:.0f} s | {parity['relative_l2']:.1e}"
+            f" ({parity['torch_relative_l2']:.1e}) |"
         )
     return "\n".join(lines) + "\n"
 

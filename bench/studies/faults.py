@@ -1,12 +1,15 @@
-"""Does the fidelity gate catch what goes wrong in a backend, and how small a fault can it see? Faults planted into nano, its real weights.
+"""Does the fidelity gate catch what goes wrong in a backend, and how small a fault can it see? Faults planted into
+nano, its real weights.
 
     python bench/studies/faults.py -o bench/results/faults-nano.json
 
-A weight scaled by 1.02, an attention head zeroed, values past fp16 (infinite, and clamped): ten places each, the gate asked in fp32, bf16 and fp16, where it
-allows twice PyTorch's own error in that precision: as the bench asks it, with a limit for each timestep, and with one limit for all of them.
+A weight scaled by 1.02, an attention head zeroed, values past fp16 (infinite, and clamped): ten places each, the gate
+asked in fp32, bf16 and fp16, where it allows twice PyTorch's own error in that precision: as the bench asks it, with a
+limit for each timestep, and with one limit for all of them.
 
-The places are drawn twice. Anywhere: some layers of a trained model do next to nothing, and a fault there is none that pictures show. Among layers in use: those
-whose removal moves the output by 1% or more. A census of every layer and head in fp32 comes first; it says which those are, and how many faults stay unseen.
+The places are drawn twice. Anywhere: some layers of a trained model do next to nothing, and a fault there is none that
+pictures show. Among layers in use: those whose removal moves the output by 1% or more. A census of every layer and head
+in fp32 comes first; it says which those are, and how many faults stay unseen.
 """
 
 from __future__ import annotations
@@ -51,7 +54,10 @@ class Judge:
         self.floors = self._errors()
 
     def _errors(self) -> list[float]:
-        return [fidelity.relative_l2(output, right) for output, right in zip(fidelity.predict(self.pipeline, self.probe), self.reference, strict=True)]
+        return [
+            fidelity.relative_l2(output, right)
+            for output, right in zip(fidelity.predict(self.pipeline, self.probe), self.reference, strict=True)
+        ]
 
     def limits(self) -> list[float]:
         """Of each timestep by itself."""
@@ -67,7 +73,10 @@ class Judge:
         return not fidelity.gate(worst, floor)["passed"]
 
     def caught_by_timestep(self, errors: list[float]) -> bool:
-        return any(not fidelity.gate(error, None if self.precision == "fp32" else floor)["passed"] for error, floor in zip(errors, self.floors, strict=True))
+        return any(
+            not fidelity.gate(error, None if self.precision == "fp32" else floor)["passed"]
+            for error, floor in zip(errors, self.floors, strict=True)
+        )
 
 
 def _short(error: float) -> float:
@@ -77,7 +86,13 @@ def _short(error: float) -> float:
 def census(judge: Judge) -> dict[str, dict[str, dict[str, float]]]:
     """Kind → place → the worst error with the fault, and with the layer gone altogether, in fp32."""
     unet = judge.pipeline.unet
-    scaled = {str(p): {"error": _short(max(judge.errors("scaled", p))), "removed": _short(max(judge.errors("scaled", p, 0.0)))} for p in faults.candidates(unet, "scaled")}
+    scaled = {
+        str(p): {
+            "error": _short(max(judge.errors("scaled", p))),
+            "removed": _short(max(judge.errors("scaled", p, 0.0))),
+        }
+        for p in faults.candidates(unet, "scaled")
+    }
     heads = {str(p): _short(max(judge.errors("head", p))) for p in faults.candidates(unet, "head")}
     return {"scaled": scaled, "head": {name: {"error": error, "removed": error} for name, error in heads.items()}}
 
@@ -91,30 +106,57 @@ def plantings(judge: Judge, chosen: dict[str, dict[Kind, list[Place]]]) -> list[
             missed = {name: max(errors) for name, errors in found.items() if not judge.caught(errors)}
             by_timestep = sum(judge.caught_by_timestep(errors) for errors in found.values())
             worst = {name: _short(max(errors)) if np.isfinite(errors).all() else None for name, errors in found.items()}
-            row = {"precision": judge.precision, "places": drawn, "kind": kind, "count": len(places), "caught": len(places) - len(missed), "caught_by_timestep": by_timestep, "errors": worst}
+            row = {
+                "precision": judge.precision,
+                "places": drawn,
+                "kind": kind,
+                "count": len(places),
+                "caught": len(places) - len(missed),
+                "caught_by_timestep": by_timestep,
+                "errors": worst,
+            }
             rows.append(row)
-            unseen = f"; missed: {', '.join(f'{name} {error:.1e}' for name, error in missed.items())}" if missed and judge.precision == "fp32" else ""
-            print(f"{judge.precision} {drawn:<9} {kind:<9} caught {row['caught']:2d} of {len(places)}, with a limit for each timestep {by_timestep:2d}{unseen}", flush=True)
+            unseen = (
+                f"; missed: {', '.join(f'{name} {error:.1e}' for name, error in missed.items())}"
+                if missed and judge.precision == "fp32"
+                else ""
+            )
+            print(
+                f"{judge.precision} {drawn:<9} {kind:<9} caught {row['caught']:2d} of {len(places)}, with a limit for"
+                f" each timestep {by_timestep:2d}{unseen}",
+                flush=True,
+            )
     return rows
 
 
 def least(judge: Judge, fp32: Any) -> dict[str, Any]:
-    """How small a fault each gate sees, by measurement in fp32; and what planting faults a quarter above and below into the gated precision itself says of that."""
+    """How small a fault each gate sees, by measurement in fp32; and what planting faults a quarter above and below into
+    the gated precision itself says of that.
+    """
     floors, rows = np.array(judge.floors), {}
     exact = judge.precision == "fp32"
     whole = max(judge.limits())
-    for name, limit, floor in (("one limit", whole, 0.0 if exact else float(floors.max())), ("by timestep", judge.limits(), judge.floors)):
+    for name, limit, floor in (
+        ("one limit", whole, 0.0 if exact else float(floors.max())),
+        ("by timestep", judge.limits(), judge.floors),
+    ):
         found = faults.sensitivity(fp32, judge.probe, limit, floor, COUNT, SEED, len(TIMESTEPS), PICTURES)
         asked = judge.caught if name == "one limit" else judge.caught_by_timestep
         seen = {str(place): place for place in faults.candidates(judge.pipeline.unet, "scaled")}
         tried = [(seen[place], change) for place, change in found.scaled.items() if change is not None]
-        agree = [[asked(judge.errors("scaled", place, 1 + share * change)) for place, change in tried] for share in (1.25, 0.75)]
+        agree = [
+            [asked(judge.errors("scaled", place, 1 + share * change)) for place, change in tried]
+            for share in (1.25, 0.75)
+        ]
         rows[name] = asdict(found) | {"caught_above": sum(agree[0]), "caught_below": sum(agree[1]), "tried": len(tried)}
         middle = "none" if found.least is None else f"{found.least:.2%}"
         low = "none" if found.least_low is None else f"{found.least_low:.2%}"
         print(
-            f"{judge.precision} {name}: least change of one weight seen, median {middle}, lowest {low}, none at {found.blind} of {found.places}; zeroed heads unseen {found.heads_unseen} of {found.heads}; "
-            f"planted in {judge.precision}, a quarter more is caught at {sum(agree[0])} and a quarter less at {sum(agree[1])} of {len(tried)}", flush=True,
+            f"{judge.precision} {name}: least change of one weight seen, median {middle}, lowest {low}, none at"
+            f" {found.blind} of {found.places}; zeroed heads unseen {found.heads_unseen} of {found.heads}; planted in"
+            f" {judge.precision}, a quarter more is caught at {sum(agree[0])} and a quarter less at {sum(agree[1])} of"
+            f" {len(tried)}",
+            flush=True,
         )
     return rows
 
@@ -125,7 +167,9 @@ def main() -> None:
     args = parser.parse_args()
     pipeline: Any = load_teacher("nano").pipeline
     records = list(islice(open_source(nano.shards("heldout")), PICTURES))
-    probe = fidelity.make_probe(pipeline, [record.picture() for record in records], [record.caption for record in records], TIMESTEPS, SEED)
+    probe = fidelity.make_probe(
+        pipeline, [record.picture() for record in records], [record.caption for record in records], TIMESTEPS, SEED
+    )
     exact = Judge(pipeline, probe, "fp32")
     counted = census(exact)
     limit = fidelity.gate(0.0, None)["limit"]
@@ -133,19 +177,36 @@ def main() -> None:
         errors = np.array([row["error"] for row in layers.values()])
         used = np.array([row["removed"] >= IN_USE for row in layers.values()])
         print(
-            f"census, {kind}: {len(errors)} places, fp32 gate catches {np.mean(errors > limit):.0%}; {used.sum()} in use, of which {np.mean(errors[used] > limit):.0%}; "
-            f"the largest error unseen {errors[errors <= limit].max():.1e}", flush=True,
+            f"census, {kind}: {len(errors)} places, fp32 gate catches {np.mean(errors > limit):.0%}; {used.sum()} in"
+            f" use, of which {np.mean(errors[used] > limit):.0%}; the largest error unseen"
+            f" {errors[errors <= limit].max():.1e}",
+            flush=True,
         )
     unet = pipeline.unet
     every = {kind: faults.candidates(unet, kind) for kind in faults.KINDS}
-    in_use = {kind: [p for p in places if counted["head" if kind == "head" else "scaled"][str(p)]["removed"] >= IN_USE] for kind, places in every.items()}
-    chosen = {name: {kind: faults.spread(places, COUNT, SEED) for kind, places in of.items()} for name, of in (("anywhere", every), ("in use", in_use))}
+    in_use = {
+        kind: [p for p in places if counted["head" if kind == "head" else "scaled"][str(p)]["removed"] >= IN_USE]
+        for kind, places in every.items()
+    }
+    chosen = {
+        name: {kind: faults.spread(places, COUNT, SEED) for kind, places in of.items()}
+        for name, of in (("anywhere", every), ("in use", in_use))
+    }
     rows, gates = [], {}
     for precision in ("fp32", "bf16", "fp16"):
         judge = exact if precision == "fp32" else Judge(pipeline, probe, precision)
         rows += plantings(judge, chosen)
         gates[precision] = {"floors": judge.floors, "limits": judge.limits(), "least": least(judge, pipeline)}
-    document = {"timesteps": TIMESTEPS, "pictures": PICTURES, "seed": SEED, "in_use": IN_USE, "rows": rows, "gates": gates, "census": counted, "environment": environment()}
+    document = {
+        "timesteps": TIMESTEPS,
+        "pictures": PICTURES,
+        "seed": SEED,
+        "in_use": IN_USE,
+        "rows": rows,
+        "gates": gates,
+        "census": counted,
+        "environment": environment(),
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     if any(row["caught"] < row["count"] for row in rows if row["precision"] == "fp32" and row["places"] == "in use"):

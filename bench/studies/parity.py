@@ -1,9 +1,11 @@
-"""Do the exported graphs answer as torch does? Every component of nano and a full-size UNet, over batches, sizes, prompt lengths, timesteps and signatures.
+"""Do the exported graphs answer as torch does? Every component of nano and a full-size UNet, over batches, sizes,
+prompt lengths, timesteps and signatures.
 
     python bench/studies/parity.py -o bench/results/parity.json --work build/parity
 
-fp32 graphs in ONNX Runtime against torch fp32 (limit: relative L2 1e-4), fp16 graphs against torch fp32 (limit: twice what torch is off by in fp16).
-Batches 1, 2, 3; three resolutions; 77 and 231 tokens; timesteps 1, 250, 500, 750, 999; the three signatures by name, order and dtype.
+fp32 graphs in ONNX Runtime against torch fp32 (limit: relative L2 1e-4), fp16 graphs against torch fp32 (limit: twice
+what torch is off by in fp16). Batches 1, 2, 3; three resolutions; 77 and 231 tokens; timesteps 1, 250, 500, 750, 999;
+the three signatures by name, order and dtype.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ BATCHES, TOKENS = (1, 2, 3), (77, 231)
 COMPONENTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
 
 
-def check(pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]], work: Path) -> dict[str, Any]:
+def check(
+    pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]], work: Path
+) -> dict[str, Any]:
     """Export one component and compare it over the whole grid."""
     folder = work / "graph"
     export_onnx(pipeline, folder, precision=precision, components=(component,), host=host, force=True)
@@ -38,9 +42,15 @@ def check(pipeline: Any, component: str, precision: Precision, host: str, latent
     wanted = signature_of(component, part, precision, host)
     with open_runner(folder / f"{component}.onnx") as runner:
         exact = runner.inputs == wanted.inputs and runner.outputs == wanted.outputs
-    cases = grid(wanted, BATCHES, [(0, 0)] if component == "text_encoder" else latents, TOKENS if component == "unet" else (77,))
+    cases = grid(
+        wanted, BATCHES, [(0, 0)] if component == "text_encoder" else latents, TOKENS if component == "unet" else (77,)
+    )
     found = compare_onnx(component, part, precision, folder / f"{component}.onnx", host, cases)
-    return asdict(found) | {"signature_exact": exact, "inputs": [str(spec) for spec in wanted.inputs], "outputs": [str(spec) for spec in wanted.outputs]}
+    return asdict(found) | {
+        "signature_exact": exact,
+        "inputs": [str(spec) for spec in wanted.inputs],
+        "outputs": [str(spec) for spec in wanted.outputs],
+    }
 
 
 def main() -> None:
@@ -52,8 +62,12 @@ def main() -> None:
     args.work.mkdir(parents=True)
     rows: list[dict[str, Any]] = []
 
-    def add(model: str, pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]]) -> None:
-        row = {"model": model, "component": component, "precision": precision, "signature": host} | check(pipeline, component, precision, host, latents, args.work)
+    def add(
+        model: str, pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]]
+    ) -> None:
+        row = {"model": model, "component": component, "precision": precision, "signature": host} | check(
+            pipeline, component, precision, host, latents, args.work
+        )
         rows.append(row)
         print(line(row), flush=True)
 
@@ -67,7 +81,8 @@ def main() -> None:
             add("nano", nano, "unet", "fp32", host, small)
     large = random_pipeline("sd1", "bk-tiny", dtype=torch.float16)
     for precision in ("fp32", "fp16"):
-        add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(16, 16), (24, 16), (32, 32)])  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(16, 16), (24, 16), (32, 32)])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(args.work)
@@ -77,7 +92,11 @@ def main() -> None:
 
 def line(row: dict[str, Any]) -> str:
     floor = "" if row["torch_relative_l2"] is None else f", torch {row['precision']} {row['torch_relative_l2']:.1e}"
-    return f"{row['model']:<14} {row['component']:<14} {row['precision']} {row['signature']:<10} relative L2 {row['relative_l2']:.1e}{floor}; {row['share_of_limit']:.0%} of the limit; {row['cases']} cases; signature {'exact' if row['signature_exact'] else 'WRONG'}"
+    return (
+        f"{row['model']:<14} {row['component']:<14} {row['precision']} {row['signature']:<10} relative L2"
+        f" {row['relative_l2']:.1e}{floor}; {row['share_of_limit']:.0%} of the limit; {row['cases']} cases; signature"
+        f" {'exact' if row['signature_exact'] else 'WRONG'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Are the bench's statistics right? Samples whose truth is known: quantiles, intervals, planted changes; then what real rounds are like.
+"""Are the bench's statistics right? Samples whose truth is known: quantiles, intervals, planted changes; then what real
+rounds are like.
 
     python bench/studies/stats.py -o bench/results/statistics.json
 
-The thresholds are constants of sdcompress_bench/stats.py, chosen from the power of Welch's test before any seed was drawn: with the noise below a
-planted 5% should be found in 95% of the runs or more, and nothing in 5% or less where nothing was planted. Nothing here is measured: seconds, the same every time.
+The thresholds are constants of sdcompress_bench/stats.py, chosen from the power of Welch's test before any seed was
+drawn: with the noise below a planted 5% should be found in 95% of the runs or more, and nothing in 5% or less where
+nothing was planted. Nothing here is measured: seconds, the same every time.
 """
 
 from __future__ import annotations
@@ -39,10 +41,18 @@ class Noise:
     between: float = 0.01
     spikes: float = 0.02
 
-    def draw(self, random: np.random.Generator, rounds: int, samples: int, median_ms: float = 10.0) -> list[list[float]]:
+    def draw(
+        self, random: np.random.Generator, rounds: int, samples: int, median_ms: float = 10.0
+    ) -> list[list[float]]:
         """rounds x samples, ms; `median_ms` is the median without spikes."""
-        logs = math.log(median_ms) + random.normal(0, self.between, (rounds, 1)) + random.normal(0, self.within, (rounds, samples))
-        held_up = np.where(random.random((rounds, samples)) < self.spikes, random.uniform(1.5, 4.0, (rounds, samples)), 1.0)
+        logs = (
+            math.log(median_ms)
+            + random.normal(0, self.between, (rounds, 1))
+            + random.normal(0, self.within, (rounds, samples))
+        )
+        held_up = np.where(
+            random.random((rounds, samples)) < self.spikes, random.uniform(1.5, 4.0, (rounds, samples)), 1.0
+        )
         drawn: list[list[float]] = (np.exp(logs) * held_up).tolist()
         return drawn
 
@@ -51,7 +61,9 @@ NOISES = {"quiet": Noise(), "busy": Noise(within=0.15, between=0.05, spikes=0.05
 
 
 def quantiles(count: int = 20_000) -> list[dict[str, Any]]:
-    """For distributions of known quantiles: truth, what `summarize` finds, and the difference in standard errors of that quantile."""
+    """For distributions of known quantiles: truth, what `summarize` finds, and the difference in standard errors of
+    that quantile.
+    """
     from scipy import stats as distributions
 
     shapes: dict[str, tuple[Callable[[np.random.Generator], np.ndarray], Any]] = {
@@ -66,22 +78,38 @@ def quantiles(count: int = 20_000) -> list[dict[str, Any]]:
         for share, found in ((0.5, summary.median), (0.9, summary.p90), (0.99, summary.p99)):
             true = float(truth.ppf(share))
             error = math.sqrt(share * (1 - share) / count) / float(truth.pdf(true))
-            rows.append({"distribution": name, "quantile": share, "true": true, "found": found, "standard_errors": (found - true) / error})
+            rows.append(
+                {
+                    "distribution": name,
+                    "quantile": share,
+                    "true": true,
+                    "found": found,
+                    "standard_errors": (found - true) / error,
+                }
+            )
     return rows
 
 
-def rounds_bootstrap(rounds: list[list[float]], random: np.random.Generator, resamples: int = 300) -> tuple[float, float]:
-    """The interval that `summarize_rounds` does not use: rounds drawn with replacement, in each its samples likewise, the median of all."""
+def rounds_bootstrap(
+    rounds: list[list[float]], random: np.random.Generator, resamples: int = 300
+) -> tuple[float, float]:
+    """The interval that `summarize_rounds` does not use: rounds drawn with replacement, in each its samples likewise,
+    the median of all.
+    """
     values = np.asarray(rounds)
     count, samples = values.shape
     drawn = values[random.integers(0, count, (resamples, count))]
     again = np.take_along_axis(drawn, random.integers(0, samples, drawn.shape), axis=2)
-    low, high = np.quantile(np.median(again.reshape(resamples, -1), axis=1), [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2]).tolist()
+    low, high = np.quantile(
+        np.median(again.reshape(resamples, -1), axis=1), [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2]
+    ).tolist()
     return low, high
 
 
 def coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[str, float]:
-    """Shares of `seeds` runs whose interval holds the true median, for three intervals of a median and that of a ratio; and the first one's usual width."""
+    """Shares of `seeds` runs whose interval holds the true median, for three intervals of a median and that of a ratio;
+    and the first one's usual width.
+    """
     # Spikes lift the true median: it is where half of the samples of all possible rounds lie below.
     truth = float(np.median(noise.draw(np.random.default_rng(1 << 40), 40_000, 20)))
     hits: Counter[str] = Counter()
@@ -92,11 +120,18 @@ def coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[s
         summary = stats.summarize_rounds(drawn)
         ratio = stats.change(drawn, noise.draw(random, rounds, samples, 10.0 * 1.05))
         pooled = stats.median_interval([sample for of_round in drawn for sample in of_round], seed, resamples=300)
-        found = {"over rounds, Student": (summary.low, summary.high), "over rounds, bootstrap": rounds_bootstrap(drawn, random), "over samples, bootstrap": pooled}
+        found = {
+            "over rounds, Student": (summary.low, summary.high),
+            "over rounds, bootstrap": rounds_bootstrap(drawn, random),
+            "over samples, bootstrap": pooled,
+        }
         hits.update(name for name, (low, high) in found.items() if low <= truth <= high)
         hits["ratio, Welch"] += ratio.low <= 1.05 <= ratio.high
         widths.append((summary.high - summary.low) / summary.median)
-    return {name: hits[name] / seeds for name in ("over rounds, Student", "over rounds, bootstrap", "over samples, bootstrap", "ratio, Welch")} | {"width": float(np.median(widths))}
+    return {
+        name: hits[name] / seeds
+        for name in ("over rounds, Student", "over rounds, bootstrap", "over samples, bootstrap", "ratio, Welch")
+    } | {"width": float(np.median(widths))}
 
 
 def planted(noise: Noise, rounds: int, factor: float, runs: int = RUNS, samples: int = 20) -> dict[str, float]:
@@ -104,15 +139,20 @@ def planted(noise: Noise, rounds: int, factor: float, runs: int = RUNS, samples:
     verdicts: Counter[str] = Counter()
     for seed in range(runs):
         random = np.random.default_rng((seed, rounds, 7))
-        verdicts[stats.change(noise.draw(random, rounds, samples), noise.draw(random, rounds, samples, 10.0 * factor)).verdict] += 1
+        verdicts[
+            stats.change(
+                noise.draw(random, rounds, samples), noise.draw(random, rounds, samples, 10.0 * factor)
+            ).verdict
+        ] += 1
     return {verdict: verdicts[verdict] / runs for verdict in ("faster", "slower", "same", "unknown")}
 
 
 def real_noise(path: Path) -> list[dict[str, Any]]:
-    """For each measured case of a results file: rounds, samples, and the spread inside and between rounds as `Noise` counts them.
+    """For each measured case of a results file: rounds, samples, and the spread inside and between rounds as `Noise`
+    counts them.
 
-    Inside: from the interquartile range, which spikes do not move. Between: the standard deviation of the logs of the round medians, less what a median
-    of so many samples scatters by itself.
+    Inside: from the interquartile range, which spikes do not move. Between: the standard deviation of the logs of the
+    round medians, less what a median of so many samples scatters by itself.
     """
     rows = []
     for name, rounds in _measured(json.loads(path.read_text(encoding="utf-8"))):
@@ -121,8 +161,21 @@ def real_noise(path: Path) -> list[dict[str, Any]]:
             continue
         within = float(np.median([np.subtract(*np.quantile(of_round, [0.75, 0.25])) / 1.349 for of_round in logs]))
         own = within * math.sqrt(math.pi / 2 / min(len(of_round) for of_round in logs))
-        between = math.sqrt(max(0.0, float(np.var([np.median(of_round) for of_round in logs], ddof=1)) - own**2)) if len(logs) > 1 else None
-        rows.append({"file": path.name, "case": name, "rounds": len(logs), "samples": len(logs[0]), "within": within, "between": between})
+        between = (
+            math.sqrt(max(0.0, float(np.var([np.median(of_round) for of_round in logs], ddof=1)) - own**2))
+            if len(logs) > 1
+            else None
+        )
+        rows.append(
+            {
+                "file": path.name,
+                "case": name,
+                "rounds": len(logs),
+                "samples": len(logs[0]),
+                "within": within,
+                "between": between,
+            }
+        )
     return rows
 
 
@@ -146,28 +199,47 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     found = quantiles()
-    print(f"quantiles of {len({row['distribution'] for row in found})} known distributions: at most {max(abs(row['standard_errors']) for row in found):.1f} standard errors off")
+    print(
+        f"quantiles of {len({row['distribution'] for row in found})} known distributions: at most"
+        f" {max(abs(row['standard_errors']) for row in found):.1f} standard errors off"
+    )
     covered: list[dict[str, Any]] = []
     for name, noise in NOISES.items():
         for rounds in (2, 3, 5, 10):
             shares = coverage(noise, rounds, 500)
             covered.append({"noise": name, "rounds": rounds} | shares)
-            print(f"95% intervals hold the truth, {name:<5} {rounds:2d} rounds: " + ", ".join(f"{key} {share:.1%}" for key, share in shares.items()))
+            print(
+                f"95% intervals hold the truth, {name:<5} {rounds:2d} rounds: "
+                + ", ".join(f"{key} {share:.1%}" for key, share in shares.items())
+            )
     told: list[dict[str, Any]] = []
     for name, noise in NOISES.items():
         for rounds in (3, 5, 10):
             for factor in (1.0, 1.02, 1.05, 1.10):
                 shares = planted(noise, rounds, factor)
                 told.append({"noise": name, "rounds": rounds, "planted": factor} | shares)
-                print(f"planted {factor - 1:.0%}, {name:<5} {rounds:2d} rounds: " + ", ".join(f"{verdict} {share:.1%}" for verdict, share in shares.items()))
+                print(
+                    f"planted {factor - 1:.0%}, {name:<5} {rounds:2d} rounds: "
+                    + ", ".join(f"{verdict} {share:.1%}" for verdict, share in shares.items())
+                )
     real = [row for file in REAL for row in real_noise(RESULTS / file)]
     for file in REAL:
         mine = [row for row in real if row["file"] == file]
         apart = [row["between"] for row in mine if row["between"] is not None]
         spread = f", between rounds {_middle(apart)}" if apart else ", one round each"
         print(f"{file}: {len(mine)} cases, inside a round {_middle([row['within'] for row in mine])}{spread}")
-    constants = {name: getattr(stats, name) for name in ("LEVEL", "SIGNIFICANCE", "LEAST_CHANGE", "SAME_WITHIN", "LEAST_ROUNDS")}
-    document = {"constants": constants, "noises": {name: asdict(noise) for name, noise in NOISES.items()}, "runs": RUNS, "quantiles": found, "coverage": covered, "planted": told, "real": real}
+    constants = {
+        name: getattr(stats, name) for name in ("LEVEL", "SIGNIFICANCE", "LEAST_CHANGE", "SAME_WITHIN", "LEAST_ROUNDS")
+    }
+    document = {
+        "constants": constants,
+        "noises": {name: asdict(noise) for name, noise in NOISES.items()},
+        "runs": RUNS,
+        "quantiles": found,
+        "coverage": covered,
+        "planted": told,
+        "real": real,
+    }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     asked = {row["planted"]: row for row in told if (row["noise"], row["rounds"]) == ("quiet", 5)}

@@ -1,11 +1,13 @@
-"""What the WebUI extension adds to a step: a UNet call as the WebUI makes it, through the extension, against the same runner called directly.
+"""What the WebUI extension adds to a step: a UNet call as the WebUI makes it, through the extension, against the same
+runner called directly.
 
     python bench/studies/webui_overhead.py -o bench/results/webui-overhead-cpu.json --work build/webui-overhead
     python bench/studies/webui_overhead.py -o bench/results/webui-overhead-gpu.json --work build/webui-overhead
 
-Without a GPU it is nano in ONNX Runtime, fp32, 128 px; with one a bk-tiny of SD1.5's size as a TensorRT engine, fp16, 512 px, with CUDA graphs. Weights are as
-they are, or random: time does not depend on them. The host is the tests' (`tests/plugins/webui_host.py`), in A1111's order of calls: hooks of the checkpoint's
-module, the patched forward, the extension. Both ways use one open runner, in turn and in another order every time, so that a drift of the machine meets
+Without a GPU it is nano in ONNX Runtime, fp32, 128 px; with one a bk-tiny of SD1.5's size as a TensorRT engine, fp16,
+512 px, with CUDA graphs. Weights are as they are, or random: time does not depend on them. The host is the tests'
+(`tests/plugins/webui_host.py`), in A1111's order of calls: hooks of the checkpoint's module, the patched forward, the
+extension. Both ways use one open runner, in turn and in another order every time, so that a drift of the machine meets
 both alike. The overhead is the median of the differences of neighbours, over the median of the runner; aim: at most 3%.
 """
 
@@ -64,8 +66,15 @@ def measure(folder: Path, unet: Any, work: Path, device: str, calls: int, rounds
     shutil.rmtree(root, ignore_errors=True)
     (root / "models" / "sdcompress").mkdir(parents=True)
     (root / "models" / "sdcompress" / "measured").symlink_to(folder.resolve())
-    draw, size, dtype = torch.Generator().manual_seed(0), unet.config.sample_size, torch.float32 if device == "cpu" else torch.float16
-    x, context = (torch.randn(shape, generator=draw).to(device, dtype) for shape in ((2, unet.config.in_channels, size, size), (2, 77, unet.config.cross_attention_dim)))
+    draw, size, dtype = (
+        torch.Generator().manual_seed(0),
+        unet.config.sample_size,
+        torch.float32 if device == "cpu" else torch.float16,
+    )
+    x, context = (
+        torch.randn(shape, generator=draw).to(device, dtype)
+        for shape in ((2, unet.config.in_channels, size, size), (2, 77, unet.config.cross_attention_dim))
+    )
     host = WebUI(root, unet)
     host.devices.device = torch.device(device)
     found, order = [], random.Random(0)
@@ -79,12 +88,17 @@ def measure(folder: Path, unet: Any, work: Path, device: str, calls: int, rounds
     return {"label": title, "sample": list(x.shape), "dtype": str(dtype).removeprefix("torch."), "rounds": found}
 
 
-def one_round(host: Any, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor], device: str, calls: int, order: random.Random) -> dict[str, list[float]]:
+def one_round(
+    host: Any, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor], device: str, calls: int, order: random.Random
+) -> dict[str, list[float]]:
     """Way → milliseconds of `calls` calls each, in turn, in an order that is drawn anew for every pair."""
     host.predict(*given)  # opens the engine
     (runner,) = host.sd_unet.current_unet.hosted._runners.values()
     feeds = {spec.name: tensor.to(spec.dtype) for spec, tensor in zip(runner.inputs, given, strict=True)}
-    ways: dict[str, Callable[[], torch.Tensor]] = {"runner": lambda: runner.infer(feeds)[runner.outputs[0].name], "extension": lambda: host.predict(*given)}
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        "runner": lambda: runner.infer(feeds)[runner.outputs[0].name],
+        "extension": lambda: host.predict(*given),
+    }
     for _ in range(max(3, calls // 10)):
         answers = [timed(call, device)[1] for call in ways.values()]
     if not torch.equal(*answers):
@@ -97,13 +111,25 @@ def one_round(host: Any, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 
 
 def summary(rounds: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Medians of both ways, and the overhead: the median difference of neighbours with its 95% interval, in ms and over the runner's median."""
+    """Medians of both ways, and the overhead: the median difference of neighbours with its 95% interval, in ms and over
+    the runner's median.
+    """
     both = {way: [ms for samples in rounds for ms in samples[way]] for way in rounds[0]}
     differences = [after - before for before, after in zip(both["runner"], both["extension"], strict=True)]
     runner_ms, added_ms = statistics.median(both["runner"]), statistics.median(differences)
     low, high = median_interval(differences)
-    return {"runner_ms": runner_ms, "extension_ms": statistics.median(both["extension"]), "added_ms": added_ms, "added_low_ms": low, "added_high_ms": high, "overhead": added_ms / runner_ms,
-            "overhead_high": high / runner_ms, "aim": AIM, "within": added_ms / runner_ms <= AIM, "calls": len(differences)}  # fmt: skip
+    return {
+        "runner_ms": runner_ms,
+        "extension_ms": statistics.median(both["extension"]),
+        "added_ms": added_ms,
+        "added_low_ms": low,
+        "added_high_ms": high,
+        "overhead": added_ms / runner_ms,
+        "overhead_high": high / runner_ms,
+        "aim": AIM,
+        "within": added_ms / runner_ms <= AIM,
+        "calls": len(differences),
+    }
 
 
 def main() -> int:
@@ -121,8 +147,11 @@ def main() -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     said = found["summary"]
-    print(f"{found['label']}, {said['calls']} calls each way: runner {said['runner_ms']:.2f} ms, through the extension {said['extension_ms']:.2f} ms, "
-          f"added {said['added_ms']:.3f} ms ({said['added_low_ms']:.3f} to {said['added_high_ms']:.3f}), {said['overhead']:.1%} (aim {AIM:.0%})")  # fmt: skip
+    print(
+        f"{found['label']}, {said['calls']} calls each way: runner {said['runner_ms']:.2f} ms, through the extension"
+        f" {said['extension_ms']:.2f} ms, added {said['added_ms']:.3f} ms ({said['added_low_ms']:.3f} to"
+        f" {said['added_high_ms']:.3f}), {said['overhead']:.1%} (aim {AIM:.0%})"
+    )
     return 0 if said["within"] else 3
 
 

@@ -1,4 +1,5 @@
-"""ONNX → TensorRT engine, in a process of its own: a crash of the runtime becomes an error here, and a cancel needs no cooperation.
+"""ONNX → TensorRT engine, in a process of its own: a crash of the runtime becomes an error here, and a cancel needs no
+cooperation.
 
 `python -m sdcompress_engines.builder` is that process: one JSON job on stdin, one JSON event a line on stdout.
 """
@@ -28,16 +29,30 @@ from .progress import SILENT, Reporter
 from .resources import available_memory_bytes, peak_rss_mib
 
 _EVENT = "sdcompress:"  # marks our lines among whatever native code prints
-_MEMORY_FACTOR, _MEMORY_BASE = 3.2, 2**29  # of the graph's weights; measured on whole and pruned UNets (bench/results/engines-cpu.json), rounded up
+_MEMORY_FACTOR, _MEMORY_BASE = (
+    3.2,
+    2**29,
+)  # of the graph's weights; measured on whole and pruned UNets (bench/results/engines-cpu.json), rounded up
 
-# What the build process takes from the library, besides constructors; a test holds each name against the one that is installed.
+# What the build process takes from the library, besides constructors; a test holds each name against the one that is
+# installed.
 USED_API = {
     "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
     "INetworkDefinition": ("num_inputs", "get_input", "num_layers", "get_layer"),
     "ITensor": ("name", "shape"),
     "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
     "ParserError": ("desc", "node", "node_name", "node_operator"),
-    "IBuilderConfig": ("add_optimization_profile", "progress_monitor", "builder_optimization_level", "set_flag", "set_memory_pool_limit", "hardware_compatibility_level", "create_timing_cache", "set_timing_cache", "get_timing_cache"),
+    "IBuilderConfig": (
+        "add_optimization_profile",
+        "progress_monitor",
+        "builder_optimization_level",
+        "set_flag",
+        "set_memory_pool_limit",
+        "hardware_compatibility_level",
+        "create_timing_cache",
+        "set_timing_cache",
+        "get_timing_cache",
+    ),
     "ITimingCache": ("serialize",),
     "BuilderFlag": ("REFIT", "STRIP_PLAN", "WEIGHT_STREAMING", "VERSION_COMPATIBLE"),
     "MemoryPoolType": ("WORKSPACE",),
@@ -46,7 +61,11 @@ USED_API = {
     "IProgressMonitor": ("phase_start", "phase_finish", "step_complete"),
     "ILogger": ("log", "ERROR", "INTERNAL_ERROR"),
 }
-USED_API_ATTENTION = {"IAttentionInputLayer": ("attention",), "IAttention": ("decomposable",), "LayerType": ("ATTENTION_INPUT",)}
+USED_API_ATTENTION = {
+    "IAttentionInputLayer": ("attention",),
+    "IAttention": ("decomposable",),
+    "LayerType": ("ATTENTION_INPUT",),
+}
 USED_API_MEMORY = {"IBuilderConfig": ("set_preview_feature",), "PreviewFeature": ("RUNTIME_ACTIVATION_RESIZE_10_10",)}
 USED_API_STREAM = {"Builder": ("build_serialized_network_to_stream",), "IStreamWriter": ("write",)}
 USED_API_AHEAD = {"IBuilderConfig": ("num_compute_capabilities", "set_compute_capability")}
@@ -59,10 +78,12 @@ class BuildOptions:
     Attributes:
         optimization_level: 0 (fast build) to 5 (thorough); None is the library's own, 3.
         workspace_mib: upper limit of a layer's scratch memory; None is all there is.
-        refit: weights can be exchanged later; `identical` only by equal ones, which costs no speed and exists from TensorRT 10.
+        refit: weights can be exchanged later; `identical` only by equal ones, which costs no speed and exists from
+            TensorRT 10.
         strip_plan: the engine carries no weights; they are read from the graph when it is loaded.
         weight_streaming: weights may stay in host memory and be streamed, for cards they do not fit.
-        hardware_compatible: run on other cards too, slower: `ampere_plus` or `same_compute_capability`; `tensorrt` only.
+        hardware_compatible: run on other cards too, slower: `ampere_plus` or `same_compute_capability`; `tensorrt`
+            only.
         version_compatible: run on newer versions of the same major too, slower; `tensorrt` only.
     """
 
@@ -108,8 +129,8 @@ class BuildResult:
 def targets(flavour: Flavour, requested: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
     """The cards an engine will be for, (major, minor) each.
 
-    `tensorrt-rtx` builds for those requested; without a request for none in particular: one engine for 8.0 (Ampere) and all later ones.
-    `tensorrt` builds for the card in this machine.
+    `tensorrt-rtx` builds for those requested; without a request for none in particular: one engine for 8.0 (Ampere) and
+    all later ones. `tensorrt` builds for the card in this machine.
 
     Raises:
         EngineError: a card the library does not build for, or none in this machine where one is needed.
@@ -119,7 +140,10 @@ def targets(flavour: Flavour, requested: Sequence[tuple[int, int]] | None) -> tu
     known = flavour.served_cards() or ()
     for target in requested or ():
         if target not in known:
-            raise EngineError(f"this {flavour.name} ({flavour.version}) builds for no compute capability {target[0]}.{target[1]}", expected="one of " + ", ".join(f"{a}.{b}" for a, b in known))
+            raise EngineError(
+                f"this {flavour.name} ({flavour.version}) builds for no compute capability {target[0]}.{target[1]}",
+                expected="one of " + ", ".join(f"{a}.{b}" for a, b in known),
+            )
     return tuple(sorted(set(requested or ())))
 
 
@@ -132,7 +156,9 @@ def build_engine(
     options: BuildOptions = BuildOptions(),
     report: Reporter = SILENT,
 ) -> BuildResult:
-    """Write the engine of an ONNX graph, strongly typed: it computes in the dtypes the graph has. Nothing is left where it fails or is stopped.
+    """Write the engine of an ONNX graph, strongly typed: it computes in the dtypes the graph has.
+
+    Nothing is left where it fails or is stopped.
 
     Args:
         onnx_path: the graph; external data is read from beside it.
@@ -141,8 +167,10 @@ def build_engine(
         compute_capabilities: of the cards to build for, see `targets`.
 
     Raises:
-        UsageError: no such graph. BackendMissing: the library is not installed. StorageError: no space on disk or in memory.
-        EngineError: the graph is damaged; the parser refused it (all its errors, with node and operator), the build failed, or its process died.
+        UsageError: no such graph. BackendMissing: the library is not installed. StorageError: no space on disk or in
+            memory.
+        EngineError: the graph is damaged; the parser refused it (all its errors, with node and operator), the build
+            failed, or its process died.
     """
     onnx_path, engine_path = Path(onnx_path).absolute(), Path(engine_path).absolute()
     graph = read_graph(onnx_path)
@@ -173,12 +201,21 @@ def build_engine(
 
 
 def timing_cache(flavour: Flavour, cards: Sequence[tuple[int, int]]) -> Path:
-    """Where what a build has timed on a card is kept for the next one; of one flavour, version and card, as it is worth nothing to another."""
-    return cache_folder() / "engines" / "timing" / f"{flavour.name}-{flavour.version}-sm{'-'.join(f'{a}{b}' for a, b in cards)}.cache"
+    """Where what a build has timed on a card is kept for the next one; of one flavour, version and card, as it is worth
+    nothing to another.
+    """
+    return (
+        cache_folder()
+        / "engines"
+        / "timing"
+        / f"{flavour.name}-{flavour.version}-sm{'-'.join(f'{a}{b}' for a, b in cards)}.cache"
+    )
 
 
 def newest_opset(flavour: Flavour) -> int:
-    """The ONNX opset this library reads best: 23 where it has an attention layer of its own (TensorRT 10.14, TensorRT-RTX), else 20."""
+    """The ONNX opset this library reads best: 23 where it has an attention layer of its own (TensorRT 10.14,
+    TensorRT-RTX), else 20.
+    """
     return 23 if hasattr(flavour.load(), "IAttentionBoundaryLayer") else 20
 
 
@@ -193,24 +230,38 @@ def check_options(flavour: Flavour, options: BuildOptions) -> None:
     # An engine ahead of time is portable and compiled on the card: these would change nothing or do not build.
     for name in ("hardware_compatible", "version_compatible", "optimization_level"):
         if name in options.chosen():
-            raise UsageError(f"--{name.replace('_', '-')} with {flavour.name}", expected="the flavour tensorrt", hint="leave it out: this engine is tuned on the card that loads it")
+            raise UsageError(
+                f"--{name.replace('_', '-')} with {flavour.name}",
+                expected="the flavour tensorrt",
+                hint="leave it out: this engine is tuned on the card that loads it",
+            )
 
 
 def _require_memory(needed_bytes: int, name: str) -> None:
     """Refuse a build that this machine's memory would end, where it tells how much is free."""
     free = available_memory_bytes()
     if free is not None and free < needed_bytes:
-        raise StorageError(f"building {name} needs about {needed_bytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free", hint="close other programs, or build one component at a time with --component")
+        raise StorageError(
+            f"building {name} needs about {needed_bytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free",
+            hint="close other programs, or build one component at a time with --component",
+        )
 
 
 def _present_card(wanted: Sequence[tuple[int, int]] | None, flavour: Flavour) -> tuple[int, int]:
     import torch
 
     if not torch.cuda.is_available():
-        raise EngineError(f"{flavour.name} builds only for a GPU in this machine, and there is none", hint="--flavour tensorrt-rtx: " + FLAVOURS["tensorrt-rtx"].install)
+        raise EngineError(
+            f"{flavour.name} builds only for a GPU in this machine, and there is none",
+            hint="--flavour tensorrt-rtx: " + FLAVOURS["tensorrt-rtx"].install,
+        )
     present: tuple[int, int] = torch.cuda.get_device_capability()
     for major, minor in set(wanted or ()) - {present}:
-        raise EngineError(f"{flavour.name} builds for the GPU in this machine, of compute capability {present[0]}.{present[1]}, not {major}.{minor}", hint=f"--compute-capability {present[0]}.{present[1]}")
+        raise EngineError(
+            f"{flavour.name} builds for the GPU in this machine, of compute capability {present[0]}.{present[1]}, not"
+            f" {major}.{minor}",
+            hint=f"--compute-capability {present[0]}.{present[1]}",
+        )
     return present
 
 
@@ -219,7 +270,15 @@ def _run_child(job: Mapping[str, Any], onnx_path: Path, advance: Any) -> float:
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     command = [sys.executable, "-m", "sdcompress_engines.builder"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment) as child:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+    ) as child:
         assert child.stdin is not None
         assert child.stdout is not None
         done, failure, chatter, peak_mib = False, None, [""], 0.0
@@ -234,18 +293,36 @@ def _run_child(job: Mapping[str, Any], onnx_path: Path, advance: Any) -> float:
                 event = json.loads(line.removeprefix(_EVENT))
                 if "phase" in event:
                     advance(note=event["phase"])
-                done, failure, peak_mib = done or "done" in event, event.get("error", failure), event.get("peak_mib", peak_mib)
+                done, failure, peak_mib = (
+                    done or "done" in event,
+                    event.get("error", failure),
+                    event.get("peak_mib", peak_mib),
+                )
         except BaseException:
             child.kill()
             raise
         code = child.wait()
     if failure:
-        needs_driver = "CUDA driver version is insufficient" in failure  # said without a driver too, by those few steps of a build that run on the card
+        needs_driver = (
+            "CUDA driver version is insufficient" in failure
+        )  # said without a driver too, by those few steps of a build that run on the card
         asked = " ".join(f"--{name.replace('_', '-')}" for name in job["options"])
-        raise EngineError(failure, where=onnx_path, hint=f"without {asked}, or on a machine with an NVIDIA driver: such an engine is not built ahead of the card" if needs_driver and asked else None)
+        raise EngineError(
+            failure,
+            where=onnx_path,
+            hint=(
+                f"without {asked}, or on a machine with an NVIDIA driver: such an engine is not built ahead of the card"
+                if needs_driver and asked
+                else None
+            ),
+        )
     if code or not done:
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        raise EngineError(f"the build process ended with {died}: {' '.join(chatter).strip() or 'no output'}", where=onnx_path, hint="a graphics card or container with more memory, or another runtime version")
+        raise EngineError(
+            f"the build process ended with {died}: {' '.join(chatter).strip() or 'no output'}",
+            where=onnx_path,
+            hint="a graphics card or container with more memory, or another runtime version",
+        )
     return float(peak_mib)
 
 
@@ -335,14 +412,22 @@ def _write_engine(trt: Any, builder: Any, network: Any, config: Any, path: Path)
         return bool(builder.build_serialized_network_to_stream(network, config, stream)) and file.tell() > 0
 
 
-# Operators of opset 23 that no TensorRT before 10.14 reads. Source: the operator table of github.com/onnx/onnx-tensorrt.
+# Operators of opset 23 that no TensorRT before 10.14 reads. Source: the operator table of
+# github.com/onnx/onnx-tensorrt.
 _NEEDS_10_14 = {"Attention", "RMSNormalization", "RotaryEmbedding", "Swish"}
 
 
 def _refusal(errors: Sequence[Any], version: str) -> str:
-    told = "; ".join(f"node {e.node()} {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors) or "it gave no reason"
+    told = (
+        "; ".join(f"node {e.node()} {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors)
+        or "it gave no reason"
+    )
     newer = sorted({e.node_operator() for e in errors} & _NEEDS_10_14)
-    way_out = f" ({', '.join(newer)}: read from TensorRT 10.14 on; here is {version}: export with --opset 20)" if newer else ""
+    way_out = (
+        f" ({', '.join(newer)}: read from TensorRT 10.14 on; here is {version}: export with --opset 20)"
+        if newer
+        else ""
+    )
     return f"TensorRT cannot read the graph: {told}{way_out}"
 
 
@@ -364,7 +449,9 @@ def _configure(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
 
 
 def _ask_for_exact_memory(trt: Any, config: Any) -> None:
-    """Let contexts say what activation memory the shapes at hand need; without this some libraries answer with the profile's maximum."""
+    """Let contexts say what activation memory the shapes at hand need; without this some libraries answer with the
+    profile's maximum.
+    """
     feature = getattr(getattr(trt, "PreviewFeature", None), "RUNTIME_ACTIVATION_RESIZE_10_10", None)
     if feature is not None:
         config.set_preview_feature(feature, True)
@@ -388,7 +475,9 @@ def _save_timing_cache(config: Any, path: Path) -> None:
 
 
 def _allow_decomposed_attention(trt: Any, network: Any) -> None:
-    """Let every attention without a fused kernel of its dtype and head size run as its parts; without this the build fails."""
+    """Let every attention without a fused kernel of its dtype and head size run as its parts; without this the build
+    fails.
+    """
     if not hasattr(trt, "IAttentionBoundaryLayer"):  # before TensorRT 10.14 the parser makes its parts of it anyway
         return
     for index in range(network.num_layers):
@@ -408,13 +497,22 @@ def _aim(trt: Any, config: Any, cards: Sequence[Sequence[int]]) -> None:
 
 
 def _profile(builder: Any, network: Any, shapes: Mapping[str, Any]) -> Any:
-    inputs = {tensor.name: tuple(tensor.shape) for tensor in (network.get_input(index) for index in range(network.num_inputs))}
+    inputs = {
+        tensor.name: tuple(tensor.shape) for tensor in (network.get_input(index) for index in range(network.num_inputs))
+    }
     free = {name for name, shape in inputs.items() if -1 in shape}
     if wrong := (free - set(shapes)) | (set(shapes) - set(inputs)):
-        raise EngineError(f"the profile and the graph differ on {', '.join(sorted(wrong))}", expected=f"a shape range for each of {', '.join(sorted(free))}")
+        raise EngineError(
+            f"the profile and the graph differ on {', '.join(sorted(wrong))}",
+            expected=f"a shape range for each of {', '.join(sorted(free))}",
+        )
     profile = builder.create_optimization_profile()
     for name, ranges in shapes.items():
-        if any(len(shape) != len(inputs[name]) or any(want not in (-1, size) for size, want in zip(shape, inputs[name], strict=True)) for shape in ranges):
+        if any(
+            len(shape) != len(inputs[name])
+            or any(want not in (-1, size) for size, want in zip(shape, inputs[name], strict=True))
+            for shape in ranges
+        ):
             raise EngineError(f"the profile of {name} is {ranges}", expected=f"shapes that fit {inputs[name]}")
         profile.set_shape(name, *(tuple(shape) for shape in ranges))
     return profile

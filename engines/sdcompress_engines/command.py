@@ -10,7 +10,9 @@ from collections.abc import Iterable
 
 
 def command_line(words: Iterable[str], *, windows: bool = sys.platform == "win32") -> str:
-    """Returns one line that the shell of this system splits into these words: cmd and PowerShell know no single quotes as `sh` does."""
+    """Returns one line that the shell of this system splits into these words: cmd and PowerShell know no single quotes
+    as `sh` does.
+    """
     return " ".join(_quote_for_windows(word) for word in words) if windows else shlex.join(words)
 
 

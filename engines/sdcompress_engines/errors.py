@@ -1,4 +1,7 @@
-"""Every error a user can meet. The library raises them; only the command line turns one into a line and an exit code."""
+"""Every error a user can meet.
+
+The library raises them; only the command line turns one into a line and an exit code.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,14 @@ class SdCompressError(Exception):
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str | PathLike[str] | None = None, expected: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | PathLike[str] | None = None,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
         self.what, self.expected, self.hint = what, expected, hint
         self.where = None if where is None else fspath(where)
         line = what if self.where is None else f"{self.where}: {what}"
@@ -118,7 +128,9 @@ def storage_errors(path: str | PathLike[str]) -> Iterator[None]:
         if known is None:
             raise
         raise known from error
-    except RuntimeError as error:  # torch and safetensors report a full disk as a RuntimeError with the text of the OSError
+    except (
+        RuntimeError
+    ) as error:  # torch and safetensors report a full disk as a RuntimeError with the text of the OSError
         text = str(error)
         if "No space left" in text or "file write failed" in text or "os error 28" in text:
             raise StorageError(*_STORAGE[errno.ENOSPC][:1], where=path, hint=_STORAGE[errno.ENOSPC][1]) from error

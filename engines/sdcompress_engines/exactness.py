@@ -1,4 +1,6 @@
-"""IEEE fp32 on a GPU: torch computes fp32 convolutions in TF32 unless it is told not to, with 10 bits of mantissa instead of 23."""
+"""IEEE fp32 on a GPU: torch computes fp32 convolutions in TF32 unless it is told not to, with 10 bits of mantissa
+instead of 23.
+"""
 
 from __future__ import annotations
 

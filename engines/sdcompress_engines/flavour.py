@@ -1,7 +1,8 @@
-"""The two TensorRT libraries behind one name each: found by importing them, told apart by what they can do, never by a version string.
+"""The two TensorRT libraries behind one name each: found by importing them, told apart by what they can do, never by a
+version string.
 
-And what their engines are bound to, as NVIDIA documents it, so that one of another version, card or platform is refused with a
-sentence instead of by a runtime: see "Engine Compatibility" in the TensorRT 11 and TensorRT-RTX documentation.
+And what their engines are bound to, as NVIDIA documents it, so that one of another version, card or platform is refused
+with a sentence instead of by a runtime: see "Engine Compatibility" in the TensorRT 11 and TensorRT-RTX documentation.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Flavour:
         return hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability")
 
     def served_cards(self) -> tuple[Card, ...] | None:
-        """Returns the compute capabilities that this library lists as its own, (major, minor) each; None where it has no such list."""
+        """Returns the compute capabilities that this library lists as its own, (major, minor) each; None where it has
+        no such list.
+        """
         listed = getattr(self.load(), "ComputeCapability", None)
         if listed is None:
             return None
@@ -63,7 +66,10 @@ class Flavour:
         served = self.served_cards()
         if served is None or card in served:
             return None
-        return f"{self.name} {self.version} serves no compute capability {_dotted(card)}, only {', '.join(map(_dotted, served))}"
+        return (
+            f"{self.name} {self.version} serves no compute capability {_dotted(card)}, only"
+            f" {', '.join(map(_dotted, served))}"
+        )
 
     @property
     def version(self) -> str:
@@ -86,17 +92,22 @@ def present_card(device: Any = None) -> Card | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def choose_flavour(requested: str | None = None, card: Card | None = None, wanted_cards: Sequence[Card] | None = None) -> Flavour:
-    """Returns the flavour to build with: the requested one, else `tensorrt` for the GPU that is here and `tensorrt-rtx` where none is.
+def choose_flavour(
+    requested: str | None = None, card: Card | None = None, wanted_cards: Sequence[Card] | None = None
+) -> Flavour:
+    """Returns the flavour to build with: the requested one, else `tensorrt` for the GPU that is here and `tensorrt-rtx`
+    where none is.
 
-    With a GPU but no `tensorrt` installed, `tensorrt-rtx` is used if it serves that GPU. Without a GPU only `tensorrt-rtx` builds.
+    With a GPU but no `tensorrt` installed, `tensorrt-rtx` is used if it serves that GPU. Without a GPU only
+    `tensorrt-rtx` builds.
 
     Args:
         card: compute capability of the GPU in this machine; None where there is none.
         wanted_cards: compute capabilities to build for, where they are not this machine's.
 
     Raises:
-        UsageError: no flavour of that name. BackendMissing: it is not installed, or does not serve this GPU, with what to type next.
+        UsageError: no flavour of that name. BackendMissing: it is not installed, or does not serve this GPU, with what
+            to type next.
     """
     if requested is not None and requested not in FLAVOURS:
         raise UsageError(f"no TensorRT flavour {requested!r}", expected=" or ".join(FLAVOURS))
@@ -148,7 +159,9 @@ def binding(config: Mapping[str, Any]) -> dict[str, Any]:
         cards = sorted({(int(major), int(minor)) for major, minor in config["compute_capabilities"]})
         rtx = flavour == TENSORRT_RTX.name
         from_ampere = not cards if rtx else options.get("hardware_compatible") == "ampere_plus"
-        if not all(isinstance(text, str) and text for text in (flavour, version, config["platform"])) or not (cards or from_ampere):
+        if not all(isinstance(text, str) and text for text in (flavour, version, config["platform"])) or not (
+            cards or from_ampere
+        ):
             raise ValueError("an empty field")
         return {
             "version": ".".join(version.split(".")[:2]) if _forward(config) else version,
@@ -156,13 +169,19 @@ def binding(config: Mapping[str, Any]) -> dict[str, Any]:
             "platform": _processor(config["platform"]) if rtx else config["platform"],
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ArtifactError(f"the engine's manifest does not say what it was built for ({type(error).__name__}: {error})", hint=_REBUILD) from error
+        raise ArtifactError(
+            f"the engine's manifest does not say what it was built for ({type(error).__name__}: {error})", hint=_REBUILD
+        ) from error
 
 
-def obstacle(config: Mapping[str, Any], where: str | PathLike[str] | None = None, device: Any = None) -> SdCompressError | None:
-    """The error that loading an engine with this manifest config would end in on this machine, or None; no runtime sees its bytes.
+def obstacle(
+    config: Mapping[str, Any], where: str | PathLike[str] | None = None, device: Any = None
+) -> SdCompressError | None:
+    """The error that loading an engine with this manifest config would end in on this machine, or None; no runtime sees
+    its bytes.
 
-    An `EngineMismatch` for another version, card or platform; a `BackendMissing` where there is no runtime or no GPU to tell by.
+    An `EngineMismatch` for another version, card or platform; a `BackendMissing` where there is no runtime or no GPU to
+    tell by.
 
     Args:
         where: the engine's path, for the message.
@@ -174,29 +193,59 @@ def obstacle(config: Mapping[str, Any], where: str | PathLike[str] | None = None
         return ArtifactError(error.what, where=where, hint=error.hint)
     flavour, version = FLAVOURS.get(config["flavour"]), config["version"]
     if flavour is None:
-        return EngineMismatch(f"an engine of {config['flavour']!r}, which is not known here", where=where, expected=" or ".join(FLAVOURS), hint=_REBUILD)
+        return EngineMismatch(
+            f"an engine of {config['flavour']!r}, which is not known here",
+            where=where,
+            expected=" or ".join(FLAVOURS),
+            hint=_REBUILD,
+        )
     here = platform_name()
     if bound["platform"] != (_processor(here) if flavour is TENSORRT_RTX else here):
-        return EngineMismatch(f"the engine was built for {config['platform']}, and this is {here}", where=where, expected=f"an engine for {here}", hint=f"here, {_REBUILD}")
+        return EngineMismatch(
+            f"the engine was built for {config['platform']}, and this is {here}",
+            where=where,
+            expected=f"an engine for {here}",
+            hint=f"here, {_REBUILD}",
+        )
     if reason := flavour.missing():
         return BackendMissing(reason, where=where, hint=flavour.install)
     if not _version_fits(version, flavour.version, _forward(config)):
-        return EngineMismatch(f"the engine was built with {flavour.name} {version}, and {flavour.version} is installed here", where=where, expected=f"an engine of {flavour.version}", hint=f"{_REBUILD}, or install {flavour.name} {version}")
+        return EngineMismatch(
+            f"the engine was built with {flavour.name} {version}, and {flavour.version} is installed here",
+            where=where,
+            expected=f"an engine of {flavour.version}",
+            hint=f"{_REBUILD}, or install {flavour.name} {version}",
+        )
     import torch
 
     if not torch.cuda.is_available():
-        return BackendMissing(f"a {flavour.name} engine runs on an NVIDIA GPU and there is none", where=where, hint="--backend ort, which runs the ONNX graphs on any machine")
+        return BackendMissing(
+            f"a {flavour.name} engine runs on an NVIDIA GPU and there is none",
+            where=where,
+            hint="--backend ort, which runs the ONNX graphs on any machine",
+        )
     card = torch.cuda.get_device_capability(device)
     if reason := flavour.unserved(card):
-        return BackendMissing(f"{reason}; this is {torch.cuda.get_device_name(device)}", where=where, hint=f"an engine of {TENSORRT.name}, or --backend ort")
+        return BackendMissing(
+            f"{reason}; this is {torch.cuda.get_device_name(device)}",
+            where=where,
+            hint=f"an engine of {TENSORRT.name}, or --backend ort",
+        )
     if _dotted(card) not in bound["cards"] and not (bound["cards"] == [f"{_dotted(_AMPERE)}+"] and card >= _AMPERE):
         found = f"{torch.cuda.get_device_name(device)} has {_dotted(card)}"
-        return EngineMismatch(f"the engine was built for compute capability {', '.join(bound['cards'])}, and {found}", where=where, expected=f"an engine for {_dotted(card)}", hint=f"sdcompress export MODEL --trt --compute-capability {_dotted(card)} -o DIR")
+        return EngineMismatch(
+            f"the engine was built for compute capability {', '.join(bound['cards'])}, and {found}",
+            where=where,
+            expected=f"an engine for {_dotted(card)}",
+            hint=f"sdcompress export MODEL --trt --compute-capability {_dotted(card)} -o DIR",
+        )
     return None
 
 
 def why_not_here(config: Mapping[str, Any]) -> str | None:
-    """Why an engine with this manifest config does not load on this machine, with what to type next; None where it should."""
+    """Why an engine with this manifest config does not load on this machine, with what to type next; None where it
+    should.
+    """
     found = obstacle(config)
     return None if found is None else str(found)
 
@@ -205,7 +254,8 @@ def check_fits_here(config: Mapping[str, Any], where: str | PathLike[str], devic
     """Refuse an engine that cannot load on this machine, before a runtime sees its bytes.
 
     Raises:
-        EngineMismatch: made with another version, or for another card or platform. BackendMissing: no runtime, or no GPU.
+        EngineMismatch: made with another version, or for another card or platform. BackendMissing: no runtime, or no
+            GPU.
         ArtifactError: its manifest does not say what it was made for.
     """
     if (found := obstacle(config, where, device)) is not None:
@@ -221,8 +271,15 @@ def check_model(config: Mapping[str, Any], component: str, model_sha256: str, wh
     models = config.get("model")
     made_of = models.get(component) if isinstance(models, Mapping) else None
     if made_of != model_sha256:
-        found = f"from the graph {made_of[:12]}" if isinstance(made_of, str) else "from a graph its manifest does not name"
-        raise EngineMismatch(f"the {component} engine is of another model: it was built {found}", where=where, expected=f"one built from {model_sha256[:12]}", hint="build this model's: sdcompress export MODEL --trt -o DIR")
+        found = (
+            f"from the graph {made_of[:12]}" if isinstance(made_of, str) else "from a graph its manifest does not name"
+        )
+        raise EngineMismatch(
+            f"the {component} engine is of another model: it was built {found}",
+            where=where,
+            expected=f"one built from {model_sha256[:12]}",
+            hint="build this model's: sdcompress export MODEL --trt -o DIR",
+        )
 
 
 def _dotted(card: tuple[int, int]) -> str:

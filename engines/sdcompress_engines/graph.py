@@ -1,4 +1,6 @@
-"""What an ONNX graph is, read without its weights, so that a damaged one is told from a whole one before a runtime meets it."""
+"""What an ONNX graph is, read without its weights, so that a damaged one is told from a whole one before a runtime
+meets it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
     """The facts of an ONNX file.
 
     Raises:
-        UsageError: no such file. EngineError: it is not a whole graph; external data is missing or cut; it names files outside its folder.
+        UsageError: no such file. EngineError: it is not a whole graph; external data is missing or cut; it names files
+            outside its folder.
     """
     from google.protobuf.message import DecodeError
 
@@ -54,7 +57,12 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
             entry = {item.key: item.value for item in tensor.external_data}
             name = entry.get("location", "")
             if not is_plain_path(name):
-                raise EngineError(f"the weight {tensor.name!r} names the file {name!r}", where=path, expected="a file beside the graph", hint=AGAIN)
+                raise EngineError(
+                    f"the weight {tensor.name!r} names the file {name!r}",
+                    where=path,
+                    expected="a file beside the graph",
+                    hint=AGAIN,
+                )
             external[name] = max(external.get(name, 0), int(entry.get("offset", 0)) + int(entry.get("length", 0)))
         facts = GraphFacts(
             opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
@@ -71,9 +79,18 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
     for name, needed in external.items():
         held = path.parent / name
         if not held.is_file():
-            raise EngineError(f"its weights are missing: {name} is not beside it", where=path, hint=f"copy {name} here too, or {AGAIN}")
+            raise EngineError(
+                f"its weights are missing: {name} is not beside it",
+                where=path,
+                hint=f"copy {name} here too, or {AGAIN}",
+            )
         if held.stat().st_size < needed:
-            raise EngineError(f"its weights are cut: {name} has {held.stat().st_size:,} bytes", where=path, expected=f"{needed:,}", hint=AGAIN)
+            raise EngineError(
+                f"its weights are cut: {name} has {held.stat().st_size:,} bytes",
+                where=path,
+                expected=f"{needed:,}",
+                hint=AGAIN,
+            )
     return facts
 
 
@@ -101,7 +118,9 @@ def load_structure(path: Path) -> Any:
     try:
         return onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError, RuntimeError, UnicodeDecodeError) as error:
-        raise EngineError(f"not a whole ONNX graph ({' '.join(str(error).split())[:200]})", where=path, hint=AGAIN) from error
+        raise EngineError(
+            f"not a whole ONNX graph ({' '.join(str(error).split())[:200]})", where=path, hint=AGAIN
+        ) from error
 
 
 def tensors(graph: Any) -> Iterator[Any]:
@@ -114,4 +133,7 @@ def tensors(graph: Any) -> Iterator[Any]:
 
 
 def _sizes(value: Any) -> tuple[int | str, ...]:
-    return tuple(size.dim_value if size.HasField("dim_value") else size.dim_param or "?" for size in value.type.tensor_type.shape.dim)
+    return tuple(
+        size.dim_value if size.HasField("dim_value") else size.dim_param or "?"
+        for size in value.type.tensor_type.shape.dim
+    )

@@ -13,13 +13,19 @@ if TYPE_CHECKING:
 
 
 class HeldLock:
-    """A lock that this process holds. While it does, Windows refuses to remove or rename the lock's file and its folder."""
+    """A lock that this process holds.
+
+    While it does, Windows refuses to remove or rename the lock's file and its folder.
+    """
 
     def __init__(self, path: Path, lock: BaseFileLock) -> None:
         self.path, self._lock = path, lock
 
     def release(self) -> None:
-        """Let other processes take the lock. Its file may stay: on POSIX, removing it would let two processes hold it."""
+        """Let other processes take the lock.
+
+        Its file may stay: on POSIX, removing it would let two processes hold it.
+        """
         self._lock.release()
 
     def discard(self) -> None:

@@ -1,4 +1,6 @@
-"""Artifacts on disk: a folder with a `sdcompress.json` that says what it is, written beside its place and renamed into it."""
+"""Artifacts on disk: a folder with a `sdcompress.json` that says what it is, written beside its place and renamed into
+it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,19 @@ from .errors import ArtifactError, StorageError, storage_errors
 
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
-_PACKAGES = ("sdcompress", "torch", "diffusers", "transformers", "accelerate", "onnx", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13", "polygraphy")
+_PACKAGES = (
+    "sdcompress",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13",
+    "polygraphy",
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +56,8 @@ class Manifest:
         config: the full configuration of the stage that made it.
         figures: what the stage measured (parity, losses, seconds).
         versions: package → version at the time.
-        seal: sha256 of all the rest in canonical JSON, so that an edit shows; empty in manifests of before there was one.
+        seal: sha256 of all the rest in canonical JSON, so that an edit shows; empty in manifests of before there was
+            one.
     """
 
     kind: str
@@ -95,7 +110,9 @@ def by_parts(path: PurePath) -> tuple[str, ...]:
 
 
 def is_plain_path(name: str) -> bool:
-    """Whether a name, as a manifest has it, stays in its folder on Linux and Windows: relative, with `/`, no `..` and no drive."""
+    """Whether a name, as a manifest has it, stays in its folder on Linux and Windows: relative, with `/`, no `..` and
+    no drive.
+    """
     return not re.search(r"[\\:\x00]", name) and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
@@ -111,14 +128,24 @@ def installed_versions() -> dict[str, str]:
 
 
 def write_manifest(
-    folder: Path, kind: str, *, config: Mapping[str, Any] | None = None, inputs: Mapping[str, str] | None = None, figures: Mapping[str, Any] | None = None, seed: int | None = None,
+    folder: Path,
+    kind: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str] | None = None,
+    figures: Mapping[str, Any] | None = None,
+    seed: int | None = None,
     hashed: Mapping[str, FileEntry] | None = None,
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Hash every file of `folder`, but those `hashed` already, and write its manifest; returns it."""
     known = hashed or {}
     manifest = Manifest(
         kind=kind,
-        files={name: known.get(name) or FileEntry(sha256_file(p), p.stat().st_size) for p in _files(folder) for name in [p.relative_to(folder).as_posix()]},
+        files={
+            name: known.get(name) or FileEntry(sha256_file(p), p.stat().st_size)
+            for p in _files(folder)
+            for name in [p.relative_to(folder).as_posix()]
+        },
         inputs=dict(inputs or {}),
         config=dict(config or {}),
         figures=dict(figures or {}),
@@ -152,23 +179,46 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["schema"] != SCHEMA_VERSION:
-            raise ArtifactError(f"manifest schema {raw['schema']}", where=path, expected=f"schema {SCHEMA_VERSION}", hint="make this artifact again with the installed version")
+            raise ArtifactError(
+                f"manifest schema {raw['schema']}",
+                where=path,
+                expected=f"schema {SCHEMA_VERSION}",
+                hint="make this artifact again with the installed version",
+            )
         seal = raw.get("seal", "")
         if seal and seal != _seal(raw):
-            raise ArtifactError("this manifest was edited: its seal does not match what it says", where=path, hint="put the file back as it was, or delete the folder and make it again")
+            raise ArtifactError(
+                "this manifest was edited: its seal does not match what it says",
+                where=path,
+                hint="put the file back as it was, or delete the folder and make it again",
+            )
         if not seal and raw["kind"] == "engine":
-            raise ArtifactError("this engine's manifest has no seal: it was edited, or made by an older version", where=path, hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR")
+            raise ArtifactError(
+                "this engine's manifest has no seal: it was edited, or made by an older version",
+                where=path,
+                hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR",
+            )
         raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
         manifest = Manifest(**raw)
-        if wrong := [name for name in ("inputs", "config", "figures", "versions") if not isinstance(getattr(manifest, name), dict)]:
+        if wrong := [
+            name
+            for name in ("inputs", "config", "figures", "versions")
+            if not isinstance(getattr(manifest, name), dict)
+        ]:
             raise ValueError(f"{wrong[0]} is no mapping")
-        if wrong := [name for name, entry in manifest.files.items() if not isinstance(entry.sha256, str) or not isinstance(entry.bytes, int)]:
+        if wrong := [
+            name
+            for name, entry in manifest.files.items()
+            if not isinstance(entry.sha256, str) or not isinstance(entry.bytes, int)
+        ]:
             raise ValueError(f"no sha256 and size of {wrong[0]}")
         if wrong := [name for name in manifest.files if not is_plain_path(name)]:
             raise ValueError(f"{wrong[0]!r} is no path in its folder")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ArtifactError(f"broken manifest ({error})", where=path, hint="delete the folder and make it again") from error
+        raise ArtifactError(
+            f"broken manifest ({error})", where=path, hint="delete the folder and make it again"
+        ) from error
 
 
 def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> list[str]:
@@ -200,7 +250,9 @@ def check_free(target: Path, force: bool = False) -> None:
     if target.is_file():
         raise ArtifactError("is a file", where=target, expected="a folder to write to", hint="choose another -o")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise ArtifactError("exists and is not empty", where=target, hint="add --force to replace it, or choose another -o")
+        raise ArtifactError(
+            "exists and is not empty", where=target, hint="add --force to replace it, or choose another -o"
+        )
 
 
 @contextmanager
@@ -248,4 +300,8 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
-        raise StorageError(f"{what} needs {needed_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free", where=place, hint="free some space or choose another -o")
+        raise StorageError(
+            f"{what} needs {needed_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
+            where=place,
+            hint="free some space or choose another -o",
+        )

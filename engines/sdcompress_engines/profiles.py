@@ -1,4 +1,6 @@
-"""The shapes an engine is built for, in the units people type: calls, pixels, tokens; and by component the tensors' shapes that follow."""
+"""The shapes an engine is built for, in the units people type: calls, pixels, tokens; and by component the tensors'
+shapes that follow.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,21 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes one optimization profile takes: input → (min, opt, max). TensorRT tunes for opt; min = max makes an input static."""
+    """The shapes one optimization profile takes: input → (min, opt, max).
+
+    TensorRT tunes for opt; min = max makes an input static.
+    """
 
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
 
     def __post_init__(self) -> None:
         for name, (least, best, most) in self.shapes.items():
-            if not len(least) == len(best) == len(most) or not all(0 < a <= b <= c for a, b, c in zip(least, best, most, strict=True)):
-                raise UsageError(f"profile of {name}: {least} / {best} / {most}", expected="min ≤ opt ≤ max on every axis")
+            if not len(least) == len(best) == len(most) or not all(
+                0 < a <= b <= c for a, b, c in zip(least, best, most, strict=True)
+            ):
+                raise UsageError(
+                    f"profile of {name}: {least} / {best} / {most}", expected="min ≤ opt ≤ max on every axis"
+                )
 
 
 def parse_range(text: str, what: str = "range") -> Range:
@@ -47,7 +56,8 @@ class ShapeRanges:
         batch: samples of one UNet call; guidance makes two of a picture.
         height, width: of the picture, in pixels.
         tokens: of the UNet's context: 77 for each part of a long prompt.
-        pictures: that the VAE sees at once; None is half of `batch`, as guidance makes it. Without guidance it is `batch`.
+        pictures: that the VAE sees at once; None is half of `batch`, as guidance makes it. Without guidance it is
+            `batch`.
     """
 
     batch: Range
@@ -94,22 +104,44 @@ class Preset:
 
     def ranges(self, native_px: int, step_px: int) -> ShapeRanges:
         """For a model trained on `native_px` whose sizes are multiples of `step_px`."""
-        least, best, most = ((round(share * native_px / step_px) or 1) * step_px if self.relative else int(share) for share in self.size)
+        least, best, most = (
+            (round(share * native_px / step_px) or 1) * step_px if self.relative else int(share) for share in self.size
+        )
         return ShapeRanges(self.batch, (least, best, most), (least, best, most), self.tokens)
 
 
 PRESETS = {
-    "dynamic": Preset("up to 4 pictures with guidance, half to one and a half of the model's own size", (1, 2, 8), (0.5, 1, 1.5), (77, 77, 154), relative=True),
-    "webui": Preset("what a WebUI asks for: cond and uncond apart and together, prompts of three parts, hires-fix to twice the size", (1, 2, 8), (0.75, 1, 2), (77, 77, 231), relative=True),
-    "sd15-512": Preset("one 512 px picture with guidance; static, the fastest", (2, 2, 2), (512, 512, 512), (77, 77, 77)),
-    "sd15-dynamic": Preset("up to 4 pictures with guidance, 256 to 1024 px", (1, 2, 8), (256, 512, 1024), (77, 77, 154)),
-    "sdxl-1024": Preset("one 1024 px picture with guidance; static, the fastest", (2, 2, 2), (1024, 1024, 1024), (77, 77, 77)),
+    "dynamic": Preset(
+        "up to 4 pictures with guidance, half to one and a half of the model's own size",
+        (1, 2, 8),
+        (0.5, 1, 1.5),
+        (77, 77, 154),
+        relative=True,
+    ),
+    "webui": Preset(
+        "what a WebUI asks for: cond and uncond apart and together, prompts of three parts, hires-fix to twice the"
+        " size",
+        (1, 2, 8),
+        (0.75, 1, 2),
+        (77, 77, 231),
+        relative=True,
+    ),
+    "sd15-512": Preset(
+        "one 512 px picture with guidance; static, the fastest", (2, 2, 2), (512, 512, 512), (77, 77, 77)
+    ),
+    "sd15-dynamic": Preset(
+        "up to 4 pictures with guidance, 256 to 1024 px", (1, 2, 8), (256, 512, 1024), (77, 77, 154)
+    ),
+    "sdxl-1024": Preset(
+        "one 1024 px picture with guidance; static, the fastest", (2, 2, 2), (1024, 1024, 1024), (77, 77, 77)
+    ),
 }
 DEFAULT_PRESET = "dynamic"
 
 
 def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:
-    """A preset's name, `batch=1:2:8,height=512,width=512:768:1024,tokens=77`, or a preset and what differs from it: `webui,batch=1:2:4`.
+    """A preset's name, `batch=1:2:8,height=512,width=512:768:1024,tokens=77`, or a preset and what differs from it:
+    `webui,batch=1:2:4`.
 
     What is left out is as in `dynamic`; a height or width given alone stands for both.
 
@@ -123,7 +155,10 @@ def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:
     for part in parts:
         name, _, value = part.partition("=")
         if name.strip() not in known or not value:
-            raise UsageError(f"profile {text!r}", expected=f"one of {', '.join(PRESETS)}, or {','.join(f'{field}=MIN:OPT:MAX' for field in known)}")
+            raise UsageError(
+                f"profile {text!r}",
+                expected=f"one of {', '.join(PRESETS)}, or {','.join(f'{field}=MIN:OPT:MAX' for field in known)}",
+            )
         found[name.strip()] = parse_range(value.strip(), f"--{name.strip()}")
     for one, other in (("height", "width"), ("width", "height")):
         if one in found and other not in found:
@@ -144,15 +179,21 @@ def check_ranges(ranges: ShapeRanges, step_px: int) -> None:
         values: Range = getattr(ranges, name)
         if any(value % step for value in values):
             near = format_range(max(step, round(value / step) * step) for value in values)
-            raise UsageError(f"--{name} {format_range(values)}", expected=f"multiples of {step}, with this model", hint=f"--{name} {near}")
+            raise UsageError(
+                f"--{name} {format_range(values)}",
+                expected=f"multiples of {step}, with this model",
+                hint=f"--{name} {near}",
+            )
 
 
-def component_profile(component: str, config: Mapping[str, Any], ranges: ShapeRanges, vae_scale: int, host: str = "diffusers") -> Profile:
+def component_profile(
+    component: str, config: Mapping[str, Any], ranges: ShapeRanges, vae_scale: int, host: str = "diffusers"
+) -> Profile:
     """The input shapes of one component for these ranges.
 
-    Text encoders take every batch from 1, as prompts and negative prompts are encoded apart. The VAE sees a picture where guidance shows the UNet
-    two, so its batch is half where `pictures` does not give it; its activations are the largest of all and would otherwise decide the memory an
-    engine needs.
+    Text encoders take every batch from 1, as prompts and negative prompts are encoded apart. The VAE sees a picture
+    where guidance shows the UNet two, so its batch is half where `pictures` does not give it; its activations are the
+    largest of all and would otherwise decide the memory an engine needs.
 
     Args:
         vae_scale: pixels a latent pixel, 8 for Stable Diffusion.
@@ -174,4 +215,9 @@ def component_profile(component: str, config: Mapping[str, Any], ranges: ShapeRa
     def shape(of: tuple[int | str, ...], at: int) -> Shape:
         return tuple(sizes[size][at] if isinstance(size, str) else size for size in of)
 
-    return Profile({spec.name: (shape(spec.shape, 0), shape(spec.shape, 1), shape(spec.shape, 2)) for spec in signature(component, config, host=host).inputs})
+    return Profile(
+        {
+            spec.name: (shape(spec.shape, 0), shape(spec.shape, 1), shape(spec.shape, 2))
+            for spec in signature(component, config, host=host).inputs
+        }
+    )

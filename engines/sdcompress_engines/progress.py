@@ -1,4 +1,6 @@
-"""How a stage tells what it is doing: it calls a `Reporter`; the silent one here is the default, the command line has a visible one."""
+"""How a stage tells what it is doing: it calls a `Reporter`; the silent one here is the default, the command line has a
+visible one.
+"""
 
 from __future__ import annotations
 

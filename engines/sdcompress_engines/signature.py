@@ -1,4 +1,7 @@
-"""What a graph's inputs and outputs are called, and their shapes. Shapes belong to the component, names and order to the host: both are data."""
+"""What a graph's inputs and outputs are called, and their shapes.
+
+Shapes belong to the component, names and order to the host: both are data.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,23 @@ _DIFFUSERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vae_decoder": (("latent_sample",), ("sample",)),
     "vae_encoder": (("sample",), ("latent_parameters",)),
 }
-# host → component → (canonical input → its name there, canonical output → its name there), in the order of the graph. `y` is SDXL's text embedding
-# and embedded sizes in one vector, as the LDM code base has it. A host that runs its own text encoder and VAE has no entry for them.
+# host → component → (canonical input → its name there, canonical output → its name there), in the order of the graph.
+# `y` is SDXL's text embedding and embedded sizes in one vector, as the LDM code base has it. A host that runs its own
+# text encoder and VAE has no entry for them.
 HOSTS: dict[str, dict[str, tuple[dict[str, str], dict[str, str]]]] = {
-    "diffusers": {component: ({name: name for name in inputs}, {name: name for name in outputs}) for component, (inputs, outputs) in _DIFFUSERS.items()},
-    "webui": {"unet": (dict(zip((*_UNET, "y"), ("sample", "timesteps", "encoder_hidden_states", "y"), strict=True)), {"out_sample": "latent"})},
-    "comfyui": {"unet": (dict(zip((*_UNET, "y"), ("x", "timesteps", "context", "y"), strict=True)), {"out_sample": "h"})},
+    "diffusers": {
+        component: ({name: name for name in inputs}, {name: name for name in outputs})
+        for component, (inputs, outputs) in _DIFFUSERS.items()
+    },
+    "webui": {
+        "unet": (
+            dict(zip((*_UNET, "y"), ("sample", "timesteps", "encoder_hidden_states", "y"), strict=True)),
+            {"out_sample": "latent"},
+        )
+    },
+    "comfyui": {
+        "unet": (dict(zip((*_UNET, "y"), ("x", "timesteps", "context", "y"), strict=True)), {"out_sample": "h"})
+    },
 }
 
 
@@ -38,8 +52,10 @@ class Signature:
     """A component's graph as one host calls it.
 
     Attributes:
-        inputs, outputs: in graph order; free axes are `batch`, `height`, `width` (latent), `image_height`, `image_width` (pixels), `tokens`.
-        multiple: what the free sizes of the picture must be divisible by: latent ones of a UNet, pixels of a VAE's encoder.
+        inputs, outputs: in graph order; free axes are `batch`, `height`, `width` (latent), `image_height`,
+            `image_width` (pixels), `tokens`.
+        multiple: what the free sizes of the picture must be divisible by: latent ones of a UNet, pixels of a VAE's
+            encoder.
         names: canonical name → the host's name, inputs and outputs.
     """
 
@@ -51,7 +67,9 @@ class Signature:
     names: Mapping[str, str]
 
 
-def signature(component: str, config: Mapping[str, Any], dtype: torch.dtype = torch.float32, host: str = "diffusers") -> Signature:
+def signature(
+    component: str, config: Mapping[str, Any], dtype: torch.dtype = torch.float32, host: str = "diffusers"
+) -> Signature:
     """The I/O of a component with this diffusers or transformers config, its float tensors of `dtype`.
 
     `timestep` and `time_ids` are float32 always: half precision would round fractional timesteps and sizes over 2048.
@@ -70,30 +88,48 @@ def signature(component: str, config: Mapping[str, Any], dtype: torch.dtype = to
     inputs, outputs = HOSTS[host][component]
 
     def specs(names: Mapping[str, str], known: Mapping[str, tuple[int | str, ...]]) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(given, known[name], exact.get(name, dtype)) for name, given in names.items() if name in known)
+        return tuple(
+            TensorSpec(given, known[name], exact.get(name, dtype)) for name, given in names.items() if name in known
+        )
 
     return Signature(host, component, specs(inputs, shapes), specs(outputs, results), multiple, {**inputs, **outputs})
 
 
-def _shapes(component: str, config: Mapping[str, Any]) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int | str, ...]], int]:
+def _shapes(
+    component: str, config: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int | str, ...]], int]:
     """Canonical inputs and outputs with their shapes, and the multiple."""
     if component in ("text_encoder", "text_encoder_2"):
         hidden = ("batch", CONTEXT_TOKENS, config["hidden_size"])
         results: dict[str, tuple[int | str, ...]] = {"last_hidden_state": hidden, "penultimate_hidden_state": hidden}
-        results |= {"pooled_output": ("batch", config["hidden_size"])} if component == "text_encoder" else {"text_embeds": ("batch", config["projection_dim"])}
+        results |= (
+            {"pooled_output": ("batch", config["hidden_size"])}
+            if component == "text_encoder"
+            else {"text_embeds": ("batch", config["projection_dim"])}
+        )
         return {"input_ids": ("batch", CONTEXT_TOKENS)}, results, 1
     levels = len(config["block_out_channels"])
     if component == "vae_decoder":
-        return {"latent_sample": ("batch", config["latent_channels"], "height", "width")}, {"sample": ("batch", config["out_channels"], "image_height", "image_width")}, 1
+        return (
+            {"latent_sample": ("batch", config["latent_channels"], "height", "width")},
+            {"sample": ("batch", config["out_channels"], "image_height", "image_width")},
+            1,
+        )
     if component == "vae_encoder":
         picture = ("batch", config["in_channels"], "image_height", "image_width")
-        return {"sample": picture}, {"latent_parameters": ("batch", 2 * config["latent_channels"], "height", "width")}, 2 ** (levels - 1)
+        return (
+            {"sample": picture},
+            {"latent_parameters": ("batch", 2 * config["latent_channels"], "height", "width")},
+            2 ** (levels - 1),
+        )
     shapes: dict[str, tuple[int | str, ...]] = {
         "sample": ("batch", config["in_channels"], "height", "width"),
         "timestep": ("batch",),
         "encoder_hidden_states": ("batch", "tokens", config["cross_attention_dim"]),
     }
-    if config.get("addition_embed_type") == "text_time":  # SDXL: the text's embedding, and six numbers that are embedded one by one
+    if (
+        config.get("addition_embed_type") == "text_time"
+    ):  # SDXL: the text's embedding, and six numbers that are embedded one by one
         whole, sizes = config["projection_class_embeddings_input_dim"], 6 * config["addition_time_embed_dim"]
         shapes |= {"text_embeds": ("batch", whole - sizes), "time_ids": ("batch", 6), "y": ("batch", whole)}
     return shapes, {"out_sample": ("batch", config["out_channels"], "height", "width")}, 2 ** (levels - 1)

@@ -1,8 +1,9 @@
-"""The store of built engines: one folder a key, found again instead of built again, whole or not there, whoever is killed when.
+"""The store of built engines: one folder a key, found again instead of built again, whole or not there, whoever is
+killed when.
 
-    <root>/<digest>/           <component>.engine and its manifest, renamed into place when both are complete
-    <root>/.<digest>.*         a build under way, or what a killed one left
-    <root>/locks/<digest>.lock held while a key is built or removed; the operating system releases it when the process ends
+<root>/<digest>/           <component>.engine and its manifest, renamed into place when both are complete
+<root>/.<digest>.*         a build under way, or what a killed one left
+<root>/locks/<digest>.lock held while a key is built or removed; the operating system releases it when the process ends
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import ArtifactError, EngineError, EngineMismatch, SdCompressError, StorageError, UsageError, storage_errors
+from .errors import (
+    ArtifactError,
+    EngineError,
+    EngineMismatch,
+    SdCompressError,
+    StorageError,
+    UsageError,
+    storage_errors,
+)
 from .flavour import binding, obstacle
 from .locks import HeldLock, try_lock
 from .manifest import MANIFEST_NAME, Manifest, cache_folder, canonical, faults, read_manifest, staged, write_manifest
@@ -27,7 +36,9 @@ from .progress import SILENT, Reporter
 
 Profiles = tuple[Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], ...]
 Build = Callable[[Path], tuple[Mapping[str, Any], Mapping[str, Any]]]
-"""Writes `<component>.engine` into the folder it is given; returns what the manifest's `config` says besides the key, and the figures."""
+"""Writes `<component>.engine` into the folder it is given; returns what the manifest's `config` says besides the key,
+and the figures.
+"""
 
 SUFFIX = ".engine"
 _DIGEST = re.compile(r"[0-9a-f]{20}")
@@ -40,11 +51,14 @@ _REBUILD = "build it again: sdcompress export MODEL --trt -o DIR"
 
 @dataclass(frozen=True)
 class EngineKey:
-    """Everything that decides what an engine is; two builds of one key are one build. Names and values are those of an engine manifest's config.
+    """Everything that decides what an engine is; two builds of one key are one build.
+
+    Names and values are those of an engine manifest's config.
 
     Attributes:
         model: sha256 of the graph.
-        version: of the flavour's library, as it is bound: see `flavour.binding`, which `compute_capabilities` and `platform` go through too.
+        version: of the flavour's library, as it is bound: see `flavour.binding`, which `compute_capabilities` and
+            `platform` go through too.
         profiles: input → (min, opt, max) shapes, one mapping a profile, in engine order.
         options: of the builder; all enter.
     """
@@ -63,7 +77,9 @@ class EngineKey:
     @property
     def digest(self) -> str:
         """20 hex digits: the engine's name in the store."""
-        return hashlib.sha256(canonical(self._described() | {"compute_capabilities": None} | binding(vars(self)))).hexdigest()[:20]
+        return hashlib.sha256(
+            canonical(self._described() | {"compute_capabilities": None} | binding(vars(self)))
+        ).hexdigest()[:20]
 
     def config(self) -> dict[str, Any]:
         """The part of an engine manifest's config that says this key."""
@@ -74,7 +90,12 @@ class EngineKey:
         return {name: getattr(self, name) for name in texts} | {
             "compute_capabilities": [list(card) for card in self.compute_capabilities],
             "components": [self.component],
-            "profiles": {self.component: [{name: [list(shape) for shape in shapes] for name, shapes in profile.items()} for profile in self.profiles]},
+            "profiles": {
+                self.component: [
+                    {name: [list(shape) for shape in shapes] for name, shapes in profile.items()}
+                    for profile in self.profiles
+                ]
+            },
             "options": dict(self.options),
             "model": {self.component: self.model},
         }
@@ -89,10 +110,23 @@ class EngineKey:
         try:
             texts = {name: str(config[name]) for name in ("precision", "signature", "flavour", "version", "platform")}
             cards = tuple((int(major), int(minor)) for major, minor in config["compute_capabilities"])
-            profiles = tuple({str(name): _shapes(shapes) for name, shapes in profile.items()} for profile in config["profiles"][component])
-            return cls(str(config["model"][component]), component, compute_capabilities=cards, profiles=profiles, options=dict(config["options"]), **texts)
+            profiles = tuple(
+                {str(name): _shapes(shapes) for name, shapes in profile.items()}
+                for profile in config["profiles"][component]
+            )
+            return cls(
+                str(config["model"][component]),
+                component,
+                compute_capabilities=cards,
+                profiles=profiles,
+                options=dict(config["options"]),
+                **texts,
+            )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ArtifactError(f"the manifest does not say what the {component} engine is ({type(error).__name__}: {error})", hint=_REBUILD) from error
+            raise ArtifactError(
+                f"the manifest does not say what the {component} engine is ({type(error).__name__}: {error})",
+                hint=_REBUILD,
+            ) from error
 
 
 def _shapes(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -102,7 +136,9 @@ def _shapes(shapes: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, .
 
 @dataclass(frozen=True)
 class StoredEngine:
-    """An entry whose manifest is sound and whose file has the right size; `EngineStore.verify` and `find` read the bytes too."""
+    """An entry whose manifest is sound and whose file has the right size; `EngineStore.verify` and `find` read the
+    bytes too.
+    """
 
     folder: Path
     manifest: Manifest
@@ -160,7 +196,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A folder that was removed, or would be: the bytes that frees (none of a file that an output folder shares), and why."""
+    """A folder that was removed, or would be: the bytes that frees (none of a file that an output folder shares), and
+    why.
+    """
 
     folder: Path
     bytes: int
@@ -180,7 +218,10 @@ class Verdict:
 
 
 class EngineStore:
-    """The engines under `root`, by default `engines` in sdcompress's cache folder. Any number of processes may share one."""
+    """The engines under `root`, by default `engines` in sdcompress's cache folder.
+
+    Any number of processes may share one.
+    """
 
     def __init__(self, root: str | PathLike[str] | None = None) -> None:
         self.root = (cache_folder() / "engines" if root is None else Path(root)).absolute()
@@ -196,19 +237,30 @@ class EngineStore:
         return entry if isinstance(entry, StoredEngine) else None
 
     def get_or_build(self, key: EngineKey, build: Build, report: Reporter = SILENT) -> tuple[StoredEngine, bool]:
-        """The engine of a key, and whether it was there already. Where it was not, `build` makes it; a second process that wants it waits for the first.
+        """The engine of a key, and whether it was there already.
+
+        Where it was not, `build` makes it; a second process that wants it waits for the first.
 
         Raises:
-            StorageError: the store cannot be written. EngineError: `build` wrote no engine, or one of another key. Besides, whatever `build` raises.
+            StorageError: the store cannot be written. EngineError: `build` wrote no engine, or one of another key.
+                Besides, whatever `build` raises.
         """
         target = self.root / key.digest
         entry = self._look(target, contents=True)
         if not isinstance(entry, StoredEngine):
-            with self._lock(key.digest, lambda: report.say(f"waiting for another process that builds this {key.component} engine ({key.digest[:8]})")):
+            with self._lock(
+                key.digest,
+                lambda: report.say(
+                    f"waiting for another process that builds this {key.component} engine ({key.digest[:8]})"
+                ),
+            ):
                 entry = self._look(target, contents=True)
                 if not isinstance(entry, StoredEngine):
                     if isinstance(entry, BrokenEngine):
-                        report.say(f"the stored {key.component} engine {key.digest[:8]} is damaged ({entry.fault}): removed, and built again")
+                        report.say(
+                            f"the stored {key.component} engine {key.digest[:8]} is damaged ({entry.fault}): removed,"
+                            " and built again"
+                        )
                         self._remove(target)
                     for leftover in self._leftovers(key.digest):
                         self._remove(leftover)
@@ -226,8 +278,16 @@ class EngineStore:
         """
         swept = self.sweep()
         looked = {folder: self._look(folder, contents=True) for folder in self._folders()}
-        findings = [Finding(folder, (entry.fault,) if isinstance(entry, BrokenEngine) else ()) for folder, entry in looked.items() if entry is not None]
-        strangers = (path for path in self._listed() if not path.name.startswith(".") and path.name not in _OURS and not _DIGEST.fullmatch(path.name))
+        findings = [
+            Finding(folder, (entry.fault,) if isinstance(entry, BrokenEngine) else ())
+            for folder, entry in looked.items()
+            if entry is not None
+        ]
+        strangers = (
+            path
+            for path in self._listed()
+            if not path.name.startswith(".") and path.name not in _OURS and not _DIGEST.fullmatch(path.name)
+        )
         findings += [Finding(path, ("is no engine of this store",)) for path in strangers]
         return Verdict(tuple(findings), tuple(swept))
 
@@ -245,15 +305,23 @@ class EngineStore:
                     swept.append(Pruned(path, size, "left by a build that was killed"))
         return swept
 
-    def prune(self, older_than_days: float | None = None, unusable: bool = False, all: bool = False, keys: Iterable[str] = (), dry_run: bool = False) -> list[Pruned]:
-        """Remove what killed builds have left and the entries that any of the conditions names, but none that is being built.
+    def prune(
+        self,
+        older_than_days: float | None = None,
+        unusable: bool = False,
+        all: bool = False,
+        keys: Iterable[str] = (),
+        dry_run: bool = False,
+    ) -> list[Pruned]:
+        """Remove what killed builds have left and the entries that any of the conditions names, but none that is being
+        built.
 
         Returns what was removed, or with `dry_run` would be.
 
         Args:
             older_than_days: not built and not asked for since.
-            unusable: damaged, or made for another version, card or platform than this machine's. Where there is no runtime or no GPU, that does
-                not count: nothing then tells which.
+            unusable: damaged, or made for another version, card or platform than this machine's. Where there is no
+                runtime or no GPU, that does not count: nothing then tells which.
             keys: digests.
 
         Raises:
@@ -280,7 +348,8 @@ class EngineStore:
         return pruned
 
     def adopt(self, entry: StoredEngine, folder: Path) -> Path:
-        """Put an entry's engine file into `folder`, sharing the disk space where the file system lets it; returns its path there.
+        """Put an entry's engine file into `folder`, sharing the disk space where the file system lets it; returns its
+        path there.
 
         Raises:
             ArtifactError: the entry is gone. StorageError: no space, no permission.
@@ -295,7 +364,11 @@ class EngineStore:
                 try:
                     shutil.copyfile(entry.path, target)
                 except FileNotFoundError as error:
-                    raise ArtifactError("the stored engine was removed in the meantime", where=entry.folder, hint="run the same command again") from error
+                    raise ArtifactError(
+                        "the stored engine was removed in the meantime",
+                        where=entry.folder,
+                        hint="run the same command again",
+                    ) from error
         return target
 
     def _build(self, key: EngineKey, build: Build, target: Path) -> None:
@@ -307,13 +380,20 @@ class EngineStore:
             config = {**key.config(), **config}
             made = EngineKey.of(config, key.component).digest
             if made != key.digest:
-                raise EngineMismatch(f"the {key.component} engine that was built is not the one that was asked for: its key is {made}", expected=key.digest)
+                raise EngineMismatch(
+                    f"the {key.component} engine that was built is not the one that was asked for: its key is {made}",
+                    expected=key.digest,
+                )
             write_manifest(folder, "engine", config=config, figures=figures)
 
     def _whole(self, target: Path) -> StoredEngine:
         entry = self._look(target, contents=False)
         if not isinstance(entry, StoredEngine):
-            raise EngineError(f"the engine just built is damaged: {entry.fault if entry else 'it is gone'}", where=target, hint="check the disk")
+            raise EngineError(
+                f"the engine just built is damaged: {entry.fault if entry else 'it is gone'}",
+                where=target,
+                hint="check the disk",
+            )
         return entry
 
     def _look(self, folder: Path, *, contents: bool) -> Entry | None:
@@ -329,7 +409,9 @@ class EngineStore:
         except SdCompressError as error:
             return BrokenEngine(folder, error.what)
         except OSError as error:
-            return BrokenEngine(folder, f"cannot be read ({error.strerror or error})") if os.path.lexists(folder) else None
+            return (
+                BrokenEngine(folder, f"cannot be read ({error.strerror or error})") if os.path.lexists(folder) else None
+            )
         if manifest is not None and not found:
             if len(components) != 1:
                 found = [f"holds {len(components)} engines, not one"]
@@ -345,17 +427,23 @@ class EngineStore:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise StorageError(f"the store cannot be read ({error.strerror or error})", where=self.root, hint=_ELSEWHERE) from error
+            raise StorageError(
+                f"the store cannot be read ({error.strerror or error})", where=self.root, hint=_ELSEWHERE
+            ) from error
 
     def _folders(self) -> list[Path]:
         return [path for path in self._listed() if _DIGEST.fullmatch(path.name)]
 
     def _leftovers(self, digest: str | None = None) -> list[Path]:
         """Folders of builds and removals under way or killed: of one key, or of all."""
-        return [path for path in self._listed() if (match := _LEFTOVER.fullmatch(path.name)) and digest in (None, match[1])]
+        return [
+            path for path in self._listed() if (match := _LEFTOVER.fullmatch(path.name)) and digest in (None, match[1])
+        ]
 
     def _remove(self, path: Path) -> bool:
-        """Out of its place in one step, so that nobody who still writes there is in the way, then deleted; whether it was there."""
+        """Out of its place in one step, so that nobody who still writes there is in the way, then deleted; whether it
+        was there.
+        """
         digest = path.name.strip(".").partition(".")[0]
         aside = self.root / f".{digest}.{time.time_ns()}.old"
         with self._storage():
@@ -377,9 +465,15 @@ class EngineStore:
                 yield
         except StorageError as error:
             hint = (error.hint or "").replace("choose another -o", _ELSEWHERE)
-            raise StorageError(error.what, where=error.where or self.root, expected=error.expected, hint=hint or None) from error
+            raise StorageError(
+                error.what, where=error.where or self.root, expected=error.expected, hint=hint or None
+            ) from error
         except OSError as error:
-            raise StorageError(f"the file system failed ({error.strerror or error})", where=error.filename or self.root, hint=_ELSEWHERE) from error
+            raise StorageError(
+                f"the file system failed ({error.strerror or error})",
+                where=error.filename or self.root,
+                hint=_ELSEWHERE,
+            ) from error
 
     @contextmanager
     def _try_lock(self, digest: str) -> Iterator[bool]:
@@ -420,24 +514,46 @@ def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
         raise UsageError("no such file", where=path, hint="make it with: sdcompress export MODEL --trt -o DIR")
     manifest = read_manifest(path.parent)
     if manifest is None:
-        raise ArtifactError(f"the engine has no {MANIFEST_NAME} beside it, so nothing says what it was built for", where=path, hint=f"keep both files together, or {_REBUILD}")
+        raise ArtifactError(
+            f"the engine has no {MANIFEST_NAME} beside it, so nothing says what it was built for",
+            where=path,
+            hint=f"keep both files together, or {_REBUILD}",
+        )
     entry = manifest.files.get(path.name)
     if manifest.kind != "engine" or entry is None:
-        raise ArtifactError(f"the {MANIFEST_NAME} beside it is of kind {manifest.kind!r} and {'does not name this file' if entry is None else 'not of an engine'}", where=path, hint=_REBUILD)
+        raise ArtifactError(
+            f"the {MANIFEST_NAME} beside it is of kind {manifest.kind!r} and"
+            f" {'does not name this file' if entry is None else 'not of an engine'}",
+            where=path,
+            hint=_REBUILD,
+        )
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ArtifactError(f"the engine cannot be read ({error.strerror or error})", where=path, hint=_REBUILD) from error
+        raise ArtifactError(
+            f"the engine cannot be read ({error.strerror or error})", where=path, hint=_REBUILD
+        ) from error
     if len(data) != entry.bytes:
         what = "is truncated" if len(data) < entry.bytes else "is longer than it was built"
-        raise ArtifactError(f"the engine {what}: it has {len(data):,} bytes", where=path, expected=f"{entry.bytes:,} bytes", hint=_REBUILD)
+        raise ArtifactError(
+            f"the engine {what}: it has {len(data):,} bytes",
+            where=path,
+            expected=f"{entry.bytes:,} bytes",
+            hint=_REBUILD,
+        )
     if hashlib.sha256(data).hexdigest() != entry.sha256:
-        raise ArtifactError("the engine was altered: its sha256 is not the one of its manifest", where=path, expected=f"{entry.sha256[:12]}...", hint=_REBUILD)
+        raise ArtifactError(
+            "the engine was altered: its sha256 is not the one of its manifest",
+            where=path,
+            expected=f"{entry.sha256[:12]}...",
+            hint=_REBUILD,
+        )
     return data, manifest
 
 
 def engine_faults(folder: Path, *, contents: bool = True) -> list[str]:
-    """What is wrong with an engine folder, of the store or of an export: files, manifest, keys; empty where it is whole.
+    """What is wrong with an engine folder, of the store or of an export: files, manifest, keys; empty where it is
+    whole.
 
     Raises:
         ArtifactError: its manifest cannot be read, was edited, or does not say what the engines are.

@@ -1,4 +1,6 @@
-"""`sdcompress_engines`: the copy that `sdcompress install` has put beside this file; in a checkout, where there is none, the installed one."""
+"""`sdcompress_engines`: the copy that `sdcompress install` has put beside this file; in a checkout, where there is
+none, the installed one.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,14 @@ if TYPE_CHECKING:
     from sdcompress_engines import errors, flavour, manifest, runners, signature, store, unet
 else:
     # By its place beside this file, never by sys.path: another plugin may carry another version.
-    _ROOT = f"{__package__}.sdcompress_engines" if (Path(__file__).parent / "sdcompress_engines").is_dir() else "sdcompress_engines"
+    _ROOT = (
+        f"{__package__}.sdcompress_engines"
+        if (Path(__file__).parent / "sdcompress_engines").is_dir()
+        else "sdcompress_engines"
+    )
     errors, flavour, manifest, runners, signature, store, unet = (
-        importlib.import_module(f"{_ROOT}.{name}") for name in ("errors", "flavour", "manifest", "runners", "signature", "store", "unet")
+        importlib.import_module(f"{_ROOT}.{name}")
+        for name in ("errors", "flavour", "manifest", "runners", "signature", "store", "unet")
     )
 
 __all__ = ["errors", "flavour", "manifest", "runners", "signature", "store", "unet"]

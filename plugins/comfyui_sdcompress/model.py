@@ -1,4 +1,5 @@
-"""A UNet engine in the place of ComfyUI's `diffusion_model`: called as its UNet is, opened when it is needed, and honest about what it cannot do.
+"""A UNet engine in the place of ComfyUI's `diffusion_model`: called as its UNet is, opened when it is needed, and
+honest about what it cannot do.
 
 Nothing here imports ComfyUI.
 """
@@ -52,10 +53,12 @@ class Call:
 
 
 def plan_calls(limits: Sequence[Limits], sample: torch.Size, context: torch.Tensor) -> list[Call]:
-    """The fewest calls that run a batch on an engine with these limits; one call as it is where nothing limits it or nothing helps.
+    """The fewest calls that run a batch on an engine with these limits; one call as it is where nothing limits it or
+    nothing helps.
 
-    A batch that is too large is split, one that is too small is padded. A context that is too long is cut to what repeats in it, because ComfyUI
-    repeats shorter prompts until all are of one length; one that is too short is repeated. Attention over a repeated context is that over the context.
+    A batch that is too large is split, one that is too small is padded. A context that is too long is cut to what
+    repeats in it, because ComfyUI repeats shorter prompts until all are of one length; one that is too short is
+    repeated. Attention over a repeated context is that over the context.
 
     Args:
         sample: (B, C, H, W). context: (B, T, D).
@@ -73,7 +76,9 @@ def plan_calls(limits: Sequence[Limits], sample: torch.Size, context: torch.Tens
 
 
 def split(count: int, batch: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """`count` samples as (start, stop, rows) with `rows` in `batch` (min, max): as few and as equal as can be, padded where a part is below the least."""
+    """`count` samples as (start, stop, rows) with `rows` in `batch` (min, max): as few and as equal as can be, padded
+    where a part is below the least.
+    """
     least, most = batch
     parts = -(-count // most)
     size = -(-count // parts)
@@ -87,7 +92,12 @@ def _groups(limits: Sequence[Limits], context: torch.Tensor) -> Iterator[tuple[i
         yield 0, count, tokens
         return
     most = max(each.tokens[1] for each in limits)
-    lengths = [next((size for size in range(part, most + 1, part) if any(_within(size, each.tokens) for each in limits)), tokens) for part in map(_period, context)]
+    lengths = [
+        next(
+            (size for size in range(part, most + 1, part) if any(_within(size, each.tokens) for each in limits)), tokens
+        )
+        for part in map(_period, context)
+    ]
     start = 0
     for at in range(1, count + 1):
         if at == count or lengths[at] != lengths[start]:
@@ -98,7 +108,14 @@ def _groups(limits: Sequence[Limits], context: torch.Tensor) -> Iterator[tuple[i
 def _period(context: torch.Tensor) -> int:
     """The fewest tokens, in whole windows, of which a sample's context (T, D) is a repetition."""
     tokens = len(context)
-    return next((size for size in range(_TOKENS, tokens, _TOKENS) if tokens % size == 0 and torch.equal(context[size:], context[:-size])), tokens)
+    return next(
+        (
+            size
+            for size in range(_TOKENS, tokens, _TOKENS)
+            if tokens % size == 0 and torch.equal(context[size:], context[:-size])
+        ),
+        tokens,
+    )
 
 
 def _within(size: int, limits: tuple[int, int]) -> bool:
@@ -111,12 +128,20 @@ class EngineModel(torch.nn.Module):
     Args:
         folder: what to open.
         options: of the runner, such as `cuda_graph`.
-        names: LDM names of the UNet's weights, without prefix. `state_dict` lists them, empty, so that ComfyUI's loaders find what a LoRA or another
-            model has for this one, and whoever applies it can be refused instead of ignored.
-        wrapped: how a call goes through the wrappers that other nodes have put around the diffusion model: `(run, model, options, *arguments)`.
+        names: LDM names of the UNet's weights, without prefix. `state_dict` lists them, empty, so that ComfyUI's
+            loaders find what a LoRA or another model has for this one, and whoever applies it can be refused instead of
+            ignored.
+        wrapped: how a call goes through the wrappers that other nodes have put around the diffusion model: `(run,
+            model, options, *arguments)`.
     """
 
-    def __init__(self, folder: EngineFolder, options: Mapping[str, Any] | None = None, names: Sequence[str] = (), wrapped: Wrapped | None = None) -> None:
+    def __init__(
+        self,
+        folder: EngineFolder,
+        options: Mapping[str, Any] | None = None,
+        names: Sequence[str] = (),
+        wrapped: Wrapped | None = None,
+    ) -> None:
         super().__init__()
         self.folder, self.dtype = folder, folder.dtype
         self._options, self._names, self._wrapped = dict(options or {}), tuple(names), wrapped
@@ -135,16 +160,25 @@ class EngineModel(torch.nn.Module):
         """The engine, loaded where it was not, for latents on `device`.
 
         Raises:
-            ArtifactError: it is not what its manifest says. BackendMissing, EngineError, EngineMismatch: as `Runner.open`.
+            ArtifactError: it is not what its manifest says. BackendMissing, EngineError, EngineMismatch: as
+                `Runner.open`.
         """
         if self._unet is None or self._device != device:
             self.close()
             check_contents(self.folder)
             where = runner_device(self.folder, device)
-            options = {name: value for name, value in self._options.items() if name != "cuda_graph" or where.type == "cuda"}
+            options = {
+                name: value for name, value in self._options.items() if name != "cuda_graph" or where.type == "cuda"
+            }
             runner = runners.open_runner(self.folder.graph, where, **options)
             self._unet, self._device = unet.EngineUNet(runner, self.folder.unet, self.folder.host), device
-            LOG.info("loaded the engine %s (%s, %.0f MiB) on %s", self.folder.name, runner.backend, self.folder.bytes / 2**20, runner.device)
+            LOG.info(
+                "loaded the engine %s (%s, %.0f MiB) on %s",
+                self.folder.name,
+                runner.backend,
+                self.folder.bytes / 2**20,
+                runner.device,
+            )
         return self._unet
 
     def _report_without_graph(self, runner: Any) -> None:
@@ -162,23 +196,42 @@ class EngineModel(torch.nn.Module):
             LOG.info("unloaded the engine %s", self.folder.name)
 
     def forward(
-        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None = None, y: torch.Tensor | None = None, control: Any = None, transformer_options: Mapping[str, Any] | None = None, **_: Any
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        y: torch.Tensor | None = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] | None = None,
+        **_: Any,
     ) -> torch.Tensor:
-        """The prediction, (B, 4, H/8, W/8), in `x`'s dtype and on its device. Further keywords are those that ComfyUI's own UNet ignores too.
+        """The prediction, (B, 4, H/8, W/8), in `x`'s dtype and on its device.
+
+        Further keywords are those that ComfyUI's own UNet ignores too.
 
         Args:
-            x: scaled noisy latents, (B, 4, H/8, W/8). timesteps: (B,). context: text embeddings, (B, 77·k, D). y: SDXL's vector, (B, V).
+            x: scaled noisy latents, (B, 4, H/8, W/8). timesteps: (B,). context: text embeddings, (B, 77·k, D). y:
+                SDXL's vector, (B, V).
             control: what a ControlNet adds. transformer_options: patches of other nodes, and what they want to know.
 
         Raises:
-            EngineError: a ControlNet, or a patch that reaches into the UNet. EngineMismatch: text embeddings or latents of another family, or a shape the
-                engine was not built for.
+            EngineError: a ControlNet, or a patch that reaches into the UNet. EngineMismatch: text embeddings or latents
+                of another family, or a shape the engine was not built for.
         """
         options = dict(transformer_options or {})
         arguments = (x, timesteps, context, y, control, options)
         return self._run(*arguments) if self._wrapped is None else self._wrapped(self._run, self, options, *arguments)
 
-    def _run(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor | None, y: torch.Tensor | None, control: Any, options: Mapping[str, Any], **_: Any) -> torch.Tensor:
+    def _run(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        context: torch.Tensor | None,
+        y: torch.Tensor | None,
+        control: Any,
+        options: Mapping[str, Any],
+        **_: Any,
+    ) -> torch.Tensor:
         refuse_inside(control, options, self.folder)
         checked = self._checked(x, context, y)
         engine = self.open(x.device)
@@ -187,22 +240,43 @@ class EngineModel(torch.nn.Module):
             sample, times = (_rows(tensor, call) for tensor in (x, timesteps.expand(x.shape[0])))
             added = {} if y is None else {"y": _rows(y, call)}
             text = _lengthened(_rows(checked, call), call.tokens)
-            parts.append(engine(sample, times, text, added_cond_kwargs=added, return_dict=False)[0][: call.stop - call.start])
+            parts.append(
+                engine(sample, times, text, added_cond_kwargs=added, return_dict=False)[0][: call.stop - call.start]
+            )
         self._report_without_graph(engine.runner)
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(x.device)
 
     def _checked(self, x: torch.Tensor, context: torch.Tensor | None, y: torch.Tensor | None) -> torch.Tensor:
         """The context; inputs of another family are refused by name, before shapes are."""
         folder, family = self.folder, FAMILIES[self.folder.family]
-        where, channels, vector = folder.graph.parent, folder.unet["in_channels"], folder.unet.get("projection_class_embeddings_input_dim")
+        where, channels, vector = (
+            folder.graph.parent,
+            folder.unet["in_channels"],
+            folder.unet.get("projection_class_embeddings_input_dim"),
+        )
         if x.ndim != 4 or x.shape[1] != channels:
-            raise errors.EngineMismatch(f"latents of shape {tuple(x.shape)} for an engine of {family}", where=where, expected=f"(batch, {channels}, height / 8, width / 8)", hint="an Empty Latent Image, or a VAE of this family; no inpainting model")
+            raise errors.EngineMismatch(
+                f"latents of shape {tuple(x.shape)} for an engine of {family}",
+                where=where,
+                expected=f"(batch, {channels}, height / 8, width / 8)",
+                hint="an Empty Latent Image, or a VAE of this family; no inpainting model",
+            )
         if context is None or context.shape[-1] != folder.context_width:
             given = "no text embeddings" if context is None else f"text embeddings {context.shape[-1]} wide"
-            raise errors.EngineMismatch(f"{given} for an engine of {family}", where=where, expected=f"{folder.context_width} wide", hint=f"connect the CLIP of the {family} checkpoint that the engine was made from")
+            raise errors.EngineMismatch(
+                f"{given} for an engine of {family}",
+                where=where,
+                expected=f"{folder.context_width} wide",
+                hint=f"connect the CLIP of the {family} checkpoint that the engine was made from",
+            )
         if (y is None) != (folder.family != "sdxl") or (y is not None and y.shape[-1] != vector):
             given = "no pooled text" if y is None else f"a vector {y.shape[-1]} wide beside the text"
-            raise errors.EngineMismatch(f"{given} for an engine of {family}", where=where, expected="none" if folder.family != "sdxl" else f"{vector} wide", hint=f"the CLIP of a {family} checkpoint, and no unCLIP conditioning")
+            raise errors.EngineMismatch(
+                f"{given} for an engine of {family}",
+                where=where,
+                expected="none" if folder.family != "sdxl" else f"{vector} wide",
+                hint=f"the CLIP of a {family} checkpoint, and no unCLIP conditioning",
+            )
         return context
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
@@ -213,17 +287,31 @@ class EngineModel(torch.nn.Module):
 
 
 def refuse_inside(control: Any, options: Mapping[str, Any], folder: EngineFolder) -> None:
-    """Refuse what reaches into the UNet's layers, which are closed in an engine: ignoring it would make another picture than the one asked for.
+    """Refuse what reaches into the UNet's layers, which are closed in an engine: ignoring it would make another picture
+    than the one asked for.
 
     Raises:
         EngineError: a ControlNet or T2I adapter, or patches such as FreeU's, IP-Adapter's or GLIGEN's.
     """
-    native = f"use the model itself, which ComfyUI loads: sdcompress export MODEL --ldm -o {folder.name}.safetensors, into models/checkpoints"
+    native = (
+        f"use the model itself, which ComfyUI loads: sdcompress export MODEL --ldm -o {folder.name}.safetensors, into"
+        " models/checkpoints"
+    )
     if control is not None:
-        raise errors.EngineError("a ControlNet or T2I adapter adds to layers inside the UNet, and the engine has no inputs for that", where=folder.graph.parent, hint=f"take it off this model, or {native}")
-    held = sorted({name for kind in ("patches", "patches_replace") for name, found in (options.get(kind) or {}).items() if found})
+        raise errors.EngineError(
+            "a ControlNet or T2I adapter adds to layers inside the UNet, and the engine has no inputs for that",
+            where=folder.graph.parent,
+            hint=f"take it off this model, or {native}",
+        )
+    held = sorted(
+        {name for kind in ("patches", "patches_replace") for name, found in (options.get(kind) or {}).items() if found}
+    )
     if held:
-        raise errors.EngineError(f"a node changes layers inside the UNet ({', '.join(held)}), and an engine's cannot be changed", where=folder.graph.parent, hint=f"take it off this model (FreeU, IP-Adapter, GLIGEN, Hypernetwork and such), or {native}")
+        raise errors.EngineError(
+            f"a node changes layers inside the UNet ({', '.join(held)}), and an engine's cannot be changed",
+            where=folder.graph.parent,
+            hint=f"take it off this model (FreeU, IP-Adapter, GLIGEN, Hypernetwork and such), or {native}",
+        )
 
 
 def runner_device(folder: EngineFolder, device: torch.device) -> torch.device:
@@ -234,7 +322,10 @@ def runner_device(folder: EngineFolder, device: torch.device) -> torch.device:
 
     if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         return device
-    LOG.warning("%s runs on the CPU, as this ONNX Runtime has no CUDA: install onnxruntime-gpu, or a TensorRT engine", folder.name)
+    LOG.warning(
+        "%s runs on the CPU, as this ONNX Runtime has no CUDA: install onnxruntime-gpu, or a TensorRT engine",
+        folder.name,
+    )
     return torch.device("cpu")
 
 
@@ -247,4 +338,8 @@ def _rows(tensor: torch.Tensor, call: Call) -> torch.Tensor:
 
 def _lengthened(context: torch.Tensor, tokens: int) -> torch.Tensor:
     """A context (B, T, D) of `tokens`: its beginning, or itself repeated."""
-    return context[:, :tokens] if tokens <= context.shape[1] else context.repeat(1, -(-tokens // context.shape[1]), 1)[:, :tokens]
+    return (
+        context[:, :tokens]
+        if tokens <= context.shape[1]
+        else context.repeat(1, -(-tokens // context.shape[1]), 1)[:, :tokens]
+    )

@@ -1,4 +1,7 @@
-"""The node, and the ComfyUI model around an engine. ComfyUI is imported where it is used, so that all else runs, and is tested, without it."""
+"""The node, and the ComfyUI model around an engine.
+
+ComfyUI is imported where it is used, so that all else runs, and is tested, without it.
+"""
 
 from __future__ import annotations
 
@@ -34,17 +37,25 @@ def find_folder(name: str) -> Path:
     roots = model_folders()
     found = engine_folders(roots)
     if name not in found:
-        raise errors.UsageError(f"no engine {name!r} in {' or '.join(roots)}", expected=", ".join(found) or None, hint="sdcompress install comfyui COMFYUI ENGINE, then press R here")
+        raise errors.UsageError(
+            f"no engine {name!r} in {' or '.join(roots)}",
+            expected=", ".join(found) or None,
+            hint="sdcompress install comfyui COMFYUI ENGINE, then press R here",
+        )
     return found[name]
 
 
 class LoadSdcompressEngine:
-    """*Load sdcompress engine*: a MODEL whose UNet is an engine. Samplers, schedulers, guidance and everything else of ComfyUI's around the UNet stay as they are."""
+    """*Load sdcompress engine*: a MODEL whose UNet is an engine.
+
+    Samplers, schedulers, guidance and everything else of ComfyUI's around the UNet stay as they are.
+    """
 
     CATEGORY = "loaders"
     DESCRIPTION = (
-        "A UNet engine (TensorRT, TensorRT-RTX or ONNX) made by sdcompress. Text encoder and VAE come from any checkpoint of the same family. "
-        "LoRAs are baked in at export (sdcompress export --lora): a LoRA node after this one is refused, as are ControlNet, IP-Adapter, FreeU and all else that reaches into the UNet's layers."
+        "A UNet engine (TensorRT, TensorRT-RTX or ONNX) made by sdcompress. Text encoder and VAE come from any"
+        " checkpoint of the same family. LoRAs are baked in at export (sdcompress export --lora): a LoRA node after"
+        " this one is refused, as are ControlNet, IP-Adapter, FreeU and all else that reaches into the UNet's layers."
     )
     FUNCTION = "load"
     RETURN_TYPES = ("MODEL",)
@@ -52,9 +63,20 @@ class LoadSdcompressEngine:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """What the node asks for."""
-        graphs = "Replay a captured CUDA graph for sizes that repeat: faster for small pictures, at the cost of some memory."
+        graphs = (
+            "Replay a captured CUDA graph for sizes that repeat: faster for small pictures, at the cost of some memory."
+        )
         return {
-            "required": {"engine": (list(engine_folders(model_folders())), {"tooltip": "A folder in models/sdcompress, put there by: sdcompress install comfyui COMFYUI ENGINE"})},
+            "required": {
+                "engine": (
+                    list(engine_folders(model_folders())),
+                    {
+                        "tooltip": (
+                            "A folder in models/sdcompress, put there by: sdcompress install comfyui COMFYUI ENGINE"
+                        )
+                    },
+                )
+            },
             "optional": {"cuda_graph": ("BOOLEAN", {"default": False, "tooltip": graphs})},
         }
 
@@ -85,12 +107,19 @@ class LoadSdcompressEngine:
 
 
 def engine_patcher(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:
-    """An engine as ComfyUI's MODEL: a `ModelPatcher` around a `BaseModel` of its family, whose diffusion model is the engine."""
+    """An engine as ComfyUI's MODEL: a `ModelPatcher` around a `BaseModel` of its family, whose diffusion model is the
+    engine.
+    """
     import comfy.model_management
     import comfy.model_patcher
 
     patcher = _patcher_class(comfy.model_patcher.ModelPatcher)
-    return patcher(base_model(folder, options), load_device=comfy.model_management.get_torch_device(), offload_device=comfy.model_management.unet_offload_device(), size=folder.bytes)
+    return patcher(
+        base_model(folder, options),
+        load_device=comfy.model_management.get_torch_device(),
+        offload_device=comfy.model_management.unet_offload_device(),
+        size=folder.bytes,
+    )
 
 
 def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:
@@ -115,7 +144,11 @@ def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> A
         config.latent_format.scale_factor = folder.scaling_factor
     model = model_class(config, model_type=kinds[folder.prediction])
     if folder.schedule.get("zsnr") and float(model.model_sampling.sigma_max) < 1000:
-        raise errors.EngineMismatch("was trained to zero terminal SNR, which this ComfyUI does not know", where=folder.graph.parent, hint="update ComfyUI")
+        raise errors.EngineMismatch(
+            "was trained to zero terminal SNR, which this ComfyUI does not know",
+            where=folder.graph.parent,
+            hint="update ComfyUI",
+        )
     names = sorted(set(comfy.utils.unet_to_diffusers(config.unet_config).values()))
     model.diffusion_model = EngineModel(folder, options, names, _wrapped)
     model.state_dict_for_saving = _no_weights
@@ -123,7 +156,9 @@ def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> A
 
 
 def _wrapped(run: Any, model: Any, options: dict[str, Any], *arguments: Any) -> Any:
-    """A call of the diffusion model through the wrappers other nodes have put around it (EasyCache and such), as ComfyUI's own UNet makes it."""
+    """A call of the diffusion model through the wrappers other nodes have put around it (EasyCache and such), as
+    ComfyUI's own UNet makes it.
+    """
     try:
         from comfy import patcher_extension
     except ImportError:  # ComfyUI before December 2024 has none
@@ -133,7 +168,10 @@ def _wrapped(run: Any, model: Any, options: dict[str, Any], *arguments: Any) -> 
 
 
 def _no_weights(*args: Any, **options: Any) -> Any:
-    raise errors.EngineError("an engine has no weights to save or to merge", hint="save the model it was made from: sdcompress export MODEL --ldm -o FILE.safetensors")
+    raise errors.EngineError(
+        "an engine has no weights to save or to merge",
+        hint="save the model it was made from: sdcompress export MODEL --ldm -o FILE.safetensors",
+    )
 
 
 def _refuse_patches(patches: Any, strength: float, what: str) -> list[Any]:
@@ -145,9 +183,10 @@ def _refuse_patches(patches: Any, strength: float, what: str) -> list[Any]:
     own = [key for key in patches if str(key if isinstance(key, str) else key[0]).startswith("diffusion_model.")]
     if own and strength != 0:
         raise errors.EngineError(
-            f"{what} changes {len(own)} of the UNet's weights, which are built into the engine", expected="strength_model 0, or none on this model",
+            f"{what} changes {len(own)} of the UNet's weights, which are built into the engine",
+            expected="strength_model 0, or none on this model",
             hint="bake it in: sdcompress export MODEL --trt --signature comfyui --lora FILE:STRENGTH -o DIR",
-        )  # fmt: skip
+        )
     return own
 
 
@@ -164,7 +203,9 @@ def _patcher_class(base: type) -> type:
         def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
             return _refuse_patches(patches, strength_patch, "a LoRA, or another model to merge,")
 
-        def add_hook_patches(self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+        def add_hook_patches(
+            self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0
+        ) -> list[Any]:
             return _refuse_patches(patches, strength_patch, "a LoRA hook")
 
         def get_key_patches(self, filter_prefix: str | None = None) -> Any:

@@ -14,10 +14,16 @@ def findings(folder: Path) -> list[str]:
     """What is missing, a line each with the command that helps; nothing where all is there."""
     lines = []
     if not (folder / "sdcompress_engines" / "__init__.py").is_file() and util.find_spec("sdcompress_engines") is None:
-        lines.append("sdcompress: the extension lacks its engine package. Type where sdcompress is installed: sdcompress install webui WEBUI ENGINE")
+        lines.append(
+            "sdcompress: the extension lacks its engine package. Type where sdcompress is installed: sdcompress install"
+            " webui WEBUI ENGINE"
+        )
     if not any(util.find_spec(module) for module in RUNTIMES):
         offers = ", or ".join(RUNTIMES.values())
-        lines.append(f"sdcompress: no runtime for engines is installed. For the kind of yours, and in the version it was built with: {sys.executable} -m pip install {offers}")
+        lines.append(
+            "sdcompress: no runtime for engines is installed. For the kind of yours, and in the version it was built"
+            f" with: {sys.executable} -m pip install {offers}"
+        )
     return lines
 
 

@@ -88,9 +88,14 @@ class Proof:
         environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._said = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by `close`)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sdcompress.backends.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=self._said, text=True, errors="replace", env=environment,
-        )  # fmt: skip
+            [sys.executable, "-m", "sdcompress.backends.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
+            errors="replace",
+            env=environment,
+        )
         self._exchange(json.dumps(asdict(self.case)))
 
     def finish(self) -> dict[str, Any]:

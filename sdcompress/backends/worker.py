@@ -42,8 +42,10 @@ _TIMESTEP = 501
 _COMPILERS = {
     "linux": "sudo apt-get install g++",
     "darwin": "xcode-select --install",
-    "win32": "winget install Microsoft.VisualStudio.2022.BuildTools"
-    ' --override "--add Microsoft.VisualStudio.Workload.VCTools --includeRecommended"',
+    "win32": (
+        "winget install Microsoft.VisualStudio.2022.BuildTools"
+        ' --override "--add Microsoft.VisualStudio.Workload.VCTools --includeRecommended"'
+    ),
 }
 _SAMPLES, _MOST_SAMPLES = 3, 200
 _LEAST_MS, _MOST_MS = 500.0, 10_000.0
@@ -199,9 +201,14 @@ def graph_folder(loaded: LoadedPipeline, case: Case) -> Path:
             return folder
         source = {"pipeline": loaded.sha256}
         export_onnx(
-            loaded.pipeline, folder, precision=case.precision, components=("unet",), runtime=runtime, source=source,
+            loaded.pipeline,
+            folder,
+            precision=case.precision,
+            components=("unet",),
+            runtime=runtime,
+            source=source,
             name=loaded.name,
-        )  # fmt: skip
+        )
     return folder
 
 

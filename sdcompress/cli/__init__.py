@@ -46,7 +46,9 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
@@ -74,7 +76,10 @@ def cli() -> None:
 
 
 def accept_all_characters() -> None:
-    """Let stdout and stderr take every character. On Windows, redirected ones have a code page that lacks some of ours."""
+    """Let stdout and stderr take every character.
+
+    On Windows, redirected ones have a code page that lacks some of ours.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             chosen = stream.isatty() or os.environ.get("PYTHONIOENCODING")
@@ -86,7 +91,8 @@ def main() -> None:
     from sdcompress_engines.errors import SdCompressError, storage_error
 
     accept_all_characters()
-    # Notices of optional parts that are not there (torchvision) are not for who types a command; theirs are read at import.
+    # Notices of optional parts that are not there (torchvision) are not for who types a command; theirs are read at
+    # import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:

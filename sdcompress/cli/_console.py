@@ -28,7 +28,9 @@ def first_process() -> bool:
 
 
 class ConsoleReporter(Reporter):
-    """Progress bars on a terminal, a plain line every few seconds elsewhere; always on stderr, and from one process of several."""
+    """Progress bars on a terminal, a plain line every few seconds elsewhere; always on stderr, and from one process of
+    several.
+    """
 
     PLAIN_EVERY_S = 10.0
 
@@ -43,9 +45,23 @@ class ConsoleReporter(Reporter):
     def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
         if self.terminal and first_process():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("{task.description:<34}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+            columns = (
+                TextColumn("{task.description:<34}"),
+                BarColumn(24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+            )
             with Progress(*columns, console=Console(stderr=True)) as bar:
                 task = bar.add_task(label, total=total, note="")
                 yield lambda n=1, note="": bar.update(task, advance=n, note=note)

@@ -25,7 +25,15 @@ _PROMPTS = (
     "macro photo of a dew-covered dragonfly",
 )
 """For models that are not nano, where no --prompts are given."""
-QUICK = {"rounds": 1, "samples": 6, "end_to_end_samples": 3, "stage_budget_s": 2.0, "pictures": 4, "probes": 2, "sensitivity": 0}
+QUICK = {
+    "rounds": 1,
+    "samples": 6,
+    "end_to_end_samples": 3,
+    "stage_budget_s": 2.0,
+    "pictures": 4,
+    "probes": 2,
+    "sensitivity": 0,
+}
 NANO_PROMPTS, QUICK_PROMPTS = 200, 40
 
 
@@ -39,7 +47,9 @@ class _DefaultCommand(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, self.with_command(args))
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         return ("" if name == "run" else name), command, rest  # usage lines say `bench`, as people type
 
@@ -51,42 +61,98 @@ def command() -> None:
 
 @command.command("run")
 @click.argument("targets", metavar="SUITE|MODEL...", nargs=-1)
-@click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR", help="Folder to write to.  [default: bench-NAME here, or the next free bench-NAME-2]")
 @click.option(
-    "--backend", "backends", metavar="NAMES", help="Of torch, compile, aot, onnxruntime (ort), tensorrt (trt), with commas; `aot:bf16` names a precision.  [default: torch,ort, and compile,trt where there is a GPU]"
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder to write to.  [default: bench-NAME here, or the next free bench-NAME-2]",
 )
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of backends that name none.  [default: fp16 on a GPU, fp32 on a CPU]")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to run.  [default: cuda where there is one]")
-@click.option("--size", "size_px", metavar="PX[,PX]", help="Side of the pictures.  [default: what the teacher was made for]")
+@click.option(
+    "--backend",
+    "backends",
+    metavar="NAMES",
+    help=(
+        "Of torch, compile, aot, onnxruntime (ort), tensorrt (trt), with commas; `aot:bf16` names a precision. "
+        " [default: torch,ort, and compile,trt where there is a GPU]"
+    ),
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="Of backends that name none.  [default: fp16 on a GPU, fp32 on a CPU]",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to run.  [default: cuda where there is one]"
+)
+@click.option(
+    "--size", "size_px", metavar="PX[,PX]", help="Side of the pictures.  [default: what the teacher was made for]"
+)
 @click.option("--batch", metavar="N[,N]", help="Pictures at once; each size is a row.  [default: 1]")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps.  [default: 25]")
-@click.option("--guidance", "guidance_scale", type=float, help="Guidance scale; at 1 or less the UNet runs once a step, not twice.  [default: 7.5; nano and its students 4]")
-@click.option("--prompts", metavar="FILE", help="Captions: txt (one a line), csv, tsv (PartiPrompts), jsonl, or COCO's json.")
-@click.option("--prompt-count", "quality_pictures", type=click.IntRange(0), metavar="N", help="How many pictures the quality figures take.  [default: all of FILE; 200 held-out prompts for nano]")
+@click.option(
+    "--guidance",
+    "guidance_scale",
+    type=float,
+    help="Guidance scale; at 1 or less the UNet runs once a step, not twice.  [default: 7.5; nano and its students 4]",
+)
+@click.option(
+    "--prompts", metavar="FILE", help="Captions: txt (one a line), csv, tsv (PartiPrompts), jsonl, or COCO's json."
+)
+@click.option(
+    "--prompt-count",
+    "quality_pictures",
+    type=click.IntRange(0),
+    metavar="N",
+    help="How many pictures the quality figures take.  [default: all of FILE; 200 held-out prompts for nano]",
+)
 @click.option("--reference", metavar="FOLDER", help="Real pictures; FID and KID are taken to them too.")
-@click.option("--clip", metavar="PATH", help="A CLIP (transformers folder) that judges the pictures.  [default: nano-CLIP for nano]")
+@click.option(
+    "--clip",
+    metavar="PATH",
+    help="A CLIP (transformers folder) that judges the pictures.  [default: nano-CLIP for nano]",
+)
 @click.option("--seed", type=click.IntRange(0), help="Of the first picture; the next has the next seed.  [default: 0]")
-@click.option("--rounds", type=click.IntRange(1), help="How often each case is started afresh; 5 tell a change of 5% from chance.  [default: 5]")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the runtime's own choice]")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    help="How often each case is started afresh; 5 tell a change of 5% from chance.  [default: 5]",
+)
+@click.option(
+    "--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the runtime's own choice]"
+)
 @click.option("--quick", is_flag=True, help="One round, few samples, few pictures: a look, not a figure to quote.")
-@click.option("--strict", is_flag=True, help="A backend that is not installed is an error, and so is a case that fails.")
+@click.option(
+    "--strict", is_flag=True, help="A backend that is not installed is an error, and so is a case that fails."
+)
 @click.option("--dry-run", is_flag=True, help="List what would run and the memory it needs, and measure nothing.")
 @click.option("--list", "list_suites", is_flag=True, help="List the suites that come along.")
 @force_option
 @json_option
-def run_command(targets: tuple[str, ...], output: Path | None, backends: str | None, quick: bool, strict: bool, dry_run: bool, list_suites: bool, force: bool, as_json: bool, **options: Any) -> None:
+def run_command(
+    targets: tuple[str, ...],
+    output: Path | None,
+    backends: str | None,
+    quick: bool,
+    strict: bool,
+    dry_run: bool,
+    list_suites: bool,
+    force: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure latency, memory and quality on every backend, and write a report.
 
-    Give a suite by name or as a YAML file, or MODELs. The first MODEL is the teacher: the others are held against it, and PyTorch on it is
-    speed-up 1.0. `NAME=MODEL` names a model in the report. A case a process of its own, never two at once; a bench that was stopped goes on
-    where it was when it is typed again.
+    Give a suite by name or as a YAML file, or MODELs. The first MODEL is the teacher: the others are held against it,
+    and PyTorch on it is speed-up 1.0. `NAME=MODEL` names a model in the report. A case a process of its own, never two
+    at once; a bench that was stopped goes on where it was when it is typed again.
 
     \b
       sdcompress bench nano                                                   six minutes on two cores
       sdcompress bench TEACHER small=student/pipeline --backend torch,compile,ort,trt --size 512 --batch 1,4
-      sdcompress bench TEACHER student/pipeline --prompts PartiPrompts.tsv --clip ./clip-vit-large-patch14 --reference ./photos
-      sdcompress bench sd15 --dry-run                                         what would run, and the memory it needs
-      sdcompress bench compare before/results.json after/results.json         what changed, beyond noise or not
+      sdcompress bench TEACHER student/pipeline --prompts PartiPrompts.tsv --clip ./clip-vit-large-patch14 --reference
+      ./photos sdcompress bench sd15 --dry-run                                         what would run, and the memory it
+      needs sdcompress bench compare before/results.json after/results.json         what changed, beyond noise or not
     """
     from sdcompress_bench.suite_file import read_suite, suite_names, suite_path
     from sdcompress_engines.errors import BackendMissing, GateFailed
@@ -95,7 +161,9 @@ def run_command(targets: tuple[str, ...], output: Path | None, backends: str | N
     if list_suites:
         return _list(suite_names())
     if not targets:
-        raise click.UsageError("a suite or a model is missing; `sdcompress bench --list` names the suites", click.get_current_context())
+        raise click.UsageError(
+            "a suite or a model is missing; `sdcompress bench --list` names the suites", click.get_current_context()
+        )
     if output is not None:
         check_free(output, force)
     overrides: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -108,7 +176,10 @@ def run_command(targets: tuple[str, ...], output: Path | None, backends: str | N
         described = {"models": list(targets)}
     suite, skipped = suite_of(described | (QUICK if quick else {}) | overrides, quick=quick, where=path)
     if strict and skipped:
-        raise BackendMissing("; ".join(f"{name}: {reason}" for name, reason in skipped.items()), hint="install it, name other backends, or leave out --strict")
+        raise BackendMissing(
+            "; ".join(f"{name}: {reason}" for name, reason in skipped.items()),
+            hint="install it, name other backends, or leave out --strict",
+        )
     if dry_run:
         return _dry_run(suite, skipped, as_json)
 
@@ -121,10 +192,26 @@ def run_command(targets: tuple[str, ...], output: Path | None, backends: str | N
         click.echo((output / "results.json").read_text())
     else:
         rows = [(f"{row.model} / {row.way}", _line(results, row)) for row in results.rows()]
-        card(headline(results), [*rows, *_quality_lines(results), ("report", output / "report.html"), ("raw samples", output / "results.json")], f"open {output / 'report.html'}")
-    over = results.failed_gates() + ([f"{run.model} on {run.way} failed: {run.failed}" for run in results.latency if run.failed] if strict else [])
+        card(
+            headline(results),
+            [
+                *rows,
+                *_quality_lines(results),
+                ("report", output / "report.html"),
+                ("raw samples", output / "results.json"),
+            ],
+            f"open {output / 'report.html'}",
+        )
+    over = results.failed_gates() + (
+        [f"{run.model} on {run.way} failed: {run.failed}" for run in results.latency if run.failed] if strict else []
+    )
     if over:
-        raise GateFailed("; ".join(over), where=output / "report.html", expected="every figure within its limit", hint=f"open {output / 'report.html'}")
+        raise GateFailed(
+            "; ".join(over),
+            where=output / "report.html",
+            expected="every figure within its limit",
+            hint=f"open {output / 'report.html'}",
+        )
 
 
 @command.command("compare")
@@ -135,8 +222,8 @@ def run_command(targets: tuple[str, ...], output: Path | None, backends: str | N
 def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bool) -> None:
     """Say what changed from one results.json to another, beyond noise or not.
 
-    Compared are the scenarios that both have: same model name, backend, precision, size, batch, steps and guidance. What is unlike is refused.
-    The evidence is the rounds: fewer than 3 on a side and nothing is said.
+    Compared are the scenarios that both have: same model name, backend, precision, size, batch, steps and guidance.
+    What is unlike is refused. The evidence is the rounds: fewer than 3 on a side and nothing is said.
 
     \b
       sdcompress bench compare before/results.json after/results.json
@@ -148,7 +235,11 @@ def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bo
 
     found = compare(read_results(_results_file(before)), read_results(_results_file(after)), str(before), str(after))
     click.echo(to_json(found) if as_json else render(found))
-    slower = [f"{line.scenario}, {line.stage}: {line.change.ratio - 1:+.1%}" for line in found.lines if line.change.verdict == "slower"]
+    slower = [
+        f"{line.scenario}, {line.stage}: {line.change.ratio - 1:+.1%}"
+        for line in found.lines
+        if line.change.verdict == "slower"
+    ]
     if fail_on_slower and slower:
         raise GateFailed(f"slower: {'; '.join(slower)}", where=after, expected="nothing slower beyond noise")
 
@@ -158,7 +249,13 @@ def _results_file(path: Path) -> Path:
     return path / "results.json" if path.is_dir() else path
 
 
-def suite_of(described: dict[str, Any], *, quick: bool = False, where: Path | None = None, tested: tuple[ModelUnderTest, ...] | None = None) -> tuple[Suite, dict[str, str]]:
+def suite_of(
+    described: dict[str, Any],
+    *,
+    quick: bool = False,
+    where: Path | None = None,
+    tested: tuple[ModelUnderTest, ...] | None = None,
+) -> tuple[Suite, dict[str, str]]:
     """The suite that settings describe on this machine, and the backends left out with the reason.
 
     Args:
@@ -191,13 +288,36 @@ def suite_of(described: dict[str, Any], *, quick: bool = False, where: Path | No
         if path is not None and not path.exists():
             raise UsageError(f"{what} does not exist", where=path)
     wanted = file.quality_pictures if file.quality_pictures is not None else len(prompts) if metric or real else 0
-    return Suite(
-        models=models, ways=ways, name=file.title, device=device, sizes_px=file.size_px or (own_size,), batch=file.batch, steps=file.steps,
-        guidance_scale=default_guidance_scale(own_size) if file.guidance_scale is None else file.guidance_scale, prompts=prompts, seed=file.seed, rounds=file.rounds, samples=file.samples,
-        end_to_end_samples=file.end_to_end_samples, stage_budget_s=file.stage_budget_s, scenario_timeout_s=file.scenario_timeout_s, pictures=file.pictures,
-        quality_pictures=0 if any(m.random for m in models) else min(wanted, len(prompts)), timesteps=file.timesteps, probes=file.probes, sensitivity=file.sensitivity, metric=metric,
-        styles=judged.get("styles", ()), real=real, threads=file.threads, gates=tuple(_gate(entry, precision) for entry in file.gates if _can_hold(entry, skipped)),
-    ), skipped  # fmt: skip
+    return (
+        Suite(
+            models=models,
+            ways=ways,
+            name=file.title,
+            device=device,
+            sizes_px=file.size_px or (own_size,),
+            batch=file.batch,
+            steps=file.steps,
+            guidance_scale=default_guidance_scale(own_size) if file.guidance_scale is None else file.guidance_scale,
+            prompts=prompts,
+            seed=file.seed,
+            rounds=file.rounds,
+            samples=file.samples,
+            end_to_end_samples=file.end_to_end_samples,
+            stage_budget_s=file.stage_budget_s,
+            scenario_timeout_s=file.scenario_timeout_s,
+            pictures=file.pictures,
+            quality_pictures=0 if any(m.random for m in models) else min(wanted, len(prompts)),
+            timesteps=file.timesteps,
+            probes=file.probes,
+            sensitivity=file.sensitivity,
+            metric=metric,
+            styles=judged.get("styles", ()),
+            real=real,
+            threads=file.threads,
+            gates=tuple(_gate(entry, precision) for entry in file.gates if _can_hold(entry, skipped)),
+        ),
+        skipped,
+    )
 
 
 def _ways(names: tuple[str, ...] | None, device: str, precision: str) -> tuple[tuple[Way, ...], dict[str, str]]:
@@ -207,25 +327,49 @@ def _ways(names: tuple[str, ...] | None, device: str, precision: str) -> tuple[t
     from sdcompress_engines.runners import available
 
     gpu = device == "cuda"
-    wanted = list(dict.fromkeys(read_way(name, precision) for name in names or (("torch", "compile", "ort", "trt") if gpu else ("torch", "ort"))))
+    wanted = list(
+        dict.fromkeys(
+            read_way(name, precision)
+            for name in names or (("torch", "compile", "ort", "trt") if gpu else ("torch", "ort"))
+        )
+    )
     reasons = available(device)
     reasons["aot"] = reasons["aot-inductor"]
-    reasons["tensorrt"] = "its engines run on an NVIDIA GPU and none is used here" if not gpu else reasons["tensorrt"] and reasons["tensorrt-rtx"]  # either serves
+    reasons["tensorrt"] = (
+        "its engines run on an NVIDIA GPU and none is used here"
+        if not gpu
+        else reasons["tensorrt"] and reasons["tensorrt-rtx"]
+    )  # either serves
     skipped = {BACKEND_NAMES[way.backend]: reason for way in wanted if (reason := reasons.get(way.backend))}
     if not gpu:  # ONNX Runtime computes no bf16 on a CPU
-        skipped |= {str(way): "ONNX Runtime computes no bf16 on a CPU" for way in wanted if way.backend == "onnxruntime" and way.precision == "bf16"}
-    return tuple(way for way in wanted if BACKEND_NAMES[way.backend] not in skipped and str(way) not in skipped), skipped
+        skipped |= {
+            str(way): "ONNX Runtime computes no bf16 on a CPU"
+            for way in wanted
+            if way.backend == "onnxruntime" and way.precision == "bf16"
+        }
+    return (
+        tuple(way for way in wanted if BACKEND_NAMES[way.backend] not in skipped and str(way) not in skipped),
+        skipped,
+    )
 
 
 def _gate(entry: GateEntry, precision: str) -> Gate:
     from sdcompress_bench.scenario import Gate
     from sdcompress_bench.suite_file import read_way
 
-    return Gate(entry.figure, entry.model, read_way(entry.backend, precision) if entry.backend else None, entry.at_least, entry.at_most)
+    return Gate(
+        entry.figure,
+        entry.model,
+        read_way(entry.backend, precision) if entry.backend else None,
+        entry.at_least,
+        entry.at_most,
+    )
 
 
 def _can_hold(entry: GateEntry, skipped: dict[str, str]) -> bool:
-    """Whether a gate's backend is measured here: one on TensorRT says nothing where there is no TensorRT, and the report says that it was skipped."""
+    """Whether a gate's backend is measured here: one on TensorRT says nothing where there is no TensorRT, and the
+    report says that it was skipped.
+    """
     from sdcompress_bench.scenario import BACKEND_NAMES
     from sdcompress_bench.suite_file import read_way
 
@@ -236,11 +380,15 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is no list of whole numbers such as 1,4", param_hint="--size" if name == "size_px" else "--batch") from error
+        raise click.BadParameter(
+            f"{text!r} is no list of whole numbers such as 1,4", param_hint="--size" if name == "size_px" else "--batch"
+        ) from error
 
 
 def _model(entry: ModelEntry) -> ModelUnderTest:
-    """A model that is there, with its hash, and a training folder's `metrics.jsonl`; or one with random weights, which is made later."""
+    """A model that is there, with its hash, and a training folder's `metrics.jsonl`; or one with random weights, which
+    is made later.
+    """
     from sdcompress_bench.models import random_folder
     from sdcompress_bench.scenario import ModelUnderTest, Random
 
@@ -248,7 +396,9 @@ def _model(entry: ModelEntry) -> ModelUnderTest:
 
     if entry.random:
         random = Random(entry.random, entry.plan)
-        return ModelUnderTest(entry.name or f"{entry.random} {entry.plan or ''}".strip(), random_folder(random), random=random)
+        return ModelUnderTest(
+            entry.name or f"{entry.random} {entry.plan or ''}".strip(), random_folder(random), random=random
+        )
     folder = resolve(str(entry.path))
     metrics = folder.parent / "metrics.jsonl"
     name = entry.name or (str(entry.path) if entry.path in BUILT_IN else display_name(folder))
@@ -283,9 +433,17 @@ def _prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> tuple[tup
         return tuple(read_prompts(file.prompts)), {}
     if teacher.random or resolve(teacher.path) != nano.teacher_folder():
         return tuple(Prompt(caption) for caption in _PROMPTS), {}
-    count = max(file.quality_pictures if file.quality_pictures is not None else QUICK_PROMPTS if quick else NANO_PROMPTS, file.pictures, 1)
+    count = max(
+        file.quality_pictures if file.quality_pictures is not None else QUICK_PROMPTS if quick else NANO_PROMPTS,
+        file.pictures,
+        1,
+    )
     prompts = tuple(Prompt(p.caption, p.style) for p in nano.prompts("heldout", min(count, NANO_PROMPTS), file.seed))
-    return prompts, {"metric": nano.metric_folder(), "styles": tuple(nano.styles().items()), "real": nano.shards("heldout")[0]}
+    return prompts, {
+        "metric": nano.metric_folder(),
+        "styles": tuple(nano.styles().items()),
+        "real": nano.shards("heldout")[0],
+    }
 
 
 def _free_folder(name: str) -> Path:
@@ -321,20 +479,39 @@ def _dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None:
             case = scenario.model.name, scenario.size_px, scenario.batch, scenario.way.precision
             if case not in counted:
                 model: Any = _configs(scenario.model) if scenario.model.random else scenario.model.path
-                counted[case] = count_pipeline(model, scenario.size_px, scenario.batch, scenario.guidance_scale > 1, scenario.way.precision)
+                counted[case] = count_pipeline(
+                    model, scenario.size_px, scenario.batch, scenario.guidance_scale > 1, scenario.way.precision
+                )
             advance(note=scenario.model.name)
     for scenario in scenarios:
         work = counted[scenario.model.name, scenario.size_px, scenario.batch, scenario.way.precision]
         held = sum(part.held_bytes for part in work.values()) + max(part.peak_bytes for part in work.values())
-        rows.append({"scenario": scenario.key, "model": scenario.model.name, "backend": scenario.way.backend, "precision": scenario.way.precision, "size_px": scenario.size_px, "batch": scenario.batch, "memory_bytes": held, "unet_macs": work["unet"].macs})
+        rows.append(
+            {
+                "scenario": scenario.key,
+                "model": scenario.model.name,
+                "backend": scenario.way.backend,
+                "precision": scenario.way.precision,
+                "size_px": scenario.size_px,
+                "batch": scenario.batch,
+                "memory_bytes": held,
+                "unet_macs": work["unet"].macs,
+            }
+        )
     if as_json:
         click.echo(json.dumps({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1))
         return
     for row, scenario in zip(rows, scenarios, strict=True):
-        click.echo(f"{scenario.model.name:<12} {scenario.way!s:<22} {scenario.size_px:>5} px  batch {scenario.batch:<3} {mib(row['memory_bytes']):>14}   UNet step {row['unet_macs'] / 1e9:,.1f} GMACs")
+        click.echo(
+            f"{scenario.model.name:<12} {scenario.way!s:<22} {scenario.size_px:>5} px  batch {scenario.batch:<3}"
+            f" {mib(row['memory_bytes']):>14}   UNet step {row['unet_macs'] / 1e9:,.1f} GMACs"
+        )
     for name, reason in skipped.items():
         click.echo(f"left out: {name}, {reason}")
-    click.echo(f"{len(rows)} scenarios × {suite.rounds} rounds, {suite.device}; memory is weights and activations at their peak, without the runtime's own (0.5 to 1 GiB)")
+    click.echo(
+        f"{len(rows)} scenarios × {suite.rounds} rounds, {suite.device}; memory is weights and activations at their"
+        " peak, without the runtime's own (0.5 to 1 GiB)"
+    )
 
 
 def _line(results: Results, row: Row) -> str:
@@ -344,14 +521,24 @@ def _line(results: Results, row: Row) -> str:
         return f"{head}failed: {row.failed}"
     speedup = f", {row.speedup:.2f}× the teacher in PyTorch" if row.speedup else ""
     noisy = ", noisy" if row.unet_step.noisy else ""
-    return f"{head}UNet step {row.unet_step.median:,.1f} ms, {row.images_per_s:.3g} pictures/s{speedup}, {row.peak_mib:,.0f} MiB{noisy}"
+    return (
+        f"{head}UNet step {row.unet_step.median:,.1f} ms, {row.images_per_s:.3g} pictures/s{speedup},"
+        f" {row.peak_mib:,.0f} MiB{noisy}"
+    )
 
 
 def _quality_lines(results: Results) -> list[tuple[str, str]]:
     from sdcompress_bench.results import point
 
     names = {"fid": "FID {:.1f}", "kid": "KID {:.4f}", "lpips": "LPIPS {:.3f}"}
-    return [(f"{name} to {results.teacher}", ", ".join(form.format(point(figures[key])) for key, form in names.items() if key in figures)) for name, figures in results.students.items() if names.keys() & figures.keys()]
+    return [
+        (
+            f"{name} to {results.teacher}",
+            ", ".join(form.format(point(figures[key])) for key, form in names.items() if key in figures),
+        )
+        for name, figures in results.students.items()
+        if names.keys() & figures.keys()
+    ]
 
 
 def again() -> str:

@@ -32,15 +32,28 @@ def command() -> None:
 
 @command.command(short_help="What is in it: usable or not, sizes, metadata, captions.")
 @click.argument("data")
-@click.option("--sheet", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE", help="Write up to 64 of its pictures, drawn at random, side by side.")
-@click.option("--limit", type=int, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]")
-@click.option("--decode", is_flag=True, help="Decode every picture, to find those cut in the middle; without it only headers are read.")
+@click.option(
+    "--sheet",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    metavar="FILE",
+    help="Write up to 64 of its pictures, drawn at random, side by side.",
+)
+@click.option(
+    "--limit", type=int, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]"
+)
+@click.option(
+    "--decode",
+    is_flag=True,
+    help="Decode every picture, to find those cut in the middle; without it only headers are read.",
+)
 @json_option
 @data_options
 def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_json: bool, **options: Any) -> None:
     """Say what is in DATA: how much of it is usable, sizes, metadata, captions.
 
-    Memory stays the same for millions of pictures: medians and histograms are those of 10,000 drawn at random where there are more.
+    Memory stays the same for millions of pictures: medians and histograms are those of 10,000 drawn at random where
+    there are more.
 
     \b
       sdcompress data inspect nano
@@ -61,7 +74,14 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
         raise UsageError(f"--limit {limit}", expected="1 or more")
     again = typed_options(options)
     config = data_config(options)
-    figures, picture = look(open_source(data, config), limit=limit, decode=decode, sheet=sheet is not None, small_px=config.size_px or SMALL_PX, report=ConsoleReporter())
+    figures, picture = look(
+        open_source(data, config),
+        limit=limit,
+        decode=decode,
+        sheet=sheet is not None,
+        small_px=config.size_px or SMALL_PX,
+        report=ConsoleReporter(),
+    )
     if sheet is not None and picture is not None:
         with storage_errors(sheet):
             sheet.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +97,11 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
     rows = figure_rows(figures)
     if sheet is not None:
         rows.append(("sheet", sheet if picture is not None else "not written: no picture to show"))
-    card(f"data set {figures.name}", rows, None if figures.fault else f"sdcompress data cache {command_line([data])} TEACHER -o cache{again}")
+    card(
+        f"data set {figures.name}",
+        rows,
+        None if figures.fault else f"sdcompress data cache {command_line([data])} TEACHER -o cache{again}",
+    )
 
 
 @command.command(short_help="Latents and embeddings, once for any number of trainings.")
@@ -101,7 +125,8 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
 
     \b
       sdcompress data cache nano nano -o nano-cache
-      sdcompress data cache "laion-art/{00000..00099}.tar" realistic-vision-v4 --where "aesthetic >= 7.5" --flip -o rv4-cache
+      sdcompress data cache "laion-art/{00000..00099}.tar" realistic-vision-v4 --where "aesthetic >= 7.5" --flip -o
+      rv4-cache
     """
     import time
 
@@ -128,32 +153,89 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
         f"cache of {source.name} for {loaded.name}",
         [
             ("cache", output),
-            ("pictures", f"{figures['pictures']:,}" + (f" ({figures['duplicates']:,} duplicates left out)" if figures["duplicates"] else "")),
+            (
+                "pictures",
+                f"{figures['pictures']:,}"
+                + (f" ({figures['duplicates']:,} duplicates left out)" if figures["duplicates"] else ""),
+            ),
             ("captions", f"{figures['captions']:,}"),
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
-            *((name, "; ".join(f"{reason}: {count:,}" for reason, count in counts.items())) for name, counts in left_out.items() if counts),
+            *(
+                (name, "; ".join(f"{reason}: {count:,}" for reason, count in counts.items()))
+                for name, counts in left_out.items()
+                if counts
+            ),
             ("VAE precision", made.precision + (f", in tiles of {made.tile_px} px" if made.tile_px else "")),
             ("time", f"{time.monotonic() - started:.0f} s"),
         ],
-        f"sdcompress distill {command_line([teacher])} --data {command_line([data])} --cache {command_line([str(output)])}{again} -o student",
+        f"sdcompress distill {command_line([teacher])} --data {command_line([data])} --cache"
+        f" {command_line([str(output)])}{again} -o student",
     )
 
 
 @command.command(short_help="A data set of a teacher's own pictures.")
 @click.argument("teacher")
-@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Prompts, one a line; picture i shows prompt i mod their number.")
+@click.option(
+    "--prompts",
+    "prompts_file",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="FILE",
+    help="Prompts, one a line; picture i shows prompt i mod their number.",
+)
 @click.option("-n", "--count", type=int, required=True, metavar="N", help="Pictures to make.")
-@click.option("--batch-size", type=int, default=16, show_default=True, help="Pictures drawn at once: more is faster, and takes more memory.")
+@click.option(
+    "--batch-size",
+    type=int,
+    default=16,
+    show_default=True,
+    help="Pictures drawn at once: more is faster, and takes more memory.",
+)
 @click.option("--steps", type=int, default=25, show_default=True, help="Denoising steps.")
-@click.option("--guidance", type=float, default=7.5, show_default=True, help="Classifier-free guidance scale; 1 is none; nano wants 4.")
-@click.option("--size", "size_px", type=int, default=None, metavar="PX", help="Side of the pictures.  [default: the teacher's own]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the first picture; the next has the next seed.")
+@click.option(
+    "--guidance",
+    type=float,
+    default=7.5,
+    show_default=True,
+    help="Classifier-free guidance scale; 1 is none; nano wants 4.",
+)
+@click.option(
+    "--size",
+    "size_px",
+    type=int,
+    default=None,
+    metavar="PX",
+    help="Side of the pictures.  [default: the teacher's own]",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the first picture; the next has the next seed."
+)
 @click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")
-@click.option("--format", "picture_format", type=click.Choice(["webp", "png"]), default="webp", show_default=True, help="webp (quality 95) takes a fraction of the disk; png loses nothing.")
+@click.option(
+    "--format",
+    "picture_format",
+    type=click.Choice(["webp", "png"]),
+    default="webp",
+    show_default=True,
+    help="webp (quality 95) takes a fraction of the disk; png loses nothing.",
+)
 @output_option("Folder of the data set; a stopped run of the same settings goes on in it.")
-@click.option("--force", is_flag=True, help="Replace the folder where it holds something else, or a set of other settings.")
+@click.option(
+    "--force", is_flag=True, help="Replace the folder where it holds something else, or a set of other settings."
+)
 def generate(
-    teacher: str, prompts_file: Path, count: int, batch_size: int, steps: int, guidance: float, size_px: int | None, seed: int, backend: str, picture_format: Any, output: Path, force: bool
+    teacher: str,
+    prompts_file: Path,
+    count: int,
+    batch_size: int,
+    steps: int,
+    guidance: float,
+    size_px: int | None,
+    seed: int,
+    backend: str,
+    picture_format: Any,
+    output: Path,
+    force: bool,
 ) -> None:
     """Make a data set of TEACHER's own pictures: image files with metadata.jsonl, which `distill --data` takes.
 
@@ -161,24 +243,32 @@ def generate(
 
     \b
       sdcompress data generate nano --prompts prompts.txt -n 200 -o nano-pictures
-      sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --steps 30 --backend trt -o rv4-pictures
+      sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --steps 30 --backend trt -o
+      rv4-pictures
     """
     from sdcompress.data.generate import GenerateSettings, generate_dataset, is_export, read_prompts
 
     settings = GenerateSettings(count, batch_size, steps, guidance, size_px, seed, backend, picture_format)
     settings.check()
-    made = generate_dataset(teacher, read_prompts(prompts_file), output, settings, force=force, report=ConsoleReporter())
+    made = generate_dataset(
+        teacher, read_prompts(prompts_file), output, settings, force=force, report=ConsoleReporter()
+    )
     figures = made.manifest.figures
     card(
         f"data set drawn by {teacher}",
         [
             ("data set", output),
-            ("pictures", f"{figures['pictures']:,} of {figures['width_px']} x {figures['height_px']} px" + (f" ({figures['pictures'] - made.drawn:,} were there)" if made.drawn < figures["pictures"] else "")),
+            (
+                "pictures",
+                f"{figures['pictures']:,} of {figures['width_px']} x {figures['height_px']} px"
+                + (f" ({figures['pictures'] - made.drawn:,} were there)" if made.drawn < figures["pictures"] else ""),
+            ),
             ("prompts", f"{figures['prompts']:,}"),
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
             ("time", f"{made.seconds:.0f} s"),
         ],
-        f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([teacher])} --data {command_line([str(output)])} -o student",
+        f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([teacher])} --data"
+        f" {command_line([str(output)])} -o student",
     )
 
 
@@ -208,12 +298,28 @@ def figure_rows(figures: Figures) -> list[tuple[str, object]]:
     """The rows of the card: what is usable, what is not and why, and the sizes."""
     rows: list[tuple[str, object]] = [("usable", f"{figures.usable:,} pictures")]
     unusable = sum(found.count for found in figures.unusable.values())
-    rows.append(("unusable", f"{unusable:,}" + (f" ({unusable / (unusable + figures.usable):.1%})" if unusable else "")))
-    rows += [(f"  {reason}", f"{found.count:,}: {', '.join(found.examples)}" + (", ..." if found.count > len(found.examples) else "")) for reason, found in figures.unusable.items()]
+    rows.append(
+        ("unusable", f"{unusable:,}" + (f" ({unusable / (unusable + figures.usable):.1%})" if unusable else ""))
+    )
+    rows += [
+        (
+            f"  {reason}",
+            f"{found.count:,}: {', '.join(found.examples)}" + (", ..." if found.count > len(found.examples) else ""),
+        )
+        for reason, found in figures.unusable.items()
+    ]
     if figures.filtered:
         rows.append(("filtered out", f"{sum(figures.filtered.values()):,}"))
     rows += [(f"  {reason}", f"{count:,}") for reason, count in figures.filtered.items()]
-    rows += [(name, summary(spread)) for name, spread in (("width, px", figures.width_px), ("height, px", figures.height_px), ("aspect", figures.aspect)) if spread]
+    rows += [
+        (name, summary(spread))
+        for name, spread in (
+            ("width, px", figures.width_px),
+            ("height, px", figures.height_px),
+            ("aspect", figures.aspect),
+        )
+        if spread
+    ]
     if figures.usable:
         rows.append((f"under {figures.small_px} px", f"{figures.small:.1%} by the short side"))
     if figures.fault:
@@ -227,7 +333,11 @@ def number(value: float) -> str:
 
 
 def summary(spread: Spread) -> str:
-    return number(spread.least) if spread.least == spread.most else f"{number(spread.least)} to {number(spread.most)}, median {number(spread.median)}"
+    return (
+        number(spread.least)
+        if spread.least == spread.most
+        else f"{number(spread.least)} to {number(spread.most)}, median {number(spread.median)}"
+    )
 
 
 def bars(spread: Spread) -> list[str]:
@@ -235,7 +345,10 @@ def bars(spread: Spread) -> list[str]:
     if len(spread.histogram) == 1:
         return []
     highest = max(share for _, _, share in spread.histogram)
-    return [f"  {number(low):>10} – {number(high):<10} {'█' * round(BAR * share / highest):<{BAR}} {share:6.1%}" for low, high, share in spread.histogram]
+    return [
+        f"  {number(low):>10} – {number(high):<10} {'█' * round(BAR * share / highest):<{BAR}} {share:6.1%}"
+        for low, high, share in spread.histogram
+    ]
 
 
 def shortened(text: str) -> str:

@@ -10,11 +10,25 @@ from ._console import force_option
 
 
 @click.command()
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, metavar="DIR", help="Folder of the run; an earlier demo in it is continued.")
-@click.option("--steps", type=click.IntRange(1), default=None, help="Training steps of each student.  [default: the nano recipe's]")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder of the run; an earlier demo in it is continued.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(1),
+    default=None,
+    help="Training steps of each student.  [default: the nano recipe's]",
+)
 @force_option
 def command(output: Path, steps: int | None, force: bool) -> None:
-    """The whole way on nano, the built-in teacher: two students, their ONNX graphs and TensorRT engines, and the report.
+    """The whole way on nano, the built-in teacher: two students, their ONNX graphs and TensorRT engines, and the
+    report.
 
     No download, no GPU needed; minutes on two cores. It is `sdcompress run` with nano's own data and recipe.
 

@@ -13,21 +13,39 @@ from ._training import begin, outcome, training_config, training_options
 
 @click.command()
 @click.argument("teacher")
-@click.option("--plan", "plan_name", default=None, help="bk-base, bk-small, bk-tiny, or the path of a plan.json.  [default: the recipe's, else bk-tiny]")
+@click.option(
+    "--plan",
+    "plan_name",
+    default=None,
+    help="bk-base, bk-small, bk-tiny, or the path of a plan.json.  [default: the recipe's, else bk-tiny]",
+)
 @click.option("--task-weight", type=float, default=None, help="Weight of the loss against the true noise.")
-@click.option("--output-kd-weight", type=float, default=None, help="Weight of the loss against the teacher's prediction.")
-@click.option("--feature-kd-weight", type=float, default=None, help="Weight of the loss against the teacher's block outputs.")
+@click.option(
+    "--output-kd-weight", type=float, default=None, help="Weight of the loss against the teacher's prediction."
+)
+@click.option(
+    "--feature-kd-weight", type=float, default=None, help="Weight of the loss against the teacher's block outputs."
+)
 @training_options("Training folder: checkpoints, metrics.jsonl, samples, and the student under pipeline/.")
 def command(
-    teacher: str, plan_name: str | None, data: str, cache_folder: Path | None, recipe: str | None, settings: tuple[str, ...], resume: bool, output: Path, force: bool, **options: Any
+    teacher: str,
+    plan_name: str | None,
+    data: str,
+    cache_folder: Path | None,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    output: Path,
+    force: bool,
+    **options: Any,
 ) -> None:
     """Train a smaller student of TEACHER: its blocks are removed as the plan says, then it learns from the teacher.
 
     \b
       sdcompress distill nano --plan bk-tiny --data nano --recipe nano -o student
-      sdcompress distill realistic-vision-v4.safetensors --data "laion-art/{00000..00099}.tar" --where "aesthetic >= 7.5" \\
-          --recipe segmind-small -o sd-small
-      sdcompress distill ... -o sd-small --resume           go on after a stop
+      sdcompress distill realistic-vision-v4.safetensors --data "laion-art/{00000..00099}.tar" --where "aesthetic >=
+      7.5" \\ --recipe segmind-small -o sd-small sdcompress distill ... -o sd-small --resume           go on after a
+      stop
     """
     from sdcompress.prune.plan import read_plan
     from sdcompress.prune.student import count_parameters, meta_unet

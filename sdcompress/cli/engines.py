@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from sdcompress_engines.store import EngineStore, Entry
 
 BUILD = "sdcompress export MODEL --trt -o DIR"
-store_option = click.option("--store", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="DIR", help="Another store than the one of this user.")
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    metavar="DIR",
+    help="Another store than the one of this user.",
+)
 
 
 @click.group()
@@ -54,11 +59,17 @@ def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None
     if not facts:
         click.echo(f"no engines in {folder or opened.root}\nnext: {BUILD}")
         return
-    rows = [("key", "component", "model", "precision", "built with", "cards", "profile", "size", "age", "loads here"), *(_row(fact) for fact in facts)]
+    rows = [
+        ("key", "component", "model", "precision", "built with", "cards", "profile", "size", "age", "loads here"),
+        *(_row(fact) for fact in facts),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    click.echo(f"{len(facts)} {'engine' if len(facts) == 1 else 'engines'}, {mib(sum(fact['bytes'] for fact in facts))} in {folder or opened.root}")
+    click.echo(
+        f"{len(facts)} {'engine' if len(facts) == 1 else 'engines'}, {mib(sum(fact['bytes'] for fact in facts))} in"
+        f" {folder or opened.root}"
+    )
 
 
 @command.command(short_help="All that is known of one engine.")
@@ -79,16 +90,31 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
 
     path = Path(engine)
     if path.exists():
-        facts = [fact for fact in _folder_facts(path if path.is_dir() else path.parent, contents=True) if path.is_dir() or Path(fact["path"]).name == path.name]
+        facts = [
+            fact
+            for fact in _folder_facts(path if path.is_dir() else path.parent, contents=True)
+            if path.is_dir() or Path(fact["path"]).name == path.name
+        ]
         if not facts:
-            raise UsageError("is no engine that its folder's manifest names", where=path, expected="a file or folder that `sdcompress export --trt` has written")
+            raise UsageError(
+                "is no engine that its folder's manifest names",
+                where=path,
+                expected="a file or folder that `sdcompress export --trt` has written",
+            )
     else:
         facts = [_entry_facts(_resolved(EngineStore(store), engine), contents=True)]
     if as_json:
         click.echo(json.dumps(facts))
         return
     for fact in facts:
-        card(fact["component"] or fact["path"], [(name.removesuffix("_s").replace("_", " "), _shown(name, value)) for name, value in fact.items() if value not in (None, "", {}, [])])
+        card(
+            fact["component"] or fact["path"],
+            [
+                (name.removesuffix("_s").replace("_", " "), _shown(name, value))
+                for name, value in fact.items()
+                if value not in (None, "", {}, [])
+            ],
+        )
 
 
 @command.command(short_help="Read every engine and hold it against its manifest.")
@@ -96,7 +122,9 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
 @store_option
 @json_option
 def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
-    """Read every engine and hold it against its manifest; the exit code is 3 where one is damaged. Clears away what killed builds have left.
+    """Read every engine and hold it against its manifest; the exit code is 3 where one is damaged.
+
+    Clears away what killed builds have left.
 
     \b
       sdcompress engines verify
@@ -122,18 +150,30 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
         click.echo(f"{len(verdict.findings) - len(damaged)} of {len(verdict.findings)} whole in {place}")
     if damaged:
         hint = "build it again: " + BUILD if folder else "sdcompress engines prune --unusable, then export again"
-        raise GateFailed(f"{len(damaged)} damaged: {', '.join(finding.folder.name for finding in damaged)}", where=place, hint=hint)
+        raise GateFailed(
+            f"{len(damaged)} damaged: {', '.join(finding.folder.name for finding in damaged)}", where=place, hint=hint
+        )
 
 
 @command.command(short_help="Remove engines from the store.")
 @click.argument("keys", nargs=-1, metavar="[KEY]...")
-@click.option("--older-than", type=click.FloatRange(0), metavar="DAYS", help="Those not built and not used for so long.")
-@click.option("--unusable", is_flag=True, help="Those that are damaged, or made for another version, card or platform than this machine's.")
+@click.option(
+    "--older-than", type=click.FloatRange(0), metavar="DAYS", help="Those not built and not used for so long."
+)
+@click.option(
+    "--unusable",
+    is_flag=True,
+    help="Those that are damaged, or made for another version, card or platform than this machine's.",
+)
 @click.option("--all", "everything", is_flag=True, help="All of them.")
 @click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @store_option
-def prune(keys: tuple[str, ...], older_than: float | None, unusable: bool, everything: bool, dry_run: bool, store: Path | None) -> None:
-    """Remove engines from the store: by the beginning of their keys, or by a condition. Folders they were exported to keep theirs.
+def prune(
+    keys: tuple[str, ...], older_than: float | None, unusable: bool, everything: bool, dry_run: bool, store: Path | None
+) -> None:
+    """Remove engines from the store: by the beginning of their keys, or by a condition.
+
+    Folders they were exported to keep theirs.
 
     \b
       sdcompress engines prune 3fa2 77c0
@@ -150,7 +190,10 @@ def prune(keys: tuple[str, ...], older_than: float | None, unusable: bool, every
     for gone in pruned:
         click.echo(f"{gone.folder.name}  {mib(gone.bytes):>12}  {gone.reason}")
     left = sum(entry.bytes for entry in opened.entries())
-    click.echo(f"{'would free' if dry_run else 'freed'} {mib(sum(gone.bytes for gone in pruned))} in {len(pruned)} {'folder' if len(pruned) == 1 else 'folders'}; {mib(left)} in {opened.root}")
+    click.echo(
+        f"{'would free' if dry_run else 'freed'} {mib(sum(gone.bytes for gone in pruned))} in {len(pruned)}"
+        f" {'folder' if len(pruned) == 1 else 'folders'}; {mib(left)} in {opened.root}"
+    )
 
 
 @command.command(short_help="Where the store is, or one engine's file.")
@@ -172,7 +215,11 @@ def path(key: str | None, store: Path | None) -> None:
         return
     entry = _resolved(opened, key)
     if isinstance(entry, BrokenEngine):
-        raise ArtifactError(f"the engine is damaged: {entry.fault}", where=entry.folder, hint="sdcompress engines prune --unusable, then export again")
+        raise ArtifactError(
+            f"the engine is damaged: {entry.fault}",
+            where=entry.folder,
+            hint="sdcompress engines prune --unusable, then export again",
+        )
     click.echo(str(entry.path))
 
 
@@ -186,7 +233,10 @@ def _resolved(store: EngineStore, prefix: str) -> Entry:
 
     found = [entry for entry in store.entries() if prefix and entry.digest.startswith(prefix.lower())]
     if len(found) > 1:
-        raise UsageError(f"{len(found)} engines begin with {prefix!r}", expected="one of " + ", ".join(entry.digest for entry in found))
+        raise UsageError(
+            f"{len(found)} engines begin with {prefix!r}",
+            expected="one of " + ", ".join(entry.digest for entry in found),
+        )
     if not found:
         raise UsageError(f"no engine {prefix!r}", where=store.root, hint="sdcompress engines list")
     return found[0]
@@ -202,7 +252,12 @@ def _engine_folder(folder: Path) -> Path:
     from sdcompress_engines.manifest import read_manifest
 
     if not folder.is_dir():
-        raise UsageError("no such folder", where=folder, expected="one that `sdcompress export --trt` has written", hint="sdcompress engines list, for the store")
+        raise UsageError(
+            "no such folder",
+            where=folder,
+            expected="one that `sdcompress export --trt` has written",
+            hint="sdcompress engines list, for the store",
+        )
     for place in (folder, folder / "engine"):
         try:
             manifest = read_manifest(place)
@@ -210,7 +265,9 @@ def _engine_folder(folder: Path) -> Path:
             return place
         if manifest is not None and manifest.kind == "engine":
             return place
-    raise ArtifactError("holds no engines", where=folder, expected="a folder that `sdcompress export --trt` has written", hint=BUILD)
+    raise ArtifactError(
+        "holds no engines", where=folder, expected="a folder that `sdcompress export --trt` has written", hint=BUILD
+    )
 
 
 def _faults(folder: Path) -> list[str]:
@@ -233,16 +290,33 @@ def _folder_facts(folder: Path, contents: bool = False) -> list[dict[str, Any]]:
     manifest = read_manifest(place)
     assert manifest is not None
     components = [str(component) for component in manifest.config.get("components", [])]
-    return [_facts(manifest, component, place / f"{component}{SUFFIX}", "; ".join(found) or None) for component in components]
+    return [
+        _facts(manifest, component, place / f"{component}{SUFFIX}", "; ".join(found) or None)
+        for component in components
+    ]
 
 
 def _entry_facts(entry: Entry, contents: bool = False) -> dict[str, Any]:
     from sdcompress_engines.store import BrokenEngine, engine_faults
 
     if isinstance(entry, BrokenEngine):
-        blank = dict.fromkeys(("component", "model", "model_name", "precision", "signature", "flavour", "version", "platform", "created"))
+        blank = dict.fromkeys(
+            ("component", "model", "model_name", "precision", "signature", "flavour", "version", "platform", "created")
+        )
         lists: dict[str, Any] = {"compute_capabilities": [], "profiles": [], "profile": ""}
-        return {"key": entry.digest} | blank | lists | {"path": str(entry.folder), "bytes": entry.bytes, "age_s": _age(entry.used), "fault": entry.fault, "loads_here": False, "why_not": f"damaged: {entry.fault}"}
+        return (
+            {"key": entry.digest}
+            | blank
+            | lists
+            | {
+                "path": str(entry.folder),
+                "bytes": entry.bytes,
+                "age_s": _age(entry.used),
+                "fault": entry.fault,
+                "loads_here": False,
+                "why_not": f"damaged: {entry.fault}",
+            }
+        )
     fault = "; ".join(engine_faults(entry.folder)) if contents else None
     return _facts(entry.manifest, entry.component, entry.path, fault or None) | {"unused_s": _age(entry.used)}
 
@@ -291,12 +365,17 @@ def _facts(manifest: Manifest, component: str, path: Path, fault: str | None) ->
 
 
 def profile_text(config: Mapping[str, Any], component: str) -> str:
-    """Each profile of a component as `512:768:1024 px, batch 1:2:8` (min:opt:max; one number where they are equal), `+` between them.
+    """Each profile of a component as `512:768:1024 px, batch 1:2:8` (min:opt:max; one number where they are equal), `+`
+    between them.
 
     Where the manifest does not name the axes: the shapes of each input.
     """
     named = config.get("inputs", {}).get(component, [])
-    axes = {spec["name"]: spec["shape"] for spec in named if isinstance(spec, dict) and isinstance(spec.get("shape"), list) and "name" in spec}
+    axes = {
+        spec["name"]: spec["shape"]
+        for spec in named
+        if isinstance(spec, dict) and isinstance(spec.get("shape"), list) and "name" in spec
+    }
     scale = config.get("vae_scale", 8)
     texts = []
     for profile in config["profiles"][component]:
@@ -309,7 +388,12 @@ def profile_text(config: Mapping[str, Any], component: str) -> str:
         height, width = sizes.pop("height", ""), sizes.pop("width", "")
         parts = [f"{height} px" if height == width else f"height {height} width {width} px"] if height or width else []
         parts += [f"{axis} {size}" for axis, size in sizes.items() if size]
-        texts.append(", ".join(parts) or ", ".join(f"{name} {_range(['x'.join(map(str, shape)) for shape in shapes])}" for name, shapes in profile.items()))
+        texts.append(
+            ", ".join(parts)
+            or ", ".join(
+                f"{name} {_range(['x'.join(map(str, shape)) for shape in shapes])}" for name, shapes in profile.items()
+            )
+        )
     return " + ".join(texts)
 
 
@@ -322,7 +406,18 @@ def _row(fact: Mapping[str, Any]) -> tuple[str, ...]:
     cards = ", ".join(f"{major}.{minor}" for major, minor in fact["compute_capabilities"]) or "8.0+"
     built = " ".join(filter(None, (fact["flavour"], fact["version"])))
     loads = "yes" if fact["loads_here"] else f"no: {fact['why_not']}"
-    cells = (fact["key"][:8], fact["component"], model, fact["precision"], built, cards, fact["profile"], mib(fact["bytes"]), _shown("age_s", fact["age_s"]), loads)
+    cells = (
+        fact["key"][:8],
+        fact["component"],
+        model,
+        fact["precision"],
+        built,
+        cards,
+        fact["profile"],
+        mib(fact["bytes"]),
+        _shown("age_s", fact["age_s"]),
+        loads,
+    )
     return tuple(str(cell or "-") for cell in cells)
 
 
@@ -330,13 +425,29 @@ def _shown(name: str, value: Any) -> str:
     if name == "bytes":
         return mib(value)
     if name in ("age_s", "unused_s"):
-        return "-" if value is None else next(f"{value / unit:.0f} {text}" for unit, text in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")) if value >= unit or unit == 1)
+        return (
+            "-"
+            if value is None
+            else next(
+                f"{value / unit:.0f} {text}"
+                for unit, text in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+                if value >= unit or unit == 1
+            )
+        )
     if name == "compute_capabilities":
         return ", ".join(f"{major}.{minor}" for major, minor in value)
     if name in ("inputs", "outputs"):
-        return "; ".join(f"{spec.get('name')} {spec.get('dtype')} ({', '.join(map(str, spec.get('shape', ())))})" for spec in value)
+        return "; ".join(
+            f"{spec.get('name')} {spec.get('dtype')} ({', '.join(map(str, spec.get('shape', ())))})" for spec in value
+        )
     if name == "profiles":
-        return " + ".join("; ".join(f"{tensor} {_range(['x'.join(map(str, shape)) for shape in shapes])}" for tensor, shapes in profile.items()) for profile in value)
+        return " + ".join(
+            "; ".join(
+                f"{tensor} {_range(['x'.join(map(str, shape)) for shape in shapes])}"
+                for tensor, shapes in profile.items()
+            )
+            for profile in value
+        )
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_shown('', entry)}" for key, entry in value.items())
     return "yes" if value is True else "no" if value is False else str(value)

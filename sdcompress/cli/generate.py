@@ -15,16 +15,74 @@ from ._console import ConsoleReporter, card
 @click.argument("prompt")
 @click.option("--negative-prompt", default=None, help="What the picture should not show.")
 @click.option("--steps", type=click.IntRange(1, 1000), default=25, show_default=True, help="Denoising steps.")
-@click.option("--guidance", type=float, default=None, help="Classifier-free guidance scale; 1 is none.  [default: 7.5; nano and its students 4]")
+@click.option(
+    "--guidance",
+    type=float,
+    default=None,
+    help="Classifier-free guidance scale; 1 is none.  [default: 7.5; nano and its students 4]",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--size", "size_px", type=int, default=None, metavar="PX", help="Side of the picture. Default: the model's own.")
-@click.option("--backend", default="torch", show_default=True, help="torch, compile, aot (AOTInductor), ort (ONNX Runtime), trt (TensorRT), or auto: the fastest here, by measurement.")
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16"]), default=None, help="Of what runs in torch or is exported now.  [default: fp16 on a GPU, else fp32]")
-@click.option("--artifacts", type=click.Path(path_type=Path), default=None, metavar="DIR", help="Graphs or engines of MODEL that `export` wrote.  [default: made once and kept]")
-@click.option("--fallback", type=click.Choice(["torch"]), default=None, help="Where an engine does not take the size, run the UNet in torch and say so.")
-@click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="LoRA made for this model, in diffusers' or kohya's naming; repeat for more.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=Path("out.png"), show_default=True, metavar="FILE")
-def command(model: str, prompt: str, negative_prompt: str | None, steps: int, guidance: float | None, seed: int, size_px: int | None, backend: str, precision: Any, artifacts: Path | None, fallback: str | None, loras: tuple[str, ...], output: Path) -> None:
+@click.option(
+    "--size", "size_px", type=int, default=None, metavar="PX", help="Side of the picture. Default: the model's own."
+)
+@click.option(
+    "--backend",
+    default="torch",
+    show_default=True,
+    help=(
+        "torch, compile, aot (AOTInductor), ort (ONNX Runtime), trt (TensorRT), or auto: the fastest here, by"
+        " measurement."
+    ),
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    default=None,
+    help="Of what runs in torch or is exported now.  [default: fp16 on a GPU, else fp32]",
+)
+@click.option(
+    "--artifacts",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Graphs or engines of MODEL that `export` wrote.  [default: made once and kept]",
+)
+@click.option(
+    "--fallback",
+    type=click.Choice(["torch"]),
+    default=None,
+    help="Where an engine does not take the size, run the UNet in torch and say so.",
+)
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="LoRA made for this model, in diffusers' or kohya's naming; repeat for more.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("out.png"),
+    show_default=True,
+    metavar="FILE",
+)
+def command(
+    model: str,
+    prompt: str,
+    negative_prompt: str | None,
+    steps: int,
+    guidance: float | None,
+    seed: int,
+    size_px: int | None,
+    backend: str,
+    precision: Any,
+    artifacts: Path | None,
+    fallback: str | None,
+    loras: tuple[str, ...],
+    output: Path,
+) -> None:
     """Make a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
 
     \b
@@ -42,7 +100,11 @@ def command(model: str, prompt: str, negative_prompt: str | None, steps: int, gu
     backend = backend_name(backend)
     chosen = [parse_lora(text) for text in loras]
     if chosen and backend != "torch":
-        raise UsageError(f"--lora with the backend {backend}: a graph's weights are fixed", expected="--backend torch", hint=f"sdcompress export {model} --lora {loras[0]} -o DIR, which bakes it in")
+        raise UsageError(
+            f"--lora with the backend {backend}: a graph's weights are fixed",
+            expected="--backend torch",
+            hint=f"sdcompress export {model} --lora {loras[0]} -o DIR, which bakes it in",
+        )
     if artifacts is not None and not artifacts.is_dir():
         raise UsageError("no such folder", where=artifacts, hint=f"sdcompress export {model} -o {artifacts}")
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
@@ -54,10 +116,26 @@ def command(model: str, prompt: str, negative_prompt: str | None, steps: int, gu
         fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
     loaded = time.monotonic()
     with report.task(f"draw {steps} steps on {backend}"):
-        (picture,) = generate(pipeline, [prompt], seeds=[seed], steps=steps, guidance_scale=guidance, size_px=size_px, negative_prompt=negative_prompt)
+        (picture,) = generate(
+            pipeline,
+            [prompt],
+            seeds=[seed],
+            steps=steps,
+            guidance_scale=guidance,
+            size_px=size_px,
+            negative_prompt=negative_prompt,
+        )
     drawn = time.monotonic()
     close_pipeline(pipeline)
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         picture.save(output)
-    card("picture", [("file", output), ("size", f"{picture.width} x {picture.height} px"), ("seed", seed), ("time", f"{drawn - loaded:.1f} s (and {loaded - started:.1f} s to load)")])
+    card(
+        "picture",
+        [
+            ("file", output),
+            ("size", f"{picture.width} x {picture.height} px"),
+            ("seed", seed),
+            ("time", f"{drawn - loaded:.1f} s (and {loaded - started:.1f} s to load)"),
+        ],
+    )

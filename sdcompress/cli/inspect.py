@@ -45,12 +45,23 @@ def command(path: str, as_json: bool) -> None:
             manifest = read_manifest(folder)
             facts = _folder_facts(folder)
             if manifest is not None and facts["student"]:
-                facts["student_of"] = manifest.config.get("teacher_name") or manifest.config.get("model_name") or facts["student_of"]
+                facts["student_of"] = (
+                    manifest.config.get("teacher_name") or manifest.config.get("model_name") or facts["student_of"]
+                )
     elif manifest.kind == "lora":
         facts = _file_facts(sorted(folder.glob("*.safetensors"))[0]) if list(folder.glob("*.safetensors")) else {}
-    facts["bytes"] = folder.stat().st_size if folder.is_file() else sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    facts["bytes"] = (
+        folder.stat().st_size if folder.is_file() else sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    )
     if manifest is not None:
-        facts |= {"kind": manifest.kind, "created": manifest.created, "inputs": manifest.inputs, "faults": faults(folder), "figures": manifest.figures, "versions": manifest.versions}
+        facts |= {
+            "kind": manifest.kind,
+            "created": manifest.created,
+            "inputs": manifest.inputs,
+            "faults": faults(folder),
+            "figures": manifest.figures,
+            "versions": manifest.versions,
+        }
     if as_json:
         click.echo(json.dumps(facts | ({"manifest": asdict(manifest)} if manifest else {})))
         return
@@ -69,7 +80,9 @@ def _shown(key: str, value: Any) -> Any:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _pipeline_facts(index: dict[str, Any], unet: dict[str, Any], prediction_type: str | None, parameters: dict[str, int], dtype: str) -> dict[str, Any]:
+def _pipeline_facts(
+    index: dict[str, Any], unet: dict[str, Any], prediction_type: str | None, parameters: dict[str, int], dtype: str
+) -> dict[str, Any]:
     from sdcompress.family import FAMILIES, family_of, student_of
     from sdcompress.prune.student import count_parameters, meta_unet
 
@@ -90,7 +103,15 @@ def _pipeline_facts(index: dict[str, Any], unet: dict[str, Any], prediction_type
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    from sdcompress.single_file import CHECKPOINT, LORA, component_parameters, configs_of, kind_of, lora_facts, open_weights
+    from sdcompress.single_file import (
+        CHECKPOINT,
+        LORA,
+        component_parameters,
+        configs_of,
+        kind_of,
+        lora_facts,
+        open_weights,
+    )
 
     weights = open_weights(path)
     kind = kind_of(weights)
@@ -102,7 +123,13 @@ def _file_facts(path: Path) -> dict[str, Any]:
         return holds | {"tensors": len(weights.shapes), "dtype": dtypes}
     configs = configs_of(weights)
     scheduler = configs.get("scheduler/scheduler_config.json", {})
-    return holds | _pipeline_facts(configs["model_index.json"], configs["unet/config.json"], scheduler.get("prediction_type", "epsilon"), component_parameters(weights), dtypes)
+    return holds | _pipeline_facts(
+        configs["model_index.json"],
+        configs["unet/config.json"],
+        scheduler.get("prediction_type", "epsilon"),
+        component_parameters(weights),
+        dtypes,
+    )
 
 
 def _folder_facts(folder: Path) -> dict[str, Any]:
@@ -111,9 +138,15 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
     from sdcompress.teacher import model_index, unet_config
 
     scheduler = folder / "scheduler/scheduler_config.json"
-    prediction_type = json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon") if scheduler.is_file() else None
+    prediction_type = (
+        json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+        if scheduler.is_file()
+        else None
+    )
     parameters, dtypes = _component_facts(folder)
-    return {"format": "diffusers folder"} | _pipeline_facts(model_index(folder), unet_config(folder), prediction_type, parameters, ", ".join(sorted(dtypes)) or "unknown")
+    return {"format": "diffusers folder"} | _pipeline_facts(
+        model_index(folder), unet_config(folder), prediction_type, parameters, ", ".join(sorted(dtypes)) or "unknown"
+    )
 
 
 def _component_facts(folder: Path) -> tuple[dict[str, int], set[str]]:
@@ -157,7 +190,11 @@ def _meta_count(part: Path) -> int | None:
             import transformers
 
             config = transformers.CLIPTextConfig.from_pretrained(part)
-            kind = transformers.CLIPTextModelWithProjection if config.architectures == ["CLIPTextModelWithProjection"] else transformers.CLIPTextModel
+            kind = (
+                transformers.CLIPTextModelWithProjection
+                if config.architectures == ["CLIPTextModelWithProjection"]
+                else transformers.CLIPTextModel
+            )
             return count_parameters(kind(config))
         import diffusers
 

@@ -18,15 +18,28 @@ def command() -> None:
     \b
       sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
       sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32
-      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o tweaker-tiny.safetensors
+      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o
+      tweaker-tiny.safetensors
     """
 
 
 @command.command()
 @click.argument("model")
-@click.option("--rank", type=int, default=None, help="Of the adapter's matrices: higher learns more and makes a bigger file.")
+@click.option(
+    "--rank", type=int, default=None, help="Of the adapter's matrices: higher learns more and makes a bigger file."
+)
 @training_options("Training folder: checkpoints, metrics.jsonl, samples, and the LoRA under lora/.")
-def train(model: str, data: str, cache_folder: Path | None, recipe: str | None, settings: tuple[str, ...], resume: bool, output: Path, force: bool, **options: Any) -> None:
+def train(
+    model: str,
+    data: str,
+    cache_folder: Path | None,
+    recipe: str | None,
+    settings: tuple[str, ...],
+    resume: bool,
+    output: Path,
+    force: bool,
+    **options: Any,
+) -> None:
     """Train a LoRA for MODEL's attention layers; written for diffusers and, in kohya's naming, for the WebUIs.
 
     \b
@@ -41,22 +54,51 @@ def train(model: str, data: str, cache_folder: Path | None, recipe: str | None, 
     loaded, cache = begin(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
     result = train_lora(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / LORA
-    rows: list[tuple[str, object]] = [("diffusers", folder / FILE), ("WebUIs", folder / KOHYA_FILE), ("size", mib((folder / FILE).stat().st_size))]
-    card(f"LoRA of rank {config.rank} for {loaded.name}", rows + outcome(result), f'sdcompress generate {model} "PROMPT" --lora {folder / FILE} -o out.png')
+    rows: list[tuple[str, object]] = [
+        ("diffusers", folder / FILE),
+        ("WebUIs", folder / KOHYA_FILE),
+        ("size", mib((folder / FILE).stat().st_size)),
+    ]
+    card(
+        f"LoRA of rank {config.rank} for {loaded.name}",
+        rows + outcome(result),
+        f'sdcompress generate {model} "PROMPT" --lora {folder / FILE} -o out.png',
+    )
 
 
 @command.command()
 @click.argument("lora", type=click.Path(path_type=Path))
 @click.option("--teacher", required=True, help="The model the LoRA was made for: a checkpoint, a hub id, or nano.")
-@click.option("--plan", "plan_name", default="bk-tiny", show_default=True, help="The student's block-removal plan: bk-base, bk-small, bk-tiny, or a plan.json.")
-@click.option("--naming", type=click.Choice(["kohya", "diffusers"]), default="kohya", show_default=True, help="kohya is what the WebUIs read.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, metavar="FILE", help="The student's LoRA, .safetensors.")
+@click.option(
+    "--plan",
+    "plan_name",
+    default="bk-tiny",
+    show_default=True,
+    help="The student's block-removal plan: bk-base, bk-small, bk-tiny, or a plan.json.",
+)
+@click.option(
+    "--naming",
+    type=click.Choice(["kohya", "diffusers"]),
+    default="kohya",
+    show_default=True,
+    help="kohya is what the WebUIs read.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    metavar="FILE",
+    help="The student's LoRA, .safetensors.",
+)
 @click.option("--force", is_flag=True, help="Replace the file if it is there.")
 def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, force: bool) -> None:
-    """Turn a LoRA made for the whole UNet into one for the student: layers of blocks that are gone are dropped and named.
+    """Turn a LoRA made for the whole UNet into one for the student: layers of blocks that are gone are dropped and
+    named.
 
     \b
-      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o tweaker-tiny.safetensors
+      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o
+      tweaker-tiny.safetensors
     """
     from sdcompress_engines.errors import ArtifactError, ModelError
 
@@ -77,6 +119,10 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, f
     for name in remapped.dropped:
         block = ".".join(name.split(".")[:4] if name.startswith(("down", "up")) else name.split(".")[:3])
         gone[block] = gone.get(block, 0) + 1
-    rows: list[tuple[str, object]] = [("LoRA", output), ("size", mib(output.stat().st_size)), ("layers", f"{len(layers)} → {len(remapped.layers)}")]
+    rows: list[tuple[str, object]] = [
+        ("LoRA", output),
+        ("size", mib(output.stat().st_size)),
+        ("layers", f"{len(layers)} → {len(remapped.layers)}"),
+    ]
     rows += [("dropped" if i == 0 else "", f"{block}: {count} layers") for i, (block, count) in enumerate(gone.items())]
     card(f"{lora.name} for {plan.name}", rows)

@@ -15,8 +15,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("teacher")
-@click.option("--preset", default="bk-tiny", show_default=True, help="bk-base (alias sd-small), bk-small, bk-tiny (alias sd-tiny), or the path of a plan.json.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), default=None, metavar="FILE", help="Write the plan here, for `distill --plan FILE`.")
+@click.option(
+    "--preset",
+    default="bk-tiny",
+    show_default=True,
+    help="bk-base (alias sd-small), bk-small, bk-tiny (alias sd-tiny), or the path of a plan.json.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    metavar="FILE",
+    help="Write the plan here, for `distill --plan FILE`.",
+)
 @json_option
 def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> None:
     """Show what a block-removal plan keeps of TEACHER's UNet; no weights are loaded.
@@ -47,7 +59,12 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
         now = after[f"down_blocks.{i}"] + after[student_up] if level else None
         rows.append((f"level {i} ({channels} ch)", f"{keeps:<32} {_change(was, now)}"))
     if "mid_block" in before:
-        rows.append(("mid block", f"{'kept' if plan.mid else 'dropped':<32} {_change(before['mid_block'], after.get('mid_block'))}"))
+        rows.append(
+            (
+                "mid block",
+                f"{'kept' if plan.mid else 'dropped':<32} {_change(before['mid_block'], after.get('mid_block'))}",
+            )
+        )
     rows.append(("UNet", f"{'':<32} {_change(before['total'], after['total'])}"))
     share = 1 - after["total"].parameters / before["total"].parameters
     rows.append(("", f"{before['total'].parameters:,} → {after['total'].parameters:,} parameters, {share:.1%} smaller"))
@@ -57,9 +74,21 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
             output.write_text(plan.to_json(), encoding="utf-8")
         rows.append(("plan", str(output)))
     if as_json:
-        click.echo(json.dumps({"plan": json.loads(plan.to_json()), "before": before["total"].__dict__, "after": after["total"].__dict__}))
+        click.echo(
+            json.dumps(
+                {
+                    "plan": json.loads(plan.to_json()),
+                    "before": before["total"].__dict__,
+                    "after": after["total"].__dict__,
+                }
+            )
+        )
         return
-    card(f"{plan.name} for {teacher}", rows, f"sdcompress distill {teacher} --plan {output or preset} --data DATA -o student")
+    card(
+        f"{plan.name} for {teacher}",
+        rows,
+        f"sdcompress distill {teacher} --plan {output or preset} --data DATA -o student",
+    )
 
 
 def _list(indices: tuple[int, ...]) -> str:
@@ -68,4 +97,6 @@ def _list(indices: tuple[int, ...]) -> str:
 
 def _change(was: Cost, now: Cost | None) -> str:
     parameters, macs = (now.parameters, now.macs) if now else (0, 0)
-    return f"{millions(was.parameters):>9} → {millions(parameters):>9}   {was.macs / 1e9:>8.2f} → {macs / 1e9:>8.2f} GMACs"
+    return (
+        f"{millions(was.parameters):>9} → {millions(parameters):>9}   {was.macs / 1e9:>8.2f} → {macs / 1e9:>8.2f} GMACs"
+    )

@@ -19,16 +19,44 @@ from ._console import ConsoleReporter, card, mib
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repository a private one, where it is new.")
 @click.option("--dry-run", is_flag=True, help="Print the card and the files, and upload nothing; needs no network.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default=None, metavar="DIR", help="With --dry-run: write the card and its picture here instead.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="With --dry-run: write the card and its picture here instead.",
+)
 @click.option("--message", default=None, help="Of the commit.  [default: Upload NAME]")
-@click.option("--license", default=None, metavar="NAME", help="The licence, by the hub's name, such as creativeml-openrail-m.  [default: other, to be checked]")
-@click.option("--base-model", default=None, metavar="HUB-ID", help="The teacher, or what the LoRA is for, by its hub id.  [default: the name it was trained under]")
-def command(folder: Path, repo: str, private: bool, dry_run: bool, output: Path | None, message: str | None, license: str | None, base_model: str | None) -> None:
-    """Upload a finished pipeline or LoRA, DIR or the training folder it lies in, to the hub as REPO (OWNER/NAME), with a model card.
+@click.option(
+    "--license",
+    default=None,
+    metavar="NAME",
+    help="The licence, by the hub's name, such as creativeml-openrail-m.  [default: other, to be checked]",
+)
+@click.option(
+    "--base-model",
+    default=None,
+    metavar="HUB-ID",
+    help="The teacher, or what the LoRA is for, by its hub id.  [default: the name it was trained under]",
+)
+def command(
+    folder: Path,
+    repo: str,
+    private: bool,
+    dry_run: bool,
+    output: Path | None,
+    message: str | None,
+    license: str | None,
+    base_model: str | None,
+) -> None:
+    """Upload a finished pipeline or LoRA, DIR or the training folder it lies in, to the hub as REPO (OWNER/NAME), with
+    a model card.
 
     \b
       sdcompress push sd-small you/sd-small --license creativeml-openrail-m --dry-run
-      sdcompress push sd-small you/sd-small --license creativeml-openrail-m --base-model SG161222/Realistic_Vision_V4.0_noVAE --private
+      sdcompress push sd-small you/sd-small --license creativeml-openrail-m --base-model
+      SG161222/Realistic_Vision_V4.0_noVAE --private
     """
     from sdcompress.model_card import CARD, PICTURE, finished, model_card
 
@@ -51,8 +79,16 @@ def command(folder: Path, repo: str, private: bool, dry_run: bool, output: Path 
     total = sum(path.stat().st_size for path in files.values())
     with upload_folder(files, text) as staged, ConsoleReporter().task(f"upload {mib(total)}"):
         url = upload(staged, repo, token, private=private, message=message or f"Upload {repo.rpartition('/')[2]}")
-    rows: list[tuple[str, object]] = [("repository", url), ("files", f"{len(files) + 1}, {mib(total)}"), ("licence", license or "other: to be checked, see the card")]
-    card(f"{done.manifest.kind} on the hub", rows, None if done.manifest.kind == "lora" else f'sdcompress generate {repo} "PROMPT" -o picture.png')
+    rows: list[tuple[str, object]] = [
+        ("repository", url),
+        ("files", f"{len(files) + 1}, {mib(total)}"),
+        ("licence", license or "other: to be checked, see the card"),
+    ]
+    card(
+        f"{done.manifest.kind} on the hub",
+        rows,
+        None if done.manifest.kind == "lora" else f'sdcompress generate {repo} "PROMPT" -o picture.png',
+    )
 
 
 def write_card(output: Path, text: str, picture: Path | None) -> None:
@@ -101,7 +137,11 @@ def require_token() -> str:
 
     token = get_token()
     if token is None:
-        raise UsageError("no token for the hub", expected="one that may write", hint="hf auth login, or set HF_TOKEN; --dry-run needs none")
+        raise UsageError(
+            "no token for the hub",
+            expected="one that may write",
+            hint="hf auth login, or set HF_TOKEN; --dry-run needs none",
+        )
     return token
 
 
@@ -120,7 +160,9 @@ def upload_folder(files: dict[str, Path], text: str) -> Iterator[Path]:
 
 
 def _put(source: Path, target: Path) -> None:
-    """Link a file, in the way that the system lets; copy it where no way is: Windows gives the right to make symbolic links to few."""
+    """Link a file, in the way that the system lets; copy it where no way is: Windows gives the right to make symbolic
+    links to few.
+    """
     for link in (os.symlink, os.link):
         try:
             return link(source, target)
@@ -144,16 +186,29 @@ def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) 
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except OfflineModeIsEnabled as error:
-        raise ArtifactError("was not uploaded: the hub is switched off", where=repo, hint="unset HF_HUB_OFFLINE") from error
+        raise ArtifactError(
+            "was not uploaded: the hub is switched off", where=repo, hint="unset HF_HUB_OFFLINE"
+        ) from error
     except HfHubHTTPError as error:
         code = error.response.status_code
         hint = "hf auth login with a token that may write there" if code in (401, 403, 404) else "try again later"
         reason = error.server_message or f"status {code}"
         raise ArtifactError(f"was not uploaded: the hub refused ({reason})", where=repo, hint=hint) from error
     except ValueError as error:  # what create_commit raises for a card the hub does not take
-        raise ArtifactError(f"was not uploaded: {error}", where=repo, hint="--license and --base-model must be names the hub knows") from error
+        raise ArtifactError(
+            f"was not uploaded: {error}", where=repo, hint="--license and --base-model must be names the hub knows"
+        ) from error
     except Exception as error:  # the HTTP library's own, which huggingface_hub has changed more than once
-        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "requests"):
-            raise ArtifactError(f"was not uploaded: the hub does not answer ({type(error).__name__})", where=repo, hint="check the network; --dry-run needs none") from error
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "requests",
+        ):
+            raise ArtifactError(
+                f"was not uploaded: the hub does not answer ({type(error).__name__})",
+                where=repo,
+                hint="check the network; --dry-run needs none",
+            ) from error
         raise
     return str(url)

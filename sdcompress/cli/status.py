@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 @path_argument
 @json_option
 def command(host: str, path: Path, as_json: bool) -> None:
-    """Say what is installed in the program's folder PATH, whether its files are whole, and which engines load on this machine, or why not.
+    """Say what is installed in the program's folder PATH, whether its files are whole, and which engines load on this
+    machine, or why not.
 
     \b
     sdcompress status webui ~/stable-diffusion-webui
@@ -36,11 +37,27 @@ def command(host: str, path: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(_facts(state), ensure_ascii=False))
         return
-    packages = "not found: what an engine needs is checked in this Python" if state.packages is None else ", ".join(f"{name} {version}" for name, version in sorted(state.packages.items())) or "has neither torch nor a runtime"
-    rows = [("plugin", _plugin(state)), ("engines", str(root / found.models)), *(("", _line(engine)) for engine in state.engines)]
+    packages = (
+        "not found: what an engine needs is checked in this Python"
+        if state.packages is None
+        else ", ".join(f"{name} {version}" for name, version in sorted(state.packages.items()))
+        or "has neither torch nor a runtime"
+    )
+    rows = [
+        ("plugin", _plugin(state)),
+        ("engines", str(root / found.models)),
+        *(("", _line(engine)) for engine in state.engines),
+    ]
     rows += [("changed", f"{root / name}: {what}") for name, what in state.changed.items()]
-    rows += [("left over", f"{root / name}: of an install that was stopped; an install or uninstall clears it away") for name in state.leftovers]
-    card(f"{found.title} in {root}", [*rows, ("its Python", packages)], None if state.record else f"sdcompress install {host} {path} ENGINE")
+    rows += [
+        ("left over", f"{root / name}: of an install that was stopped; an install or uninstall clears it away")
+        for name in state.leftovers
+    ]
+    card(
+        f"{found.title} in {root}",
+        [*rows, ("its Python", packages)],
+        None if state.record else f"sdcompress install {host} {path} ENGINE",
+    )
 
 
 def _plugin(state: Status) -> str:
@@ -52,14 +69,44 @@ def _plugin(state: Status) -> str:
 
 
 def _line(engine: EngineStatus) -> str:
-    loads = f"damaged: {engine.fault}" if engine.fault else f"does not load here: {engine.why_not}" if engine.why_not else "loads here"
+    loads = (
+        f"damaged: {engine.fault}"
+        if engine.fault
+        else f"does not load here: {engine.why_not}"
+        if engine.why_not
+        else "loads here"
+    )
     facts = engine.facts
-    told = f"{facts['runtime']}, {facts['precision']}, {facts['signature']}, {mib(facts['bytes'])}" if facts else "unknown"
+    told = (
+        f"{facts['runtime']}, {facts['precision']}, {facts['signature']}, {mib(facts['bytes'])}" if facts else "unknown"
+    )
     return f"{engine.name}  ({told}{'' if engine.ours else '; not installed by sdcompress'})  {loads}"
 
 
 def _facts(state: Status) -> dict[str, Any]:
-    engines = [{"name": engine.name, "path": str(engine.path), "ours": engine.ours, "fault": engine.fault, "loads_here": not (engine.fault or engine.why_not), "why_not": engine.fault or engine.why_not, **engine.facts} for engine in state.engines]
+    engines = [
+        {
+            "name": engine.name,
+            "path": str(engine.path),
+            "ours": engine.ours,
+            "fault": engine.fault,
+            "loads_here": not (engine.fault or engine.why_not),
+            "why_not": engine.fault or engine.why_not,
+            **engine.facts,
+        }
+        for engine in state.engines
+    ]
     record = asdict(state.record) if state.record else None
-    return {"host": state.host.name, "path": str(state.root), "installed": record is not None, "version": record and record["version"], "created": record and record["created"], "broken": state.broken,
-            "changed": dict(state.changed), "leftovers": list(state.leftovers), "engines": engines, "packages": state.packages, "files": len(record["files"]) if record else 0}  # fmt: skip
+    return {
+        "host": state.host.name,
+        "path": str(state.root),
+        "installed": record is not None,
+        "version": record and record["version"],
+        "created": record and record["created"],
+        "broken": state.broken,
+        "changed": dict(state.changed),
+        "leftovers": list(state.leftovers),
+        "engines": engines,
+        "packages": state.packages,
+        "files": len(record["files"]) if record else 0,
+    }

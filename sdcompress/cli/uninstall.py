@@ -15,7 +15,9 @@ from .install import host_argument, path_argument, rows_of
 @path_argument
 @click.argument("names", nargs=-1, metavar="[ENGINE]...")
 def command(host: str, path: Path, names: tuple[str, ...]) -> None:
-    """Take away what `install` has put into the program's folder PATH: all of it, or the engines of these names. A file that was changed since is kept, and said.
+    """Take away what `install` has put into the program's folder PATH: all of it, or the engines of these names.
+
+    A file that was changed since is kept, and said.
 
     \b
     sdcompress uninstall webui ~/stable-diffusion-webui

@@ -1,7 +1,8 @@
 """Latents and text embeddings, computed once: training from the cache never runs the VAE or the text encoder.
 
-A cache is made in pieces, one file for each unit of the source (a shard, or a thousand pictures of a folder). A piece is whole
-or not there, so a stopped build goes on; it does not depend on the others, so any number of processes can share the work.
+A cache is made in pieces, one file for each unit of the source (a shard, or a thousand pictures of a folder). A piece
+is whole or not there, so a stopped build goes on; it does not depend on the others, so any number of processes can
+share the work.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ class LatentCache:
         return self._units[number]
 
     def sample(self, i: int, view: int, pick: float, *, drop_caption: bool = False) -> CachedSample:
-        """View `view` of picture `i`, with the caption that `pick` in [0, 1) falls on by the captions' shares, or the empty one."""
+        """View `view` of picture `i`, with the caption that `pick` in [0, 1) falls on by the captions' shares, or the
+        empty one.
+        """
         unit = self._unit(int(self.index["unit"][i]))
         bucket, row = int(self.index["bucket"][i]), int(self.index["row"][i]) + view
         if drop_caption:
@@ -123,7 +126,14 @@ class LatentCache:
         pooled = texts["pooled"][place].float() if "pooled" in texts else None
         ids = texts["ids"][place].long() if "ids" in texts else None
         std = (0.5 * unit[f"logvar.{bucket}"][row].float()).exp()
-        return CachedSample(unit[f"mean.{bucket}"][row].float(), std, texts["text"][place].float(), pooled, ids, unit[f"time_ids.{bucket}"][row].float())
+        return CachedSample(
+            unit[f"mean.{bucket}"][row].float(),
+            std,
+            texts["text"][place].float(),
+            pooled,
+            ids,
+            unit[f"time_ids.{bucket}"][row].float(),
+        )
 
     def _caption(self, i: int, pick: float) -> int:
         first, count = int(self.index["first"][i]), int(self.index["count"][i])
@@ -135,8 +145,16 @@ class LatentCache:
         return first + count - 1
 
     @classmethod
-    def open(cls, folder: Path, teacher_sha256: str | None = None, source: Source | None = None, size_px: int | None = None, config: DataConfig | None = None) -> LatentCache:
-        """Open a cache, made with the teacher of this hash, from this data, at this size and so cut, as far as they are given.
+    def open(
+        cls,
+        folder: Path,
+        teacher_sha256: str | None = None,
+        source: Source | None = None,
+        size_px: int | None = None,
+        config: DataConfig | None = None,
+    ) -> LatentCache:
+        """Open a cache, made with the teacher of this hash, from this data, at this size and so cut, as far as they are
+        given.
 
         Raises:
             DataError: damaged, no cache, or made from something else.
@@ -148,16 +166,37 @@ class LatentCache:
         if manifest is None or "data" not in manifest.config:
             raise DataError("was made by an earlier version", where=folder, hint="delete it and let it be made again")
         if teacher_sha256 and manifest.inputs["teacher"] != teacher_sha256:
-            raise DataError(f"was made with the teacher {manifest.inputs['teacher'][:12]}", where=folder, expected=f"{teacher_sha256[:12]}, the one given", hint="delete it and let it be made again")
+            raise DataError(
+                f"was made with the teacher {manifest.inputs['teacher'][:12]}",
+                where=folder,
+                expected=f"{teacher_sha256[:12]}, the one given",
+                hint="delete it and let it be made again",
+            )
         if source and manifest.config["files"] != source.fingerprint():
-            raise DataError(f"was made from other data ({manifest.config['source']})", where=folder, expected=f"{source.name} as it is now", hint="delete it and let it be made again")
+            raise DataError(
+                f"was made from other data ({manifest.config['source']})",
+                where=folder,
+                expected=f"{source.name} as it is now",
+                hint="delete it and let it be made again",
+            )
         if size_px and manifest.config["size_px"] != size_px:
-            raise DataError(f"holds latents of {manifest.config['size_px']} px pictures", where=folder, expected=f"{size_px} px", hint="another --cache")
+            raise DataError(
+                f"holds latents of {manifest.config['size_px']} px pictures",
+                where=folder,
+                expected=f"{size_px} px",
+                hint="another --cache",
+            )
         if config is not None:
             theirs, ours = manifest.config["data"], _cut(config)
-            differing = "; ".join(f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k])
+            differing = "; ".join(
+                f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]
+            )
             if differing:
-                raise DataError(f"was made with other data settings ({differing})", where=folder, hint="another --cache, or delete it and let it be made again")
+                raise DataError(
+                    f"was made with other data settings ({differing})",
+                    where=folder,
+                    hint="another --cache, or delete it and let it be made again",
+                )
         made = manifest.config
         return cls(
             folder,
@@ -215,9 +254,13 @@ def build_cache(
     check_free(output, force)
     chosen = _agree(choose_precision(pipeline, state.device, precision))
     identity = {
-        "teacher": teacher.sha256, "files": source.fingerprint(), "size_px": size_px, "data": _cut(config),
-        "units": source.units(), "precision": chosen,
-    }  # fmt: skip
+        "teacher": teacher.sha256,
+        "files": source.fingerprint(),
+        "size_px": size_px,
+        "data": _cut(config),
+        "units": source.units(),
+        "precision": chosen,
+    }
     partial = output.with_name(f".{output.name}.partial")
     with storage_errors(output), text_encoders_on(pipeline, state.device):
         if state.is_main_process:
@@ -278,9 +321,15 @@ def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
     os.replace(temporary, path)
     skipped = unit.skipped
     facts = {
-        "sha256": sha256_file(path), "bytes": path.stat().st_size, "read": skipped.read, "reasons": skipped.reasons,
-        "filtered": skipped.filtered, "fields": sorted(skipped.fields), "tiled": unit.tiled, "tile_px": unit.tile_px,
-    }  # fmt: skip
+        "sha256": sha256_file(path),
+        "bytes": path.stat().st_size,
+        "read": skipped.read,
+        "reasons": skipped.reasons,
+        "filtered": skipped.filtered,
+        "fields": sorted(skipped.fields),
+        "tiled": unit.tiled,
+        "tile_px": unit.tile_px,
+    }
     temporary.write_text(json.dumps(facts))
     os.replace(temporary, folder / f"{unit_name(number)}.json")
 
@@ -303,7 +352,11 @@ def _finish(
     tiles_px: list[int] = []
     for number in range(source.units()):
         facts = json.loads((partial / f"{unit_name(number)}.json").read_text())
-        total.merge(Skipped(read=facts["read"], reasons=facts["reasons"], filtered=facts["filtered"], fields=set(facts["fields"])))
+        total.merge(
+            Skipped(
+                read=facts["read"], reasons=facts["reasons"], filtered=facts["filtered"], fields=set(facts["fields"])
+            )
+        )
         tiled += facts.get("tiled", 0)
         tiles_px += [facts["tile_px"]] if facts.get("tile_px") else []
         hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
@@ -331,20 +384,39 @@ def _finish(
     size = sum(entry.bytes for entry in hashed.values()) + (partial / INDEX).stat().st_size
     content = hashlib.sha256("".join(entry.sha256 for entry in hashed.values()).encode()).hexdigest()
     figures = {
-        "pictures": len(kept), "duplicates": found - len(kept), "captions": rows, "bytes": size, "bytes_per_picture": round(size / len(kept)),
-        "skipped": {k: len(v) for k, v in total.reasons.items()}, "filtered": total.filtered,
+        "pictures": len(kept),
+        "duplicates": found - len(kept),
+        "captions": rows,
+        "bytes": size,
+        "bytes_per_picture": round(size / len(kept)),
+        "skipped": {k: len(v) for k, v in total.reasons.items()},
+        "filtered": total.filtered,
         "tiled_views": tiled,
-    }  # fmt: skip
+    }
     write_manifest(
-        partial, "cache", hashed=hashed, inputs={"teacher": teacher.sha256, "data": content}, figures=figures,
+        partial,
+        "cache",
+        hashed=hashed,
+        inputs={"teacher": teacher.sha256, "data": content},
+        figures=figures,
         config={
-            "size_px": identity["size_px"], "source": source.name, "files": identity["files"], "data": identity["data"],
-            "views": encoder.views, "shapes": encoder.shapes, "precision": identity["precision"],
+            "size_px": identity["size_px"],
+            "source": source.name,
+            "files": identity["files"],
+            "data": identity["data"],
+            "views": encoder.views,
+            "shapes": encoder.shapes,
+            "precision": identity["precision"],
             "tile_px": min(tiles_px, default=None),
         },
-    )  # fmt: skip
+    )
     if output.exists():
         shutil.rmtree(output)
     os.replace(partial, output)
-    told = "".join(f", {len(keys)} left out: {reason}" for reason, keys in total.reasons.items()) + "".join(f", {count} filtered out: {reason}" for reason, count in total.filtered.items())
-    report.say(f"cache: {len(kept):,} pictures, {figures['bytes_per_picture']:,} bytes each{told}" + (f", {found - len(kept)} duplicates" if found > len(kept) else ""))
+    told = "".join(f", {len(keys)} left out: {reason}" for reason, keys in total.reasons.items()) + "".join(
+        f", {count} filtered out: {reason}" for reason, count in total.filtered.items()
+    )
+    report.say(
+        f"cache: {len(kept):,} pictures, {figures['bytes_per_picture']:,} bytes each{told}"
+        + (f", {found - len(kept)} duplicates" if found > len(kept) else "")
+    )

@@ -38,7 +38,8 @@ BF16_FAMILIES = ("sd1", "sd2")
 BF16_CAPABILITY = (8, 0)
 """Compute capability from which an NVIDIA card has bf16 arithmetic; older ones emulate it."""
 FREE_SHARE = 0.8
-"""Share of the free memory that a batch may take; the rest is for other programs and for what an allocator cannot use."""
+"""Share of the free memory that a batch may take; the rest is for other programs and for what an allocator cannot use.
+"""
 CUDA_BATCH_PX = 32 * 512 * 512
 """Pixels in a batch, of all its pictures, above which a GPU gains nothing."""
 CPU_BATCH_BYTES = 32 * 2**20

@@ -10,7 +10,14 @@ from typing import Any
 
 from sdcompress_engines.errors import UsageError
 
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "==": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt}
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
 _CONDITION = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
 
 
@@ -54,6 +61,8 @@ def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
         match = _CONDITION.fullmatch(text)
         number = as_number(match[3]) if match else None
         if match is None or number is None:
-            raise UsageError(f"--where {text!r}", expected='FIELD, one of >= <= > < == !=, and a number, such as "aesthetic >= 7.5"')
+            raise UsageError(
+                f"--where {text!r}", expected='FIELD, one of >= <= > < == !=, and a number, such as "aesthetic >= 7.5"'
+            )
         found.append(Condition(match[1], match[2], number))
     return tuple(found)

@@ -1,7 +1,8 @@
 """A data set made by a teacher itself: pictures of a list of prompts, in a folder that `distill` takes.
 
-Pictures are drawn in batches at fixed places (0 to B-1, B to 2B-1, ...), each written whole or not at all. A stopped run started
-again with the same settings draws the batches that lack a picture and so ends with the same bytes as one that was never stopped.
+Pictures are drawn in batches at fixed places (0 to B-1, B to 2B-1, ...), each written whole or not at all. A stopped
+run started again with the same settings draws the batches that lack a picture and so ends with the same bytes as one
+that was never stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdcompress_engines.errors import ArtifactError, DataError, UsageError
-from sdcompress_engines.manifest import FileEntry, Manifest, check_free, faults, read_manifest, sha256_file, sha256_tree, storage_errors, write_manifest
+from sdcompress_engines.manifest import (
+    FileEntry,
+    Manifest,
+    check_free,
+    faults,
+    read_manifest,
+    sha256_file,
+    sha256_tree,
+    storage_errors,
+    write_manifest,
+)
 from sdcompress_engines.progress import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -38,7 +49,8 @@ class GenerateSettings:
 
     Attributes:
         count: pictures; picture i shows prompt i % len(prompts) and is drawn from seed + i.
-        batch_size: pictures drawn at once. More is faster and takes more memory; sums in another order may change last bits.
+        batch_size: pictures drawn at once. More is faster and takes more memory; sums in another order may change last
+            bits.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance; 1 is none.
         size_px: side of the pictures, a multiple of 8; None is what the UNet was made for.
@@ -71,8 +83,14 @@ class GenerateSettings:
                 (self.count < 1, f"{self.count} pictures, at least 1 is needed"),
                 (self.batch_size < 1, f"batches of {self.batch_size}, at least 1 is needed"),
                 (not 1 <= self.steps <= 1000, f"{self.steps} steps, 1 to 1000 are possible"),
-                (not math.isfinite(self.guidance_scale) or self.guidance_scale < 0, f"guidance {self.guidance_scale:g}, 0 or more is needed"),
-                (self.size_px is not None and (self.size_px < 64 or self.size_px % 8 != 0), f"{self.size_px} px, a multiple of 8 from 64 up is needed"),
+                (
+                    not math.isfinite(self.guidance_scale) or self.guidance_scale < 0,
+                    f"guidance {self.guidance_scale:g}, 0 or more is needed",
+                ),
+                (
+                    self.size_px is not None and (self.size_px < 64 or self.size_px % 8 != 0),
+                    f"{self.size_px} px, a multiple of 8 from 64 up is needed",
+                ),
                 (not 0 <= self.seed < 2**62, f"seed {self.seed}, 0 or more is needed"),
                 (self.picture_format not in _SAVE, f"format {self.picture_format!r}, {' or '.join(_SAVE)} is needed"),
             )
@@ -87,7 +105,8 @@ class GeneratedSet:
     """A finished data set.
 
     Attributes:
-        manifest: figures `pictures`, `prompts`, `width_px`, `height_px`, `bytes` and `bytes_per_picture` (of the pictures).
+        manifest: figures `pictures`, `prompts`, `width_px`, `height_px`, `bytes` and `bytes_per_picture` (of the
+            pictures).
         drawn: pictures this run wrote; the others were there.
         seconds: of loading the teacher, drawing and writing.
     """
@@ -105,11 +124,17 @@ def read_prompts(file: Path) -> list[str]:
         UsageError: there is no such file. DataError: it is no UTF-8 text, cannot be read, or holds no prompt.
     """
     if not file.is_file():
-        raise UsageError("is a folder" if file.is_dir() else "does not exist", where=file, expected="a text file of prompts, one a line")
+        raise UsageError(
+            "is a folder" if file.is_dir() else "does not exist",
+            where=file,
+            expected="a text file of prompts, one a line",
+        )
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({type(error).__name__})", where=file, expected="a UTF-8 text file of prompts, one a line") from error
+        raise DataError(
+            f"cannot be read ({type(error).__name__})", where=file, expected="a UTF-8 text file of prompts, one a line"
+        ) from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise DataError("holds no prompt", where=file, expected="prompts, one a line")
@@ -133,17 +158,28 @@ def is_export(teacher: str | Path) -> bool:
     return manifest is not None and manifest.kind in ("onnx", "engine")
 
 
-def generate_dataset(teacher: str | Path, prompts: Sequence[str], output: Path, settings: GenerateSettings, *, force: bool = False, report: Reporter = SILENT) -> GeneratedSet:
-    """Draw `settings.count` pictures with the teacher into `output`: picture files, `metadata.jsonl`, the settings and a manifest.
+def generate_dataset(
+    teacher: str | Path,
+    prompts: Sequence[str],
+    output: Path,
+    settings: GenerateSettings,
+    *,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> GeneratedSet:
+    """Draw `settings.count` pictures with the teacher into `output`: picture files, `metadata.jsonl`, the settings and
+    a manifest.
 
-    An unfinished or damaged set of the same settings is completed, a whole one is left as it is; the manifest comes last.
+    An unfinished or damaged set of the same settings is completed, a whole one is left as it is; the manifest comes
+    last.
 
     Args:
         teacher: what `load_pipeline` takes.
         force: replace what is in `output` where it is something else, or a set of other settings.
 
     Raises:
-        DataError: no prompts. UsageError: settings that cannot be, no such teacher. ArtifactError: something else is in `output`, or a set
+        DataError: no prompts. UsageError: settings that cannot be, no such teacher. ArtifactError: something else is in
+            `output`, or a set
         of other settings. ModelError, BackendMissing: as `load_pipeline`. StorageError: `output` cannot be written.
     """
     from sdcompress.pipeline import backend_name
@@ -153,9 +189,11 @@ def generate_dataset(teacher: str | Path, prompts: Sequence[str], output: Path, 
         raise DataError("no prompt to draw", expected="at least one")
     output = output.absolute()
     identity = asdict(settings) | {
-        "backend": backend_name(settings.backend), "device": _device(), "teacher": teacher_sha256(teacher),
+        "backend": backend_name(settings.backend),
+        "device": _device(),
+        "teacher": teacher_sha256(teacher),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
-    }  # fmt: skip
+    }
     names = [f"{i:06d}.{settings.picture_format}" for i in range(settings.count)]
     manifest = _claim(output, identity, names, force)
     if manifest is not None:
@@ -164,7 +202,14 @@ def generate_dataset(teacher: str | Path, prompts: Sequence[str], output: Path, 
     started = time.monotonic()
     drawn = _draw(teacher, prompts, output, names, settings, report)
     rows = (
-        {"file_name": name, "text": prompts[i % len(prompts)], "seed": settings.seed + i, "prompt_index": i % len(prompts), "steps": settings.steps, "guidance_scale": settings.guidance_scale}
+        {
+            "file_name": name,
+            "text": prompts[i % len(prompts)],
+            "seed": settings.seed + i,
+            "prompt_index": i % len(prompts),
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+        }
         for i, name in enumerate(names)
     )
     with storage_errors(output):
@@ -180,7 +225,9 @@ def _device() -> str:
 
 
 def _claim(output: Path, identity: dict[str, Any], names: list[str], force: bool) -> Manifest | None:
-    """Make `output` this run's own, empty or with whole pictures of the same settings; its manifest where nothing is left to do."""
+    """Make `output` this run's own, empty or with whole pictures of the same settings; its manifest where nothing is
+    left to do.
+    """
     if not force or output.is_file():
         _refuse_other(output, identity)
     theirs = _settings(output)
@@ -200,21 +247,33 @@ def _claim(output: Path, identity: dict[str, Any], names: list[str], force: bool
             return manifest
         for name in names:
             path, entry = output / name, manifest.files.get(name)
-            if path.is_file() and (entry is None or path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256):
+            if path.is_file() and (
+                entry is None or path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256
+            ):
                 path.unlink()
     return None
 
 
 def _refuse_other(output: Path, identity: dict[str, Any]) -> None:
-    begun = output.is_dir() and any(path.name != SETTINGS and not path.name.endswith(_TEMPORARY) for path in output.iterdir())
+    begun = output.is_dir() and any(
+        path.name != SETTINGS and not path.name.endswith(_TEMPORARY) for path in output.iterdir()
+    )
     theirs = _settings(output)
     if theirs is None:
         if begun or not output.is_dir():
             check_free(output)
         return
-    differing = [f"{key}: {_shown(theirs.get(key))} there, {_shown(value)} here" for key, value in identity.items() if theirs.get(key) != value]
+    differing = [
+        f"{key}: {_shown(theirs.get(key))} there, {_shown(value)} here"
+        for key, value in identity.items()
+        if theirs.get(key) != value
+    ]
     if differing and begun:
-        raise ArtifactError(f"holds a data set of other settings ({'; '.join(differing)})", where=output, hint="the same settings to go on with it, --force to begin anew, or another -o")
+        raise ArtifactError(
+            f"holds a data set of other settings ({'; '.join(differing)})",
+            where=output,
+            hint="the same settings to go on with it, --force to begin anew, or another -o",
+        )
 
 
 def _shown(value: object) -> str:
@@ -238,7 +297,14 @@ def _manifest(output: Path) -> Manifest | None:
         return None
 
 
-def _draw(teacher: str | Path, prompts: Sequence[str], output: Path, names: list[str], settings: GenerateSettings, report: Reporter) -> int:
+def _draw(
+    teacher: str | Path,
+    prompts: Sequence[str],
+    output: Path,
+    names: list[str],
+    settings: GenerateSettings,
+    report: Reporter,
+) -> int:
     """Draw every batch that lacks a picture and write those it lacks; returns how many."""
     from sdcompress.pipeline import generate, load_pipeline
     from sdcompress.teacher import quiet
@@ -257,9 +323,14 @@ def _draw(teacher: str | Path, prompts: Sequence[str], output: Path, names: list
             batch = range(first, min(first + settings.batch_size, len(names)))
             with quiet():
                 pictures = generate(
-                    pipeline, [prompts[i % len(prompts)] for i in batch], seeds=[settings.seed + i for i in batch], steps=settings.steps, guidance_scale=settings.guidance_scale,
-                    size_px=settings.size_px, batch_size=settings.batch_size,
-                )  # fmt: skip
+                    pipeline,
+                    [prompts[i % len(prompts)] for i in batch],
+                    seeds=[settings.seed + i for i in batch],
+                    steps=settings.steps,
+                    guidance_scale=settings.guidance_scale,
+                    size_px=settings.size_px,
+                    batch_size=settings.batch_size,
+                )
             written = [i for i in batch if i in lacking]
             with storage_errors(output):
                 for i in written:
@@ -290,6 +361,21 @@ def _finish(output: Path, identity: dict[str, Any], names: list[str], shown_prom
     with Image.open(output / names[0]) as picture:
         width, height = picture.size
     size = sum(entry.bytes for entry in hashed.values())
-    figures = {"pictures": len(names), "prompts": shown_prompts, "width_px": width, "height_px": height, "bytes": size, "bytes_per_picture": round(size / len(names))}
+    figures = {
+        "pictures": len(names),
+        "prompts": shown_prompts,
+        "width_px": width,
+        "height_px": height,
+        "bytes": size,
+        "bytes_per_picture": round(size / len(names)),
+    }
     config = {key: value for key, value in identity.items() if key not in ("teacher", "prompts")}
-    return write_manifest(output, KIND, config=config, inputs={"teacher": identity["teacher"], "prompts": identity["prompts"]}, figures=figures, seed=identity["seed"], hashed=hashed)
+    return write_manifest(
+        output,
+        KIND,
+        config=config,
+        inputs={"teacher": identity["teacher"], "prompts": identity["prompts"]},
+        figures=figures,
+        seed=identity["seed"],
+        hashed=hashed,
+    )

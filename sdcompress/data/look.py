@@ -1,4 +1,6 @@
-"""What is in a data set: figures of one pass over it, and a sheet of its pictures, in memory that does not grow with the data."""
+"""What is in a data set: figures of one pass over it, and a sheet of its pictures, in memory that does not grow with
+the data.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Spread:
-    """Numbers, summed up. Count, least and most are exact; median and histogram are those of a sample of `SAMPLE` where there are more.
+    """Numbers, summed up.
+
+    Count, least and most are exact; median and histogram are those of a sample of `SAMPLE` where there are more.
 
     Attributes:
         histogram: (from, to, share) of equal bins; the shares add up to 1.
@@ -90,7 +94,9 @@ class Figures:
 
 
 class Reservoir(Generic[Item]):
-    """A uniform sample of at most `size` of the items offered (Vitter 1985, algorithm R), the same for the same items and seed."""
+    """A uniform sample of at most `size` of the items offered (Vitter 1985, algorithm R), the same for the same items
+    and seed.
+    """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size, self.seen, self._random = size, 0, random.Random(seed)
@@ -143,12 +149,17 @@ class _Numbers:
             histogram: tuple[tuple[float, float, float], ...] = ((self.least, self.most, 1.0),)
         else:
             counts, edges = np.histogram(numbers, bins=BINS, range=(self.least, self.most))
-            histogram = tuple((float(low), float(high), float(count) / len(numbers)) for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True))
+            histogram = tuple(
+                (float(low), float(high), float(count) / len(numbers))
+                for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+            )
         return Spread(self.sample.seen, self.least, float(np.median(numbers)), self.most, histogram)
 
 
 class _Fields:
-    """The numeric fields of metadata, `FIELDS` at most: those that are numbers in at least half of the pictures that have them."""
+    """The numeric fields of metadata, `FIELDS` at most: those that are numbers in at least half of the pictures that
+    have them.
+    """
 
     def __init__(self) -> None:
         self.numbers: dict[str, _Numbers] = {}
@@ -164,11 +175,26 @@ class _Fields:
                 self.others[name] = self.others.get(name, 0) + 1
 
     def spreads(self) -> dict[str, Spread]:
-        return {name: spread for name, numbers in self.numbers.items() if numbers.sample.seen >= self.others.get(name, 0) for spread in [numbers.spread()] if spread}
+        return {
+            name: spread
+            for name, numbers in self.numbers.items()
+            if numbers.sample.seen >= self.others.get(name, 0)
+            for spread in [numbers.spread()]
+            if spread
+        }
 
 
-def look(source: Source, *, limit: int | None = None, decode: bool = False, sheet: bool = False, small_px: int = SMALL_PX, report: Reporter = SILENT) -> tuple[Figures, Image.Image | None]:
-    """Go through a source once: its figures and, with `sheet`, up to `SHEET_PICTURES` of its pictures side by side on white.
+def look(
+    source: Source,
+    *,
+    limit: int | None = None,
+    decode: bool = False,
+    sheet: bool = False,
+    small_px: int = SMALL_PX,
+    report: Reporter = SILENT,
+) -> tuple[Figures, Image.Image | None]:
+    """Go through a source once: its figures and, with `sheet`, up to `SHEET_PICTURES` of its pictures side by side on
+    white.
 
     Args:
         limit: stop after this many pictures with a caption; None is all.
@@ -193,7 +219,9 @@ def look(source: Source, *, limit: int | None = None, decode: bool = False, shee
                 continue
             usable += 1
             small += min(width, height) < small_px
-            for numbers, number in zip((*sides, aspect, words), (width, height, width / height, len(record.caption.split())), strict=True):
+            for numbers, number in zip(
+                (*sides, aspect, words), (width, height, width / height, len(record.caption.split())), strict=True
+            ):
                 numbers.add(float(number))
             fields.add(record.meta)
             captions.offer(record.caption)
@@ -209,9 +237,20 @@ def look(source: Source, *, limit: int | None = None, decode: bool = False, shee
     except DataError as error:
         fault = str(error)
     figures = Figures(
-        source.name, usable, {reason: Unusable(len(keys), tuple(keys[:EXAMPLES])) for reason, keys in skipped.reasons.items()}, dict(skipped.filtered),
-        sides[0].spread(), sides[1].spread(), aspect.spread(), small_px, small / usable if usable else 0.0, fields.spreads(), words.spread(), tuple(captions.items()), fault,
-    )  # fmt: skip
+        source.name,
+        usable,
+        {reason: Unusable(len(keys), tuple(keys[:EXAMPLES])) for reason, keys in skipped.reasons.items()},
+        dict(skipped.filtered),
+        sides[0].spread(),
+        sides[1].spread(),
+        aspect.spread(),
+        small_px,
+        small / usable if usable else 0.0,
+        fields.spreads(),
+        words.spread(),
+        tuple(captions.items()),
+        fault,
+    )
     return figures, contact_sheet(tiles.items()) if sheet and tiles.items() else None
 
 
@@ -236,5 +275,8 @@ def contact_sheet(thumbnails: Sequence[Image.Image]) -> Image.Image:
     columns = min(SHEET_COLUMNS, len(thumbnails))
     sheet = Image.new("RGB", (columns * side, math.ceil(len(thumbnails) / columns) * side), "white")
     for i, picture in enumerate(thumbnails):
-        sheet.paste(picture, (i % columns * side + (side - picture.width) // 2, i // columns * side + (side - picture.height) // 2))
+        sheet.paste(
+            picture,
+            (i % columns * side + (side - picture.width) // 2, i // columns * side + (side - picture.height) // 2),
+        )
     return sheet

@@ -1,7 +1,7 @@
 """Captioned pictures from an image folder, webdataset shards or a hub dataset, in pieces that can be read apart.
 
-What is read is not trusted: nothing is ever unpacked to disk, sizes are checked before bytes are read, and what cannot be used is
-counted with its reason.
+What is read is not trusted: nothing is ever unpacked to disk, sizes are checked before bytes are read, and what cannot
+be used is counted with its reason.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from .filters import parse_conditions
 from .tar import open_tar, read_tar
 
 PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")  # what files of those names turn out to be; never EPS, which runs a program
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "GIF",
+)  # what files of those names turn out to be; never EPS, which runs a program
 SHARDS = (".tar", ".tar.gz", ".tgz")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 HUB = "hub:"
@@ -39,7 +45,14 @@ MAX_PIXELS = 64_000_000
 MAX_BROKEN_SHARE = 0.05
 UNIT_PICTURES = 1000
 MAX_FIELDS = 40
-_BROKEN = (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+_BROKEN = (
+    UnidentifiedImageError,
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
 _WARNINGS = threading.Lock()
 
 
@@ -82,7 +95,9 @@ class Record:
         try:
             picture = self._opened()
             if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(f"has {picture.width} x {picture.height} pixels", where=self.key, expected=f"at most {MAX_PIXELS:,}")
+                raise DataError(
+                    f"has {picture.width} x {picture.height} pixels", where=self.key, expected=f"at most {MAX_PIXELS:,}"
+                )
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):
                 picture = picture.point(lambda value: value / 256).convert("L")
@@ -94,9 +109,9 @@ class Record:
         except _BROKEN as error:
             raise DataError(f"is no readable picture ({type(error).__name__})", where=self.key) from error
 
-
     def _opened(self) -> Image.Image:
-        # Pillow's warning about many pixels becomes an error here; filters of warnings belong to the process, hence the lock.
+        # Pillow's warning about many pixels becomes an error here; filters of warnings belong to the process, hence the
+        # lock.
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(self.encoded), formats=FORMATS)
@@ -143,11 +158,30 @@ class Skipped:
         examples = "; ".join(f"{reason}: {len(keys)} ({', '.join(keys[:3])})" for reason, keys in self.reasons.items())
         if self.read == 0 and self.filtered:
             told = "; ".join(f"{reason}: {count}" for reason, count in self.filtered.items())
-            raise DataError(f"has no picture left after filtering ({told})", where=str(where), hint=f"other conditions; the fields are {', '.join(sorted(self.fields))}" if self.fields else "weaker conditions")
+            raise DataError(
+                f"has no picture left after filtering ({told})",
+                where=str(where),
+                hint=(
+                    f"other conditions; the fields are {', '.join(sorted(self.fields))}"
+                    if self.fields
+                    else "weaker conditions"
+                ),
+            )
         if self.read == 0:
-            raise DataError(f"holds no captioned picture{f' ({examples})' if examples else ''}", where=str(where), expected="pictures with captions: a .txt beside each, metadata.jsonl / metadata.csv, or webdataset shards")
+            raise DataError(
+                f"holds no captioned picture{f' ({examples})' if examples else ''}",
+                where=str(where),
+                expected=(
+                    "pictures with captions: a .txt beside each, metadata.jsonl / metadata.csv, or webdataset shards"
+                ),
+            )
         if self.count > limit * (self.read + self.count):
-            raise DataError(f"{self.count} of {self.read + self.count} pictures cannot be used: {examples}", where=str(where), expected=f"at most {limit:.0%}", hint="--max-unusable SHARE, if that is fine")
+            raise DataError(
+                f"{self.count} of {self.read + self.count} pictures cannot be used: {examples}",
+                where=str(where),
+                expected=f"at most {limit:.0%}",
+                hint="--max-unusable SHARE, if that is fine",
+            )
 
 
 class Source:
@@ -202,13 +236,21 @@ class Source:
                 return f"aspect over {self.config.max_aspect:g}"
         return None
 
-    def _record(self, key: str, encoded: bytes, caption: Any, meta: dict[str, Any], skipped: Skipped) -> Iterator[Record]:
+    def _record(
+        self, key: str, encoded: bytes, caption: Any, meta: dict[str, Any], skipped: Skipped
+    ) -> Iterator[Record]:
         """One record, its captions chosen by the config's columns if it names any."""
-        found = [(meta.get(column), share) for column, share in self.config.captions.items() if meta.get(column)] if self.config.captions else [(caption, 1.0)]
+        found = (
+            [(meta.get(column), share) for column, share in self.config.captions.items() if meta.get(column)]
+            if self.config.captions
+            else [(caption, 1.0)]
+        )
         if any(not is_text(text) for text, _ in found if text is not None):
             skipped.add("caption is no text", key)
             return
-        texts = [(str(text).strip(), share) for text, share in found if text is not None and str(text).strip() and share > 0]
+        texts = [
+            (str(text).strip(), share) for text, share in found if text is not None and str(text).strip() and share > 0
+        ]
         total = sum(share for _, share in texts)
         captions = tuple((text, share / total) for text, share in texts)
         yield Record(key, encoded, captions[0][0] if captions else "", meta, captions)
@@ -220,7 +262,9 @@ class Source:
 
 
 def _files_fingerprint(files: Iterable[Path]) -> str:
-    return hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files, key=by_parts)).encode()).hexdigest()
+    return hashlib.sha256(
+        "\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files, key=by_parts)).encode()
+    ).hexdigest()
 
 
 def is_text(value: object) -> bool:
@@ -249,7 +293,8 @@ def _text(payload: bytes) -> str | None:
 
 
 class FolderSource(Source):
-    """Pictures of a folder; captions in `metadata.jsonl`, `metadata.csv` (columns `file_name` and `text`, `caption` or `prompt`), or in
+    """Pictures of a folder; captions in `metadata.jsonl`, `metadata.csv` (columns `file_name` and `text`, `caption` or
+    `prompt`), or in
     `.txt` or `.json` beside each picture."""
 
     def __init__(self, name: str, root: Path, config: DataConfig) -> None:
@@ -274,7 +319,11 @@ class FolderSource(Source):
             with path.open(newline="", errors="replace", encoding="utf-8-sig") as file:
                 rows = list(csv.DictReader(file))
         # A table that was written on Windows may have backslashes.
-        return {str(row["file_name"]).replace("\\", "/"): row for row in rows if isinstance(row, dict) and "file_name" in row}
+        return {
+            str(row["file_name"]).replace("\\", "/"): row
+            for row in rows
+            if isinstance(row, dict) and "file_name" in row
+        }
 
     def units(self) -> int:
         return -(-len(self._pictures) // UNIT_PICTURES)
@@ -298,7 +347,9 @@ class FolderSource(Source):
 
 
 class ShardSource(Source):
-    """Webdataset shards, as img2dataset writes them: members of one key follow each other, `.json` may carry a caption too."""
+    """Webdataset shards, as img2dataset writes them: members of one key follow each other, `.json` may carry a caption
+    too.
+    """
 
     def __init__(self, name: str, paths: list[Path], config: DataConfig) -> None:
         super().__init__(name, config)
@@ -359,17 +410,31 @@ class HubSource(Source):
         try:
             import datasets
         except ImportError as error:
-            raise BackendMissing("a hub dataset is read by the package datasets, which is not installed", where=f"{HUB}{name}", hint="pip install datasets") from error
+            raise BackendMissing(
+                "a hub dataset is read by the package datasets, which is not installed",
+                where=f"{HUB}{name}",
+                hint="pip install datasets",
+            ) from error
         repository, _, split = name.partition(":")
         repository, _, revision = repository.partition("@")
         try:
-            stream = datasets.load_dataset(repository, split=split or "train", revision=revision or None, streaming=True)
+            stream = datasets.load_dataset(
+                repository, split=split or "train", revision=revision or None, streaming=True
+            )
         except Exception as error:
             told = (str(error).splitlines() or [""])[0]
-            raise DataError(f"is no dataset the hub gives ({type(error).__name__}: {told})", where=f"{HUB}{name}", expected="hub:owner/name[@revision][:split]") from error
+            raise DataError(
+                f"is no dataset the hub gives ({type(error).__name__}: {told})",
+                where=f"{HUB}{name}",
+                expected="hub:owner/name[@revision][:split]",
+            ) from error
         images = [column for column, kind in (stream.features or {}).items() if isinstance(kind, datasets.Image)]
         if not images:
-            raise DataError("has no picture column", where=f"{HUB}{name}", expected=f"one among {', '.join(stream.features or ()) or 'its columns'}")
+            raise DataError(
+                "has no picture column",
+                where=f"{HUB}{name}",
+                expected=f"one among {', '.join(stream.features or ()) or 'its columns'}",
+            )
         self.column = images[0]
         self.stream = stream.cast_column(self.column, datasets.Image(decode=False))
 
@@ -386,7 +451,6 @@ class HubSource(Source):
             caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
             yield from self._record(f"{number}:{place}", encoded, caption, row, skipped)
 
-
     @staticmethod
     def _fetched(path: str) -> bytes:
         """A picture beside the tables of a hub dataset; never a file of this machine, whatever a row says."""
@@ -400,10 +464,12 @@ class HubSource(Source):
 
 
 def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = None) -> Source:
-    """A source for a folder of pictures; a folder, glob or brace list of shards, or a list of their files; `hub:owner/name`; or nano.
+    """A source for a folder of pictures; a folder, glob or brace list of shards, or a list of their files;
+    `hub:owner/name`; or nano.
 
     Raises:
-        UsageError: nothing is there, or a condition that cannot be read. DataError: a folder with neither pictures nor shards.
+        UsageError: nothing is there, or a condition that cannot be read. DataError: a folder with neither pictures nor
+            shards.
         BackendMissing: a hub dataset, and no package to read it.
     """
     config = config or DataConfig()
@@ -421,11 +487,26 @@ def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = N
         if shards:
             return ShardSource(path.name, shards, config)
         if not any(p.suffix.lower() in PICTURES for p in path.rglob("*")):
-            raise DataError("holds no picture and no shard", where=path, expected="pictures (.jpg, .png, .webp) or webdataset shards (.tar)")
+            raise DataError(
+                "holds no picture and no shard",
+                where=path,
+                expected="pictures (.jpg, .png, .webp) or webdataset shards (.tar)",
+            )
         return FolderSource(path.name, path, config)
-    files = [path] if path.is_file() else [f for pattern in expand_braces(str(path)) for f in sorted(Path(p) for p in glob.glob(pattern))]
+    files = (
+        [path]
+        if path.is_file()
+        else [f for pattern in expand_braces(str(path)) for f in sorted(Path(p) for p in glob.glob(pattern))]
+    )
     if not files:
-        raise UsageError("does not exist", where=str(data), expected="a folder of captioned pictures, webdataset shards (a folder, a glob, a list such as data/{00000..00099}.tar), hub:owner/name, or nano")
+        raise UsageError(
+            "does not exist",
+            where=str(data),
+            expected=(
+                "a folder of captioned pictures, webdataset shards (a folder, a glob, a list such as"
+                " data/{00000..00099}.tar), hub:owner/name, or nano"
+            ),
+        )
     if not all(p.name.endswith(SHARDS) for p in files):
         raise DataError("is no webdataset shard", where=files[0], expected="a .tar file, or a folder")
     return ShardSource(path.name, files, config)
@@ -441,4 +522,6 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         first, last = int(match[1]), int(match[2])
         middles = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
-    return [made for middle in middles for made in expand_braces(pattern[: match.start()] + middle + pattern[match.end() :])]
+    return [
+        made for middle in middles for made in expand_braces(pattern[: match.start()] + middle + pattern[match.end() :])
+    ]

@@ -1,7 +1,8 @@
-"""A tar reader for archives that are not trusted: every size is bounded before anything is read, nothing is unpacked, a cut is told.
+"""A tar reader for archives that are not trusted: every size is bounded before anything is read, nothing is unpacked, a
+cut is told.
 
-Not `tarfile.open`: that reads an extended header whatever size it claims, and takes an archive that ends between two members, or at
-a damaged header, for a whole one.
+Not `tarfile.open`: that reads an extended header whatever size it claims, and takes an archive that ends between two
+members, or at a damaged header, for a whole one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def read_tar(stream: BinaryIO) -> Iterator[tuple[str, bytes | None, str]]:
     """Name, bytes and fault of each member that is not a folder; a member with a fault has no bytes.
 
     Raises:
-        EOFError: the archive ends before its end mark. tarfile.HeaderError: something that is no header where one must be.
+        EOFError: the archive ends before its end mark. tarfile.HeaderError: something that is no header where one must
+            be.
     """
     long_name, long_size = "", -1
     while (block := _exactly(stream, tarfile.BLOCKSIZE)).count(0) < tarfile.BLOCKSIZE:

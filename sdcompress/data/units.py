@@ -166,8 +166,10 @@ def _picture_columns(columns: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
     """What is known of a unit's pictures, as tensors."""
     kinds = {"caption_share": torch.float32, "digest": torch.uint8}
     return {
-        f"pictures.{name}": torch.tensor(values, dtype=kinds.get(name, torch.int32)).reshape(
-            len(values), *((16,) if name == "digest" else ())
+        f"pictures.{name}": (
+            torch.tensor(values, dtype=kinds.get(name, torch.int32)).reshape(
+                len(values), *((16,) if name == "digest" else ())
+            )
         )
         for name, values in columns.items()
     }

@@ -9,7 +9,11 @@ COMFYUI = Host(
     title="ComfyUI",
     plugin="comfyui_sdcompress",
     extension="custom_nodes/comfyui-sdcompress",
-    marks=(("custom_nodes",), ("models",), ("comfy/sd.py", "user", "comfy/cmd")),  # the desktop application's folder holds no program
+    marks=(
+        ("custom_nodes",),
+        ("models",),
+        ("comfy/sd.py", "user", "comfy/cmd"),
+    ),  # the desktop application's folder holds no program
     programs=("main.py",),
     signatures=("comfyui", "webui"),
     steps=(

@@ -1,10 +1,12 @@
 """The LDM key layout, in which WebUIs and checkpoint sites keep a whole Stable Diffusion model in one file.
 
-Each map goes from diffusers' key to LDM's and is derived from the structure the keys themselves show, so it holds for any levels and pairs, with or
-without a middle block. Writing applies it, reading (`sdcompress.single_file`) looks a tensor up through it.
+Each map goes from diffusers' key to LDM's and is derived from the structure the keys themselves show, so it holds for
+any levels and pairs, with or without a middle block. Writing applies it, reading (`sdcompress.single_file`) looks a
+tensor up through it.
 
-LDM numbers a UNet's blocks through (`input_blocks.0` is the first convolution, then each resnet–attention pair and each downsampler is one); within one the
-resnet is `.0` and the attention `.1`; an upsampler comes last in the last pair of its level.
+LDM numbers a UNet's blocks through (`input_blocks.0` is the first convolution, then each resnet–attention pair and each
+downsampler is one); within one the resnet is `.0` and the attention `.1`; an upsampler comes last in the last pair of
+its level.
 """
 
 from __future__ import annotations
@@ -37,7 +39,14 @@ _UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPENCLIP_ENDS = {
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -46,7 +55,13 @@ _OPENCLIP_ENDS = {
     "final_layer_norm.bias": "ln_final.bias",
     "text_projection.weight": "text_projection",
 }
-_OPENCLIP_LAYER = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+_OPENCLIP_LAYER = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
 _QKV = re.compile(r"(encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bias)")
 
 
@@ -71,7 +86,9 @@ def unet_keys(keys: Iterable[str]) -> dict[str, str]:
         module, _, leaf = key.rpartition(".")
         if module in _UNET_ENDS:
             return f"{_UNET_ENDS[module]}.{leaf}"
-        match = re.fullmatch(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", key)
+        match = re.fullmatch(
+            r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", key
+        )
         if match is None:
             return None
         side, number, kind, position, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
@@ -108,13 +125,17 @@ def _blocks(keys: list[str]) -> tuple[dict[tuple[str, int], int], set[tuple[str,
 
 
 def vae_keys(keys: Iterable[str]) -> dict[str, str]:
-    """diffusers' parameter names of an AutoencoderKL → LDM's, without the `first_stage_model.` prefix. Attention weights are 1×1 convolutions in LDM.
+    """diffusers' parameter names of an AutoencoderKL → LDM's, without the `first_stage_model.` prefix.
+
+    Attention weights are 1×1 convolutions in LDM.
 
     Raises:
         ModelError: a parameter that the LDM layout has no place for.
     """
     keys = list(keys)
-    levels = 1 + max((int(match[1]) for key in keys if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", key))), default=-1)
+    levels = 1 + max(
+        (int(match[1]) for key in keys if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", key))), default=-1
+    )
 
     def place(key: str) -> str | None:
         if re.fullmatch(r"((en|de)coder\.conv_(in|out)|(post_)?quant_conv)\.(weight|bias)", key):
@@ -124,8 +145,13 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
         if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.resnets\.(\d)\.(.+)", key):
             return f"{match[1]}.mid.block_{int(match[2]) + 1}.{_vae_resnet(match[3])}"
         if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", key):
-            return f"{match[1]}.mid.attn_1.{_VAE_ATTENTION[match[2]]}.{match[3]}" if match[2] in _VAE_ATTENTION else None
-        match = re.fullmatch(r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.(.+)|(?:down|up)samplers\.0\.(conv\.\w+))", key)
+            return (
+                f"{match[1]}.mid.attn_1.{_VAE_ATTENTION[match[2]]}.{match[3]}" if match[2] in _VAE_ATTENTION else None
+            )
+        match = re.fullmatch(
+            r"(encoder|decoder)\.(down|up)_blocks\.(\d+)\.(?:resnets\.(\d+)\.(.+)|(?:down|up)samplers\.0\.(conv\.\w+))",
+            key,
+        )
         if match is None:
             return None
         level = int(match[3]) if match[2] == "down" else levels - 1 - int(match[3])
@@ -142,7 +168,8 @@ def _vae_resnet(name: str) -> str:
 def openclip_keys(keys: Iterable[str]) -> dict[str, str]:
     """transformers' parameter names of a CLIP text encoder (without `text_model.`) → OpenCLIP's.
 
-    Query, key and value of a layer share one OpenCLIP tensor, in that order along dimension 0; `text_projection` is transposed there.
+    Query, key and value of a layer share one OpenCLIP tensor, in that order along dimension 0; `text_projection` is
+    transposed there.
 
     Raises:
         ModelError: a parameter that the OpenCLIP layout has no place for.
@@ -166,23 +193,33 @@ def _placed(keys: Iterable[str], place: Callable[[str], str | None], what: str) 
     found = {key: place(key) for key in keys}
     lost = [key for key, name in found.items() if name is None]
     if lost:
-        raise ModelError(f"the {what} has {len(lost)} parameters that the LDM layout has no place for", where=lost[0], expected="a UNet, VAE or text encoder of Stable Diffusion")
+        raise ModelError(
+            f"the {what} has {len(lost)} parameters that the LDM layout has no place for",
+            where=lost[0],
+            expected="a UNet, VAE or text encoder of Stable Diffusion",
+        )
     return {key: name for key, name in found.items() if name is not None}
 
 
 def qkv_third(key: str) -> int | None:
-    """Which third of OpenCLIP's shared tensor a parameter is: 0 query, 1 key, 2 value; None where it has a tensor of its own."""
+    """Which third of OpenCLIP's shared tensor a parameter is: 0 query, 1 key, 2 value; None where it has a tensor of
+    its own.
+    """
     match = _QKV.fullmatch(key)
     return None if match is None else "qkv".index(match[2])
 
 
 def is_openclip(config: Any) -> bool:
-    """Whether a text encoder comes from OpenCLIP (SD2, SDXL's second) and not from OpenAI (SD1, SDXL's first): they differ in the activation."""
+    """Whether a text encoder comes from OpenCLIP (SD2, SDXL's second) and not from OpenAI (SD1, SDXL's first): they
+    differ in the activation.
+    """
     return bool(config.hidden_act == "gelu")
 
 
 def text_prefixes(sdxl: bool, openclip: bool) -> tuple[str, str]:
-    """Prefix of a text encoder's parameters in a file: (OpenAI layout or OpenCLIP layout, as `openclip` says), and of its `text_projection`."""
+    """Prefix of a text encoder's parameters in a file: (OpenAI layout or OpenCLIP layout, as `openclip` says), and of
+    its `text_projection`.
+    """
     if openclip:
         base = "conditioner.embedders.1.model." if sdxl else "cond_stage_model.model."
         return base, base
@@ -194,7 +231,8 @@ def ldm_state_dict(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     """A pipeline's UNet, VAE and text encoders under LDM keys.
 
     Returns:
-        LDM key → tensor, in the pipeline's own dtype and device; views of its weights where the layout allows. An empty `v_pred` (and `ztsnr`) is added
+        LDM key → tensor, in the pipeline's own dtype and device; views of its weights where the layout allows. An empty
+            `v_pred` (and `ztsnr`) is added
         where the scheduler says so.
 
     Raises:
@@ -212,16 +250,26 @@ def ldm_state_dict(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
         if encoder is not None:
             weights |= _text_state_dict(encoder, sdxl)
     scheduler = parts.scheduler.config
-    flags = {V_PREDICTION: scheduler.get("prediction_type") == "v_prediction", ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr"))}
+    flags = {
+        V_PREDICTION: scheduler.get("prediction_type") == "v_prediction",
+        ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr")),
+    }
     return weights | {key: torch.empty(0) for key, flag in flags.items() if flag}
 
 
 def _text_state_dict(encoder: Any, sdxl: bool) -> dict[str, torch.Tensor]:
-    state = {key.removeprefix("text_model."): tensor for key, tensor in encoder.state_dict().items() if not key.endswith("position_ids")}
+    state = {
+        key.removeprefix("text_model."): tensor
+        for key, tensor in encoder.state_dict().items()
+        if not key.endswith("position_ids")
+    }
     openclip = is_openclip(encoder.config)
     prefix, projection_prefix = text_prefixes(sdxl, openclip)
     if not openclip:
-        return {(projection_prefix if key.startswith("text_projection") else prefix) + key: tensor for key, tensor in state.items()}
+        return {
+            (projection_prefix if key.startswith("text_projection") else prefix) + key: tensor
+            for key, tensor in state.items()
+        }
     weights: dict[str, torch.Tensor] = {}
     for key, name in openclip_keys(state).items():
         if name == "text_projection":
@@ -233,8 +281,16 @@ def _text_state_dict(encoder: Any, sdxl: bool) -> dict[str, torch.Tensor]:
     return weights
 
 
-def export_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torch.float16, *, metadata: Mapping[str, str] | None = None, force: bool = False) -> Path:
-    """`write_ldm` with what a command has to look at first: the path, the room on its disk, and that no weight leaves the range of `dtype`.
+def export_ldm(
+    pipeline: DiffusionPipeline,
+    path: Path,
+    dtype: torch.dtype = torch.float16,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> Path:
+    """`write_ldm` with what a command has to look at first: the path, the room on its disk, and that no weight leaves
+    the range of `dtype`.
 
     Args:
         metadata: further entries for the file, such as its name and what it was made from; values are text.
@@ -244,25 +300,45 @@ def export_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = tor
         The file's absolute path.
 
     Raises:
-        UsageError: `path` is a folder or does not end in `.safetensors`. ArtifactError: it is there already. ModelError: a part that LDM files do not
-            know, or weights that are infinite in `dtype`. StorageError: no space, no permission.
+        UsageError: `path` is a folder or does not end in `.safetensors`. ArtifactError: it is there already.
+            ModelError: a part that LDM files do not know, or weights that are infinite in `dtype`. StorageError: no
+            space, no permission.
     """
     path = path.absolute()
     if path.suffix != ".safetensors" or path.is_dir():
-        raise UsageError("a folder" if path.is_dir() else f"a file ending in {path.suffix or 'nothing'!r}", where=path, expected="a file that ends in .safetensors")
+        raise UsageError(
+            "a folder" if path.is_dir() else f"a file ending in {path.suffix or 'nothing'!r}",
+            where=path,
+            expected="a file that ends in .safetensors",
+        )
     if path.exists() and not force:
         raise ArtifactError("exists", where=path, hint="add --force to replace it, or choose another -o")
     weights = ldm_state_dict(pipeline)
-    if lost := [key for key, tensor in weights.items() if tensor.numel() and not tensor.abs().max() <= torch.finfo(dtype).max]:
-        raise ModelError(f"{len(lost)} weights do not fit into {str(dtype).removeprefix('torch.')}, or are not finite", where=lost[0], hint="--precision fp32, or bf16")
-    require_space(path.parent, sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize + 2**20, "the LDM file")
+    if lost := [
+        key for key, tensor in weights.items() if tensor.numel() and not tensor.abs().max() <= torch.finfo(dtype).max
+    ]:
+        raise ModelError(
+            f"{len(lost)} weights do not fit into {str(dtype).removeprefix('torch.')}, or are not finite",
+            where=lost[0],
+            hint="--precision fp32, or bf16",
+        )
+    require_space(
+        path.parent, sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize + 2**20, "the LDM file"
+    )
     return write_ldm(pipeline, path, dtype, metadata)
 
 
-def write_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torch.float16, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write a pipeline as one `.safetensors` in LDM layout, by one rename: what A1111, Forge, ComfyUI and `load_teacher` take.
+def write_ldm(
+    pipeline: DiffusionPipeline,
+    path: Path,
+    dtype: torch.dtype = torch.float16,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a pipeline as one `.safetensors` in LDM layout, by one rename: what A1111, Forge, ComfyUI and
+    `load_teacher` take.
 
-    The pipeline's configs go into the file's metadata, and its tokenizer where it is not CLIP's, so that reading it back is exact for any width.
+    The pipeline's configs go into the file's metadata, and its tokenizer where it is not CLIP's, so that reading it
+    back is exact for any width.
 
     Args:
         dtype: of the weights in the file.
@@ -273,7 +349,10 @@ def write_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torc
     """
     from safetensors.torch import save_file
 
-    weights = {key: tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format) for key, tensor in ldm_state_dict(pipeline).items()}
+    weights = {
+        key: tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
+        for key, tensor in ldm_state_dict(pipeline).items()
+    }
     metadata = {**(metadata or {}), "format": "pt", METADATA_KEY: json.dumps(pipeline_configs(pipeline))}
     path = path.absolute()
     with storage_errors(path):
@@ -292,7 +371,9 @@ def write_ldm(pipeline: DiffusionPipeline, path: Path, dtype: torch.dtype = torc
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata in order, which is another in every process, so that the same model makes the same bytes."""
+    """Put a safetensors file's metadata in order, which is another in every process, so that the same model makes the
+    same bytes.
+    """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -324,7 +405,11 @@ def pipeline_configs(pipeline: DiffusionPipeline) -> dict[str, str]:
                 part.save_config(folder)
             else:
                 part.config.save_pretrained(folder)
-            files |= {f"{name}/{path.name}": _anonymous(path) for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt")}
+            files |= {
+                f"{name}/{path.name}": _anonymous(path)
+                for path in sorted(folder.iterdir())
+                if path.suffix in (".json", ".txt")
+            }
     return {"model_index.json": json.dumps(index)} | files
 
 

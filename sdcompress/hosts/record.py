@@ -1,4 +1,6 @@
-"""What an install has written into a host's folder: a record of files by sha256, and the few file operations that keep to it."""
+"""What an install has written into a host's folder: a record of files by sha256, and the few file operations that keep
+to it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Entry:
         """Whether this is what lies there."""
         if path.is_symlink():
             return bool(self.link) and without_prefix(os.readlink(path)) == self.link
-        return not self.link and path.is_file() and path.stat().st_size == self.bytes and sha256_file(path) == self.sha256
+        return (
+            not self.link and path.is_file() and path.stat().st_size == self.bytes and sha256_file(path) == self.sha256
+        )
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,19 @@ def read_record(path: Path, ours: tuple[str, ...]) -> tuple[Record | None, str |
             return None, f"it has schema {raw['schema']}, not {SCHEMA}"
         if seal != hashlib.sha256(canonical(raw)).hexdigest():
             return None, "it was edited: its seal does not match what it says"
-        record = Record({name: Entry(**entry) for name, entry in raw["files"].items()}, tuple(raw["folders"]), raw["version"], raw["created"])
+        record = Record(
+            {name: Entry(**entry) for name, entry in raw["files"].items()},
+            tuple(raw["folders"]),
+            raw["version"],
+            raw["created"],
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"it does not say what was installed ({type(error).__name__}: {error})"
-    outside = [name for name in record.files if not is_plain_path(name) or not name.startswith(tuple(f"{folder}/" for folder in ours))]
+    outside = [
+        name
+        for name in record.files
+        if not is_plain_path(name) or not name.startswith(tuple(f"{folder}/" for folder in ours))
+    ]
     outside += [name for name in record.folders if not is_plain_path(name)]
     return (None, f"it names {outside[0]}, which is none of ours") if outside else (record, None)
 
@@ -95,7 +108,10 @@ def without_prefix(target: str) -> str:
 def write_record(path: Path, record: Record) -> None:
     """Write a record by one rename."""
     said: dict[str, Any] = asdict(record) | {"schema": SCHEMA, "folders": sorted(record.folders)}
-    said["files"] = {name: {key: value for key, value in asdict(entry).items() if value} for name, entry in sorted(record.files.items())}
+    said["files"] = {
+        name: {key: value for key, value in asdict(entry).items() if value}
+        for name, entry in sorted(record.files.items())
+    }
     text = json.dumps(said | {"seal": hashlib.sha256(canonical(said)).hexdigest()}, indent=1) + "\n"
     temporary = _beside(path)
     try:
@@ -108,7 +124,11 @@ def write_record(path: Path, record: Record) -> None:
 
 def set_aside(path: Path) -> Path:
     """A copy of a file under a name that is free; returns it."""
-    backup = next(place for number in range(1, 10_000) if not os.path.lexists(place := path.with_name(f"{path.name}.broken-{number}")))
+    backup = next(
+        place
+        for number in range(1, 10_000)
+        if not os.path.lexists(place := path.with_name(f"{path.name}.broken-{number}"))
+    )
     shutil.copyfile(path, backup)
     return backup
 
@@ -134,7 +154,9 @@ def copy_beside(source: Path, entry: Entry, target: Path) -> Path:
 
 
 def remove(root: Path, entries: Mapping[str, Entry]) -> tuple[list[str], dict[str, str]]:
-    """Delete what is still what was written, and what Python has made of it; returns those paths, and those that were kept with the reason."""
+    """Delete what is still what was written, and what Python has made of it; returns those paths, and those that were
+    kept with the reason.
+    """
     removed, kept = [], {}
     for name, entry in entries.items():
         path = root / name
@@ -159,7 +181,11 @@ def _forget_compiled(source: Path) -> None:
 
 def make_folders(root: Path, folder: str) -> list[str]:
     """Make a folder in `root`; returns those that were not there, outermost first."""
-    made = [str(place) for place in [*reversed(PurePosixPath(folder).parents), PurePosixPath(folder)] if not (root / place).exists()]
+    made = [
+        str(place)
+        for place in [*reversed(PurePosixPath(folder).parents), PurePosixPath(folder)]
+        if not (root / place).exists()
+    ]
     for place in made:
         (root / place).mkdir()
     return made
@@ -180,7 +206,12 @@ def prune_folders(root: Path, folders: Iterable[str]) -> tuple[str, ...]:
 
 def leftovers(root: Path, folders: Iterable[str]) -> list[str]:
     """Copies that an install which was killed has left."""
-    return sorted(path.relative_to(root).as_posix() for folder in folders if (root / folder).is_dir() for path in (root / folder).rglob(f".*{PARTIAL}"))
+    return sorted(
+        path.relative_to(root).as_posix()
+        for folder in folders
+        if (root / folder).is_dir()
+        for path in (root / folder).rglob(f".*{PARTIAL}")
+    )
 
 
 def _beside(target: Path) -> Path:

@@ -1,4 +1,6 @@
-"""AUTOMATIC1111's Stable Diffusion WebUI, and Forge, which is grown from it: an extension, and engines in a model folder of their own."""
+"""AUTOMATIC1111's Stable Diffusion WebUI, and Forge, which is grown from it: an extension, and engines in a model
+folder of their own.
+"""
 
 from __future__ import annotations
 
@@ -27,5 +29,9 @@ FORGE = replace(
     title="Forge",
     marks=(("webui.py",), ("modules_forge",)),
     absent={},
-    steps=("restart Forge", "load a checkpoint of the engine's family", "in txt2img or img2img, open the panel sdcompress and choose the engine"),
+    steps=(
+        "restart Forge",
+        "load a checkpoint of the engine's family",
+        "in txt2img or img2img, open the panel sdcompress and choose the engine",
+    ),
 )

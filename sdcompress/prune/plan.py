@@ -1,7 +1,8 @@
 """Which blocks of a teacher's UNet stay: one object, from which config, weight map and feature pairs are derived.
 
-Block-removed architectures follow BK-SDM (Kim et al., arXiv 2305.15798, section 3.1), told here by shape and not by name, so
-that they hold for any `UNet2DConditionModel` whose levels allow them. Level 0 is the outermost (highest resolution).
+Block-removed architectures follow BK-SDM (Kim et al., arXiv 2305.15798, section 3.1), told here by shape and not by
+name, so that they hold for any `UNet2DConditionModel` whose levels allow them. Level 0 is the outermost (highest
+resolution).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class LevelPlan:
     Attributes:
         down: indices of the resnet–attention pairs of the teacher's down block that stay.
         up: indices of the pairs of its up block that stay; always one more than `down`.
-        transformer_blocks: indices of the transformer blocks that stay in each attention; None keeps all (SDXL has up to ten).
+        transformer_blocks: indices of the transformer blocks that stay in each attention; None keeps all (SDXL has up
+            to ten).
     """
 
     down: tuple[int, ...]
@@ -79,7 +81,15 @@ class BlockPlan:
         config = dict(self.teacher)
         total = len(config["block_out_channels"])
         # Everything a config may give level by level, outermost first; up_block_types runs the other way.
-        for key in ("block_out_channels", "down_block_types", "attention_head_dim", "num_attention_heads", "cross_attention_dim", "only_cross_attention", "transformer_layers_per_block"):
+        for key in (
+            "block_out_channels",
+            "down_block_types",
+            "attention_head_dim",
+            "num_attention_heads",
+            "cross_attention_dim",
+            "only_cross_attention",
+            "transformer_layers_per_block",
+        ):
             if isinstance(config.get(key), list | tuple):
                 config[key] = list(config[key][:kept])
         config["up_block_types"] = list(config["up_block_types"][total - kept :])
@@ -90,7 +100,10 @@ class BlockPlan:
         config["layers_per_block"] = pairs[0] if len(set(pairs)) == 1 else pairs
         if any(level.transformer_blocks is not None for level in self.levels):
             have = _per_level(self.teacher, "transformer_layers_per_block", 1)
-            config["transformer_layers_per_block"] = [have[i] if level.transformer_blocks is None else len(level.transformer_blocks) for i, level in enumerate(self.levels)]
+            config["transformer_layers_per_block"] = [
+                have[i] if level.transformer_blocks is None else len(level.transformer_blocks)
+                for i, level in enumerate(self.levels)
+            ]
         if not self.mid:
             config["mid_block_type"] = None
         return config
@@ -122,12 +135,13 @@ class BlockPlan:
     def feature_pairs(self, choice: str = "blocks") -> list[tuple[str, str]]:
         """(student module, teacher module) whose outputs have equal shapes, from input to output.
 
-        Block outputs (BK-SDM, equation 3). A down block that has lost its downsampler is compared before it, at the output
-        projection of the last attention, as the paper does for its tiny model.
+        Block outputs (BK-SDM, equation 3). A down block that has lost its downsampler is compared before it, at the
+        output projection of the last attention, as the paper does for its tiny model.
 
         Args:
-            choice: `blocks` takes all; `bk-sdm` leaves the mid block out, as the paper's code does; `segmind` compares a last down
-                block that has lost its downsampler with what reaches the level's up block in the teacher, as theirs does.
+            choice: `blocks` takes all; `bk-sdm` leaves the mid block out, as the paper's code does; `segmind` compares
+                a last down block that has lost its downsampler with what reaches the level's up block in the teacher,
+                as theirs does.
         """
         pairs = []
         for i, level in enumerate(self.levels):
@@ -142,7 +156,13 @@ class BlockPlan:
             if lost_downsampler and choice == "segmind":
                 pairs.append((f"down_blocks.{i}", f"up_blocks.{self.dropped_levels - 1}"))
                 continue
-            teacher = student if not lost_downsampler else student.replace(f".{len(level.down) - 1}", f".{_per_level(self.teacher, 'layers_per_block', 2)[i] - 1}")
+            teacher = (
+                student
+                if not lost_downsampler
+                else student.replace(
+                    f".{len(level.down) - 1}", f".{_per_level(self.teacher, 'layers_per_block', 2)[i] - 1}"
+                )
+            )
             pairs.append((student, teacher))
         if self.mid and choice != "bk-sdm":
             pairs.append(("mid_block", "mid_block"))
@@ -161,10 +181,19 @@ class BlockPlan:
         """
         try:
             raw = json.loads(text)
-            levels = tuple(LevelPlan(tuple(v["down"]), tuple(v["up"]), None if v["transformer_blocks"] is None else tuple(v["transformer_blocks"])) for v in raw["levels"])
+            levels = tuple(
+                LevelPlan(
+                    tuple(v["down"]),
+                    tuple(v["up"]),
+                    None if v["transformer_blocks"] is None else tuple(v["transformer_blocks"]),
+                )
+                for v in raw["levels"]
+            )
             return cls(name=raw["name"], teacher=raw["teacher"], levels=levels, mid=raw["mid"])
         except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"is not a plan ({error})", where=where, hint="sdcompress plan TEACHER --preset bk-tiny -o plan.json") from error
+            raise PlanError(
+                f"is not a plan ({error})", where=where, hint="sdcompress plan TEACHER --preset bk-tiny -o plan.json"
+            ) from error
 
 
 def _per_level(config: UNetConfig, key: str, default: Any) -> list[Any]:
@@ -184,27 +213,43 @@ def _check(plan: BlockPlan) -> None:
     for i in range(len(plan.levels), len(channels)):
         if channels[i] != channels[i - 1]:
             raise PlanError(
-                f"level {i} cannot go: it has {channels[i]} channels and its neighbour {channels[i - 1]}, so the blocks around the gap would not fit",
+                f"level {i} cannot go: it has {channels[i]} channels and its neighbour {channels[i - 1]}, so the blocks"
+                " around the gap would not fit",
                 expected="equal channels on both sides (SD1.x and SD2.x have them, SDXL has not)",
                 hint="a preset that keeps every level: bk-base or bk-small",
             )
     if plan.mid and len(plan.levels) < len(channels):
-        raise PlanError("the mid block cannot stay when the innermost level goes: it works at the resolution that level leaves")
+        raise PlanError(
+            "the mid block cannot stay when the innermost level goes: it works at the resolution that level leaves"
+        )
     for i, level in enumerate(plan.levels):
         if len(level.up) != len(level.down) + 1:
-            raise PlanError(f"level {i} keeps {len(level.down)} down and {len(level.up)} up pairs", expected="one up pair more than down pairs: each takes one skip tensor")
+            raise PlanError(
+                f"level {i} keeps {len(level.down)} down and {len(level.up)} up pairs",
+                expected="one up pair more than down pairs: each takes one skip tensor",
+            )
         for side, kept, have in (("down", level.down, layers[i]), ("up", level.up, layers[i] + 1)):
             if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(have)):
-                raise PlanError(f"level {i} keeps {side} pairs {list(kept)}", expected=f"ascending indices below {have}")
+                raise PlanError(
+                    f"level {i} keeps {side} pairs {list(kept)}", expected=f"ascending indices below {have}"
+                )
         if level.down[:1] != (0,):
             raise PlanError(f"level {i} drops down pair 0, where the channels change")
         if level.up[0] != 0 or level.up[-1] != layers[i]:
-            raise PlanError(f"level {i} keeps up pairs {list(level.up)}", expected=f"the first (0) and the last ({layers[i]}), where the channels change")
+            raise PlanError(
+                f"level {i} keeps up pairs {list(level.up)}",
+                expected=f"the first (0) and the last ({layers[i]}), where the channels change",
+            )
         if level.transformer_blocks is not None:
             if not isinstance(transformers[i], int):
-                raise PlanError(f"level {i} has another number of transformer blocks in each pair; they can only stay as they are")
+                raise PlanError(
+                    f"level {i} has another number of transformer blocks in each pair; they can only stay as they are"
+                )
             if not level.transformer_blocks or not set(level.transformer_blocks) <= set(range(transformers[i])):
-                raise PlanError(f"level {i} keeps transformer blocks {list(level.transformer_blocks)}", expected=f"some of 0 to {transformers[i] - 1}")
+                raise PlanError(
+                    f"level {i} keeps transformer blocks {list(level.transformer_blocks)}",
+                    expected=f"some of 0 to {transformers[i] - 1}",
+                )
 
 
 def preset_name(name: str) -> str:
@@ -217,11 +262,17 @@ def preset_name(name: str) -> str:
     if found not in PRESETS:
         known = [*PRESETS, *ALIASES]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        raise UsageError(f"no preset {name!r}", expected=f"one of {', '.join(known)}, or the path of a plan.json", hint=f"--preset {near[0] if near else 'bk-tiny'}")
+        raise UsageError(
+            f"no preset {name!r}",
+            expected=f"one of {', '.join(known)}, or the path of a plan.json",
+            hint=f"--preset {near[0] if near else 'bk-tiny'}",
+        )
     return found
 
 
-def make_plan(config: UNetConfig, preset: str | None = None, *, levels: Sequence[LevelPlan] | None = None, mid: bool = True) -> BlockPlan:
+def make_plan(
+    config: UNetConfig, preset: str | None = None, *, levels: Sequence[LevelPlan] | None = None, mid: bool = True
+) -> BlockPlan:
     """A plan for a UNet config (no weights needed), from a preset's name or from keep-lists.
 
     Args:
@@ -245,7 +296,10 @@ def make_plan(config: UNetConfig, preset: str | None = None, *, levels: Sequence
     rule = PRESETS[name]
     layers = _per_level(teacher, "layers_per_block", 2)
     if teacher.get("mid_block_type", "UNetMidBlock2DCrossAttn") is None and rule.mid is False and max(layers) == 1:
-        raise PlanError(f"{name} removes nothing here: the UNet has one pair a level and no mid block, so it is a student already", hint="a whole teacher")
+        raise PlanError(
+            f"{name} removes nothing here: the UNet has one pair a level and no mid block, so it is a student already",
+            hint="a whole teacher",
+        )
     kept = len(layers) - rule.dropped_levels
     has_mid = teacher.get("mid_block_type", "UNetMidBlock2DCrossAttn") is not None
     return BlockPlan(name, teacher, tuple(LevelPlan(down=(0,), up=(0, n)) for n in layers[:kept]), rule.mid and has_mid)
@@ -264,5 +318,10 @@ def read_plan(name_or_path: str, config: UNetConfig) -> BlockPlan:
     ours = make_plan(config, levels=plan.levels, mid=plan.mid)
     for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types"):
         if plan.teacher.get(key) != ours.teacher.get(key):
-            raise PlanError(f"was made for a UNet with {key} {plan.teacher.get(key)}", where=path, expected=f"{ours.teacher.get(key)}, as the teacher has", hint="sdcompress plan TEACHER --preset bk-tiny -o plan.json")
+            raise PlanError(
+                f"was made for a UNet with {key} {plan.teacher.get(key)}",
+                where=path,
+                expected=f"{ours.teacher.get(key)}, as the teacher has",
+                hint="sdcompress plan TEACHER --preset bk-tiny -o plan.json",
+            )
     return plan

@@ -36,7 +36,12 @@ def build_student(teacher: UNet2DConditionModel, plan: BlockPlan) -> UNet2DCondi
         name = plan.teacher_key(key)
         if name not in source or source[name].shape != shape:
             found = tuple(source[name].shape) if name in source else "nothing"
-            raise PlanError(f"the teacher has {found} at {name}", where=key, expected=f"shape {tuple(shape)}", hint="make the plan from this teacher's own config")
+            raise PlanError(
+                f"the teacher has {found} at {name}",
+                where=key,
+                expected=f"shape {tuple(shape)}",
+                hint="make the plan from this teacher's own config",
+            )
         weights[key] = source[name].detach().clone()
     student.load_state_dict(weights, assign=True)
     return student.train(teacher.training).requires_grad_(True)
@@ -73,17 +78,32 @@ def unet_cost(config: dict[str, Any]) -> dict[str, Cost]:
     if config.get("addition_embed_type") == "text_time":
         ids = 6
         extra["added_cond_kwargs"] = {
-            "text_embeds": torch.empty(1, config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"], device="meta"),
+            "text_embeds": torch.empty(
+                1,
+                config["projection_class_embeddings_input_dim"] - ids * config["addition_time_embed_dim"],
+                device="meta",
+            ),
             "time_ids": torch.empty(1, ids, device="meta"),
         }
     with FlopCounterMode(display=False, depth=3) as counter, torch.no_grad():
-        unet(torch.empty(1, config["in_channels"], height, width, device="meta"), torch.empty(1, device="meta"), context, **extra)
+        unet(
+            torch.empty(1, config["in_channels"], height, width, device="meta"),
+            torch.empty(1, device="meta"),
+            context,
+            **extra,
+        )
     flops = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     total = Cost(count_parameters(unet), flops["Global"] // 2)
     parts = {}
-    names = [f"down_blocks.{i}" for i in range(len(unet.down_blocks))] + (["mid_block"] if unet.mid_block is not None else []) + [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+    names = (
+        [f"down_blocks.{i}" for i in range(len(unet.down_blocks))]
+        + (["mid_block"] if unet.mid_block is not None else [])
+        + [f"up_blocks.{i}" for i in range(len(unet.up_blocks))]
+    )
     for name in names:
-        parts[name] = Cost(count_parameters(unet.get_submodule(name)), flops.get(f"{type(unet).__name__}.{name}", 0) // 2)
+        parts[name] = Cost(
+            count_parameters(unet.get_submodule(name)), flops.get(f"{type(unet).__name__}.{name}", 0) // 2
+        )
     named = sum(parts.values(), Cost(0, 0))
     return parts | {"rest": Cost(total.parameters - named.parameters, total.macs - named.macs), "total": total}
 

@@ -15,7 +15,9 @@ from .config import TrainConfig
 
 
 def generator_for(seed: int, kind: str, number: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, kind, number), by hash: torch's takes only the low 32 bits of what it is given."""
+    """A CPU generator of its own for each (seed, kind, number), by hash: torch's takes only the low 32 bits of what it
+    is given.
+    """
     digest = hashlib.blake2b(f"{seed} {kind} {number}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
@@ -27,7 +29,8 @@ class NoisyBatch:
     Attributes:
         sample: noisy latents, (B, C, h, w) float32.
         timesteps: (B,) int64.
-        encoder_hidden_states: text embeddings, (B, 77, D) float32; token ids, (B, 77) int64, where the text encoder is trained.
+        encoder_hidden_states: text embeddings, (B, 77, D) float32; token ids, (B, 77) int64, where the text encoder is
+            trained.
         target: noise or velocity, as the prediction type asks, (B, C, h, w) float32.
         weight: of each picture's loss, (B,) float32; ones without Min-SNR.
         added: SDXL's `text_embeds`, (B, P), and `time_ids`, (B, 6), float32; None elsewhere.
@@ -48,14 +51,21 @@ class NoisyBatch:
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> NoisyBatch:
         """The batch with every tensor put through `change`."""
         added = None if self.added is None else {name: change(tensor) for name, tensor in self.added.items()}
-        return NoisyBatch(change(self.sample), change(self.timesteps), change(self.encoder_hidden_states), change(self.target), change(self.weight), added)
+        return NoisyBatch(
+            change(self.sample),
+            change(self.timesteps),
+            change(self.encoder_hidden_states),
+            change(self.target),
+            change(self.weight),
+            added,
+        )
 
 
 class Order:
     """Which picture stands at each place of the endless stream of samples; a fresh permutation each epoch.
 
-    Where pictures have several shapes, the stream is made of whole batches of one shape, and the few of each shape that fill no
-    batch in an epoch wait for another one's permutation.
+    Where pictures have several shapes, the stream is made of whole batches of one shape, and the few of each shape that
+    fill no batch in an epoch wait for another one's permutation.
     """
 
     def __init__(self, buckets: torch.Tensor, batch_size: int, seed: int) -> None:
@@ -95,14 +105,18 @@ class Batches:
         tokens: give token ids in the place of text embeddings, for a text encoder in training.
     """
 
-    def __init__(self, cache: LatentCache, scheduler: Any, scaling_factor: float, config: TrainConfig, *, tokens: bool = False) -> None:
+    def __init__(
+        self, cache: LatentCache, scheduler: Any, scaling_factor: float, config: TrainConfig, *, tokens: bool = False
+    ) -> None:
         self.cache, self.config, self.scaling_factor, self.tokens = cache, config, scaling_factor, tokens
         self.alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
         self.prediction_type = scheduler.config.prediction_type
         self.order = Order(cache.buckets, config.batch_size, config.seed)
 
     def noisy(self, positions: range) -> NoisyBatch:
-        """The batch for these positions in the stream of samples (position = step × batch size + place in the batch), on the CPU."""
+        """The batch for these positions in the stream of samples (position = step × batch size + place in the batch),
+        on the CPU.
+        """
         rows = [self._sample(position) for position in positions]
         latents, noise, text = (torch.stack(part) for part in list(zip(*rows, strict=True))[:3])
         timesteps = torch.tensor([row[3] for row in rows])
@@ -113,7 +127,9 @@ class Batches:
         if self.config.snr_gamma is not None:
             snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
             weight = snr.clamp(max=self.config.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
-        added = None if rows[0][4] is None else {name: torch.stack([row[4][name] for row in rows]) for name in rows[0][4]}
+        added = (
+            None if rows[0][4] is None else {name: torch.stack([row[4][name] for row in rows]) for name in rows[0][4]}
+        )
         batch = NoisyBatch(sample, timesteps, text, target, weight, added)
         return batch.each(torch.Tensor.pin_memory) if torch.cuda.is_available() else batch
 
@@ -129,4 +145,3 @@ class Batches:
         added = None if found.pooled is None else {"text_embeds": found.pooled, "time_ids": found.time_ids}
         text = found.ids if self.tokens and found.ids is not None else found.text
         return latents, noise, text, timestep, added
-

@@ -39,9 +39,9 @@ def is_whole(path: Path) -> bool:
 class Checkpoints:
     """The checkpoints of one run, under `folder`.
 
-    A checkpoint holds the trained weights, their average, the optimizer's and the gradient scaler's state. Under FSDP and
-    DeepSpeed, where no process has the whole, accelerate writes what each one has. Everything random in a run is a function of
-    (seed, step, sample), so no generator's state is needed.
+    A checkpoint holds the trained weights, their average, the optimizer's and the gradient scaler's state. Under FSDP
+    and DeepSpeed, where no process has the whole, accelerate writes what each one has. Everything random in a run is a
+    function of (seed, step, sample), so no generator's state is needed.
 
     Attributes:
         identity: what makes the run itself; a checkpoint of another one is refused.
@@ -76,12 +76,19 @@ class Checkpoints:
             elif main:
                 scaler = self.accelerator.scaler
                 torch.save(
-                    {"trained": trainable_state(trained), "optimizer": optimizer.state_dict(), "average": average, "scaler": scaler.state_dict() if scaler else None},
+                    {
+                        "trained": trainable_state(trained),
+                        "optimizer": optimizer.state_dict(),
+                        "average": average,
+                        "scaler": scaler.state_dict() if scaler else None,
+                    },
                     staging / STATE,
                 )
             self.accelerator.wait_for_everyone()
             if main:
-                write_manifest(staging, "checkpoint", config={"step": step, "identity": json.loads(json.dumps(self.identity))})
+                write_manifest(
+                    staging, "checkpoint", config={"step": step, "identity": json.loads(json.dumps(self.identity))}
+                )
                 if target.exists():
                     shutil.rmtree(target)
                 os.replace(staging, target)
@@ -121,7 +128,11 @@ class Checkpoints:
             average: dict[str, torch.Tensor] | None = state["average"]
             return average
         except (RuntimeError, ValueError, KeyError, OSError) as error:
-            raise TrainingError(f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})", where=path, hint="delete it; the one before is used then") from error
+            raise TrainingError(
+                f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})",
+                where=path,
+                hint="delete it; the one before is used then",
+            ) from error
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -136,9 +147,17 @@ def check_identity(theirs: dict[str, Any], ours: dict[str, Any], output: Path) -
         TrainingError: names what differs.
     """
     theirs, mine = flat(theirs), flat(json.loads(json.dumps(ours)))
-    differing = [f"{k}: {theirs.get(k)!r:.60} there, {mine.get(k)!r:.60} here" for k in sorted(theirs | mine) if theirs.get(k) != mine.get(k)]
+    differing = [
+        f"{k}: {theirs.get(k)!r:.60} there, {mine.get(k)!r:.60} here"
+        for k in sorted(theirs | mine)
+        if theirs.get(k) != mine.get(k)
+    ]
     if differing:
-        raise TrainingError("holds the checkpoints of another run: " + "; ".join(differing[:5]), where=output, hint="--force to start over, or another -o")
+        raise TrainingError(
+            "holds the checkpoints of another run: " + "; ".join(differing[:5]),
+            where=output,
+            hint="--force to start over, or another -o",
+        )
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,11 +24,21 @@ if TYPE_CHECKING:
     from sdcompress.teacher import LoadedPipeline
 
 
-def finetune(model: LoadedPipeline, cache: LatentCache, config: FinetuneConfig, output: Path, *, resume: bool = False, force: bool = False, report: Reporter = SILENT) -> TrainResult:
+def finetune(
+    model: LoadedPipeline,
+    cache: LatentCache,
+    config: FinetuneConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> TrainResult:
     """Train a copy of `model`'s UNet by the diffusion loss; the finished pipeline lands in `output/pipeline`.
 
     Raises:
-        ArtifactError: `output` is in the way (neither `resume` nor `force`), or in use. TrainingError: divergence, or a resume of another run.
+        ArtifactError: `output` is in the way (neither `resume` nor `force`), or in use. TrainingError: divergence, or a
+            resume of another run.
     """
     pipeline: Any = model.pipeline
     with run_folder(output, resume=resume, force=force), storage_errors(output):
@@ -38,7 +48,9 @@ def finetune(model: LoadedPipeline, cache: LatentCache, config: FinetuneConfig, 
         batches = Batches(cache, training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config)
         identity = {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")}
         draw = sampler(lambda trained: with_unet(pipeline, trained), config, output, cache.size_px)
-        result = train(unet, Denoising(), batches, config, output, identity, sampler=draw, label="finetune", report=report)
+        result = train(
+            unet, Denoising(), batches, config, output, identity, sampler=draw, label="finetune", report=report
+        )
         if PartialState().is_main_process:
             save_pipeline(
                 with_unet(pipeline, unet.cpu().eval()),

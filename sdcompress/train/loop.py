@@ -68,7 +68,10 @@ def choose_precision(precision: str, device_type: str) -> str:
 
 
 def computes_bf16(device: Any = None) -> bool:
-    """Returns whether a GPU has instructions for bfloat16: from compute capability 8.0 on. `torch.cuda.is_bf16_supported` counts emulation too."""
+    """Returns whether a GPU has instructions for bfloat16: from compute capability 8.0 on.
+
+    `torch.cuda.is_bf16_supported` counts emulation too.
+    """
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -76,7 +79,9 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     """The rate of 0-based `step`."""
     rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
     if config.lr_schedule == "cosine" and step >= config.lr_warmup_steps:
-        rate *= 0.5 * (1 + math.cos(math.pi * (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps)))
+        rate *= 0.5 * (
+            1 + math.cos(math.pi * (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps))
+        )
     return rate
 
 
@@ -90,7 +95,9 @@ def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:
-            raise BackendMissing("optimizer adamw8bit needs bitsandbytes", hint="pip install bitsandbytes, or --set optimizer=adamw") from error
+            raise BackendMissing(
+                "optimizer adamw8bit needs bitsandbytes", hint="pip install bitsandbytes, or --set optimizer=adamw"
+            ) from error
         return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
 
@@ -118,7 +125,9 @@ def plain_attention(trained: Any) -> Iterator[None]:
 
 @contextmanager
 def tuned_convolutions() -> Iterator[None]:
-    """Let cuDNN measure the convolutions of each shape once and use the quickest, for the block: a run has few shapes and many steps."""
+    """Let cuDNN measure the convolutions of each shape once and use the quickest, for the block: a run has few shapes
+    and many steps.
+    """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:
@@ -131,15 +140,18 @@ def tuned_convolutions() -> Iterator[None]:
 def compiled_blocks(network: nn.Module | None, hooked: Collection[str] = (), **options: Any) -> Iterator[int]:
     """Compile the resnets and transformers of a UNet for the block, and give how many there are.
 
-    They hold nearly all of its work. Compared with the whole network in one piece, they compile in a fraction of the time.
+    They hold nearly all of its work. Compared with the whole network in one piece, they compile in a fraction of the
+    time.
 
     Args:
-        hooked: names of modules with forward hooks. torch shares compiled code between modules of one kind without looking at hooks, so a block that
-            has such a module inside is not compiled, only what is free of hooks within it.
+        hooked: names of modules with forward hooks. torch shares compiled code between modules of one kind without
+            looking at hooks, so a block that has such a module inside is not compiled, only what is free of hooks
+            within it.
         options: of `torch.compile`.
     """
     blocks = [] if network is None else list(_free_blocks("", network, hooked))
-    # All blocks of a kind share one code object, and each width of each level is a compilation of its own: torch would give up after eight.
+    # All blocks of a kind share one code object, and each width of each level is a compilation of its own: torch would
+    # give up after eight.
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     with torch._dynamo.config.patch({limit: max(getattr(torch._dynamo.config, limit), 8 * len(blocks))}):
         for block in blocks:
@@ -191,11 +203,13 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     """The run's accelerator.
 
     Raises:
-        TrainingError: the batch does not divide over processes and accumulation steps. BackendMissing: the tracker is not installed.
+        TrainingError: the batch does not divide over processes and accumulation steps. BackendMissing: the tracker is
+            not installed.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     precision = choose_precision(config.precision, device_type)
-    # accelerate keeps the first run's precision for the life of the process and refuses another; each run here has its own.
+    # accelerate keeps the first run's precision for the life of the process and refuses another; each run here has its
+    # own.
     AcceleratorState._reset_state()
     if config.tf32 and device_type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -208,10 +222,16 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
         log_with=None if config.tracker == "none" else config.tracker,
     )
     if config.tracker != "none" and not accelerator.log_with:
-        raise BackendMissing(f"tracker {config.tracker} is not installed", hint=f"pip install {config.tracker}, or --set tracker=none")
+        raise BackendMissing(
+            f"tracker {config.tracker} is not installed", hint=f"pip install {config.tracker}, or --set tracker=none"
+        )
     micro = config.gradient_accumulation * accelerator.num_processes
     if config.batch_size % micro:
-        raise TrainingError(f"batch_size {config.batch_size} does not divide into {accelerator.num_processes} processes x {config.gradient_accumulation} accumulation steps", expected=f"a multiple of {micro}")
+        raise TrainingError(
+            f"batch_size {config.batch_size} does not divide into {accelerator.num_processes} processes x"
+            f" {config.gradient_accumulation} accumulation steps",
+            expected=f"a multiple of {micro}",
+        )
     return accelerator
 
 
@@ -221,13 +241,17 @@ class Feed:
     def __init__(self, batches: Batches, config: TrainConfig, accelerator: Accelerator) -> None:
         self.batches, self.config, self.accelerator = batches, config, accelerator
         self.share = config.batch_size // (config.gradient_accumulation * accelerator.num_processes)
-        # One thread for its sums too: a second pool of OpenMP threads, spinning beside the first, was seen to halve a CPU's speed.
+        # One thread for its sums too: a second pool of OpenMP threads, spinning beside the first, was seen to halve a
+        # CPU's speed.
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.waited_s = 0.0
 
     def _positions(self, part: int) -> range:
         step, within = divmod(part, self.config.gradient_accumulation)
-        first = step * self.config.batch_size + (within * self.accelerator.num_processes + self.accelerator.process_index) * self.share
+        first = (
+            step * self.config.batch_size
+            + (within * self.accelerator.num_processes + self.accelerator.process_index) * self.share
+        )
         return range(first, first + self.share)
 
     def parts(self, start: int) -> Iterator[NoisyBatch]:
@@ -244,10 +268,20 @@ class Feed:
 
 
 def train(
-    trained: nn.Module, objective: Objective, batches: Batches, config: TrainConfig, output: Path, identity: dict[str, Any], *,
-    frozen: nn.Module | None = None, sampler: Sampler | None = None, label: str = "train", report: Reporter = SILENT,
-) -> TrainResult:  # fmt: skip
-    """Train the parameters of `trained` that want a gradient, in place, to `config.steps`, going on from the newest whole checkpoint.
+    trained: nn.Module,
+    objective: Objective,
+    batches: Batches,
+    config: TrainConfig,
+    output: Path,
+    identity: dict[str, Any],
+    *,
+    frozen: nn.Module | None = None,
+    sampler: Sampler | None = None,
+    label: str = "train",
+    report: Reporter = SILENT,
+) -> TrainResult:
+    """Train the parameters of `trained` that want a gradient, in place, to `config.steps`, going on from the newest
+    whole checkpoint.
 
     On return `trained` holds the weights to keep: the average where `ema_decay` is set.
 
@@ -266,12 +300,19 @@ def train(
     bare_optimizer = make_optimizer(config, parameters)
     saved = Checkpoints(output / "checkpoints", accelerator, identity, config.keep_checkpoints)
     if saved.sharded and config.ema_decay:
-        raise TrainingError("ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes", expected="--set ema_decay=0, or DDP")
+        raise TrainingError(
+            "ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes",
+            expected="--set ema_decay=0, or DDP",
+        )
     found = saved.newest()
     start = found[0] if found else 0
     seen = accelerator.gather(torch.tensor([start], device=accelerator.device))
     if int(seen.min()) != int(seen.max()):
-        raise TrainingError("the processes see different checkpoints", where=output, expected="an output folder that every machine shares")
+        raise TrainingError(
+            "the processes see different checkpoints",
+            where=output,
+            expected="an output folder that every machine shares",
+        )
     trained.train()
     if config.gradient_checkpointing:
         for module in trained.modules():
@@ -283,7 +324,8 @@ def train(
     trained.to(accelerator.device)
     if not on_cpu and accelerator.mixed_precision != "no":
         for network in (trained, *([] if frozen is None else [frozen])):
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch documents it, its stubs do not
+            # type: ignore[call-overload]  # torch documents it, its stubs do not
+            network.to(memory_format=torch.channels_last)
     average: dict[str, torch.Tensor] | None = None
     if found and not saved.sharded:  # the weights have to be there before DDP copies them to its peers
         average = saved.load(found[1], trained, bare_optimizer)
@@ -297,7 +339,13 @@ def train(
     if main:
         keep_lines_up_to(metrics, start)
     if config.tracker != "none":
-        accelerator.init_trackers("sdcompress", config={k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat(config.model_dump(mode="json")).items()})
+        accelerator.init_trackers(
+            "sdcompress",
+            config={
+                k: v if isinstance(v, int | float | str | bool) else str(v)
+                for k, v in flat(config.model_dump(mode="json")).items()
+            },
+        )
     feed = Feed(batches, config, accelerator)
     parts = feed.parts(start)
     last: dict[str, float] = {}
@@ -311,7 +359,13 @@ def train(
         paused_s += time.monotonic() - paused
 
     with (
-        tuned_convolutions() if not on_cpu else plain_attention(trained) if accelerator.mixed_precision == "bf16" else nullcontext(),
+        (
+            tuned_convolutions()
+            if not on_cpu
+            else plain_attention(trained)
+            if accelerator.mixed_precision == "bf16"
+            else nullcontext()
+        ),
         objective.attached(trained),
         compiled_blocks(trained, objective.hooked[0]) if config.compile else nullcontext(),
         compiled_blocks(frozen, objective.hooked[1]) if config.compile else nullcontext(),
@@ -323,7 +377,9 @@ def train(
         for step in range(start, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
-            torch.random.default_generator.manual_seed(generator_for(config.seed, f"step {accelerator.process_index}", step).initial_seed())
+            torch.random.default_generator.manual_seed(
+                generator_for(config.seed, f"step {accelerator.process_index}", step).initial_seed()
+            )
             totals: dict[str, torch.Tensor] = {}
             for _ in range(config.gradient_accumulation):
                 with accelerator.accumulate(wrapped):
@@ -342,19 +398,33 @@ def train(
                 torch._foreach_lerp_(list(average.values()), list(trainable_state(trained).values()), 1 - decay)
             due = done % config.checkpoint_every == 0 and done < config.steps
             if due or done % config.log_every == 0 or done == config.steps or done == 1:
-                last = dict(zip(totals, accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist(), strict=True))
+                last = dict(
+                    zip(totals, accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist(), strict=True)
+                )
                 usual = _check_loss(last, usual, done, config, output)
                 if main and (done % config.log_every == 0 or done in (1, config.steps)):
-                    line = {"step": done, "seconds": round(time.monotonic() - began, 2), "learning_rate": learning_rate(config, step), "grad_norm": float(norm)} | last
+                    line = {
+                        "step": done,
+                        "seconds": round(time.monotonic() - began, 2),
+                        "learning_rate": learning_rate(config, step),
+                        "grad_norm": float(norm),
+                    } | last
                     with metrics.open("a") as file:
-                        file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+                        file.write(
+                            json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()})
+                            + "\n"
+                        )
                     accelerator.log(line, step=done)
             advance(1, f"loss {last.get('loss', float('nan')):.3f}")
             stopping = _agree(accelerator, bool(received), done) and done < config.steps
             if due or stopping:
                 checkpoint(done)
             if stopping:
-                raise Stopped(f"stopped at step {done} of {config.steps}; its checkpoint is written", where=output, hint="the same command with --resume")
+                raise Stopped(
+                    f"stopped at step {done} of {config.steps}; its checkpoint is written",
+                    where=output,
+                    hint="the same command with --resume",
+                )
             if main and sampler and config.sample_every and (done % config.sample_every == 0 or done == config.steps):
                 paused = time.monotonic()
                 with swapped_in(trained, average):
@@ -382,14 +452,25 @@ def _check_loss(losses: dict[str, float], usual: float | None, step: int, config
     known = checkpoints(output / "checkpoints")
     good = f"the last good checkpoint is {known[-1].name}" if known else "no checkpoint had been written yet"
     if not all(math.isfinite(v) for v in losses.values()):
-        raise TrainingError(f"the loss is not finite at step {step}", where=output, hint=f"a smaller --learning-rate or --precision fp32; {good}")
+        raise TrainingError(
+            f"the loss is not finite at step {step}",
+            where=output,
+            hint=f"a smaller --learning-rate or --precision fp32; {good}",
+        )
     if usual is not None and losses["loss"] > config.divergence_factor * usual:
-        raise TrainingError(f"the loss jumped from about {usual:.3g} to {losses['loss']:.3g} at step {step}", where=output, hint=f"a smaller --learning-rate; {good}")
+        raise TrainingError(
+            f"the loss jumped from about {usual:.3g} to {losses['loss']:.3g} at step {step}",
+            where=output,
+            hint=f"a smaller --learning-rate; {good}",
+        )
     return losses["loss"] if usual is None else 0.9 * usual + 0.1 * losses["loss"]
 
 
 def _agree(accelerator: Accelerator, mine: bool, step: int) -> bool:
-    """Whether any process has been told to stop. Several processes ask one another every `_ASK_EVERY` steps, as each time they wait for the device."""
+    """Whether any process has been told to stop.
+
+    Several processes ask one another every `_ASK_EVERY` steps, as each time they wait for the device.
+    """
     if accelerator.num_processes == 1:
         return mine
     if step % _ASK_EVERY:
@@ -414,5 +495,7 @@ def swapped_in(trained: nn.Module, average: dict[str, torch.Tensor] | None) -> I
 def keep_lines_up_to(metrics: Path, step: int) -> None:
     """Drop the lines a killed run wrote after the checkpoint it is resumed from."""
     if metrics.is_file():
-        lines = [line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = [
+            line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
+        ]
         metrics.write_text("".join(line + "\n" for line in lines))

@@ -47,37 +47,69 @@ class WithTextEncoder(nn.Module):
         enable()
 
 
-def train_lora(model: LoadedPipeline, cache: LatentCache, config: LoraConfig, output: Path, *, resume: bool = False, force: bool = False, report: Reporter = SILENT) -> TrainResult:
-    """Train a LoRA for `model`; `output/lora` gets `lora.safetensors` (diffusers) and `lora-kohya.safetensors` (WebUIs).
+def train_lora(
+    model: LoadedPipeline,
+    cache: LatentCache,
+    config: LoraConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> TrainResult:
+    """Train a LoRA for `model`; `output/lora` gets `lora.safetensors` (diffusers) and `lora-kohya.safetensors`
+    (WebUIs).
 
     Raises:
-        ArtifactError: `output` is in the way (neither `resume` nor `force`), or in use. TrainingError: divergence, or a resume of another run.
+        ArtifactError: `output` is in the way (neither `resume` nor `force`), or in use. TrainingError: divergence, or a
+            resume of another run.
         UsageError: targets that name no layer. ModelError: two text encoders (SDXL) with `text_encoder`.
     """
     pipeline: Any = model.pipeline
     if config.text_encoder and getattr(pipeline, "text_encoder_2", None) is not None:
-        raise ModelError("the two text encoders of SDXL are not trained", where=model.name, hint="--set text_encoder=false")
+        raise ModelError(
+            "the two text encoders of SDXL are not trained", where=model.name, hint="--set text_encoder=false"
+        )
     with run_folder(output, resume=resume, force=force), storage_errors(output):
         write_once(output / "recipe.json", recipe_text(config))
         torch.manual_seed(config.seed)
         unet = _adapted(frozen_copy(pipeline.unet, config.precision), config, config.targets)
         trained: nn.Module = unet
         if config.text_encoder:
-            trained = WithTextEncoder(unet, _adapted(copy.deepcopy(pipeline.text_encoder).requires_grad_(False), config, TEXT_TARGETS))
-        batches = Batches(cache, training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config, tokens=config.text_encoder)
+            trained = WithTextEncoder(
+                unet, _adapted(copy.deepcopy(pipeline.text_encoder).requires_grad_(False), config, TEXT_TARGETS)
+            )
+        batches = Batches(
+            cache,
+            training_scheduler(pipeline.scheduler),
+            pipeline.vae.config.scaling_factor,
+            config,
+            tokens=config.text_encoder,
+        )
         identity = {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")}
         draw = sampler(lambda network: _dressed(pipeline, network), config, output, cache.size_px)
-        result = train(trained, Denoising(), batches, config, output, identity, sampler=draw, label="lora", report=report)
+        result = train(
+            trained, Denoising(), batches, config, output, identity, sampler=draw, label="lora", report=report
+        )
         if PartialState().is_main_process:
             layers = adapter_layers("unet", unet)
             if isinstance(trained, WithTextEncoder):
                 layers |= adapter_layers("text_encoder", trained.text_encoder)
             with staged(output / LORA, force=True) as out:
-                about = {"ss_base_model": model.name, "ss_network_dim": str(config.rank), "ss_network_alpha": str(config.alpha or config.rank)}
+                about = {
+                    "ss_base_model": model.name,
+                    "ss_network_dim": str(config.rank),
+                    "ss_network_alpha": str(config.alpha or config.rank),
+                }
                 write_lora(layers, out / FILE, "diffusers", about)
                 write_lora(layers, out / KOHYA_FILE, "kohya", about)
                 write_manifest(
-                    out, "lora", config={"train": identity["config"], "model_name": model.name, "data": cache.about()}, inputs={"model": model.sha256, "data": cache.sha256}, figures=asdict(result), seed=config.seed
+                    out,
+                    "lora",
+                    config={"train": identity["config"], "model_name": model.name, "data": cache.about()},
+                    inputs={"model": model.sha256, "data": cache.sha256},
+                    figures=asdict(result),
+                    seed=config.seed,
                 )
     return result
 
@@ -91,9 +123,19 @@ def _adapted(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> Any:
     from peft import LoraConfig as Adapter
 
     try:
-        network.add_adapter(Adapter(r=config.rank, lora_alpha=config.alpha or config.rank, target_modules=list(targets), init_lora_weights="gaussian"))
+        network.add_adapter(
+            Adapter(
+                r=config.rank,
+                lora_alpha=config.alpha or config.rank,
+                target_modules=list(targets),
+                init_lora_weights="gaussian",
+            )
+        )
     except ValueError as error:
-        raise UsageError(f"targets {', '.join(targets)} name no layer of the {type(network).__name__}", expected="such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2") from error
+        raise UsageError(
+            f"targets {', '.join(targets)} name no layer of the {type(network).__name__}",
+            expected="such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2",
+        ) from error
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -68,9 +68,20 @@ class BlockDistillation:
         attention_pairs: the same for self-attentions.
     """
 
-    def __init__(self, teacher: nn.Module | None, pairs: list[tuple[str, str]], weights: dict[str, float], feature_norm: str = "none", attention_pairs: list[tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self,
+        teacher: nn.Module | None,
+        pairs: list[tuple[str, str]],
+        weights: dict[str, float],
+        feature_norm: str = "none",
+        attention_pairs: list[tuple[str, str]] | None = None,
+    ) -> None:
         self.teacher, self.weights, self.feature_norm = teacher, weights, feature_norm
-        self.kinds = {name: found for name, found in (("feature_kd_loss", pairs), ("attention_kd_loss", attention_pairs or [])) if weights.get(name, 0) > 0}
+        self.kinds = {
+            name: found
+            for name, found in (("feature_kd_loss", pairs), ("attention_kd_loss", attention_pairs or []))
+            if weights.get(name, 0) > 0
+        }
         self._ours: dict[str, torch.Tensor] = {}
         self._theirs: dict[str, torch.Tensor] = {}
 
@@ -84,7 +95,10 @@ class BlockDistillation:
     def attached(self, trained: nn.Module) -> Iterator[None]:
         """Hooks on the student's and the teacher's modules of the pairs; gone when the block ends."""
         ours, theirs = self.hooked
-        with collect_features(trained, ours) as self._ours, collect_features(self.teacher or trained, theirs if self.teacher is not None else []) as self._theirs:
+        with (
+            collect_features(trained, ours) as self._ours,
+            collect_features(self.teacher or trained, theirs if self.teacher is not None else []) as self._theirs,
+        ):
             yield
 
     def losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
@@ -104,11 +118,14 @@ class BlockDistillation:
 
     @torch.no_grad()
     def _ask_teacher(self, batch: NoisyBatch) -> torch.Tensor:
-        """Returns the teacher's prediction, (B, C, h, w), computed in its own precision: autocast would keep its norms in float32 and cast its
+        """Returns the teacher's prediction, (B, C, h, w), computed in its own precision: autocast would keep its norms
+        in float32 and cast its
         inputs at every layer."""
         assert self.teacher is not None
         dtype = next(self.teacher.parameters()).dtype
-        arguments, options = batch.each(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor).arguments()
+        arguments, options = batch.each(
+            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        ).arguments()
         with torch.autocast(batch.sample.device.type, enabled=False):
             expected: torch.Tensor = self.teacher(*arguments, **options)[0]
         return expected

@@ -27,7 +27,9 @@ LOCK = ".lock"
 
 @contextmanager
 def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
-    """The training folder, made and locked for the block; processes of one run enter it together. A run that could not begin leaves none.
+    """The training folder, made and locked for the block; processes of one run enter it together.
+
+    A run that could not begin leaves none.
 
     Raises:
         ArtifactError: in the way (neither `resume` nor `force`), or another run is at work in it.
@@ -49,7 +51,10 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
 
 
 def _enter(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
-    """Make and lock the folder; with `force`, empty it. Returns the lock, and whether what is in the folder is this run's alone."""
+    """Make and lock the folder; with `force`, empty it.
+
+    Returns the lock, and whether what is in the folder is this run's alone.
+    """
     with storage_errors(output):
         if not resume:
             check_free(output, force)
@@ -62,7 +67,9 @@ def _enter(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
                 shutil.rmtree(output, ignore_errors=True)
             raise
         if lock is None:
-            raise ArtifactError("another run is at work in this folder", where=output, hint="wait for it, or choose another -o")
+            raise ArtifactError(
+                "another run is at work in this folder", where=output, hint="wait for it, or choose another -o"
+            )
         if force and not resume:
             try:
                 _empty(output)
@@ -101,7 +108,9 @@ def with_unet(pipeline: Any, unet: nn.Module) -> Any:
     return other
 
 
-def save_pipeline(pipeline: Any, target: Path, kind: str, *, precision: str = "fp32", force: bool = False, **manifest: Any) -> None:
+def save_pipeline(
+    pipeline: Any, target: Path, kind: str, *, precision: str = "fp32", force: bool = False, **manifest: Any
+) -> None:
     """Save a pipeline as an ordinary diffusers folder with a manifest, by one rename; the pipeline is left as it is."""
     with staged(target, force) as out:
         if precision == "fp16":
@@ -111,7 +120,9 @@ def save_pipeline(pipeline: Any, target: Path, kind: str, *, precision: str = "f
                     pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)).half()})
         with quiet():
             pipeline.save_pretrained(out)
-        for config in out.rglob("*.json"):  # diffusers notes where a component was loaded from: a path on this machine, not for the world
+        for config in out.rglob(
+            "*.json"
+        ):  # diffusers notes where a component was loaded from: a path on this machine, not for the world
             content = json.loads(config.read_text(encoding="utf-8"))
             if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
                 config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -137,7 +148,9 @@ def recipe_text(config: TrainConfig) -> str:
 
 
 def sampler(dressed: Callable[[nn.Module], Any], config: TrainConfig, output: Path, size_px: int) -> Any:
-    """What draws the validation prompts with `dressed(network)`, a pipeline around the network in training; None without prompts."""
+    """What draws the validation prompts with `dressed(network)`, a pipeline around the network in training; None
+    without prompts.
+    """
     if not config.validation_prompts:
         return None
     folder = output / "samples"
@@ -149,7 +162,12 @@ def sampler(dressed: Callable[[nn.Module], Any], config: TrainConfig, output: Pa
         trained.eval()
         # The other components come to where the network trains.
         pipeline = dressed(trained).to(next(trained.parameters()).device)
-        pictures = generate(pipeline, list(config.validation_prompts), seeds=list(range(len(config.validation_prompts))), size_px=size_px)
+        pictures = generate(
+            pipeline,
+            list(config.validation_prompts),
+            seeds=list(range(len(config.validation_prompts))),
+            size_px=size_px,
+        )
         trained.train(was_training)
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)

@@ -19,15 +19,33 @@ def make_tokenizer() -> Any:
 
 
 def text_settings(tokenizer: Any) -> dict[str, Any]:
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    return ids | {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 77}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return ids | {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 77,
+    }
 
 
 def make_unet() -> Any:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    return UNet2DConditionModel(sample_size=8, block_out_channels=(16, 16, 16, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4).eval()
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16, 16, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    ).eval()
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +57,25 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet, tokenizer = make_unet(), make_tokenizer()
     block_types = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=64, **block_types),
+        vae=AutoencoderKL(
+            block_out_channels=[8] * 4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            sample_size=64,
+            **block_types,
+        ),
         text_encoder=CLIPTextModel(CLIPTextConfig(**text_settings(tokenizer))),
         tokenizer=tokenizer,
         unet=unet,
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -58,9 +90,18 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPConfig, CLIPModel
 
     tokenizer = make_tokenizer()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 16, "image_size": 32}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 16,
+        "image_size": 32,
+    }
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "clip"
-    CLIPModel(CLIPConfig(text_config=text_settings(tokenizer), vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    CLIPModel(
+        CLIPConfig(text_config=text_settings(tokenizer), vision_config=vision, projection_dim=16)
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

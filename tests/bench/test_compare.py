@@ -13,14 +13,24 @@ from sdcompress_bench.latency import STAGES, Latency
 from sdcompress_bench.results import Results
 from sdcompress_engines.errors import ArtifactError
 
-ENVIRONMENT: dict[str, Any] = {"cpu": "Test CPU", "cores": 2, "torch_threads": 2, "gpu": [], "packages": {"torch": "2.13"}, "commit": "aaa"}
+ENVIRONMENT: dict[str, Any] = {
+    "cpu": "Test CPU",
+    "cores": 2,
+    "torch_threads": 2,
+    "gpu": [],
+    "packages": {"torch": "2.13"},
+    "commit": "aaa",
+}
 
 
 def run(model: str, backend: str, ms: float, seed: int, rounds: int = 5, failed: str | None = None) -> Latency:
     if failed:
         return Latency(f"{model}-{backend}", model, backend, "fp32", 128, 1, 2, 25, 4.0, failed=failed)
     random = np.random.default_rng(seed)
-    samples = {stage: [(ms * random.lognormal(0, 0.005) * random.lognormal(0, 0.02, 20)).tolist() for _ in range(rounds)] for stage in STAGES}
+    samples = {
+        stage: [(ms * random.lognormal(0, 0.005) * random.lognormal(0, 0.02, 20)).tolist() for _ in range(rounds)]
+        for stage in STAGES
+    }
     return Latency(f"{model}-{backend}", model, backend, "fp32", 128, 1, 2, 25, 4.0, samples)
 
 
@@ -31,7 +41,10 @@ def results(*latency: Latency, **changes: Any) -> Results:
 
 
 def test_a_slowdown_is_told_and_noise_is_not() -> None:
-    found = compare(results(run("nano", "torch", 100, 1), run("nano", "onnxruntime", 50, 2)), results(run("nano", "torch", 108, 3), run("nano", "onnxruntime", 50, 4)))
+    found = compare(
+        results(run("nano", "torch", 100, 1), run("nano", "onnxruntime", 50, 2)),
+        results(run("nano", "torch", 108, 3), run("nano", "onnxruntime", 50, 4)),
+    )
     verdicts = {(line.scenario.split(",")[1].strip(), line.stage): line.change.verdict for line in found.lines}
     assert {verdict for (way, _), verdict in verdicts.items() if way == "PyTorch fp32"} == {"slower"}
     assert {verdict for (way, _), verdict in verdicts.items() if way == "ONNX Runtime fp32"} == {"same"}
@@ -52,7 +65,10 @@ def test_unlike_scenarios_are_refused() -> None:
     base = results(run("nano", "torch", 100, 1))
     with pytest.raises(ArtifactError, match=r"steps 25 and 50"):
         compare(base, results(run("nano", "torch", 100, 1), settings=base.settings | {"steps": 50}))
-    with pytest.raises(ArtifactError, match=r"no scenario in common .*nano, ONNX Runtime fp32, 128 px, batch 1 beside nano, PyTorch fp32"):
+    with pytest.raises(
+        ArtifactError,
+        match=r"no scenario in common .*nano, ONNX Runtime fp32, 128 px, batch 1 beside nano, PyTorch fp32",
+    ):
         compare(base, results(run("nano", "onnxruntime", 100, 1)))
     with pytest.raises(ArtifactError, match="none that ran"):
         compare(base, results(run("nano", "torch", 0, 1, failed="no memory")))
@@ -60,20 +76,35 @@ def test_unlike_scenarios_are_refused() -> None:
 
 def test_what_only_one_has_and_what_differs_is_told() -> None:
     after = results(
-        run("nano", "torch", 100, 3), run("tiny", "torch", 10, 5),
-        environment=ENVIRONMENT | {"cpu": "Other CPU", "packages": {"torch": "2.14"}, "commit": "bbb"}, models=[{"name": "nano", "sha256": "cd" * 32, "parameters": {"unet": 1}}],
-    )  # fmt: skip
+        run("nano", "torch", 100, 3),
+        run("tiny", "torch", 10, 5),
+        environment=ENVIRONMENT | {"cpu": "Other CPU", "packages": {"torch": "2.14"}, "commit": "bbb"},
+        models=[{"name": "nano", "sha256": "cd" * 32, "parameters": {"unet": 1}}],
+    )
     found = compare(results(run("nano", "torch", 100, 1), run("nano", "onnxruntime", 50, 2)), after)
     assert found.only_before == ["nano, ONNX Runtime fp32, 128 px, batch 1"]
     assert found.only_after == ["tiny, PyTorch fp32, 128 px, batch 1"]
     text = " | ".join(found.notes)
-    for expected in ("processor Test CPU and Other CPU", "torch 2.13 and 2.14", "commit aaa and bbb", "nano: other weights (abababababab and cdcdcdcdcdcd)"):
+    for expected in (
+        "processor Test CPU and Other CPU",
+        "torch 2.13 and 2.14",
+        "commit aaa and bbb",
+        "nano: other weights (abababababab and cdcdcdcdcdcd)",
+    ):
         assert expected in text
 
 
 def test_figures_are_compared_by_their_intervals() -> None:
     def with_kid(low: float, high: float) -> Results:
-        return results(run("nano", "torch", 100, 1), students={"tiny": {"kid": {"value": (low + high) / 2, "low": low, "high": high, "count": 50}, "relative_l2_mean": low}})
+        return results(
+            run("nano", "torch", 100, 1),
+            students={
+                "tiny": {
+                    "kid": {"value": (low + high) / 2, "low": low, "high": high, "count": 50},
+                    "relative_l2_mean": low,
+                }
+            },
+        )
 
     kid, distance = compare(with_kid(0.01, 0.02), with_kid(0.03, 0.04)).figures
     assert (kid.figure, kid.apart) == ("kid", True)

@@ -1,4 +1,6 @@
-"""Planted faults: where they go, that they leave no trace, that the gate sees them, and that the least one it sees is that."""
+"""Planted faults: where they go, that they leave no trace, that the gate sees them, and that the least one it sees is
+that.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,14 @@ def unet() -> Any:
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=2, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        sample_size=8,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
 
 
@@ -38,7 +46,9 @@ def predict(unet: Any, probe: Probe) -> torch.Tensor:
 
 
 def worst(unet: Any, probe: Probe, reference: torch.Tensor) -> float:
-    errors = [fidelity.relative_l2(output, expected) for output, expected in zip(predict(unet, probe), reference, strict=True)]
+    errors = [
+        fidelity.relative_l2(output, expected) for output, expected in zip(predict(unet, probe), reference, strict=True)
+    ]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
@@ -57,7 +67,10 @@ def test_every_layer_and_every_head_is_a_place(unet: Any) -> None:
     assert {place.layer for place in candidates(unet, "scaled")} == layers
     heads = candidates(unet, "head")
     assert len(heads) == sum(module.heads for module in unet.modules() if hasattr(module, "to_out"))
-    assert {(place.family, "attn2" in place.layer) for place in heads} == {("self-attention", False), ("cross-attention", True)}
+    assert {(place.family, "attn2" in place.layer) for place in heads} == {
+        ("self-attention", False),
+        ("cross-attention", True),
+    }
     assert set(spread(heads, len(heads))) == set(heads)
 
 
@@ -113,13 +126,17 @@ def test_overflow_takes_the_largest_values_of_a_layer_and_saturating_clamps_them
     assert torch.equal(clamped[~over], clean[~over])
     assert torch.equal(clamped[over], clean[over].sign() * clean[~over].abs().max())
     with plant(holder, "overflow", place):
-        assert layer(given[:1].repeat(3, 1)).isinf().any(dim=1).all(), "equal rows, as a time embedding has, overflow together"
+        assert layer(given[:1].repeat(3, 1)).isinf().any(dim=1).all(), (
+            "equal rows, as a time embedding has, overflow together"
+        )
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("timestep", [0, 1, 2])
 @pytest.mark.parametrize("floor", [None, 1e-3])
-def test_a_value_that_is_not_finite_never_passes_the_gate(probe: Probe, bad: float, timestep: int, floor: float | None) -> None:
+def test_a_value_that_is_not_finite_never_passes_the_gate(
+    probe: Probe, bad: float, timestep: int, floor: float | None
+) -> None:
     output = probe.latents.clone()
     output[timestep, 0, 0, 0, 0] = bad
     error = fidelity.relative_l2(output, probe.latents)
@@ -183,14 +200,23 @@ def test_a_limit_for_each_timestep_is_asked_of_each(unet: Any, probe: Probe) -> 
     assert one.least is not None
     assert only_the_last.least is not None
     assert only_the_last.least >= one.least
-    assert sensitivity(unet, probe, [1e3, 1e-3, 1e3], count=4, timesteps=2).blind == 4, "of three timesteps the first and the last are left"
+    assert sensitivity(unet, probe, [1e3, 1e-3, 1e3], count=4, timesteps=2).blind == 4, (
+        "of three timesteps the first and the last are left"
+    )
 
 
 def test_a_thinned_probe_keeps_its_ends(probe: Probe) -> None:
     two = thin(probe, 2, 1)
     assert two.timesteps == (1, 901)
     assert torch.equal(two.latents, probe.latents[[0, 2], :1])
-    assert thin(Probe(probe.latents.repeat(1, 3, 1, 1, 1), probe.timesteps, probe.encoder_hidden_states.repeat(3, 1, 1)), 3, 2).encoder_hidden_states.shape[0] == 2
+    assert (
+        thin(
+            Probe(probe.latents.repeat(1, 3, 1, 1, 1), probe.timesteps, probe.encoder_hidden_states.repeat(3, 1, 1)),
+            3,
+            2,
+        ).encoder_hidden_states.shape[0]
+        == 2
+    )
     assert thin(probe, 9, 9).timesteps == probe.timesteps
 
 

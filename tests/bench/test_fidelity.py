@@ -33,7 +33,9 @@ def test_scaled_weights_show_in_relative_l2_and_hide_from_cosine(pipeline: Any, 
         scaled.unet.conv_out.weight.mul_(1.02)
         scaled.unet.conv_out.bias.mul_(1.02)
     reference = fidelity.predict(pipeline, probe)
-    same, off = (fidelity.compare_steps(fidelity.predict(p, probe), reference, probe.timesteps) for p in (pipeline, scaled))
+    same, off = (
+        fidelity.compare_steps(fidelity.predict(p, probe), reference, probe.timesteps) for p in (pipeline, scaled)
+    )
     assert [s.relative_l2 for s in same] == [0.0, 0.0]
     assert [s.psnr_db for s in same] == [fidelity.PSNR_CAP_DB] * 2
     for step in off:

@@ -1,4 +1,6 @@
-"""`bench/gpu.py` runs every part from a checkout with few packages, and what one part does costs no other part anything."""
+"""`bench/gpu.py` runs every part from a checkout with few packages, and what one part does costs no other part
+anything.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,21 @@ from ..engines.fake_cuda import FakeCuda, fake_cuda  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-NEEDED = ("torch", "triton", "numpy", "accelerate", "transformers", "onnx", "safetensors", "huggingface_hub", "pillow", "psutil", "click", "diffusers", "pydantic")  # fmt: skip
+NEEDED = (
+    "torch",
+    "triton",
+    "numpy",
+    "accelerate",
+    "transformers",
+    "onnx",
+    "safetensors",
+    "huggingface_hub",
+    "pillow",
+    "psutil",
+    "click",
+    "diffusers",
+    "pydantic",
+)
 ABSENT = {"rich", "polygraphy", "peft", "scipy", "onnxscript", "onnxruntime", "datasets", "pytest"}
 
 
@@ -409,9 +425,12 @@ def test_the_headline_compares_the_teacher_in_eager_mode_with_the_students_best(
         {"part": 6, "row": "sdcompress compile", "samples_per_s": 40.0, "share_of_peak": 0.4},
     ]
     assert headline(rows) == {
-        "unet_step_speedup": 5.0, "unet_step_row": "bk-tiny b2 compile graph", "unet_step_share_of_peak": 0.5,
-        "training_speedup": 4.0, "training_share_of_peak": 0.4,
-    }  # fmt: skip
+        "unet_step_speedup": 5.0,
+        "unet_step_row": "bk-tiny b2 compile graph",
+        "unet_step_share_of_peak": 0.5,
+        "training_speedup": 4.0,
+        "training_share_of_peak": 0.4,
+    }
     assert best_step(rows, "bk-base", 2) is None
     assert format_row(rows[3]) == "4 bk-tiny b2 AOTInductor: 1.00 ms, 50.0% of peak, FAILED off by 1"
     argument = {

@@ -1,4 +1,6 @@
-"""What runs in a process of its own: its answer comes back, its death is a reason, nothing of it is left, and what is known is not run again."""
+"""What runs in a process of its own: its answer comes back, its death is a reason, nothing of it is left, and what is
+known is not run again.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,12 @@ def test_torch_computes_in_it_with_threads() -> None:
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("model error", "somewhere: is no pipeline"), ("memory", "MemoryError: no room"), ("killed", "SIGKILL; out of memory is the usual cause"), ("status", "status 3: CUDA error: boom")],
+    [
+        ("model error", "somewhere: is no pipeline"),
+        ("memory", "MemoryError: no room"),
+        ("killed", "SIGKILL; out of memory is the usual cause"),
+        ("status", "status 3: CUDA error: boom"),
+    ],
 )
 @pytest.mark.parametrize("fork", [True, False], ids=["forked", "spawned"])
 def test_what_dies_is_recorded_with_its_reason(how: str, reason: str, fork: bool) -> None:

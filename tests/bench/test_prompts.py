@@ -26,8 +26,17 @@ def captions(path: Path) -> list[str]:
 
 def test_partiprompts(tmp_path: Path) -> None:
     # Its file has quotes that no table dialect would write, and a note in some rows alone.
-    rows = ["Prompt\tCategory\tChallenge\tNote", "bond\tAbstract\tBasic\tBiology-inspired", 'The words "Fly" on a wall\tOutdoor Scenes\tComplex\t', '"Toaday"\tAnimals\tImagination']
-    assert captions(write(tmp_path, "PartiPrompts.tsv", "\n".join(rows) + "\n")) == ["bond", 'The words "Fly" on a wall', '"Toaday"']
+    rows = [
+        "Prompt\tCategory\tChallenge\tNote",
+        "bond\tAbstract\tBasic\tBiology-inspired",
+        'The words "Fly" on a wall\tOutdoor Scenes\tComplex\t',
+        '"Toaday"\tAnimals\tImagination',
+    ]
+    assert captions(write(tmp_path, "PartiPrompts.tsv", "\n".join(rows) + "\n")) == [
+        "bond",
+        'The words "Fly" on a wall',
+        '"Toaday"',
+    ]
 
 
 def test_coco_captions_give_each_picture_its_first(tmp_path: Path) -> None:
@@ -41,9 +50,18 @@ def test_coco_captions_give_each_picture_its_first(tmp_path: Path) -> None:
 
 
 def test_lines_and_tables(tmp_path: Path) -> None:
-    assert captions(write(tmp_path, "a.txt", "\ufeffa cat, \u201creal\u201d\r\n\n  \n# one\r\n")) == ["a cat, \u201creal\u201d", "# one"]
-    assert read_prompts(write(tmp_path, "a.csv", 'id,Caption,style\n1,"a cat, and\na dog",flat\n2,a tree,\n')) == [Prompt("a cat, and a dog", "flat"), Prompt("a tree")]
-    assert read_prompts(write(tmp_path, "a.JSONL", '{"prompt": "a cat", "style": "3d"}\n\n{"text": "a dog"}\n')) == [Prompt("a cat", "3d"), Prompt("a dog")]
+    assert captions(write(tmp_path, "a.txt", "\ufeffa cat, \u201creal\u201d\r\n\n  \n# one\r\n")) == [
+        "a cat, \u201creal\u201d",
+        "# one",
+    ]
+    assert read_prompts(write(tmp_path, "a.csv", 'id,Caption,style\n1,"a cat, and\na dog",flat\n2,a tree,\n')) == [
+        Prompt("a cat, and a dog", "flat"),
+        Prompt("a tree"),
+    ]
+    assert read_prompts(write(tmp_path, "a.JSONL", '{"prompt": "a cat", "style": "3d"}\n\n{"text": "a dog"}\n')) == [
+        Prompt("a cat", "3d"),
+        Prompt("a dog"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +69,11 @@ def test_lines_and_tables(tmp_path: Path) -> None:
     [
         ("a.txt", "", "a.txt: has no prompts"),
         ("a.txt", b"a cat\nun caf\xe9\n", "a.txt:2: byte 0xe9 is not UTF-8"),
-        ("a.tsv", "Category\tChallenge\nAnimals\tBasic\n", "a.tsv:1: no captions among the columns Category, Challenge; expected one of text, caption, prompt"),
+        (
+            "a.tsv",
+            "Category\tChallenge\nAnimals\tBasic\n",
+            "a.tsv:1: no captions among the columns Category, Challenge; expected one of text, caption, prompt",
+        ),
         ("a.tsv", "Category\tPrompt\nAnimals\ta cat\nAnimals\n", "a.tsv:3: no caption"),
         ("a.csv", "", "a.csv:1: no captions among the columns (none)"),
         ("a.csv", "caption\na cat\n\t\n", "a.csv:3: caption '\\t'"),
@@ -64,7 +86,11 @@ def test_lines_and_tables(tmp_path: Path) -> None:
         ("a.json", '{"annotations": [\n{"image_id": 1,]}', "a.json: is not JSON (line 2, "),
         ("a.json", "[" * 200_000, "a.json: is nested too deeply"),
         ("a.json", '["a cat"]', "a.json: has no annotations; expected COCO's captions"),
-        ("a.json", '{"annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "bbox": []}]}', "a.json: annotations[1]: is no caption"),
+        (
+            "a.json",
+            '{"annotations": [{"image_id": 1, "caption": "a cat"}, {"image_id": 2, "bbox": []}]}',
+            "a.json: annotations[1]: is no caption",
+        ),
         ("a.json", '{"annotations": [{"image_id": [1], "caption": "a cat"}]}', "a.json: annotations[0]: is no caption"),
         ("a.json", '{"annotations": [{"image_id": 1, "caption": null}]}', "a.json: annotations[0]: no caption"),
     ],

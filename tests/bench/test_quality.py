@@ -22,7 +22,9 @@ STYLES = {"flat": "a flat icon of", "line": "a black line drawing of", "3d": "a 
 
 
 class ReadsTheAnswer(ClipMetric):
-    """A CLIP whose pictures mean the caption of `answers` that their red channel numbers: what it should score is known."""
+    """A CLIP whose pictures mean the caption of `answers` that their red channel numbers: what it should score is
+    known.
+    """
 
     answers: Sequence[str] = ()
 
@@ -45,7 +47,10 @@ def test_batch_size_changes_no_picture(pipeline_folder: Path, capfd: pytest.Capt
     pipeline = StableDiffusionPipeline.from_pretrained(pipeline_folder, safety_checker=None)
     capfd.readouterr()
     captions, seeds = ["a cat", "a dog", "a tree"], [5, 6, 7]
-    alone, together = ([to_pixels(i) for i in generate(pipeline, captions, seeds=seeds, steps=2, batch_size=batch, size_px=64)] for batch in (1, 3))
+    alone, together = (
+        [to_pixels(i) for i in generate(pipeline, captions, seeds=seeds, steps=2, batch_size=batch, size_px=64)]
+        for batch in (1, 3)
+    )
     for one, other in zip(alone, together, strict=True):
         assert (one - other).abs().max() <= 1 / 255 + 1e-6  # rounding to bytes may tip over
     assert not torch.equal(alone[0], alone[1])
@@ -91,7 +96,11 @@ def shard(path: Path, samples: dict[str, tuple[str, dict[str, Any]]]) -> Path:
         for number, (stem, (caption, meta)) in enumerate(samples.items()):
             buffer = io.BytesIO()
             Image.new("RGB", (16, 16), (number, 0, 0)).save(buffer, "PNG")
-            for ending, payload in (("png", buffer.getvalue()), ("txt", caption.encode()), ("json", json.dumps(meta).encode())):
+            for ending, payload in (
+                ("png", buffer.getvalue()),
+                ("txt", caption.encode()),
+                ("json", json.dumps(meta).encode()),
+            ):
                 member = tarfile.TarInfo(f"{stem}.{ending}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
@@ -99,7 +108,10 @@ def shard(path: Path, samples: dict[str, tuple[str, dict[str, Any]]]) -> Path:
 
 
 def test_shard_gives_the_wanted_pictures_in_order(tmp_path: Path) -> None:
-    path = shard(tmp_path / "real.tar.gz", {"1.a": ("a cat", {"style": "flat"}), "2.b": ("a dog", {}), "3.c": ("a tree", {"style": "3d"})})
+    path = shard(
+        tmp_path / "real.tar.gz",
+        {"1.a": ("a cat", {"style": "flat"}), "2.b": ("a dog", {}), "3.c": ("a tree", {"style": "3d"})},
+    )
     images, prompts = read_shard(path, ["a tree", "a unicorn", "a cat"])
     assert [image.getpixel((0, 0))[0] for image in images] == [2, 0]
     assert prompts == [Prompt("a tree", "3d"), Prompt("a cat", "flat")]

@@ -25,13 +25,50 @@ def latency(model: str, backend: str, ms: float, failed: str | None = None) -> L
     if failed:
         return Latency(key, model, backend, "fp32", 128, 1, 2, 25, 7.5, failed=failed)
     samples = {stage: [[ms, ms * 1.01, ms * 0.99], [ms * 1.02, ms, ms]] for stage in STAGES}
-    limit = {"macs": 7 * 10**8, "moved_bytes": 10**8, "share_of_matmul_peak": 0.37, "share_of_bandwidth": 0.06, "least_ms": 14.8, "bound": "compute"}
-    return Latency(key, model, backend, "fp32", 128, 1, 2, 25, 7.5, samples, [80.0, 82.0], [900.0, 880.0], 700.0, None, {"unet": 12.5}, 41.0, 2, [], limit)
+    limit = {
+        "macs": 7 * 10**8,
+        "moved_bytes": 10**8,
+        "share_of_matmul_peak": 0.37,
+        "share_of_bandwidth": 0.06,
+        "least_ms": 14.8,
+        "bound": "compute",
+    }
+    return Latency(
+        key,
+        model,
+        backend,
+        "fp32",
+        128,
+        1,
+        2,
+        25,
+        7.5,
+        samples,
+        [80.0, 82.0],
+        [900.0, 880.0],
+        700.0,
+        None,
+        {"unet": 12.5},
+        41.0,
+        2,
+        [],
+        limit,
+    )
 
 
 def distances(scale: float) -> dict[str, object]:
-    steps = [{"timestep": t, "relative_l2": scale * (1 + t / 1000), "cosine": 0.9999, "psnr_db": 40.0} for t in (1, 501, 999)]
-    return {"relative_l2": scale * 2, "relative_l2_mean": scale, "cosine": 0.9999, "picture_psnr_db": 31.5, "picture_ssim": 0.97, "steps": steps, "pictures": []}
+    steps = [
+        {"timestep": t, "relative_l2": scale * (1 + t / 1000), "cosine": 0.9999, "psnr_db": 40.0} for t in (1, 501, 999)
+    ]
+    return {
+        "relative_l2": scale * 2,
+        "relative_l2_mean": scale,
+        "cosine": 0.9999,
+        "picture_psnr_db": 31.5,
+        "picture_ssim": 0.97,
+        "steps": steps,
+        "pictures": [],
+    }
 
 
 def estimate(value: float) -> dict[str, object]:
@@ -73,7 +110,10 @@ def results(tmp_path: Path) -> Results:
             "commit": None,
         },
         peaks={"fp32": {"matmul_flops_per_s": 9.5e10, "bandwidth_bytes_per_s": 1.2e10, "precision": "fp32"}},
-        models=[{"name": "nano", "sha256": "ab" * 32, "parameters": {"unet": 4_000_000}}, {"name": HOSTILE, "sha256": "cd" * 32, "parameters": {"unet": 1_000_000}}],
+        models=[
+            {"name": "nano", "sha256": "ab" * 32, "parameters": {"unet": 4_000_000}},
+            {"name": HOSTILE, "sha256": "cd" * 32, "parameters": {"unet": 1_000_000}},
+        ],
         latency=[
             latency("nano", "torch", 40.0),
             latency("nano", "onnxruntime", 20.0),
@@ -81,14 +121,29 @@ def results(tmp_path: Path) -> Results:
             latency(HOSTILE, "onnxruntime", 0.0, "its process was ended by SIGKILL"),
         ],
         backends=[{"model": "nano", "backend": "onnxruntime", "precision": "fp32", "gate": GATE} | distances(1e-6)],
-        students={HOSTILE: distances(0.2) | {"fid": estimate(30.0) | {"warning": "FID of 60 pictures is biased upwards"}, "kid": estimate(0.0123), "lpips": estimate(0.21)}},
-        quality={"real": {"clip_score": 30.0, "style": share}, "nano": {"clip_score": 28.0, "style": share}, HOSTILE: {"clip_score": 25.0, "style": share}},
+        students={
+            HOSTILE: (
+                distances(0.2)
+                | {
+                    "fid": estimate(30.0) | {"warning": "FID of 60 pictures is biased upwards"},
+                    "kid": estimate(0.0123),
+                    "lpips": estimate(0.21),
+                }
+            )
+        },
+        quality={
+            "real": {"clip_score": 30.0, "style": share},
+            "nano": {"clip_score": 28.0, "style": share},
+            HOSTILE: {"clip_score": 25.0, "style": share},
+        },
         captions=["a <b>cat</b>"],
         pictures=[
             {"model": "nano", "backend": "torch", "precision": "fp32", "files": ["pictures/a.webp"]},
             {"model": HOSTILE, "backend": "torch", "precision": "fp32", "files": ["pictures/b.webp"]},
         ],
-        gates=[{"figure": "kid", "model": HOSTILE, "way": "", "value": 0.0123, "limit": "kid at most 0.02", "passed": True}],
+        gates=[
+            {"figure": "kid", "model": HOSTILE, "way": "", "value": 0.0123, "limit": "kid at most 0.02", "passed": True}
+        ],
         losses={HOSTILE: {"task_loss": [[1, 1.0], [2, 0.5]], "output_kd_loss": [[1, 0.1], [2, 0.04]]}},
         skipped={"TensorRT": "no GPU is here"},
     )
@@ -146,14 +201,27 @@ def test_names_are_escaped_everywhere(results: Results, tmp_path: Path) -> None:
 def test_every_model_backend_and_failure_is_in_both(results: Results, tmp_path: Path) -> None:
     write_report(results, tmp_path)
     for text in ((tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()):
-        for expected in ("nano", "ONNX Runtime", "PyTorch", "2.00×", "2.50×", "ended by SIGKILL", "TensorRT was not measured: no GPU is here", "Test CPU"):
+        for expected in (
+            "nano",
+            "ONNX Runtime",
+            "PyTorch",
+            "2.00×",
+            "2.50×",
+            "ended by SIGKILL",
+            "TensorRT was not measured: no GPU is here",
+            "Test CPU",
+        ):
             assert expected in text
 
 
 def test_headline_is_the_best_speed_up_and_honest_without_one(results: Results) -> None:
     assert headline(results).endswith("on PyTorch fp32 makes pictures 2.50× as fast as nano in PyTorch fp32")
     once = dataclasses.replace(
-        results, latency=[dataclasses.replace(run, samples_ms={stage: [[40.0], [80.0]] for stage in STAGES}) if i == 0 else run for i, run in enumerate(results.latency)]
+        results,
+        latency=[
+            dataclasses.replace(run, samples_ms={stage: [[40.0], [80.0]] for stage in STAGES}) if i == 0 else run
+            for i, run in enumerate(results.latency)
+        ],
     )
     assert headline(once).endswith("if these few or scattered samples can be trusted")
     alone = dataclasses.replace(results, latency=results.latency[:1])
@@ -163,7 +231,18 @@ def test_headline_is_the_best_speed_up_and_honest_without_one(results: Results) 
 
 
 def test_failed_teacher_and_no_pictures_still_make_a_page(results: Results, tmp_path: Path) -> None:
-    bare = dataclasses.replace(results, latency=[latency("nano", "torch", 0.0, "no memory")], backends=[], students={}, quality={}, captions=[], pictures=[], losses={}, peaks={}, gates=[])
+    bare = dataclasses.replace(
+        results,
+        latency=[latency("nano", "torch", 0.0, "no memory")],
+        backends=[],
+        students={},
+        quality={},
+        captions=[],
+        pictures=[],
+        losses={},
+        peaks={},
+        gates=[],
+    )
     page = render_html(bare, tmp_path)
     assert "no memory" in page
     assert "Same prompt" not in page
@@ -176,24 +255,56 @@ def test_one_round_is_told_and_two_are_not(results: Results, tmp_path: Path) -> 
 
 
 def test_gate_over_its_limit_is_told(results: Results, tmp_path: Path) -> None:
-    off = dataclasses.replace(results, backends=[results.backends[0] | {"gate": GATE | {"limit": 1e-7, "passed": False}}])
+    off = dataclasses.replace(
+        results, backends=[results.backends[0] | {"gate": GATE | {"limit": 1e-7, "passed": False}}]
+    )
     assert off.failed_gates() == ["nano on ONNX Runtime fp32: relative L2 2.00e-06 over 1.00e-07 at timestep 999"]
     assert "over its limit" in render_html(off, tmp_path)
-    broken = dataclasses.replace(results, backends=[{"model": "nano", "backend": "onnxruntime", "precision": "fp16", "failed": "values that are not finite", "gate": {"limit": None, "passed": False}}])
+    broken = dataclasses.replace(
+        results,
+        backends=[
+            {
+                "model": "nano",
+                "backend": "onnxruntime",
+                "precision": "fp16",
+                "failed": "values that are not finite",
+                "gate": {"limit": None, "passed": False},
+            }
+        ],
+    )
     assert broken.failed_gates() == ["nano on ONNX Runtime fp16: values that are not finite"]
     assert "Read this first" in render_html(broken, tmp_path)
 
 
 def test_quality_limits_and_gates_are_told_with_their_intervals(results: Results, tmp_path: Path) -> None:
     for text in (re.sub("<[^>]+>", "", render_html(results, tmp_path)), render_markdown(results)):
-        for expected in ("30.0 (27.0 to 33.0)", "0.0123 (0.0111 to 0.0135)", "FID of 60 pictures is biased upwards", "80.0% (70%–87%)", "37%", "14.8 ms", "95.0 GFLOP/s", "at most 0.02", "holds"):
+        for expected in (
+            "30.0 (27.0 to 33.0)",
+            "0.0123 (0.0111 to 0.0135)",
+            "FID of 60 pictures is biased upwards",
+            "80.0% (70%–87%)",
+            "37%",
+            "14.8 ms",
+            "95.0 GFLOP/s",
+            "at most 0.02",
+            "holds",
+        ):
             assert expected in text
 
 
 def test_gates_are_judged_on_what_was_measured(results: Results) -> None:
-    fast, near, none = Gate("speedup", at_least=2.2), Gate("kid", HOSTILE, at_most=0.01), Gate("clip_score", "nobody", at_least=1)
+    fast, near, none = (
+        Gate("speedup", at_least=2.2),
+        Gate("kid", HOSTILE, at_most=0.01),
+        Gate("clip_score", "nobody", at_least=1),
+    )
     judged = dataclasses.replace(results, gates=results.judge([fast, near, none]))
-    assert [(g["model"], g["passed"]) for g in judged.gates[:4]] == [("nano", False), ("nano", False), (HOSTILE, True), (HOSTILE, False)]
+    assert [(g["model"], g["passed"]) for g in judged.gates[:4]] == [
+        ("nano", False),
+        ("nano", False),
+        (HOSTILE, True),
+        (HOSTILE, False),
+    ]
     told = judged.failed_gates()
     assert f"{HOSTILE}: kid is 0.0123, wanted at most 0.01" in told
     assert "nobody: clip_score was not measured, wanted at least 1" in told

@@ -1,4 +1,6 @@
-"""Figures from samples: known quantiles, seeded intervals, the flag for samples that cannot be trusted, and changes planted in rounds of known noise."""
+"""Figures from samples: known quantiles, seeded intervals, the flag for samples that cannot be trusted, and changes
+planted in rounds of known noise.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,6 @@ def study() -> Any:
     sys.modules["stats_study"] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
 
 
 def test_quantiles_of_known_samples() -> None:
@@ -162,7 +163,9 @@ def test_spread_of_real_rounds_is_read_from_any_results_file(study: Any, tmp_pat
     noise, random = study.Noise(within=0.05, between=0.08), np.random.default_rng(0)
     drawn = noise.draw(random, 40, 40)
     (tmp_path / "latency.json").write_text(json.dumps({"latency": [{"key": "a", "samples_ms": {"unet_step": drawn}}]}))
-    (tmp_path / "study.json").write_text(json.dumps({"models": {"a": {"torch": {"batch": {"1": {"rounds": [{"ms": of_round} for of_round in drawn]}}}}}}))
+    (tmp_path / "study.json").write_text(
+        json.dumps({"models": {"a": {"torch": {"batch": {"1": {"rounds": [{"ms": of_round} for of_round in drawn]}}}}}})
+    )
     for name in ("latency.json", "study.json"):
         (row,) = study.real_noise(tmp_path / name)
         assert (row["rounds"], row["samples"]) == (40, 40)

@@ -17,7 +17,11 @@ from sdcompress_bench.scenario import Gate, ModelUnderTest, Prompt, Random, Suit
 from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError
 from sdcompress_engines.manifest import faults
 
-PROMPTS = tuple(Prompt(f"{phrase} a {thing}", style) for thing in ("cat", "dog", "tree", "boat", "cup", "hat") for style, phrase in (("flat", "a flat icon of"), ("line", "a line drawing of")))
+PROMPTS = tuple(
+    Prompt(f"{phrase} a {thing}", style)
+    for thing in ("cat", "dog", "tree", "boat", "cup", "hat")
+    for style, phrase in (("flat", "a flat icon of"), ("line", "a line drawing of"))
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +31,39 @@ def student_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFacto
     shutil.copytree(pipeline_folder, folder)
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     noise = torch.Generator().manual_seed(1)
-    save_file({name: weight * (1 + 0.2 * torch.randn(weight.shape, generator=noise)) for name, weight in load_file(file).items()}, file)
+    save_file(
+        {
+            name: weight * (1 + 0.2 * torch.randn(weight.shape, generator=noise))
+            for name, weight in load_file(file).items()
+        },
+        file,
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def settings(pipeline_folder: Path, student_folder: Path, clip_folder: Path) -> Suite:
     return Suite(
-        models=(ModelUnderTest("teacher", pipeline_folder), ModelUnderTest("student", student_folder)), ways=(Way("torch"), Way("torch", "bf16"), Way("onnxruntime")), sizes_px=(64,), steps=1, guidance_scale=1.0,
-        prompts=PROMPTS, rounds=1, samples=3, end_to_end_samples=1, stage_budget_s=0.2, pictures=2, quality_pictures=12, timesteps=(1, 501), probes=2, sensitivity=2, threads=1,
-        metric=clip_folder, styles=(("flat", "a flat icon of"), ("line", "a line drawing of")), gates=(Gate("speedup", at_least=0.0), Gate("lpips", "student", at_most=-1.0)),
-    )  # fmt: skip
+        models=(ModelUnderTest("teacher", pipeline_folder), ModelUnderTest("student", student_folder)),
+        ways=(Way("torch"), Way("torch", "bf16"), Way("onnxruntime")),
+        sizes_px=(64,),
+        steps=1,
+        guidance_scale=1.0,
+        prompts=PROMPTS,
+        rounds=1,
+        samples=3,
+        end_to_end_samples=1,
+        stage_budget_s=0.2,
+        pictures=2,
+        quality_pictures=12,
+        timesteps=(1, 501),
+        probes=2,
+        sensitivity=2,
+        threads=1,
+        metric=clip_folder,
+        styles=(("flat", "a flat icon of"), ("line", "a line drawing of")),
+        gates=(Gate("speedup", at_least=0.0), Gate("lpips", "student", at_most=-1.0)),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +83,11 @@ def test_everything_asked_for_is_in_the_results_and_the_results_in_the_folder(me
     assert {run.backend for run in results.latency if run.build_s} == {"onnxruntime"}
     assert all(run.roofline["share_of_matmul_peak"] > 0 for run in results.latency)
     assert set(results.peaks) == {"fp32", "bf16"}
-    assert [(p["model"], p["backend"], p["precision"], len(p["files"])) for p in results.pictures][:3] == [("teacher", "torch", "fp32", 2), ("teacher", "torch", "bf16", 2), ("teacher", "onnxruntime", "fp32", 2)]
+    assert [(p["model"], p["backend"], p["precision"], len(p["files"])) for p in results.pictures][:3] == [
+        ("teacher", "torch", "fp32", 2),
+        ("teacher", "torch", "bf16", 2),
+        ("teacher", "onnxruntime", "fp32", 2),
+    ]
     assert (folder / "report.html").stat().st_size > 10_000
     assert not [p.name for p in folder.parent.iterdir() if p.name.startswith(".")]
 
@@ -65,7 +95,9 @@ def test_everything_asked_for_is_in_the_results_and_the_results_in_the_folder(me
 @pytest.mark.slow
 def test_the_same_weights_are_held_against_pytorch_in_fp32(measured: tuple[Path, Results]) -> None:
     entries = {(e["model"], e["backend"], e["precision"]): e for e in measured[1].backends}
-    assert set(entries) == {(m, b, p) for m in ("teacher", "student") for b, p in (("torch", "bf16"), ("onnxruntime", "fp32"))}
+    assert set(entries) == {
+        (m, b, p) for m in ("teacher", "student") for b, p in (("torch", "bf16"), ("onnxruntime", "fp32"))
+    }
     ort, half = entries["teacher", "onnxruntime", "fp32"], entries["teacher", "torch", "bf16"]
     assert (ort["gate"]["limits"], ort["gate"]["passed"]) == ([1e-4] * 2, True)
     assert ort["relative_l2"] < 1e-4 < half["relative_l2"]
@@ -101,7 +133,9 @@ def test_gates_are_judged_and_the_failed_ones_told(measured: tuple[Path, Results
 
 
 def test_a_stopped_suite_goes_on_where_it_was(settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = dataclasses.replace(settings, ways=(Way("torch"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0)
+    short = dataclasses.replace(
+        settings, ways=(Way("torch"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
+    )
     asked: list[str] = []
 
     class Interrupted(suite.Journal):
@@ -125,7 +159,9 @@ def test_a_stopped_suite_goes_on_where_it_was(settings: Suite, tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 
-def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its_gate(settings: Suite, pipeline_folder: Path, tmp_path: Path) -> None:
+def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its_gate(
+    settings: Suite, pipeline_folder: Path, tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(pipeline_folder, broken)
     file = broken / "unet" / "diffusion_pytorch_model.safetensors"
@@ -133,7 +169,16 @@ def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its
     weights["conv_in.weight"][0] = 7e4  # too large for half precision alone
     save_file(weights, file)
     models = (ModelUnderTest("teacher", broken), ModelUnderTest("missing", tmp_path / "missing", sha256="0"))
-    short = dataclasses.replace(settings, models=models, ways=(Way("torch"), Way("torch", "fp16")), quality_pictures=0, pictures=0, metric=None, gates=(), sensitivity=0)
+    short = dataclasses.replace(
+        settings,
+        models=models,
+        ways=(Way("torch"), Way("torch", "fp16")),
+        quality_pictures=0,
+        pictures=0,
+        metric=None,
+        gates=(),
+        sensitivity=0,
+    )
     results = suite.run_suite(short, tmp_path / "report")
     failed = {(run.model, run.precision): run.failed for run in results.latency}
     assert failed["teacher", "fp32"] is None
@@ -143,22 +188,33 @@ def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its
     assert results.students == {}
 
 
-def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(
+    settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class TooLarge(suite.Journal):
         def call(self, name: str, *rest: Any) -> dict[str, Any]:
             return {"failed": "out of memory"} if name == "answers teacher PyTorch fp32" else super().call(name, *rest)
 
     monkeypatch.setattr(suite, "Journal", TooLarge)
-    half = dataclasses.replace(settings, ways=(Way("torch", "bf16"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0)
+    half = dataclasses.replace(
+        settings, ways=(Way("torch", "bf16"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
+    )
     results = suite.run_suite(half, tmp_path / "report")
     assert [run.failed for run in results.latency] == [None, None]
-    assert results.backends[0] == {"model": "teacher", "backend": "torch", "precision": "bf16", "failed": "out of memory"}
+    assert results.backends[0] == {
+        "model": "teacher",
+        "backend": "torch",
+        "precision": "bf16",
+        "failed": "out of memory",
+    }
     assert "relative_l2" not in results.students.get("student", {})
     assert len(results.pictures) == 2
 
 
 def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(settings: Suite, tmp_path: Path) -> None:
-    short = dataclasses.replace(settings, models=(ModelUnderTest("gone", tmp_path / "gone", sha256="0"),), ways=(Way("torch"),), metric=None)
+    short = dataclasses.replace(
+        settings, models=(ModelUnderTest("gone", tmp_path / "gone", sha256="0"),), ways=(Way("torch"),), metric=None
+    )
     with pytest.raises(ModelError, match="the teacher does not run in PyTorch"):
         suite.run_suite(short, tmp_path / "report")
     assert not (tmp_path / "report").exists()
@@ -170,9 +226,25 @@ def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(setting
         suite.run_suite(short, tmp_path / "taken")
 
 
-def test_sdxl_is_measured_with_both_its_encoders_and_its_sizes(settings: Suite, sdxl_folder: Path, tmp_path: Path) -> None:
+def test_sdxl_is_measured_with_both_its_encoders_and_its_sizes(
+    settings: Suite, sdxl_folder: Path, tmp_path: Path
+) -> None:
     models = (ModelUnderTest("sdxl", sdxl_folder), ModelUnderTest("copy", sdxl_folder))
-    results = suite.run_suite(dataclasses.replace(settings, models=models, ways=(Way("torch"),), sizes_px=(128,), guidance_scale=5.0, quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0), tmp_path / "report")
+    results = suite.run_suite(
+        dataclasses.replace(
+            settings,
+            models=models,
+            ways=(Way("torch"),),
+            sizes_px=(128,),
+            guidance_scale=5.0,
+            quality_pictures=0,
+            pictures=1,
+            metric=None,
+            gates=(),
+            sensitivity=0,
+        ),
+        tmp_path / "report",
+    )
     assert [run.failed for run in results.latency] == [None, None]
     assert results.models[0]["parameters"]["text_encoder_2"] > 0
     assert results.students["copy"]["relative_l2"] == 0.0
@@ -183,8 +255,21 @@ def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) 
     facts = {"cpu": "x", "cores": 2, "gpu": [], "commit": "a"}
     base = suite._fingerprint(settings, facts)
     assert base == suite._fingerprint(settings, dict(facts))
-    others = [dataclasses.replace(settings, steps=2), dataclasses.replace(settings, prompts=PROMPTS[:3]), dataclasses.replace(settings, models=settings.models[:1])]
-    assert len({base, *(suite._fingerprint(other, facts) for other in others), suite._fingerprint(settings, facts | {"cores": 4})}) == 5
+    others = [
+        dataclasses.replace(settings, steps=2),
+        dataclasses.replace(settings, prompts=PROMPTS[:3]),
+        dataclasses.replace(settings, models=settings.models[:1]),
+    ]
+    assert (
+        len(
+            {
+                base,
+                *(suite._fingerprint(other, facts) for other in others),
+                suite._fingerprint(settings, facts | {"cores": 4}),
+            }
+        )
+        == 5
+    )
 
 
 def test_random_weights_are_told_and_not_judged() -> None:

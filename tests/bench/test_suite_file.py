@@ -23,7 +23,11 @@ def test_suites_that_come_along_are_sound_and_open_with_their_command(name: str)
     suite = read_suite(path)
     assert suite.title
     assert path.read_text().startswith(f"# sdcompress bench {name}\n")
-    for text in (*(suite.backends or ()), *(suite.gpu_backends or ()), *(gate.backend for gate in suite.gates if gate.backend)):
+    for text in (
+        *(suite.backends or ()),
+        *(suite.gpu_backends or ()),
+        *(gate.backend for gate in suite.gates if gate.backend),
+    ):
         assert read_way(text, "fp32").backend
 
 
@@ -33,8 +37,14 @@ def test_names_needed_are_there() -> None:
 
 
 def test_models_are_written_in_three_ways(tmp_path: Path) -> None:
-    suite = read_suite(write(tmp_path, "models: [nano, small=./student, {name: x, random: sd1, plan: bk-tiny}]\nsize_px: 64\nbatch: 2"))
-    assert [(m.name, m.path, m.random, m.plan) for m in suite.models] == [(None, "nano", None, None), ("small", "./student", None, None), ("x", None, "sd1", "bk-tiny")]
+    suite = read_suite(
+        write(tmp_path, "models: [nano, small=./student, {name: x, random: sd1, plan: bk-tiny}]\nsize_px: 64\nbatch: 2")
+    )
+    assert [(m.name, m.path, m.random, m.plan) for m in suite.models] == [
+        (None, "nano", None, None),
+        ("small", "./student", None, None),
+        ("x", None, "sd1", "bk-tiny"),
+    ]
     assert (suite.size_px, suite.batch) == ((64,), (2,))
 
 
@@ -42,7 +52,14 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
     text = "models: [nano]\nbackend: [torch]\nsteps: 0\ngates: [{figure: fids, at_most: 3}, {figure: kid}]\nmodel_s: 1"
     with pytest.raises(UsageError) as caught:
         read_suite(write(tmp_path, text))
-    for expected in ("mine.yaml", "backend: unknown setting, did you mean backends?", "steps: input should be greater than or equal to 1, got 0", "no figure 'fids'", "needs at_least or at_most", "model_s: unknown setting"):
+    for expected in (
+        "mine.yaml",
+        "backend: unknown setting, did you mean backends?",
+        "steps: input should be greater than or equal to 1, got 0",
+        "no figure 'fids'",
+        "needs at_least or at_most",
+        "model_s: unknown setting",
+    ):
         assert expected in str(caught.value)
 
 
@@ -73,6 +90,10 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_a_way_is_a_backend_with_or_without_a_precision() -> None:
     assert read_way("ort", "fp16") == Way("onnxruntime", "fp16")
     assert read_way(" aot:bf16 ", "fp32") == Way("aot", "bf16")
-    for text, fault in (("tpu", "no backend 'tpu'"), ("torch:int3", "no precision 'int3'"), ("auto", "auto is no backend")):
+    for text, fault in (
+        ("tpu", "no backend 'tpu'"),
+        ("torch:int3", "no precision 'int3'"),
+        ("auto", "auto is no backend"),
+    ):
         with pytest.raises(UsageError, match=fault):
             read_way(text, "fp32")

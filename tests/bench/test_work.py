@@ -1,4 +1,6 @@
-"""What is counted agrees with the textbook, with published figures and with what torch allocates; what is measured is a limit."""
+"""What is counted agrees with the textbook, with published figures and with what torch allocates; what is measured is a
+limit.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ from sdcompress.random_model import CONFIGS
 from sdcompress.teacher import component_config
 
 PUBLISHED_GMACS = {None: 338.83, "bk-base": 223.81, "bk-small": 217.78, "bk-tiny": 205.09}
-"""SD1.x at 64×64 latents: DeepCache (arXiv 2312.00858), table 3; BK-SDM (arXiv 2305.15798) has the same models. Counted over layers, so without the products inside of attention; we agree within 0.1%."""
+"""SD1.x at 64×64 latents: DeepCache (arXiv 2312.00858), table 3; BK-SDM (arXiv 2305.15798) has the same models.
+
+Counted over layers, so without the products inside of attention; we agree within 0.1%.
+"""
 PAIRS = {None: (5, 5, 5, 1), "bk-base": (3, 3, 3, 1), "bk-small": (3, 3, 3, 0), "bk-tiny": (3, 3, 3, 0)}
 """Resnet-attention pairs at 64², 32², 16² and 8² positions."""
 
@@ -34,7 +39,11 @@ def sd1_configs(plan: str | None = None) -> dict[str, Any]:
 
 def inputs_of(unet: Any, batch: int = 2) -> dict[str, torch.Tensor]:
     side = unet.config.sample_size
-    return {"sample": torch.randn(batch, 4, side, side), "timestep": torch.full((batch,), 5.0), "encoder_hidden_states": torch.randn(batch, 77, unet.config.cross_attention_dim)}
+    return {
+        "sample": torch.randn(batch, 4, side, side),
+        "timestep": torch.full((batch,), 5.0),
+        "encoder_hidden_states": torch.randn(batch, 77, unet.config.cross_attention_dim),
+    }
 
 
 def test_a_convolution_a_linear_layer_and_attention_count_as_in_the_textbook() -> None:
@@ -44,12 +53,18 @@ def test_a_convolution_a_linear_layer_and_attention_count_as_in_the_textbook() -
     assert conv.activation_bytes == 2 * (5 * 6 * 20 * 14 + 5 * 8 * 10 * 7) == conv.peak_bytes
 
     linear = count_work(torch.nn.Linear(24, 40), {"input": torch.empty(3, 7, 24)}, 4)
-    assert (linear.macs, linear.weight_bytes, linear.activation_bytes) == (3 * 7 * 24 * 40, 4 * (24 * 40 + 40), 4 * 3 * 7 * (24 + 40))
+    assert (linear.macs, linear.weight_bytes, linear.activation_bytes) == (
+        3 * 7 * 24 * 40,
+        4 * (24 * 40 + 40),
+        4 * 3 * 7 * (24 + 40),
+    )
 
     query, key = torch.empty(2, 3, 50, 8), torch.empty(2, 3, 77, 8)
     attention = count_work(Attention(), {"query": query, "key": key, "value": key}, 2)
     assert attention.macs == 2 * (2 * 3 * 50 * 77 * 8)
-    assert attention.activation_bytes == 2 * (2 * query.numel() + 2 * key.numel()), "the scores are not among what is moved"
+    assert attention.activation_bytes == 2 * (2 * query.numel() + 2 * key.numel()), (
+        "the scores are not among what is moved"
+    )
     assert attention.weight_bytes == 0
 
 
@@ -67,7 +82,10 @@ def test_a_pipeline_is_counted_with_all_its_weights_and_none_of_what_it_does_not
     assert found.keys() == {"unet", "text_encoder", "vae_decoder"}
     assert found["unet"].weight_bytes == 2 * 859_520_964
     tables = (49408 + 77) * 768
-    assert (found["text_encoder"].table_bytes, found["text_encoder"].weight_bytes) == (2 * tables, 2 * (123_060_480 - tables) + 8 * 77), "and 77 position ids"
+    assert (found["text_encoder"].table_bytes, found["text_encoder"].weight_bytes) == (
+        2 * tables,
+        2 * (123_060_480 - tables) + 8 * 77,
+    ), "and 77 position ids"
     assert found["vae_decoder"].weight_bytes == 2 * 49_490_199, "decoder and post_quant_conv, without the encoder"
 
     single = count_pipeline(CONFIGS / "sd1", 512, 1, False, "fp32")
@@ -88,7 +106,9 @@ def test_counting_leaves_the_component_as_it_was(random_pipeline: Any) -> None:
     before = copy.deepcopy(unet.state_dict())
     example = inputs_of(unet)
     counted = count_work(unet, example, 4)
-    assert all(weight.device.type == "cpu" and torch.equal(weight, before[name]) for name, weight in unet.state_dict().items())
+    assert all(
+        weight.device.type == "cpu" and torch.equal(weight, before[name]) for name, weight in unet.state_dict().items()
+    )
     assert counted == count_work(copy.deepcopy(unet).to("meta"), example, 4)
     assert counted == count_work(unet.half(), example, 4), "what counts is the precision asked for"
     unet.float().load_state_dict(before)
@@ -102,7 +122,10 @@ def most_allocated(call: Callable[[], Any]) -> int:
         result = call()
     del result
     results: Any = profiler.profiler
-    events = sorted((event for event in results.kineto_results.events() if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    events = sorted(
+        (event for event in results.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
     alive = most = 0
     for event in events:
         alive += event.nbytes()
@@ -118,11 +141,18 @@ def size_of(example: dict[str, torch.Tensor]) -> int:
 def test_the_peak_is_what_torch_allocates(random_pipeline: Any) -> None:
     unet, text = random_pipeline.unet, random_pipeline.text_encoder
     example = inputs_of(unet)
-    assert count_work(unet, example, 4).peak_bytes == pytest.approx(size_of(example) + most_allocated(lambda: unet(**example)), rel=0.02)
+    assert count_work(unet, example, 4).peak_bytes == pytest.approx(
+        size_of(example) + most_allocated(lambda: unet(**example)), rel=0.02
+    )
     ids = {"input_ids": torch.zeros(2, 77, dtype=torch.long)}
-    assert count_work(text, ids, 4).peak_bytes == pytest.approx(size_of(ids) + most_allocated(lambda: text(**ids)), rel=0.02)
+    assert count_work(text, ids, 4).peak_bytes == pytest.approx(
+        size_of(ids) + most_allocated(lambda: text(**ids)), rel=0.02
+    )
     latents = {"z": torch.randn(1, 4, 16, 16)}
-    counted, found = count_work(random_pipeline.vae, latents, 4, "decode").peak_bytes, size_of(latents) + most_allocated(lambda: random_pipeline.vae.decode(**latents))
+    counted, found = (
+        count_work(random_pipeline.vae, latents, 4, "decode").peak_bytes,
+        size_of(latents) + most_allocated(lambda: random_pipeline.vae.decode(**latents)),
+    )
     assert counted <= found <= 1.4 * counted, "convolutions take workspaces"
 
 
@@ -143,8 +173,12 @@ def test_the_peak_is_what_a_gpu_allocates(random_pipeline: Any) -> None:
 def test_the_roofline_is_the_longer_of_both_limits() -> None:
     peaks = Peaks(1e12, 1e11, "fp32")
     work = Work(macs=10**11, weight_bytes=10**9, activation_bytes=10**9, peak_bytes=1)
-    assert roofline(work, peaks, 0.8) == pytest.approx({"share_of_matmul_peak": 0.25, "share_of_bandwidth": 0.025, "least_ms": 200.0, "bound": "compute"})
-    assert roofline(Work(10**9, 10**10, 0, 1), peaks, 0.1) == pytest.approx({"share_of_matmul_peak": 0.02, "share_of_bandwidth": 1.0, "least_ms": 100.0, "bound": "memory"})
+    assert roofline(work, peaks, 0.8) == pytest.approx(
+        {"share_of_matmul_peak": 0.25, "share_of_bandwidth": 0.025, "least_ms": 200.0, "bound": "compute"}
+    )
+    assert roofline(Work(10**9, 10**10, 0, 1), peaks, 0.1) == pytest.approx(
+        {"share_of_matmul_peak": 0.02, "share_of_bandwidth": 1.0, "least_ms": 100.0, "bound": "memory"}
+    )
     with pytest.raises(UsageError, match="step of 0"):
         roofline(work, peaks, 0.0)
 

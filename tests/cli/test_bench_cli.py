@@ -34,7 +34,9 @@ def type_in(*arguments: object) -> Result:
         (("compare", "gone.json", "gone.json"), 2, "gone.json: no such file"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_anything_runs(arguments: tuple[str, ...], code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_measured_is_refused_before_anything_runs(
+    arguments: tuple[str, ...], code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = type_in(*arguments)
     error = result.exception
@@ -63,7 +65,9 @@ def test_suites_are_listed() -> None:
     assert any(line.startswith("nano ") for line in lines)
 
 
-def test_a_dry_run_lists_scenarios_and_memory_and_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_lists_scenarios_and_memory_and_makes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     result = type_in("sd15-cpu", "--dry-run", "--json")
     assert result.exit_code == 0, result.output
@@ -72,7 +76,12 @@ def test_a_dry_run_lists_scenarios_and_memory_and_makes_nothing(tmp_path: Path, 
     assert len(held) == 12
     assert held["SD1.5", "torch", "fp32"] > 4 * (859_520_964 + 123_000_000)
     assert 1.8 < held["SD1.5", "torch", "fp32"] / held["SD1.5", "torch", "bf16"] < 2.2
-    assert held["bk-tiny", "torch", "fp32"] < held["bk-small", "torch", "fp32"] < held["bk-base", "torch", "fp32"] < held["SD1.5", "torch", "fp32"]
+    assert (
+        held["bk-tiny", "torch", "fp32"]
+        < held["bk-small", "torch", "fp32"]
+        < held["bk-base", "torch", "fp32"]
+        < held["SD1.5", "torch", "fp32"]
+    )
     told = type_in("nano", "--dry-run", "--batch", "1,4").stdout
     assert "batch 4" in told
     assert "2 × " not in told
@@ -80,7 +89,9 @@ def test_a_dry_run_lists_scenarios_and_memory_and_makes_nothing(tmp_path: Path, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_models_are_measured_and_the_result_compared_with_itself(random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_measured_and_the_result_compared_with_itself(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     common = ("--backend", "torch", "--steps", 1, "--quick", "--threads", 1)
     result = type_in(f"mine={random_folder}", *common, "--prompts", prompts(tmp_path))
@@ -105,8 +116,22 @@ def prompts(folder: Path) -> Path:
 
 def test_slower_is_told_and_fails_where_asked(tmp_path: Path) -> None:
     for name, ms in (("a", 100.0), ("b", 130.0)):
-        samples: dict[str, Any] = {stage: [[ms + n + r for n in range(5)] for r in range(5)] for stage in ("unet_step", "text_encoder", "vae_decode", "end_to_end")}
-        latency = {"key": "k", "model": "nano", "backend": "torch", "precision": "fp32", "size_px": 128, "batch": 1, "unet_batch": 2, "steps": 25, "guidance_scale": 4.0, "samples_ms": samples}
+        samples: dict[str, Any] = {
+            stage: [[ms + n + r for n in range(5)] for r in range(5)]
+            for stage in ("unet_step", "text_encoder", "vae_decode", "end_to_end")
+        }
+        latency = {
+            "key": "k",
+            "model": "nano",
+            "backend": "torch",
+            "precision": "fp32",
+            "size_px": 128,
+            "batch": 1,
+            "unet_batch": 2,
+            "steps": 25,
+            "guidance_scale": 4.0,
+            "samples_ms": samples,
+        }
         settings = {"steps": 25, "guidance_scale": 4.0, "rounds": 5, "baseline": ["torch", "fp32"]}
         environment = {"cpu": "x", "cores": 2, "torch_threads": 2, "gpu": [], "packages": {}, "commit": None}
         results = Results("", "", settings, environment, [{"name": "nano", "sha256": "", "parameters": {}}], [])

@@ -17,7 +17,10 @@ from .conftest import Cli, one_line
 
 
 def test_help_answers_at_once_and_loads_no_torch() -> None:
-    script = "import sys\nfrom sdcompress.cli import cli\ntry:\n    cli(['--help'])\nfinally:\n    assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules), 'heavy import'\n"
+    script = (
+        "import sys\nfrom sdcompress.cli import cli\ntry:\n    cli(['--help'])\nfinally:\n    assert not {'torch',"
+        " 'numpy', 'diffusers'} & set(sys.modules), 'heavy import'\n"
+    )
     seconds = []
     for _ in range(5):
         started = time.perf_counter()
@@ -66,7 +69,9 @@ def test_a_unet_whose_levels_cannot_be_pruned_so(cli: Cli, tmp_path: Path, rando
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_a_data_folder_without_pictures_or_captions(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, captions: bool) -> None:
+def test_a_data_folder_without_pictures_or_captions(
+    cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, captions: bool
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     if captions:
@@ -77,11 +82,18 @@ def test_a_data_folder_without_pictures_or_captions(cli: Cli, tmp_path: Path, ra
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data"]
 
 
-def test_an_output_folder_in_the_way_is_left_as_it_is(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path) -> None:
+def test_an_output_folder_in_the_way_is_left_as_it_is(
+    cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
-    for command in (["distill", random_folder, "--data", pictures], ["export", random_folder], ["bench", random_folder], ["run", random_folder, "--data", pictures]):
+    for command in (
+        ["distill", random_folder, "--data", pictures],
+        ["export", random_folder],
+        ["bench", random_folder],
+        ["run", random_folder, "--data", pictures],
+    ):
         code, _, err = cli(*command, "-o", out)
         assert code == 1
         assert "--force" in one_line(err)
@@ -95,7 +107,9 @@ def test_a_place_where_nothing_can_be_written(cli: Cli, tmp_path: Path, random_f
     assert "not a folder" in one_line(err)
 
 
-def test_a_disk_that_fills_during_a_save_leaves_nothing(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_during_a_save_leaves_nothing(
+    cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -120,7 +134,9 @@ def test_wrong_options_are_usage_errors(cli: Cli, random_folder: Path, pictures:
     assert "onnxruntime" in one_line(err)
 
 
-def test_trt_without_tensorrt_says_what_to_install(cli: Cli, tmp_path: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trt_without_tensorrt_says_what_to_install(
+    cli: Cli, tmp_path: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):
         monkeypatch.setitem(sys.modules, name, None)
     code, _, err = cli("export", random_folder, "--trt", "-o", tmp_path / "out")
@@ -129,12 +145,27 @@ def test_trt_without_tensorrt_says_what_to_install(cli: Cli, tmp_path: Path, ran
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_prints_counts_and_writes_a_plan_that_distill_takes(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path) -> None:
+def test_plan_prints_counts_and_writes_a_plan_that_distill_takes(
+    cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path
+) -> None:
     code, out, _ = cli("plan", random_folder, "--preset", "sd-tiny", "-o", tmp_path / "plan.json")
     assert code == 0
     assert "level 3" in out
     assert "dropped" in out
-    code, out, err = cli("distill", random_folder, "--plan", tmp_path / "plan.json", "--data", pictures, "--steps", 2, "--batch-size", 2, "-o", tmp_path / "student")
+    code, out, err = cli(
+        "distill",
+        random_folder,
+        "--plan",
+        tmp_path / "plan.json",
+        "--data",
+        pictures,
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "-o",
+        tmp_path / "student",
+    )
     assert code == 0, err
     assert "smaller" in out
     code, out, _ = cli("inspect", tmp_path / "student", "--json")
@@ -146,7 +177,9 @@ def test_plan_prints_counts_and_writes_a_plan_that_distill_takes(cli: Cli, tmp_p
 
 def test_generate_draws_the_same_picture_for_the_same_seed(cli: Cli, tmp_path: Path, random_folder: Path) -> None:
     for name, seed in (("a.png", 1), ("b.png", 1), ("c.png", 2)):
-        code, _, err = cli("generate", random_folder, "a flat icon of a cat", "--steps", 2, "--seed", seed, "-o", tmp_path / name)
+        code, _, err = cli(
+            "generate", random_folder, "a flat icon of a cat", "--steps", 2, "--seed", seed, "-o", tmp_path / name
+        )
         assert code == 0, err
     a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
     assert a == b

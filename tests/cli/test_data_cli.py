@@ -40,7 +40,9 @@ def test_inspect_says_when_training_would_stop(cli: Cli, tmp_path: Path) -> None
     assert "next:" not in out
 
 
-def test_cache_is_made_counted_and_taken_by_distill(cli: Cli, pictures: Path, random_folder: Path, tmp_path: Path) -> None:
+def test_cache_is_made_counted_and_taken_by_distill(
+    cli: Cli, pictures: Path, random_folder: Path, tmp_path: Path
+) -> None:
     import shutil
 
     data = shutil.copytree(pictures, tmp_path / "data")
@@ -62,7 +64,23 @@ def test_cache_is_made_counted_and_taken_by_distill(cli: Cli, pictures: Path, ra
 
 def test_generate_makes_what_inspect_reads(cli: Cli, random_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    command = ["data", "generate", random_folder, "--prompts", tmp_path / "prompts.txt", "-n", 3, "--steps", 2, "--size", 64, "--batch-size", 2, "-o", tmp_path / "made"]
+    command = [
+        "data",
+        "generate",
+        random_folder,
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "-n",
+        3,
+        "--steps",
+        2,
+        "--size",
+        64,
+        "--batch-size",
+        2,
+        "-o",
+        tmp_path / "made",
+    ]
     code, out, err = cli(*command)
     assert code == 0, err
     assert out.splitlines()[-1] == f"next: sdcompress distill {random_folder} --data {tmp_path / 'made'} -o student"

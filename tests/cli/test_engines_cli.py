@@ -31,10 +31,18 @@ UNET = EngineKey(
     version=VERSION,
     compute_capabilities=((8, 6), (8, 9)),
     platform=platform_name(),
-    profiles=({"sample": ((1, 4, 32, 32), (2, 4, 64, 64), (8, 4, 96, 96)), "timestep": ((1,), (2,), (8,)), "encoder_hidden_states": ((1, 77, 768), (2, 77, 768), (8, 154, 768))},),
+    profiles=(
+        {
+            "sample": ((1, 4, 32, 32), (2, 4, 64, 64), (8, 4, 96, 96)),
+            "timestep": ((1,), (2,), (8,)),
+            "encoder_hidden_states": ((1, 77, 768), (2, 77, 768), (8, 154, 768)),
+        },
+    ),
     options={"weight_streaming": True},
 )
-DECODER = replace(UNET, component="vae_decoder", version="1.0.0.21", profiles=({"latent_sample": ((2, 4, 64, 64),) * 3},), options={})
+DECODER = replace(
+    UNET, component="vae_decoder", version="1.0.0.21", profiles=({"latent_sample": ((2, 4, 64, 64),) * 3},), options={}
+)
 INPUTS = {
     "unet": [
         {"name": "sample", "shape": ["batch", 4, "height", "width"], "dtype": "float16"},
@@ -48,7 +56,12 @@ INPUTS = {
 def builder(key: EngineKey) -> Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]:
     def build(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         (folder / f"{key.component}.engine").write_bytes(b"engine" * 2**18)
-        return {"vae_scale": 8, "model_name": "nano", "inputs": {key.component: INPUTS[key.component]}, "outputs": {}}, {key.component: {"seconds": 2.5}}
+        return {
+            "vae_scale": 8,
+            "model_name": "nano",
+            "inputs": {key.component: INPUTS[key.component]},
+            "outputs": {},
+        }, {key.component: {"seconds": 2.5}}
 
     return build
 
@@ -72,7 +85,10 @@ def exported(store: EngineStore, tmp_path: Path) -> Path:
     for entry in entries:
         store.adopt(entry, folder)
     first, second = (entry.manifest.config for entry in entries)
-    config = {name: {**value, **second[name]} if isinstance(value, dict) and name != "options" else value for name, value in first.items()}
+    config = {
+        name: {**value, **second[name]} if isinstance(value, dict) and name != "options" else value
+        for name, value in first.items()
+    }
     write_manifest(folder, "engine", config=config | {"components": ["unet", "vae_decoder"]})
     return folder.parent
 
@@ -100,7 +116,15 @@ def test_list_says_what_each_engine_is_and_whether_it_loads_here(cli: Cli, store
     code, out, _ = cli("engines", "list")
     assert code == 0
     rows = {line.split()[1]: line for line in out.splitlines()[1:-1]}
-    for text in (UNET.digest[:8], "nano aaaaaaaa", "fp16", f"tensorrt-rtx {VERSION}", "8.6, 8.9", "256:512:768 px, batch 1:2:8, tokens 77:77:154", "1.5 MiB"):
+    for text in (
+        UNET.digest[:8],
+        "nano aaaaaaaa",
+        "fp16",
+        f"tensorrt-rtx {VERSION}",
+        "8.6, 8.9",
+        "256:512:768 px, batch 1:2:8, tokens 77:77:154",
+        "1.5 MiB",
+    ):
         assert text in rows["unet"]
     assert "512 px, batch 2" in rows["vae_decoder"]
     if not TENSORRT_RTX.missing():
@@ -266,5 +290,12 @@ def test_a_profile_is_written_as_the_options_take_it() -> None:
     wide = {"sample": [[1, 4, 64, 64], [1, 4, 64, 96], [1, 4, 64, 128]]}
     assert text([square]) == "512 px, batch 2"
     assert text([square, wide]) == "512 px, batch 2 + height 512 width 512:768:1024 px, batch 1"
-    assert text([{"sample": [[2, 3, 512, 512]] * 3}], "vae_encoder", inputs={"vae_encoder": [{"name": "sample", "shape": ["batch", 3, "image_height", "image_width"]}]}) == "512 px, batch 2"
+    assert (
+        text(
+            [{"sample": [[2, 3, 512, 512]] * 3}],
+            "vae_encoder",
+            inputs={"vae_encoder": [{"name": "sample", "shape": ["batch", 3, "image_height", "image_width"]}]},
+        )
+        == "512 px, batch 2"
+    )
     assert text([{"left": [[1, 8], [2, 8], [4, 8]]}]) == "left 1x8:2x8:4x8"

@@ -25,7 +25,10 @@ needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tenso
         (["--trt", "--batch", "8:2:1"], "MIN:OPT:MAX that do not fall"),
         (["--trt", "--height", "100"], "--height 128"),
         (["--trt", "--tokens", "100"], "expected multiples of 77"),
-        (["--signature", "webui", "--component", "vae_decoder"], "vae_decoder with the signature webui, which runs its own"),
+        (
+            ["--signature", "webui", "--component", "vae_decoder"],
+            "vae_decoder with the signature webui, which runs its own",
+        ),
     ],
 )
 @needs_rtx
@@ -46,7 +49,9 @@ def test_what_cannot_be_is_said_in_one_line(cli: Cli, tmp_path: Path, options: l
         (["--precision", "fp8", "--compute-capability", "8.6"], "fp8 needs compute capability 8.9"),
     ],
 )
-def test_what_the_library_does_not_build_is_said_before_the_export(cli: Cli, tmp_path: Path, options: list[str], said: str) -> None:
+def test_what_the_library_does_not_build_is_said_before_the_export(
+    cli: Cli, tmp_path: Path, options: list[str], said: str
+) -> None:
     code, _, err = cli("export", "nano", "-o", tmp_path / "out", "--trt", "--flavour", "tensorrt-rtx", *options)
     assert code in (1, 2)
     assert said in one_line(err)
@@ -56,7 +61,19 @@ def test_what_the_library_does_not_build_is_said_before_the_export(cli: Cli, tmp
 @needs_rtx
 def test_engines_come_from_the_store_the_second_time_and_are_listed(cli: Cli, tmp_path: Path) -> None:
     for folder in ("first", "second"):
-        code, out, err = cli("export", "nano", "-o", tmp_path / folder, "--trt", "--flavour", "tensorrt-rtx", "--component", "text_encoder", "--batch", "2")
+        code, out, err = cli(
+            "export",
+            "nano",
+            "-o",
+            tmp_path / folder,
+            "--trt",
+            "--flavour",
+            "tensorrt-rtx",
+            "--component",
+            "text_encoder",
+            "--batch",
+            "2",
+        )
         assert code == 0, err
         assert "text_encoder.engine" in out
     assert "from the store" in out
@@ -88,10 +105,16 @@ def test_a_checkpoint_in_ldm_layout_is_one_file_that_loads_again(cli: Cli, tmp_p
 
 def test_generate_refuses_what_a_graph_folder_cannot_do(cli: Cli, tmp_path: Path, fp16_small: object) -> None:
     folder = getattr(fp16_small, "folder")  # noqa: B009
-    for options, said in ((["--backend", "torch"], "--backend ort"), (["--backend", "ort", "--fallback", "torch"], "no torch weights"), (["--backend", "nonsense"], "no backend 'nonsense'")):
+    for options, said in (
+        (["--backend", "torch"], "--backend ort"),
+        (["--backend", "ort", "--fallback", "torch"], "no torch weights"),
+        (["--backend", "nonsense"], "no backend 'nonsense'"),
+    ):
         code, _, err = cli("generate", folder, "a cat", "-o", tmp_path / "out.png", *options)
         assert code == 2
         assert said in one_line(err)
-    code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "out.png", "--backend", "ort", "--artifacts", folder)
+    code, _, err = cli(
+        "generate", "nano", "a cat", "-o", tmp_path / "out.png", "--backend", "ort", "--artifacts", folder
+    )
     assert code == 1
     assert "was made from another model" in one_line(err) or "has no graph of the unet" in one_line(err)

@@ -49,7 +49,9 @@ def test_status_as_json(cli: Cli, tmp_path: Path) -> None:
     assert code == 0
     assert found["installed"]
     assert found["changed"] == {"custom_nodes/comfyui-sdcompress/node.py": "was changed since"}
-    assert [(engine["name"], engine["ours"], engine["fault"], engine["loads_here"]) for engine in found["engines"]] == [("Ärger", True, None, False)]
+    assert [(engine["name"], engine["ours"], engine["fault"], engine["loads_here"]) for engine in found["engines"]] == [
+        ("Ärger", True, None, False)
+    ]
     assert found["engines"][0]["why_not"]
     code, out, _ = cli("uninstall", "comfyui", root)
     assert (code, "node.py: was changed since it was installed" in out) == (0, True)
@@ -61,7 +63,11 @@ def test_a_link_is_said_and_one_engine_is_taken_away(cli: Cli, tmp_path: Path) -
         assert cli("install", "comfyui", root, make_engine(tmp_path / name, "comfyui", name), "--link")[0] == 0
     assert (root / "models/sdcompress/second").is_symlink()
     code, out, _ = cli("uninstall", "comfyui", root, "first")
-    assert (code, (root / "models/sdcompress/first").exists(), (root / "models/sdcompress/second").exists()) == (0, False, True)
+    assert (code, (root / "models/sdcompress/first").exists(), (root / "models/sdcompress/second").exists()) == (
+        0,
+        False,
+        True,
+    )
     assert "1 file removed" in out
 
 
@@ -70,7 +76,11 @@ def test_a_link_is_said_and_one_engine_is_taken_away(cli: Cli, tmp_path: Path) -
     [
         (("install", "webui", "{comfyui}"), 2, "is ComfyUI, not SD-WebUI"),
         (("install", "comfyui", "{nowhere}"), 2, "no such folder"),
-        (("install", "comfyui", "{comfyui}", "{nowhere}"), 2, "no such folder; expected one that `sdcompress export` has written"),
+        (
+            ("install", "comfyui", "{comfyui}", "{nowhere}"),
+            2,
+            "no such folder; expected one that `sdcompress export` has written",
+        ),
         (("install", "comfyui", "{comfyui}", "{comfyui}"), 1, "holds no engine"),
         (("install", "comfyui", "{comfyui}", "--with-weights", "nano"), 2, "--with-weights for ComfyUI"),
         (("uninstall", "comfyui", "{comfyui}"), 2, "nothing is installed here"),
@@ -79,12 +89,20 @@ def test_a_link_is_said_and_one_engine_is_taken_away(cli: Cli, tmp_path: Path) -
 )
 def test_a_mistake_is_one_line(arguments: tuple[str, ...], code: int, words: str, cli: Cli, tmp_path: Path) -> None:
     make_tree(tmp_path / "comfyui", "comfyui")
-    found, _, err = cli(*(argument.replace("{comfyui}", str(tmp_path / "comfyui")).replace("{nowhere}", str(tmp_path / "nowhere")) for argument in arguments))
+    found, _, err = cli(
+        *(
+            argument.replace("{comfyui}", str(tmp_path / "comfyui")).replace("{nowhere}", str(tmp_path / "nowhere"))
+            for argument in arguments
+        )
+    )
     assert found == code
     assert words in one_line(err)
 
 
 def test_help_names_the_hosts_and_loads_no_torch() -> None:
-    check = "import sys; sys.argv = ['sdcompress', 'install', '--help']\nfrom sdcompress.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    check = (
+        "import sys; sys.argv = ['sdcompress', 'install', '--help']\nfrom sdcompress.cli import main\ntry:"
+        " main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     ran = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert all(host in ran.stdout for host in TREES)

@@ -63,7 +63,12 @@ def test_validate_tells_all_faults_at_once_and_the_nearest_names(cli: Cli, tmp_p
     path.write_text("stepz: 3\nlearning_rate: -1\ndata:\n  flipp: true\n  size_px: 100\n")
     code, _, err = cli("recipes", "validate", path)
     assert code == 2
-    for fault in ("stepz: unknown knob, did you mean steps?", "learning_rate", "data.flipp: unknown knob, did you mean flip?", "data.size_px"):
+    for fault in (
+        "stepz: unknown knob, did you mean steps?",
+        "learning_rate",
+        "data.flipp: unknown knob, did you mean flip?",
+        "data.size_px",
+    ):
         assert fault in one_line(err)
 
 
@@ -86,13 +91,23 @@ def test_validate_refuses_what_no_run_could_use(cli: Cli, tmp_path: Path, text: 
 
 
 def test_validate_prints_the_figures_with_what_is_set(cli: Cli) -> None:
-    code, out, _ = cli("recipes", "validate", "segmind-tiny", "--set", "learning_rate=1e-5", "--set", "data.captions={generated_caption: 1}")
+    code, out, _ = cli(
+        "recipes",
+        "validate",
+        "segmind-tiny",
+        "--set",
+        "learning_rate=1e-5",
+        "--set",
+        "data.captions={generated_caption: 1}",
+    )
     assert code == 0
     assert "128, in 4 passes of 32" in out
     assert "16,000,000" in out
     assert "1e-05, cosine" in out
     assert "task x 1, output x 0.5, feature x 0.5" in out
-    resolved = json.loads(cli("recipes", "validate", "segmind-tiny", "--set", "data.captions={generated_caption: 1}", "--json")[1])
+    resolved = json.loads(
+        cli("recipes", "validate", "segmind-tiny", "--set", "data.captions={generated_caption: 1}", "--json")[1]
+    )
     assert resolved["data"]["captions"] == {"generated_caption": 1.0}
     assert "rank 8, alpha 8, on to_q" in cli("recipes", "validate", "nano-lora")[1]
 
@@ -112,19 +127,34 @@ def trained(tmp_path: Path) -> Path:
     write_lora(layers, folder / "lora/lora.safetensors", "diffusers")
     write_lora(layers, folder / "lora/lora-kohya.safetensors", "kohya")
     config = load_config(LoraConfig, "nano-lora", {}).model_dump(mode="json")
-    write_manifest(folder / "lora", "lora", config={"train": config, "model_name": "nano"}, inputs={"model": "a" * 64, "data": "b" * 64}, figures={"steps": 200, "losses": {"task_loss": 0.1}}, seed=0)
+    write_manifest(
+        folder / "lora",
+        "lora",
+        config={"train": config, "model_name": "nano"},
+        inputs={"model": "a" * 64, "data": "b" * 64},
+        figures={"steps": 200, "losses": {"task_loss": 0.1}},
+        seed=0,
+    )
     (folder / "samples").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "samples/step-000200.webp")
     return folder
 
 
-def test_a_dry_run_needs_neither_token_nor_network(cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_needs_neither_token_nor_network(
+    cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
     before = sorted(trained.rglob("*"))
     code, out, _ = cli("push", trained, "me/style", "--dry-run")
     assert code == 0
     assert out.startswith("---\nlicense: other\n")
-    assert sorted(line.split()[0] for line in out.splitlines()[-5:]) == ["README.md", "lora-kohya.safetensors", "lora.safetensors", "samples.webp", "sdcompress.json"]
+    assert sorted(line.split()[0] for line in out.splitlines()[-5:]) == [
+        "README.md",
+        "lora-kohya.safetensors",
+        "lora.safetensors",
+        "samples.webp",
+        "sdcompress.json",
+    ]
     code, out, _ = cli("push", trained, "me/style", "--dry-run", "-o", tmp_path / "card")
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "card").iterdir()) == ["README.md", "samples.webp"]
@@ -149,7 +179,15 @@ class Hub(BaseHTTPRequestHandler):
             server.checked = json.loads(body)["content"]
             self._answer(200, {"warnings": [], "errors": []})
         elif "/preupload/" in self.path:
-            self._answer(200, {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]})
+            self._answer(
+                200,
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                },
+            )
         else:
             lines = [json.loads(line) for line in body.splitlines()]
             server.message = lines[0]["value"]["summary"]
@@ -193,7 +231,13 @@ def test_push_sends_the_files_with_the_card_in_one_commit(cli: Cli, trained: Pat
     assert hub.created["name"] == "style"
     assert hub.created["organization"] == "me"
     assert "private" in json.dumps(hub.created)
-    assert set(hub.sent) == {"README.md", "samples.webp", "sdcompress.json", "lora.safetensors", "lora-kohya.safetensors"}
+    assert set(hub.sent) == {
+        "README.md",
+        "samples.webp",
+        "sdcompress.json",
+        "lora.safetensors",
+        "lora-kohya.safetensors",
+    }
     for name in ("lora.safetensors", "sdcompress.json"):
         assert hub.sent[name] == (trained / "lora" / name).read_bytes()
     assert hub.sent["samples.webp"] == (trained / "samples/step-000200.webp").read_bytes()
@@ -212,7 +256,9 @@ def test_a_refusal_of_the_hub_is_one_line(cli: Cli, trained: Path, hub: Any, sta
     assert says in one_line(err)
 
 
-def test_no_token_and_no_network_are_one_line_each(cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_and_no_network_are_one_line_each(
+    cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
@@ -236,7 +282,12 @@ def test_what_cannot_be_pushed(cli: Cli, trained: Path, tmp_path: Path, random_f
     (unfinished / "checkpoints").mkdir(parents=True)
     empty = tmp_path / "empty"
     empty.mkdir()
-    for folder, code, says in ((tmp_path / "nowhere", 2, "does not exist"), (empty, 1, "no pipeline and no LoRA"), (unfinished, 1, "--resume"), (random_folder, 1, "no sdcompress.json")):
+    for folder, code, says in (
+        (tmp_path / "nowhere", 2, "does not exist"),
+        (empty, 1, "no pipeline and no LoRA"),
+        (unfinished, 1, "--resume"),
+        (random_folder, 1, "no sdcompress.json"),
+    ):
         found, _, err = cli("push", folder, "me/style", "--dry-run")
         assert found == code
         assert says in one_line(err)
@@ -256,7 +307,17 @@ def test_a_damaged_artifact_is_not_pushed(cli: Cli, trained: Path) -> None:
     assert "broken manifest" in one_line(err)
 
 
-@pytest.mark.parametrize("arguments", [("style",), ("me/st yle",), ("me/a/b",), ("me/style", "--license", "My Own"), ("me/style", "--base-model", "teacher"), ("me/style", "-o", "card")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("style",),
+        ("me/st yle",),
+        ("me/a/b",),
+        ("me/style", "--license", "My Own"),
+        ("me/style", "--base-model", "teacher"),
+        ("me/style", "-o", "card"),
+    ],
+)
 def test_names_the_hub_would_not_take(cli: Cli, trained: Path, arguments: tuple[str, ...]) -> None:
     code, _, err = cli("push", trained, *arguments, *(() if "-o" in arguments else ("--dry-run",)))
     assert code == 2

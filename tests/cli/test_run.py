@@ -14,11 +14,31 @@ from sdcompress.cli import main
 
 
 @pytest.mark.slow
-def test_run_makes_every_artifact_and_remakes_only_what_is_missing(random_folder: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
+    random_folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (tmp_path / "prompts.txt").write_text("a flat icon of a cat\na cartoon of a dog\n")
 
     def run() -> tuple[str, str]:
-        command = ["run", random_folder, "--data", pictures, "--plan", "bk-tiny", "--steps", 2, "--quick", "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "out"]
+        command = [
+            "run",
+            random_folder,
+            "--data",
+            pictures,
+            "--plan",
+            "bk-tiny",
+            "--steps",
+            2,
+            "--quick",
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "-o",
+            tmp_path / "out",
+        ]
         monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, command)])
         with pytest.raises(SystemExit) as stop:
             main()
@@ -27,7 +47,13 @@ def test_run_makes_every_artifact_and_remakes_only_what_is_missing(random_folder
         return out, err
 
     out, _ = run()
-    kinds = {"cache": "cache", "random/onnx": "onnx", "bk-tiny/pipeline": "student", "bk-tiny/onnx": "onnx", "report": "results"}
+    kinds = {
+        "cache": "cache",
+        "random/onnx": "onnx",
+        "bk-tiny/pipeline": "student",
+        "bk-tiny/onnx": "onnx",
+        "report": "results",
+    }
     if TENSORRT_RTX.missing() is None:
         kinds |= {"bk-tiny/onnx-fp16": "onnx", "bk-tiny/engine": "engine"}
     for folder, kind in kinds.items():

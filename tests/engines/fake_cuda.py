@@ -1,7 +1,7 @@
 """Stand-ins for CUDA's streams, events and graphs on a CPU, so that the order of calls can be tested where no GPU is.
 
-Work runs at once, whatever stream it is enqueued on. A capture records torch's operators; as on a GPU, the tensors it makes hold no result
-until the graph is replayed, and a replay runs the same operators on the same addresses.
+Work runs at once, whatever stream it is enqueued on. A capture records torch's operators; as on a GPU, the tensors it
+makes hold no result until the graph is replayed, and a replay runs the same operators on the same addresses.
 """
 
 from __future__ import annotations
@@ -120,12 +120,18 @@ class FakeCuda:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Put this in the place of `torch.cuda`'s functions."""
         replaced = {
-            "Stream": lambda device=None: FakeStream(self, device), "Event": FakeEvent, "CUDAGraph": lambda: FakeGraph(self),
-            "current_stream": lambda device=None: self.current, "default_stream": lambda device=None: self.streams[0],
-            "stream": self.stream, "device": self.device, "synchronize": lambda device=None: None,
-            "empty_cache": lambda: None, "graph_pool_handle": lambda: (0, 1),
+            "Stream": lambda device=None: FakeStream(self, device),
+            "Event": FakeEvent,
+            "CUDAGraph": lambda: FakeGraph(self),
+            "current_stream": lambda device=None: self.current,
+            "default_stream": lambda device=None: self.streams[0],
+            "stream": self.stream,
+            "device": self.device,
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "graph_pool_handle": lambda: (0, 1),
             "is_current_stream_capturing": lambda: self.capturing,
-        }  # fmt: skip
+        }
         for name, value in replaced.items():
             patch.setattr(torch.cuda, name, value)
 

@@ -1,4 +1,6 @@
-"""A module compiled ahead of time runs as the module does, and a package that does not belong here says so before its code is loaded."""
+"""A module compiled ahead of time runs as the module does, and a package that does not belong here says so before its
+code is loaded.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,24 @@ class Block(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.norm, self.out = torch.nn.Conv2d(4, 32, 3, padding=1), torch.nn.GroupNorm(8, 32), torch.nn.Conv2d(32, 4, 3, padding=1)
+        self.into, self.norm, self.out = (
+            torch.nn.Conv2d(4, 32, 3, padding=1),
+            torch.nn.GroupNorm(8, 32),
+            torch.nn.Conv2d(32, 4, 3, padding=1),
+        )
         self.query, self.keys = torch.nn.Linear(32, 32), torch.nn.Linear(16, 64)
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = torch.nn.functional.silu(self.norm(self.into(sample))) + timestep.to(sample.dtype)[:, None, None, None] / 1000
+    def forward(
+        self, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = (
+            torch.nn.functional.silu(self.norm(self.into(sample)))
+            + timestep.to(sample.dtype)[:, None, None, None] / 1000
+        )
         keys, values = self.keys(context).chunk(2, dim=-1)
-        attended = torch.nn.functional.scaled_dot_product_attention(self.query(hidden.flatten(2).transpose(1, 2))[:, None], keys[:, None], values[:, None])[:, 0]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            self.query(hidden.flatten(2).transpose(1, 2))[:, None], keys[:, None], values[:, None]
+        )[:, 0]
         hidden = hidden + attended.transpose(1, 2).reshape(hidden.shape)
         return self.out(hidden), hidden.mean((2, 3))
 
@@ -46,7 +59,11 @@ OUTPUTS = (TensorSpec("out_sample", ("batch", 4, "height", "width"), DTYPE), Ten
 
 
 def feeds(batch: int = 2, height: int = 16, width: int = 16, tokens: int = 77) -> dict[str, torch.Tensor]:
-    return {"sample": torch.randn(batch, 4, height, width).to(DTYPE), "timestep": torch.full((batch,), 500.0), "context": torch.randn(batch, tokens, 16).to(DTYPE)}
+    return {
+        "sample": torch.randn(batch, 4, height, width).to(DTYPE),
+        "timestep": torch.full((batch,), 500.0),
+        "context": torch.randn(batch, tokens, 16).to(DTYPE),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +88,12 @@ def package(block: Block, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_package_computes_what_the_module_does_at_every_shape_it_was_made_for(block: Block, package: Path) -> None:
     with open_runner(package) as runner, torch.no_grad():
-        assert (runner.inputs, runner.outputs, runner.device, runner.backend) == (INPUTS, OUTPUTS, torch.device("cpu"), "aot-inductor")
+        assert (runner.inputs, runner.outputs, runner.device, runner.backend) == (
+            INPUTS,
+            OUTPUTS,
+            torch.device("cpu"),
+            "aot-inductor",
+        )
         for batch, height, width, tokens in ((1, 8, 8, 77), (2, 16, 24, 77), (3, 32, 8, 231), (8, 16, 16, 154)):
             given = feeds(batch, height, width, tokens)
             truth = block(*given.values())
@@ -121,7 +143,12 @@ def test_outputs_belong_to_the_caller_and_a_closed_runner_opens_again(package: P
 def test_a_package_says_what_it_is_without_being_loaded(package: Path) -> None:
     facts = read_facts(package)
     assert (facts.torch, facts.device, facts.inputs) == (torch.__version__, "cpu", INPUTS)
-    assert facts.axes == {"batch": Range(1, 8), "height": Range(8, 32, 8), "width": Range(8, 32, 8), "tokens": Range(77, 231, 77)}
+    assert facts.axes == {
+        "batch": Range(1, 8),
+        "height": Range(8, 32, 8),
+        "width": Range(8, 32, 8),
+        "tokens": Range(77, 231, 77),
+    }
     assert facts.isa
 
 
@@ -138,7 +165,11 @@ def test_a_damaged_package_is_an_engine_error(package: Path, tmp_path: Path, dam
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("net/data/model_metadata.json", json.dumps({"AOTI_DEVICE_KEY": "cpu"}))
     else:
-        path.write_bytes({"cut": content[: len(content) // 2], "flipped": content, "empty": b"", "noise": bytes(range(256)) * 20}[damage])
+        path.write_bytes(
+            {"cut": content[: len(content) // 2], "flipped": content, "empty": b"", "noise": bytes(range(256)) * 20}[
+                damage
+            ]
+        )
     with pytest.raises(EngineError, match=r"unet\.pt2.*export it again") as caught:
         open_runner(path)
     assert "\n" not in str(caught.value)
@@ -176,7 +207,9 @@ def test_a_package_made_elsewhere_says_what_differs(change: dict[str, Any], said
     assert "export it again" in str(caught.value)
 
 
-@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not tell what the processor has")
+@pytest.mark.skipif(
+    not hasattr(torch.cpu, "get_capabilities"), reason="this torch does not tell what the processor has"
+)
 def test_code_for_instructions_that_this_processor_lacks_is_refused() -> None:
     lacking = [name for name, there in torch.cpu.get_capabilities().items() if there is False]
     if not lacking:
@@ -194,18 +227,27 @@ def test_another_suffix_is_refused(block: Block, tmp_path: Path) -> None:
 
 def test_without_a_compiler_the_message_names_what_to_install_and_nothing_is_left(tmp_path: Path) -> None:
     code = (
-        "import sys, torch\n"
-        "from sdcompress_engines.errors import BackendMissing\n"
-        "from sdcompress_engines.runners import TensorSpec, TorchRunner, compile_package\n"
-        "module, given = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.SiLU()), torch.ones(2, 4)\n"
-        "specs = [TensorSpec('x', (2, 4), torch.float32)], [TensorSpec('y', (2, 4), torch.float32)]\n"
-        "for attempt in (lambda: compile_package(module, [given], None, sys.argv[1], *specs), lambda: TorchRunner(module, *specs, mode='compile').open().infer({'x': given})):\n"
-        "    try: attempt()\n"
-        "    except BackendMissing as error: print(error)\n"
+        "import sys, torch\nfrom sdcompress_engines.errors import BackendMissing\nfrom sdcompress_engines.runners"
+        " import TensorSpec, TorchRunner, compile_package\nmodule, given = torch.nn.Sequential(torch.nn.Linear(4, 4),"
+        " torch.nn.SiLU()), torch.ones(2, 4)\nspecs = [TensorSpec('x', (2, 4), torch.float32)], [TensorSpec('y', (2,"
+        " 4), torch.float32)]\nfor attempt in (lambda: compile_package(module, [given], None, sys.argv[1], *specs),"
+        " lambda: TorchRunner(module, *specs, mode='compile').open().infer({'x': given})):\n    try: attempt()\n   "
+        " except BackendMissing as error: print(error)\n"
     )
     engines = Path(sys.modules["sdcompress_engines.runners"].__file__ or "").parents[2]
-    environment = {**os.environ, "CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(engines)}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "out" / "x.pt2")], capture_output=True, text=True, check=False, env=environment)
+    environment = {
+        **os.environ,
+        "CXX": str(tmp_path / "no-compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": str(engines),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "out" / "x.pt2")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done.stderr
     assert all("C++ compiler" in line and "g++" in line for line in lines)

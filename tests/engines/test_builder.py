@@ -25,8 +25,12 @@ SUM = Profile({"left": ((1, 8), (2, 8), (4, 8)), "right": ((1, 8), (2, 8), (4, 8
 
 
 def write_graph(path: Path, op: str = "Add") -> Path:
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 8]) for name in ("left", "right", "total")]
-    graph = helper.make_graph([helper.make_node(op, ["left", "right"], ["total"], name="the_node")], "sum", ports[:2], ports[2:])
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 8]) for name in ("left", "right", "total")
+    ]
+    graph = helper.make_graph(
+        [helper.make_node(op, ["left", "right"], ["total"], name="the_node")], "sum", ports[:2], ports[2:]
+    )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
 
@@ -44,7 +48,9 @@ class Notes(Reporter):
 @needs_rtx
 def test_a_small_engine_is_built_and_reported(tmp_path: Path) -> None:
     notes = Notes()
-    result = build_engine(write_graph(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine", SUM, TENSORRT_RTX, report=notes)
+    result = build_engine(
+        write_graph(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine", SUM, TENSORRT_RTX, report=notes
+    )
     assert (tmp_path / "out" / "sum.engine").stat().st_size == result.bytes > 1000
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["sum.engine"]
     assert result.flavour == "tensorrt-rtx"
@@ -77,7 +83,9 @@ def test_a_parser_error_names_the_node(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_a_process_that_dies_is_an_error_and_leaves_the_old_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_an_error_and_leaves_the_old_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killer = tmp_path / "killer.sh"
     killer.write_text("#!/bin/sh\necho 'native code says goodbye'\nkill -SEGV $$\n")
     killer.chmod(0o755)
@@ -100,14 +108,19 @@ def test_a_cancelled_build_leaves_nothing(tmp_path: Path) -> None:
             return nullcontext(stop)
 
     with pytest.raises(KeyboardInterrupt):
-        build_engine(write_graph(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine", SUM, TENSORRT_RTX, report=Cancel())
+        build_engine(
+            write_graph(tmp_path / "sum.onnx"), tmp_path / "out" / "sum.engine", SUM, TENSORRT_RTX, report=Cancel()
+        )
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def write_linear(path: Path) -> Path:
     """`y = x · w` with a megabyte of weights."""
     weight = numpy_helper.from_array(np.random.default_rng(0).standard_normal((512, 1024)).astype(np.float16), "w")
-    ports = [helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", 512]), helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", 1024])]
+    ports = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT16, ["batch", 512]),
+        helper.make_tensor_value_info("y", TensorProto.FLOAT16, ["batch", 1024]),
+    ]
     graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "linear", ports[:1], ports[1:], [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
@@ -119,11 +132,19 @@ LINEAR = [Profile({"x": ((1, 512), (2, 512), (8, 512))}), Profile({"x": ((16, 51
 @needs_rtx
 def test_options_reach_the_library(tmp_path: Path) -> None:
     graph = write_linear(tmp_path / "linear.onnx")
-    built = {name: build_engine(graph, tmp_path / f"{name}.engine", LINEAR, TENSORRT_RTX, options=option) for name, option in {"plain": BuildOptions(), "streamed": BuildOptions(weight_streaming=True, workspace_mib=64)}.items()}
+    built = {
+        name: build_engine(graph, tmp_path / f"{name}.engine", LINEAR, TENSORRT_RTX, options=option)
+        for name, option in {
+            "plain": BuildOptions(),
+            "streamed": BuildOptions(weight_streaming=True, workspace_mib=64),
+        }.items()
+    }
     assert min(result.bytes for result in built.values()) > 2**20
     for option in (BuildOptions(refit="any"), BuildOptions(refit="identical"), BuildOptions(strip_plan=True)):
         if not torch.cuda.is_available():
-            with pytest.raises(EngineError, match=r"Try: without --(refit|strip-plan), or on a machine with an NVIDIA driver"):
+            with pytest.raises(
+                EngineError, match=r"Try: without --(refit|strip-plan), or on a machine with an NVIDIA driver"
+            ):
                 build_engine(graph, tmp_path / "x.engine", LINEAR, TENSORRT_RTX, options=option)
             continue
         size = build_engine(graph, tmp_path / "x.engine", LINEAR, TENSORRT_RTX, options=option).bytes
@@ -131,10 +152,23 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
 
 
 @needs_rtx
-@pytest.mark.parametrize(("option", "said"), [({"optimization_level": 4}, "--optimization-level with tensorrt-rtx"), ({"version_compatible": True}, "--version-compatible"), ({"hardware_compatible": "ampere_plus"}, "--hardware-compatible")])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"optimization_level": 4}, "--optimization-level with tensorrt-rtx"),
+        ({"version_compatible": True}, "--version-compatible"),
+        ({"hardware_compatible": "ampere_plus"}, "--hardware-compatible"),
+    ],
+)
 def test_options_a_flavour_has_no_use_for_are_refused(tmp_path: Path, option: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
-        build_engine(write_linear(tmp_path / "linear.onnx"), tmp_path / "x.engine", LINEAR, TENSORRT_RTX, options=BuildOptions(**option))
+        build_engine(
+            write_linear(tmp_path / "linear.onnx"),
+            tmp_path / "x.engine",
+            LINEAR,
+            TENSORRT_RTX,
+            options=BuildOptions(**option),
+        )
 
 
 @pytest.mark.parametrize("option", [{"refit": "all"}, {"optimization_level": 6}, {"hardware_compatible": "turing"}])
@@ -145,7 +179,9 @@ def test_options_are_checked_when_made(option: dict[str, Any]) -> None:
 
 @needs_rtx
 def test_engines_for_chosen_cards_say_so(tmp_path: Path) -> None:
-    result = build_engine(write_linear(tmp_path / "linear.onnx"), tmp_path / "x.engine", LINEAR, TENSORRT_RTX, [(12, 0), (8, 9), (8, 9)])
+    result = build_engine(
+        write_linear(tmp_path / "linear.onnx"), tmp_path / "x.engine", LINEAR, TENSORRT_RTX, [(12, 0), (8, 9), (8, 9)]
+    )
     assert result.compute_capabilities == ((8, 9), (12, 0))
 
 
@@ -177,18 +213,35 @@ def test_without_a_gpu_the_flavour_is_the_one_that_builds_ahead() -> None:
 @needs_rtx
 @pytest.mark.parametrize("card", [(9, 0), (10, 0), (8, 7), (7, 0)])
 def test_a_card_that_the_library_does_not_list_is_refused_before_anything_is_built(card: tuple[int, int]) -> None:
-    with pytest.raises(BackendMissing, match=rf"serves no compute capability {card[0]}\.{card[1]}, only 7\.5, 8\.0, .*Try: .*--compute-capability 8\.9"):
+    with pytest.raises(
+        BackendMissing,
+        match=(
+            rf"serves no compute capability {card[0]}\.{card[1]}, only 7\.5, 8\.0, .*Try: .*--compute-capability 8\.9"
+        ),
+    ):
         choose_flavour("tensorrt-rtx", card)
     assert choose_flavour("tensorrt-rtx", card, [(8, 9)]) is TENSORRT_RTX
     assert (card in (TENSORRT_RTX.served_cards() or ())) is False
 
 
 @needs_rtx
-def test_an_engine_for_every_card_is_said_not_to_run_on_one_the_library_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = {"flavour": "tensorrt-rtx", "version": TENSORRT_RTX.version, "compute_capabilities": [], "platform": platform_name(), "options": {}}
+def test_an_engine_for_every_card_is_said_not_to_run_on_one_the_library_does_not_list(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = {
+        "flavour": "tensorrt-rtx",
+        "version": TENSORRT_RTX.version,
+        "compute_capabilities": [],
+        "platform": platform_name(),
+        "options": {},
+    }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
-    for card, reason in (((9, 0), "serves no compute capability 9.0"), ((8, 9), None), ((7, 5), "built for compute capability 8.0")):
+    for card, reason in (
+        ((9, 0), "serves no compute capability 9.0"),
+        ((8, 9), None),
+        ((7, 5), "built for compute capability 8.0"),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, card=card: card)
         told = why_not_here(made)
         assert (told is None) if reason is None else (told is not None and reason in told)
@@ -219,7 +272,13 @@ def test_a_build_asks_for_the_memory_of_the_shapes_at_hand() -> None:
 @needs_rtx
 def test_the_installed_library_has_every_name_the_builder_uses() -> None:
     trt = TENSORRT_RTX.load()
-    used = [*builder.USED_API.items(), *builder.USED_API_AHEAD.items(), *builder.USED_API_ATTENTION.items(), *builder.USED_API_STREAM.items(), *builder.USED_API_MEMORY.items()]
+    used = [
+        *builder.USED_API.items(),
+        *builder.USED_API_AHEAD.items(),
+        *builder.USED_API_ATTENTION.items(),
+        *builder.USED_API_STREAM.items(),
+        *builder.USED_API_MEMORY.items(),
+    ]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 
 
@@ -231,8 +290,12 @@ def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> Non
     manifest = json.loads((tmp_path / "engines" / "sdcompress.json").read_text())
     assert set(result.builds) == {"text_encoder", "vae_decoder"}
     assert manifest["kind"] == "engine"
-    assert manifest["config"]["compute_capabilities"] == ([list(torch.cuda.get_device_capability())] if manifest["config"]["flavour"] == "tensorrt" else [])
-    assert manifest["config"]["profiles"]["vae_decoder"] == [{"latent_sample": [[1, 4, 8, 8], [1, 4, 16, 16], [4, 4, 24, 24]]}]
+    assert manifest["config"]["compute_capabilities"] == (
+        [list(torch.cuda.get_device_capability())] if manifest["config"]["flavour"] == "tensorrt" else []
+    )
+    assert manifest["config"]["profiles"]["vae_decoder"] == [
+        {"latent_sample": [[1, 4, 8, 8], [1, 4, 16, 16], [4, 4, 24, 24]]}
+    ]
     assert all(built.bytes > 1_000_000 for built in result.builds.values())
     assert (tmp_path / "engines" / "pipeline" / "vae" / "config.json").is_file()
 
@@ -254,5 +317,7 @@ def test_engines_of_the_whole_pipeline(random_pipeline: Any, fp16_small: Any, tm
 def test_an_engine_of_the_unet(fp32_export: Any, tmp_path: Path) -> None:
     from sdcompress.engines import build_engines
 
-    result = build_engines(fp32_export.folder, tmp_path / "engines", components=("unet",), profiles=("height=64:128:128",))
+    result = build_engines(
+        fp32_export.folder, tmp_path / "engines", components=("unet",), profiles=("height=64:128:128",)
+    )
     assert result.builds["unet"].bytes > 20_000_000  # 6.7 M parameters in fp32

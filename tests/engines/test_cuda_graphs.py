@@ -111,7 +111,11 @@ def test_the_graph_used_longest_ago_goes_first(fake_cuda: FakeCuda) -> None:  # 
 
 
 def test_static_tensors_captured_in_inference_mode_serve_calls_outside_of_it(fake_cuda: FakeCuda) -> None:  # noqa: F811
-    runner = TorchRunner(torch.nn.Linear(8, 8), (TensorSpec("x", ("batch", 8), torch.float32),), (TensorSpec("y", ("batch", 8), torch.float32),))
+    runner = TorchRunner(
+        torch.nn.Linear(8, 8),
+        (TensorSpec("x", ("batch", 8), torch.float32),),
+        (TensorSpec("y", ("batch", 8), torch.float32),),
+    )
     with runner:
         runner._graphed = GraphedCall(runner._compute, CPU)
         with torch.inference_mode():
@@ -218,7 +222,9 @@ def test_a_cuda_graph_on_a_cpu_is_refused() -> None:
 @pytest.mark.parametrize("mode", ["eager", "channels_last", "compile"])
 def test_a_graphed_module_agrees_with_the_module_on_a_gpu(mode: str) -> None:
     torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Conv2d(4, 32, 3, padding=1), torch.nn.GroupNorm(8, 32), torch.nn.SiLU(), torch.nn.Conv2d(32, 4, 1))
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(4, 32, 3, padding=1), torch.nn.GroupNorm(8, 32), torch.nn.SiLU(), torch.nn.Conv2d(32, 4, 1)
+    )
     module = module.cuda().half()
     spec = TensorSpec("x", ("batch", 4, "height", "width"), torch.float16)
     held = []
@@ -259,7 +265,9 @@ def test_the_stand_in_engine_is_captured_and_stays_right_while_shared_memory_gro
     memory = SharedMemory(device)
     unet = Execution(StandInEngine(device), None, SPECS, device, memory, Log(), "unet.engine", graphs=True)
     vae = Execution(StandInEngine(device), None, SPECS, device, memory, Log(), "vae.engine")
-    for step, (execution, batch, n) in enumerate([(unet, 2, 8), (vae, 4, 32), (unet, 2, 8), (vae, 4, 64), (unet, 2, 8), (unet, 3, 8)]):
+    for step, (execution, batch, n) in enumerate(
+        [(unet, 2, 8), (vae, 4, 32), (unet, 2, 8), (vae, 4, 64), (unet, 2, 8), (unet, 3, 8)]
+    ):
         feeds = {name: tensor.to(device) for name, tensor in make_feeds(batch, n, seed=step).items()}
         stream = torch.cuda.Stream() if step % 2 else torch.cuda.default_stream()
         stream.wait_stream(torch.cuda.current_stream())

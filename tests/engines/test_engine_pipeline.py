@@ -11,7 +11,13 @@ from sdcompress_engines.errors import EngineError, EngineMismatch
 from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import TensorSpec, TorchRunner, open_runner
 from sdcompress_engines.signature import signature
-from sdcompress_engines.unet import EngineTextEncoder, EngineTextEncoderWithProjection, EngineUNet, EngineVaeDecoder, LatentDistribution
+from sdcompress_engines.unet import (
+    EngineTextEncoder,
+    EngineTextEncoderWithProjection,
+    EngineUNet,
+    EngineVaeDecoder,
+    LatentDistribution,
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +25,9 @@ def stand_ins(random_pipeline: Any, fp32_export: Any) -> dict[str, Any]:
     folder = fp32_export.folder
     return {
         "unet": EngineUNet(open_runner(folder / "unet.onnx"), random_pipeline.unet.config),
-        "text_encoder": EngineTextEncoder(open_runner(folder / "text_encoder.onnx"), random_pipeline.text_encoder.config.to_dict()),
+        "text_encoder": EngineTextEncoder(
+            open_runner(folder / "text_encoder.onnx"), random_pipeline.text_encoder.config.to_dict()
+        ),
         "vae": EngineVaeDecoder(open_runner(folder / "vae_decoder.onnx"), random_pipeline.vae.config),
     }
 
@@ -29,7 +37,12 @@ def engine_pipeline(random_pipeline: Any, stand_ins: dict[str, Any]) -> Any:
     from diffusers import StableDiffusionPipeline
 
     made = StableDiffusionPipeline(
-        **stand_ins, tokenizer=random_pipeline.tokenizer, scheduler=type(random_pipeline.scheduler).from_config(random_pipeline.scheduler.config), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        **stand_ins,
+        tokenizer=random_pipeline.tokenizer,
+        scheduler=type(random_pipeline.scheduler).from_config(random_pipeline.scheduler.config),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     made.set_progress_bar_config(disable=True)
     return made
@@ -40,7 +53,13 @@ def test_the_same_latents_and_pictures_as_torch(random_pipeline: Any, engine_pip
     found, truth = (
         torch.as_tensor(
             made(
-                ["a cat", "two dogs"], num_inference_steps=3, guidance_scale=5.0, height=128, width=64, output_type=output_type, generator=torch.Generator().manual_seed(1)
+                ["a cat", "two dogs"],
+                num_inference_steps=3,
+                guidance_scale=5.0,
+                height=128,
+                width=64,
+                output_type=output_type,
+                generator=torch.Generator().manual_seed(1),
             ).images
         )
         for made in (engine_pipeline, random_pipeline)
@@ -57,7 +76,9 @@ def test_the_pipeline_sees_its_modules(engine_pipeline: Any) -> None:
     assert engine_pipeline.unet.config.in_channels == engine_pipeline.unet.config["in_channels"] == 4
 
 
-def test_a_unet_takes_numbers_and_answers_in_the_dtype_it_was_asked_in(stand_ins: dict[str, Any], random_pipeline: Any) -> None:
+def test_a_unet_takes_numbers_and_answers_in_the_dtype_it_was_asked_in(
+    stand_ins: dict[str, Any], random_pipeline: Any
+) -> None:
     sample, context = torch.randn(2, 4, 16, 16), torch.randn(2, 154, 96)
     with torch.no_grad():
         truth = random_pipeline.unet(sample, 17, context).sample
@@ -72,9 +93,13 @@ def test_what_a_graph_cannot_do_is_refused(stand_ins: dict[str, Any], fp32_expor
     with pytest.raises(EngineError, match="attention_mask"):
         stand_ins["text_encoder"](torch.zeros(1, 77, dtype=torch.int64), torch.ones(1, 77))
     with pytest.raises(EngineError, match="mid_block_additional_residual"):
-        stand_ins["unet"](torch.randn(1, 4, 16, 16), 1, torch.randn(1, 77, 96), mid_block_additional_residual=torch.ones(1))
+        stand_ins["unet"](
+            torch.randn(1, 4, 16, 16), 1, torch.randn(1, 77, 96), mid_block_additional_residual=torch.ones(1)
+        )
     with pytest.raises(EngineMismatch, match="takes no text_embeds"):
-        stand_ins["unet"](torch.randn(1, 4, 16, 16), 1, torch.randn(1, 77, 96), added_cond_kwargs={"text_embeds": torch.ones(1, 96)})
+        stand_ins["unet"](
+            torch.randn(1, 4, 16, 16), 1, torch.randn(1, 77, 96), added_cond_kwargs={"text_embeds": torch.ones(1, 96)}
+        )
     with pytest.raises(EngineError, match="decoder only"):
         stand_ins["vae"].encode(torch.ones(1, 3, 64, 64))
     with pytest.raises(EngineMismatch, match="not a unet"):
@@ -87,7 +112,11 @@ def test_clip_skip_is_an_error_that_names_it(engine_pipeline: Any) -> None:
 
 
 def test_graphs_carry_their_signature(fp32_export: Any, random_pipeline: Any) -> None:
-    configs = {"unet": dict(random_pipeline.unet.config), "text_encoder": random_pipeline.text_encoder.config.to_dict(), "vae_decoder": dict(random_pipeline.vae.config)}
+    configs = {
+        "unet": dict(random_pipeline.unet.config),
+        "text_encoder": random_pipeline.text_encoder.config.to_dict(),
+        "vae_decoder": dict(random_pipeline.vae.config),
+    }
     for component, config in configs.items():
         wanted = signature(component, config)
         with open_runner(fp32_export.folder / f"{component}.onnx") as runner:
@@ -122,8 +151,17 @@ def projecting_call(module: Any, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return out.text_embeds, out.last_hidden_state, out.hidden_states[-2]
 
 
-def unet_call(module: Any, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, *added: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (module(sample, timestep, context, added_cond_kwargs=dict(zip(("text_embeds", "time_ids"), added, strict=False)) or None).sample,)
+def unet_call(
+    module: Any, sample: torch.Tensor, timestep: torch.Tensor, context: torch.Tensor, *added: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    return (
+        module(
+            sample,
+            timestep,
+            context,
+            added_cond_kwargs=dict(zip(("text_embeds", "time_ids"), added, strict=False)) or None,
+        ).sample,
+    )
 
 
 def relative(found: Any, truth: Any) -> float:
@@ -139,37 +177,75 @@ def sdxl(random_pipeline: Any) -> Any:
 
     torch.manual_seed(11)
     count = len(random_pipeline.tokenizer)
-    text = {"vocab_size": count, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64, "bos_token_id": count - 2, "eos_token_id": count - 1, "pad_token_id": count - 1}
+    text = {
+        "vocab_size": count,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "bos_token_id": count - 2,
+        "eos_token_id": count - 1,
+        "pad_token_id": count - 1,
+    }
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32 + 48, attention_head_dim=(2, 4), use_linear_projection=True,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 40,
-    )  # fmt: skip
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=32 + 48,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 40,
+    )
     vae = copy.deepcopy(random_pipeline.vae)
     vae.register_to_config(force_upcast=True)
     made = StableDiffusionXLPipeline(
-        vae=vae, unet=unet, tokenizer=random_pipeline.tokenizer, tokenizer_2=random_pipeline.tokenizer, scheduler=DDIMScheduler(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=32, **text)), text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=48, projection_dim=40, **text)), add_watermarker=False,
-    )  # fmt: skip
+        vae=vae,
+        unet=unet,
+        tokenizer=random_pipeline.tokenizer,
+        tokenizer_2=random_pipeline.tokenizer,
+        scheduler=DDIMScheduler(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(hidden_size=32, **text)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=48, projection_dim=40, **text)),
+        add_watermarker=False,
+    )
     made.set_progress_bar_config(disable=True)
     return made
 
 
 @pytest.fixture(scope="module")
 def sdxl_stand_ins(sdxl: Any) -> dict[str, Any]:
-    configs = {"text_encoder": sdxl.text_encoder.config.to_dict(), "text_encoder_2": sdxl.text_encoder_2.config.to_dict()}
-    encoder = runner_of("vae_encoder", sdxl.vae, sdxl.vae.config, lambda vae, picture: (vae.encode(picture).latent_dist.parameters,))
+    configs = {
+        "text_encoder": sdxl.text_encoder.config.to_dict(),
+        "text_encoder_2": sdxl.text_encoder_2.config.to_dict(),
+    }
+    encoder = runner_of(
+        "vae_encoder", sdxl.vae, sdxl.vae.config, lambda vae, picture: (vae.encode(picture).latent_dist.parameters,)
+    )
     decoder = runner_of("vae_decoder", sdxl.vae, sdxl.vae.config, lambda vae, latents: (vae.decode(latents).sample,))
     return {
         "unet": EngineUNet(runner_of("unet", sdxl.unet, sdxl.unet.config, unet_call), sdxl.unet.config),
-        "text_encoder": EngineTextEncoder(runner_of("text_encoder", sdxl.text_encoder, configs["text_encoder"], text_call), configs["text_encoder"]),
-        "text_encoder_2": EngineTextEncoderWithProjection(runner_of("text_encoder_2", sdxl.text_encoder_2, configs["text_encoder_2"], projecting_call), configs["text_encoder_2"]),
+        "text_encoder": EngineTextEncoder(
+            runner_of("text_encoder", sdxl.text_encoder, configs["text_encoder"], text_call), configs["text_encoder"]
+        ),
+        "text_encoder_2": EngineTextEncoderWithProjection(
+            runner_of("text_encoder_2", sdxl.text_encoder_2, configs["text_encoder_2"], projecting_call),
+            configs["text_encoder_2"],
+        ),
         "vae": EngineVaeDecoder(decoder, sdxl.vae.config, encoder=encoder),
     }
 
 
 def around(pipeline: Any, kind: Any, stand_ins: dict[str, Any]) -> Any:
-    parts = {"tokenizer": pipeline.tokenizer, "tokenizer_2": pipeline.tokenizer_2, "scheduler": type(pipeline.scheduler).from_config(pipeline.scheduler.config)}
+    parts = {
+        "tokenizer": pipeline.tokenizer,
+        "tokenizer_2": pipeline.tokenizer_2,
+        "scheduler": type(pipeline.scheduler).from_config(pipeline.scheduler.config),
+    }
     made = kind(**parts, **stand_ins, add_watermarker=False)
     made.set_progress_bar_config(disable=True)
     return made
@@ -180,10 +256,15 @@ def test_sdxl_encodes_prompts_and_draws_as_torch_does(sdxl: Any, sdxl_stand_ins:
 
     engines = around(sdxl, StableDiffusionXLPipeline, sdxl_stand_ins)
     with torch.no_grad():
-        found, truth = (made.encode_prompt(["a cat", "two dogs"], negative_prompt=["", "blur"]) for made in (engines, sdxl))
+        found, truth = (
+            made.encode_prompt(["a cat", "two dogs"], negative_prompt=["", "blur"]) for made in (engines, sdxl)
+        )
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, truth, strict=True))
     options = {"num_inference_steps": 2, "height": 128, "width": 64, "guidance_scale": 5.0, "output_type": "np"}
-    pictures = [made(["a cat", "two dogs"], generator=torch.Generator().manual_seed(1), **options).images for made in (engines, sdxl)]
+    pictures = [
+        made(["a cat", "two dogs"], generator=torch.Generator().manual_seed(1), **options).images
+        for made in (engines, sdxl)
+    ]
     assert pictures[1].std() > 0.01
     assert relative(*pictures) < 1e-4
 
@@ -194,14 +275,23 @@ def test_sdxl_changes_a_picture_as_torch_does(sdxl: Any, sdxl_stand_ins: dict[st
     plain = {name: getattr(sdxl, name) for name in sdxl_stand_ins}
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(5))
     pictures = [
-        around(sdxl, StableDiffusionXLImg2ImgPipeline, parts)("a cat", image=picture, num_inference_steps=4, strength=0.5, generator=torch.Generator().manual_seed(2), output_type="np").images
+        around(sdxl, StableDiffusionXLImg2ImgPipeline, parts)(
+            "a cat",
+            image=picture,
+            num_inference_steps=4,
+            strength=0.5,
+            generator=torch.Generator().manual_seed(2),
+            output_type="np",
+        ).images
         for parts in (sdxl_stand_ins, plain)
     ]
     assert pictures[1].std() > 0.01
     assert relative(*pictures) < 1e-4
 
 
-def test_a_half_precision_vae_that_asks_for_fp32_is_run_as_it_was_exported(sdxl: Any, sdxl_stand_ins: dict[str, Any]) -> None:
+def test_a_half_precision_vae_that_asks_for_fp32_is_run_as_it_was_exported(
+    sdxl: Any, sdxl_stand_ins: dict[str, Any]
+) -> None:
     from diffusers import StableDiffusionXLPipeline
 
     vae = copy.deepcopy(sdxl.vae).half()
@@ -230,7 +320,16 @@ def test_only_the_hidden_state_that_the_graph_has_is_given(sdxl: Any, sdxl_stand
 
 def test_a_text_encoder_without_hidden_states_serves_all_but_what_asks_for_them(sdxl: Any) -> None:
     config = sdxl.text_encoder.config.to_dict()
-    old = EngineTextEncoder(runner_of("text_encoder", sdxl.text_encoder, config, lambda module, ids: text_call(module, ids)[:2], without="penultimate_hidden_state"), config)
+    old = EngineTextEncoder(
+        runner_of(
+            "text_encoder",
+            sdxl.text_encoder,
+            config,
+            lambda module, ids: text_call(module, ids)[:2],
+            without="penultimate_hidden_state",
+        ),
+        config,
+    )
     ids = torch.randint(0, 90, (1, 77))
     last, pooled = old(ids)
     with torch.no_grad():
@@ -253,7 +352,11 @@ def test_latents_are_drawn_as_diffusers_draws_them(generators: str) -> None:
     assert torch.equal(made.mode(), theirs.mode())
 
     def seeds() -> Any:
-        return {"one": torch.Generator().manual_seed(3), "each": [torch.Generator().manual_seed(i) for i in range(3)], "none": None}[generators]
+        return {
+            "one": torch.Generator().manual_seed(3),
+            "each": [torch.Generator().manual_seed(i) for i in range(3)],
+            "none": None,
+        }[generators]
 
     torch.manual_seed(9)
     truth = theirs.mean + theirs.std * randn_tensor(theirs.mean.shape, generator=seeds())
@@ -271,7 +374,10 @@ class Said(Reporter):
 
 def test_a_shape_the_engine_was_not_built_for_runs_in_torch_where_that_was_asked_for(random_pipeline: Any) -> None:
     wanted = signature("unet", random_pipeline.unet.config)
-    fixed = tuple(TensorSpec(spec.name, tuple({"height": 8, "width": 8}.get(str(size), size) for size in spec.shape), spec.dtype) for spec in wanted.inputs)
+    fixed = tuple(
+        TensorSpec(spec.name, tuple({"height": 8, "width": 8}.get(str(size), size) for size in spec.shape), spec.dtype)
+        for spec in wanted.inputs
+    )
     runner = TorchRunner(Call(random_pipeline.unet, unet_call), fixed, wanted.outputs)
     made, said = [], Said()
 

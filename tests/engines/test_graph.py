@@ -20,9 +20,17 @@ def write_graph(folder: Path, external: bool = True) -> Path:
     """`y = gelu(x · a) · b` in fp16, with weights inside or beside the file."""
     rng = np.random.default_rng(0)
     weights = [numpy_helper.from_array(rng.standard_normal((32, 32)).astype(np.float16), name) for name in "ab"]
-    nodes = [helper.make_node("MatMul", ["x", "a"], ["h"], name="first"), helper.make_node("Gelu", ["h"], ["g"], name="act"), helper.make_node("MatMul", ["g", "b"], ["y"], name="last")]
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"], name="first"),
+        helper.make_node("Gelu", ["h"], ["g"], name="act"),
+        helper.make_node("MatMul", ["g", "b"], ["y"], name="last"),
+    ]
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 32]) for name in "xy"]
-    model = helper.make_model(helper.make_graph(nodes, "small", ports[:1], ports[1:], weights), opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(
+        helper.make_graph(nodes, "small", ports[:1], ports[1:], weights),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
     path = folder / "small.onnx"
     onnx.save(model, path, save_as_external_data=external, location="small.onnx.data", size_threshold=0)
     return path
@@ -68,7 +76,7 @@ def test_what_is_no_graph_is_refused(tmp_path: Path, content: bytes) -> None:
         read_graph(tmp_path / "x.onnx")
 
 
-_MUTANTS = '''
+_MUTANTS = """
 import json, random, sys, warnings
 from pathlib import Path
 warnings.simplefilter("ignore")
@@ -117,12 +125,18 @@ for seed in range(int(sys.argv[3]), int(sys.argv[4])):
     assert left in ([], ["small.engine"]), (seed, left)
     (folder / "out" / "small.engine").unlink(missing_ok=True)
 print(json.dumps(counts))
-'''
+"""
 
 
 def _mutate(folder: Path, what: str, start: int, end: int) -> dict[str, int]:
     write_graph(folder)
-    done = subprocess.run([sys.executable, "-c", _MUTANTS, str(folder), what, str(start), str(end)], capture_output=True, text=True, timeout=540, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", _MUTANTS, str(folder), what, str(start), str(end)],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     counts: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return counts

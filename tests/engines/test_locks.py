@@ -58,7 +58,9 @@ def test_a_discarded_lock_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lock_file_that_cannot_be_removed_while_it_is_held_is_removed_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_file_that_cannot_be_removed_while_it_is_held_is_removed_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "one.lock"
     lock, unlink = try_lock(path, hint=""), Path.unlink
 
@@ -88,9 +90,15 @@ def without_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 def test_a_file_system_without_locks_is_refused_and_no_lock_stays_behind(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"one\.lock: .*lock.*\. Try: another folder$"):
         try_lock(tmp_path / "one.lock", hint="another folder")
-    with pytest.raises(StorageError, match=r"SDCOMPRESS_CACHE to another folder on a local disk$"), EngineStore(tmp_path / "store")._lock("0" * 20, lambda: None):
+    with (
+        pytest.raises(StorageError, match=r"SDCOMPRESS_CACHE to another folder on a local disk$"),
+        EngineStore(tmp_path / "store")._lock("0" * 20, lambda: None),
+    ):
         pass
-    with pytest.raises(StorageError, match=r"choose another -o, on a local disk$"), run_folder(tmp_path / "run", resume=False, force=False):
+    with (
+        pytest.raises(StorageError, match=r"choose another -o, on a local disk$"),
+        run_folder(tmp_path / "run", resume=False, force=False),
+    ):
         pass
     assert not (tmp_path / "run").exists()
 
@@ -100,9 +108,15 @@ def test_a_training_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     for resume, force in ((False, False), (True, False), (False, True)):
         with run_folder(output, resume=resume, force=force):
             (output / "metrics.jsonl").touch()
-            with pytest.raises(ArtifactError, match="another run is at work"), run_folder(output, resume=True, force=False):
+            with (
+                pytest.raises(ArtifactError, match="another run is at work"),
+                run_folder(output, resume=True, force=False),
+            ):
                 pass
-            with pytest.raises(ArtifactError, match="another run is at work"), run_folder(output, resume=False, force=True):
+            with (
+                pytest.raises(ArtifactError, match="another run is at work"),
+                run_folder(output, resume=False, force=True),
+            ):
                 pass
             assert (output / "metrics.jsonl").exists()
 
@@ -129,7 +143,13 @@ def test_a_resumed_run_that_could_not_begin_leaves_the_folder(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("winerror", "number", "words"),
-    [(32, errno.EACCES, "in use by another program"), (33, errno.EACCES, "in use by another program"), (1224, errno.EINVAL, "in use by another program"), (1314, errno.EINVAL, "no links"), (5, errno.EACCES, "no permission")],
+    [
+        (32, errno.EACCES, "in use by another program"),
+        (33, errno.EACCES, "in use by another program"),
+        (1224, errno.EINVAL, "in use by another program"),
+        (1314, errno.EINVAL, "no links"),
+        (5, errno.EACCES, "no permission"),
+    ],
 )
 def test_what_windows_says_of_a_file_is_told_in_our_words(winerror: int, number: int, words: str) -> None:
     error = OSError(number, "as Windows words it", "C:\\out\\unet.engine")

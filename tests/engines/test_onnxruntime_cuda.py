@@ -33,11 +33,11 @@ REFUSAL = (
 )
 _TYPES = "[with ERRTYPE = cudaError; bool THRW = true; std::conditional_t<THRW, void, common::Status> = void]"
 CAPTURE_ERROR = (
-    "Error in execution: /onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 std::conditional_t<THRW, "
-    "void, onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE, "
-    f"const char*, const char*, int) {_TYPES} CUDA failure 900: operation not permitted when stream is capturing ; "
-    "GPU=0 ; hostname=someones-machine ; file=/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_graph.cc ; line=61 ; "
-    "expr=cudaStreamEndCapture(stream_, &graph); "
+    "Error in execution: /onnxruntime_src/onnxruntime/core/providers/cuda/cuda_call.cc:154 std::conditional_t<THRW,"
+    " void, onnxruntime::common::Status> onnxruntime::CudaCall(ERRTYPE, const char*, const char*, SUCCTYPE, const"
+    f" char*, const char*, int) {_TYPES} CUDA failure 900: operation not permitted when stream is capturing ; GPU=0 ;"
+    " hostname=someones-machine ; file=/onnxruntime_src/onnxruntime/core/providers/cuda/cuda_graph.cc ; line=61 ;"
+    " expr=cudaStreamEndCapture(stream_, &graph); "
 )
 
 

@@ -7,20 +7,36 @@ import re
 import pytest
 from sdcompress_engines import profiles
 from sdcompress_engines.errors import UsageError
-from sdcompress_engines.profiles import PRESETS, Profile, ShapeRanges, check_ranges, component_profile, format_range, parse_profile, parse_range
+from sdcompress_engines.profiles import (
+    PRESETS,
+    Profile,
+    ShapeRanges,
+    check_ranges,
+    component_profile,
+    format_range,
+    parse_profile,
+    parse_range,
+)
 from sdcompress_engines.signature import HOSTS
 
 from sdcompress.cli import export as cli_export
 
 UNET = {"in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 768}
 SDXL = {
-    "in_channels": 4, "out_channels": 4, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
-}  # fmt: skip
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 VAE = {"block_out_channels": (128, 256, 512, 512), "in_channels": 3, "out_channels": 3, "latent_channels": 4}
 
 
-@pytest.mark.parametrize(("text", "values"), [("512", (512, 512, 512)), ("512:768:1024", (512, 768, 1024)), ("1:1:1", (1, 1, 1))])
+@pytest.mark.parametrize(
+    ("text", "values"), [("512", (512, 512, 512)), ("512:768:1024", (512, 768, 1024)), ("1:1:1", (1, 1, 1))]
+)
 def test_a_range_is_read_and_written_alike(text: str, values: tuple[int, int, int]) -> None:
     assert parse_range(text) == values
     assert parse_range(format_range(values)) == values
@@ -45,7 +61,12 @@ def test_a_preset_fits_every_model_it_is_relative_to(name: str, native: int, ste
 def test_the_webui_preset_covers_what_a_webui_asks_for() -> None:
     """Cond and uncond apart (B) and together (2B), prompts of up to three parts, hires-fix at twice the size."""
     ranges = PRESETS["webui"].ranges(512, 64)
-    for name, values in {"batch": (1, 2, 4, 8), "height": (512, 768, 1024), "width": (512, 768, 1024), "tokens": (77, 154, 231)}.items():
+    for name, values in {
+        "batch": (1, 2, 4, 8),
+        "height": (512, 768, 1024),
+        "width": (512, 768, 1024),
+        "tokens": (77, 154, 231),
+    }.items():
         least, _, most = getattr(ranges, name)
         assert all(least <= value <= most for value in values), name
 
@@ -66,9 +87,20 @@ def test_a_profile_is_a_preset_ranges_or_both() -> None:
             parse_profile(wrong, 512, 64)
 
 
-@pytest.mark.parametrize(("change", "said"), [({"height": (500, 512, 512)}, "--height 512"), ({"width": (512, 520, 1024)}, "--width 512:512:1024"), ({"tokens": (77, 100, 154)}, "--tokens 77:77:154")])
-def test_sizes_a_unet_has_no_place_for_are_refused_with_the_nearest(change: dict[str, tuple[int, int, int]], said: str) -> None:
-    ranges = ShapeRanges(**{"batch": (1, 1, 1), "height": (512, 512, 512), "width": (512, 512, 512), "tokens": (77, 77, 77)} | change)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"height": (500, 512, 512)}, "--height 512"),
+        ({"width": (512, 520, 1024)}, "--width 512:512:1024"),
+        ({"tokens": (77, 100, 154)}, "--tokens 77:77:154"),
+    ],
+)
+def test_sizes_a_unet_has_no_place_for_are_refused_with_the_nearest(
+    change: dict[str, tuple[int, int, int]], said: str
+) -> None:
+    ranges = ShapeRanges(
+        **{"batch": (1, 1, 1), "height": (512, 512, 512), "width": (512, 512, 512), "tokens": (77, 77, 77)} | change
+    )
     with pytest.raises(UsageError, match=f"{said}$"):
         check_ranges(ranges, 64)
 
@@ -80,17 +112,34 @@ def test_every_input_of_every_component_gets_a_shape() -> None:
     assert unet["encoder_hidden_states"] == ((1, 77, 768), (2, 77, 768), (8, 154, 768))
     assert unet["timestep"] == ((1,), (2,), (8,))
     # A picture is two samples of the UNet under guidance, and one of the VAE.
-    assert component_profile("vae_decoder", VAE, ranges, 8).shapes["latent_sample"] == ((1, 4, 64, 64), (1, 4, 64, 96), (4, 4, 128, 128))
+    assert component_profile("vae_decoder", VAE, ranges, 8).shapes["latent_sample"] == (
+        (1, 4, 64, 64),
+        (1, 4, 64, 96),
+        (4, 4, 128, 128),
+    )
     assert component_profile("vae_encoder", VAE, ranges, 8).shapes["sample"][2] == (4, 3, 1024, 1024)
-    assert component_profile("text_encoder", {"hidden_size": 768}, ranges, 8).shapes["input_ids"] == ((1, 77), (1, 77), (8, 77))
+    assert component_profile("text_encoder", {"hidden_size": 768}, ranges, 8).shapes["input_ids"] == (
+        (1, 77),
+        (1, 77),
+        (8, 77),
+    )
     assert component_profile("unet", SDXL, ranges, 8, "comfyui").shapes["y"] == ((1, 2816), (2, 2816), (8, 2816))
-    assert set(component_profile("unet", SDXL, ranges, 8).shapes) == {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
+    assert set(component_profile("unet", SDXL, ranges, 8).shapes) == {
+        "sample",
+        "timestep",
+        "encoder_hidden_states",
+        "text_embeds",
+        "time_ids",
+    }
 
 
 def test_a_static_profile_stays_static() -> None:
     ranges = PRESETS["sd15-512"].ranges(512, 64)
     for component, config in (("unet", UNET), ("vae_decoder", VAE)):
-        assert all(least == best == most for least, best, most in component_profile(component, config, ranges, 8).shapes.values())
+        assert all(
+            least == best == most
+            for least, best, most in component_profile(component, config, ranges, 8).shapes.values()
+        )
 
 
 def test_the_command_offers_what_there_is() -> None:

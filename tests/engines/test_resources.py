@@ -13,7 +13,10 @@ from sdcompress_engines import builder
 from sdcompress_engines.errors import StorageError
 from sdcompress_engines.resources import available_memory_bytes, peak_rss_mib
 
-PEAK = "from sdcompress_engines.resources import peak_rss_mib; held = b'x' * ({mib} * 2**20); del held; print(peak_rss_mib())"
+PEAK = (
+    "from sdcompress_engines.resources import peak_rss_mib; held = b'x' * ({mib} * 2**20); del held;"
+    " print(peak_rss_mib())"
+)
 PARENT = """
 import subprocess, sys
 held = b"x" * (400 * 2**20)
@@ -41,7 +44,9 @@ def test_the_peak_of_windows_is_that_of_its_working_set(monkeypatch: pytest.Monk
         raise FileNotFoundError
 
     monkeypatch.setattr("pathlib.Path.read_text", absent)
-    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 * 2**29)))
+    monkeypatch.setattr(
+        psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=3 * 2**29))
+    )
     assert peak_rss_mib() == 1536
 
 

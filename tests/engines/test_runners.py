@@ -13,10 +13,22 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from sdcompress_engines.errors import BackendMissing, EngineError, EngineMismatch, UsageError
-from sdcompress_engines.runners import OnnxRuntimeRunner, TensorRTRunner, TensorSpec, TorchRunner, available, open_runner
+from sdcompress_engines.runners import (
+    OnnxRuntimeRunner,
+    TensorRTRunner,
+    TensorSpec,
+    TorchRunner,
+    available,
+    open_runner,
+)
 from sdcompress_engines.runners import onnxruntime as ort_module
 
-DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16, "int64": TensorProto.INT64}
+DTYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+}
 
 
 def write_graph(path: Path, dtype: str = "float32", op: str = "Add") -> Path:
@@ -38,7 +50,10 @@ def write_graph(path: Path, dtype: str = "float32", op: str = "Add") -> Path:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_onnxruntime_adds_in_every_dtype(tmp_path: Path, dtype: str) -> None:
     kind = getattr(torch, dtype)
-    left, right = torch.arange(6).reshape(2, 3).to(kind), torch.full((3, 2), 2).t().to(kind)  # the second is not contiguous
+    left, right = (
+        torch.arange(6).reshape(2, 3).to(kind),
+        torch.full((3, 2), 2).t().to(kind),
+    )  # the second is not contiguous
     with open_runner(write_graph(tmp_path / "sum.onnx", dtype)) as runner:
         assert runner.inputs == (TensorSpec("left", ("batch", 3), kind), TensorSpec("right", ("batch", 3), kind))
         total = runner.infer({"right": right, "left": left})["total"]
@@ -78,7 +93,9 @@ def adder(request: pytest.FixtureRequest, tmp_path: Path) -> OnnxRuntimeRunner |
         ({"left": torch.ones(2, 3), "right": torch.ones(1, 3)}, r"right has shape \(1, 3\)"),
     ],
 )
-def test_wrong_feeds_are_one_clear_line(adder: OnnxRuntimeRunner | TorchRunner, feeds: dict[str, torch.Tensor], said: str) -> None:
+def test_wrong_feeds_are_one_clear_line(
+    adder: OnnxRuntimeRunner | TorchRunner, feeds: dict[str, torch.Tensor], said: str
+) -> None:
     with adder as runner, pytest.raises(EngineMismatch, match=said) as caught:
         runner.infer(feeds)
     assert "expected" in str(caught.value)
@@ -101,7 +118,9 @@ def test_a_closed_runner_says_so_and_opens_again(adder: OnnxRuntimeRunner | Torc
 def test_a_corrupt_graph_is_an_engine_error(tmp_path: Path, damage: str) -> None:
     path = write_graph(tmp_path / "sum.onnx")
     content = path.read_bytes()
-    path.write_bytes({"cut": content[: len(content) // 2], "noise": np.random.default_rng(0).bytes(500), "empty": b""}[damage])
+    path.write_bytes(
+        {"cut": content[: len(content) // 2], "noise": np.random.default_rng(0).bytes(500), "empty": b""}[damage]
+    )
     with pytest.raises(EngineError, match=r"sum\.onnx"):
         open_runner(path)
 
@@ -110,7 +129,11 @@ def write_split(folder: Path) -> Path:
     """`y = x · w`, with `w` in a file beside the graph."""
     weights = onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w")
     ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 64]) for name in ("x", "y")]
-    model = helper.make_model(helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ports[:1], ports[1:], [weights]), opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    model = helper.make_model(
+        helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", ports[:1], ports[1:], [weights]),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
     onnx.save(model, folder / "unet.onnx", save_as_external_data=True, location="unet.onnx.data", size_threshold=0)
     return folder / "unet.onnx"
 
@@ -132,7 +155,9 @@ def test_an_operator_nobody_knows_is_named(tmp_path: Path) -> None:
         open_runner(write_graph(tmp_path / "sum.onnx", op="NoSuch"))
 
 
-def test_without_onnx_installed_the_message_is_onnxruntimes_in_one_short_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onnx_installed_the_message_is_onnxruntimes_in_one_short_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_graph(tmp_path / "sum.onnx")
     path.write_bytes(path.read_bytes()[:30])
     monkeypatch.setitem(sys.modules, "onnx", None)
@@ -176,7 +201,10 @@ def test_work_left_to_another_provider_is_found_in_what_onnxruntime_reports(tmp_
     if not hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
         pytest.skip("this onnxruntime does not report it")
     with OnnxRuntimeRunner(write_split(tmp_path)) as runner:
-        assigned = [(part.ep_name, [node.op_type for node in part.get_nodes()]) for part in runner._session.get_provider_graph_assignment_info()]
+        assigned = [
+            (part.ep_name, [node.op_type for node in part.get_nodes()])
+            for part in runner._session.get_provider_graph_assignment_info()
+        ]
     assert assigned == [("CPUExecutionProvider", ["MatMul"])]
     assert ort_module.left_out(assigned, {"CPUExecutionProvider"}) == {}
     assert ort_module.left_out(assigned, {"CUDAExecutionProvider"}) == {"MatMul": "CPUExecutionProvider"}
@@ -198,7 +226,9 @@ def test_shapes_to_build_for_are_told_as_the_providers_read_them(tmp_path: Path)
 
 
 def test_threads_and_session_entries_reach_onnxruntime(tmp_path: Path) -> None:
-    with OnnxRuntimeRunner(write_graph(tmp_path / "sum.onnx"), threads=1, config={"session.intra_op.allow_spinning": "0"}) as runner:
+    with OnnxRuntimeRunner(
+        write_graph(tmp_path / "sum.onnx"), threads=1, config={"session.intra_op.allow_spinning": "0"}
+    ) as runner:
         options = runner._session.get_session_options()
         assert options.intra_op_num_threads == 1
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
@@ -219,8 +249,14 @@ class Layers(torch.nn.Module):
 @pytest.mark.parametrize("mode", ["eager", "channels_last", pytest.param("compile", marks=pytest.mark.slow)])
 def test_every_torch_mode_gives_the_modules_values(mode: str) -> None:
     module = Layers()
-    inputs = [TensorSpec("picture", ("batch", 3, "height", "width"), torch.float32), TensorSpec("scale", ("batch",), torch.float32)]
-    outputs = [TensorSpec("out", ("batch", 3, "height", "width"), torch.float32), TensorSpec("mean", ("batch", 8), torch.float32)]
+    inputs = [
+        TensorSpec("picture", ("batch", 3, "height", "width"), torch.float32),
+        TensorSpec("scale", ("batch",), torch.float32),
+    ]
+    outputs = [
+        TensorSpec("out", ("batch", 3, "height", "width"), torch.float32),
+        TensorSpec("mean", ("batch", 8), torch.float32),
+    ]
     with TorchRunner(module, inputs, outputs, mode) as runner:
         for batch, side in ((1, 16), (2, 24)):
             feeds = {"picture": torch.randn(batch, 3, side, side), "scale": torch.rand(batch)}
@@ -273,14 +309,23 @@ def test_a_damaged_engine_is_a_mismatch(tmp_path: Path) -> None:
 
 
 def test_the_package_imports_without_diffusers_onnx_or_tensorrt() -> None:
-    blocked = ("diffusers", "transformers", "onnx", "onnxscript", "polygraphy", "tensorrt", "tensorrt_rtx", "sdcompress", "pydantic", "click")
+    blocked = (
+        "diffusers",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "polygraphy",
+        "tensorrt",
+        "tensorrt_rtx",
+        "sdcompress",
+        "pydantic",
+        "click",
+    )
     code = (
-        "import sys\n"
-        "class Block:\n"
-        f"    def find_spec(self, name, path=None, target=None):\n        if name.split('.')[0] in {blocked!r}: raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "import sdcompress_engines.unet, sdcompress_engines.builder, sdcompress_engines.signature, sdcompress_engines.runners\n"
-        "print(sdcompress_engines.runners.available())"
+        "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n        if"
+        f" name.split('.')[0] in {blocked!r}: raise ImportError(name)\nsys.meta_path.insert(0, Block())\nimport"
+        " sdcompress_engines.unet, sdcompress_engines.builder, sdcompress_engines.signature,"
+        " sdcompress_engines.runners\nprint(sdcompress_engines.runners.available())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

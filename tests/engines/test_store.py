@@ -1,4 +1,6 @@
-"""An engine is built once and found again, whole, whoever is killed or altered in between; one that cannot load here is refused by name."""
+"""An engine is built once and found again, whole, whoever is killed or altered in between; one that cannot load here is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,33 @@ import torch
 from onnx import TensorProto, helper
 from sdcompress_engines import flavour
 from sdcompress_engines.builder import build_engine
-from sdcompress_engines.errors import ArtifactError, BackendMissing, EngineError, EngineMismatch, SdCompressError, StorageError, UsageError
-from sdcompress_engines.flavour import TENSORRT_RTX, binding, check_fits_here, check_model, obstacle, platform_name, why_not_here
-from sdcompress_engines.manifest import MANIFEST_NAME, FileEntry, Manifest, faults, read_manifest, save_manifest, write_manifest
+from sdcompress_engines.errors import (
+    ArtifactError,
+    BackendMissing,
+    EngineError,
+    EngineMismatch,
+    SdCompressError,
+    StorageError,
+    UsageError,
+)
+from sdcompress_engines.flavour import (
+    TENSORRT_RTX,
+    binding,
+    check_fits_here,
+    check_model,
+    obstacle,
+    platform_name,
+    why_not_here,
+)
+from sdcompress_engines.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    faults,
+    read_manifest,
+    save_manifest,
+    write_manifest,
+)
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.progress import Reporter
 from sdcompress_engines.store import EngineKey, EngineStore, StoredEngine, engine_faults, read_engine
@@ -51,7 +77,9 @@ class Notes(Reporter):
         self.said.append(text)
 
 
-def builder(payload: bytes = PAYLOAD, config: Mapping[str, Any] | None = None) -> Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]:
+def builder(
+    payload: bytes = PAYLOAD, config: Mapping[str, Any] | None = None
+) -> Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]:
     def build(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         (folder / "unet.engine").write_bytes(payload)
         return {"vae_scale": 8, **(config or {})}, {"unet": {"seconds": 1.5}}
@@ -150,7 +178,9 @@ def stop(folder: Path) -> Any:
     ],
     ids=["no file", "another engine", "no engine", "stopped"],
 )
-def test_a_failed_build_leaves_nothing_and_frees_the_key(store: EngineStore, build: Any, error: type[BaseException]) -> None:
+def test_a_failed_build_leaves_nothing_and_frees_the_key(
+    store: EngineStore, build: Any, error: type[BaseException]
+) -> None:
     with pytest.raises(error):
         store.get_or_build(KEY, build)
     assert store.entries() == []
@@ -158,7 +188,14 @@ def test_a_failed_build_leaves_nothing_and_frees_the_key(store: EngineStore, bui
     assert not store.get_or_build(KEY, builder())[1]
 
 
-@pytest.mark.parametrize("damage", [lambda entry: entry.path.write_bytes(PAYLOAD[:-1] + b"x"), lambda entry: entry.path.unlink(), lambda entry: (entry.folder / MANIFEST_NAME).write_text("{")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: entry.path.write_bytes(PAYLOAD[:-1] + b"x"),
+        lambda entry: entry.path.unlink(),
+        lambda entry: (entry.folder / MANIFEST_NAME).write_text("{"),
+    ],
+)
 def test_a_damaged_entry_is_built_again_and_said(store: EngineStore, damage: Callable[[StoredEngine], object]) -> None:
     entry, _ = store.get_or_build(KEY, builder())
     damage(entry)
@@ -247,8 +284,24 @@ print("hit" if EngineStore(root).get_or_build(key, build, Say())[1] else "built"
 """
 
 
-def start(store: EngineStore, notes: Path, seconds: float, key: EngineKey = KEY, gate: Path | None = None, out: Any = subprocess.PIPE) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WORKER, str(store.root), str(notes), str(seconds), json.dumps(asdict(key)), *([str(gate)] if gate else [])]
+def start(
+    store: EngineStore,
+    notes: Path,
+    seconds: float,
+    key: EngineKey = KEY,
+    gate: Path | None = None,
+    out: Any = subprocess.PIPE,
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-c",
+        WORKER,
+        str(store.root),
+        str(notes),
+        str(seconds),
+        json.dumps(asdict(key)),
+        *([str(gate)] if gate else []),
+    ]
     return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True)
 
 
@@ -378,10 +431,19 @@ def test_a_hundred_mutations_each_end_in_our_error_or_a_reported_fault(store: En
     refused = 0
     for _ in range(100):
         told = mutate(entry, dice)
-        same = entry.path.is_file() and entry.path.read_bytes() == PAYLOAD and loaded(entry.folder / MANIFEST_NAME) == sound
+        same = (
+            entry.path.is_file()
+            and entry.path.read_bytes() == PAYLOAD
+            and loaded(entry.folder / MANIFEST_NAME) == sound
+        )
         looked = store.entries()
         assert len(looked) == 1, told
-        for call in (lambda: read_engine(entry.path), lambda: engine_faults(entry.folder), lambda: faults(entry.folder), lambda: obstacle(read_manifest(entry.folder).config)):  # type: ignore[union-attr]
+        for call in (
+            lambda: read_engine(entry.path),
+            lambda: engine_faults(entry.folder),
+            lambda: faults(entry.folder),
+            lambda: obstacle(read_manifest(entry.folder).config),
+        ):  # type: ignore[union-attr]
             try:
                 call()
             except SdCompressError:
@@ -410,7 +472,9 @@ def test_an_engine_is_read_only_when_it_is_what_its_manifest_says(store: EngineS
     assert data == PAYLOAD
     assert manifest.config["flavour"] == "tensorrt-rtx"
     entry.path.write_bytes(PAYLOAD[:-5])
-    with pytest.raises(ArtifactError, match=r"truncated: it has 16,379 bytes; expected 16,384 bytes.*sdcompress export MODEL --trt"):
+    with pytest.raises(
+        ArtifactError, match=r"truncated: it has 16,379 bytes; expected 16,384 bytes.*sdcompress export MODEL --trt"
+    ):
         read_engine(entry.path)
     entry.path.write_bytes(b"x" + PAYLOAD[1:])
     with pytest.raises(ArtifactError, match="altered"):
@@ -481,7 +545,12 @@ def test_engines_for_elsewhere_are_unusable_and_those_that_only_lack_a_gpu_are_n
 
 def test_a_manifest_is_sealed_and_an_edit_shows(tmp_path: Path) -> None:
     (tmp_path / "weights").write_bytes(b"w")
-    write_manifest(tmp_path, "student", config={"steps": 3, "by": {2: "two", 10: "ten"}}, figures={"loss": float("nan"), "shape": (1, 2)})
+    write_manifest(
+        tmp_path,
+        "student",
+        config={"steps": 3, "by": {2: "two", 10: "ten"}},
+        figures={"loss": float("nan"), "shape": (1, 2)},
+    )
     manifest = read_manifest(tmp_path)
     assert manifest is not None
     assert len(manifest.seal) == 64
@@ -505,13 +574,25 @@ def test_manifests_of_before_the_seal_are_read_but_engines_need_one(tmp_path: Pa
         del raw["seal"]
         (tmp_path / MANIFEST_NAME).write_text(json.dumps(raw))
         if kind == "student":
-            assert read_manifest(tmp_path) == Manifest(**raw | {"files": {"weights": FileEntry(**raw["files"]["weights"])}})
+            assert read_manifest(tmp_path) == Manifest(
+                **raw | {"files": {"weights": FileEntry(**raw["files"]["weights"])}}
+            )
         else:
             with pytest.raises(ArtifactError, match="no seal"):
                 read_manifest(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "{}", "[" * 100_000, '{"schema": 1, "kind": "x", "files": {"a": {"sha256": 1, "bytes": "2"}}}', '{"schema": 1, "kind": "x", "files": {}, "config": []}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "null",
+        "{}",
+        "[" * 100_000,
+        '{"schema": 1, "kind": "x", "files": {"a": {"sha256": 1, "bytes": "2"}}}',
+        '{"schema": 1, "kind": "x", "files": {}, "config": []}',
+    ],
+)
 def test_a_broken_manifest_is_our_error(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST_NAME).write_text(text)
     with pytest.raises(ArtifactError):
@@ -553,7 +634,10 @@ def test_version_card_platform_and_model_are_four_messages(monkeypatch: pytest.M
     assert platform_name() in system
     assert "aaaaaaaaaaaa" in model
     assert "bbbbbbbbbbbb" in model
-    assert all(message.startswith("unet.engine: ") and "expected" in message and "sdcompress export MODEL --trt" in message for message in messages)
+    assert all(
+        message.startswith("unet.engine: ") and "expected" in message and "sdcompress export MODEL --trt" in message
+        for message in messages
+    )
     check_model(config_for(), "unet", "a" * 64, "unet.engine")
     with_card(monkeypatch, (8, 9))
     check_fits_here(config_for(), "unet.engine")
@@ -564,7 +648,13 @@ def test_version_card_platform_and_model_are_four_messages(monkeypatch: pytest.M
 @needs_rtx
 def test_the_cards_an_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     several, default = config_for(compute_capabilities=((8, 6), (12, 0))), config_for(compute_capabilities=())
-    for card, fits in (((7, 5), (False, False)), ((8, 6), (True, True)), ((8, 9), (False, True)), ((12, 0), (True, True)), ((12, 1), (False, True))):
+    for card, fits in (
+        ((7, 5), (False, False)),
+        ((8, 6), (True, True)),
+        ((8, 9), (False, True)),
+        ((12, 0), (True, True)),
+        ((12, 1), (False, True)),
+    ):
         with_card(monkeypatch, card)
         assert (obstacle(several) is None, obstacle(default) is None) == fits, card
 
@@ -608,7 +698,18 @@ def test_version_compatible_engines_go_to_later_versions_only() -> None:
     assert not fits("10.14.1.48", "ten", True)
 
 
-@pytest.mark.parametrize("change", [{"flavour": None}, {"version": 3}, {"compute_capabilities": "89"}, {"compute_capabilities": [[8, 9, 1]]}, {"platform": ""}, {"options": 5}, {"options": {}, "flavour": "tensorrt", "compute_capabilities": []}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"flavour": None},
+        {"version": 3},
+        {"compute_capabilities": "89"},
+        {"compute_capabilities": [[8, 9, 1]]},
+        {"platform": ""},
+        {"options": 5},
+        {"options": {}, "flavour": "tensorrt", "compute_capabilities": []},
+    ],
+)
 def test_a_config_that_does_not_say_what_it_is_for_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="does not say what it was built for"):
         binding(config_for() | change)
@@ -623,11 +724,20 @@ def test_a_config_that_does_not_say_what_it_is_for_is_refused(change: dict[str, 
 def real_key() -> EngineKey:
     card = torch.cuda.get_device_capability() if torch.cuda.is_available() else (8, 9)
     ranges = ((1, 8), (2, 8), (4, 8))
-    return replace(KEY, version=TENSORRT_RTX.version, platform=platform_name(), compute_capabilities=(card,), profiles=({"left": ranges, "right": ranges},), options={})
+    return replace(
+        KEY,
+        version=TENSORRT_RTX.version,
+        platform=platform_name(),
+        compute_capabilities=(card,),
+        profiles=({"left": ranges, "right": ranges},),
+        options={},
+    )
 
 
 def write_graph(path: Path) -> Path:
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 8]) for name in ("left", "right", "total")]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 8]) for name in ("left", "right", "total")
+    ]
     graph = helper.make_graph([helper.make_node("Add", ["left", "right"], ["total"])], "sum", ports[:2], ports[2:])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
     return path
@@ -635,8 +745,13 @@ def write_graph(path: Path) -> Path:
 
 def real_builder(graph: Path, key: EngineKey) -> Callable[[Path], tuple[dict[str, Any], dict[str, Any]]]:
     def build(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        built = build_engine(graph, folder / "unet.engine", Profile(key.profiles[0]), TENSORRT_RTX, key.compute_capabilities)
-        return {"version": built.version, "compute_capabilities": [list(card) for card in built.compute_capabilities]}, {"unet": {"seconds": built.seconds}}
+        built = build_engine(
+            graph, folder / "unet.engine", Profile(key.profiles[0]), TENSORRT_RTX, key.compute_capabilities
+        )
+        return {
+            "version": built.version,
+            "compute_capabilities": [list(card) for card in built.compute_capabilities],
+        }, {"unet": {"seconds": built.seconds}}
 
     return build
 
@@ -677,11 +792,17 @@ EngineStore(sys.argv[1]).get_or_build(key, build)
 
 @needs_rtx
 @pytest.mark.slow
-def test_a_real_build_killed_leaves_a_clean_store_and_its_own_child_writes_nothing_more(store: EngineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_build_killed_leaves_a_clean_store_and_its_own_child_writes_nothing_more(
+    store: EngineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path / "cache"))
     key, graph, moments = real_key(), write_graph(tmp_path / "sum.onnx"), random.Random(5)
     for _ in range(3):
-        worker = subprocess.Popen([sys.executable, "-c", REAL_WORKER, str(store.root), str(graph), json.dumps(asdict(key))], stdout=subprocess.PIPE, text=True)
+        worker = subprocess.Popen(
+            [sys.executable, "-c", REAL_WORKER, str(store.root), str(graph), json.dumps(asdict(key))],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert worker.stdout is not None
         assert worker.stdout.readline() == "building\n"
         time.sleep(moments.uniform(0, 3))
@@ -697,13 +818,11 @@ def test_a_real_build_killed_leaves_a_clean_store_and_its_own_child_writes_nothi
 
 def test_the_store_needs_nothing_but_the_standard_library() -> None:
     code = (
-        "import sys\n"
-        "class Block:\n"
-        "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'numpy', 'onnx', 'polygraphy', 'tensorrt', 'tensorrt_rtx', 'diffusers', 'pydantic', 'click'): raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Block())\n"
-        "import sdcompress_engines.store, sdcompress_engines.flavour\n"
-        "sdcompress_engines.store.EngineStore('nowhere').entries()"
+        "import sys\nclass Block:\n    def find_spec(self, name, path=None, target=None):\n        if"
+        " name.split('.')[0] in ('torch', 'numpy', 'onnx', 'polygraphy', 'tensorrt', 'tensorrt_rtx', 'diffusers',"
+        " 'pydantic', 'click'): raise ImportError(name)\nsys.meta_path.insert(0, Block())\nimport"
+        " sdcompress_engines.store,"
+        " sdcompress_engines.flavour\nsdcompress_engines.store.EngineStore('nowhere').entries()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""An engine's runner picks the profile, shares memory and keeps kernels by rules that hold without a GPU; with one, it computes what the graph says."""
+"""An engine's runner picks the profile, shares memory and keeps kernels by rules that hold without a GPU; with one, it
+computes what the graph says.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,13 @@ needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tenso
 
 def ranges(*batches: tuple[int, int, int], height: tuple[int, int, int] = (32, 64, 128)) -> list[Ranges]:
     """Profiles of a UNet in latent pixels, of equal height and width."""
-    shapes = [{"sample": tuple((b, 4, h, h) for b, h in zip(batch, height, strict=True)), "context": tuple((b, t, 96) for b, t in zip(batch, (77, 77, 154), strict=True))} for batch in batches]
+    shapes = [
+        {
+            "sample": tuple((b, 4, h, h) for b, h in zip(batch, height, strict=True)),
+            "context": tuple((b, t, 96) for b, t in zip(batch, (77, 77, 154), strict=True)),
+        }
+        for batch in batches
+    ]
     return shapes  # type: ignore[return-value]
 
 
@@ -33,7 +41,10 @@ def call(batch: int, height: int = 64, width: int = 64, tokens: int = 77) -> dic
     return {"sample": (batch, 4, height, width), "context": (batch, tokens, 96)}
 
 
-INPUTS = (TensorSpec("sample", ("batch", 4, "height", "width"), torch.float16), TensorSpec("context", ("batch", "tokens", 96), torch.float16))
+INPUTS = (
+    TensorSpec("sample", ("batch", 4, "height", "width"), torch.float16),
+    TensorSpec("context", ("batch", "tokens", 96), torch.float16),
+)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +62,9 @@ INPUTS = (TensorSpec("sample", ("batch", 4, "height", "width"), torch.float16), 
         ([(1, 1, 2)], 3, None),
     ],
 )
-def test_the_tightest_profile_that_fits_is_chosen_and_a_tuned_one_before_it(batches: list[tuple[int, int, int]], batch: int, chosen: int | None) -> None:
+def test_the_tightest_profile_that_fits_is_chosen_and_a_tuned_one_before_it(
+    batches: list[tuple[int, int, int]], batch: int, chosen: int | None
+) -> None:
     assert choose_profile(ranges(*batches, height=(64, 64, 64)), call(batch)) == chosen
 
 
@@ -61,7 +74,15 @@ def test_a_chosen_profile_always_contains_the_shapes_and_none_is_said_only_where
     for _ in range(400):
         profiles = ranges(*(tuple(sorted(random.integers(1, 9, 3).tolist())) for _ in range(3)), height=(32, 48, 96))
         shapes = call(int(random.integers(1, 9)), int(random.integers(3, 14)) * 8, 64, 77)
-        fitting = [i for i, profile in enumerate(profiles) if all(low <= size <= high for name, shape in shapes.items() for low, size, high in zip(profile[name][0], shape, profile[name][2], strict=True))]
+        fitting = [
+            i
+            for i, profile in enumerate(profiles)
+            if all(
+                low <= size <= high
+                for name, shape in shapes.items()
+                for low, size, high in zip(profile[name][0], shape, profile[name][2], strict=True)
+            )
+        ]
         chosen = choose_profile(profiles, shapes)
         assert chosen in fitting or (chosen is None and not fitting)
         seen.add(chosen)
@@ -71,13 +92,29 @@ def test_a_chosen_profile_always_contains_the_shapes_and_none_is_said_only_where
 @pytest.mark.parametrize(
     ("batches", "shapes", "said"),
     [
-        ([(1, 2, 8)], call(9), "batch 9, height 512 px, width 512 px, tokens 77 is outside the engine's profile; expected batch 1 to 8, height 256 to 1024 px, width 256 to 1024 px, tokens 77 to 154. Try: build it with --batch 1:2:9"),
+        (
+            [(1, 2, 8)],
+            call(9),
+            (
+                "batch 9, height 512 px, width 512 px, tokens 77 is outside the engine's profile; expected batch 1 to"
+                " 8, height 256 to 1024 px, width 256 to 1024 px, tokens 77 to 154. Try: build it with --batch 1:2:9"
+            ),
+        ),
         ([(1, 2, 8)], call(2, 64, 152, 231), "--width 256:512:1216 --tokens 77:77:231"),
-        ([(1, 1, 1), (4, 4, 8)], call(3), "outside each of the engine's 2 profiles; expected batch 4 to 8, height 256 to 1024 px, width 256 to 1024 px, tokens 77 to 154, as in the nearest. Try: build it with --batch 3:4:8"),
+        (
+            [(1, 1, 1), (4, 4, 8)],
+            call(3),
+            (
+                "outside each of the engine's 2 profiles; expected batch 4 to 8, height 256 to 1024 px, width 256 to"
+                " 1024 px, tokens 77 to 154, as in the nearest. Try: build it with --batch 3:4:8"
+            ),
+        ),
         ([(1, 1, 1), (4, 4, 8)], call(2, 24), "--batch 1:1:2 --height 192:512:1024"),
     ],
 )
-def test_a_shape_outside_every_profile_names_the_nearest_and_the_flags_to_type(batches: list[tuple[int, int, int]], shapes: dict[str, Any], said: str) -> None:
+def test_a_shape_outside_every_profile_names_the_nearest_and_the_flags_to_type(
+    batches: list[tuple[int, int, int]], shapes: dict[str, Any], said: str
+) -> None:
     error = no_profile(ranges(*batches), shapes, INPUTS, "unet", 8, "unet.engine")
     assert isinstance(error, EngineMismatch)
     assert said in str(error)
@@ -175,7 +212,10 @@ SUM = ((1, 2, 4), (6, 8, 8))
 
 def write_graph(path: Path) -> Path:
     """`total = softmax(left · right) · right`, (batch, 32, 32) float16: enough to need activation memory."""
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 32, 32]) for name in ("left", "right", "total")]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 32, 32])
+        for name in ("left", "right", "total")
+    ]
     nodes = [
         helper.make_node("MatMul", ["left", "right"], ["product"]),
         helper.make_node("Softmax", ["product"], ["weights"], axis=-1),
@@ -191,7 +231,8 @@ def build(folder: Path, flavour: Any) -> Path:
     from sdcompress_engines.builder import build_engine
 
     folder.mkdir(parents=True, exist_ok=True)
-    profiles = [Profile({name: tuple((size, 32, 32) for size in sizes) for name in ("left", "right")}) for sizes in SUM]  # type: ignore[misc]
+    # type: ignore[misc]
+    profiles = [Profile({name: tuple((size, 32, 32) for size in sizes) for name in ("left", "right")}) for sizes in SUM]
     build_engine(write_graph(folder / "unet.onnx"), folder / "unet.engine", profiles, flavour)
     return folder / "unet.engine"
 
@@ -230,7 +271,9 @@ def truth(engine: Path) -> dict[int, torch.Tensor]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
-def test_an_engine_agrees_with_onnxruntime_on_every_profile(engine: Path, truth: dict[int, torch.Tensor], cuda_graph: bool) -> None:
+def test_an_engine_agrees_with_onnxruntime_on_every_profile(
+    engine: Path, truth: dict[int, torch.Tensor], cuda_graph: bool
+) -> None:
     with TensorRTRunner(engine, cuda_graph=cuda_graph, kernels="eager") as runner:
         for batch in (2, 8, 1, 2, 6, 4, 8, 2, 1):  # five shapes, one more than graphs are kept
             found = runner.infer(on_gpu(feeds(batch)))["total"]
@@ -240,7 +283,10 @@ def test_an_engine_agrees_with_onnxruntime_on_every_profile(engine: Path, truth:
 
 @pytest.mark.gpu
 def test_a_replayed_graph_gives_what_a_plain_run_gives_and_outputs_stay_the_callers(engine: Path) -> None:
-    with TensorRTRunner(engine, kernels="eager") as plain, TensorRTRunner(engine, cuda_graph=True, kernels="eager") as graphed:
+    with (
+        TensorRTRunner(engine, kernels="eager") as plain,
+        TensorRTRunner(engine, cuda_graph=True, kernels="eager") as graphed,
+    ):
         held = []
         for seed in range(4):
             given = on_gpu(feeds(2, seed))
@@ -250,9 +296,14 @@ def test_a_replayed_graph_gives_what_a_plain_run_gives_and_outputs_stay_the_call
 
 
 @pytest.mark.gpu
-def test_runners_share_one_block_of_memory_and_stay_right_while_it_grows(engine: Path, truth: dict[int, torch.Tensor]) -> None:
+def test_runners_share_one_block_of_memory_and_stay_right_while_it_grows(
+    engine: Path, truth: dict[int, torch.Tensor]
+) -> None:
     memory = SharedMemory("cuda")
-    with TensorRTRunner(engine, memory=memory, cuda_graph=True, kernels="eager") as first, TensorRTRunner(engine, memory=memory, kernels="eager") as second:
+    with (
+        TensorRTRunner(engine, memory=memory, cuda_graph=True, kernels="eager") as first,
+        TensorRTRunner(engine, memory=memory, kernels="eager") as second,
+    ):
         for runner, batch in ((first, 1), (second, 2), (first, 1), (second, 8), (first, 1), (first, 2), (second, 2)):
             assert close_to(runner.infer(on_gpu(feeds(batch)))["total"], truth[batch])
         largest = memory.block
@@ -283,12 +334,17 @@ def test_runs_are_in_order_with_torch_on_whatever_stream(engine: Path, own_strea
 
 @pytest.mark.gpu
 def test_a_shape_outside_the_profiles_is_refused_with_the_flags(engine: Path, tmp_path: Path) -> None:
-    with TensorRTRunner(engine) as runner, pytest.raises(EngineMismatch, match=r"5 is outside each of the engine's 2 profiles"):
+    with (
+        TensorRTRunner(engine) as runner,
+        pytest.raises(EngineMismatch, match=r"5 is outside each of the engine's 2 profiles"),
+    ):
         runner.infer(on_gpu(feeds(5)))
 
 
 @pytest.mark.gpu
-def test_names_come_from_the_manifest_and_damage_is_found_before_the_runtime_looks(engine: Path, tmp_path: Path) -> None:
+def test_names_come_from_the_manifest_and_damage_is_found_before_the_runtime_looks(
+    engine: Path, tmp_path: Path
+) -> None:
     made = TensorRTRunner(engine).open()
     flavour = FLAVOURS[made.backend]
     made.close()
@@ -296,9 +352,18 @@ def test_names_come_from_the_manifest_and_damage_is_found_before_the_runtime_loo
     shape = ["batch", 32, 32]
     entries = [{"name": name, "shape": shape, "dtype": "float16"} for name in ("left", "right")]
     config = {
-        "flavour": flavour.name, "version": flavour.version, "compute_capabilities": [list(torch.cuda.get_device_capability())], "platform": platform_name(), "precision": "fp16", "signature": "diffusers",
-        "components": ["unet"], "vae_scale": 8, "inputs": {"unet": entries}, "outputs": {"unet": [{"name": "total", "shape": shape, "dtype": "float16"}]}, "options": {},
-    }  # fmt: skip
+        "flavour": flavour.name,
+        "version": flavour.version,
+        "compute_capabilities": [list(torch.cuda.get_device_capability())],
+        "platform": platform_name(),
+        "precision": "fp16",
+        "signature": "diffusers",
+        "components": ["unet"],
+        "vae_scale": 8,
+        "inputs": {"unet": entries},
+        "outputs": {"unet": [{"name": "total", "shape": shape, "dtype": "float16"}]},
+        "options": {},
+    }
     write_manifest(tmp_path, "engine", config=config)
     with TensorRTRunner(tmp_path / "unet.engine") as runner:
         assert runner.inputs[0] == TensorSpec("left", ("batch", 32, 32), torch.float16)
@@ -312,7 +377,9 @@ def test_names_come_from_the_manifest_and_damage_is_found_before_the_runtime_loo
 
 
 @pytest.mark.gpu
-def test_compiled_kernels_are_kept_for_the_next_time(engine: Path, truth: dict[int, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_kernels_are_kept_for_the_next_time(
+    engine: Path, truth: dict[int, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
     with TensorRTRunner(engine, kernels="eager") as runner:
         compiles = runner.backend == "tensorrt-rtx"

@@ -1,4 +1,6 @@
-"""What the tests of `test_windows.py` run in processes of their own, which find this file beside `sitecustomize.py` on their path."""
+"""What the tests of `test_windows.py` run in processes of their own, which find this file beside `sitecustomize.py` on
+their path.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,10 @@ def crash(case: dict[str, Any]) -> dict[str, Any]:
 
 def hang(case: dict[str, Any]) -> dict[str, Any]:
     """Start a process that starts another one, and wait for both."""
-    code = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); print(child.pid, flush=True); child.wait()"
+    code = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {SLEEP!r}]); print(child.pid,"
+        " flush=True); child.wait()"
+    )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as helper:
         assert helper.stdout is not None
         Path(case["file"]).write_text(json.dumps([helper.pid, int(helper.stdout.readline())]))
@@ -41,13 +46,19 @@ def call_isolated(folder: str) -> None:
     from sdcompress_bench.isolated import call
 
     file = str(Path(folder) / "started.json")
-    cases: list[tuple[Any, dict[str, Any], float]] = [(double, {"number": 4}, 60), (crash, {}, 60), (hang, {"file": file}, 8)]
+    cases: list[tuple[Any, dict[str, Any], float]] = [
+        (double, {"number": 4}, 60),
+        (crash, {}, 60),
+        (hang, {"file": file}, 8),
+    ]
     answers: list[Any] = [call(function, case, limit_s) for function, case, limit_s in cases]
     print(json.dumps([*answers, json.loads(Path(file).read_text())]))
 
 
 def import_all() -> None:
-    """Import every module of the packages, of the plugins that no host is needed for, and the programs in `bench`; print how many."""
+    """Import every module of the packages, of the plugins that no host is needed for, and the programs in `bench`;
+    print how many.
+    """
     tops = [(ROOT, "sdcompress"), (ROOT / "engines", "sdcompress_engines"), (ROOT / "bench", "sdcompress_bench")]
     tops += [(ROOT / "plugins" / "sd_webui_sdcompress", "sdcompress_webui"), (ROOT / "plugins", "comfyui_sdcompress")]
     hosts = ("modules", "backend", "gradio", "comfy", "folder_paths", "nodes")
@@ -65,7 +76,13 @@ def import_all() -> None:
                 if (error.name or "").partition(".")[0] not in hosts:
                     raise
                 skipped += 1
-    for path in sorted([*(ROOT / "bench").glob("*.py"), *(ROOT / "bench" / "studies").glob("*.py"), *(ROOT / "bench" / "peers").glob("*.py")]):
+    for path in sorted(
+        [
+            *(ROOT / "bench").glob("*.py"),
+            *(ROOT / "bench" / "studies").glob("*.py"),
+            *(ROOT / "bench" / "peers").glob("*.py"),
+        ]
+    ):
         spec = importlib.util.spec_from_file_location(f"program_{path.stem}", path)
         assert spec is not None
         assert spec.loader is not None

@@ -1,4 +1,5 @@
-"""A stand-in for Windows: a Python that has this folder on its PYTHONPATH, and every Python it starts, lacks what Windows lacks.
+"""A stand-in for Windows: a Python that has this folder on its PYTHONPATH, and every Python it starts, lacks what
+Windows lacks.
 
 For our own modules (`sdcompress`, `engines`, `bench` and `plugins` of the checkout):
 
@@ -6,11 +7,12 @@ For our own modules (`sdcompress`, `engines`, `bench` and `plugins` of the check
 - names of `os` and `signal` that Windows does not have are missing, and `multiprocessing` can only spawn;
 - `/proc` and `/sys` are not there;
 - text files without an encoding are cp1252 and have CRLF line ends;
-- a file that is open or mapped in this process can be neither removed nor replaced, and the folder of an open one neither;
+- a file that is open or mapped in this process can be neither removed nor replaced, and the folder of an open one
+  neither;
 - no folder is replaced by another one, links need a privilege, and names that NTFS refuses are refused.
 
-The standard library and other packages see `sys.platform == "linux"` and do what is right on Linux. So a module or a name is refused to
-a caller of ours, and a file operation where the nearest caller outside the standard library is ours.
+The standard library and other packages see `sys.platform == "linux"` and do what is right on Linux. So a module or a
+name is refused to a caller of ours, and a file operation where the nearest caller outside the standard library is ours.
 """
 
 from __future__ import annotations
@@ -31,23 +33,94 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-ROOT = os.environ.get("LIKE_WINDOWS_ROOT") or os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+ROOT = os.environ.get("LIKE_WINDOWS_ROOT") or os.path.dirname(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+)
 OURS = tuple(os.path.join(ROOT, folder) + os.sep for folder in ("sdcompress", "engines", "bench", "plugins"))
 STDLIB = sysconfig.get_path("stdlib") + os.sep
 HERE = os.path.abspath(__file__)
 MODULES = {"fcntl", "grp", "nis", "posix", "pty", "pwd", "readline", "resource", "spwd", "syslog", "termios", "tty"}
 OS_NAMES = {
-    "chown", "chroot", "confstr", "copy_file_range", "ctermid", "eventfd", "fchdir", "fchown", "fork", "forkpty", "getegid", "geteuid",
-    "getgid", "getgroups", "getloadavg", "getpgid", "getpgrp", "getpriority", "getsid", "getuid", "killpg", "lchown", "listxattr", "memfd_create",
-    "mkfifo", "mknod", "nice", "openpty", "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "O_NONBLOCK", "pipe2", "posix_fadvise", "posix_fallocate", "posix_spawn",
-    "pread", "pwrite", "register_at_fork", "sched_getaffinity", "sched_setaffinity", "sendfile", "setpgid", "setpriority", "setsid", "setuid", "splice", "statvfs",
-    "sync", "sysconf", "sysconf_names", "ttyname", "uname", "wait", "wait3", "wait4", "waitid", "WNOHANG",
-}  # fmt: skip
+    "chown",
+    "chroot",
+    "confstr",
+    "copy_file_range",
+    "ctermid",
+    "eventfd",
+    "fchdir",
+    "fchown",
+    "fork",
+    "forkpty",
+    "getegid",
+    "geteuid",
+    "getgid",
+    "getgroups",
+    "getloadavg",
+    "getpgid",
+    "getpgrp",
+    "getpriority",
+    "getsid",
+    "getuid",
+    "killpg",
+    "lchown",
+    "listxattr",
+    "memfd_create",
+    "mkfifo",
+    "mknod",
+    "nice",
+    "openpty",
+    "O_CLOEXEC",
+    "O_DIRECTORY",
+    "O_NOFOLLOW",
+    "O_NONBLOCK",
+    "pipe2",
+    "posix_fadvise",
+    "posix_fallocate",
+    "posix_spawn",
+    "pread",
+    "pwrite",
+    "register_at_fork",
+    "sched_getaffinity",
+    "sched_setaffinity",
+    "sendfile",
+    "setpgid",
+    "setpriority",
+    "setsid",
+    "setuid",
+    "splice",
+    "statvfs",
+    "sync",
+    "sysconf",
+    "sysconf_names",
+    "ttyname",
+    "uname",
+    "wait",
+    "wait3",
+    "wait4",
+    "waitid",
+    "WNOHANG",
+}
 WINDOWS_SIGNALS = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIG_DFL", "SIG_IGN"}
 SIGNAL_NAMES = {name for name in dir(signal) if name.startswith("SIG") and name not in WINDOWS_SIGNALS}
 SIGNAL_NAMES |= {"alarm", "pause", "pthread_kill", "pthread_sigmask", "setitimer", "siginterrupt", "sigwait"}
 BAD_NAME = re.compile(r'[<>:"|?*\\\x00-\x1f]|[. ]$|^(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)', re.IGNORECASE)
-PRESENT = {name: getattr(os, name) for name in ("lstat", "listdir", "mkdir", "open", "readlink", "remove", "rename", "replace", "rmdir", "scandir", "stat", "unlink")}
+PRESENT = {
+    name: getattr(os, name)
+    for name in (
+        "lstat",
+        "listdir",
+        "mkdir",
+        "open",
+        "readlink",
+        "remove",
+        "rename",
+        "replace",
+        "rmdir",
+        "scandir",
+        "stat",
+        "unlink",
+    )
+}
 
 
 def is_ours(file: str) -> bool:
@@ -59,7 +132,9 @@ def caller_is_ours(depth: int = 2) -> bool:
     frame: Any = sys._getframe(depth)
     while frame is not None:
         file = frame.f_code.co_filename
-        if not (file == HERE or file.startswith("<frozen") or (file.startswith(STDLIB) and "site-packages" not in file)):
+        if not (
+            file == HERE or file.startswith("<frozen") or (file.startswith(STDLIB) and "site-packages" not in file)
+        ):
             return is_ours(file)
         frame = frame.f_back
     return False
@@ -135,8 +210,16 @@ def windows_error(kind: type[OSError], number: int, winerror: int, text: str, pa
 
 
 def refuse_bad_name(path: str | None) -> None:
-    if path is not None and (bad := next((part for part in path.split(os.sep) if part and BAD_NAME.search(part)), None)):
-        raise windows_error(OSError, errno.EINVAL, 123, f"The filename, directory name, or volume label syntax is incorrect: {bad!r}", path)
+    if path is not None and (
+        bad := next((part for part in path.split(os.sep) if part and BAD_NAME.search(part)), None)
+    ):
+        raise windows_error(
+            OSError,
+            errno.EINVAL,
+            123,
+            f"The filename, directory name, or volume label syntax is incorrect: {bad!r}",
+            path,
+        )
 
 
 def refuse_open(path: str | None) -> None:
@@ -155,13 +238,28 @@ def refuse_open(path: str | None) -> None:
     with original_open("/proc/self/maps") as file:
         mapped = any(line.rstrip("\n").endswith(f" {path}") for line in file)
     if mapped or any(each == path or each.startswith(path + os.sep) for each in held):
-        raise windows_error(PermissionError, errno.EACCES, 32, "The process cannot access the file because it is being used by another process", path)
+        raise windows_error(
+            PermissionError,
+            errno.EACCES,
+            32,
+            "The process cannot access the file because it is being used by another process",
+            path,
+        )
 
 
 original_open = builtins.open
 
 
-def open_like_windows(file: Any, mode: str = "r", buffering: int = -1, encoding: str | None = None, errors: str | None = None, newline: str | None = None, closefd: bool = True, opener: Any = None) -> Any:
+def open_like_windows(
+    file: Any,
+    mode: str = "r",
+    buffering: int = -1,
+    encoding: str | None = None,
+    errors: str | None = None,
+    newline: str | None = None,
+    closefd: bool = True,
+    opener: Any = None,
+) -> Any:
     refuse_absent(file)
     if caller_is_ours():
         if set(mode) & set("wax+"):
@@ -226,7 +324,9 @@ def restrict_files() -> None:
 
     def make_link(src: Any, dst: Any, target_is_directory: bool = False, *, dir_fd: int | None = None) -> None:
         if caller_is_ours():
-            raise windows_error(OSError, errno.EINVAL, 1314, "A required privilege is not held by the client", os.fsdecode(dst))
+            raise windows_error(
+                OSError, errno.EINVAL, 1314, "A required privilege is not held by the client", os.fsdecode(dst)
+            )
         symlink(src, dst, target_is_directory, dir_fd=dir_fd)
 
     os.mkdir, os.symlink = make_folder, make_link

@@ -1,6 +1,8 @@
-"""ComfyUI as a custom node sees it: a small stand-in written from its contracts, and ComfyUI itself where a checkout of it is given.
+"""ComfyUI as a custom node sees it: a small stand-in written from its contracts, and ComfyUI itself where a checkout of
+it is given.
 
-`SDCOMPRESS_COMFYUI=~/ComfyUI pytest tests/plugins/test_comfyui_plugin.py`, in a Python that has ComfyUI's requirements, runs the same tests against it.
+`SDCOMPRESS_COMFYUI=~/ComfyUI pytest tests/plugins/test_comfyui_plugin.py`, in a Python that has ComfyUI's requirements,
+runs the same tests against it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ class ModelSampling(torch.nn.Module):
     def __init__(self, config: Any, kind: ModelType) -> None:
         super().__init__()
         given = config.sampling_settings
-        first, last, count = given.get("linear_start", 0.00085), given.get("linear_end", 0.012), given.get("timesteps", 1000)
+        first, last, count = (
+            given.get("linear_start", 0.00085),
+            given.get("linear_end", 0.012),
+            given.get("timesteps", 1000),
+        )
         root = {"linear": 0.5, "sqrt_linear": 1.0}[given.get("beta_schedule", "linear")]
         betas = torch.linspace(first**root, last**root, count, dtype=torch.float64) ** (1 / root)
         alphas = torch.cumprod(1 - betas, 0)
@@ -70,7 +76,9 @@ class LatentFormat:
 
 
 class Config:
-    """A model class of `supported_models`; settings belong to the class until somebody gives the object its own, as before 2025."""
+    """A model class of `supported_models`; settings belong to the class until somebody gives the object its own, as
+    before 2025.
+    """
 
     scale_factor = 0.18215
     sampling_settings: dict[str, Any] = {}  # noqa: RUF012
@@ -108,11 +116,26 @@ class BaseModel(torch.nn.Module):
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         return float(input_shape[0] * math.prod(input_shape[2:]) * 0.15 * 2**20)
 
-    def apply_model(self, x: torch.Tensor, t: torch.Tensor, c_crossattn: torch.Tensor, control: Any = None, transformer_options: Any = None, **kwargs: Any) -> torch.Tensor:
+    def apply_model(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        c_crossattn: torch.Tensor,
+        control: Any = None,
+        transformer_options: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         dtype = self.get_dtype()
         given = self.model_sampling.calculate_input(t, x).to(dtype)
         more = {name: value.to(dtype) for name, value in kwargs.items()}
-        output = self.diffusion_model(given, self.model_sampling.timestep(t).float(), context=c_crossattn.to(dtype), control=control, transformer_options=transformer_options, **more).float()
+        output = self.diffusion_model(
+            given,
+            self.model_sampling.timestep(t).float(),
+            context=c_crossattn.to(dtype),
+            control=control,
+            transformer_options=transformer_options,
+            **more,
+        ).float()
         return self.model_sampling.calculate_denoised(t, output, x)
 
     def state_dict_for_saving(self, *others: Any) -> dict[str, Any]:
@@ -124,7 +147,10 @@ class SDXLModel(BaseModel):
         pooled = kwargs["pooled_output"]
         width = (self.adm_channels - pooled.shape[1]) // 6
         frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2) / (width // 2))
-        sizes = torch.tensor([kwargs[name] for name in ("height", "width", "crop_h", "crop_w", "target_height", "target_width")], dtype=torch.float32)
+        sizes = torch.tensor(
+            [kwargs[name] for name in ("height", "width", "crop_h", "crop_w", "target_height", "target_width")],
+            dtype=torch.float32,
+        )
         angles = sizes[:, None] * frequencies
         return torch.cat([pooled, torch.cat([angles.cos(), angles.sin()], 1).reshape(1, -1).expand(len(pooled), -1)], 1)
 
@@ -140,7 +166,9 @@ class ModelPatcher:
         return self.size or sum(value.nelement() * value.element_size() for value in self.model.state_dict().values())
 
     def clone(self) -> ModelPatcher:
-        copied = ModelPatcher(self.model, self.load_device, self.offload_device, self.size)  # by this name, as before December 2024
+        copied = ModelPatcher(
+            self.model, self.load_device, self.offload_device, self.size
+        )  # by this name, as before December 2024
         copied.patches = {key: list(found) for key, found in self.patches.items()}
         copied.model_options = copy.deepcopy(self.model_options)
         return copied
@@ -151,7 +179,9 @@ class ModelPatcher:
             self.patches.setdefault(key, []).append((strength_patch, patches[key], strength_model))
         return found
 
-    def add_hook_patches(self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
+    def add_hook_patches(
+        self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
         return self.add_patches(patches, strength_patch, strength_model)
 
     def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
@@ -160,7 +190,13 @@ class ModelPatcher:
     def set_patch(self, name: str, patch: Any) -> None:
         self.model_options["transformer_options"].setdefault("patches", {}).setdefault(name, []).append(patch)
 
-    def load(self, device_to: Any = None, lowvram_model_memory: float = 0, force_patch_weights: bool = False, full_load: bool = False) -> None:
+    def load(
+        self,
+        device_to: Any = None,
+        lowvram_model_memory: float = 0,
+        force_patch_weights: bool = False,
+        full_load: bool = False,
+    ) -> None:
         for key in self.patches:
             raise AttributeError(f"no weight {key} to patch")
         if full_load:
@@ -175,7 +211,12 @@ class ModelPatcher:
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> None:
         self.unpatch_model(self.offload_device, unpatch_weights=False)
         if self.model.model_loaded_weight_memory == 0:
-            self.load(device_to, lowvram_model_memory=extra_memory, force_patch_weights=force_patch_weights, full_load=extra_memory > self.model_size())
+            self.load(
+                device_to,
+                lowvram_model_memory=extra_memory,
+                force_patch_weights=force_patch_weights,
+                full_load=extra_memory > self.model_size(),
+            )
 
     def detach(self, unpatch_all: bool = True) -> None:
         if unpatch_all:
@@ -193,7 +234,9 @@ class WrapperExecutor:
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         if self.at == len(self.wrappers):
             return self.original(*args, **kwargs)
-        return self.wrappers[self.at](WrapperExecutor(self.original, self.class_obj, self.wrappers, self.at + 1), *args, **kwargs)
+        return self.wrappers[self.at](
+            WrapperExecutor(self.original, self.class_obj, self.wrappers, self.at + 1), *args, **kwargs
+        )
 
     __call__ = execute
 
@@ -207,9 +250,20 @@ def unet_to_diffusers(config: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def add(theirs: str, ours: str, depth: int) -> None:
-        found.update({f"{theirs}.transformer_blocks.{t}.attn1.to_q.weight": f"{ours}.1.transformer_blocks.{t}.attn1.to_q.weight" for t in range(depth)})
+        found.update(
+            {
+                f"{theirs}.transformer_blocks.{t}.attn1.to_q.weight": (
+                    f"{ours}.1.transformer_blocks.{t}.attn1.to_q.weight"
+                )
+                for t in range(depth)
+            }
+        )
 
-    pairs, down, up = config["num_res_blocks"], iter(config["transformer_depth"]), list(config["transformer_depth_output"])
+    pairs, down, up = (
+        config["num_res_blocks"],
+        iter(config["transformer_depth"]),
+        list(config["transformer_depth_output"]),
+    )
     at = 1
     for level, count in enumerate(pairs):
         for pair in range(count):
@@ -226,7 +280,10 @@ def unet_to_diffusers(config: dict[str, Any]) -> dict[str, str]:
 
 
 class Harness:
-    """The stand-in. A condition is `(text (1, T, D), extras)`; extras are what a CLIP node adds, such as `pooled_output`."""
+    """The stand-in.
+
+    A condition is `(text (1, T, D), extras)`; extras are what a CLIP node adds, such as `pooled_output`.
+    """
 
     free_memory = 64 * GIB
 
@@ -246,7 +303,11 @@ class Harness:
             "comfy.supported_models": {"SD15": SD15, "SD20": SD20, "SDXL": SDXL},
             "comfy.model_patcher": {"ModelPatcher": ModelPatcher},
             "comfy.model_management": {"get_torch_device": lambda: cpu, "unet_offload_device": lambda: cpu},
-            "comfy.patcher_extension": {"WrapperExecutor": WrapperExecutor, "get_all_wrappers": get_all_wrappers, "WrappersMP": types.SimpleNamespace(DIFFUSION_MODEL="diffusion_model")},
+            "comfy.patcher_extension": {
+                "WrapperExecutor": WrapperExecutor,
+                "get_all_wrappers": get_all_wrappers,
+                "WrappersMP": types.SimpleNamespace(DIFFUSION_MODEL="diffusion_model"),
+            },
             "comfy.utils": {"unet_to_diffusers": unet_to_diffusers},
         }
         found: dict[str, Any] = {"folder_paths": self.folder_paths}
@@ -267,7 +328,9 @@ class Harness:
         finally:
             for name in [name for name in sys.modules if name.split(".")[0] in ("comfy", "folder_paths")]:
                 del sys.modules[name]
-            sys.modules.update({name: module for name, module in before.items() if name.split(".")[0] in ("comfy", "folder_paths")})
+            sys.modules.update(
+                {name: module for name, module in before.items() if name.split(".")[0] in ("comfy", "folder_paths")}
+            )
 
     def noise(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.manual_seed(seed))
@@ -276,7 +339,9 @@ class Harness:
         table = patcher.model.model_sampling.sigmas
         return torch.cat([table[torch.linspace(len(table) - 1, 0, steps).round().long()], torch.zeros(1)])
 
-    def sample(self, patcher: Any, positive: Any, negative: Any, shape: tuple[int, ...], steps: int, cfg: float, seed: int) -> torch.Tensor:
+    def sample(
+        self, patcher: Any, positive: Any, negative: Any, shape: tuple[int, ...], steps: int, cfg: float, seed: int
+    ) -> torch.Tensor:
         """Final latents by Euler, unscaled as a VAE takes them."""
         if patcher not in self.loaded:
             patcher.partially_load(patcher.load_device, 1e32)
@@ -289,28 +354,60 @@ class Harness:
         return x / patcher.model.latent_format.scale_factor
 
     def _denoised(self, patcher: Any, conds: list[Any], x: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
-        """Together in one call where memory allows and lengths have a small common multiple, to which the shorter text is repeated; else one by one."""
+        """Together in one call where memory allows and lengths have a small common multiple, to which the shorter text
+        is repeated; else one by one.
+        """
         model, times = patcher.model, sigma.expand(len(x))
         lengths = [cond[0].shape[1] for cond in conds]
         common = math.lcm(*lengths)
-        together = common // min(lengths) <= 4 and model.memory_required([2 * len(x), *x.shape[1:]]) * 1.5 < self.free_memory
+        together = (
+            common // min(lengths) <= 4 and model.memory_required([2 * len(x), *x.shape[1:]]) * 1.5 < self.free_memory
+        )
         groups = [conds] if together else [[cond] for cond in conds]
         results = []
         for group in groups:
             size = common if together else group[0][0].shape[1]
-            more = [model.encode_adm(height=8 * x.shape[2], width=8 * x.shape[3], crop_h=0, crop_w=0, target_height=8 * x.shape[2], target_width=8 * x.shape[3], **cond[1]) for cond in group]
+            more = [
+                model.encode_adm(
+                    height=8 * x.shape[2],
+                    width=8 * x.shape[3],
+                    crop_h=0,
+                    crop_w=0,
+                    target_height=8 * x.shape[2],
+                    target_width=8 * x.shape[3],
+                    **cond[1],
+                )
+                for cond in group
+            ]
             text = torch.cat([cond[0].repeat(len(x), size // cond[0].shape[1], 1) for cond in group])
             extra = {} if more[0] is None else {"y": torch.cat([each.expand(len(x), -1) for each in more])}
-            options = {**patcher.model_options["transformer_options"], "cond_or_uncond": list(range(len(group))), "sigmas": times}
-            out = model.apply_model(torch.cat([x] * len(group)), torch.cat([times] * len(group)), c_crossattn=text, transformer_options=options, **extra)
+            options = {
+                **patcher.model_options["transformer_options"],
+                "cond_or_uncond": list(range(len(group))),
+                "sigmas": times,
+            }
+            out = model.apply_model(
+                torch.cat([x] * len(group)),
+                torch.cat([times] * len(group)),
+                c_crossattn=text,
+                transformer_options=options,
+                **extra,
+            )
             results += out.chunk(len(group))
         return results
 
     def lora(self, patcher: Any, keys: list[str], strength: float) -> Any:
         """As the node *Load LoRA*: a LoRA's layers, by kohya's or diffusers' names, on a copy of the model."""
         known = patcher.model.state_dict()
-        named = {f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": f"diffusion_model.{ours}" for key, ours in unet_to_diffusers(patcher.model.model_config.unet_config).items()}
-        named |= {f"lora_unet_{key.removeprefix('diffusion_model.').removesuffix('.weight').replace('.', '_')}": key for key in known if key.startswith("diffusion_model.")}
+        named = {
+            f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": f"diffusion_model.{ours}"
+            for key, ours in unet_to_diffusers(patcher.model.model_config.unet_config).items()
+        }
+        named |= {
+            f"lora_unet_{key.removeprefix('diffusion_model.').removesuffix('.weight').replace('.', '_')}": key
+            for key in known
+            if key.startswith("diffusion_model.")
+        }
         copied = patcher.clone()
         copied.add_patches({named[key]: torch.ones(1) for key in keys if key in named}, strength)
         return copied
@@ -370,17 +467,34 @@ class Real:
         return found
 
     def sigmas(self, patcher: Any, steps: int) -> torch.Tensor:
-        found: torch.Tensor = self.comfy.samplers.KSampler(patcher, steps, torch.device("cpu"), "euler", "normal", 1.0, {}).sigmas
+        found: torch.Tensor = self.comfy.samplers.KSampler(
+            patcher, steps, torch.device("cpu"), "euler", "normal", 1.0, {}
+        ).sigmas
         return found
 
-    def sample(self, patcher: Any, positive: Any, negative: Any, shape: tuple[int, ...], steps: int, cfg: float, seed: int) -> torch.Tensor:
+    def sample(
+        self, patcher: Any, positive: Any, negative: Any, shape: tuple[int, ...], steps: int, cfg: float, seed: int
+    ) -> torch.Tensor:
         conds = [[[text, dict(extras)]] for text, extras in (positive, negative)]
-        found: torch.Tensor = self.comfy.sample.sample(patcher, self.noise(shape, seed), steps, cfg, "euler", "normal", *conds, torch.zeros(shape), disable_pbar=True, seed=seed)
+        found: torch.Tensor = self.comfy.sample.sample(
+            patcher,
+            self.noise(shape, seed),
+            steps,
+            cfg,
+            "euler",
+            "normal",
+            *conds,
+            torch.zeros(shape),
+            disable_pbar=True,
+            seed=seed,
+        )
         return found
 
     def lora(self, patcher: Any, keys: list[str], strength: float) -> Any:
         parts = {"lora_up.weight": torch.ones(4, 2), "lora_down.weight": torch.ones(2, 4), "alpha": torch.tensor(2.0)}
-        return self.comfy.sd.load_lora_for_models(patcher, None, {f"{key}.{name}": part for key in keys for name, part in parts.items()}, strength, 1.0)[0]
+        return self.comfy.sd.load_lora_for_models(
+            patcher, None, {f"{key}.{name}": part for key in keys for name, part in parts.items()}, strength, 1.0
+        )[0]
 
     def wrap(self, patcher: Any, wrapper: Any) -> Any:
         import comfy.patcher_extension

@@ -1,4 +1,6 @@
-"""What is carried into a host's Python: 3.10 syntax, and nothing to import but torch, numpy, the standard library and one runtime."""
+"""What is carried into a host's Python: 3.10 syntax, and nothing to import but torch, numpy, the standard library and
+one runtime.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,27 @@ from .conftest import PLUGINS
 ROOT = PLUGINS.parent
 ENGINES = ROOT / "engines"
 CARRIED = sorted(path for folder in (ENGINES, PLUGINS) for path in folder.rglob("*.py"))
-ALWAYS = {"torch", "numpy", "sdcompress_engines", "sdcompress_webui", "comfyui_sdcompress"} | set(sys.stdlib_module_names)
+ALWAYS = {"torch", "numpy", "sdcompress_engines", "sdcompress_webui", "comfyui_sdcompress"} | set(
+    sys.stdlib_module_names
+)
 WHERE_USED = {
-    "onnx", "google", "onnxruntime", "onnxruntime_ep_nv_tensorrt_rtx", "tensorrt", "tensorrt_rtx", "polygraphy", "typing_extensions",  # of an engine: looked for, and their absence told
+    "onnx",
+    "google",
+    "onnxruntime",
+    "onnxruntime_ep_nv_tensorrt_rtx",
+    "tensorrt",
+    "tensorrt_rtx",
+    "polygraphy",
+    "typing_extensions",  # of an engine: looked for, and their absence told
     "filelock",  # of torch
     "psutil",  # looked for, with another way where it is missing
-    "modules", "backend", "gradio", "comfy", "folder_paths", "nodes",  # the hosts
-}  # fmt: skip
+    "modules",
+    "backend",
+    "gradio",
+    "comfy",
+    "folder_paths",
+    "nodes",  # the hosts
+}
 HOSTS = {"modules", "backend", "gradio", "comfy", "folder_paths", "nodes"}
 
 
@@ -35,7 +51,10 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.partition(".")[0])
-        elif top_only and (isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))):
+        elif top_only and (
+            isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+        ):
             continue
         waiting += ast.iter_child_nodes(node)
     return found
@@ -75,21 +94,47 @@ print("imported", len({modules!r}), "loaded", sorted(set(sys.modules) & {{"onnxr
 
 
 def absent() -> set[str]:
-    """Import names of everything the project depends on but torch, numpy and ONNX Runtime, and the project's own packages."""
+    """Import names of everything the project depends on but torch, numpy and ONNX Runtime, and the project's own
+    packages.
+    """
     from importlib.metadata import packages_distributions
 
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
-    names = {name.replace("_", "-").lower() for each in wanted for name in [each.split(";")[0].split("[")[0].split(">")[0].split("<")[0].split("=")[0].strip()]}
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    names = {
+        name.replace("_", "-").lower()
+        for each in wanted
+        for name in [each.split(";")[0].split("[")[0].split(">")[0].split("<")[0].split("=")[0].strip()]
+    }
     keep = {"torch", "filelock", "numpy", "onnxruntime", "onnxruntime-gpu"}
-    found = {module for module, owners in packages_distributions().items() for owner in owners if owner.replace("_", "-").lower() in names - keep}
-    return found | {"sdcompress", "sdcompress_bench", "onnx", "diffusers", "transformers", "safetensors", "pydantic", "polygraphy", "gradio"}
+    found = {
+        module
+        for module, owners in packages_distributions().items()
+        for owner in owners
+        if owner.replace("_", "-").lower() in names - keep
+    }
+    return found | {
+        "sdcompress",
+        "sdcompress_bench",
+        "onnx",
+        "diffusers",
+        "transformers",
+        "safetensors",
+        "pydantic",
+        "polygraphy",
+        "gradio",
+    }
 
 
 def run_bare(modules: list[str], paths: list[Path], then: str = "") -> str:
-    code = BARE.format(absent=sorted(absent()), paths=[str(path) for path in paths], modules=modules, then=textwrap.dedent(then))
+    code = BARE.format(
+        absent=sorted(absent()), paths=[str(path) for path in paths], modules=modules, then=textwrap.dedent(then)
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -105,7 +150,11 @@ def test_the_engines_and_the_webui_plugin_import_with_torch_numpy_and_one_runtim
     plugin = PLUGINS / "sd_webui_sdcompress"
     modules = names_in(ENGINES, ENGINES / "sdcompress_engines") + names_in(plugin, plugin / "sdcompress_webui")
     assert {"sdcompress_engines.store", "sdcompress_webui.a1111", "sdcompress_webui.forge"} <= set(modules)
-    said = run_bare(modules, [ENGINES, plugin], "from sdcompress_engines.runners import available\nprint(available()['onnxruntime'])")
+    said = run_bare(
+        modules,
+        [ENGINES, plugin],
+        "from sdcompress_engines.runners import available\nprint(available()['onnxruntime'])",
+    )
     assert "loaded []" in said  # no runtime is loaded before an engine is
     assert said.splitlines()[-1] == "None"
 
@@ -126,16 +175,39 @@ def test_a_graph_runs_in_the_webui_plugin_with_nothing_else_installed(tmp_path: 
 
     extension, folder = tmp_path / "extensions" / "sd-webui-sdcompress", tmp_path / "models" / "sdcompress" / "grey"
     shutil.copytree(PLUGINS / "sd_webui_sdcompress", extension, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ENGINES / "sdcompress_engines", extension / "sdcompress_engines", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ENGINES / "sdcompress_engines", extension / "sdcompress_engines", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (folder / "pipeline" / "unet").mkdir(parents=True)
-    (folder / "pipeline" / "unet" / "config.json").write_text('{"in_channels": 4, "out_channels": 4, "cross_attention_dim": 8, "block_out_channels": [8, 8], "layers_per_block": 1}')
+    (folder / "pipeline" / "unet" / "config.json").write_text(
+        '{"in_channels": 4, "out_channels": 4, "cross_attention_dim": 8, "block_out_channels": [8, 8],'
+        ' "layers_per_block": 1}'
+    )
     shape = ["batch", 4, "height", "width"]
     floats = onnx.TensorProto.FLOAT
-    ports = [onnx.helper.make_tensor_value_info(name, floats, sizes) for name, sizes in (("sample", shape), ("timesteps", ["batch"]), ("encoder_hidden_states", ["batch", "tokens", 8]))]
+    ports = [
+        onnx.helper.make_tensor_value_info(name, floats, sizes)
+        for name, sizes in (
+            ("sample", shape),
+            ("timesteps", ["batch"]),
+            ("encoder_hidden_states", ["batch", "tokens", 8]),
+        )
+    ]
     half = onnx.helper.make_tensor("half", floats, [1], [0.5])
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Mul", ["sample", "half"], ["latent"])], "grey", ports, [onnx.helper.make_tensor_value_info("latent", floats, shape)], [half])
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9), folder / "unet.onnx")
-    write_manifest(folder, "onnx", config={"precision": "fp32", "signature": "webui", "components": ["unet"], "model_name": "grey"})
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Mul", ["sample", "half"], ["latent"])],
+        "grey",
+        ports,
+        [onnx.helper.make_tensor_value_info("latent", floats, shape)],
+        [half],
+    )
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9),
+        folder / "unet.onnx",
+    )
+    write_manifest(
+        folder, "onnx", config={"precision": "fp32", "signature": "webui", "components": ["unet"], "model_name": "grey"}
+    )
     then = f"""
     import torch
     from pathlib import Path

@@ -1,4 +1,6 @@
-"""The ComfyUI node: its pictures are diffusers', whatever ComfyUI's way of calling; what an engine cannot do is refused in words."""
+"""The ComfyUI node: its pictures are diffusers', whatever ComfyUI's way of calling; what an engine cannot do is refused
+in words.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,12 @@ def change(folder: Path, **config: Any) -> None:
     files = {name: value for name, value in config.items() if "/" in name}
     for name, value in files.items():
         (folder / name).write_text(json.dumps(value))
-    write_manifest(folder, made.kind, config={**made.config, **{name: value for name, value in config.items() if name not in files}}, inputs=made.inputs)
+    write_manifest(
+        folder,
+        made.kind,
+        config={**made.config, **{name: value for name, value in config.items() if name not in files}},
+        inputs=made.inputs,
+    )
 
 
 def scheduler(folder: Path) -> dict[str, Any]:
@@ -111,19 +118,35 @@ def listened(patcher: Any) -> list[tuple[torch.Tensor, ...]]:
 
 
 @torch.no_grad()
-def by_diffusers(unet: Any, sigmas: torch.Tensor, noise: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, cfg: float, prediction: str, table: torch.Tensor) -> torch.Tensor:
+def by_diffusers(
+    unet: Any,
+    sigmas: torch.Tensor,
+    noise: torch.Tensor,
+    positive: torch.Tensor,
+    negative: torch.Tensor,
+    cfg: float,
+    prediction: str,
+    table: torch.Tensor,
+) -> torch.Tensor:
     """Euler over the same sigmas and noise with the UNet in diffusers; `table` has σ by timestep."""
     x = noise * (1 + sigmas[0] ** 2) ** 0.5
     for now, then in itertools.pairwise(sigmas):
         time = (now.log() - table.log()).abs().argmin().float().expand(len(x))
-        outputs = [unet(x / (now**2 + 1) ** 0.5, time, cond.expand(len(x), -1, -1)).sample for cond in (positive, negative)]
-        good, bad = (x - now * out if prediction == "epsilon" else x / (now**2 + 1) - out * now / (now**2 + 1) ** 0.5 for out in outputs)
+        outputs = [
+            unet(x / (now**2 + 1) ** 0.5, time, cond.expand(len(x), -1, -1)).sample for cond in (positive, negative)
+        ]
+        good, bad = (
+            x - now * out if prediction == "epsilon" else x / (now**2 + 1) - out * now / (now**2 + 1) ** 0.5
+            for out in outputs
+        )
         x = x + (x - (bad + cfg * (good - bad))) / now * (then - now)
     return x
 
 
 @pytest.mark.parametrize(("first", "second"), [(77, 77), (154, 77), (154, 231)])
-def test_every_step_and_the_final_latents_are_diffusers(first: int, second: int, host: Any, models: Path, node: Any, student: Any) -> None:
+def test_every_step_and_the_final_latents_are_diffusers(
+    first: int, second: int, host: Any, models: Path, node: Any, student: Any
+) -> None:
     (patcher,) = node().load("tiny")
     calls = listened(patcher)
     positive, negative = text(first, 1), text(second, 2)
@@ -133,12 +156,23 @@ def test_every_step_and_the_final_latents_are_diffusers(first: int, second: int,
         for x, times, context, output in calls:
             assert distance(output, student.unet(x, times, context).sample) < 1e-5
     alphas = student.scheduler.alphas_cumprod
-    wanted = by_diffusers(student.unet, host.sigmas(patcher, 4), host.noise(SHAPE, 5), positive[0], negative[0], 4.0, "epsilon", ((1 - alphas) / alphas).sqrt())
+    wanted = by_diffusers(
+        student.unet,
+        host.sigmas(patcher, 4),
+        host.noise(SHAPE, 5),
+        positive[0],
+        negative[0],
+        4.0,
+        "epsilon",
+        ((1 - alphas) / alphas).sqrt(),
+    )
     assert distance(latents, wanted / student.vae.config.scaling_factor) < 1e-4
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
-def test_v_prediction_and_zero_terminal_snr_are_read_from_the_engine(zero_snr: bool, host: Any, models: Path, node: Any, student: Any) -> None:
+def test_v_prediction_and_zero_terminal_snr_are_read_from_the_engine(
+    zero_snr: bool, host: Any, models: Path, node: Any, student: Any
+) -> None:
     from diffusers import DDIMScheduler
 
     given = scheduler(models / "tiny") | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr}
@@ -151,7 +185,16 @@ def test_v_prediction_and_zero_terminal_snr_are_read_from_the_engine(zero_snr: b
     table[-1] = patcher.model.model_sampling.sigmas[-1]  # infinite where the signal is gone; hosts take a large number
     assert torch.allclose(patcher.model.model_sampling.sigmas, table, rtol=2e-3)
     assert (float(table[-1]) > 1000) == zero_snr
-    wanted = by_diffusers(student.unet, host.sigmas(patcher, 3), host.noise(SHAPE, 6), positive[0], negative[0], 2.0, "v_prediction", patcher.model.model_sampling.sigmas)
+    wanted = by_diffusers(
+        student.unet,
+        host.sigmas(patcher, 3),
+        host.noise(SHAPE, 6),
+        positive[0],
+        negative[0],
+        2.0,
+        "v_prediction",
+        patcher.model.model_sampling.sigmas,
+    )
     assert distance(latents, wanted / student.vae.config.scaling_factor) < 1e-4
 
 
@@ -201,12 +244,18 @@ PROFILES = {
 def profile(batch: list[int], size: list[int], tokens: list[int]) -> dict[str, list[list[int]]]:
     """As a manifest says it; opt is min."""
     ends = [(batch[at], size[at], tokens[at]) for at in (0, 0, 1)]
-    return {"x": [[b, 4, s, s] for b, s, _ in ends], "timesteps": [[b] for b, _, _ in ends], "context": [[b, t, WIDTH] for b, _, t in ends]}
+    return {
+        "x": [[b, 4, s, s] for b, s, _ in ends],
+        "timesteps": [[b] for b, _, _ in ends],
+        "context": [[b, t, WIDTH] for b, _, t in ends],
+    }
 
 
 @pytest.mark.parametrize("limits", PROFILES)
 @pytest.mark.parametrize("count", [1, 3, 5])
-def test_a_batch_the_profile_does_not_take_is_run_in_parts_with_the_same_answer(limits: str, count: int, models: Path, parts: Any, student: Any) -> None:
+def test_a_batch_the_profile_does_not_take_is_run_in_parts_with_the_same_answer(
+    limits: str, count: int, models: Path, parts: Any, student: Any
+) -> None:
     change(models / "tiny", profiles={"unet": [profile(*PROFILES[limits])]})
     model = parts.model.EngineModel(parts.folders.read_folder("tiny", models / "tiny"))
     x, times = torch.randn(count, 4, 8, 16), torch.arange(count) * 100.0
@@ -245,28 +294,49 @@ def test_the_profile_with_the_fewest_calls_is_chosen_and_prompts_of_two_lengths_
     small, large = Limits((1, 2), (8, 16), (8, 16), (77, 77)), Limits((4, 8), (8, 8), (8, 8), (77, 231))
     context = torch.randn(6, 77, 8)
     assert plan([small, large], torch.Size((6, 4, 8, 8)), context) == [Call(0, 6, 6, 77)]
-    assert [(call.start, call.stop) for call in plan([small, large], torch.Size((6, 4, 8, 16)), context)] == [(0, 2), (2, 4), (4, 6)]
-    assert plan([small, large], torch.Size((6, 4, 32, 32)), context) == [Call(0, 6, 6, 77)], "the runner says what is wrong"
-    longer = torch.cat([torch.randn(2, 154, 8).repeat(1, 3, 1), torch.randn(1, 231, 8).repeat(1, 2, 1)])  # 154 and 231 tokens, at their common 462
+    assert [(call.start, call.stop) for call in plan([small, large], torch.Size((6, 4, 8, 16)), context)] == [
+        (0, 2),
+        (2, 4),
+        (4, 6),
+    ]
+    assert plan([small, large], torch.Size((6, 4, 32, 32)), context) == [Call(0, 6, 6, 77)], (
+        "the runner says what is wrong"
+    )
+    longer = torch.cat(
+        [torch.randn(2, 154, 8).repeat(1, 3, 1), torch.randn(1, 231, 8).repeat(1, 2, 1)]
+    )  # 154 and 231 tokens, at their common 462
     wide = Limits((1, 8), (8, 16), (8, 16), (77, 231))
     assert plan([wide], torch.Size((3, 4, 8, 8)), longer) == [Call(0, 2, 2, 154), Call(2, 3, 1, 231)]
-    assert plan([wide], torch.Size((1, 4, 8, 8)), torch.randn(1, 308, 8)) == [Call(0, 1, 1, 308)], "nothing repeats in it"
+    assert plan([wide], torch.Size((1, 4, 8, 8)), torch.randn(1, 308, 8)) == [Call(0, 1, 1, 308)], (
+        "nothing repeats in it"
+    )
 
 
 @pytest.mark.parametrize("strength", [1.0, -0.5])
-@pytest.mark.parametrize("layer", ["down_blocks_0_attentions_0", "up_blocks_2_attentions_1", "input_blocks_1_1", "output_blocks_5_1"])
-def test_a_lora_is_refused_and_told_to_be_baked_in(layer: str, strength: float, host: Any, models: Path, node: Any) -> None:
+@pytest.mark.parametrize(
+    "layer", ["down_blocks_0_attentions_0", "up_blocks_2_attentions_1", "input_blocks_1_1", "output_blocks_5_1"]
+)
+def test_a_lora_is_refused_and_told_to_be_baked_in(
+    layer: str, strength: float, host: Any, models: Path, node: Any
+) -> None:
     (patcher,) = node().load("tiny")
     for model in (patcher, patcher.clone()):
         with pytest.raises(Exception, match=r"1 of the UNet's weights, which are built into the engine.*--lora"):
             host.lora(model, [f"lora_unet_{layer}_{Q}", f"lora_te_text_model_encoder_layers_0_{Q}"], strength)
 
 
-def test_a_lora_of_the_text_encoder_alone_or_without_strength_changes_nothing(host: Any, models: Path, node: Any) -> None:
+def test_a_lora_of_the_text_encoder_alone_or_without_strength_changes_nothing(
+    host: Any, models: Path, node: Any
+) -> None:
     (patcher,) = node().load("tiny")
     before = host.sample(patcher, text(77, 1), text(77, 2), SHAPE, 1, 4.0, 7)
-    for keys, strength in (([f"lora_te_text_model_encoder_layers_0_{Q}"], 1.0), ([f"lora_unet_down_blocks_0_attentions_0_{Q}"], 0.0)):
-        assert torch.equal(host.sample(host.lora(patcher, keys, strength), text(77, 1), text(77, 2), SHAPE, 1, 4.0, 7), before)
+    for keys, strength in (
+        ([f"lora_te_text_model_encoder_layers_0_{Q}"], 1.0),
+        ([f"lora_unet_down_blocks_0_attentions_0_{Q}"], 0.0),
+    ):
+        assert torch.equal(
+            host.sample(host.lora(patcher, keys, strength), text(77, 1), text(77, 2), SHAPE, 1, 4.0, 7), before
+        )
 
 
 def test_what_would_change_or_save_the_engines_weights_is_refused(host: Any, models: Path, node: Any) -> None:
@@ -281,8 +351,17 @@ def test_what_would_change_or_save_the_engines_weights_is_refused(host: Any, mod
             save()
 
 
-@pytest.mark.parametrize("options", [{"patches": {"output_block_patch": [max]}}, {"patches_replace": {"attn2": {("input", 1): max}}}, {"patches": {"middle_patch": [max]}}])
-def test_a_node_that_reaches_into_the_unet_is_refused(options: dict[str, Any], harness: Harness, models: Path, node: Any) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"patches": {"output_block_patch": [max]}},
+        {"patches_replace": {"attn2": {("input", 1): max}}},
+        {"patches": {"middle_patch": [max]}},
+    ],
+)
+def test_a_node_that_reaches_into_the_unet_is_refused(
+    options: dict[str, Any], harness: Harness, models: Path, node: Any
+) -> None:
     (patcher,) = node().load("tiny")
     patcher.model_options["transformer_options"].update(options)
     with pytest.raises(EngineError, match="a node changes layers inside the UNet"):
@@ -293,13 +372,32 @@ def test_a_node_that_reaches_into_the_unet_is_refused(options: dict[str, Any], h
 def test_a_controlnet_is_refused_with_the_reason(models: Path, parts: Any) -> None:
     model = parts.model.EngineModel(parts.folders.read_folder("tiny", models / "tiny"))
     with pytest.raises(EngineError, match=r"ControlNet.*no inputs for that.*--ldm"):
-        model(torch.zeros(SHAPE), torch.zeros(2), torch.zeros(2, 77, WIDTH), control={"input": [], "middle": [torch.zeros(1)], "output": []})
+        model(
+            torch.zeros(SHAPE),
+            torch.zeros(2),
+            torch.zeros(2, 77, WIDTH),
+            control={"input": [], "middle": [torch.zeros(1)], "output": []},
+        )
 
 
 def test_empty_patches_and_unknown_keywords_are_no_reason(models: Path, parts: Any) -> None:
     model = parts.model.EngineModel(parts.folders.read_folder("tiny", models / "tiny"))
-    given = {"patches": {"attn1_patch": []}, "patches_replace": {}, "sigmas": torch.ones(1), "optimized_attention_override": max}
-    assert model(torch.zeros(SHAPE), torch.zeros(2), torch.zeros(2, 77, WIDTH), transformer_options=given, crossattn_controlnet=torch.zeros(1)).shape == SHAPE
+    given = {
+        "patches": {"attn1_patch": []},
+        "patches_replace": {},
+        "sigmas": torch.ones(1),
+        "optimized_attention_override": max,
+    }
+    assert (
+        model(
+            torch.zeros(SHAPE),
+            torch.zeros(2),
+            torch.zeros(2, 77, WIDTH),
+            transformer_options=given,
+            crossattn_controlnet=torch.zeros(1),
+        ).shape
+        == SHAPE
+    )
     model.close()
 
 
@@ -312,10 +410,17 @@ def test_empty_patches_and_unknown_keywords_are_no_reason(models: Path, parts: A
         ((2, 16, 8, 16), WIDTH, None, r"latents of shape"),
     ],
 )
-def test_inputs_of_another_family_are_refused_by_name(shape: tuple[int, ...], width: int, vector: int | None, words: str, models: Path, parts: Any) -> None:
+def test_inputs_of_another_family_are_refused_by_name(
+    shape: tuple[int, ...], width: int, vector: int | None, words: str, models: Path, parts: Any
+) -> None:
     model = parts.model.EngineModel(parts.folders.read_folder("tiny", models / "tiny"))
     with pytest.raises(EngineMismatch, match=words):
-        model(torch.zeros(shape), torch.zeros(2), torch.zeros(2, 77, width), y=None if vector is None else torch.zeros(2, vector))
+        model(
+            torch.zeros(shape),
+            torch.zeros(2),
+            torch.zeros(2, 77, width),
+            y=None if vector is None else torch.zeros(2, vector),
+        )
     assert not model.is_open
 
 
@@ -369,9 +474,19 @@ def damage(folder: Path, what: str) -> None:
     elif what == "signature":
         change(folder, signature="voltaml")
     elif what == "inpainting":
-        change(folder, **{"pipeline/unet/config.json": json.loads((folder / "pipeline/unet/config.json").read_text()) | {"in_channels": 9}})
+        change(
+            folder,
+            **{
+                "pipeline/unet/config.json": (
+                    json.loads((folder / "pipeline/unet/config.json").read_text()) | {"in_channels": 9}
+                )
+            },
+        )
     elif what == "flow matching":
-        change(folder, **{"pipeline/scheduler/scheduler_config.json": scheduler(folder) | {"prediction_type": "flow_prediction"}})
+        change(
+            folder,
+            **{"pipeline/scheduler/scheduler_config.json": scheduler(folder) | {"prediction_type": "flow_prediction"}},
+        )
     elif what == "schedule":
         change(folder, **{"pipeline/scheduler/scheduler_config.json": scheduler(folder) | {"beta_schedule": "exp"}})
 
@@ -410,7 +525,12 @@ def engine_folder(folder: Path, graph: Path, **changes: Any) -> Path:
     (folder / "unet.engine").write_bytes(b"a plan" * 100)
     shutil.copytree(graph / "pipeline", folder / "pipeline")
     shapes = {name: tuple(map(tuple, sizes)) for name, sizes in profile([1, 8], [8, 16], [77, 154]).items()}
-    values: dict[str, Any] = {"flavour": "tensorrt-rtx", "version": "1.0.0", "compute_capabilities": ((8, 9),), "platform": platform_name()} | changes
+    values: dict[str, Any] = {
+        "flavour": "tensorrt-rtx",
+        "version": "1.0.0",
+        "compute_capabilities": ((8, 9),),
+        "platform": platform_name(),
+    } | changes
     key = EngineKey("0" * 64, "unet", "fp16", "comfyui", profiles=(shapes,), **values)  # type: ignore[arg-type]
     write_manifest(folder, "engine", config=key.config() | {"vae_scale": 8})
     return folder
@@ -424,13 +544,17 @@ def engine_folder(folder: Path, graph: Path, **changes: Any) -> Path:
         ({"flavour": "tensorrt-rtx", "version": "0.0.1"}, r"0\.0\.1|not usable"),
     ],
 )
-def test_an_engine_made_for_another_machine_is_refused_before_anything_runs(changes: dict[str, Any], words: str, host: Any, models: Path, node: Any, graph: Path) -> None:
+def test_an_engine_made_for_another_machine_is_refused_before_anything_runs(
+    changes: dict[str, Any], words: str, host: Any, models: Path, node: Any, graph: Path
+) -> None:
     engine_folder(models / "trt", graph, **changes)
     assert "trt" in node.INPUT_TYPES()["required"]["engine"][0]
     assert re.search(words, node.VALIDATE_INPUTS("trt"))
 
 
-def test_an_engine_says_its_precision_size_and_limits_without_being_opened(models: Path, parts: Any, graph: Path) -> None:
+def test_an_engine_says_its_precision_size_and_limits_without_being_opened(
+    models: Path, parts: Any, graph: Path
+) -> None:
     folder = parts.folders.read_folder("trt", engine_folder(models / "trt", graph))
     assert (folder.dtype, folder.bytes, folder.family) == (torch.float16, 600, "sd1")
     assert parts.model.EngineModel(folder)._limits == [parts.model.Limits((1, 8), (8, 16), (8, 16), (77, 154))]
@@ -439,7 +563,15 @@ def test_an_engine_says_its_precision_size_and_limits_without_being_opened(model
 FAMILIES = ("sd1", "sd2", "sdxl")
 
 
-@pytest.mark.parametrize(("family", "preset"), [(family, preset) for family in FAMILIES for preset in (None, "bk-base", "bk-small", "bk-tiny") if (family, preset) != ("sdxl", "bk-tiny")])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        (family, preset)
+        for family in FAMILIES
+        for preset in (None, "bk-base", "bk-small", "bk-tiny")
+        if (family, preset) != ("sdxl", "bk-tiny")
+    ],
+)
 def test_the_layers_that_comfyui_looks_for_a_lora_in_are_the_unets(family: str, preset: str | None, parts: Any) -> None:
     from diffusers import UNet2DConditionModel
 
@@ -452,7 +584,9 @@ def test_the_layers_that_comfyui_looks_for_a_lora_in_are_the_unets(family: str, 
     assert unet_to_diffusers(parts.folders.ldm_layout(config)) == queries
 
 
-def test_sdxl_gets_its_vector_of_text_and_sizes(harness: Harness, node: Any, export_unet: Callable[..., Path], xl: Any, tmp_path: Path) -> None:
+def test_sdxl_gets_its_vector_of_text_and_sizes(
+    harness: Harness, node: Any, export_unet: Callable[..., Path], xl: Any, tmp_path: Path
+) -> None:
     for name in ("xl", "diffusers"):
         shutil.copytree(export_unet("comfyui", xl, "xl"), tmp_path / "models/sdcompress" / name)
     change(tmp_path / "models/sdcompress/diffusers", signature="diffusers")
@@ -460,7 +594,9 @@ def test_sdxl_gets_its_vector_of_text_and_sizes(harness: Harness, node: Any, exp
     assert isinstance(patcher.model, SDXLModel)
     calls = listened(patcher)
     pooled = torch.randn(1, 32)
-    harness.sample(patcher, text(77, 1, 64, pooled_output=pooled), text(77, 2, 64, pooled_output=pooled), (1, 4, 8, 12), 1, 4.0, 7)
+    harness.sample(
+        patcher, text(77, 1, 64, pooled_output=pooled), text(77, 2, 64, pooled_output=pooled), (1, 4, 8, 12), 1, 4.0, 7
+    )
     x, times, context, output = calls[0]
     with torch.no_grad():
         added = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[64.0, 96, 0, 0, 64, 96]] * 2)}
@@ -521,14 +657,22 @@ for stranger in ("diffusers", "transformers", "onnx", "pydantic", "safetensors",
 """
 
 
-def test_the_installed_plugin_runs_with_torch_numpy_and_one_runtime_and_nothing_else(bare: Path, graph: Path, student: Any, tmp_path: Path) -> None:
+def test_the_installed_plugin_runs_with_torch_numpy_and_one_runtime_and_nothing_else(
+    bare: Path, graph: Path, student: Any, tmp_path: Path
+) -> None:
     root = tmp_path / "Comfy UI.v2 é"
     for folder in ("custom_nodes", "models", "comfy"):
         (root / folder).mkdir(parents=True)
     (root / "comfy/sd.py").touch()
     host, root = find_host("comfyui", root)
     install(host, root, [graph], name="kleine Bilder")
-    ran = subprocess.run([sys.executable, "-I", "-S", "-c", BARE, bare, root / host.extension, root / "models"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", BARE, bare, root / host.extension, root / "models"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
     assert ran.returncode == 0, ran.stderr
     with torch.no_grad():
         wanted = student.unet(torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, 77, 96)).sample.double().sum().item()
@@ -539,6 +683,15 @@ def test_the_plugin_keeps_to_python_310_and_to_torch_and_the_engines() -> None:
     for path in PLUGIN.rglob("*.py"):
         tree = ast.parse(path.read_text(), feature_version=(3, 10))
         for statement in tree.body:
-            names = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else [statement.module or ""] if isinstance(statement, ast.ImportFrom) and not statement.level else []
+            names = (
+                [alias.name for alias in statement.names]
+                if isinstance(statement, ast.Import)
+                else [statement.module or ""]
+                if isinstance(statement, ast.ImportFrom) and not statement.level
+                else []
+            )
             for imported in names:
-                assert imported.partition(".")[0] in {"torch", *sys.stdlib_module_names}, f"{path}:{statement.lineno} imports {imported}"
+                assert imported.partition(".")[0] in {
+                    "torch",
+                    *sys.stdlib_module_names,
+                }, f"{path}:{statement.lineno} imports {imported}"

@@ -1,4 +1,6 @@
-"""The WebUI extension in a host written from A1111's and Forge's contracts, on real graphs in ONNX Runtime, held against diffusers."""
+"""The WebUI extension in a host written from A1111's and Forge's contracts, on real graphs in ONNX Runtime, held
+against diffusers.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def whole_graph(export_unet: Callable[..., Path], random_pipeline: Any) -> Path:
 
 @pytest.fixture
 def installed(tmp_path: Path, tiny_graph: Path) -> Path:
-    """A WebUI's folder, its name with a space and letters beyond ASCII, with the student's graph in it and the student's weights beside."""
+    """A WebUI's folder, its name with a space and letters beyond ASCII, with the student's graph in it and the
+    student's weights beside.
+    """
     root = tmp_path / "Web UI – größer"
     shutil.copytree(tiny_graph, root / "models" / "sdcompress" / "tiny")
     return root
@@ -71,7 +75,10 @@ def installed(tmp_path: Path, tiny_graph: Path) -> Path:
 def add_weights(folder: Path, unet: Any) -> None:
     from safetensors.torch import save_file
 
-    save_file({key: value.contiguous() for key, value in unet.state_dict().items()}, folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in unet.state_dict().items()},
+        folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors",
+    )
 
 
 @pytest.fixture
@@ -82,7 +89,9 @@ def webui(installed: Path, random_pipeline: Any) -> Iterator[WebUI]:
         yield host
 
 
-def sample(webui: WebUI, *, cond: torch.Tensor, uncond: torch.Tensor, x: torch.Tensor | None = None, steps: int = 4, **how: Any) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
+def sample(
+    webui: WebUI, *, cond: torch.Tensor, uncond: torch.Tensor, x: torch.Tensor | None = None, steps: int = 4, **how: Any
+) -> tuple[torch.Tensor, list[torch.Tensor], Any]:
     guidance = Guidance(webui.predict, **how)
     with webui.job() as job:
         x = noise() if x is None else x
@@ -90,18 +99,26 @@ def sample(webui: WebUI, *, cond: torch.Tensor, uncond: torch.Tensor, x: torch.T
     return latents, guidance.steps, job
 
 
-def expected(unet: Any, *, cond: torch.Tensor, uncond: torch.Tensor, x: torch.Tensor | None = None, steps: int = 4, **how: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def expected(
+    unet: Any, *, cond: torch.Tensor, uncond: torch.Tensor, x: torch.Tensor | None = None, steps: int = 4, **how: Any
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
     guidance = Guidance(reference(unet), **how)
     x = noise() if x is None else x
-    return euler(guidance, x, schedule(steps), cond.expand(len(x), -1, -1), uncond.expand(len(x), -1, -1)), guidance.steps
+    return (
+        euler(guidance, x, schedule(steps), cond.expand(len(x), -1, -1), uncond.expand(len(x), -1, -1)),
+        guidance.steps,
+    )
 
 
-# --- the pictures ---------------------------------------------------------------------------------------------------------------------------------
+# --- the pictures
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize(("cond_tokens", "uncond_tokens"), [(77, 77), (154, 154), (154, 77)])
-def test_every_step_through_the_plugin_is_the_students_own(webui: WebUI, student_unet: Any, random_pipeline: Any, together: bool, cond_tokens: int, uncond_tokens: int) -> None:
+def test_every_step_through_the_plugin_is_the_students_own(
+    webui: WebUI, student_unet: Any, random_pipeline: Any, together: bool, cond_tokens: int, uncond_tokens: int
+) -> None:
     asked = {"cond": words(1, cond_tokens), "uncond": words(2, uncond_tokens), "together": together}
     webui.opts.sd_unet = TITLE
     latents, steps, job = sample(webui, **asked)
@@ -129,7 +146,9 @@ def test_hires_fix_goes_through_two_sizes(webui: WebUI, student_unet: Any) -> No
 
     found = sample(webui, x=enlarge(sample(webui, **asked)[0]), **asked)[0]
     assert found.shape[-2:] == (32, 32)
-    assert relative_l2(found, expected(student_unet, x=enlarge(expected(student_unet, **asked)[0]), **asked)[0]) < ROUNDING
+    assert (
+        relative_l2(found, expected(student_unet, x=enlarge(expected(student_unet, **asked)[0]), **asked)[0]) < ROUNDING
+    )
 
 
 def test_other_dtypes_come_back_as_they_came(webui: WebUI, student_unet: Any) -> None:
@@ -138,7 +157,12 @@ def test_other_dtypes_come_back_as_they_came(webui: WebUI, student_unet: Any) ->
     with webui.job():
         out = webui.predict(x.half(), torch.tensor([500.0, 3.5]).half(), context.half())
     assert out.dtype is torch.float16
-    assert relative_l2(out.float(), reference(student_unet)(x.half().float(), torch.tensor([500.0, 3.5]), context.half().float())) < 1e-3
+    assert (
+        relative_l2(
+            out.float(), reference(student_unet)(x.half().float(), torch.tensor([500.0, 3.5]), context.half().float())
+        )
+        < 1e-3
+    )
 
 
 def test_none_is_the_checkpoints_own_unet_again(webui: WebUI, random_pipeline: Any) -> None:
@@ -163,7 +187,12 @@ def test_deactivating_closes_what_is_open(webui: WebUI) -> None:
 
 def test_sdxl_takes_its_added_vector(tmp_path: Path, export_unet: Callable[..., Path], xl: Any) -> None:
     shutil.copytree(export_unet("webui", xl, "xl"), tmp_path / "models" / "sdcompress" / "xl")
-    x, context, y, times = torch.randn(2, 4, 16, 24), torch.randn(2, 77, 64), torch.randn(2, 80), torch.tensor([900.0, 10.0])
+    x, context, y, times = (
+        torch.randn(2, 4, 16, 24),
+        torch.randn(2, 77, 64),
+        torch.randn(2, 80),
+        torch.tensor([900.0, 10.0]),
+    )
     with running(WebUI(tmp_path, xl.unet)) as host:
         host.load_extension(WEBUI_PLUGIN)
         host.opts.sd_unet = f"{PREFIX}xl (onnxruntime fp32)"
@@ -179,13 +208,24 @@ def xl_unet() -> Any:
 
     torch.manual_seed(5)
     return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 48, 64), layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=64, attention_head_dim=(2, 3, 4), use_linear_projection=True, norm_num_groups=16,
-        transformer_layers_per_block=(1, 1, 2), addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
-    ).eval()  # fmt: skip
+        sample_size=16,
+        block_out_channels=(32, 48, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=(2, 3, 4),
+        use_linear_projection=True,
+        norm_num_groups=16,
+        transformer_layers_per_block=(1, 1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+    ).eval()
 
 
-# --- several engines and profiles -----------------------------------------------------------------------------------------------------------------
+# --- several engines and profiles
+# -----------------------------------------------------------------------------------------------------------------
 
 
 class PlainHost:
@@ -208,7 +248,9 @@ class PlainHost:
         self.said.append(text)
 
 
-def ranges(batch: tuple[int, int, int], px: tuple[int, int, int], tokens: tuple[int, int, int] = (77, 77, 77)) -> dict[str, Any]:
+def ranges(
+    batch: tuple[int, int, int], px: tuple[int, int, int], tokens: tuple[int, int, int] = (77, 77, 77)
+) -> dict[str, Any]:
     config = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 96, "block_out_channels": [1, 1, 1]}
     return dict(component_profile("unet", config, ShapeRanges(batch, px, px, tokens), 8, "webui").shapes)
 
@@ -217,7 +259,11 @@ def shapes(batch: int, px: int, tokens: int = 77) -> dict[str, tuple[int, ...]]:
     return {"sample": (batch, 4, px // 8, px // 8), "timesteps": (batch,), "encoder_hidden_states": (batch, tokens, 96)}
 
 
-STATIC_512, WIDE, STATIC_1024 = ranges((2, 2, 2), (512, 512, 512)), ranges((1, 2, 4), (256, 512, 768), (77, 77, 154)), ranges((1, 1, 1), (1024, 1024, 1024))
+STATIC_512, WIDE, STATIC_1024 = (
+    ranges((2, 2, 2), (512, 512, 512)),
+    ranges((1, 2, 4), (256, 512, 768), (77, 77, 154)),
+    ranges((1, 1, 1), (1024, 1024, 1024)),
+)
 
 
 @pytest.mark.parametrize(
@@ -255,10 +301,22 @@ def test_a_plan_covers_every_sample_once_within_its_profile(seed: int) -> None:
     profiles = []
     for _ in range(pick(1, 2, 3)):
         least = pick(1, 2)
-        profiles.append(ranges((least, least, least * pick(1, 2, 4)), (pick(256, 512), 512, pick(512, 1024)), (77, 77, 77 * pick(1, 2))))
+        profiles.append(
+            ranges(
+                (least, least, least * pick(1, 2, 4)), (pick(256, 512), 512, pick(512, 1024)), (77, 77, 77 * pick(1, 2))
+            )
+        )
     call = shapes(pick(1, 2, 3, 5, 8), pick(256, 512, 768), 77 * pick(1, 2, 3))
     plan = plan_call(profiles, call)
-    fits = [p for p in profiles if p["sample"][0][2] <= call["sample"][2] <= p["sample"][2][2] and any(p["encoder_hidden_states"][0][1] <= call["encoder_hidden_states"][1] * k <= p["encoder_hidden_states"][2][1] for k in (1, 2))]
+    fits = [
+        p
+        for p in profiles
+        if p["sample"][0][2] <= call["sample"][2] <= p["sample"][2][2]
+        and any(
+            p["encoder_hidden_states"][0][1] <= call["encoder_hidden_states"][1] * k <= p["encoder_hidden_states"][2][1]
+            for k in (1, 2)
+        )
+    ]
     assert (plan is None) == (not fits)
     if plan is not None:
         parts = list(plan.parts(call["sample"][0]))
@@ -276,17 +334,28 @@ def test_engines_of_one_model_share_calls_by_shape(installed: Path, student_unet
     root = installed / "models" / "sdcompress"
     shutil.copytree(root / "tiny", root / "tiny-large")
     small, large = (each for each in find(root) if isinstance(each, Artifact))
-    small, large = replace(small, profiles=(ranges((2, 2, 2), (128, 128, 128)),)), replace(large, profiles=(ranges((1, 1, 1), (256, 256, 256), (154, 154, 154)),))
+    small, large = (
+        replace(small, profiles=(ranges((2, 2, 2), (128, 128, 128)),)),
+        replace(large, profiles=(ranges((1, 1, 1), (256, 256, 256), (154, 154, 154)),)),
+    )
     unet = HostedUNet(Model("both", (small, large)), PlainHost())
     unet.activate()
     assert not unet._runners  # each at its first call
     times = torch.tensor([700.0, 30.0])
-    for px, tokens, opened in ((128, 77, [small.folder]), (256, 154, [small.folder, large.folder]), (256, 77, [small.folder, large.folder])):
+    for px, tokens, opened in (
+        (128, 77, [small.folder]),
+        (256, 154, [small.folder, large.folder]),
+        (256, 77, [small.folder, large.folder]),
+    ):
         x, context = torch.randn(2, 4, px // 8, px // 8), torch.randn(2, tokens, 96)
-        assert relative_l2(unet.forward(x, times, context), reference(student_unet)(x, times, context)) < ROUNDING  # apart, and with the context twice
+        assert (
+            relative_l2(unet.forward(x, times, context), reference(student_unet)(x, times, context)) < ROUNDING
+        )  # apart, and with the context twice
         assert list(unet._runners) == opened
     x, context = torch.randn(1, 4, 16, 16), torch.randn(1, 77, 96)
-    assert relative_l2(unet.forward(x, times[:1], context), reference(student_unet)(x, times[:1], context)) < ROUNDING  # filled up
+    assert (
+        relative_l2(unet.forward(x, times[:1], context), reference(student_unet)(x, times[:1], context)) < ROUNDING
+    )  # filled up
     unet.deactivate()
 
 
@@ -295,10 +364,14 @@ def test_engines_of_one_model_are_one_entry(installed: Path, whole_graph: Path) 
     shutil.copytree(root / "tiny", root / "tiny-2")
     shutil.copytree(whole_graph, root / "exported" / "onnx")  # the folder that export writes, as it is
     entries = models(find(root))
-    assert [(entry.title, len(entry.usable)) for entry in entries] == [(f"{PREFIX}teacher (onnxruntime fp32)", 1), (TITLE, 2)]
+    assert [(entry.title, len(entry.usable)) for entry in entries] == [
+        (f"{PREFIX}teacher (onnxruntime fp32)", 1),
+        (TITLE, 2),
+    ]
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------------------------------------
+# --- what is refused
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -312,24 +385,53 @@ def hosted(artifact: Artifact, fallback: str = "error", host: Any = None) -> Hos
 
 def call(unet: HostedUNet, *, px: int = 128, tokens: int = 77, batch: int = 2, **more: Any) -> torch.Tensor:
     draw = torch.Generator().manual_seed(1)
-    return unet.forward(torch.randn(batch, 4, px // 8, px // 8, generator=draw), torch.full((batch,), 250.0), torch.randn(batch, tokens, 96, generator=draw), **more)
+    return unet.forward(
+        torch.randn(batch, 4, px // 8, px // 8, generator=draw),
+        torch.full((batch,), 250.0),
+        torch.randn(batch, tokens, 96, generator=draw),
+        **more,
+    )
 
 
 def test_a_shape_without_engine_names_the_command_that_builds_one(tiny: Artifact) -> None:
     manifest = tiny.manifest
-    config = {**manifest.config, "flavour": "tensorrt", "version": "10.14.1", "profiles": {"unet": [ranges((2, 2, 2), (128, 128, 128))]}, "options": {"optimization_level": 4, "version_compatible": True}}
-    built = replace(tiny, profiles=(ranges((2, 2, 2), (128, 128, 128)),), manifest=replace(manifest, kind="engine", config=config, inputs={**manifest.inputs, "lora style.safetensors:0.8": "0"}))
+    config = {
+        **manifest.config,
+        "flavour": "tensorrt",
+        "version": "10.14.1",
+        "profiles": {"unet": [ranges((2, 2, 2), (128, 128, 128))]},
+        "options": {"optimization_level": 4, "version_compatible": True},
+    }
+    built = replace(
+        tiny,
+        profiles=(ranges((2, 2, 2), (128, 128, 128)),),
+        manifest=replace(
+            manifest, kind="engine", config=config, inputs={**manifest.inputs, "lora style.safetensors:0.8": "0"}
+        ),
+    )
     unet = HostedUNet(Model("tiny", (replace(tiny, profiles=built.profiles),)), PlainHost())
     with pytest.raises(EngineMismatch, match=r"height 256 px.*tokens 154 is outside the engine's profile"):
         call(unet, px=256, tokens=154)
-    assert build_command(built.manifest, shapes(2, 256, 154)) == (
-        "sdcompress export MODEL --trt --flavour tensorrt --profile batch=2,height=128:128:256,width=128:128:256,tokens=77:77:154 --optimization-level 4 --version-compatible"
+    assert (
+        build_command(built.manifest, shapes(2, 256, 154))
+        == "sdcompress export MODEL --trt --flavour tensorrt --profile"
+        " batch=2,height=128:128:256,width=128:128:256,tokens=77:77:154 --optimization-level 4 --version-compatible"
         " --signature webui --precision fp32 --lora style.safetensors:0.8 -o DIR"
     )
 
 
-@pytest.mark.parametrize(("more", "named"), [({"tokens": 81}, "81 tokens"), ({"control": {"input": []}}, "ControlNet"), ({"transformer_options": {"patches_replace": {"attn2": {}}}}, "patches_replace"), ({"y": torch.zeros(2, 8)}, "gives also y")])
-def test_what_an_engine_cannot_take_is_refused_whatever_the_settings(tiny: Artifact, more: dict[str, Any], named: str) -> None:
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"tokens": 81}, "81 tokens"),
+        ({"control": {"input": []}}, "ControlNet"),
+        ({"transformer_options": {"patches_replace": {"attn2": {}}}}, "patches_replace"),
+        ({"y": torch.zeros(2, 8)}, "gives also y"),
+    ],
+)
+def test_what_an_engine_cannot_take_is_refused_whatever_the_settings(
+    tiny: Artifact, more: dict[str, Any], named: str
+) -> None:
     for fallback in ("error", "torch"):
         with pytest.raises(EngineError, match=named):
             call(hosted(tiny, fallback), **more)
@@ -349,7 +451,9 @@ def test_a_size_between_the_steps_names_its_neighbours(tiny: Artifact) -> None:
         (Traits(96, 0, 4, "v_prediction"), "prediction type epsilon"),
     ],
 )
-def test_another_checkpoint_is_refused_when_the_engine_is_chosen_and_at_every_call(tiny: Artifact, loaded: Traits, named: str) -> None:
+def test_another_checkpoint_is_refused_when_the_engine_is_chosen_and_at_every_call(
+    tiny: Artifact, loaded: Traits, named: str
+) -> None:
     host = PlainHost()
     host.loaded = ("other", loaded)
     unet = hosted(tiny, "torch", host)
@@ -403,7 +507,9 @@ def test_an_altered_graph_is_refused_before_a_runtime_sees_it(tiny: Artifact) ->
         (lambda folder: write_manifest(folder, "student"), "is a student"),
     ],
 )
-def test_a_folder_that_cannot_serve_is_listed_with_the_reason(installed: Path, whole_graph: Path, random_pipeline: Any, damage: Callable[[Path], Any], reason: str) -> None:
+def test_a_folder_that_cannot_serve_is_listed_with_the_reason(
+    installed: Path, whole_graph: Path, random_pipeline: Any, damage: Callable[[Path], Any], reason: str
+) -> None:
     root = installed / "models" / "sdcompress"
     shutil.copytree(whole_graph, root / "sound")
     damage(root / "tiny")
@@ -428,7 +534,17 @@ def make_engine(folder: Path, graph: Path, **differing: Any) -> Path:
     made = read_manifest(graph)
     assert made is not None
     version = "1.0" if TENSORRT_RTX.missing() else TENSORRT_RTX.version
-    key = EngineKey("a" * 64, "unet", "fp32", "webui", "tensorrt-rtx", version, ((8, 9),), platform_name(), (ranges((1, 2, 4), (128, 128, 256), (77, 77, 154)),))
+    key = EngineKey(
+        "a" * 64,
+        "unet",
+        "fp32",
+        "webui",
+        "tensorrt-rtx",
+        version,
+        ((8, 9),),
+        platform_name(),
+        (ranges((1, 2, 4), (128, 128, 256), (77, 77, 154)),),
+    )
     key = replace(key, **differing)
     write_manifest(folder, "engine", config={**key.config(), "model_name": "tiny", "vae_scale": 8}, inputs=made.inputs)
     return folder
@@ -439,17 +555,26 @@ def make_engine(folder: Path, graph: Path, **differing: Any) -> Path:
     [
         ({"platform": "plan9-mips"}, "was built for plan9-mips"),
         ({"version": "0.1.0"}, "built with tensorrt-rtx 0.1.0|not usable"),
-        pytest.param({"compute_capabilities": ((1, 0),)}, "NVIDIA GPU and there is none|compute capability 1.0|not usable", id="card"),
+        pytest.param(
+            {"compute_capabilities": ((1, 0),)},
+            "NVIDIA GPU and there is none|compute capability 1.0|not usable",
+            id="card",
+        ),
     ],
 )
-def test_an_engine_of_elsewhere_is_listed_with_the_reason_and_the_command(tmp_path: Path, tiny_graph: Path, differing: dict[str, Any], reason: str) -> None:
+def test_an_engine_of_elsewhere_is_listed_with_the_reason_and_the_command(
+    tmp_path: Path, tiny_graph: Path, differing: dict[str, Any], reason: str
+) -> None:
     make_engine(tmp_path / "built", tiny_graph, **differing)
     (entry,) = models(find(tmp_path))
     assert entry.title == f"{PREFIX}built" or entry.title == f"{PREFIX}tiny (tensorrt-rtx fp32)"
     with pytest.raises(EngineMismatch, match=reason):
         HostedUNet(entry, PlainHost()).activate()
     (artifact,) = find(tmp_path)
-    assert "--flavour tensorrt-rtx --profile batch=1:2:4,height=128:128:256,width=128:128:256,tokens=77:77:154 --signature webui" in build_command(artifact.manifest)
+    assert (
+        "--flavour tensorrt-rtx --profile batch=1:2:4,height=128:128:256,width=128:128:256,tokens=77:77:154 --signature"
+        " webui" in build_command(artifact.manifest)
+    )
 
 
 def test_a_read_only_or_linked_folder_of_engines_is_read_all_the_same(installed: Path, tmp_path: Path) -> None:
@@ -486,10 +611,13 @@ def test_a_damaged_folder_is_the_entry_it_was_and_leaves_a_sound_copy_to_serve(i
         HostedUNet(entry, PlainHost()).activate()
 
 
-# --- the menu -------------------------------------------------------------------------------------------------------------------------------------
+# --- the menu
+# -------------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_automatic_takes_an_engine_of_the_checkpoint_and_never_a_student(installed: Path, whole_graph: Path, tiny_graph: Path, random_pipeline: Any) -> None:
+def test_automatic_takes_an_engine_of_the_checkpoint_and_never_a_student(
+    installed: Path, whole_graph: Path, tiny_graph: Path, random_pipeline: Any
+) -> None:
     root = installed / "models" / "sdcompress"
     change_manifest(root / "tiny", model_name="teacher")  # a student that bears its teacher's name
     with running(WebUI(installed, random_pipeline.unet)) as host:
@@ -502,7 +630,9 @@ def test_automatic_takes_an_engine_of_the_checkpoint_and_never_a_student(install
         assert host.sd_unet.current_unet.hosted.model.usable[0].folder.name == "teacher"
         manifest = read_manifest(root / "teacher")
         assert manifest is not None
-        save_manifest(root / "teacher", replace(manifest, inputs={**manifest.inputs, "lora style.safetensors:0.8": "0"}))
+        save_manifest(
+            root / "teacher", replace(manifest, inputs={**manifest.inputs, "lora style.safetensors:0.8": "0"})
+        )
         host.list_unets()
         host.apply_unet("Automatic")  # with a LoRA baked in it is another model
         assert host.sd_unet.current_unet is None
@@ -556,7 +686,8 @@ def test_the_tab_shows_engines_reasons_and_commands(webui: WebUI, installed: Pat
     assert "There are none yet" in again.clicked()
 
 
-# --- LoRA, ControlNet and their kin ---------------------------------------------------------------------------------------------------------------
+# --- LoRA, ControlNet and their kin
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def lora_of(unet: Any, layers: list[str], strength: float = 1.0) -> SimpleNamespace:
@@ -568,7 +699,14 @@ def lora_of(unet: Any, layers: list[str], strength: float = 1.0) -> SimpleNamesp
         delta = 0.3 * torch.randn(state[f"{layer}.weight"].shape, generator=draw)
         key = f"diffusion_model_{names[f'{layer}.weight'].removesuffix('.weight').replace('.', '_')}"
         found[key] = SimpleNamespace(calc_updown=lambda weight, delta=delta: (strength * delta.to(weight), None))
-    return SimpleNamespace(name="style", modules=found, unet_multiplier=strength, te_multiplier=1.0, dyn_dim=None, network_on_disk=SimpleNamespace(filename="/loras/style.safetensors"))
+    return SimpleNamespace(
+        name="style",
+        modules=found,
+        unet_multiplier=strength,
+        te_multiplier=1.0,
+        dyn_dim=None,
+        network_on_disk=SimpleNamespace(filename="/loras/style.safetensors"),
+    )
 
 
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -584,7 +722,9 @@ def test_a_lora_is_refused_with_the_command_that_bakes_it_in(webui: WebUI, rando
         sample(webui, cond=words(1), uncond=words(2))
 
 
-def test_a_lora_of_the_text_encoder_alone_is_the_hosts_business(webui: WebUI, student_unet: Any, random_pipeline: Any) -> None:
+def test_a_lora_of_the_text_encoder_alone_is_the_hosts_business(
+    webui: WebUI, student_unet: Any, random_pipeline: Any
+) -> None:
     asked = {"cond": words(1), "uncond": words(2), "steps": 1}
     webui.opts.sd_unet = TITLE
     text_only = lora_of(random_pipeline.unet, [])
@@ -593,7 +733,9 @@ def test_a_lora_of_the_text_encoder_alone_is_the_hosts_business(webui: WebUI, st
     assert relative_l2(sample(webui, **asked)[0], expected(student_unet, **asked)[0]) < ROUNDING
 
 
-def test_torch_adds_a_lora_to_an_engine_of_the_whole_unet(installed: Path, whole_graph: Path, random_pipeline: Any) -> None:
+def test_torch_adds_a_lora_to_an_engine_of_the_whole_unet(
+    installed: Path, whole_graph: Path, random_pipeline: Any
+) -> None:
     import copy
 
     folder = installed / "models" / "sdcompress" / "teacher"
@@ -657,22 +799,39 @@ def test_a_refiner_is_refused_and_not_passed_over(webui: WebUI, random_pipeline:
     with webui.job():
         webui.predict(x, times, context)
         webui.load(random_pipeline.unet, name="refiner")  # in the midst of a picture
-        with pytest.raises(EngineError, match=r"checkpoint refiner in a picture that was begun with teacher: turn off the refiner"):
+        with pytest.raises(
+            EngineError, match=r"checkpoint refiner in a picture that was begun with teacher: turn off the refiner"
+        ):
             webui.predict(x, times, context)
     with webui.job():  # the next one is begun with it
         webui.predict(x, times, context)
 
 
-# --- falling back ---------------------------------------------------------------------------------------------------------------------------------
+# --- falling back
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_torch_runs_the_students_own_weights_and_says_so_once(webui: WebUI, installed: Path, student_unet: Any, random_pipeline: Any) -> None:
+def test_torch_runs_the_students_own_weights_and_says_so_once(
+    webui: WebUI, installed: Path, student_unet: Any, random_pipeline: Any
+) -> None:
     add_weights(installed / "models" / "sdcompress" / "tiny", student_unet)
     webui.opts.sd_unet, webui.opts.sdcompress_fallback = TITLE, "torch"
-    asked = {"cond": words(1), "uncond": words(2), "x": noise(17, 20)}  # no multiple of four latents, which torch takes as A1111's own UNet does
+    asked = {
+        "cond": words(1),
+        "uncond": words(2),
+        "x": noise(17, 20),
+    }  # no multiple of four latents, which torch takes as A1111's own UNet does
     latents, _, job = sample(webui, **asked)
-    ldm = TorchUNet({name: student_unet.state_dict()[key] for key, name in unet_keys(student_unet.state_dict()).items()}, student_unet.config, "cpu", torch.float32)
-    assert relative_l2(latents, euler(Guidance(ldm), noise(17, 20), schedule(4), asked["cond"], asked["uncond"])) < ROUNDING
+    ldm = TorchUNet(
+        {name: student_unet.state_dict()[key] for key, name in unet_keys(student_unet.state_dict()).items()},
+        student_unet.config,
+        "cpu",
+        torch.float32,
+    )
+    assert (
+        relative_l2(latents, euler(Guidance(ldm), noise(17, 20), schedule(4), asked["cond"], asked["uncond"]))
+        < ROUNDING
+    )
     assert len(job.comments) == 1
     assert "height 136 px" in job.comments[0]
     assert "same weights in torch" in job.comments[0]
@@ -684,7 +843,9 @@ def test_without_weights_there_is_nothing_to_fall_back_to(tiny: Artifact) -> Non
         call(unet, px=256)
 
 
-def test_weights_of_another_model_are_told_from_the_engines(tiny: Artifact, student_unet: Any, random_pipeline: Any) -> None:
+def test_weights_of_another_model_are_told_from_the_engines(
+    tiny: Artifact, student_unet: Any, random_pipeline: Any
+) -> None:
     import copy
 
     other = copy.deepcopy(student_unet)
@@ -711,7 +872,9 @@ def test_a_whole_ldm_file_serves_as_weights(tiny: Artifact, student_unet: Any, r
         random_pipeline.unet = kept
     assert find_weights(tiny.folder) == tiny.folder / "student.safetensors"
     found, state = read_unet(tiny.folder / "student.safetensors"), student_unet.state_dict()
-    assert dict.fromkeys(found, True) == {name: torch.equal(found[name], state[key]) for key, name in unet_keys(state).items()}
+    assert dict.fromkeys(found, True) == {
+        name: torch.equal(found[name], state[key]) for key, name in unet_keys(state).items()
+    }
 
 
 @pytest.mark.parametrize("plan", [None, "bk-base", "bk-small", "bk-tiny"])
@@ -719,11 +882,17 @@ def test_the_torch_unet_is_diffusers(random_pipeline: Any, plan: str | None) -> 
     from diffusers import UNet2DConditionModel
 
     config = dict(random_pipeline.unet.config)
-    unet = random_pipeline.unet if plan is None else UNet2DConditionModel.from_config(make_plan(config, plan).student_config()).eval()
+    unet = (
+        random_pipeline.unet
+        if plan is None
+        else UNet2DConditionModel.from_config(make_plan(config, plan).student_config()).eval()
+    )
     names = ldm_names(unet.state_dict())
     assert names == unet_keys(unet.state_dict())
     assert is_whole(dict(unet.config)) == (plan is None)
-    module = TorchUNet({names[key] or "": value for key, value in unet.state_dict().items()}, unet.config, "cpu", torch.float32)
+    module = TorchUNet(
+        {names[key] or "": value for key, value in unet.state_dict().items()}, unet.config, "cpu", torch.float32
+    )
     x, times, context = torch.randn(2, 4, 16, 24), torch.tensor([999.0, 20.5]), torch.randn(2, 154, 96)
     assert relative_l2(module(x, times, context), reference(unet)(x, times, context)) < ROUNDING
 
@@ -731,8 +900,15 @@ def test_the_torch_unet_is_diffusers(random_pipeline: Any, plan: str | None) -> 
 def test_the_torch_unet_is_diffusers_for_sdxl_too(xl_unet: Any) -> None:
     names = ldm_names(xl_unet.state_dict())
     assert names == unet_keys(xl_unet.state_dict())
-    module = TorchUNet({names[key] or "": value for key, value in xl_unet.state_dict().items()}, xl_unet.config, "cpu", torch.float32)
-    x, times, context, y = torch.randn(2, 4, 16, 24), torch.tensor([999.0, 20.5]), torch.randn(2, 77, 64), torch.randn(2, 80)
+    module = TorchUNet(
+        {names[key] or "": value for key, value in xl_unet.state_dict().items()}, xl_unet.config, "cpu", torch.float32
+    )
+    x, times, context, y = (
+        torch.randn(2, 4, 16, 24),
+        torch.tensor([999.0, 20.5]),
+        torch.randn(2, 77, 64),
+        torch.randn(2, 80),
+    )
     assert relative_l2(module(x, times, context, y), reference(xl_unet)(x, times, context, y)) < ROUNDING
 
 
@@ -746,7 +922,8 @@ def test_a_cut_file_of_weights_is_an_error(tmp_path: Path, student_unet: Any, ke
         read_safetensors(tmp_path / "w.safetensors")
 
 
-# --- Forge ----------------------------------------------------------------------------------------------------------------------------------------
+# --- Forge
+# ----------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -756,7 +933,11 @@ def forge(installed: Path, random_pipeline: Any) -> Iterator[WebUI]:
         yield host
 
 
-X, SIGMA, CONTEXT = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(4)) * 5, torch.tensor([5.0, 5.0]), words(1).expand(2, -1, -1)
+X, SIGMA, CONTEXT = (
+    torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(4)) * 5,
+    torch.tensor([5.0, 5.0]),
+    words(1).expand(2, -1, -1),
+)
 
 
 def denoised(unet: Any) -> torch.Tensor:
@@ -784,7 +965,12 @@ def test_forge_runs_the_engine_in_the_unets_place(forge: WebUI, student_unet: An
 def test_forge_goes_through_another_extensions_wrapper(forge: WebUI, student_unet: Any) -> None:
     def halves(apply_model: Any, args: Any) -> torch.Tensor:  # as tiling extensions call the model in parts
         context = args["c"]["c_crossattn"]
-        return torch.cat([apply_model(x, t, **{**args["c"], "c_crossattn": c}) for x, t, c in zip(args["input"].split(1), args["timestep"].split(1), context.split(1), strict=True)])
+        return torch.cat(
+            [
+                apply_model(x, t, **{**args["c"], "c_crossattn": c})
+                for x, t, c in zip(args["input"].split(1), args["timestep"].split(1), context.split(1), strict=True)
+            ]
+        )
 
     forge.sd_model.after_lora.set_model_unet_function_wrapper(halves)
     with forge.job(TITLE) as job:
@@ -796,7 +982,9 @@ def test_forge_goes_through_another_extensions_wrapper(forge: WebUI, student_une
 def test_forge_says_when_the_engine_was_passed_over(forge: WebUI, capsys: pytest.CaptureFixture[str]) -> None:
     with forge.job(TITLE) as job:
         forge.before_sampling(job, TITLE)
-        forge.sd_model.forge_objects.unet.set_model_unet_function_wrapper(lambda apply_model, args: apply_model(args["input"], args["timestep"], **args["c"]))
+        forge.sd_model.forge_objects.unet.set_model_unet_function_wrapper(
+            lambda apply_model, args: apply_model(args["input"], args["timestep"], **args["c"])
+        )
         forge.forge_denoise(X, SIGMA, CONTEXT)
     assert "has not made this picture" in str(job.comments)
 
@@ -804,9 +992,15 @@ def test_forge_says_when_the_engine_was_passed_over(forge: WebUI, capsys: pytest
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda patcher: patcher.lora_patches.update({("style.safetensors", 1.0, 1.0, False): {}}), "LoRA style.safetensors"),
+        (
+            lambda patcher: patcher.lora_patches.update({("style.safetensors", 1.0, 1.0, False): {}}),
+            "LoRA style.safetensors",
+        ),
         (lambda patcher: setattr(patcher, "controlnet_linked_list", object()), "ControlNet"),
-        (lambda patcher: patcher.model_options["transformer_options"].update(patches={"output_block_patch": [min]}), "patches of the UNet's layers"),
+        (
+            lambda patcher: patcher.model_options["transformer_options"].update(patches={"output_block_patch": [min]}),
+            "patches of the UNet's layers",
+        ),
     ],
 )
 def test_forge_refuses_what_an_engine_cannot_take(forge: WebUI, change: Callable[[Patcher], Any], named: str) -> None:
@@ -847,7 +1041,8 @@ def test_forge_raises_from_the_sampling_what_its_scripts_would_swallow(forge: We
             forge.forge_denoise(X, SIGMA, CONTEXT)
 
 
-# --- the extension's own files --------------------------------------------------------------------------------------------------------------------
+# --- the extension's own files
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_install_explains_and_installs_nothing(tmp_path: Path) -> None:
@@ -855,7 +1050,12 @@ def test_install_explains_and_installs_nothing(tmp_path: Path) -> None:
 
     shutil.copytree(WEBUI_PLUGIN, tmp_path / "extension", ignore=shutil.ignore_patterns("__pycache__"))
     before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
-    done = subprocess.run([sys.executable, "-I", "-S", "-B", str(tmp_path / "extension" / "install.py")], capture_output=True, text=True, check=True)  # -S: nothing is installed there
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-B", str(tmp_path / "extension" / "install.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # -S: nothing is installed there
     assert "sdcompress install webui" in done.stdout
     assert "-m pip install tensorrt" in done.stdout
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before

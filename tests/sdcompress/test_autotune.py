@@ -25,7 +25,9 @@ def test_candidates_begin_with_the_one_all_are_held_against() -> None:
 
 
 @pytest.mark.parametrize("providers", [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]])
-def test_onnxruntime_is_a_candidate_on_a_gpu_only_where_it_has_cuda(providers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnxruntime_is_a_candidate_on_a_gpu_only_where_it_has_cuda(
+    providers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
@@ -51,9 +53,18 @@ def answer(case: dict[str, Any], ms: float, error: float) -> dict[str, Any]:
     return {"ms": [ms, ms, ms]}
 
 
-def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """ONNX Runtime is made the fastest and wrong, bfloat16 faster than fp32 and right; what a process answers is all that is stood in for."""
-    figures = {"torch fp32": (100.0, 0.0), "onnxruntime fp32": (10.0, 1e-3), "torch bf16": (50.0, 3e-3), "aot bf16": (40.0, 7e-3)}
+def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """ONNX Runtime is made the fastest and wrong, bfloat16 faster than fp32 and right; what a process answers is all
+    that is stood in for.
+    """
+    figures = {
+        "torch fp32": (100.0, 0.0),
+        "onnxruntime fp32": (10.0, 1e-3),
+        "torch bf16": (50.0, 3e-3),
+        "aot bf16": (40.0, 7e-3),
+    }
     asked = []
 
     def child(case: dict[str, Any]) -> dict[str, Any]:
@@ -75,10 +86,18 @@ def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(random_folder: 
     assert len(asked) == 8
 
 
-def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr(autotune, "candidates", lambda device: [TORCH, ORT])
-    monkeypatch.setattr(autotune, "_in_child", lambda case: answer(case, 5.0, 0.0) if case["backend"] == "torch" else {"failed": "its process ended with status -9"})
+    monkeypatch.setattr(
+        autotune,
+        "_in_child",
+        lambda case: (
+            answer(case, 5.0, 0.0) if case["backend"] == "torch" else {"failed": "its process ended with status -9"}
+        ),
+    )
     assert fastest(random_folder) == ("torch", "fp32")
     monkeypatch.setattr(autotune, "machine_key", lambda device: {"device": "new"})
     monkeypatch.setattr(autotune, "_in_child", lambda case: {"failed": "its process ended with status -9"})
@@ -87,7 +106,15 @@ def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(random_fold
 
 
 def test_short_steps_are_timed_often_enough(random_folder: Path, tmp_path: Path) -> None:
-    case = {"model": str(random_folder), "backend": "torch", "precision": "fp32", "device": "cpu", "batch": 1, "samples": 3, "answer": str(tmp_path / "answer.pt")}
+    case = {
+        "model": str(random_folder),
+        "backend": "torch",
+        "precision": "fp32",
+        "device": "cpu",
+        "batch": 1,
+        "samples": 3,
+        "answer": str(tmp_path / "answer.pt"),
+    }
     times = autotune._child(case)["ms"]
     assert sum(times) > 500 or len(times) == 200
     assert len(times) > 3

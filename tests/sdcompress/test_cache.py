@@ -72,7 +72,9 @@ def stop_at(patch: pytest.MonkeyPatch, stop: int) -> list[int]:
     return met
 
 
-def test_a_sample_is_what_the_vae_gives_for_the_cropped_picture(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+def test_a_sample_is_what_the_vae_gives_for_the_cropped_picture(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path
+) -> None:
     cache = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64, config=DataConfig(flip=True))
     vae: Any = teacher.pipeline.vae
     for view, flip in ((0, False), (1, True)):
@@ -87,7 +89,9 @@ def test_a_sample_is_what_the_vae_gives_for_the_cropped_picture(teacher: LoadedP
     manifest = read_manifest(tmp_path / "cache")
     assert manifest is not None
     assert manifest.figures["duplicates"] == 1
-    assert manifest.figures["bytes_per_picture"] == round(sum(f.stat().st_size for f in (tmp_path / "cache").glob("*.safetensors") if f.name != "empty.safetensors") / 9)
+    assert manifest.figures["bytes_per_picture"] == round(
+        sum(f.stat().st_size for f in (tmp_path / "cache").glob("*.safetensors") if f.name != "empty.safetensors") / 9
+    )
 
 
 def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
@@ -102,7 +106,9 @@ def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mix
     assert len(cache.buckets.unique()) == 3
 
 
-def test_a_stopped_build_goes_on_and_ends_the_same(teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_build_goes_on_and_ends_the_same(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
     whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
     encoded = stop_at(monkeypatch, 2)
@@ -131,7 +137,9 @@ def test_captions_are_drawn_by_their_shares(teacher: LoadedPipeline, tmp_path: P
     folder.mkdir()
     Image.new("RGB", (64, 64), "red").save(folder / "a.png")
     (folder / "a.json").write_text('{"short": "red", "long": "a plain red square"}')
-    cache = build_cache(open_source(folder, DataConfig(captions={"short": 1, "long": 3})), teacher, tmp_path / "cache", 64)
+    cache = build_cache(
+        open_source(folder, DataConfig(captions={"short": 1, "long": 3})), teacher, tmp_path / "cache", 64
+    )
     texts = [cache.sample(0, 0, pick).text for pick in (0.0, 0.24, 0.26, 0.99)]
     assert torch.equal(texts[0], texts[1])
     assert torch.equal(texts[2], texts[3])
@@ -147,7 +155,9 @@ def test_random_crops_are_the_same_every_time(teacher: LoadedPipeline, mixed: Pa
     assert len(crops) > 1
 
 
-def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path
+) -> None:
     (mixed / "0.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"1 of 10 pictures cannot be used: unreadable picture: 1 \(0\.png\)"):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
@@ -219,9 +229,7 @@ def test_a_cache_of_before_precision_was_recorded_is_fp32(
     assert all(torch.equal(a, b) for a, b in zip(stored(opened), stored(built), strict=True))
 
 
-def test_precision_is_recorded_and_bf16_is_other_content(
-    teacher: LoadedPipeline, mixed: Path, tmp_path: Path
-) -> None:
+def test_precision_is_recorded_and_bf16_is_other_content(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
     exact, half = (build_cache(open_source(mixed), teacher, tmp_path / p, 64, precision=p) for p in ("fp32", "bf16"))
     assert exact.sha256 != half.sha256
     for name in ("fp32", "bf16"):

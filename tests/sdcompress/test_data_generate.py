@@ -70,7 +70,9 @@ def test_a_finished_set_is_whole_and_is_data(made: Path) -> None:
     assert {record.picture().size for record in source} == {(64, 64)}
 
 
-def test_a_stopped_run_goes_on_and_equals_one_that_was_not_stopped(made: Path, random_folder: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_and_equals_one_that_was_not_stopped(
+    made: Path, random_folder: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Stop):
         generate_dataset(random_folder, PROMPTS, tmp_path / "set", SETTINGS, report=StopAfter(2))
     assert not (tmp_path / "set" / MANIFEST_NAME).exists()
@@ -82,7 +84,9 @@ def test_a_stopped_run_goes_on_and_equals_one_that_was_not_stopped(made: Path, r
     assert faults(result.folder, "dataset") == []
 
 
-def test_a_finished_set_is_left_alone_and_a_damaged_one_repaired(made: Path, random_folder: Path, tmp_path: Path) -> None:
+def test_a_finished_set_is_left_alone_and_a_damaged_one_repaired(
+    made: Path, random_folder: Path, tmp_path: Path
+) -> None:
     import shutil
 
     copy = shutil.copytree(made, tmp_path / "copy")
@@ -99,7 +103,9 @@ def test_a_finished_set_is_left_alone_and_a_damaged_one_repaired(made: Path, ran
     assert faults(copy, "dataset") == []
 
 
-def test_other_settings_are_refused_by_name_and_force_begins_anew(made: Path, random_folder: Path, tmp_path: Path) -> None:
+def test_other_settings_are_refused_by_name_and_force_begins_anew(
+    made: Path, random_folder: Path, tmp_path: Path
+) -> None:
     import shutil
 
     copy = shutil.copytree(made, tmp_path / "copy")
@@ -109,7 +115,13 @@ def test_other_settings_are_refused_by_name_and_force_begins_anew(made: Path, ra
         generate_dataset(random_folder, PROMPTS[:2], copy, SETTINGS)
     assert contents(copy) == contents(made)
     again = generate_dataset(random_folder, PROMPTS, copy, replace(SETTINGS, count=2, picture_format="png"), force=True)
-    assert sorted(p.name for p in copy.iterdir()) == ["000000.png", "000001.png", METADATA, MANIFEST_NAME, "settings.json"]
+    assert sorted(p.name for p in copy.iterdir()) == [
+        "000000.png",
+        "000001.png",
+        METADATA,
+        MANIFEST_NAME,
+        "settings.json",
+    ]
     assert again.manifest.figures["pictures"] == 2
 
 
@@ -151,7 +163,15 @@ def known(tmp_path: Path) -> Path:
     rows = []
     for i in range(10):
         Image.new("RGB", (400 + 100 * i, 600), (25 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        rows.append({"file_name": f"{i}.png", "text": "one two three" + " four" * (i % 2), "score": float(i), "name": f"n{i}", "same": "3"})
+        rows.append(
+            {
+                "file_name": f"{i}.png",
+                "text": "one two three" + " four" * (i % 2),
+                "score": float(i),
+                "name": f"n{i}",
+                "same": "3",
+            }
+        )
     Image.new("RGB", (8, 8)).save(tmp_path / "empty.png")
     (tmp_path / "junk.png").write_bytes(b"junk")
     rows.append({"file_name": "junk.png", "text": "junk"})

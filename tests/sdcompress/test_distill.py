@@ -22,7 +22,9 @@ from sdcompress.train.config import DistillConfig, load_config
 from sdcompress.train.distill import distill
 from sdcompress.train.objectives import BlockDistillation, Denoising
 
-SHORT = DistillConfig(steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", checkpoint_every=2, log_every=1, ema_decay=0.9)
+SHORT = DistillConfig(
+    steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", checkpoint_every=2, log_every=1, ema_decay=0.9
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,16 @@ def finished(teacher: LoadedPipeline, cache: LatentCache, tmp_path_factory: pyte
     return output
 
 
-def test_training_changes_the_student_and_not_the_teacher(teacher: LoadedPipeline, finished: Path, random_folder: Path) -> None:
+def test_training_changes_the_student_and_not_the_teacher(
+    teacher: LoadedPipeline, finished: Path, random_folder: Path
+) -> None:
     fresh = load_teacher(random_folder)
-    assert all(torch.equal(a, b) for a, b in zip(teacher.pipeline.unet.state_dict().values(), fresh.pipeline.unet.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            teacher.pipeline.unet.state_dict().values(), fresh.pipeline.unet.state_dict().values(), strict=True
+        )
+    )
     untrained = build_student(fresh.pipeline.unet, make_plan(fresh.pipeline.unet.config, "bk-tiny")).state_dict()
     trained = weights(finished)
     assert trained.keys() == untrained.keys()
@@ -59,10 +68,15 @@ def test_training_changes_the_student_and_not_the_teacher(teacher: LoadedPipelin
 def test_each_loss_is_logged_apart(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert all(line["loss"] == pytest.approx(line["task_loss"] + line["output_kd_loss"] + line["feature_kd_loss"], rel=1e-4) for line in lines)
+    assert all(
+        line["loss"] == pytest.approx(line["task_loss"] + line["output_kd_loss"] + line["feature_kd_loss"], rel=1e-4)
+        for line in lines
+    )
 
 
-def test_a_stopped_run_resumes_to_the_same_weights(teacher: LoadedPipeline, cache: LatentCache, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_resumes_to_the_same_weights(
+    teacher: LoadedPipeline, cache: LatentCache, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = 0
     genuine = BlockDistillation.losses
 
@@ -88,7 +102,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(teacher: LoadedPipeline, cach
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_runs_of_another_precision_follow_each_other_in_one_process(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+def test_runs_of_another_precision_follow_each_other_in_one_process(
+    teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path
+) -> None:
     plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
     for precision in ("bf16", "fp32", "bf16"):
         config = SHORT.model_copy(update={"steps": 1, "precision": precision})
@@ -135,7 +151,9 @@ def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache
 
 
 def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipeline) -> None:
-    """BK-SDM's equations 1 to 4, computed apart in float64 from the modules' outputs, with and without the teacher's norm."""
+    """BK-SDM's equations 1 to 4, computed apart in float64 from the modules' outputs, with and without the teacher's
+    norm.
+    """
     import copy
 
     unet = copy.deepcopy(teacher.pipeline.unet).double()
@@ -145,13 +163,17 @@ def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipe
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    sample, text, target = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 16, 16), (2, 77, 96), (2, 4, 16, 16)))
+    sample, text, target = (
+        torch.randn(shape, dtype=torch.float64) for shape in ((2, 4, 16, 16), (2, 77, 96), (2, 4, 16, 16))
+    )
     batch = NoisyBatch(sample, torch.tensor([10, 900]), text, target, torch.ones(2))
     pairs, attentions = plan.feature_pairs(), attention_pairs(student, plan)
     seen: dict[tuple[str, str], torch.Tensor] = {}
 
     def see(side: str, name: str):  # type: ignore[no-untyped-def]
-        return lambda module, arguments, output: seen.__setitem__((side, name), output[0] if isinstance(output, tuple) else output)
+        return lambda module, arguments, output: seen.__setitem__(
+            (side, name), output[0] if isinstance(output, tuple) else output
+        )
 
     handles = [student.get_submodule(s).register_forward_hook(see("student", s)) for s, _ in pairs + attentions]
     handles += [unet.get_submodule(t).register_forward_hook(see("teacher", t)) for _, t in pairs + attentions]
@@ -163,7 +185,11 @@ def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipe
     weights = {"task_loss": 1.0, "output_kd_loss": 0.5, "feature_kd_loss": 0.25, "attention_kd_loss": 0.125}
     for norm in ("none", "teacher"):
         for name, named in (("feature_kd_loss", pairs), ("attention_kd_loss", attentions)):
-            squares = [((seen["student", s] - seen["teacher", t]) ** 2).mean() / (1 if norm == "none" else (seen["teacher", t] ** 2).mean()) for s, t in named]
+            squares = [
+                ((seen["student", s] - seen["teacher", t]) ** 2).mean()
+                / (1 if norm == "none" else (seen["teacher", t] ** 2).mean())
+                for s, t in named
+            ]
             expected[name] = torch.stack(squares).sum()
         objective = BlockDistillation(unet, pairs, weights, norm, attentions)
         with torch.no_grad(), objective.attached(student):
@@ -173,7 +199,9 @@ def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipe
         assert float(found["loss"]) == pytest.approx(float(sum(w * expected[k] for k, w in weights.items())), rel=1e-6)
     assert not any(m._forward_hooks for network in (unet, student) for m in network.modules())
     with torch.no_grad():
-        assert float(Denoising().losses(student, batch)["loss"]) == pytest.approx(float(expected["task_loss"]), rel=1e-6)
+        assert float(Denoising().losses(student, batch)["loss"]) == pytest.approx(
+            float(expected["task_loss"]), rel=1e-6
+        )
 
 
 def test_batches_hold_one_shape_each_and_every_picture_of_it_once_an_epoch() -> None:
@@ -189,7 +217,9 @@ def test_batches_hold_one_shape_each_and_every_picture_of_it_once_an_epoch() -> 
     assert [Order(buckets, 4, seed=5)[i] for i in range(40)] == [i for batch in batches[:10] for i in batch]
 
 
-def test_a_cache_of_another_teacher_is_refused(cache: LatentCache, teacher: LoadedPipeline, pictures: Path, tmp_path: Path) -> None:
+def test_a_cache_of_another_teacher_is_refused(
+    cache: LatentCache, teacher: LoadedPipeline, pictures: Path, tmp_path: Path
+) -> None:
     build_cache(open_source(pictures), teacher, tmp_path / "cache")
     with pytest.raises(DataError, match="was made with the teacher"):
         LatentCache.open(tmp_path / "cache", "0" * 64)

@@ -23,7 +23,9 @@ from sdcompress.cli import export as cli_export
 @pytest.mark.parametrize("tokens", [77, 154])
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_onnxruntime_agrees_with_torch(random_pipeline: Any, fp32_export: Any, batch: int, size: tuple[int, int], tokens: int) -> None:
+def test_onnxruntime_agrees_with_torch(
+    random_pipeline: Any, fp32_export: Any, batch: int, size: tuple[int, int], tokens: int
+) -> None:
     torch.manual_seed(batch)
     sample, context = torch.randn(batch, 4, *size), torch.randn(batch, tokens, 96)
     times = torch.linspace(3, 990, batch)
@@ -42,7 +44,16 @@ def test_the_folder_is_whole_and_says_how_near_it_is(fp32_export: Any) -> None:
     assert faults(fp32_export.folder, "onnx") == []
     manifest = fp32_export.manifest
     components = ["unet", "text_encoder", "vae_decoder"]
-    assert manifest.config.items() >= {"precision": "fp32", "opset": 23, "signature": "diffusers", "components": components, "precisions": dict.fromkeys(components, "fp32")}.items()
+    assert (
+        manifest.config.items()
+        >= {
+            "precision": "fp32",
+            "opset": 23,
+            "signature": "diffusers",
+            "components": components,
+            "precisions": dict.fromkeys(components, "fp32"),
+        }.items()
+    )
     assert manifest.inputs == {"pipeline": "0" * 64}
     assert all(0 < manifest.figures[component]["parity"]["relative_l2"] < 1e-4 for component in components)
     assert manifest.figures["unet"]["parity"]["cases"] == 5
@@ -53,7 +64,10 @@ def test_the_folder_alone_holds_what_a_pipeline_needs(fp32_export: Any, random_p
     from transformers import CLIPTokenizer
 
     small = fp32_export.folder / "pipeline"
-    assert CLIPTokenizer.from_pretrained(small / "tokenizer")("a cat").input_ids == random_pipeline.tokenizer("a cat").input_ids
+    assert (
+        CLIPTokenizer.from_pretrained(small / "tokenizer")("a cat").input_ids
+        == random_pipeline.tokenizer("a cat").input_ids
+    )
     assert PNDMScheduler.from_pretrained(small / "scheduler").config.beta_end == 0.012
     assert {p.parent.name for p in small.rglob("config.json")} == {"unet", "vae", "text_encoder"}
     assert not list(small.rglob("*.safetensors"))
@@ -87,7 +101,9 @@ def test_the_pipeline_is_unchanged(random_pipeline: Any, tmp_path: Path) -> None
     assert all(torch.equal(value, before[name]) for name, value in text.state_dict().items())
 
 
-def test_a_graph_too_far_from_torch_leaves_nothing(random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_too_far_from_torch_leaves_nothing(
+    random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = export.write_onnx
 
     def spoiled(graph: Any, wanted: Any, path: Path, opset: int, runtime: Any) -> None:
@@ -136,7 +152,9 @@ def test_wrong_asks_are_refused_at_once(random_pipeline: Any, tmp_path: Path, fp
     with pytest.raises(ArtifactError, match="ONNX folder"):
         engines.build_engines(tmp_path, tmp_path / "out")
     with pytest.raises(UsageError, match="multiples of 64"):
-        engines.build_engines(fp16_small.folder, tmp_path / "out", profiles=("height=64:100:128",), flavour="tensorrt-rtx")
+        engines.build_engines(
+            fp16_small.folder, tmp_path / "out", profiles=("height=64:100:128",), flavour="tensorrt-rtx"
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -179,27 +197,38 @@ def test_the_command_offers_every_component() -> None:
 
 def test_the_command_ends_in_a_card(random_pipeline: Any, tmp_path: Path) -> None:
     random_pipeline.save_pretrained(tmp_path / "model")
-    result = CliRunner().invoke(cli_export.command, [str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--component", "text_encoder"])
+    result = CliRunner().invoke(
+        cli_export.command, [str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--component", "text_encoder"]
+    )
     assert result.exception is None, result.exception
     assert "text_encoder.onnx" in result.output
     assert "relative L2" in result.output
     assert "next: sdcompress generate" in result.output
 
 
-def test_a_students_equal_components_are_taken_over_and_its_own_are_not(random_pipeline: Any, fp16_small: Any, tmp_path: Path) -> None:
+def test_a_students_equal_components_are_taken_over_and_its_own_are_not(
+    random_pipeline: Any, fp16_small: Any, tmp_path: Path
+) -> None:
     vae = copy.deepcopy(random_pipeline.vae)
     with torch.no_grad():
         next(vae.decoder.parameters()).mul_(1.5)
     changed = type(random_pipeline)(**(random_pipeline.components | {"vae": vae, "requires_safety_checker": False}))
-    result = export.export_onnx(changed, tmp_path / "out", precision="fp16", components=("text_encoder", "vae_decoder"), reuse=fp16_small.folder)
-    same = {name: (tmp_path / "out" / f"{name}.onnx").read_bytes() == (fp16_small.folder / f"{name}.onnx").read_bytes() for name in ("text_encoder", "vae_decoder")}
+    result = export.export_onnx(
+        changed, tmp_path / "out", precision="fp16", components=("text_encoder", "vae_decoder"), reuse=fp16_small.folder
+    )
+    same = {
+        name: (tmp_path / "out" / f"{name}.onnx").read_bytes() == (fp16_small.folder / f"{name}.onnx").read_bytes()
+        for name in ("text_encoder", "vae_decoder")
+    }
     assert same == {"text_encoder": True, "vae_decoder": False}
     assert result.parity["text_encoder"] == fp16_small.parity["text_encoder"]
     assert faults(tmp_path / "out", "onnx") == []
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "vae_encoder"])
-def test_bfloat16_graphs_are_bfloat16_and_within_twice_torch(random_pipeline: Any, tmp_path: Path, component: str) -> None:
+def test_bfloat16_graphs_are_bfloat16_and_within_twice_torch(
+    random_pipeline: Any, tmp_path: Path, component: str
+) -> None:
     result = export.export_onnx(random_pipeline, tmp_path / "out", precision="bf16", components=(component,))
     found = result.parity[component]
     assert found is not None
@@ -216,14 +245,30 @@ def small_unet_pipeline(random_pipeline: Any) -> Any:
 
     torch.manual_seed(3)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(16, 32), layers_per_block=1, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=96, attention_head_dim=2, norm_num_groups=8,
-    )  # fmt: skip
-    return type(random_pipeline)(**(random_pipeline.components | {"unet": unet.eval(), "requires_safety_checker": False}))
+        sample_size=16,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=96,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    return type(random_pipeline)(
+        **(random_pipeline.components | {"unet": unet.eval(), "requires_safety_checker": False})
+    )
 
 
-@pytest.mark.parametrize(("host", "inputs", "output"), [("webui", ["sample", "timesteps", "encoder_hidden_states"], "latent"), ("comfyui", ["x", "timesteps", "context"], "h")])
-def test_a_unet_has_its_hosts_names_in_order_and_answers_as_torch(small_unet_pipeline: Any, tmp_path: Path, host: str, inputs: list[str], output: str) -> None:
+@pytest.mark.parametrize(
+    ("host", "inputs", "output"),
+    [
+        ("webui", ["sample", "timesteps", "encoder_hidden_states"], "latent"),
+        ("comfyui", ["x", "timesteps", "context"], "h"),
+    ],
+)
+def test_a_unet_has_its_hosts_names_in_order_and_answers_as_torch(
+    small_unet_pipeline: Any, tmp_path: Path, host: str, inputs: list[str], output: str
+) -> None:
     result = export.export_onnx(small_unet_pipeline, tmp_path / "out", host=host)
     assert list(result.parity) == ["unet"]
     feeds = [torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.5]), torch.randn(2, 77, 96)]
@@ -246,7 +291,12 @@ def test_in_half_precision_the_time_embedding_stays_exact(small_unet_pipeline: A
     sample, context = torch.randn(1, 4, 16, 16).half(), torch.randn(1, 77, 96).half()
     with open_runner(tmp_path / "out" / "unet.onnx") as runner:
         assert [spec.dtype for spec in runner.inputs] == [torch.float16, torch.float32, torch.float16]
-        near = [runner.infer({"sample": sample, "timestep": torch.tensor([t]), "encoder_hidden_states": context})["out_sample"] for t in (999.0, 999.25)]
+        near = [
+            runner.infer({"sample": sample, "timestep": torch.tensor([t]), "encoder_hidden_states": context})[
+                "out_sample"
+            ]
+            for t in (999.0, 999.25)
+        ]
     assert not torch.equal(*near)
 
 
@@ -255,12 +305,22 @@ def test_a_lora_is_baked_into_the_graph(small_unet_pipeline: Any, tmp_path: Path
 
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     layer = small_unet_pipeline.unet.get_submodule(name)
-    write_lora({("unet", name): LoraLayer(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 2.0)}, tmp_path / "style.safetensors", "kohya")
+    write_lora(
+        {("unet", name): LoraLayer(torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2), 2.0)},
+        tmp_path / "style.safetensors",
+        "kohya",
+    )
     small_unet_pipeline.save_pretrained(tmp_path / "model")
     for folder, extra in (("plain", []), ("styled", ["--lora", f"{tmp_path / 'style.safetensors'}:0.5"])):
-        result = CliRunner().invoke(cli_export.command, [str(tmp_path / "model"), "-o", str(tmp_path / folder), "--component", "unet", *extra])
+        result = CliRunner().invoke(
+            cli_export.command, [str(tmp_path / "model"), "-o", str(tmp_path / folder), "--component", "unet", *extra]
+        )
         assert result.exception is None, result.exception
-    feeds = {"sample": torch.randn(1, 4, 16, 16), "timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.randn(1, 77, 96)}
+    feeds = {
+        "sample": torch.randn(1, 4, 16, 16),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 77, 96),
+    }
     answers = {}
     for folder in ("plain", "styled"):
         with open_runner(tmp_path / folder / "unet.onnx") as runner:

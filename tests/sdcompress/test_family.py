@@ -16,15 +16,42 @@ from sdcompress.prune.student import count_parameters, meta_unet
 from sdcompress.single_file import CONFIGS
 from sdcompress.teacher import refuse_student, unet_config
 
-DOWN, PLAIN_DOWN, UP, PLAIN_UP, MID = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D", "UNetMidBlock2DCrossAttn"
+DOWN, PLAIN_DOWN, UP, PLAIN_UP, MID = (
+    "CrossAttnDownBlock2D",
+    "DownBlock2D",
+    "CrossAttnUpBlock2D",
+    "UpBlock2D",
+    "UNetMidBlock2DCrossAttn",
+)
 
-# Facts of published configs. BK-SDM: src/unet_config*/bk_*/config.json of Nota-NetsPresso/BK-SDM, which its models on the hub carry.
-# Segmind small and tiny: what `prepare_unet` of segmind/distill-sd leaves, counted there in the README. SSD-1B, Vega and KOALA: the block
-# tables by which ComfyUI knows them (transformer_depth, transformer_depth_output, transformer_depth_middle).
-FOUR: dict[str, Any] = {"block_out_channels": [320, 640, 1280, 1280], "down_block_types": [DOWN, DOWN, DOWN, PLAIN_DOWN], "up_block_types": [PLAIN_UP, UP, UP, UP], "in_channels": 4}
-THREE: dict[str, Any] = {"block_out_channels": [320, 640, 1280], "down_block_types": [DOWN] * 3, "up_block_types": [UP] * 3, "in_channels": 4}
-SD1: dict[str, Any] = {"cross_attention_dim": 768, "attention_head_dim": 8, "use_linear_projection": False, "sample_size": 64}
-SD2: dict[str, Any] = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True, "sample_size": 64}
+# Facts of published configs. BK-SDM: src/unet_config*/bk_*/config.json of Nota-NetsPresso/BK-SDM, which its models on
+# the hub carry. Segmind small and tiny: what `prepare_unet` of segmind/distill-sd leaves, counted there in the README.
+# SSD-1B, Vega and KOALA: the block tables by which ComfyUI knows them (transformer_depth, transformer_depth_output,
+# transformer_depth_middle).
+FOUR: dict[str, Any] = {
+    "block_out_channels": [320, 640, 1280, 1280],
+    "down_block_types": [DOWN, DOWN, DOWN, PLAIN_DOWN],
+    "up_block_types": [PLAIN_UP, UP, UP, UP],
+    "in_channels": 4,
+}
+THREE: dict[str, Any] = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": [DOWN] * 3,
+    "up_block_types": [UP] * 3,
+    "in_channels": 4,
+}
+SD1: dict[str, Any] = {
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "use_linear_projection": False,
+    "sample_size": 64,
+}
+SD2: dict[str, Any] = {
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+    "sample_size": 64,
+}
 SD2_THREE: dict[str, Any] = SD2 | {"attention_head_dim": [5, 10, 20]}
 V: dict[str, Any] = {"sample_size": 96, "upcast_attention": True}
 BASE: dict[str, Any] = {"layers_per_block": 1, "mid_block_type": MID}
@@ -42,8 +69,17 @@ XL: dict[str, Any] = {
     "in_channels": 4,
     "sample_size": 128,
 }
-SSD_1B: dict[str, Any] = {"layers_per_block": 2, "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, [2, 2], [4, 4]], "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}
-VEGA: dict[str, Any] = {"layers_per_block": 2, "mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]}
+SSD_1B: dict[str, Any] = {
+    "layers_per_block": 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+VEGA: dict[str, Any] = {
+    "layers_per_block": 2,
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, 1, 2],
+}
 PUBLISHED: dict[str, tuple[dict[str, Any], str, str, int]] = {
     "segmind/small-sd": (FOUR | SD1 | BASE, "sd1", "bk-base", 579_384_964),
     "segmind/tiny-sd": (THREE | SD1 | SMALL, "sd1", "bk-tiny", 323_384_964),
@@ -56,7 +92,12 @@ PUBLISHED: dict[str, tuple[dict[str, Any], str, str, int]] = {
     "segmind/SSD-1B": (XL | SSD_1B, "sdxl", "SSD-1B", 1_330_000_000),
     "segmind/Segmind-Vega": (XL | VEGA, "sdxl", "Segmind-Vega", 745_000_000),
     "etri-vilab/koala-1b": (XL | BASE | {"transformer_layers_per_block": [1, 2, 6]}, "sdxl", "KOALA-1B", 1_161_000_000),
-    "etri-vilab/koala-700m": (XL | SMALL | {"transformer_layers_per_block": [1, 2, 5]}, "sdxl", "KOALA-700M", 782_000_000),
+    "etri-vilab/koala-700m": (
+        XL | SMALL | {"transformer_layers_per_block": [1, 2, 5]},
+        "sdxl",
+        "KOALA-700M",
+        782_000_000,
+    ),
 }
 
 
@@ -86,7 +127,9 @@ def test_a_published_student_is_refused_as_a_teacher_and_the_line_says_what_it_i
     assert name in str(refusal.value)
 
 
-@pytest.mark.parametrize(("family", "parameters"), [("sd1", 859_520_964), ("sd2", 865_910_724), ("sdxl", 2_567_463_684)])
+@pytest.mark.parametrize(
+    ("family", "parameters"), [("sd1", 859_520_964), ("sd2", 865_910_724), ("sdxl", 2_567_463_684)]
+)
 def test_a_whole_model_is_no_student(family: str, parameters: int) -> None:
     config = whole(family)
     assert family_of(config) == family
@@ -100,7 +143,9 @@ def test_a_whole_model_is_no_student(family: str, parameters: int) -> None:
     [
         *((f"nota-ai/bk-sdm-{size}", "sd1", {}) for size in ("base", "small", "tiny")),
         *((f"nota-ai/bk-sdm-v2-{size}", "sd2", {}) for size in ("base", "small", "tiny")),
-        *((f"nota-ai/bk-sdm-v2-{size}", "sd2", V) for size in ("base", "small", "tiny")),  # of SD2.1 (v-prediction), not of its base
+        *(
+            (f"nota-ai/bk-sdm-v2-{size}", "sd2", V) for size in ("base", "small", "tiny")
+        ),  # of SD2.1 (v-prediction), not of its base
     ],
 )
 def test_a_plans_student_config_is_the_published_one(name: str, teacher: str, change: dict[str, Any]) -> None:
@@ -111,7 +156,15 @@ def test_a_plans_student_config_is_the_published_one(name: str, teacher: str, ch
     assert count_parameters(meta_unet(made)) == parameters
 
 
-@pytest.mark.parametrize(("family", "kind"), [(f, k) for f in ("sd1", "sd2", "sdxl") for k in ("bk-base", "bk-small", "bk-tiny") if (f, k) != ("sdxl", "bk-tiny")])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        (f, k)
+        for f in ("sd1", "sd2", "sdxl")
+        for k in ("bk-base", "bk-small", "bk-tiny")
+        if (f, k) != ("sdxl", "bk-tiny")
+    ],
+)
 def test_a_preset_is_recognised_in_what_it_makes(family: str, kind: str) -> None:
     assert student_of(make_plan(whole(family), kind).student_config()) == kind
 
@@ -129,7 +182,21 @@ def test_nanos_teacher_is_whole_and_its_student_is_one() -> None:
 
 
 def test_a_unet_of_another_kind_is_of_no_family(tmp_path: Path) -> None:
-    refiner = XL | {"block_out_channels": [384, 768, 1536, 1536], "down_block_types": [PLAIN_DOWN, DOWN, DOWN, PLAIN_DOWN], "cross_attention_dim": 1280, "layers_per_block": 2}
-    upscaler = FOUR | SD2 | {"in_channels": 7, "down_block_types": [PLAIN_DOWN, DOWN, DOWN, DOWN], "up_block_types": [UP, UP, UP, PLAIN_UP], "num_class_embeds": 1000}
+    refiner = XL | {
+        "block_out_channels": [384, 768, 1536, 1536],
+        "down_block_types": [PLAIN_DOWN, DOWN, DOWN, PLAIN_DOWN],
+        "cross_attention_dim": 1280,
+        "layers_per_block": 2,
+    }
+    upscaler = (
+        FOUR
+        | SD2
+        | {
+            "in_channels": 7,
+            "down_block_types": [PLAIN_DOWN, DOWN, DOWN, DOWN],
+            "up_block_types": [UP, UP, UP, PLAIN_UP],
+            "num_class_embeds": 1000,
+        }
+    )
     assert family_of(refiner) == family_of(upscaler) == "other"
     assert student_of(refiner) is None

@@ -1,4 +1,6 @@
-"""Plugins and engines in a host's folder: put there once, told of truly, taken away without a trace, and nobody else's file touched."""
+"""Plugins and engines in a host's folder: put there once, told of truly, taken away without a trace, and nobody else's
+file touched.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,27 @@ from sdcompress.teacher import sha256_of
 
 HOSTS = ("webui", "forge", "comfyui")
 TREES = {
-    "webui": ("webui.py", "modules/sd_unet.py", "extensions/another/scripts/a.py", "models/Stable-diffusion/rv4.safetensors", "models/Unet-trt/model.json"),
-    "forge": ("webui.py", "modules/sd_unet.py", "modules_forge/initialization.py", "extensions/another/a.py", "models/Stable-diffusion/rv4.safetensors"),
-    "comfyui": ("main.py", "nodes.py", "comfy/sd.py", "custom_nodes/another/__init__.py", "models/checkpoints/rv4.safetensors"),
+    "webui": (
+        "webui.py",
+        "modules/sd_unet.py",
+        "extensions/another/scripts/a.py",
+        "models/Stable-diffusion/rv4.safetensors",
+        "models/Unet-trt/model.json",
+    ),
+    "forge": (
+        "webui.py",
+        "modules/sd_unet.py",
+        "modules_forge/initialization.py",
+        "extensions/another/a.py",
+        "models/Stable-diffusion/rv4.safetensors",
+    ),
+    "comfyui": (
+        "main.py",
+        "nodes.py",
+        "comfy/sd.py",
+        "custom_nodes/another/__init__.py",
+        "models/checkpoints/rv4.safetensors",
+    ),
 }
 
 
@@ -45,22 +65,48 @@ def make_tree(root: Path, host: str) -> Path:
     return root
 
 
-def make_engine(folder: Path, host: str = "webui", name: str = "sd-tiny", plan: bytes = b"a plan" * 1000, *, inputs: dict[str, str] | None = None, extra: dict[str, str] | None = None, **changes: Any) -> Path:
+def make_engine(
+    folder: Path,
+    host: str = "webui",
+    name: str = "sd-tiny",
+    plan: bytes = b"a plan" * 1000,
+    *,
+    inputs: dict[str, str] | None = None,
+    extra: dict[str, str] | None = None,
+    **changes: Any,
+) -> Path:
     """An engine's folder as `export --trt --signature` writes it; its plan is no engine, which nobody looks at here."""
     (folder / "pipeline/unet").mkdir(parents=True)
     (folder / "unet.engine").write_bytes(plan)
     (folder / "pipeline/unet/config.json").write_text("{}")
     for path, text in (extra or {}).items():
         (folder / path).write_text(text)
-    values: dict[str, Any] = {"flavour": "tensorrt-rtx", "version": "1.0.0", "compute_capabilities": ((8, 9),), "platform": platform_name()} | changes
-    key = EngineKey("0" * 64, "unet", "fp16", "webui" if host == "forge" else host, profiles=({"sample": ((1, 4, 8, 8),) * 3},), **values)
+    values: dict[str, Any] = {
+        "flavour": "tensorrt-rtx",
+        "version": "1.0.0",
+        "compute_capabilities": ((8, 9),),
+        "platform": platform_name(),
+    } | changes
+    key = EngineKey(
+        "0" * 64,
+        "unet",
+        "fp16",
+        "webui" if host == "forge" else host,
+        profiles=({"sample": ((1, 4, 8, 8),) * 3},),
+        **values,
+    )
     write_manifest(folder, "engine", config=key.config() | {"model_name": name}, inputs=inputs)
     return folder
 
 
 def snapshot(root: Path) -> dict[str, bytes | str | None]:
     """Everything in a folder: files by content, links by target, folders."""
-    return {str(path.relative_to(root)): os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None for path in sorted(root.rglob("*"))}
+    return {
+        str(path.relative_to(root)): (
+            os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        )
+        for path in sorted(root.rglob("*"))
+    }
 
 
 @pytest.fixture(params=HOSTS)
@@ -80,7 +126,9 @@ def engine(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
-def test_install_status_uninstall_leaves_the_tree_byte_equal(link: bool, place: tuple[Any, Path], tmp_path: Path) -> None:
+def test_install_status_uninstall_leaves_the_tree_byte_equal(
+    link: bool, place: tuple[Any, Path], tmp_path: Path
+) -> None:
     host, root = place
     made = [make_engine(tmp_path / f"made {name}", host.name, name) for name in ("Straße bei Nacht", "sd-tiny")]
     before, sources = snapshot(root), [snapshot(folder) for folder in made]
@@ -93,7 +141,9 @@ def test_install_status_uninstall_leaves_the_tree_byte_equal(link: bool, place: 
     assert not state.broken
     assert not state.changed
     assert [engine.name for engine in state.engines] == ["Straße bei Nacht", "sd-tiny"]
-    assert all(engine.ours and engine.fault is None and engine.why_not for engine in state.engines), "this machine has no such card"
+    assert all(engine.ours and engine.fault is None and engine.why_not for engine in state.engines), (
+        "this machine has no such card"
+    )
     assert snapshot(root) == during, "status writes nothing"
     for source in (root / host.extension).rglob("*.py"):  # as a host does that runs
         if not link:
@@ -131,9 +181,18 @@ def test_the_plugin_is_whole_and_has_the_engines_library_inside(place: tuple[Any
     assert status(host, root).engines == ()
 
 
-def test_a_newer_engine_takes_the_place_of_the_older_and_others_files_stay(comfyui: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_newer_engine_takes_the_place_of_the_older_and_others_files_stay(
+    comfyui: tuple[Any, Path], tmp_path: Path
+) -> None:
     host, root = comfyui
-    install(host, root, [make_engine(tmp_path / "old", "comfyui", extra={"pipeline/notes.json": "[]"}), make_engine(tmp_path / "other", "comfyui", "other")])
+    install(
+        host,
+        root,
+        [
+            make_engine(tmp_path / "old", "comfyui", extra={"pipeline/notes.json": "[]"}),
+            make_engine(tmp_path / "other", "comfyui", "other"),
+        ],
+    )
     folder = root / host.models / "sd-tiny"
     (folder / "my notes.txt").write_text("mine")
     other = snapshot(root / host.models / "other")
@@ -158,7 +217,9 @@ def test_one_engine_is_taken_away_alone(comfyui: tuple[Any, Path], tmp_path: Pat
     uninstall(host, root, ["second"])
     after = snapshot(root)
     recorded = f"{host.extension}/{RECORD}"
-    assert {path: content for path, content in after.items() if path != recorded} == {path: content for path, content in before.items() if path != recorded}
+    assert {path: content for path, content in after.items() if path != recorded} == {
+        path: content for path, content in before.items() if path != recorded
+    }
     assert [engine.name for engine in status(host, root).engines] == ["first"]
 
 
@@ -178,13 +239,21 @@ def test_a_file_that_was_changed_is_kept_and_said(comfyui: tuple[Any, Path], eng
     assert snapshot(root) == before | {host.extension: None, changed: b"my own version\n"}
 
 
-@pytest.mark.parametrize("what", ["plugin file", "engine file", "engine folder is a file", "foreign link", "link at a file"])
-def test_what_is_in_the_way_and_not_ours_is_refused_and_nothing_is_written(what: str, comfyui: tuple[Any, Path], engine: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "what", ["plugin file", "engine file", "engine folder is a file", "foreign link", "link at a file"]
+)
+def test_what_is_in_the_way_and_not_ours_is_refused_and_nothing_is_written(
+    what: str, comfyui: tuple[Any, Path], engine: Path, tmp_path: Path
+) -> None:
     host, root = comfyui
     folder = root / host.models / "sd-tiny"
     foreign = tmp_path / "foreign"
     foreign.mkdir()
-    where = {"plugin file": root / host.extension / "node.py", "engine folder is a file": folder, "foreign link": folder}.get(what, folder / "unet.engine")
+    where = {
+        "plugin file": root / host.extension / "node.py",
+        "engine folder is a file": folder,
+        "foreign link": folder,
+    }.get(what, folder / "unet.engine")
     where.parent.mkdir(parents=True, exist_ok=True)
     if what == "foreign link":
         where.symlink_to(foreign)
@@ -199,7 +268,9 @@ def test_what_is_in_the_way_and_not_ours_is_refused_and_nothing_is_written(what:
     assert not list(foreign.iterdir())
 
 
-def test_what_was_there_already_and_is_the_same_stays_after_an_uninstall(comfyui: tuple[Any, Path], engine: Path) -> None:
+def test_what_was_there_already_and_is_the_same_stays_after_an_uninstall(
+    comfyui: tuple[Any, Path], engine: Path
+) -> None:
     host, root = comfyui
     folder = root / host.models / "sd-tiny"
     folder.mkdir(parents=True)
@@ -222,7 +293,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_a_broken_record_is_kept_aside_and_never_believed(how: str, comfyui: tuple[Any, Path], engine: Path, tmp_path: Path) -> None:
+def test_a_broken_record_is_kept_aside_and_never_believed(
+    how: str, comfyui: tuple[Any, Path], engine: Path, tmp_path: Path
+) -> None:
     host, root = comfyui
     before = snapshot(root)
     install(host, root, [engine])
@@ -246,7 +319,10 @@ def test_a_broken_record_is_kept_aside_and_never_believed(how: str, comfyui: tup
     assert snapshot(root) == before
 
 
-@pytest.mark.parametrize("name", ["models/checkpoints/rv4.safetensors", "custom_nodes/comfyui-sdcompress/../another/__init__.py", "/etc/hostname"])
+@pytest.mark.parametrize(
+    "name",
+    ["models/checkpoints/rv4.safetensors", "custom_nodes/comfyui-sdcompress/../another/__init__.py", "/etc/hostname"],
+)
 def test_a_record_that_names_others_files_is_not_believed(name: str, comfyui: tuple[Any, Path]) -> None:
     host, root = comfyui
     install(host, root)
@@ -314,7 +390,10 @@ def test_a_models_folder_that_is_none_is_refused(what: str, tmp_path: Path, engi
     place = root / "models/sdcompress"
     place.symlink_to(tmp_path / "not mounted") if what == "dangling" else place.write_text("")
     before = snapshot(root)
-    with pytest.raises(StorageError, match="not mounted, which is not there" if what == "dangling" else "is a file, and a folder goes here"):
+    with pytest.raises(
+        StorageError,
+        match="not mounted, which is not there" if what == "dangling" else "is a file, and a folder goes here",
+    ):
         install(host, root, [made])
     assert snapshot(root) == before
 
@@ -341,7 +420,9 @@ def test_without_permission_nothing_is_written_and_the_way_out_is_said(what: str
         made = make_engine(Path(name) / "made", "comfyui")
         if what == "uninstall":
             install(host, root, [made])
-        closed = [path for path in (root, *root.rglob("*")) if path.is_dir() and (what == "uninstall" or path.name == what)]
+        closed = [
+            path for path in (root, *root.rglob("*")) if path.is_dir() and (what == "uninstall" or path.name == what)
+        ]
         for path in (root / "models", root / "custom_nodes"):
             path.chmod(0o777)
         for path in closed:
@@ -359,7 +440,9 @@ def test_without_permission_nothing_is_written_and_the_way_out_is_said(what: str
 
 def test_a_copy_that_fails_leaves_the_host_as_it_was(comfyui: tuple[Any, Path], tmp_path: Path) -> None:
     host, root = comfyui
-    made = make_engine(tmp_path / "made", "comfyui", extra={"pipeline/" + "n" * 240 + ".json": "{}"})  # no room in the name for that of a copy
+    made = make_engine(
+        tmp_path / "made", "comfyui", extra={"pipeline/" + "n" * 240 + ".json": "{}"}
+    )  # no room in the name for that of a copy
     before = snapshot(root)
     with pytest.raises(StorageError, match="the file system failed"):
         install(host, root, [made])
@@ -377,19 +460,31 @@ def test_a_copy_that_fails_leaves_the_host_as_it_was(comfyui: tuple[Any, Path], 
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what runs")
-def test_a_host_that_runs_meanwhile_is_named_and_goes_on_with_what_it_has(place: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_host_that_runs_meanwhile_is_named_and_goes_on_with_what_it_has(
+    place: tuple[Any, Path], tmp_path: Path
+) -> None:
     host, root = place
     before, program = snapshot(root), root / host.programs[0]
     made = make_engine(tmp_path / "made", host.name)
     assert not install(host, root, [made]).notes
     engine = root / host.models / "sd-tiny/unet.engine"
     old = program.read_bytes() if program.exists() else None
-    program.write_text("import mmap, sys\nfile = open(sys.argv[1], 'rb')\nheld = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)\nprint('started', flush=True)\nsys.stdin.read()\nprint(held[:6])\n")
-    with subprocess.Popen([sys.executable, program.name, str(engine)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    program.write_text(
+        "import mmap, sys\nfile = open(sys.argv[1], 'rb')\nheld = mmap.mmap(file.fileno(), 0,"
+        " access=mmap.ACCESS_READ)\nprint('started', flush=True)\nsys.stdin.read()\nprint(held[:6])\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, program.name, str(engine)], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "started\n"
         newer = make_engine(tmp_path / "newer", host.name, plan=b"another plan" * 1000)
-        assert install(host, root, [newer]).notes == (f"{host.title} is running (process {process.pid}): it goes on with what it has loaded until it is restarted",)
+        assert install(host, root, [newer]).notes == (
+            (
+                f"{host.title} is running (process {process.pid}): it goes on with what it has loaded until it is"
+                " restarted"
+            ),
+        )
         assert engine.read_bytes()[:12] == b"another plan"
         assert not install(host, root, [newer]).notes, "nothing was changed"
         assert "is running" in uninstall(host, root).notes[0]
@@ -444,7 +539,9 @@ def test_another_host_is_told_by_its_files(host: str, tree: str, words: str, tmp
 
 def test_a_path_that_is_no_host_is_refused(tmp_path: Path) -> None:
     make_tree(tmp_path / "portable/ComfyUI", "comfyui")
-    with pytest.raises(UsageError, match=r"is no ComfyUI: it has no custom_nodes.*Try: sdcompress install comfyui .*portable/ComfyUI"):
+    with pytest.raises(
+        UsageError, match=r"is no ComfyUI: it has no custom_nodes.*Try: sdcompress install comfyui .*portable/ComfyUI"
+    ):
         find_host("comfyui", tmp_path / "portable")
     with pytest.raises(UsageError, match="no such folder"):
         find_host("webui", tmp_path / "nowhere")
@@ -472,7 +569,12 @@ def alter(folder: Path) -> None:
         (alter, r"is damaged: unet\.engine is not what the manifest says \(sha256 differs\)"),
         (lambda folder: (folder / "unet.engine").write_bytes(b"cut"), r"is damaged: unet\.engine has 3 bytes"),
         (lambda folder: (folder / MANIFEST_NAME).unlink(), r"holds no engine"),
-        (lambda folder: (folder / MANIFEST_NAME).write_text((folder / MANIFEST_NAME).read_text().replace("fp16", "fp32")), r"this manifest was edited"),
+        (
+            lambda folder: (folder / MANIFEST_NAME).write_text(
+                (folder / MANIFEST_NAME).read_text().replace("fp16", "fp32")
+            ),
+            r"this manifest was edited",
+        ),
         (lambda folder: write_manifest(folder, "student"), r"is a student, not an engine"),
     ],
 )
@@ -486,15 +588,28 @@ def test_a_damaged_engine_is_not_installed(spoil: Any, words: str, comfyui: tupl
 
 
 def test_an_engine_with_another_signature_is_refused_with_the_command_that_builds_the_right_one(tmp_path: Path) -> None:
-    webui, comfyui = find_host("webui", make_tree(tmp_path / "webui", "webui")), find_host("comfyui", make_tree(tmp_path / "comfyui", "comfyui"))
-    with pytest.raises(EngineMismatch, match=r"has the signature comfyui, which SD-WebUI does not call; expected a UNet with the signature webui.*--signature webui"):
+    webui, comfyui = (
+        find_host("webui", make_tree(tmp_path / "webui", "webui")),
+        find_host("comfyui", make_tree(tmp_path / "comfyui", "comfyui")),
+    )
+    with pytest.raises(
+        EngineMismatch,
+        match=(
+            r"has the signature comfyui, which SD-WebUI does not call; expected a UNet with the signature"
+            r" webui.*--signature webui"
+        ),
+    ):
         install(*webui, [make_engine(tmp_path / "one", "comfyui")])
     with pytest.raises(EngineMismatch, match=r"has the signature diffusers"):
         install(*comfyui, [make_engine(tmp_path / "two", "diffusers")])
-    assert install(*comfyui, [make_engine(tmp_path / "three", "webui")]).written, "ComfyUI's node calls those of the WebUI too"
+    assert install(*comfyui, [make_engine(tmp_path / "three", "webui")]).written, (
+        "ComfyUI's node calls those of the WebUI too"
+    )
 
 
-def test_an_engine_for_another_machine_is_installed_and_status_says_why_it_does_not_load(comfyui: tuple[Any, Path], tmp_path: Path) -> None:
+def test_an_engine_for_another_machine_is_installed_and_status_says_why_it_does_not_load(
+    comfyui: tuple[Any, Path], tmp_path: Path
+) -> None:
     host, root = comfyui
     install(host, root, [make_engine(tmp_path / "made", "comfyui", platform="linux-s390x", flavour="tensorrt")])
     (found,) = status(host, root).engines
@@ -504,7 +619,9 @@ def test_an_engine_for_another_machine_is_installed_and_status_says_why_it_does_
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", ".hidden", "", " ", "a\\b", "what?", "end."])
-def test_a_name_that_is_no_folders_is_refused(name: str, comfyui: tuple[Any, Path], engine: Path, tmp_path: Path) -> None:
+def test_a_name_that_is_no_folders_is_refused(
+    name: str, comfyui: tuple[Any, Path], engine: Path, tmp_path: Path
+) -> None:
     if name:
         with pytest.raises(UsageError, match="is no name for a folder"):
             install(*comfyui, [engine], name=name)
@@ -526,7 +643,10 @@ def test_an_engine_that_somebody_put_there_is_told_as_not_ours(comfyui: tuple[An
     make_engine(root / host.models / "by hand", "comfyui")
     (root / host.models / "notes").mkdir()
     state = status(host, root)
-    assert [(engine.name, engine.ours, engine.fault) for engine in state.engines] == [("by hand", False, None), ("notes", False, f"has no {MANIFEST_NAME}")]
+    assert [(engine.name, engine.ours, engine.fault) for engine in state.engines] == [
+        ("by hand", False, None),
+        ("notes", False, f"has no {MANIFEST_NAME}"),
+    ]
     assert state.record is None
 
 
@@ -534,9 +654,23 @@ def test_the_hosts_own_packages_are_read_without_running_its_python(comfyui: tup
     _, root = comfyui
     assert host_packages(root) is None
     folder = root / "venv/lib/python3.10/site-packages"
-    for name in ("torch-2.1.2+cu121", "numpy-1.26.2", "onnxruntime_gpu-1.23.0", "tensorrt_cu12_bindings-10.9.0", "tensorrt_cu12-10.9.0.34", "tensorrt_rtx_cu13-1.7.1.116", "torchvision-0.16.2"):
+    for name in (
+        "torch-2.1.2+cu121",
+        "numpy-1.26.2",
+        "onnxruntime_gpu-1.23.0",
+        "tensorrt_cu12_bindings-10.9.0",
+        "tensorrt_cu12-10.9.0.34",
+        "tensorrt_rtx_cu13-1.7.1.116",
+        "torchvision-0.16.2",
+    ):
         (folder / f"{name}.dist-info").mkdir(parents=True)
-    assert host_packages(root) == {"torch": "2.1.2+cu121", "numpy": "1.26.2", "onnxruntime-gpu": "1.23.0", "tensorrt-cu12": "10.9.0.34", "tensorrt-rtx-cu13": "1.7.1.116"}
+    assert host_packages(root) == {
+        "torch": "2.1.2+cu121",
+        "numpy": "1.26.2",
+        "onnxruntime-gpu": "1.23.0",
+        "tensorrt-cu12": "10.9.0.34",
+        "tensorrt-rtx-cu13": "1.7.1.116",
+    }
 
 
 @pytest.fixture
@@ -544,7 +678,9 @@ def webui(tmp_path: Path) -> tuple[Any, Path]:
     return find_host("webui", make_tree(tmp_path / "webui", "webui"))
 
 
-def test_the_model_lies_beside_its_engine_as_one_file_where_asked_for(webui: tuple[Any, Path], random_folder: Path, random_pipeline: Any, tmp_path: Path) -> None:
+def test_the_model_lies_beside_its_engine_as_one_file_where_asked_for(
+    webui: tuple[Any, Path], random_folder: Path, random_pipeline: Any, tmp_path: Path
+) -> None:
     host, root = webui
     before = snapshot(root)
     made = make_engine(tmp_path / "made", inputs={"pipeline": sha256_of(random_folder)})
@@ -553,12 +689,16 @@ def test_the_model_lies_beside_its_engine_as_one_file_where_asked_for(webui: tup
     for name, weight in random_pipeline.unet.state_dict().items():
         assert (stored.unet.state_dict()[name] == weight.half().float()).all()
     assert not install(host, root, [made], weights=random_folder).written
-    assert install(host, root, [made]).removed == (f"{host.models}/sd-tiny/{WEIGHTS}",), "without it, so that no other model's stay behind"
+    assert install(host, root, [made]).removed == (f"{host.models}/sd-tiny/{WEIGHTS}",), (
+        "without it, so that no other model's stay behind"
+    )
     uninstall(host, root)
     assert snapshot(root) == before
 
 
-def test_a_model_that_is_one_file_lies_beside_its_engine_as_it_is(webui: tuple[Any, Path], random_pipeline: Any, tmp_path: Path) -> None:
+def test_a_model_that_is_one_file_lies_beside_its_engine_as_it_is(
+    webui: tuple[Any, Path], random_pipeline: Any, tmp_path: Path
+) -> None:
     host, root = webui
     file = export_ldm(random_pipeline, tmp_path / "model.safetensors")
     install(host, root, [make_engine(tmp_path / "made", inputs={"pipeline": sha256_of(file)})], weights=file)
@@ -567,9 +707,15 @@ def test_a_model_that_is_one_file_lies_beside_its_engine_as_it_is(webui: tuple[A
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
-    [({}, "was made from another model"), ({"pipeline": "0" * 64}, "was made from another model"), ({"pipeline": "", "lora style:0.8": "0" * 64}, "has a LoRA in it that this model has not")],
+    [
+        ({}, "was made from another model"),
+        ({"pipeline": "0" * 64}, "was made from another model"),
+        ({"pipeline": "", "lora style:0.8": "0" * 64}, "has a LoRA in it that this model has not"),
+    ],
 )
-def test_weights_of_another_model_are_refused(inputs: dict[str, str], words: str, webui: tuple[Any, Path], random_folder: Path, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(
+    inputs: dict[str, str], words: str, webui: tuple[Any, Path], random_folder: Path, tmp_path: Path
+) -> None:
     host, root = webui
     before = snapshot(root)
     given = {name: value or sha256_of(random_folder) for name, value in inputs.items()}
@@ -578,7 +724,9 @@ def test_weights_of_another_model_are_refused(inputs: dict[str, str], words: str
     assert snapshot(root) == before
 
 
-def test_weights_are_for_the_webuis_and_for_copies(comfyui: tuple[Any, Path], webui: tuple[Any, Path], engine: Path, random_folder: Path) -> None:
+def test_weights_are_for_the_webuis_and_for_copies(
+    comfyui: tuple[Any, Path], webui: tuple[Any, Path], engine: Path, random_folder: Path
+) -> None:
     with pytest.raises(UsageError, match=r"ComfyUI, which loads such a file itself.*--ldm"):
         install(*comfyui, [engine], weights=random_folder)
     with pytest.raises(UsageError, match="--with-weights with --link"):

@@ -1,4 +1,7 @@
-"""One LDM file of a pipeline: what WebUIs load natively. That its tensors are where they belong is held in `test_single_file`."""
+"""One LDM file of a pipeline: what WebUIs load natively.
+
+That its tensors are where they belong is held in `test_single_file`.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,17 @@ def student_of(pipeline: Any, preset: str | None) -> Any:
     if preset is None:
         return pipeline
     parts = {name: part for name, part in pipeline.components.items() if name != "unet"}
-    return type(pipeline)(unet=build_student(pipeline.unet, make_plan(pipeline.unet.config, preset)), **parts, requires_safety_checker=False)
+    return type(pipeline)(
+        unet=build_student(pipeline.unet, make_plan(pipeline.unet.config, preset)),
+        **parts,
+        requires_safety_checker=False,
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_what_is_written_reads_back_as_the_same_model_in_half_precision(preset: str | None, random_pipeline: Any, tmp_path: Path) -> None:
+def test_what_is_written_reads_back_as_the_same_model_in_half_precision(
+    preset: str | None, random_pipeline: Any, tmp_path: Path
+) -> None:
     pipeline = student_of(random_pipeline, preset)
     file = export_ldm(pipeline, tmp_path / "student.safetensors")
     stored: Any = load_single_file(file)
@@ -42,7 +51,11 @@ def test_what_is_written_reads_back_as_the_same_model_in_half_precision(preset: 
         for key, weight in getattr(pipeline, name).state_dict().items():
             assert torch.equal(found[key], weight.half().float()), key
     pipeline.save_pretrained(tmp_path / "folder")
-    theirs = type(pipeline).from_single_file(str(file), config=str(tmp_path / "folder"), local_files_only=True, torch_dtype=torch.float16).to(torch.float32)
+    theirs = (
+        type(pipeline)
+        .from_single_file(str(file), config=str(tmp_path / "folder"), local_files_only=True, torch_dtype=torch.float16)
+        .to(torch.float32)
+    )
     sample = torch.randn(1, 4, 16, 16), torch.tensor(500), torch.randn(1, 77, 96)
     with torch.no_grad():
         assert torch.equal(theirs.unet(*sample).sample, stored.unet(*sample).sample)
@@ -51,9 +64,20 @@ def test_what_is_written_reads_back_as_the_same_model_in_half_precision(preset: 
         assert torch.equal(theirs.text_encoder(ids)[0], stored.text_encoder(ids)[0])
 
 
-def test_every_tensor_is_contiguous_and_of_the_asked_for_precision_and_the_metadata_is_there(random_pipeline: Any, tmp_path: Path) -> None:
+def test_every_tensor_is_contiguous_and_of_the_asked_for_precision_and_the_metadata_is_there(
+    random_pipeline: Any, tmp_path: Path
+) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        with safe_open(export_ldm(random_pipeline, tmp_path / "a.safetensors", dtype, metadata={"modelspec.title": "sd-tiny", "sha256": "0" * 64}, force=True), "pt") as file:
+        with safe_open(
+            export_ldm(
+                random_pipeline,
+                tmp_path / "a.safetensors",
+                dtype,
+                metadata={"modelspec.title": "sd-tiny", "sha256": "0" * 64},
+                force=True,
+            ),
+            "pt",
+        ) as file:
             assert {file.get_tensor(key).dtype for key in file.keys()} == {dtype}  # noqa: SIM118
             assert all(file.get_tensor(key).is_contiguous() for key in file.keys())  # noqa: SIM118
             metadata = file.metadata()
@@ -62,7 +86,12 @@ def test_every_tensor_is_contiguous_and_of_the_asked_for_precision_and_the_metad
 
 
 def test_the_same_model_makes_the_same_bytes(random_pipeline: Any, tmp_path: Path) -> None:
-    files = {export_ldm(random_pipeline, tmp_path / f"{number}.safetensors", metadata={"title": "é \"x\"\n", "b": "2", "a": "1"}).read_bytes() for number in range(4)}
+    files = {
+        export_ldm(
+            random_pipeline, tmp_path / f"{number}.safetensors", metadata={"title": 'é "x"\n', "b": "2", "a": "1"}
+        ).read_bytes()
+        for number in range(4)
+    }
     assert len(files) == 1
 
 
@@ -84,13 +113,18 @@ def test_a_path_that_is_no_safetensors_file_is_refused(name: str, random_pipelin
 
 
 @pytest.mark.parametrize("value", [1e6, float("inf"), float("nan")])
-def test_weights_that_half_precision_cannot_hold_are_refused(value: float, random_pipeline: Any, tmp_path: Path) -> None:
+def test_weights_that_half_precision_cannot_hold_are_refused(
+    value: float, random_pipeline: Any, tmp_path: Path
+) -> None:
     weight = random_pipeline.vae.decoder.conv_out.bias
     kept = weight.detach().clone()
     try:
         with torch.no_grad():
             weight[0] = value
-        with pytest.raises(ModelError, match=r"first_stage_model\.decoder\.conv_out\.bias: 1 weights do not fit into float16.*--precision fp32"):
+        with pytest.raises(
+            ModelError,
+            match=r"first_stage_model\.decoder\.conv_out\.bias: 1 weights do not fit into float16.*--precision fp32",
+        ):
             export_ldm(random_pipeline, tmp_path / "a.safetensors")
         assert not list(tmp_path.iterdir())
         if value == 1e6:
@@ -109,8 +143,13 @@ def test_a_file_where_a_folder_should_be_is_refused(random_pipeline: Any, tmp_pa
 @pytest.mark.skipif(not COMFYUI, reason="SDCOMPRESS_COMFYUI names no checkout of ComfyUI")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(("family", "expected"), [("sd1", "SD15"), ("sd2", "SD20")])
-@pytest.mark.parametrize(("preset", "pairs"), [(None, [2, 2, 2, 2]), ("bk-base", [1, 1, 1, 1]), ("bk-small", [1, 1, 1, 1]), ("bk-tiny", [1, 1, 1])])
-def test_comfyuis_own_detection_takes_teachers_and_students(preset: str | None, pairs: list[int], family: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "pairs"),
+    [(None, [2, 2, 2, 2]), ("bk-base", [1, 1, 1, 1]), ("bk-small", [1, 1, 1, 1]), ("bk-tiny", [1, 1, 1])],
+)
+def test_comfyuis_own_detection_takes_teachers_and_students(
+    preset: str | None, pairs: list[int], family: str, expected: str
+) -> None:
     from diffusers import UNet2DConditionModel
 
     if COMFYUI not in sys.path:
@@ -122,7 +161,9 @@ def test_comfyuis_own_detection_takes_teachers_and_students(preset: str | None, 
 
     config = json.loads((CONFIGS / family / "unet/config.json").read_text())
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config if preset is None else make_plan(config, preset).student_config())
+        unet = UNet2DConditionModel.from_config(
+            config if preset is None else make_plan(config, preset).student_config()
+        )
         state = unet.state_dict()
     weights = {UNET + ours: state[theirs] for theirs, ours in unet_keys(state).items()}
     assert comfy.model_detection.unet_prefix_from_state_dict(weights) == UNET

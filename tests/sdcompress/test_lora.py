@@ -21,7 +21,17 @@ from sdcompress.train.config import FinetuneConfig, LoraConfig
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
 
-SHORT = LoraConfig(steps=4, batch_size=4, learning_rate=1e-2, rank=4, alpha=8, precision="fp32", checkpoint_every=2, log_every=1, text_encoder=True)
+SHORT = LoraConfig(
+    steps=4,
+    batch_size=4,
+    learning_rate=1e-2,
+    rank=4,
+    alpha=8,
+    precision="fp32",
+    checkpoint_every=2,
+    log_every=1,
+    text_encoder=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +55,18 @@ def outputs(pipeline: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         text = pipeline.encode_prompt("a flat icon of a cat", "cpu", 1, False)[0]
-        return pipeline.unet(torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([20, 700]), text.expand(2, -1, -1)).sample
+        return pipeline.unet(
+            torch.randn(2, 4, 16, 16, generator=generator), torch.tensor([20, 700]), text.expand(2, -1, -1)
+        ).sample
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def test_diffusers_and_our_loader_draw_the_same_from_either_file(model: LoadedPipeline, trained: Path, random_folder: Path) -> None:
+def test_diffusers_and_our_loader_draw_the_same_from_either_file(
+    model: LoadedPipeline, trained: Path, random_folder: Path
+) -> None:
     plain = outputs(model.pipeline)
     by_diffusers = load_teacher(random_folder).pipeline
     by_diffusers.load_lora_weights(trained, weight_name=FILE)
@@ -80,11 +94,15 @@ def test_training_leaves_the_model_as_it_was(model: LoadedPipeline, trained: Pat
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_a_lora_for_the_teacher_becomes_one_for_the_student(model: LoadedPipeline, trained: Path, tmp_path: Path) -> None:
+def test_a_lora_for_the_teacher_becomes_one_for_the_student(
+    model: LoadedPipeline, trained: Path, tmp_path: Path
+) -> None:
     """A student pruned from the fused teacher equals the pruned student with the remapped LoRA fused into it."""
     pipeline: Any = model.pipeline
     plan = make_plan(pipeline.unet.config, "bk-tiny")
-    layers = {key: layer for key, layer in read_lora(trained / FILE, unet_modules(pipeline.unet)).items() if key[0] == "unet"}
+    layers = {
+        key: layer for key, layer in read_lora(trained / FILE, unet_modules(pipeline.unet)).items() if key[0] == "unet"
+    }
     student = build_student(pipeline.unet, plan).eval()
     remapped = remap_lora(layers, plan, unet_modules(student))
     assert len(remapped.layers) + len(remapped.dropped) == len(layers)
@@ -112,7 +130,10 @@ def test_what_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPi
     with pytest.raises(ModelError, match="no readable safetensors"):
         read_lora(tmp_path / "cut.safetensors", modules)
     tensors = load_file(trained / KOHYA_FILE)
-    save_file(tensors | {"lora_unet_down_blocks_7_nothing.lora_down.weight": torch.zeros(4, 4)}, tmp_path / "alien.safetensors")
+    save_file(
+        tensors | {"lora_unet_down_blocks_7_nothing.lora_down.weight": torch.zeros(4, 4)},
+        tmp_path / "alien.safetensors",
+    )
     with pytest.raises(ModelError, match="down_blocks_7_nothing"):
         read_lora(tmp_path / "alien.safetensors", modules)
     half = dict(tensors)
@@ -132,8 +153,18 @@ def test_targets_that_name_no_layer_are_told(model: LoadedPipeline, cache: Laten
     assert not (tmp_path / "run").exists()
 
 
-def test_finetuning_trains_every_weight_and_saves_an_ordinary_pipeline(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
-    config = FinetuneConfig(steps=3, batch_size=4, learning_rate=1e-3, precision="fp32", gradient_checkpointing=True, noise_offset=0.05, snr_gamma=5)
+def test_finetuning_trains_every_weight_and_saves_an_ordinary_pipeline(
+    model: LoadedPipeline, cache: LatentCache, tmp_path: Path
+) -> None:
+    config = FinetuneConfig(
+        steps=3,
+        batch_size=4,
+        learning_rate=1e-3,
+        precision="fp32",
+        gradient_checkpointing=True,
+        noise_offset=0.05,
+        snr_gamma=5,
+    )
     finetune(model, cache, config, tmp_path / "run")
     found = load_teacher(tmp_path / "run").pipeline.unet.state_dict()
     before = model.pipeline.unet.state_dict()

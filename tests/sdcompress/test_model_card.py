@@ -1,4 +1,6 @@
-"""The model card says what the manifest says: teacher, plan, counts, data, losses, licence, and code that names the repository."""
+"""The model card says what the manifest says: teacher, plan, counts, data, losses, licence, and code that names the
+repository.
+"""
 
 from __future__ import annotations
 
@@ -40,10 +42,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
     cache = build_cache(open_source(str(data)), teacher, folder / "cache")
     given: dict[str, Any] = {"steps": 1, "batch_size": 2, "validation_prompts": (PROMPT,), "sample_every": 0}
     plan = make_plan(dict(teacher.pipeline.unet.config), "bk-tiny")
-    distill(teacher, plan, cache, load_config(DistillConfig, None, given | {"output_kd_weight": 0.5, "ema_decay": 0.9}), folder / "student")
+    distill(
+        teacher,
+        plan,
+        cache,
+        load_config(DistillConfig, None, given | {"output_kd_weight": 0.5, "ema_decay": 0.9}),
+        folder / "student",
+    )
     finetune(teacher, cache, load_config(FinetuneConfig, None, given), folder / "finetuned")
     train_lora(teacher, cache, load_config(LoraConfig, None, given | {"rank": 3}), folder / "style")
-    return {"student": folder / "student/pipeline", "finetuned": folder / "finetuned/pipeline", "lora": folder / "style/lora"}
+    return {
+        "student": folder / "student/pipeline",
+        "finetuned": folder / "finetuned/pipeline",
+        "lora": folder / "style/lora",
+    }
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -53,13 +65,18 @@ def front_matter(card: str) -> dict[str, Any]:
     return found
 
 
-def test_a_student_card_says_what_was_removed_and_what_it_was_made_from(trained: dict[str, Path], random_pipeline: Any) -> None:
+def test_a_student_card_says_what_was_removed_and_what_it_was_made_from(
+    trained: dict[str, Path], random_pipeline: Any
+) -> None:
     from diffusers import UNet2DConditionModel
 
     folder = trained["student"]
     card = model_card(folder, "me/random-tiny")
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
-    before, after = count_parameters(random_pipeline.unet), count_parameters(UNet2DConditionModel.from_pretrained(folder / "unet"))
+    before, after = (
+        count_parameters(random_pipeline.unet),
+        count_parameters(UNet2DConditionModel.from_pretrained(folder / "unet")),
+    )
     assert f"| teacher | {before:,} |\n| this model | {after:,} |" in card
     assert "| level 0 (48 channels) | down pairs 1; up pairs 1 | down pairs 0; up pairs 0, 2 |" in card
     assert "| level 3 (96 channels) | all | nothing |" in card
@@ -133,8 +150,12 @@ def test_what_was_not_trained_here_gets_no_card(random_folder: Path) -> None:
         model_card(random_folder, "me/thing")
 
 
-@pytest.mark.parametrize(("change", "error"), [({"plan": {}}, PlanError), ({"train": None}, ArtifactError), ({"plan": None}, PlanError)])
-def test_a_manifest_that_does_not_say_what_was_done_is_refused(trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], error: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("change", "error"), [({"plan": {}}, PlanError), ({"train": None}, ArtifactError), ({"plan": None}, PlanError)]
+)
+def test_a_manifest_that_does_not_say_what_was_done_is_refused(
+    trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], error: type[Exception]
+) -> None:
     folder = tmp_path / "pipeline"
     shutil.copytree(trained["student"], folder)
     manifest = read_manifest(folder)

@@ -42,7 +42,11 @@ def test_every_picture_names_its_source_and_an_open_licence(records: dict[str, l
 
 def test_captions_are_the_style_and_the_concept(records: dict[str, list]) -> None:
     phrases = nano.styles()
-    assert all(caption.startswith(phrases[meta["style"]]) and caption.endswith(meta["concept"]) for rows in records.values() for caption, meta in rows)
+    assert all(
+        caption.startswith(phrases[meta["style"]]) and caption.endswith(meta["concept"])
+        for rows in records.values()
+        for caption, meta in rows
+    )
 
 
 def test_pictures_are_whole_and_of_the_stated_size() -> None:
@@ -59,7 +63,10 @@ def test_the_teacher_has_sd1s_topology() -> None:
     assert 6e6 <= count_parameters(pipeline.unet) <= 9e6
     assert pipeline.vae.config.latent_channels == 4
     assert len(pipeline.vae.config.block_out_channels) == 4
-    assert (pipeline.scheduler.config.beta_schedule, pipeline.scheduler.config.prediction_type) == ("scaled_linear", "epsilon")
+    assert (pipeline.scheduler.config.beta_schedule, pipeline.scheduler.config.prediction_type) == (
+        "scaled_linear",
+        "epsilon",
+    )
     assert pipeline.tokenizer.model_max_length == 77
 
 
@@ -84,7 +91,14 @@ def test_the_judge_is_not_what_conditions() -> None:
     assert not any(torch.equal(judge[k].float(), conditioning[k].float()) for k in judge if judge[k].ndim > 1)
 
 
-@pytest.mark.parametrize(("name", "key"), [("nano-teacher.json", "sha256"), ("distillation-nano.json", "teacher_sha256"), ("adapting-nano.json", "teacher_sha256")])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("nano-teacher.json", "sha256"),
+        ("distillation-nano.json", "teacher_sha256"),
+        ("adapting-nano.json", "teacher_sha256"),
+    ],
+)
 def test_results_are_of_the_teacher_that_ships(name: str, key: str) -> None:
     assert json.loads((RESULTS / name).read_text())[key] == sha256_tree(nano.teacher_folder())
 

@@ -22,10 +22,35 @@ from sdcompress.onnxruntime_ops import use_onnxruntime_ops
 # Operators that `export` writes and that onnxruntime-gpu 1.27 to 1.31.1 has CUDA kernels for at opset 23, or runs on
 # the CPU as arithmetic on shapes: recorded from their own partitioning of these graphs.
 KERNELS = {
-    "Add", "ArgMax", "Attention", "Cast", "Concat", "Conv", "Cos", "Div", "Equal", "Expand", "Gather", "GatherND", "Gelu",
-    "Gemm", "LayerNormalization", "MatMul", "Mul", "Range", "Reshape", "Resize", "Shape", "Sigmoid", "Sin", "Slice",
-    "Split", "Squeeze", "Transpose", "Unsqueeze",
-}  # fmt: skip
+    "Add",
+    "ArgMax",
+    "Attention",
+    "Cast",
+    "Concat",
+    "Conv",
+    "Cos",
+    "Div",
+    "Equal",
+    "Expand",
+    "Gather",
+    "GatherND",
+    "Gelu",
+    "Gemm",
+    "LayerNormalization",
+    "MatMul",
+    "Mul",
+    "Range",
+    "Reshape",
+    "Resize",
+    "Shape",
+    "Sigmoid",
+    "Sin",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unsqueeze",
+}
 INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 
 

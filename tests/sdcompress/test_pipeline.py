@@ -13,7 +13,15 @@ from sdcompress_engines.exactness import ieee_fp32, use_ieee_fp32
 
 from sdcompress.pipeline import PositionalUNet, generate, keep_timesteps_on_host, load_pipeline
 
-SCHEDULERS = ("DDIMScheduler", "PNDMScheduler", "DDPMScheduler", "LCMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+SCHEDULERS = (
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DDPMScheduler",
+    "LCMScheduler",
+    "EulerDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, with NumPy 2
@@ -64,7 +72,12 @@ def test_a_unet_called_by_position_answers_as_it_does_by_keyword(folder: str, re
     added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
     with torch.no_grad():
         (found,) = PositionalUNet(unet)(*given.values())
-        want = unet(given["sample"], given["timestep"], encoder_hidden_states=given["encoder_hidden_states"], added_cond_kwargs=added).sample
+        want = unet(
+            given["sample"],
+            given["timestep"],
+            encoder_hidden_states=given["encoder_hidden_states"],
+            added_cond_kwargs=added,
+        ).sample
     assert len(given) == (5 if folder == "sdxl_folder" else 3)
     assert torch.equal(found, want)
 

@@ -13,7 +13,12 @@ from sdcompress.prune.student import build_student, count_parameters, meta_unet,
 from sdcompress.train.runs import save_pipeline, with_unet
 
 SD = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
-SD2 = {"sample_size": 64, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SD2 = {
+    "sample_size": 64,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+}
 SDXL = {
     "sample_size": 128,
     "block_out_channels": (320, 640, 1280),
@@ -49,11 +54,20 @@ def test_parameter_counts_are_the_published_ones(family: str, preset: str | None
 
 
 def test_the_shares_the_readme_names() -> None:
-    """SD-Small's and SD-Tiny's UNets are 32.6% and 62.4% smaller; with SD1.5's text encoder and VAE around them, 26% and 50%."""
+    """SD-Small's and SD-Tiny's UNets are 32.6% and 62.4% smaller; with SD1.5's text encoder and VAE around them, 26%
+    and 50%.
+    """
     with torch.device("meta"):
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12))
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+            )
+        )
         vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512), layers_per_block=2
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
         )
     whole, small, tiny = (COUNTS["sd1"][name] for name in (None, "bk-base", "bk-tiny"))
     rest = count_parameters(text) + count_parameters(vae)
@@ -61,7 +75,9 @@ def test_the_shares_the_readme_names() -> None:
     assert [f"{1 - (n + rest) / (whole + rest):.0%}" for n in (small, tiny)] == ["26%", "50%"]
 
 
-@pytest.mark.parametrize(("family", "preset"), [(f, p) for f in FAMILIES for p in PRESETS if (f, p) != ("sdxl", "bk-tiny")])
+@pytest.mark.parametrize(
+    ("family", "preset"), [(f, p) for f in FAMILIES for p in PRESETS if (f, p) != ("sdxl", "bk-tiny")]
+)
 def test_every_student_tensor_is_one_teacher_tensor_of_its_shape(family: str, preset: str) -> None:
     config = config_of(family)
     plan = make_plan(config, preset)
@@ -88,10 +104,16 @@ def test_tiny_drops_the_innermost_level_and_shifts_the_up_blocks() -> None:
 
 
 def test_some_transformer_blocks_of_sdxl_can_stay() -> None:
-    plan = make_plan(config_of("sdxl"), levels=[LevelPlan((0,), (0, 2)), LevelPlan((0,), (0, 2)), LevelPlan((0,), (0, 2), (0, 1, 5, 9))])
+    plan = make_plan(
+        config_of("sdxl"),
+        levels=[LevelPlan((0,), (0, 2)), LevelPlan((0,), (0, 2)), LevelPlan((0,), (0, 2), (0, 1, 5, 9))],
+    )
     teacher, student = meta_unet(plan.teacher).state_dict(), meta_unet(plan.student_config()).state_dict()
     assert all(teacher[plan.teacher_key(k)].shape == v.shape for k, v in student.items())
-    assert plan.teacher_key("mid_block.attentions.0.transformer_blocks.2.norm1.weight") == "mid_block.attentions.0.transformer_blocks.5.norm1.weight"
+    assert (
+        plan.teacher_key("mid_block.attentions.0.transformer_blocks.2.norm1.weight")
+        == "mid_block.attentions.0.transformer_blocks.5.norm1.weight"
+    )
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -129,13 +151,17 @@ def test_illegal_keep_lists_are_refused(levels: list[LevelPlan]) -> None:
 
 def test_macs_fall_with_the_blocks() -> None:
     config = config_of("sd1")
-    costs = [unet_cost({k: v for k, v in config.items() if not k.startswith("_")})["total"].macs] + [unet_cost(make_plan(config, p).student_config())["total"].macs for p in PRESETS]
+    costs = [unet_cost({k: v for k, v in config.items() if not k.startswith("_")})["total"].macs] + [
+        unet_cost(make_plan(config, p).student_config())["total"].macs for p in PRESETS
+    ]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] / 1e9 == pytest.approx(401.6, abs=0.5)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_student_holds_the_teachers_values_and_leaves_the_teacher_alone(random_pipeline: StableDiffusionPipeline, preset: str) -> None:
+def test_a_student_holds_the_teachers_values_and_leaves_the_teacher_alone(
+    random_pipeline: StableDiffusionPipeline, preset: str
+) -> None:
     teacher = random_pipeline.unet
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     plan = make_plan(teacher.config, preset)
@@ -148,7 +174,8 @@ def test_a_student_holds_the_teachers_values_and_leaves_the_teacher_alone(random
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_student_reloads_with_equal_output(random_pipeline: StableDiffusionPipeline, preset: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
+# type: ignore[no-untyped-def]
+def test_a_student_reloads_with_equal_output(random_pipeline: StableDiffusionPipeline, preset: str, tmp_path) -> None:
     student = build_student(random_pipeline.unet, make_plan(random_pipeline.unet.config, preset)).eval()
     save_pipeline(with_unet(random_pipeline, student), tmp_path / "student", "student")
     again = DiffusionPipeline.from_pretrained(tmp_path / "student").unet.eval()
@@ -166,7 +193,11 @@ def test_feature_pairs_have_equal_shapes(random_pipeline: StableDiffusionPipelin
     plan = make_plan(teacher.config, preset)
     student = build_student(teacher, plan)
     pairs = plan.feature_pairs()
-    with torch.no_grad(), collect_features(student, [s for s, _ in pairs]) as ours, collect_features(teacher, [t for _, t in pairs]) as theirs:
+    with (
+        torch.no_grad(),
+        collect_features(student, [s for s, _ in pairs]) as ours,
+        collect_features(teacher, [t for _, t in pairs]) as theirs,
+    ):
         for unet in (student, teacher):
             unet(torch.randn(1, 4, 16, 16), 500, torch.randn(1, 77, 96))
         assert [ours[s].shape for s, _ in pairs] == [theirs[t].shape for _, t in pairs]

@@ -1,4 +1,7 @@
-"""Training as processes: killed at any moment, shared by two, stopped by a signal. Each run is the command as it is typed."""
+"""Training as processes: killed at any moment, shared by two, stopped by a signal.
+
+Each run is the command as it is typed.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +43,34 @@ def shared_cache(random_folder: Path, pictures: Path, tmp_path_factory: pytest.T
 def arguments(random_folder: Path, pictures: Path, shared_cache: Path) -> list[str]:
     """`distill` with everything but the output: batches of 4, a checkpoint every 3 steps, fp32."""
     knobs = ["ema_decay=0.9", "keep_checkpoints=3", "log_every=1", "learning_rate=0.001"]
-    plain = ["distill", str(random_folder), "--data", str(pictures), "--cache", str(shared_cache), "--steps", str(STEPS), "--batch-size", "4", "--precision", "fp32", "--checkpoint-every", "3"]
+    plain = [
+        "distill",
+        str(random_folder),
+        "--data",
+        str(pictures),
+        "--cache",
+        str(shared_cache),
+        "--steps",
+        str(STEPS),
+        "--batch-size",
+        "4",
+        "--precision",
+        "fp32",
+        "--checkpoint-every",
+        "3",
+    ]
     return plain + [part for knob in knobs for part in ("--set", knob)]
 
 
 def run(command: list[str], arguments: list[str], output: Path, *extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, *arguments, "-o", str(output), *extra], capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=500)
+    return subprocess.run(
+        [*command, *arguments, "-o", str(output), *extra],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+        timeout=500,
+    )
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
@@ -67,14 +92,21 @@ def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def killed_until_it_ends(command: list[str], arguments: list[str], output: Path, kills: int, seed: int) -> list[int]:
-    """Start, kill after a random number of further steps, resume; `kills` times, then let it end. The steps it was killed at."""
+    """Start, kill after a random number of further steps, resume; `kills` times, then let it end.
+
+    The steps it was killed at.
+    """
     draw = random.Random(seed)
     killed = []
     for _ in range(kills):
         reached = len(metrics(output))
         stop_at = min(STEPS - 1, reached + draw.randint(1, 5))
         process = subprocess.Popen(
-            [*command, *arguments, "-o", str(output), *(["--resume"] if output.exists() else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT, start_new_session=True
+            [*command, *arguments, "-o", str(output), *(["--resume"] if output.exists() else [])],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            start_new_session=True,
         )
         while process.poll() is None and len(metrics(output)) < stop_at:
             time.sleep(0.01)
@@ -113,7 +145,13 @@ def test_two_processes_are_two_and_give_the_losses_of_one(arguments: list[str], 
 
 def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(arguments: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = subprocess.Popen([*ALONE, *arguments, "--steps", "2000", "--checkpoint-every", "5000", "-o", str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        [*ALONE, *arguments, "--steps", "2000", "--checkpoint-every", "5000", "-o", str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
     while process.poll() is None and len(metrics(output)) < 2:
         time.sleep(0.01)
     second = run(ALONE, arguments, output, "--resume")

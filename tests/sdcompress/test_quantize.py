@@ -21,7 +21,18 @@ from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import OnnxRuntimeRunner, TorchRunner
 
 from sdcompress import quantize
-from sdcompress.quantize import KEPT, LIMITS, Accuracy, check_accuracy, check_quantized, choose_nodes, collect_calibration, named_for, quantize_graph, supported
+from sdcompress.quantize import (
+    KEPT,
+    LIMITS,
+    Accuracy,
+    check_accuracy,
+    check_quantized,
+    choose_nodes,
+    collect_calibration,
+    named_for,
+    quantize_graph,
+    supported,
+)
 
 needs_modelopt = pytest.mark.skipif(quantize.missing() is not None, reason="nvidia-modelopt is not installed")
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
@@ -29,7 +40,9 @@ CHANNELS = 32
 
 
 def write_small(path: Path, dtype: str = "fp16", opset: int = 23) -> Path:
-    """A UNet in small: first and last convolution, a time embedding, one resnet with its shortcut, a linear layer on the context."""
+    """A UNet in small: first and last convolution, a time embedding, one resnet with its shortcut, a linear layer on
+    the context.
+    """
     rng = np.random.default_rng(0)
     kind, number = (np.float16, TensorProto.FLOAT16) if dtype == "fp16" else (np.float32, TensorProto.FLOAT)
     weights = {
@@ -43,8 +56,14 @@ def write_small(path: Path, dtype: str = "fp16", opset: int = 23) -> Path:
         "shift": np.zeros(CHANNELS),
     }
     weights["body"][3] *= 0.01  # under what half precision's scales reach in normal numbers
-    tensors = [numpy_helper.from_array(value.astype(np.float32 if name == "time" else kind), name) for name, value in weights.items()]
-    tensors += [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in (("one", [1]), ("two_three", [2, 3]))]
+    tensors = [
+        numpy_helper.from_array(value.astype(np.float32 if name == "time" else kind), name)
+        for name, value in weights.items()
+    ]
+    tensors += [
+        numpy_helper.from_array(np.array(value, np.int64), name)
+        for name, value in (("one", [1]), ("two_three", [2, 3]))
+    ]
     nodes = [
         helper.make_node("Unsqueeze", ["timestep", "one"], ["t"]),
         helper.make_node("Gemm", ["t", "time"], ["t_embedded"], name="time"),
@@ -70,7 +89,14 @@ def write_small(path: Path, dtype: str = "fp16", opset: int = 23) -> Path:
         helper.make_tensor_value_info("encoder_hidden_states", number, ["batch", "tokens", 16]),
     ]
     out = helper.make_tensor_value_info("out_sample", number, ["batch", 4, "height", "width"])
-    onnx.save(helper.make_model(helper.make_graph(nodes, "unet", ports, [out], tensors), opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
+    onnx.save(
+        helper.make_model(
+            helper.make_graph(nodes, "unet", ports, [out], tensors),
+            opset_imports=[helper.make_opsetid("", opset)],
+            ir_version=10,
+        ),
+        path,
+    )
     return path
 
 
@@ -110,8 +136,13 @@ def test_calibration_covers_timesteps_prompts_and_both_halves(random_pipeline: A
     assert times.tolist() == sorted(set(random_pipeline.scheduler.timesteps.tolist()))
     assert counts.max() <= 2 * counts.min()  # PNDM asks for one of its timesteps twice
     with torch.no_grad():
-        contexts = {prompt: random_pipeline.encode_prompt(prompt, "cpu", 1, False)[0][0].numpy() for prompt in ("", *prompts)}
-    met = [next(prompt for prompt, value in contexts.items() if np.allclose(value, row, atol=1e-5)) for row in found["encoder_hidden_states"]]
+        contexts = {
+            prompt: random_pipeline.encode_prompt(prompt, "cpu", 1, False)[0][0].numpy() for prompt in ("", *prompts)
+        }
+    met = [
+        next(prompt for prompt, value in contexts.items() if np.allclose(value, row, atol=1e-5))
+        for row in found["encoder_hidden_states"]
+    ]
     assert met.count("") in (7, 8)
     assert all(2 <= met.count(prompt) <= 3 for prompt in prompts)
     assert len(np.unique(np.concatenate([value.reshape(15, -1) for value in found.values()], axis=1), axis=0)) == 15
@@ -120,7 +151,9 @@ def test_calibration_covers_timesteps_prompts_and_both_halves(random_pipeline: A
 
 
 def test_calibration_depends_on_the_seed_alone(random_pipeline: Any) -> None:
-    first, again, other = (collect_calibration(random_pipeline, ["a cat"], steps=2, samples=4, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        collect_calibration(random_pipeline, ["a cat"], steps=2, samples=4, seed=seed) for seed in (1, 1, 2)
+    )
     assert all(np.array_equal(first[name], again[name]) for name in first)
     assert not np.array_equal(first["sample"], other["sample"])
 
@@ -164,13 +197,22 @@ def test_prompts_are_of_the_models_own_kind(random_pipeline: Any) -> None:
 
 def test_fp8_needs_a_card_that_has_it() -> None:
     assert "int8" in str(supported("fp8", (8, 6)))
-    assert [supported("fp8", (8, 9)), supported("fp8", (12, 0)), supported("int8", (7, 5)), supported("fp16", (7, 5))] == [None] * 4
+    assert [
+        supported("fp8", (8, 9)),
+        supported("fp8", (12, 0)),
+        supported("int8", (7, 5)),
+        supported("fp16", (7, 5)),
+    ] == [None] * 4
 
 
-def test_without_modelopt_the_command_that_installs_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_modelopt_the_command_that_installs_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "modelopt", None)
     with pytest.raises(BackendMissing, match=r"modelopt.*pip install 'sdcompress\[quantize\]'"):
-        quantize_graph(write_small(tmp_path / "unet.onnx"), tmp_path / "out.onnx", "int8", rows(), high_precision="fp16")
+        quantize_graph(
+            write_small(tmp_path / "unet.onnx"), tmp_path / "out.onnx", "int8", rows(), high_precision="fp16"
+        )
 
 
 @needs_modelopt
@@ -189,17 +231,29 @@ def test_without_modelopt_the_command_that_installs_it_is_named(tmp_path: Path, 
         ({"calibration": rows() | {"timestep": np.full(8, np.nan, np.float32)}}, DataError, "not finite"),
     ],
 )
-def test_what_cannot_be_quantized_is_refused_at_once(tmp_path: Path, change: dict[str, Any], error: type[Exception], said: str) -> None:
-    given = {"source": write_small(tmp_path / "unet.onnx"), "precision": "int8", "calibration": rows(), "high_precision": "fp16", **change}
+def test_what_cannot_be_quantized_is_refused_at_once(
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    given = {
+        "source": write_small(tmp_path / "unet.onnx"),
+        "precision": "int8",
+        "calibration": rows(),
+        "high_precision": "fp16",
+        **change,
+    }
     with pytest.raises(error, match=said):
-        quantize_graph(given.pop("source"), tmp_path / "out.onnx", given.pop("precision"), given.pop("calibration"), **given)
+        quantize_graph(
+            given.pop("source"), tmp_path / "out.onnx", given.pop("precision"), given.pop("calibration"), **given
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["unet.onnx"]
 
 
 @needs_modelopt
 def test_a_graph_too_old_for_fp8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"opset 18.*--opset"):
-        quantize_graph(write_small(tmp_path / "unet.onnx", opset=18), tmp_path / "out.onnx", "fp8", rows(), high_precision="fp16")
+        quantize_graph(
+            write_small(tmp_path / "unet.onnx", opset=18), tmp_path / "out.onnx", "fp8", rows(), high_precision="fp16"
+        )
 
 
 # Quantization of a small graph
@@ -212,14 +266,22 @@ def test_layers_are_told_by_their_place_in_the_graph(tmp_path: Path) -> None:
 
 
 @needs_modelopt
-@pytest.mark.parametrize(("precision", "stored", "limit"), [("int8", TensorProto.INT8, 0.02), ("fp8", TensorProto.FLOAT8E4M3FN, 0.05)])
+@pytest.mark.parametrize(
+    ("precision", "stored", "limit"), [("int8", TensorProto.INT8, 0.02), ("fp8", TensorProto.FLOAT8E4M3FN, 0.05)]
+)
 @pytest.mark.parametrize("around", ["fp16", "fp32"])
-def test_a_quantized_graph_is_near_and_whole(tmp_path: Path, precision: Any, stored: int, limit: float, around: Any) -> None:
+def test_a_quantized_graph_is_near_and_whole(
+    tmp_path: Path, precision: Any, stored: int, limit: float, around: Any
+) -> None:
     source = write_small(tmp_path / "unet.onnx", around)
     was = source.read_bytes()
     result = quantize_graph(source, tmp_path / "out" / "unet.onnx", precision, rows(), high_precision=around)
     target = tmp_path / "out" / "unet.onnx"
-    assert (result.nodes, result.kept, result.bytes) == ({"Conv": 1, "MatMul": 1}, {"timestep only": 1, "first and last": 2, "shortcut": 1}, target.stat().st_size)
+    assert (result.nodes, result.kept, result.bytes) == (
+        {"Conv": 1, "MatMul": 1},
+        {"timestep only": 1, "first and last": 2, "shortcut": 1},
+        target.stat().st_size,
+    )
     assert [file.name for file in target.parent.iterdir()] == ["unet.onnx"]
     assert {file.name for file in tmp_path.iterdir()} == {"unet.onnx", "out"}
     assert source.read_bytes() == was
@@ -227,7 +289,11 @@ def test_a_quantized_graph_is_near_and_whole(tmp_path: Path, precision: Any, sto
     onnx.checker.check_model(model)
     graph = model.graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    assert {name for name, kind in kinds.items() if kind == stored and name in ("first", "body", "shortcut", "context", "last")} == {"body", "context"}
+    assert {
+        name
+        for name, kind in kinds.items()
+        if kind == stored and name in ("first", "body", "shortcut", "context", "last")
+    } == {"body", "context"}
     nodes = {node.name: node for node in graph.node}
     norm = next(node for node in graph.node if node.op_type == "GroupNormalization")
     assert [norm.input[0], nodes["shortcut"].input[0], nodes["last"].input[0]] == ["h", "h", "with_context"]
@@ -242,11 +308,17 @@ def test_a_quantized_graph_is_near_and_whole(tmp_path: Path, precision: Any, sto
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_small_weights_are_not_rounded_away(tmp_path: Path, precision: Any) -> None:
     source = write_small(tmp_path / "unet.onnx")
-    weight = next(numpy_helper.to_array(tensor).astype(np.float32) for tensor in onnx.load(source).graph.initializer if tensor.name == "body")
+    weight = next(
+        numpy_helper.to_array(tensor).astype(np.float32)
+        for tensor in onnx.load(source).graph.initializer
+        if tensor.name == "body"
+    )
     assert np.abs(weight[3]).max() < 127 * np.finfo(np.float16).tiny
     quantize_graph(source, tmp_path / "out.onnx", precision, rows(), high_precision="fp16")
     found = dequantized(tmp_path / "out.onnx", "body")
-    errors = np.linalg.norm((found - weight).reshape(CHANNELS, -1), axis=1) / np.linalg.norm(weight.reshape(CHANNELS, -1), axis=1)
+    errors = np.linalg.norm((found - weight).reshape(CHANNELS, -1), axis=1) / np.linalg.norm(
+        weight.reshape(CHANNELS, -1), axis=1
+    )
     assert errors.max() < (0.02 if precision == "int8" else 0.05)
 
 
@@ -269,22 +341,38 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.
 
 @needs_modelopt
 def test_only_what_is_asked_for_is_kept(tmp_path: Path) -> None:
-    result = quantize_graph(write_small(tmp_path / "unet.onnx"), tmp_path / "out.onnx", "int8", rows(), high_precision="fp16", keep=["timestep only"])
+    result = quantize_graph(
+        write_small(tmp_path / "unet.onnx"),
+        tmp_path / "out.onnx",
+        "int8",
+        rows(),
+        high_precision="fp16",
+        keep=["timestep only"],
+    )
     assert (result.nodes, result.kept) == ({"Conv": 4, "MatMul": 1}, {"timestep only": 1})
 
 
 @needs_modelopt
 def test_a_graph_with_nothing_to_quantize_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
-    ports = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4, "height", "width"]) for name in ("sample", "out_sample")]
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4, "height", "width"])
+        for name in ("sample", "out_sample")
+    ]
     graph = helper.make_graph([helper.make_node("Relu", ["sample"], ["out_sample"])], "unet", ports[:1], ports[1:])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), tmp_path / "unet.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), tmp_path / "unet.onnx"
+    )
     with pytest.raises(ExportError, match="no convolution"):
-        quantize_graph(tmp_path / "unet.onnx", tmp_path / "out.onnx", "int8", {"sample": rows()["sample"]}, high_precision="fp32")
+        quantize_graph(
+            tmp_path / "unet.onnx", tmp_path / "out.onnx", "int8", {"sample": rows()["sample"]}, high_precision="fp32"
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["unet.onnx"]
 
 
 @needs_modelopt
-def test_a_process_that_dies_is_an_error_and_leaves_the_old_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_an_error_and_leaves_the_old_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killer = tmp_path / "killer.sh"
     killer.write_text("#!/bin/sh\necho 'native code says goodbye'\nkill -SEGV $$\n")
     killer.chmod(0o755)
@@ -309,7 +397,14 @@ def test_a_cancel_ends_the_process_and_leaves_nothing(tmp_path: Path) -> None:
             yield stop
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_graph(write_small(tmp_path / "unet.onnx"), tmp_path / "out.onnx", "int8", rows(), high_precision="fp16", report=Cancel())
+        quantize_graph(
+            write_small(tmp_path / "unet.onnx"),
+            tmp_path / "out.onnx",
+            "int8",
+            rows(),
+            high_precision="fp16",
+            report=Cancel(),
+        )
     assert [file.name for file in tmp_path.iterdir()] == ["unet.onnx"]
     assert not [path for path in Path("/proc").glob("[0-9]*/cwd") if str(tmp_path) in _target(path)]
 
@@ -338,7 +433,11 @@ def test_a_check_needs_several_timesteps_and_a_quantized_graph(tmp_path: Path) -
 def test_a_graph_too_far_from_fp32_is_refused_with_its_figures() -> None:
     for precision, limit in LIMITS.items():
         check_accuracy(Accuracy(precision, {1.0: limit.worst}, limit.mean, limit.worst, 8))
-        for mean, worst in ((limit.mean * 1.01, limit.worst), (limit.mean, limit.worst * 1.01), (float("inf"), float("inf"))):
+        for mean, worst in (
+            (limit.mean * 1.01, limit.worst),
+            (limit.mean, limit.worst * 1.01),
+            (float("inf"), float("inf")),
+        ):
             with pytest.raises(GateFailed, match=f"{precision} UNet.*timestep 501.*at most {limit.mean:g}") as caught:
                 check_accuracy(Accuracy(precision, {901.0: 0.0, 501.0: worst}, mean, worst, 8))
             assert caught.value.exit_code == 3
@@ -364,7 +463,13 @@ def test_nano_is_quantized_within_its_limits_and_builds(tmp_path: Path) -> None:
     feeds = collect_calibration(pipeline, held_out, steps=8, samples=36, seed=1000)
     exact = signature_of("unet", pipeline.unet, "fp32")
     reference = TorchRunner(component_graph("unet", pipeline.unet, torch.float32), exact.inputs, exact.outputs)
-    profile = Profile({"sample": ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16)), "timestep": ((1,), (2,), (2,)), "encoder_hidden_states": ((1, 77, 96), (2, 77, 96), (2, 77, 96))})
+    profile = Profile(
+        {
+            "sample": ((1, 4, 16, 16), (2, 4, 16, 16), (2, 4, 16, 16)),
+            "timestep": ((1,), (2,), (2,)),
+            "encoder_hidden_states": ((1, 77, 96), (2, 77, 96), (2, 77, 96)),
+        }
+    )
     for precision in quantize.PRECISIONS:
         target = tmp_path / f"{precision}.onnx"
         result = quantize_graph(source, target, precision, calibration, high_precision="fp16")

@@ -24,7 +24,9 @@ SD1 = {
     "layers_per_block": 2,
     "cross_attention_dim": 768,
 }
-PUBLISHED = {  # steps, whole batch, rate, weights: MODEL_CARD.md of BK-SDM; huggingface.co/blog/sd_distillation, the cards and the README of distill-sd
+# steps, whole batch, rate, weights: MODEL_CARD.md of BK-SDM; huggingface.co/blog/sd_distillation, the cards and the
+# README of distill-sd
+PUBLISHED = {
     "bk-sdm-base": (50_000, 4 * 64, 5e-5, (1, 1, 1)),
     "bk-sdm-small": (50_000, 4 * 64, 5e-5, (1, 1, 1)),
     "bk-sdm-tiny": (50_000, 4 * 64, 5e-5, (1, 1, 1)),
@@ -41,7 +43,9 @@ def words_of(line: str) -> list[str]:
 
 
 def complaint(line: str) -> str | None:
-    """What is wrong with a `sdcompress ...` command line, or None; nothing is run, and commands that are not there yet are let through."""
+    """What is wrong with a `sdcompress ...` command line, or None; nothing is run, and commands that are not there yet
+    are let through.
+    """
     words = words_of(line)
     words = words[words.index("sdcompress") + 1 :]
     command: click.Command = cli
@@ -59,7 +63,9 @@ def complaint(line: str) -> str | None:
         for parameter in command.params:
             if parameter.required and values.get(parameter.name or "") in (None, (), click.core.UNSET):
                 return f"{parameter.human_readable_name} is missing"
-            if isinstance(parameter.type, click.Choice | click.types.IntParamType | click.types.FloatParamType) and isinstance(values.get(parameter.name or ""), str):
+            if isinstance(
+                parameter.type, click.Choice | click.types.IntParamType | click.types.FloatParamType
+            ) and isinstance(values.get(parameter.name or ""), str):
                 parameter.type.convert(values[parameter.name or ""], parameter, context)
     except click.ClickException as error:
         return error.format_message()
@@ -68,8 +74,14 @@ def complaint(line: str) -> str | None:
 
 def command_lines(text: str) -> list[str]:
     """The `sdcompress` command lines of a page, their continuations joined, those under accelerate and torchrun too."""
-    blocks = "\n".join(line.lstrip() if line.startswith("    ") else "" for line in text.splitlines()).replace("\\\n", " ")
-    return [line for line in blocks.splitlines() if re.match(r"(sdcompress |(accelerate launch|torchrun) .*-m sdcompress )", line)]
+    blocks = "\n".join(line.lstrip() if line.startswith("    ") else "" for line in text.splitlines()).replace(
+        "\\\n", " "
+    )
+    return [
+        line
+        for line in blocks.splitlines()
+        if re.match(r"(sdcompress |(accelerate launch|torchrun) .*-m sdcompress )", line)
+    ]
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -78,7 +90,9 @@ def test_a_recipe_loads_and_opens_with_its_command_and_its_purpose(name: str) ->
     heading = recipe_path(name).read_text().splitlines()
     line = heading[0].removeprefix("# ")
     assert f"--recipe {name} " in line
-    assert line.startswith({"distill": "sdcompress distill ", "finetune": "sdcompress finetune ", "lora": "sdcompress lora train "}[kind])
+    assert line.startswith(
+        {"distill": "sdcompress distill ", "finetune": "sdcompress finetune ", "lora": "sdcompress lora train "}[kind]
+    )
     assert complaint(line) is None
     assert purpose("\n".join(heading)) == heading[1].removeprefix("# ")
     assert config.batch_size % (config.gradient_accumulation * 8) == 0 or name.startswith("nano")
@@ -96,7 +110,12 @@ def test_the_published_figures(name: str) -> None:
         assert (config.task_weight, config.output_kd_weight, config.feature_kd_weight) == weights
         assert config.feature_norm == "none"
         assert config.plan is not None
-        assert make_plan(SD1, config.plan).name == {"base": "bk-base", "small": "bk-base" if "segmind" in name else "bk-small", "tiny": "bk-tiny"}[name.rsplit("-", 1)[1]]
+        assert (
+            make_plan(SD1, config.plan).name
+            == {"base": "bk-base", "small": "bk-base" if "segmind" in name else "bk-small", "tiny": "bk-tiny"}[
+                name.rsplit("-", 1)[1]
+            ]
+        )
     else:
         assert config.data.size_px == 768
         assert config.precision == "fp16"
@@ -140,7 +159,13 @@ def test_every_recipe_named_in_the_docs_exists(page: Path) -> None:
 
 
 def test_the_docs_name_every_recipe_with_its_kind() -> None:
-    rows = dict(re.findall(r"^\| `([\w-]+)` \| (\w+) \|", next(page for page in DOCS if page.name == "recipes.md").read_text(), re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r"^\| `([\w-]+)` \| (\w+) \|",
+            next(page for page in DOCS if page.name == "recipes.md").read_text(),
+            re.MULTILINE,
+        )
+    )
     assert rows == {name: read_recipe(name).get("kind", "distill") for name in recipe_names()}
 
 

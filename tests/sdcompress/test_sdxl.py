@@ -1,4 +1,6 @@
-"""SDXL's kind of UNet, which is conditioned on pooled text and sizes too, goes the same way: cache, distill, finetune, LoRA."""
+"""SDXL's kind of UNet, which is conditioned on pooled text and sizes too, goes the same way: cache, distill, finetune,
+LoRA.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,20 @@ def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures:
     assert family_of(pipeline.unet.config) == "sdxl"
     cache = build_cache(open_source(pictures), teacher, tmp_path / "cache", config=DataConfig(buckets=True))
     sample = cache.sample(0, 0, 0.0)
-    text, _, pooled, _ = pipeline.encode_prompt((pictures / "00.txt").read_text(), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+    text, _, pooled, _ = pipeline.encode_prompt(
+        (pictures / "00.txt").read_text(), device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
     assert torch.allclose(sample.text, text[0], atol=2e-3)
     assert sample.pooled is not None
     assert torch.allclose(sample.pooled, pooled[0], atol=2e-3)
     assert sample.time_ids.tolist() == [128, 128, 0, 0, 128, 128]
-    result = distill(teacher, make_plan(pipeline.unet.config, "bk-base"), cache, DistillConfig(steps=2, attention_kd_weight=0.1, **COMMON), tmp_path / "student")
+    result = distill(
+        teacher,
+        make_plan(pipeline.unet.config, "bk-base"),
+        cache,
+        DistillConfig(steps=2, attention_kd_weight=0.1, **COMMON),
+        tmp_path / "student",
+    )
     assert set(result.losses) == {"loss", "task_loss", "output_kd_loss", "feature_kd_loss", "attention_kd_loss"}
     student = DiffusionPipeline.from_pretrained(tmp_path / "student/pipeline")
     assert student.unet.config.layers_per_block == 1
@@ -51,7 +61,9 @@ def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' Euler scheduler under numpy 2
+@pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # diffusers' Euler scheduler under numpy 2
 def test_sdxl_is_exported_for_each_host(teacher: LoadedPipeline, tmp_path: Path) -> None:
     pipeline: Any = teacher.pipeline
     whole = export_onnx(pipeline, tmp_path / "whole")
@@ -59,20 +71,34 @@ def test_sdxl_is_exported_for_each_host(teacher: LoadedPipeline, tmp_path: Path)
     assert all(found is not None and found.share_of_limit <= 1 for found in whole.parity.values())
     made = load_pipeline(tmp_path / "whole", "onnxruntime")
     pictures = [
-        np.asarray(generate(each, ["a cat"], seeds=[1], steps=2, guidance_scale=5.0)[0], dtype=np.float32) for each in (made, pipeline)
+        np.asarray(generate(each, ["a cat"], seeds=[1], steps=2, guidance_scale=5.0)[0], dtype=np.float32)
+        for each in (made, pipeline)
     ]
     assert np.abs(pictures[0] - pictures[1]).mean() < 1
     export_onnx(pipeline, tmp_path / "webui", host="webui")
-    sample, times, context, embeds = torch.randn(1, 4, 16, 16), torch.tensor([501.0]), torch.randn(1, 77, 64), torch.randn(1, 32)
+    sample, times, context, embeds = (
+        torch.randn(1, 4, 16, 16),
+        torch.tensor([501.0]),
+        torch.randn(1, 77, 64),
+        torch.randn(1, 32),
+    )
     ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]])
     y = torch.cat([embeds, pipeline.unet.add_time_proj(ids.flatten()).reshape(1, -1)], dim=-1)
     with open_runner(tmp_path / "webui" / "unet.onnx") as runner, torch.no_grad():
-        assert [spec.name for spec in (*runner.inputs, *runner.outputs)] == ["sample", "timesteps", "encoder_hidden_states", "y", "latent"]
+        assert [spec.name for spec in (*runner.inputs, *runner.outputs)] == [
+            "sample",
+            "timesteps",
+            "encoder_hidden_states",
+            "y",
+            "latent",
+        ]
         found = runner.infer({"sample": sample, "timesteps": times, "encoder_hidden_states": context, "y": y})["latent"]
         truth = pipeline.unet(sample, times, context, added_cond_kwargs={"text_embeds": embeds, "time_ids": ids}).sample
     assert relative_l2({"h": found}, {"h": truth}) < 1e-4
 
 
 def test_a_vae_that_overflows_stays_fp32(teacher: LoadedPipeline, tmp_path: Path) -> None:
-    result = export_onnx(teacher.pipeline, tmp_path / "half", precision="fp16", components=("vae_decoder", "text_encoder_2"))
+    result = export_onnx(
+        teacher.pipeline, tmp_path / "half", precision="fp16", components=("vae_decoder", "text_encoder_2")
+    )
     assert result.manifest.config["precisions"] == {"vae_decoder": "fp32", "text_encoder_2": "fp16"}

@@ -1,4 +1,6 @@
-"""Single-file checkpoints: written and read back with equal output by us and by diffusers, without a network; and clear refusals of what is none."""
+"""Single-file checkpoints: written and read back with equal output by us and by diffusers, without a network; and clear
+refusals of what is none.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def fill(*parts: nn.Module) -> None:
         for part in parts:
             for name, weight in part.named_parameters():
                 if weight.ndim == 1:
-                    weight.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * torch.randn_like(weight))
+                    weight.copy_(
+                        (1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * torch.randn_like(weight)
+                    )
             part.eval()
 
 
@@ -44,16 +48,30 @@ def small_text(width: int, activation: str, *, projection: bool = False, vocabul
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
-        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=2 * width, projection_dim=width, hidden_act=activation,
-        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=1,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        hidden_act=activation,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=1,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
 def small_vae() -> Any:
     from diffusers import AutoencoderKL
 
-    return AutoencoderKL(block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
 
 
 @cache
@@ -62,7 +80,9 @@ def clip_tokenizer(family: str, name: str = "tokenizer") -> Any:
 
     shared = CONFIGS / "sd1/tokenizer"
     pad = json.loads((CONFIGS / family / name / "tokenizer_config.json").read_text())["pad_token"]
-    return CLIPTokenizer(vocab=str(shared / "vocab.json"), merges=str(shared / "merges.txt"), model_max_length=77, pad_token=pad)
+    return CLIPTokenizer(
+        vocab=str(shared / "vocab.json"), merges=str(shared / "merges.txt"), model_max_length=77, pad_token=pad
+    )
 
 
 @pytest.fixture(scope="session")
@@ -72,13 +92,34 @@ def sd2_pipeline() -> Any:
 
     torch.manual_seed(11)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64, 64, 64), layers_per_block=2, cross_attention_dim=48, attention_head_dim=[2, 4, 4, 4], norm_num_groups=16, use_linear_projection=True
+        sample_size=16,
+        block_out_channels=(32, 64, 64, 64),
+        layers_per_block=2,
+        cross_attention_dim=48,
+        attention_head_dim=[2, 4, 4, 4],
+        norm_num_groups=16,
+        use_linear_projection=True,
     )
     vae, text = small_vae(), small_text(48, "gelu")
     fill(unet, vae, text)
-    scheduler = DDIMScheduler(prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False, steps_offset=1, rescale_betas_zero_snr=True, timestep_spacing="trailing", **BETAS)
+    scheduler = DDIMScheduler(
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        **BETAS,
+    )
     return StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=text, tokenizer=clip_tokenizer("sd2"), scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=clip_tokenizer("sd2"),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -89,16 +130,32 @@ def sdxl_pipeline() -> Any:
 
     torch.manual_seed(12)
     unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64, 64), layers_per_block=2, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), transformer_layers_per_block=[1, 2, 3], cross_attention_dim=80, attention_head_dim=[2, 4, 4],
-        norm_num_groups=16, use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=48 + 6 * 8,
-    )  # fmt: skip
+        sample_size=16,
+        block_out_channels=(32, 64, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=[1, 2, 3],
+        cross_attention_dim=80,
+        attention_head_dim=[2, 4, 4],
+        norm_num_groups=16,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=48 + 6 * 8,
+    )
     vae, first, second = small_vae(), small_text(32, "quick_gelu"), small_text(48, "gelu", projection=True)
     fill(unet, vae, first, second)
     return StableDiffusionXLPipeline(
-        unet=unet, vae=vae, text_encoder=first, text_encoder_2=second, tokenizer=clip_tokenizer("sdxl"), tokenizer_2=clip_tokenizer("sdxl", "tokenizer_2"),
-        scheduler=EulerDiscreteScheduler(**BETAS), add_watermarker=False,
-    )  # fmt: skip
+        unet=unet,
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=clip_tokenizer("sdxl"),
+        tokenizer_2=clip_tokenizer("sdxl", "tokenizer_2"),
+        scheduler=EulerDiscreteScheduler(**BETAS),
+        add_watermarker=False,
+    )
 
 
 def outputs(pipeline: Any) -> dict[str, torch.Tensor]:
@@ -110,14 +167,20 @@ def outputs(pipeline: Any) -> dict[str, torch.Tensor]:
         for i, encoder in enumerate(text_encoders):
             tokens = torch.randint(0, encoder.config.vocab_size, (2, 12), generator=generator)
             found = encoder(tokens, output_hidden_states=True)
-            given |= {f"text {i}": found.hidden_states[-2], f"text {i} pooled": found[0] if found[0].ndim == 2 else found.last_hidden_state}
+            given |= {
+                f"text {i}": found.hidden_states[-2],
+                f"text {i} pooled": found[0] if found[0].ndim == 2 else found.last_hidden_state,
+            }
         size = pipeline.unet.config.sample_size
         sample = torch.randn(2, 4, size, size, generator=generator)
         context = torch.randn(2, 12, pipeline.unet.config.cross_attention_dim, generator=generator)
         extra = {}
         if len(text_encoders) == 2:
             width = pipeline.text_encoder_2.config.projection_dim
-            extra["added_cond_kwargs"] = {"text_embeds": torch.randn(2, width, generator=generator), "time_ids": torch.ones(2, 6)}
+            extra["added_cond_kwargs"] = {
+                "text_embeds": torch.randn(2, width, generator=generator),
+                "time_ids": torch.ones(2, 6),
+            }
         given["unet"] = pipeline.unet(sample, torch.tensor([3, 700]), context, **extra).sample
         pictures = torch.randn(1, 3, 32, 32, generator=generator)
         latents = pipeline.vae.encode(pictures).latent_dist.mean
@@ -171,7 +234,9 @@ def test_nano_in_ldm_layout_loads_through_diffusers_and_through_us_with_equal_ou
 
 @pytest.mark.parametrize("preset", ["bk-base", "bk-small", "bk-tiny"])
 def test_a_student_goes_through_one_file_with_equal_output(preset: str, random_pipeline: Any, tmp_path: Path) -> None:
-    student = with_unet(random_pipeline, build_student(random_pipeline.unet, make_plan(random_pipeline.unet.config, preset)))
+    student = with_unet(
+        random_pipeline, build_student(random_pipeline.unet, make_plan(random_pipeline.unet.config, preset))
+    )
     file = write_ldm(student, tmp_path / "student.safetensors", torch.float32)
     assert student_of(unet_config(file)) == preset
     assert_equal(student, load_single_file(file))
@@ -220,12 +285,26 @@ def sd1_like_and_configs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
     from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
     torch.manual_seed(13)
-    unet = UNet2DConditionModel(sample_size=16, block_out_channels=(32, 64, 64, 64), layers_per_block=2, cross_attention_dim=48, attention_head_dim=8, norm_num_groups=32)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 64, 64, 64),
+        layers_per_block=2,
+        cross_attention_dim=48,
+        attention_head_dim=8,
+        norm_num_groups=32,
+    )
     vae, text = small_vae(), small_text(48, "quick_gelu")
     fill(unet, vae, text)
     scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, **BETAS)
     pipeline = StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=text, tokenizer=clip_tokenizer("sd1"), scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
+        tokenizer=clip_tokenizer("sd1"),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     folder = tmp_path_factory.mktemp("configs")
     shutil.copytree(CONFIGS / "sd1", folder / "sd1")
@@ -236,7 +315,9 @@ def sd1_like_and_configs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any,
 
 @pytest.fixture
 def sd1_like(sd1_like_and_configs: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A small pipeline whose UNet has widths a checkpoint may have, and a family of configs to match it in place of SD1's full-size VAE and text encoder."""
+    """A small pipeline whose UNet has widths a checkpoint may have, and a family of configs to match it in place of
+    SD1's full-size VAE and text encoder.
+    """
     pipeline, folder = sd1_like_and_configs
     monkeypatch.setattr(single_file, "CONFIGS", folder)
     return pipeline
@@ -251,13 +332,25 @@ DIALECTS: dict[str, Dialect] = {
     "plain": lambda state: state,
     "nested": lambda state: {"state_dict": {"state_dict": state}, "global_step": 470000},
     "with an EMA copy and training's leftovers": lambda state: {
-        "state_dict": state
-        | {"model_ema." + key.removeprefix("model.").replace(".", ""): torch.zeros_like(value) for key, value in unets(state).items()}
-        | {"model_ema.decay": torch.tensor(0.9), "betas": torch.zeros(1000), "logvar": torch.zeros(1000)}
+        "state_dict": (
+            state
+            | {
+                "model_ema." + key.removeprefix("model.").replace(".", ""): torch.zeros_like(value)
+                for key, value in unets(state).items()
+            }
+            | {"model_ema.decay": torch.tensor(0.9), "betas": torch.zeros(1000), "logvar": torch.zeros(1000)}
+        )
     },
-    "EMA alone": lambda state: {"model_ema." + key.removeprefix("model.").replace(".", "") if key.startswith(UNET) else key: value for key, value in state.items()},
-    "a VAE under vae.": lambda state: {key.replace("first_stage_model.", "vae."): value for key, value in state.items()},
-    "a text encoder of 2022": lambda state: {key.replace("transformer.text_model.", "transformer."): value for key, value in state.items()},
+    "EMA alone": lambda state: {
+        "model_ema." + key.removeprefix("model.").replace(".", "") if key.startswith(UNET) else key: value
+        for key, value in state.items()
+    },
+    "a VAE under vae.": lambda state: {
+        key.replace("first_stage_model.", "vae."): value for key, value in state.items()
+    },
+    "a text encoder of 2022": lambda state: {
+        key.replace("transformer.text_model.", "transformer."): value for key, value in state.items()
+    },
 }
 
 
@@ -300,7 +393,9 @@ def test_half_precision_files_load_to_fp32(dtype: torch.dtype, sd1_like: Any, tm
     for name in ("unet", "vae", "text_encoder"):
         parameters = dict(getattr(loaded, name).named_parameters())
         assert {p.dtype for p in parameters.values()} == {torch.float32}
-        assert all(torch.equal(parameters[key], p.to(dtype).float()) for key, p in getattr(sd1_like, name).named_parameters())
+        assert all(
+            torch.equal(parameters[key], p.to(dtype).float()) for key, p in getattr(sd1_like, name).named_parameters()
+        )
 
 
 def test_v_prediction_is_read_from_the_file_and_never_from_its_name(sd1_like: Any, tmp_path: Path) -> None:
@@ -334,10 +429,16 @@ def full_size(family: str, preset: str | None = None) -> dict[str, tuple[int, ..
             "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**config("text_encoder"))),
         }
         if family == "sdxl":
-            parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config("text_encoder_2")))
+            parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(
+                transformers.CLIPTextConfig(**config("text_encoder_2"))
+            )
     scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
     kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
-    more: dict[str, Any] = {"tokenizer_2": None, "add_watermarker": False} if family == "sdxl" else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    more: dict[str, Any] = (
+        {"tokenizer_2": None, "add_watermarker": False}
+        if family == "sdxl"
+        else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
     with quiet():
         pipeline = kind(**parts, tokenizer=None, scheduler=scheduler, **more)
     return {key: tuple(value.shape) for key, value in ldm_state_dict(pipeline).items()}
@@ -364,7 +465,14 @@ ARCHITECTURES: list[tuple[str, dict[str, Any]]] = [
     ("sd1", {}),
     ("sd2", {}),
     ("sdxl", {}),
-    ("sdxl", {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, [2, 2], [4, 4]], "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1]}),
+    (
+        "sdxl",
+        {
+            "mid_block_type": "UNetMidBlock2D",
+            "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+        },
+    ),
     ("sdxl", {"mid_block_type": "UNetMidBlock2D", "transformer_layers_per_block": [1, 1, 2]}),
     ("sdxl", {"mid_block_type": None, "layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5]}),
     ("sd1", {"layers_per_block": [2, 1, 2, 1]}),
@@ -378,25 +486,47 @@ def whole(family: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "config",
-    [whole(family) | change for family, change in ARCHITECTURES] + [make_plan(whole(family), preset).student_config() for family in ("sd1", "sd2") for preset in ("bk-base", "bk-small", "bk-tiny")],
-    ids=lambda config: f"{config['cross_attention_dim']}-{config['layers_per_block']}-{config['mid_block_type']}-{len(config['block_out_channels'])}-{config.get('transformer_layers_per_block')}",
+    [whole(family) | change for family, change in ARCHITECTURES]
+    + [
+        make_plan(whole(family), preset).student_config()
+        for family in ("sd1", "sd2")
+        for preset in ("bk-base", "bk-small", "bk-tiny")
+    ],
+    ids=lambda config: (
+        f"{config['cross_attention_dim']}-{config['layers_per_block']}-{config['mid_block_type']}-{len(config['block_out_channels'])}-{config.get('transformer_layers_per_block')}"
+    ),
 )
 def test_a_unets_config_is_told_by_its_shapes(config: dict[str, Any]) -> None:
     unet = meta_unet(config)
     keys = unet_keys(unet.state_dict())
     assert len(set(keys.values())) == len(keys)
     shapes = {UNET + keys[key]: tuple(value.shape) for key, value in unet.state_dict().items()}
-    weights = Weights(Path("a.safetensors"), shapes, dict.fromkeys(shapes, "float16"), {}, lambda key: torch.zeros(shapes[key]))
+    weights = Weights(
+        Path("a.safetensors"), shapes, dict.fromkeys(shapes, "float16"), {}, lambda key: torch.zeros(shapes[key])
+    )
     found = unet_config_of(weights)
-    assert {k: v.shape for k, v in meta_unet(found).state_dict().items()} == {k: v.shape for k, v in unet.state_dict().items()}
-    for key in ("attention_head_dim", "block_out_channels", "layers_per_block", "mid_block_type", "down_block_types", "up_block_types", "cross_attention_dim", "sample_size"):
+    assert {k: v.shape for k, v in meta_unet(found).state_dict().items()} == {
+        k: v.shape for k, v in unet.state_dict().items()
+    }
+    for key in (
+        "attention_head_dim",
+        "block_out_channels",
+        "layers_per_block",
+        "mid_block_type",
+        "down_block_types",
+        "up_block_types",
+        "cross_attention_dim",
+        "sample_size",
+    ):
         assert found[key] == config[key], key
     assert student_of(found) == student_of(config)
 
 
 @pytest.mark.parametrize(("spread", "expected"), [(0.05, "epsilon"), (0.15, "v_prediction")])
 @pytest.mark.parametrize("preset", [None, "bk-tiny"])
-def test_sd2s_prediction_type_is_told_by_its_last_attention(spread: float, expected: str, preset: str | None, tmp_path: Path) -> None:
+def test_sd2s_prediction_type_is_told_by_its_last_attention(
+    spread: float, expected: str, preset: str | None, tmp_path: Path
+) -> None:
     shapes = full_size("sd2", preset)
     bias = UNET + ("output_blocks.11" if preset is None else "output_blocks.5") + ".1.transformer_blocks.0.norm1.bias"
     values = {bias: spread * torch.tensor([1.0, -1.0]).repeat(shapes[bias][0] // 2)}
@@ -417,7 +547,10 @@ class Code:
 
 
 def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None:
-    for name, save in (("a.ckpt", torch.save), ("b.ckpt", lambda content, path: path.write_bytes(pickle.dumps(content)))):
+    for name, save in (
+        ("a.ckpt", torch.save),
+        ("b.ckpt", lambda content, path: path.write_bytes(pickle.dumps(content))),
+    ):
         save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Code(tmp_path / "ran")}, tmp_path / name)
         with pytest.raises(ModelError, match="code") as refusal:
             load_teacher(tmp_path / name)
@@ -428,7 +561,11 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None
 
 def kohya(_: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-    return {f"{name}.lora_down.weight": torch.zeros(4, 8), f"{name}.lora_up.weight": torch.zeros(8, 4), f"{name}.alpha": torch.tensor(4.0)}
+    return {
+        f"{name}.lora_down.weight": torch.zeros(4, 8),
+        f"{name}.lora_up.weight": torch.zeros(8, 4),
+        f"{name}.alpha": torch.tensor(4.0),
+    }
 
 
 def without(prefix: str) -> Dialect:
@@ -437,16 +574,35 @@ def without(prefix: str) -> Dialect:
 
 OTHERS: dict[str, tuple[Dialect, str]] = {
     "kohya's LoRA": (kohya, "LoRA"),
-    "diffusers' LoRA": (lambda _: {"unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.zeros(4, 8), "unet.down_blocks.0.attentions.0.to_q.lora_B.weight": torch.zeros(8, 4)}, "LoRA"),
-    "a VAE": (lambda state: {key.removeprefix("first_stage_model."): value for key, value in state.items() if key.startswith("first_stage_model.")}, "VAE"),
+    "diffusers' LoRA": (
+        lambda _: {
+            "unet.down_blocks.0.attentions.0.to_q.lora_A.weight": torch.zeros(4, 8),
+            "unet.down_blocks.0.attentions.0.to_q.lora_B.weight": torch.zeros(8, 4),
+        },
+        "LoRA",
+    ),
+    "a VAE": (
+        lambda state: {
+            key.removeprefix("first_stage_model."): value
+            for key, value in state.items()
+            if key.startswith("first_stage_model.")
+        },
+        "VAE",
+    ),
     "a UNet": (lambda state: {key.removeprefix(UNET): value for key, value in unets(state).items()}, "UNet alone"),
     "Flux": (lambda _: {"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, "Flux"),
     "an embedding": (lambda _: {"emb_params": torch.zeros(1, 768)}, "embedding"),
     "something else": (lambda _: {"a": torch.zeros(1)}, "checkpoint"),
     "no VAE in it": (without("first_stage_model."), "VAE|vae"),
     "no text encoder in it": (without("cond_stage_model."), "text.encoder"),
-    "a tensor missing": (without(UNET + "input_blocks.4.0.out_layers.0.weight"), "input_blocks.4.0.out_layers.0.weight"),
-    "a tensor of another shape": (lambda state: state | {"first_stage_model.decoder.conv_in.weight": torch.zeros(2, 4, 3, 3)}, "decoder.conv_in.weight"),
+    "a tensor missing": (
+        without(UNET + "input_blocks.4.0.out_layers.0.weight"),
+        "input_blocks.4.0.out_layers.0.weight",
+    ),
+    "a tensor of another shape": (
+        lambda state: state | {"first_stage_model.decoder.conv_in.weight": torch.zeros(2, 4, 3, 3)},
+        "decoder.conv_in.weight",
+    ),
     "an inpainting model": (lambda state: state | {UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "9"),
 }
 
@@ -454,7 +610,9 @@ OTHERS: dict[str, tuple[Dialect, str]] = {
 @pytest.mark.parametrize("what", OTHERS)
 def test_what_is_no_whole_checkpoint_is_refused_by_what_it_is(what: str, sd1_like: Any, tmp_path: Path) -> None:
     make, words = OTHERS[what]
-    state = {key: value.clone(memory_format=torch.contiguous_format) for key, value in make(ldm_state_dict(sd1_like)).items()}
+    state = {
+        key: value.clone(memory_format=torch.contiguous_format) for key, value in make(ldm_state_dict(sd1_like)).items()
+    }
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=words) as refusal:
         load_teacher(tmp_path / "a.safetensors")
@@ -489,7 +647,9 @@ def test_a_file_of_another_kind_and_one_that_is_not_there(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("entry", [None, [None, None]])
 def test_a_folder_whose_pipeline_has_no_unet_is_refused(entry: Any, tmp_path: Path) -> None:
-    index = {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]} | ({} if entry is None else {"unet": entry})
+    index = {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"]} | (
+        {} if entry is None else {"unet": entry}
+    )
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="FluxPipeline has no UNet"):
         load_teacher(tmp_path)
@@ -498,7 +658,12 @@ def test_a_folder_whose_pipeline_has_no_unet_is_refused(entry: Any, tmp_path: Pa
 def test_configs_that_were_tampered_with_do_not_leave_the_scratch_folder(random_pipeline: Any, tmp_path: Path) -> None:
     file = write_ldm(random_pipeline, tmp_path / "a.safetensors")
     configs = json.loads(open_weights(file).metadata[METADATA_KEY])
-    for change in ({"../../evil.json": "{}"}, {"tokenizer/../../evil.json": "{}"}, {"scheduler/scheduler_config.json": '{"_class_name": "DiffusionPipeline"}'}, {"unet/config.json": "{"}):
+    for change in (
+        {"../../evil.json": "{}"},
+        {"tokenizer/../../evil.json": "{}"},
+        {"scheduler/scheduler_config.json": '{"_class_name": "DiffusionPipeline"}'},
+        {"unet/config.json": "{"},
+    ):
         save_file(load_file(file), tmp_path / "b.safetensors", metadata={METADATA_KEY: json.dumps(configs | change)})
         with pytest.raises(ModelError):
             load_single_file(tmp_path / "b.safetensors")
@@ -548,10 +713,16 @@ def inspect(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
     [
         ("sd1", None, {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}),
         ("sd2", "bk-tiny", {"unet": 326_825_604, "vae": 83_653_863, "text_encoder": 340_387_840}),
-        ("sdxl", None, {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840}),
+        (
+            "sdxl",
+            None,
+            {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
+        ),
     ],
 )
-def test_inspect_tells_a_checkpoint_from_its_header(family: str, preset: str | None, parameters: dict[str, int], inspect: Any, tmp_path: Path) -> None:
+def test_inspect_tells_a_checkpoint_from_its_header(
+    family: str, preset: str | None, parameters: dict[str, int], inspect: Any, tmp_path: Path
+) -> None:
     file = sparse(full_size(family, preset), tmp_path / "a.safetensors")
     facts = inspect(file)
     assert facts["family"] == family

@@ -42,21 +42,36 @@ def test_captions_of_a_folder_in_each_form(tmp_path: Path, form: str) -> None:
         for name in ("a", "b"):
             (tmp_path / f"{name}.txt").write_text(f"picture {name}\n")
     elif form == "jsonl":
-        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f"{n}.png", "text": f"picture {n}", "aesthetic": 7.5}) + "\n" for n in "ab"))
+        (tmp_path / "metadata.jsonl").write_text(
+            "".join(
+                json.dumps({"file_name": f"{n}.png", "text": f"picture {n}", "aesthetic": 7.5}) + "\n" for n in "ab"
+            )
+        )
     else:
         (tmp_path / "metadata.csv").write_text("file_name,caption\na.png,picture a\nb.png,picture b\n")
     assert [(r.key, r.caption) for r in open_source(tmp_path)] == [("a.png", "picture a"), ("b.png", "picture b")]
 
 
 def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
-    shard(tmp_path / "00000.tar", {"000.png": png(), "000.txt": b"first", "000.json": b'{"aesthetic": 8}', "001.png": png(), "001.json": b'{"caption": "second"}'})
+    shard(
+        tmp_path / "00000.tar",
+        {
+            "000.png": png(),
+            "000.txt": b"first",
+            "000.json": b'{"aesthetic": 8}',
+            "001.png": png(),
+            "001.json": b'{"caption": "second"}',
+        },
+    )
     shard(tmp_path / "00001.tar", {"002.json": b"not json", "002.png": png(), "002.txt": b"third"})
     assert [r.caption for r in open_source(tmp_path)] == ["first", "second", "third"]
     assert [r.meta for r in open_source(str(tmp_path / "*0.tar"))] == [{"aesthetic": 8}, {"caption": "second"}]
 
 
 def test_a_cut_shard_gives_what_it_has_and_is_counted(tmp_path: Path) -> None:
-    path = shard(tmp_path / "0.tar", {f"{i:03}.{e}": (png() if e == "png" else b"x") for i in range(30) for e in ("png", "txt")})
+    path = shard(
+        tmp_path / "0.tar", {f"{i:03}.{e}": png() if e == "png" else b"x" for i in range(30) for e in ("png", "txt")}
+    )
     path.write_bytes(path.read_bytes()[: 20 * 1024 + 540])  # inside a picture
     source = open_source(tmp_path)
     count = len(list(source))
@@ -92,7 +107,9 @@ def test_a_header_that_claims_to_be_huge_is_not_read_into_memory(tmp_path: Path)
 
 
 def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
-    path = shard(tmp_path / "0.tar", {f"{i}.{e}": png() if e == "png" else b"x" for i in range(9) for e in ("png", "txt")})
+    path = shard(
+        tmp_path / "0.tar", {f"{i}.{e}": png() if e == "png" else b"x" for i in range(9) for e in ("png", "txt")}
+    )
     payload = bytearray(path.read_bytes())
     payload[4 * 2048 + 100] ^= 255  # in a header
     path.write_bytes(payload)
@@ -102,14 +119,29 @@ def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
 
 
 def test_json_that_is_odd_is_no_caption_and_no_crash(tmp_path: Path) -> None:
-    shard(tmp_path / "0.tar", {"0.png": png(), "0.json": b"[" * 100000, "1.png": png(), "1.json": b'{"caption": "\\ud800"}', "2.txt": b"alone"})
+    shard(
+        tmp_path / "0.tar",
+        {
+            "0.png": png(),
+            "0.json": b"[" * 100000,
+            "1.png": png(),
+            "1.json": b'{"caption": "\\ud800"}',
+            "2.txt": b"alone",
+        },
+    )
     source = open_source(tmp_path)
     assert list(source) == []
-    assert source.skipped.reasons == {"no caption": ["0.tar:0"], "caption is no text": ["0.tar:1"], "caption without a picture": ["0.tar:2"]}
+    assert source.skipped.reasons == {
+        "no caption": ["0.tar:0"],
+        "caption is no text": ["0.tar:1"],
+        "caption without a picture": ["0.tar:2"],
+    }
     folder = tmp_path / "lines"
     folder.mkdir()
     (folder / "a.png").write_bytes(png())
-    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "one\u2028two"}, ensure_ascii=False) + "\n")
+    (folder / "metadata.jsonl").write_text(
+        json.dumps({"file_name": "a.png", "text": "one\u2028two"}, ensure_ascii=False) + "\n"
+    )
     assert [r.caption for r in open_source(folder)] == ["one\u2028two"]
 
 
@@ -154,7 +186,9 @@ def test_pixels_are_the_centre_square(size: tuple[int, int]) -> None:
 
 
 def test_a_thousand_pictures_with_broken_ones_a_cut_shard_and_hostile_members(tmp_path: Path) -> None:
-    """1,000 pictures in ten shards, 30 of them broken, 10 lost by a cut, and 20 hostile members, two behind the cut: every count is right, nothing is written."""
+    """1,000 pictures in ten shards, 30 of them broken, 10 lost by a cut, and 20 hostile members, two behind the cut:
+    every count is right, nothing is written.
+    """
     folder = tmp_path / "in"
     folder.mkdir()
     sound = png(size=(8, 8))
@@ -194,7 +228,9 @@ def add(tar: tarfile.TarFile, name: str, payload: bytes, kind: bytes = tarfile.R
 
 
 def test_a_shard_cut_exactly_between_two_members_is_told(tmp_path: Path) -> None:
-    path = shard(tmp_path / "0.tar", {f"{i}.{e}": png() if e == "png" else b"x" for i in range(4) for e in ("png", "txt")})
+    path = shard(
+        tmp_path / "0.tar", {f"{i}.{e}": png() if e == "png" else b"x" for i in range(4) for e in ("png", "txt")}
+    )
     path.write_bytes(path.read_bytes()[: 2 * 2048])
     source = open_source(tmp_path)
     assert len(list(source)) == 2
@@ -224,7 +260,16 @@ def table(folder: Path, rows: list[dict[str, object]], size: tuple[int, int] = (
 
 
 def test_conditions_choose_and_are_counted_apart_from_faults(tmp_path: Path) -> None:
-    table(tmp_path, [{"text": "a", "aesthetic": 8}, {"text": "b", "aesthetic": "7.5"}, {"text": "c", "aesthetic": 3}, {"text": "d"}, {"aesthetic": 9}])
+    table(
+        tmp_path,
+        [
+            {"text": "a", "aesthetic": 8},
+            {"text": "b", "aesthetic": "7.5"},
+            {"text": "c", "aesthetic": 3},
+            {"text": "d"},
+            {"aesthetic": 9},
+        ],
+    )
     source = open_source(tmp_path, DataConfig(where=("aesthetic >= 7.5",)))
     assert [r.caption for r in source] == ["a", "b"]
     assert source.skipped.filtered == {"not aesthetic >= 7.5": 1, "no number in 'aesthetic'": 1}
@@ -282,8 +327,14 @@ def test_a_turned_photo_is_set_upright_and_sixteen_bits_become_eight() -> None:
 def test_a_hub_dataset_is_streamed_by_its_own_shards(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     for number in range(2):
-        rows = {"image": [{"bytes": png(), "path": None}] * 2, "text": [f"{number} {i}" for i in range(2)], "aesthetic": [5.0, 9.0]}
-        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string"), "aesthetic": datasets.Value("float64")})
+        rows = {
+            "image": [{"bytes": png(), "path": None}] * 2,
+            "text": [f"{number} {i}" for i in range(2)],
+            "aesthetic": [5.0, 9.0],
+        }
+        features = datasets.Features(
+            {"image": datasets.Image(), "text": datasets.Value("string"), "aesthetic": datasets.Value("float64")}
+        )
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{number}.parquet")
     source = open_source(f"hub:{tmp_path}", DataConfig(where=("aesthetic > 6",)))
     assert source.units() == 2
@@ -295,5 +346,7 @@ def test_a_hub_dataset_is_streamed_by_its_own_shards(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(secret)}], "text": ["x"]}, features=features).to_parquet(outside / "train.parquet")
+    datasets.Dataset.from_dict(
+        {"image": [{"bytes": None, "path": str(secret)}], "text": ["x"]}, features=features
+    ).to_parquet(outside / "train.parquet")
     assert [r.encoded for r in open_source(f"hub:{outside}")] == [b""]

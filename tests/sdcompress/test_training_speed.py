@@ -1,4 +1,6 @@
-"""What makes a training step fast changes no result: the teacher's precision, compiled blocks, checks that wait for the device."""
+"""What makes a training step fast changes no result: the teacher's precision, compiled blocks, checks that wait for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ WEIGHTS = {"task_loss": 1.0, "output_kd_loss": 1.0, "feature_kd_loss": 1.0}
 def make_batch() -> NoisyBatch:
     generator = torch.Generator().manual_seed(3)
     sample, target = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
-    return NoisyBatch(sample, torch.tensor([10, 900]), torch.randn(2, 77, 96, generator=generator), target, torch.ones(2))
+    return NoisyBatch(
+        sample, torch.tensor([10, 900]), torch.randn(2, 77, 96, generator=generator), target, torch.ones(2)
+    )
 
 
 def make_pair(pipeline: Any, precision: str, attention: bool = False) -> tuple[Any, BlockDistillation]:
@@ -33,7 +37,9 @@ def make_pair(pipeline: Any, precision: str, attention: bool = False) -> tuple[A
     student = build_student(pipeline.unet, plan).float().train()
     weights = WEIGHTS | ({"attention_kd_loss": 1.0} if attention else {})
     pairs = attention_pairs(student, plan)
-    return student, BlockDistillation(frozen_copy(pipeline.unet, precision), plan.feature_pairs(), weights, "none", pairs)
+    return student, BlockDistillation(
+        frozen_copy(pipeline.unet, precision), plan.feature_pairs(), weights, "none", pairs
+    )
 
 
 def test_the_teacher_computes_in_its_own_precision_inside_the_students_autocast(random_pipeline: Any) -> None:
@@ -73,7 +79,9 @@ def test_compiled_blocks_give_the_losses_and_gradients_of_the_network(random_pip
             stack.enter_context(objective.attached(student))
             if compiled:
                 counters = [CompileCounter() for _ in range(2)]
-                for network, hooked, counter in zip((student, objective.teacher), objective.hooked, counters, strict=True):
+                for network, hooked, counter in zip(
+                    (student, objective.teacher), objective.hooked, counters, strict=True
+                ):
                     assert stack.enter_context(compiled_blocks(network, hooked, backend=counter)) > 8
                 stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
             for _ in range(2):  # the second time what was compiled is used

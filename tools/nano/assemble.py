@@ -1,8 +1,8 @@
 """Put nano's trained parts together as the package carries them: fp16 safetensors under `sdcompress/assets/nano/`.
 
-    python tools/nano/assemble.py --work build/nano teacher            the pipeline
-    python tools/nano/assemble.py --work build/nano metric             nano-CLIP
-    python tools/nano/assemble.py --work build/nano tiny RUN           the UNet of a `sdcompress distill` run
+python tools/nano/assemble.py --work build/nano teacher            the pipeline
+python tools/nano/assemble.py --work build/nano metric             nano-CLIP
+python tools/nano/assemble.py --work build/nano tiny RUN           the UNet of a `sdcompress distill` run
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ def teacher(work: Path) -> None:
         text_encoder = CLIPTextModel.from_pretrained(ASSETS / "teacher/text_encoder", dtype=torch.float32)
     unet = build_unet(config("unet"), text_encoder.config.hidden_size)
     unet.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
-    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False, **{k: v for k, v in SCHEDULE.items() if k != "clip_sample"})
+    scheduler = PNDMScheduler(
+        skip_prk_steps=True,
+        steps_offset=1,
+        set_alpha_to_one=False,
+        **{k: v for k, v in SCHEDULE.items() if k != "clip_sample"},
+    )
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -85,7 +90,12 @@ def main() -> None:
     else:
         {"teacher": teacher, "metric": metric}[args.part](args.work)
     files = [p for p in ASSETS.rglob("*") if p.suffix == ".safetensors"]
-    print(json.dumps({str(p.relative_to(ASSETS)): p.stat().st_size for p in files} | {"total": sum(p.stat().st_size for p in files)}))
+    print(
+        json.dumps(
+            {str(p.relative_to(ASSETS)): p.stat().st_size for p in files}
+            | {"total": sum(p.stat().st_size for p in files)}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python tools/nano/build_data.py --out sdcompress/assets/nano/data
 
-Fetches the pinned npm packages (MIT and Apache-2.0), draws every picture once at 128 px on white, drops blanks and exact
-duplicates, holds out (style, concept) pairs for evaluation and writes `train/*.tar.gz`, `heldout/*.tar.gz`, `index.json`
-and `NOTICE`. Needs npm, and from PyPI resvg-py and Pillow. The result depends on the pinned versions and the seed only.
+Fetches the pinned npm packages (MIT and Apache-2.0), draws every picture once at 128 px on white, drops blanks and
+exact duplicates, holds out (style, concept) pairs for evaluation and writes `train/*.tar.gz`, `heldout/*.tar.gz`,
+`index.json` and `NOTICE`. Needs npm, and from PyPI resvg-py and Pillow. The result depends on the pinned versions and
+the seed only.
 """
 
 from __future__ import annotations
@@ -43,16 +44,38 @@ class Style:
 
 
 STYLES = (
-    Style("flat", "a flat icon of", "@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "Copyright (c) Microsoft Corporation"),
-    Style("gradient", "a gradient icon of", "@iconify-json/fluent-emoji@1.2.7", "MIT", "Copyright (c) Microsoft Corporation"),
-    Style("line", "a black line drawing of", "@iconify-json/fluent-emoji-high-contrast@1.2.6", "MIT", "Copyright (c) Microsoft Corporation"),
-    Style("3d", "a 3d render of", "@lobehub/fluent-emoji-3d@1.1.0", "MIT", "Copyright (c) Microsoft Corporation; packaged by LobeHub"),
+    Style(
+        "flat", "a flat icon of", "@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "Copyright (c) Microsoft Corporation"
+    ),
+    Style(
+        "gradient",
+        "a gradient icon of",
+        "@iconify-json/fluent-emoji@1.2.7",
+        "MIT",
+        "Copyright (c) Microsoft Corporation",
+    ),
+    Style(
+        "line",
+        "a black line drawing of",
+        "@iconify-json/fluent-emoji-high-contrast@1.2.6",
+        "MIT",
+        "Copyright (c) Microsoft Corporation",
+    ),
+    Style(
+        "3d",
+        "a 3d render of",
+        "@lobehub/fluent-emoji-3d@1.1.0",
+        "MIT",
+        "Copyright (c) Microsoft Corporation; packaged by LobeHub",
+    ),
     Style("cartoon", "a cartoon of", "@iconify-json/noto@1.2.9", "Apache-2.0", "Copyright Google Inc."),
 )
 
-# Smileys, people, animals, food, travel, activities, objects. Components, symbols (mostly lettering) and flags stay out.
+# Smileys, people, animals, food, travel, activities, objects. Components, symbols (mostly lettering) and flags stay
+# out.
 GROUPS = {0, 1, 3, 4, 5, 6, 7}
-# Gendered and joined variants repeat one picture many times; clock faces, keycaps and lettering are told apart by text alone.
+# Gendered and joined variants repeat one picture many times; clock faces, keycaps and lettering are told apart by text
+# alone.
 UNWANTED = re.compile(r"o’clock|-thirty|flag|keycap|Japanese|button|^(woman|man|women|men|boy|girl|Mrs\. Claus)\b")
 
 
@@ -61,7 +84,11 @@ def fetch(package: str, cache: Path) -> Path:
     target = cache / package.replace("/", "+")
     if not (target / "package").exists():
         target.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["npm", "pack", package, "--silent", "--pack-destination", str(target)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            ["npm", "pack", package, "--silent", "--pack-destination", str(target)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
         (archive,) = target.glob("*.tgz")
         with tarfile.open(archive) as tar:
             tar.extractall(target, filter="data")
@@ -79,7 +106,14 @@ def concepts(folder: Path) -> list[dict]:
         if entry.get("group") not in GROUPS or "200D" in entry["hexcode"] or UNWANTED.search(entry["label"]):
             continue
         name = entry["label"].replace("’", "'").replace("“", "").replace("”", "").replace(":", "").lower()
-        out.append({"hexcode": strip_variation(entry["hexcode"]), "name": name, "tags": entry.get("tags", []), "order": entry["order"]})
+        out.append(
+            {
+                "hexcode": strip_variation(entry["hexcode"]),
+                "name": name,
+                "tags": entry.get("tags", []),
+                "order": entry["order"],
+            }
+        )
     return sorted(out, key=lambda c: c["order"])
 
 
@@ -106,10 +140,12 @@ class SvgSet:
             body = self.data["icons"].get(self.data["aliases"][icon]["parent"])
         if body is None:
             return None
-        left, top, width, height = (body.get(k, self.data.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16)))
+        left, top, width, height = (
+            body.get(k, self.data.get(k, d)) for k, d in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+        )
         side = SIZE_PX * SUPERSAMPLE
         svg = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#222" '
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#222" '
             f'viewBox="{left} {top} {width} {height}" width="{side}" height="{side}">{body["body"]}</svg>'
         )
         return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
@@ -174,9 +210,17 @@ def write_shards(rows: list[dict], split: str, out: Path, quality: int) -> list[
     (out / split).mkdir(parents=True, exist_ok=True)
     for start in range(0, len(rows), SAMPLES_PER_SHARD):
         path = out / split / f"{start // SAMPLES_PER_SHARD:02d}.tar.gz"
-        with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as tar:
+        with (
+            path.open("wb") as raw,
+            gzip.GzipFile("", "wb", 9, raw, mtime=0) as packed,
+            tarfile.open(fileobj=packed, mode="w") as tar,
+        ):
             for row in rows[start : start + SAMPLES_PER_SHARD]:
-                for extension, payload in (("webp", encode(row["picture"], quality)), ("txt", row["caption"].encode()), ("json", json.dumps(row["meta"], sort_keys=True).encode())):
+                for extension, payload in (
+                    ("webp", encode(row["picture"], quality)),
+                    ("txt", row["caption"].encode()),
+                    ("json", json.dumps(row["meta"], sort_keys=True).encode()),
+                ):
                     info = tarfile.TarInfo(f"{row['key']}.{extension}")
                     info.size = len(payload)
                     tar.addfile(info, io.BytesIO(payload))
@@ -200,25 +244,51 @@ def main() -> None:
         style, concept = row["style"], row["concept"]
         row["key"] = f"{concept['hexcode']}_{style.name}"
         row["caption"] = f"{style.phrase} {with_article(concept['name'])}"
-        row["meta"] = {"style": style.name, "concept": concept["name"], "tags": concept["tags"], "source": style.package, "licence": style.licence}
+        row["meta"] = {
+            "style": style.name,
+            "concept": concept["name"],
+            "tags": concept["tags"],
+            "source": style.package,
+            "licence": style.licence,
+        }
     train = [row for i, row in enumerate(rows) if i not in held]
     random.Random(args.seed + 1).shuffle(train)
     heldout = [rows[i] for i in sorted(held)]
 
-    shards = {"train": write_shards(train, "train", args.out, args.quality), "heldout": write_shards(heldout, "heldout", args.out, args.quality)}
+    shards = {
+        "train": write_shards(train, "train", args.out, args.quality),
+        "heldout": write_shards(heldout, "heldout", args.out, args.quality),
+    }
     index = {
         "size_px": SIZE_PX,
         "counts": {"train": len(train), "heldout": len(heldout), "concepts": len({r["concept"]["name"] for r in rows})},
-        "styles": {s.name: {"phrase": s.phrase, "source": s.package, "licence": s.licence, "pictures": sum(r["style"] is s for r in rows)} for s in STYLES},
+        "styles": {
+            s.name: {
+                "phrase": s.phrase,
+                "source": s.package,
+                "licence": s.licence,
+                "pictures": sum(r["style"] is s for r in rows),
+            }
+            for s in STYLES
+        },
         "shards": shards,
-        "sha256": {f: hashlib.sha256((args.out / f).read_bytes()).hexdigest() for f in shards["train"] + shards["heldout"]},
+        "sha256": {
+            f: hashlib.sha256((args.out / f).read_bytes()).hexdigest() for f in shards["train"] + shards["heldout"]
+        },
         "webp_quality": args.quality,
         "seed": args.seed,
     }
     (args.out / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-    lines = ["The pictures in these shards are drawn from openly licensed emoji art, rendered to 128 x 128 pixels on white.", ""]
+    lines = [
+        "The pictures in these shards are drawn from openly licensed emoji art, rendered to 128 x 128 pixels on white.",
+        "",
+    ]
     lines += [f"{s.name}: npm {s.package}, licence {s.licence}, {s.copyright}" for s in STYLES]
-    lines += [f"names and tags: npm {EMOJIBASE}, licence MIT, Copyright (c) Miles Johnson", "", "Licence texts: licenses/MIT.txt and licenses/Apache-2.0.txt beside this file."]
+    lines += [
+        f"names and tags: npm {EMOJIBASE}, licence MIT, Copyright (c) Miles Johnson",
+        "",
+        "Licence texts: licenses/MIT.txt and licenses/Apache-2.0.txt beside this file.",
+    ]
     (args.out / "NOTICE").write_text("\n".join(lines) + "\n")
     total = sum((args.out / f).stat().st_size for f in index["sha256"])
     print(json.dumps(index["counts"] | {"bytes": total}))

@@ -44,7 +44,11 @@ def load(split: str, data: Path = DATA) -> Split:
                 payload = tar.extractfile(member).read()
                 if member.name.endswith(".webp"):
                     picture = Image.open(io.BytesIO(payload)).convert("RGB")
-                    images.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*picture.size[::-1], 3).permute(2, 0, 1))
+                    images.append(
+                        torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+                        .view(*picture.size[::-1], 3)
+                        .permute(2, 0, 1)
+                    )
                 elif member.name.endswith(".txt"):
                     captions.append(payload.decode())
                 else:

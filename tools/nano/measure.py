@@ -2,8 +2,8 @@
 
     python tools/nano/measure.py -o bench/results/nano-teacher.json [--sheet sheet.webp]
 
-200 prompts seen in training and 200 held-out (style, concept) pairs, 25 steps, guidance 7.5, one seed a picture. The judge is
-nano-CLIP, which conditions nothing; its own figures on the real held-out pictures are the ceiling.
+200 prompts seen in training and 200 held-out (style, concept) pairs, 25 steps, guidance 7.5, one seed a picture. The
+judge is nano-CLIP, which conditions nothing; its own figures on the real held-out pictures are the ceiling.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def plain(figures: dict) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
-    parser.add_argument("--sheet", type=Path, default=None, help="contact sheet of 64 of the pictures, half seen, half held out")
+    parser.add_argument(
+        "--sheet", type=Path, default=None, help="contact sheet of 64 of the pictures, half seen, half held out"
+    )
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--model", default="nano")
     args = parser.parse_args()
@@ -49,7 +51,10 @@ def main() -> None:
     result: dict = {
         "model": args.model,
         "sha256": loaded.sha256,
-        "parameters": {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "vae", "text_encoder")},
+        "parameters": {
+            name: sum(p.numel() for p in getattr(pipeline, name).parameters())
+            for name in ("unet", "vae", "text_encoder")
+        },
         "vae_psnr_db": psnr(pipeline.vae, heldout.pixels(torch.arange(len(heldout.captions)))),
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
@@ -58,11 +63,23 @@ def main() -> None:
     shown = []
     for split, shards in (("seen", nano.shards("train")), ("heldout", nano.shards("heldout"))):
         prompts = [Prompt(p.caption, p.style) for p in nano.prompts(split, args.count)]
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()):
-            images = generate(pipeline, [p.caption for p in prompts], seeds=list(range(len(prompts))), steps=STEPS, guidance_scale=GUIDANCE, batch_size=40)
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),
+        ):
+            images = generate(
+                pipeline,
+                [p.caption for p in prompts],
+                seeds=list(range(len(prompts))),
+                steps=STEPS,
+                guidance_scale=GUIDANCE,
+                batch_size=40,
+            )
         result[split] = plain(judge(metric, images, prompts, styles))
         real = {record.caption: record for record in open_source(shards)}
-        result[f"{split}_real_pictures"] = plain(judge(metric, [real[p.caption].picture() for p in prompts], prompts, styles))
+        result[f"{split}_real_pictures"] = plain(
+            judge(metric, [real[p.caption].picture() for p in prompts], prompts, styles)
+        )
         shown += images[:32]
     result |= {"seconds": round(time.time() - started, 1), "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied (Keller Jordan, 2024; arXiv 2502.16982 for the scale).
+"""Muon: momentum whose matrices are made orthogonal before they are applied (Keller Jordan, 2024; arXiv 2502.16982 for
+the scale).
 
 Here for nano alone, where a step costs little and every minute of two cores counts.
 """
@@ -11,7 +12,9 @@ import torch
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices of (N, rows, columns), roughly: five steps of a quintic Newton-Schulz iteration in bf16."""
+    """The nearest semi-orthogonal matrices of (N, rows, columns), roughly: five steps of a quintic Newton-Schulz
+    iteration in bf16.
+    """
     wide = matrices.bfloat16()
     tall = wide.shape[-2] > wide.shape[-1]
     if tall:
@@ -24,13 +27,21 @@ def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for weights of two dimensions and more (a convolution is out × in·k·k), AdamW for the others and for those named in `without`.
+    """Muon for weights of two dimensions and more (a convolution is out × in·k·k), AdamW for the others and for those
+    named in `without`.
 
-    An orthogonal update has an RMS of about 1 / sqrt(longer side); times 0.2 · sqrt(longer side) it is as large as AdamW's, so that
-    both halves take one learning rate.
+    An orthogonal update has an RMS of about 1 / sqrt(longer side); times 0.2 · sqrt(longer side) it is as large as
+    AdamW's, so that both halves take one learning rate.
     """
 
-    def __init__(self, named: dict[str, torch.nn.Parameter], lr: float, weight_decay: float, without: tuple[str, ...], momentum: float = 0.95) -> None:
+    def __init__(
+        self,
+        named: dict[str, torch.nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        without: tuple[str, ...],
+        momentum: float = 0.95,
+    ) -> None:
         matrices = {n for n, p in named.items() if p.ndim >= 2 and not n.startswith(without)}
         groups = [
             {"params": [p for n, p in named.items() if n in matrices], "muon": True},
@@ -52,7 +63,9 @@ class Muon(torch.optim.Optimizer):
         for shape, members in same_shape.items():
             updates = orthogonal(torch.stack([update for _, update in members]))
             for (p, _), update in zip(members, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(
+                    update.view_as(p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5
+                )
 
     def _adamw(self, group: dict) -> None:
         first_decay, second_decay = group["betas"]
@@ -65,4 +78,6 @@ class Muon(torch.optim.Optimizer):
             state["first"].lerp_(p.grad, 1 - first_decay)
             state["second"].mul_(second_decay).addcmul_(p.grad, p.grad, value=1 - second_decay)
             scale = (state["second"] / (1 - second_decay**count)).sqrt_().add_(1e-8)
-            p.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(state["first"], scale, value=-group["lr"] / (1 - first_decay**count))
+            p.mul_(1 - group["lr"] * group["weight_decay"]).addcdiv_(
+                state["first"], scale, value=-group["lr"] / (1 - first_decay**count)
+            )

@@ -29,18 +29,35 @@ def make_tokenizer(captions: list[str], vocab_size: int, folder: Path) -> CLIPTo
     if not (folder / "tokenizer_config.json").exists():
         bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
         bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train_from_iterator(captions, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[], initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+        bpe.train_from_iterator(
+            captions,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                special_tokens=[],
+                initial_alphabet=alphabet,
+                end_of_word_suffix="</w>",
+                show_progress=False,
+            ),
+        )
         folder.mkdir(parents=True, exist_ok=True)
         bpe.model.save(str(folder))
         vocab = json.loads((folder / "vocab.json").read_text())
-        # CLIP's files hold the alphabet twice, bare and word-final, so that any text can be spelled, and the two marks last.
+        # CLIP's files hold the alphabet twice, bare and word-final, so that any text can be spelled, and the two marks
+        # last.
         tokens = sorted(vocab, key=vocab.get)
         tokens += [c + "</w>" for c in sorted(alphabet) if c + "</w>" not in vocab]
         tokens += [START, END]
-        merges = [tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")]
+        merges = [
+            tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")
+        ]
         tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
         tokenizer.save_pretrained(folder)
     return CLIPTokenizer.from_pretrained(folder)
@@ -57,7 +74,11 @@ def build(cfg: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
     }
     vision = cfg["vision"] | {"image_size": 128, "projection_dim": cfg["projection_dim"]}
     # Eager attention: on a CPU its backward is several times as fast as the fused one at these sizes.
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=cfg["projection_dim"], attn_implementation="eager"))
+    return CLIPModel(
+        CLIPConfig(
+            text_config=text, vision_config=vision, projection_dim=cfg["projection_dim"], attn_implementation="eager"
+        )
+    )
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -77,10 +98,21 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return moved * (0.95 + 0.05 * torch.rand(count, 1, 1, 1, generator=generator))
 
 
-def composed(model: CLIPModel, image: torch.Tensor, index: torch.Tensor, style_of: torch.Tensor, style_ids: torch.Tensor, bare_ids: torch.Tensor, every_ids: list[torch.Tensor], longest: int) -> torch.Tensor:
-    """What makes a caption the sum of its parts, so that a style and a concept that were never seen together still mean both.
+def composed(
+    model: CLIPModel,
+    image: torch.Tensor,
+    index: torch.Tensor,
+    style_of: torch.Tensor,
+    style_ids: torch.Tensor,
+    bare_ids: torch.Tensor,
+    every_ids: list[torch.Tensor],
+    longest: int,
+) -> torch.Tensor:
+    """What makes a caption the sum of its parts, so that a style and a concept that were never seen together still mean
+    both.
 
-    The picture's style is told by the style's phrase alone, and each concept in every style lies between the phrase's and the concept's own embedding.
+    The picture's style is told by the style's phrase alone, and each concept in every style lies between the phrase's
+    and the concept's own embedding.
     """
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -90,13 +122,18 @@ def composed(model: CLIPModel, image: torch.Tensor, index: torch.Tensor, style_o
     some = index[torch.randperm(len(index))[:24]]
     styles, concepts = embed(style_ids), embed(bare_ids[some])
     told = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ styles.T
-    between = [1 - (embed(ids[some]) * F.normalize(concepts + styles[i], dim=-1)).sum(-1).mean() for i, ids in enumerate(every_ids)]
+    between = [
+        1 - (embed(ids[some]) * F.normalize(concepts + styles[i], dim=-1)).sum(-1).mean()
+        for i, ids in enumerate(every_ids)
+    ]
     return F.cross_entropy(told, style_of[index]) / 2 + 4 * torch.stack(between).mean()
 
 
 @torch.no_grad()
 def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: Split) -> dict[str, float]:
-    """On the first 200: retrieval of each picture's caption among them, top-1 and top-5, and of its style among its concept's captions."""
+    """On the first 200: retrieval of each picture's caption among them, top-1 and top-5, and of its style among its
+    concept's captions.
+    """
     ids = tokenize(tokenizer, split.captions)
     n = min(200, len(split.captions))
     image = F.normalize(model.get_image_features(pixel_values=split.pixels(torch.arange(n))).pooler_output, dim=-1)
@@ -104,11 +141,21 @@ def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: Split) -> dict[s
     rank = (image @ text.T).argsort(dim=-1, descending=True)
     hit = rank == torch.arange(n)[:, None]
     phrases = nano.styles()
-    in_every_style = [split.captions[i].replace(phrases[split.metas[i]["style"]], phrase, 1) for i in range(n) for phrase in phrases.values()]
-    styled = F.normalize(model.get_text_features(input_ids=tokenize(tokenizer, in_every_style)).pooler_output, dim=-1).view(n, len(phrases), -1)
+    in_every_style = [
+        split.captions[i].replace(phrases[split.metas[i]["style"]], phrase, 1)
+        for i in range(n)
+        for phrase in phrases.values()
+    ]
+    styled = F.normalize(
+        model.get_text_features(input_ids=tokenize(tokenizer, in_every_style)).pooler_output, dim=-1
+    ).view(n, len(phrases), -1)
     chosen = torch.einsum("nd,nsd->ns", image, styled).argmax(-1)
     right = [list(phrases)[c] == meta["style"] for c, meta in zip(chosen.tolist(), split.metas[:n], strict=True)]
-    return {"style": sum(right) / n, "top1": hit[:, :1].any(-1).float().mean().item(), "top5": hit[:, :5].any(-1).float().mean().item()}
+    return {
+        "style": sum(right) / n,
+        "top1": hit[:, :1].any(-1).float().mean().item(),
+        "top5": hit[:, :5].any(-1).float().mean().item(),
+    }
 
 
 def main() -> None:
@@ -137,7 +184,10 @@ def main() -> None:
     phrases = nano.styles()
     style_ids = tokenize(tokenizer, [phrase.removesuffix(" of") for phrase in phrases.values()])
     style_of = torch.tensor([list(phrases).index(meta["style"]) for meta in train.metas])
-    bare = [caption.removeprefix(phrases[meta["style"]]).strip() for caption, meta in zip(train.captions, train.metas, strict=True)]
+    bare = [
+        caption.removeprefix(phrases[meta["style"]]).strip()
+        for caption, meta in zip(train.captions, train.metas, strict=True)
+    ]
     bare_ids = tokenize(tokenizer, bare)
     every_ids = [tokenize(tokenizer, [f"{phrase} {text}" for text in bare]) for phrase in phrases.values()]
     by_concept: dict[str, list[int]] = {}
@@ -145,13 +195,23 @@ def main() -> None:
         by_concept.setdefault(meta["concept"], []).append(i)
     members = list(by_concept.values())
     for step in range(start, steps):
-        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        lr = (
+            cfg["lr"]
+            * min(1, (step + 1 - warmed_from) / cfg["warmup"])
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         if step < cfg["grouped_from"]:
             index = batch_indices(step, cfg["batch"], len(train.captions), seed)
         else:  # concepts in all their styles: told apart by style alone, which random batches hardly ever ask for
-            index = torch.tensor([i for c in batch_indices(step, cfg["concepts_per_batch"], len(members), seed).tolist() for i in members[c]])
+            index = torch.tensor(
+                [
+                    i
+                    for c in batch_indices(step, cfg["concepts_per_batch"], len(members), seed).tolist()
+                    for i in members[c]
+                ]
+            )
         pixels = augment(train.pixels(index), torch.Generator().manual_seed(seed * 1_000_003 + step))
         longest = int((ids[index] == tokenizer.eos_token_id).float().argmax(-1).max()) + 1
         with torch.autocast("cpu", torch.bfloat16):
@@ -161,16 +221,22 @@ def main() -> None:
         target = torch.arange(len(index))
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         if step >= cfg["composed_from"]:
-            loss = loss + cfg["composed_weight"] * composed(model, image, index, style_of, style_ids, bare_ids, every_ids, longest)
+            loss = loss + cfg["composed_weight"] * composed(
+                model, image, index, style_of, style_ids, bare_ids, every_ids, longest
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % progress.every == 0:
-            progress.note(step + 1, loss=loss.item(), top1_batch=(logits.argmax(-1) == target).float().mean().item(), lr=lr)
+            progress.note(
+                step + 1, loss=loss.item(), top1_batch=(logits.argmax(-1) == target).float().mean().item(), lr=lr
+            )
         if (step + 1) % 250 == 0 or step + 1 == steps:
             progress.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
-            progress.note(step + 1, **{f"heldout_{k}": v for k, v in accuracy(model.eval(), tokenizer, heldout).items()})
+            progress.note(
+                step + 1, **{f"heldout_{k}": v for k, v in accuracy(model.eval(), tokenizer, heldout).items()}
+            )
             model.train()
     model.save_pretrained(args.work / f"clip-{args.role}")
     tokenizer.save_pretrained(args.work / f"clip-{args.role}")

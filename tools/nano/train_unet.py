@@ -1,13 +1,15 @@
 """Train nano's UNet on cached latents and text embeddings, resumable.
 
     python tools/nano/train_unet.py --work build/nano [--until STEP]
-    torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano      one process a core, faster than one with a thread a core
+    torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano      one process a core, faster than one with
+    a thread a core
 
-The processes share each batch and average the gradients; noise is drawn for the whole batch, so their number changes nothing.
+The processes share each batch and average the gradients; noise is drawn for the whole batch, so their number changes
+nothing.
 
 Epsilon prediction on SD1's schedule, Min-SNR weighting (arXiv 2303.09556), caption dropout, EMA. The learning rate is
-constant after warm-up and falls to zero over the last `--cooldown` steps before `--until`, so that a run can be stopped for
-a release and continued later from its last checkpoint before the cooldown.
+constant after warm-up and falls to zero over the last `--cooldown` steps before `--until`, so that a run can be stopped
+for a release and continued later from its last checkpoint before the cooldown.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ from train_clip import make_tokenizer, tokenize
 from train_vae import build as build_vae
 from transformers import CLIPModel
 
-SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
 
 
 def build(cfg: dict, cross_attention_dim: int) -> UNet2DConditionModel:
@@ -73,9 +81,16 @@ def main() -> None:
     data = cache(args.work, load("train"))
     count = len(data["mean"])
     unet = build(cfg, data["text"].shape[-1])
-    unet.set_attn_processor(AttnProcessor())  # plain products: on a CPU their backward is 2 to 5 times as fast as the fused attention's
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # plain products: on a CPU their backward is 2 to 5 times as fast as the fused attention's
     ema = {k: v.clone() for k, v in unet.state_dict().items()}
-    optimizer = Muon(dict(unet.named_parameters()), lr=cfg["lr"], weight_decay=0.01, without=("conv_in", "conv_out", "time_embedding"))
+    optimizer = Muon(
+        dict(unet.named_parameters()),
+        lr=cfg["lr"],
+        weight_decay=0.01,
+        without=("conv_in", "conv_out", "time_embedding"),
+    )
     alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
     snr = alphas / (1 - alphas)
     progress = Progress(args.work, "unet")
@@ -102,7 +117,9 @@ def main() -> None:
         text = data["text"][torch.where(dropped, count, index)].float()
         noise = torch.randn(latents.shape, generator=generator)
         # Stratified timesteps: each of the batch's equal slices of the schedule is hit once.
-        timesteps = ((torch.arange(len(index)) + torch.rand(len(index), generator=generator)) / len(index) * 1000).long()
+        timesteps = (
+            (torch.arange(len(index)) + torch.rand(len(index), generator=generator)) / len(index) * 1000
+        ).long()
         mine = slice(rank, None, world)
         latents, noise, text, timesteps = latents[mine], noise[mine], text[mine], timesteps[mine]
         a = alphas[timesteps].view(-1, 1, 1, 1)
@@ -115,7 +132,9 @@ def main() -> None:
             gradients = [p.grad for p in unet.parameters()]
             flat = torch.cat([g.flatten() for g in gradients])
             torch.distributed.all_reduce(flat)
-            for gradient, mean_gradient in zip(gradients, flat.div_(world).split([g.numel() for g in gradients]), strict=True):
+            for gradient, mean_gradient in zip(
+                gradients, flat.div_(world).split([g.numel() for g in gradients]), strict=True
+            ):
                 gradient.copy_(mean_gradient.view_as(gradient))
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()

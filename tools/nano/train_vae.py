@@ -1,7 +1,7 @@
 """Train nano's VAE (AutoencoderKL, f8, 4 latent channels), resumable.
 
-    python tools/nano/train_vae.py --work build/nano             encoder and decoder
-    python tools/nano/train_vae.py --work build/nano --decoder   then the decoder alone, so latents stay as cached
+python tools/nano/train_vae.py --work build/nano             encoder and decoder
+python tools/nano/train_vae.py --work build/nano --decoder   then the decoder alone, so latents stay as cached
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def build(cfg: dict) -> AutoencoderKL:
         norm_num_groups=cfg["norm_num_groups"],
         sample_size=128,
     )
-    # A posterior that starts narrow: at unit width the noise hides the picture and the decoder learns to ignore the latents.
+    # A posterior that starts narrow: at unit width the noise hides the picture and the decoder learns to ignore the
+    # latents.
     torch.nn.init.constant_(vae.quant_conv.bias[4:], -5.0)
     return vae
 
@@ -74,7 +75,11 @@ def main() -> None:
         return vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
 
     for step in range(start, steps):
-        lr = cfg["lr"] * min(1, (step + 1) / cfg["warmup"]) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        lr = (
+            cfg["lr"]
+            * min(1, (step + 1) / cfg["warmup"])
+            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
@@ -85,7 +90,11 @@ def main() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             decoded, kl = reconstruct(pixels, noise)
         decoded = decoded.float()
-        loss = F.mse_loss(decoded, pixels) + cfg["l1_weight"] * F.l1_loss(decoded, pixels) + cfg["kl_weight"] * kl.float().mean()
+        loss = (
+            F.mse_loss(decoded, pixels)
+            + cfg["l1_weight"] * F.l1_loss(decoded, pixels)
+            + cfg["kl_weight"] * kl.float().mean()
+        )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

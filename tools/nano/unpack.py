@@ -1,4 +1,5 @@
-"""Make a work folder from the weights that ship, so that the training of the UNet and of nano-CLIP goes on from a clone alone.
+"""Make a work folder from the weights that ship, so that the training of the UNet and of nano-CLIP goes on from a clone
+alone.
 
     python tools/nano/unpack.py --work build/nano
     python tools/nano/train_unet.py --work build/nano --until 20000
@@ -50,7 +51,9 @@ def main() -> None:
     torch.save({"model": weights, "ema": weights, "step": args.step, "seconds": 0.0}, args.work / "unet.ckpt")
     torch.save(weights, args.work / "unet.pt")
     metric = CLIPModel.from_pretrained(nano.metric_folder())
-    torch.save({"model": metric.state_dict(), "step": last_step("clip-metric"), "seconds": 0.0}, args.work / "clip-metric.ckpt")
+    torch.save(
+        {"model": metric.state_dict(), "step": last_step("clip-metric"), "seconds": 0.0}, args.work / "clip-metric.ckpt"
+    )
     print(f"{args.work}: ready to go on from step {args.step}")
 
 

@@ -57,7 +57,8 @@ def outcomes(run: PartRun, paths: tuple[str, ...]) -> Iterator[tuple[str, str, s
     """Yields (test, outcome, None) when a test has ended, and for each failure at the end (test, outcome, reason)."""
     command = [sys.executable, "-u", "-m", "pytest", *paths, "-m", MARK, *OPTIONS]
     pipes: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(command, cwd=ROOT, text=True, errors="replace", **pipes) as process:  # type: ignore[call-overload]
+    # type: ignore[call-overload]
+    with subprocess.Popen(command, cwd=ROOT, text=True, errors="replace", **pipes) as process:
         try:
             yield from read_outcomes(run, process.stdout)
         finally:

@@ -19,26 +19,51 @@ from .onnxruntime import OnnxRuntimeRunner
 from .tensorrt import TensorRTRunner
 from .torch import TorchRunner
 
-__all__ = ["AotInductorRunner", "OnnxRuntimeRunner", "Runner", "SharedMemory", "TensorRTRunner", "TensorSpec", "TorchRunner", "available", "compile_package", "open_runner"]
+__all__ = [
+    "AotInductorRunner",
+    "OnnxRuntimeRunner",
+    "Runner",
+    "SharedMemory",
+    "TensorRTRunner",
+    "TensorSpec",
+    "TorchRunner",
+    "available",
+    "compile_package",
+    "open_runner",
+]
 
-_BY_SUFFIX: dict[str, type[OnnxRuntimeRunner] | type[TensorRTRunner] | type[AotInductorRunner]] = {".onnx": OnnxRuntimeRunner, ".engine": TensorRTRunner, ".pt2": AotInductorRunner}
+_BY_SUFFIX: dict[str, type[OnnxRuntimeRunner] | type[TensorRTRunner] | type[AotInductorRunner]] = {
+    ".onnx": OnnxRuntimeRunner,
+    ".engine": TensorRTRunner,
+    ".pt2": AotInductorRunner,
+}
 
 
 def open_runner(path: str | PathLike[str], device: torch.device | str | None = None, **options: Any) -> Runner:
-    """An open runner for a graph, chosen by its suffix: `.onnx` runs on the CPU unless told otherwise, `.engine` on the GPU, `.pt2` where it was made for.
+    """An open runner for a graph, chosen by its suffix: `.onnx` runs on the CPU unless told otherwise, `.engine` on the
+    GPU, `.pt2` where it was made for.
 
     Args:
         options: of the runner's own, such as `cuda_graph=True`.
 
     Raises:
-        UsageError: another suffix, no such file, or an option that runner has not. BackendMissing, EngineError, EngineMismatch: as `Runner.open`.
+        UsageError: another suffix, no such file, or an option that runner has not. BackendMissing, EngineError,
+            EngineMismatch: as `Runner.open`.
     """
     kind = _BY_SUFFIX.get(Path(path).suffix)
     if kind is None:
-        raise UsageError("nothing runs this kind of file", where=path, expected=f"{', '.join(list(_BY_SUFFIX)[:-1])} or {list(_BY_SUFFIX)[-1]}")
+        raise UsageError(
+            "nothing runs this kind of file",
+            where=path,
+            expected=f"{', '.join(list(_BY_SUFFIX)[:-1])} or {list(_BY_SUFFIX)[-1]}",
+        )
     known = list(inspect.signature(kind.__init__).parameters)[3:]
     if unknown := sorted(set(options) - set(known)):
-        raise UsageError(f"{kind.backend if hasattr(kind, 'backend') else 'a TensorRT engine'} takes no {', '.join(unknown)}", where=path, expected=", ".join(known) or "no options")
+        raise UsageError(
+            f"{kind.backend if hasattr(kind, 'backend') else 'a TensorRT engine'} takes no {', '.join(unknown)}",
+            where=path,
+            expected=", ".join(known) or "no options",
+        )
     return kind(path, device, **options).open()
 
 
@@ -49,4 +74,9 @@ def available(device: str = "cpu") -> dict[str, str | None]:
         device: `cpu` or `cuda`, where ONNX Runtime is to run; the engines of TensorRT run on a GPU whatever it says.
     """
     engines = {name: tensorrt.missing(flavour) for name, flavour in FLAVOURS.items()}
-    return {"torch": None, "aot-inductor": aot_inductor.missing(), "onnxruntime": onnxruntime.missing(device), **engines}
+    return {
+        "torch": None,
+        "aot-inductor": aot_inductor.missing(),
+        "onnxruntime": onnxruntime.missing(device),
+        **engines,
+    }

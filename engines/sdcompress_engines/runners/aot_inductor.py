@@ -1,6 +1,8 @@
-"""torch's own ahead-of-time compiler: a module becomes a `.pt2` package of native code, which runs without Python and compiles nothing when it is loaded.
+"""torch's own ahead-of-time compiler: a module becomes a `.pt2` package of native code, which runs without Python and
+compiles nothing when it is loaded.
 
-A package holds code: load none that you would not run. It belongs to the torch, the processor or card, and the platform it was made with.
+A package holds code: load none that you would not run. It belongs to the torch, the processor or card, and the platform
+it was made with.
 """
 
 from __future__ import annotations
@@ -27,14 +29,19 @@ from .base import Runner, TensorSpec
 from .cuda_graphs import GraphedCall, check_graph_device, short
 from .torch import COMPILER, no_compiler
 
-CUDA_TOOLKIT = f"install the CUDA toolkit{'' if torch.version.cuda is None else ' ' + torch.version.cuda} and set CUDA_HOME to it, or --backend compile"
+CUDA_TOOLKIT = (
+    f"install the CUDA toolkit{'' if torch.version.cuda is None else ' ' + torch.version.cuda} and set CUDA_HOME to it,"
+    " or --backend compile"
+)
 _KEY = "sdcompress"
 _AGAIN = "export it again on this machine"
 
 
 def missing() -> str | None:
     """Why packages cannot run here, or None."""
-    there = hasattr(getattr(torch._C, "_aoti", None), "AOTIModelPackageLoader")  # as torch._inductor itself takes seconds to import
+    there = hasattr(
+        getattr(torch._C, "_aoti", None), "AOTIModelPackageLoader"
+    )  # as torch._inductor itself takes seconds to import
     return None if there else f"torch {torch.__version__} has no AOTInductor packages; they came with 2.6"
 
 
@@ -50,7 +57,9 @@ class Range:
         return self.least <= size and (self.most is None or size <= self.most) and size % self.step == 0
 
     def __str__(self) -> str:
-        return f"{self.least} to {'any' if self.most is None else self.most}" + (f" in steps of {self.step}" if self.step > 1 else "")
+        return f"{self.least} to {'any' if self.most is None else self.most}" + (
+            f" in steps of {self.step}" if self.step > 1 else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,8 @@ class Facts:
     Attributes:
         device: `cpu` or `cuda`; `card`: its compute capability.
         isa: the instruction sets that its code uses, as torch names them.
-        axes: free axis → the sizes it was compiled for. The code itself checks none of this: other sizes would read past their memory.
+        axes: free axis → the sizes it was compiled for. The code itself checks none of this: other sizes would read
+            past their memory.
     """
 
     torch: str
@@ -83,16 +93,19 @@ def compile_package(
 ) -> Path:
     """Compile `module` for the device and dtype it is in, and write the package; returns its path.
 
-    On the CPU its weights are part of the code, laid out for it ("freezing": 6 to 14 % faster where it was measured), and it uses as many threads as torch does.
+    On the CPU its weights are part of the code, laid out for it ("freezing": 6 to 14 % faster where it was measured),
+    and it uses as many threads as torch does.
 
     Args:
         example_inputs: in the order of `inputs`, on the module's device; sizes of free axes are examples, at least 2.
-        dynamic_shapes: for each input, axis → `torch.export.Dim` or None, as `torch.export.export` takes it; None makes every size fixed.
+        dynamic_shapes: for each input, axis → `torch.export.Dim` or None, as `torch.export.export` takes it; None makes
+            every size fixed.
         path: ends in `.pt2`; an existing file is replaced once the new one is whole.
         inputs, outputs: names, shapes and dtypes; an axis that comes out fixed is kept as its size.
 
     Raises:
-        UsageError: another suffix. BackendMissing: no C++ compiler, or no CUDA toolkit for a GPU. ExportError: the module cannot be exported or compiled. StorageError: no space.
+        UsageError: another suffix. BackendMissing: no C++ compiler, or no CUDA toolkit for a GPU. ExportError: the
+            module cannot be exported or compiled. StorageError: no space.
     """
     path = Path(path)
     if path.suffix != ".pt2":
@@ -105,24 +118,38 @@ def compile_package(
     options: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True} if device == "cpu" else {}
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder, torch.no_grad(), warnings.catch_warnings():
+        with (
+            tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder,
+            torch.no_grad(),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # torch's about its own code
             try:
                 from torch._inductor import aoti_compile_and_package
 
                 program = torch.export.export(module, examples, dynamic_shapes=dynamic_shapes)
                 held, axes, fixed = _sizes(program, inputs)
-                facts = Facts(torch.__version__, platform_name(), device, _card(device), (), held, _fix(outputs, fixed), axes)
-                options["aot_inductor.metadata"] = {_KEY: json.dumps(asdict(facts), default=lambda dtype: str(dtype).removeprefix("torch."))}
-                made = aoti_compile_and_package(program, package_path=str(Path(folder) / path.name), inductor_configs=options)
+                facts = Facts(
+                    torch.__version__, platform_name(), device, _card(device), (), held, _fix(outputs, fixed), axes
+                )
+                options["aot_inductor.metadata"] = {
+                    _KEY: json.dumps(asdict(facts), default=lambda dtype: str(dtype).removeprefix("torch."))
+                }
+                made = aoti_compile_and_package(
+                    program, package_path=str(Path(folder) / path.name), inductor_configs=options
+                )
             except Exception as error:  # its exceptions share no base class
                 if isinstance(error, OSError):
                     raise
                 if no_compiler(error):
                     raise BackendMissing("AOTInductor finds no C++ compiler", hint=COMPILER) from error
                 if device == "cuda" and no_cuda_headers(error):
-                    raise BackendMissing("AOTInductor finds no headers of the CUDA toolkit", hint=CUDA_TOOLKIT) from error
-                raise ExportError(f"AOTInductor cannot compile this module ({type(error).__name__}: {short(error)})", where=path) from error
+                    raise BackendMissing(
+                        "AOTInductor finds no headers of the CUDA toolkit", hint=CUDA_TOOLKIT
+                    ) from error
+                raise ExportError(
+                    f"AOTInductor cannot compile this module ({type(error).__name__}: {short(error)})", where=path
+                ) from error
             os.replace(made, path)
     return path
 
@@ -146,7 +173,9 @@ def read_facts(path: str | PathLike[str]) -> Facts:
     except EngineError:
         raise
     except Exception as error:  # a damaged archive fails in as many ways as it has bytes
-        raise EngineError(f"not a whole package ({type(error).__name__}: {short(error)})", where=path, hint=_AGAIN) from error
+        raise EngineError(
+            f"not a whole package ({type(error).__name__}: {short(error)})", where=path, hint=_AGAIN
+        ) from error
     raise EngineError("not a package of sdcompress's: it does not say what its inputs are", where=path, hint=_AGAIN)
 
 
@@ -161,7 +190,9 @@ class AotInductorRunner(Runner):
 
     backend = "aot-inductor"
 
-    def __init__(self, path: str | PathLike[str], device: torch.device | str | None = None, *, cuda_graph: bool = False) -> None:
+    def __init__(
+        self, path: str | PathLike[str], device: torch.device | str | None = None, *, cuda_graph: bool = False
+    ) -> None:
         super().__init__(path, device or ("cuda" if cuda_graph else "cpu"))
         check_graph_device(cuda_graph, self.device)
         self.cuda_graph = cuda_graph
@@ -177,7 +208,9 @@ class AotInductorRunner(Runner):
         manifest = read_manifest(self.path.parent)
         entry = None if manifest is None else manifest.files.get(self.path.name)
         if entry is not None and sha256_file(self.path) != entry.sha256:
-            raise ArtifactError("the package is not the one of its manifest: it is cut or was altered", where=self.path, hint=_AGAIN)
+            raise ArtifactError(
+                "the package is not the one of its manifest: it is cut or was altered", where=self.path, hint=_AGAIN
+            )
         facts = read_facts(self.path)
         if not self._chosen:
             self.device = torch.device(facts.device)
@@ -190,20 +223,29 @@ class AotInductorRunner(Runner):
 
                 options: dict[str, Any] = {"device_index": -1 if self.device.index is None else self.device.index}
                 if self.cuda_graph and "run_single_threaded" in inspect.signature(aoti_load_package).parameters:
-                    options["run_single_threaded"] = True  # else it asks after each run whether that has finished, which a capture forbids
+                    options["run_single_threaded"] = (
+                        True  # else it asks after each run whether that has finished, which a capture forbids
+                    )
                 self._model = aoti_load_package(str(self.path), **options)
         except Exception as error:  # its exceptions share no base class
             raise EngineError(f"the package does not load ({short(error)})", where=self.path, hint=_AGAIN) from error
         self.inputs, self.outputs, self._axes = facts.inputs, facts.outputs, facts.axes
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", torch.cuda.current_device() if self.device.index is None else self.device.index)
+            self.device = torch.device(
+                "cuda", torch.cuda.current_device() if self.device.index is None else self.device.index
+            )
         self._graphed = GraphedCall(self._compute, self.device, self.path) if self.cuda_graph else None
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for spec in self.inputs:
             for size, axis in zip(feeds[spec.name].shape, spec.shape, strict=True):
                 if isinstance(axis, str) and axis in self._axes and size not in self._axes[axis]:
-                    raise EngineMismatch(f"{axis} {size} is outside what the package was compiled for", where=self.path, expected=f"{axis} {self._axes[axis]}", hint="export it again for these shapes")
+                    raise EngineMismatch(
+                        f"{axis} {size} is outside what the package was compiled for",
+                        where=self.path,
+                        expected=f"{axis} {self._axes[axis]}",
+                        hint="export it again for these shapes",
+                    )
         return self._compute(feeds) if self._graphed is None else self._graphed(feeds)
 
     def _compute(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -213,14 +255,22 @@ class AotInductorRunner(Runner):
             results = self._model(*tensors)
         except RuntimeError as error:
             raise EngineError(f"the package failed ({short(error)})", where=self.path) from error
-        return dict(zip((spec.name for spec in self.outputs), results if isinstance(results, (tuple, list)) else (results,), strict=True))
+        return dict(
+            zip(
+                (spec.name for spec in self.outputs),
+                results if isinstance(results, (tuple, list)) else (results,),
+                strict=True,
+            )
+        )
 
     def _release(self) -> None:
         self._model = self._graphed = None
 
 
 def no_cuda_headers(error: BaseException) -> bool:
-    """Returns whether a compilation failed because the CUDA toolkit is not installed: torch carries its libraries, not all of its headers."""
+    """Returns whether a compilation failed because the CUDA toolkit is not installed: torch carries its libraries, not
+    all of its headers.
+    """
     text = str(error)
     return "CUDA_HOME" in text or re.search(r"cuda\w*\.h\b.*No such file", text) is not None
 
@@ -229,18 +279,39 @@ def check_fits(facts: Facts, device: torch.device, where: str | PathLike[str] | 
     """Refuse a package whose code this machine, or this torch, cannot run.
 
     Raises:
-        EngineMismatch: made with another torch, or for another device, card, processor or platform. BackendMissing: it needs a GPU and there is none.
+        EngineMismatch: made with another torch, or for another device, card, processor or platform. BackendMissing: it
+            needs a GPU and there is none.
     """
-    for what, made, here in (("torch", facts.torch, torch.__version__), ("platform", facts.platform, platform_name()), ("device", facts.device, device.type)):
+    for what, made, here in (
+        ("torch", facts.torch, torch.__version__),
+        ("platform", facts.platform, platform_name()),
+        ("device", facts.device, device.type),
+    ):
         if made != here:
-            raise EngineMismatch(f"the package was compiled for {what} {made}, and this is {here}", where=where, expected=f"one for {here}", hint=_AGAIN)
+            raise EngineMismatch(
+                f"the package was compiled for {what} {made}, and this is {here}",
+                where=where,
+                expected=f"one for {here}",
+                hint=_AGAIN,
+            )
     if facts.device == "cuda":
         if not torch.cuda.is_available():
-            raise BackendMissing("the package runs on an NVIDIA GPU and there is none", where=where, hint="export it for the CPU")
+            raise BackendMissing(
+                "the package runs on an NVIDIA GPU and there is none", where=where, hint="export it for the CPU"
+            )
         if facts.card != (card := torch.cuda.get_device_capability(device)):
-            raise EngineMismatch(f"the package was compiled for compute capability {'.'.join(map(str, facts.card))}, and this card has {'.'.join(map(str, card))}", where=where, hint=_AGAIN)
+            raise EngineMismatch(
+                f"the package was compiled for compute capability {'.'.join(map(str, facts.card))}, and this card has"
+                f" {'.'.join(map(str, card))}",
+                where=where,
+                hint=_AGAIN,
+            )
     elif lacking := _lacking(facts.isa):
-        raise EngineMismatch(f"the package was compiled for a processor with {', '.join(lacking)}, which this one has not", where=where, hint=_AGAIN)
+        raise EngineMismatch(
+            f"the package was compiled for a processor with {', '.join(lacking)}, which this one has not",
+            where=where,
+            hint=_AGAIN,
+        )
 
 
 def _lacking(isa: Sequence[str]) -> list[str]:
@@ -254,8 +325,12 @@ def _card(device: str) -> tuple[int, ...]:
     return tuple(torch.cuda.get_device_capability()) if device == "cuda" else ()
 
 
-def _sizes(program: Any, inputs: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec, ...], dict[str, Range], dict[str, int]]:
-    """The inputs with the axes that came out fixed as their sizes, the range of each free axis, and the size of each fixed one."""
+def _sizes(
+    program: Any, inputs: Sequence[TensorSpec]
+) -> tuple[tuple[TensorSpec, ...], dict[str, Range], dict[str, int]]:
+    """The inputs with the axes that came out fixed as their sizes, the range of each free axis, and the size of each
+    fixed one.
+    """
     wanted = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
     axes: dict[str, Range] = {}
@@ -273,7 +348,14 @@ def _sizes(program: Any, inputs: Sequence[TensorSpec]) -> tuple[tuple[TensorSpec
 
 
 def _fix(specs: Sequence[TensorSpec], fixed: Mapping[str, int]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(spec.name, tuple(fixed.get(size, size) if isinstance(size, str) else size for size in spec.shape), spec.dtype) for spec in specs)
+    return tuple(
+        TensorSpec(
+            spec.name,
+            tuple(fixed.get(size, size) if isinstance(size, str) else size for size in spec.shape),
+            spec.dtype,
+        )
+        for spec in specs
+    )
 
 
 def _finite(bound: Any) -> int | None:
@@ -285,7 +367,23 @@ def _finite(bound: Any) -> int | None:
 
 def _facts(raw: Mapping[str, Any], isa: str) -> Facts:
     def specs(entries: Any) -> tuple[TensorSpec, ...]:
-        return tuple(TensorSpec(str(entry["name"]), tuple(size if isinstance(size, int) else str(size) for size in entry["shape"]), getattr(torch, entry["dtype"])) for entry in entries)
+        return tuple(
+            TensorSpec(
+                str(entry["name"]),
+                tuple(size if isinstance(size, int) else str(size) for size in entry["shape"]),
+                getattr(torch, entry["dtype"]),
+            )
+            for entry in entries
+        )
 
     axes = {str(name): Range(**given) for name, given in raw["axes"].items()}
-    return Facts(str(raw["torch"]), str(raw["platform"]), str(raw["device"]), tuple(raw["card"]), tuple(isa.split()), specs(raw["inputs"]), specs(raw["outputs"]), axes)
+    return Facts(
+        str(raw["torch"]),
+        str(raw["platform"]),
+        str(raw["device"]),
+        tuple(raw["card"]),
+        tuple(isa.split()),
+        specs(raw["inputs"]),
+        specs(raw["outputs"]),
+        axes,
+    )

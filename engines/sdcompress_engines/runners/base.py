@@ -31,7 +31,9 @@ class TensorSpec:
 
 
 class Runner(ABC):
-    """One backend session over one graph. `inputs` and `outputs` are known once it is open; opening twice is opening once.
+    """One backend session over one graph.
+
+    `inputs` and `outputs` are known once it is open; opening twice is opening once.
 
     Attributes:
         backend: `torch`, `aot-inductor`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
@@ -69,13 +71,14 @@ class Runner(ABC):
             feeds: every input by name, with the dtype and a shape its spec allows, on `device`.
 
         Raises:
-            EngineMismatch: a name, dtype, shape or device that the graph does not take. EngineError: it is closed, or it failed.
+            EngineMismatch: a name, dtype, shape or device that the graph does not take. EngineError: it is closed, or
+                it failed.
         """
         if not self._is_open:
             raise EngineError("the runner is not open", where=self.path, hint="with open_runner(path) as runner: ...")
         self._check(feeds)
-        # Not in inference mode, whatever the caller is in: a scheduler may not change such tensors in place, and a CUDA graph's static
-        # tensors could not be written to from a later call outside of it.
+        # Not in inference mode, whatever the caller is in: a scheduler may not change such tensors in place, and a CUDA
+        # graph's static tensors could not be written to from a later call outside of it.
         with torch.inference_mode(False), torch.no_grad():
             return self._run({spec.name: feeds[spec.name].detach().contiguous() for spec in self.inputs})
 
@@ -88,7 +91,9 @@ class Runner(ABC):
     def __enter__(self) -> Self:
         return self.open()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _check(self, feeds: Mapping[str, torch.Tensor]) -> None:
@@ -101,12 +106,23 @@ class Runner(ABC):
         for spec in self.inputs:
             tensor = feeds[spec.name]
             if tensor.dtype != spec.dtype:
-                raise EngineMismatch(f"input {spec.name} is {str(tensor.dtype).removeprefix('torch.')}", where=self.path, expected=str(spec))
-            fits = tensor.ndim == len(spec.shape) and all(size == want if isinstance(want, int) else size == sizes.setdefault(want, size) for size, want in zip(tensor.shape, spec.shape, strict=True))
+                raise EngineMismatch(
+                    f"input {spec.name} is {str(tensor.dtype).removeprefix('torch.')}",
+                    where=self.path,
+                    expected=str(spec),
+                )
+            fits = tensor.ndim == len(spec.shape) and all(
+                size == want if isinstance(want, int) else size == sizes.setdefault(want, size)
+                for size, want in zip(tensor.shape, spec.shape, strict=True)
+            )
             if not fits:
-                raise EngineMismatch(f"input {spec.name} has shape {tuple(tensor.shape)}", where=self.path, expected=expected)
+                raise EngineMismatch(
+                    f"input {spec.name} has shape {tuple(tensor.shape)}", where=self.path, expected=expected
+                )
             if tensor.device.type != self.device.type or self.device.index not in (None, tensor.device.index):
-                raise EngineMismatch(f"input {spec.name} is on {tensor.device}", where=self.path, expected=f"a tensor on {self.device}")
+                raise EngineMismatch(
+                    f"input {spec.name} is on {tensor.device}", where=self.path, expected=f"a tensor on {self.device}"
+                )
 
     @abstractmethod
     def _load(self) -> None:

@@ -36,7 +36,9 @@ def check_graph_device(wanted: bool, device: torch.device) -> None:
 def capture_graph(
     call: Callable[[], Result], stream: torch.cuda.Stream, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Returns the graph of what `call` enqueues, and what `call` returned. The caller's stream is current again, also after an error.
+    """Returns the graph of what `call` enqueues, and what `call` returned.
+
+    The caller's stream is current again, also after an error.
 
     Args:
         stream: a stream other than the default one, idle; `call` runs with it as the current stream.
@@ -154,7 +156,11 @@ class GraphedCall:
 
 def warn_without_graph(where: str | PathLike[str] | None, reason: str) -> None:
     """Warn that a runner goes on without CUDA graphs, and why."""
-    warnings.warn(f"{where or 'torch module'}: no CUDA graph could be captured, so it runs without ({reason})", RuntimeWarning, stacklevel=6)
+    warnings.warn(
+        f"{where or 'torch module'}: no CUDA graph could be captured, so it runs without ({reason})",
+        RuntimeWarning,
+        stacklevel=6,
+    )
 
 
 def short(error: object, length: int = 300) -> str:

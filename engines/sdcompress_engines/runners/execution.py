@@ -1,4 +1,6 @@
-"""Run calls on a TensorRT engine: one context for each profile, activations in our memory, in the order of torch's stream, as CUDA graphs if wanted."""
+"""Run calls on a TensorRT engine: one context for each profile, activations in our memory, in the order of torch's
+stream, as CUDA graphs if wanted.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class _Context:
 
 @dataclass
 class _Captured:
-    """A static call, the context it runs on, and whether a CUDA graph of ours holds the addresses of that context's memory."""
+    """A static call, the context it runs on, and whether a CUDA graph of ours holds the addresses of that context's
+    memory.
+    """
 
     context: _Context
     call: StaticCall
@@ -42,7 +46,8 @@ class Execution:
     """The runs of one engine. One thread at a time.
 
     Args:
-        native, how: the engine, and what its contexts are made with: a runtime configuration, or the strategy of who allocates memory (it is us).
+        native, how: the engine, and what its contexts are made with: a runtime configuration, or the strategy of who
+            allocates memory (it is us).
         outputs: with their dtypes.
         device: a CUDA device with its index.
         memory: for activations; contexts of this engine share it, and other engines' may.
@@ -51,7 +56,17 @@ class Execution:
     """
 
     def __init__(
-        self, native: Any, how: Any, outputs: Sequence[TensorSpec], device: torch.device, memory: SharedMemory, log: Any, where: str | PathLike[str] | None, *, graphs: bool = False, itself: bool = False
+        self,
+        native: Any,
+        how: Any,
+        outputs: Sequence[TensorSpec],
+        device: torch.device,
+        memory: SharedMemory,
+        log: Any,
+        where: str | PathLike[str] | None,
+        *,
+        graphs: bool = False,
+        itself: bool = False,
     ) -> None:
         self._engine, self._how, self._outputs, self._device = native, how, tuple(outputs), device
         self._memory, self._log, self._where = memory, log, where
@@ -60,8 +75,11 @@ class Execution:
         self._captured: dict[tuple[int, tuple[Shape, ...]], _Captured] = {}  # the one used last comes last
         self._own_stream = torch.cuda.Stream(device)
 
-    def run(self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The outputs, fresh tensors of torch's current stream, for contiguous feeds whose shapes `profile` takes; the device is the current one.
+    def run(
+        self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The outputs, fresh tensors of torch's current stream, for contiguous feeds whose shapes `profile` takes; the
+        device is the current one.
 
         Raises:
             EngineError: no memory, or the engine failed. EngineMismatch: the engine refuses the shapes.
@@ -78,7 +96,8 @@ class Execution:
             return results
 
     def reserve(self, profile: int, shapes: Mapping[str, Shape]) -> None:
-        """Make the activation memory large enough for these shapes now, so that it need not grow, and graphs be captured again, later.
+        """Make the activation memory large enough for these shapes now, so that it need not grow, and graphs be
+        captured again, later.
 
         Raises:
             EngineError: no memory. EngineMismatch: the profile does not take these shapes.
@@ -88,9 +107,11 @@ class Execution:
 
     @contextmanager
     def _stream(self) -> Iterator[torch.cuda.Stream]:
-        """The stream to enqueue on: torch's current one; for the default one, where TensorRT would wait for the whole device, a stream of our own.
+        """The stream to enqueue on: torch's current one; for the default one, where TensorRT would wait for the whole
+        device, a stream of our own.
 
-        That one forks from the current stream and joins it again, so tensors of the current stream can be freed and used as if they had never left it.
+        That one forks from the current stream and joins it again, so tensors of the current stream can be freed and
+        used as if they had never left it.
         """
         current = torch.cuda.current_stream(self._device)
         if current != torch.cuda.default_stream(self._device):
@@ -117,7 +138,9 @@ class Execution:
     def _new_context(self, profile: int, stream: torch.cuda.Stream) -> _Context:
         native = self._engine.create_execution_context(self._how)
         if native is None:
-            raise EngineError(f"no execution context, most often for lack of GPU memory ({self._log.said()})", where=self._where)
+            raise EngineError(
+                f"no execution context, most often for lack of GPU memory ({self._log.said()})", where=self._where
+            )
         with self._native_errors(f"profile {profile}"):
             native.set_optimization_profile_async(profile, stream.cuda_stream)
         return _Context(native, profile)
@@ -129,13 +152,19 @@ class Execution:
             context.shapes, context.memory = None, None
             for name, shape in shapes.items():
                 if not native.set_input_shape(name, shape):
-                    raise EngineMismatch(f"input {name} of shape {shape} was refused ({self._log.said()})", where=self._where)
+                    raise EngineMismatch(
+                        f"input {name} of shape {shape} was refused ({self._log.said()})", where=self._where
+                    )
             with self._native_errors(f"shapes {shapes}"):
                 if lacking := native.infer_shapes():
-                    raise EngineMismatch(f"the shape of {', '.join(lacking)} is not known from the inputs", where=self._where)
+                    raise EngineMismatch(
+                        f"the shape of {', '.join(lacking)} is not known from the inputs", where=self._where
+                    )
             context.results = {spec.name: tuple(native.get_tensor_shape(spec.name)) for spec in self._outputs}
             # What these shapes need; 0 is none, or no answer, so the profile's upper bound stands in for it.
-            context.need = int(native.update_device_memory_size_for_shapes()) or int(self._engine.get_device_memory_size_for_profile_v2(context.profile))
+            context.need = int(native.update_device_memory_size_for_shapes()) or int(
+                self._engine.get_device_memory_size_for_profile_v2(context.profile)
+            )
             context.shapes = dict(shapes)
         memory = self._memory.reserve(context.need)
         if context.memory != memory:
@@ -143,7 +172,10 @@ class Execution:
             context.memory = memory
 
     def _fresh(self, context: _Context) -> dict[str, torch.Tensor]:
-        return {spec.name: torch.empty(context.results[spec.name], dtype=spec.dtype, device=self._device) for spec in self._outputs}
+        return {
+            spec.name: torch.empty(context.results[spec.name], dtype=spec.dtype, device=self._device)
+            for spec in self._outputs
+        }
 
     def _execute(self, context: _Context, tensors: Mapping[str, torch.Tensor], stream: torch.cuda.Stream) -> None:
         for name, tensor in tensors.items():
@@ -155,7 +187,9 @@ class Execution:
     def _find_or_capture(
         self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream
     ) -> _Captured | None:
-        """Returns the static call for these shapes, captured now if it is new or its memory has moved; None where a capture has failed."""
+        """Returns the static call for these shapes, captured now if it is new or its memory has moved; None where a
+        capture has failed.
+        """
         key = (profile, tuple(shapes.values()))
         captured = self._captured.pop(key, None)
         if captured is not None and captured.holds_addresses and captured.context.memory != self._memory.block:
@@ -172,7 +206,8 @@ class Execution:
     def _capture(
         self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream
     ) -> _Captured | None:
-        # A captured context keeps to its shape: what kernels read of sizes may lie in the context's memory, where another shape would change it.
+        # A captured context keeps to its shape: what kernels read of sizes may lie in the context's memory, where
+        # another shape would change it.
         context = self._context(profile, stream) if self._itself else self._separate_context(profile, shapes, stream)
         self._prepare(context, shapes)
         inputs, results = {name: tensor.clone() for name, tensor in feeds.items()}, self._fresh(context)
@@ -185,7 +220,9 @@ class Execution:
 
             return _Captured(context, StaticCall(inputs, results, launch), holds_addresses=False)
         torch.cuda.synchronize(self._device)
-        self._execute(context, tensors, self._own_stream)  # the first run of a shape sets up what a capture must not contain
+        self._execute(
+            context, tensors, self._own_stream
+        )  # the first run of a shape sets up what a capture must not contain
         self._own_stream.synchronize()
         try:
             graph, _ = capture_graph(lambda: self._execute(context, tensors, self._own_stream), self._own_stream)
@@ -200,4 +237,6 @@ class Execution:
         try:
             yield
         except RuntimeError as error:
-            raise EngineError(f"the engine does not take {what} ({short(error)}; {self._log.said()})", where=self._where) from error
+            raise EngineError(
+                f"the engine does not take {what} ({short(error)}; {self._log.said()})", where=self._where
+            ) from error

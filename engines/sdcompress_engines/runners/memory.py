@@ -11,7 +11,10 @@ from ..errors import EngineError
 
 
 class StreamOrder:
-    """Keeps calls on shared buffers in order on the device, whichever streams they come on. They are enqueued from one thread at a time."""
+    """Keeps calls on shared buffers in order on the device, whichever streams they come on.
+
+    They are enqueued from one thread at a time.
+    """
 
     def __init__(self) -> None:
         self._last: torch.cuda.Event | None = None
@@ -19,7 +22,9 @@ class StreamOrder:
     @contextmanager
     def lease(self, stream: torch.cuda.Stream) -> Iterator[None]:
         """What is enqueued on `stream` inside the block waits for the call before it, and the next call waits for it."""
-        if torch.cuda.is_current_stream_capturing():  # an outer graph takes no events from outside; its owner keeps the order
+        if (
+            torch.cuda.is_current_stream_capturing()
+        ):  # an outer graph takes no events from outside; its owner keeps the order
             yield
             return
         if self._last is not None:
@@ -32,9 +37,11 @@ class StreamOrder:
 
 
 class SharedMemory(StreamOrder):
-    """Activation memory of engines that run one after another: as large as the largest needs, instead of a block for each.
+    """Activation memory of engines that run one after another: as large as the largest needs, instead of a block for
+    each.
 
-    A CUDA graph keeps the addresses it was captured with, so runners capture their graphs again after the memory has grown.
+    A CUDA graph keeps the addresses it was captured with, so runners capture their graphs again after the memory has
+    grown.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -61,5 +68,7 @@ class SharedMemory(StreamOrder):
                 self._tensor = torch.empty(size, dtype=torch.uint8, device=self.device)
             except RuntimeError as error:  # torch.OutOfMemoryError, and what the CPU's allocator raises
                 what = f"no room on {self.device} for {size / 2**20:,.0f} MiB of activations"
-                raise EngineError(what, hint="fewer or smaller pictures at once, or close other programs on this GPU") from error
+                raise EngineError(
+                    what, hint="fewer or smaller pictures at once, or close other programs on this GPU"
+                ) from error
         return self.block

@@ -37,19 +37,40 @@ INSTALL_GPU = "pip install 'sdcompress[gpu]'"
 REPLACE_BY_GPU = f"pip uninstall -y onnxruntime onnxruntime-gpu && {INSTALL_GPU}"
 """Both packages write the same files, so the one for the CPU has to go first."""
 INSTALL_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx, beside onnxruntime and without onnxruntime-gpu"
-PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider", "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider"}
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "nvtensorrtrtx": "NvTensorRTRTXExecutionProvider",
+}
 GRAPHS = 4
 """CUDA graphs, each of one shape, of a session, which can let go of none; further shapes run without."""
 # Operators that hold the work of these models: a provider that leaves one of them to another has not taken the graph.
 # What else is on the CPU computes shapes or works on a few numbers: `Concat`, `Div`, `Mul`, `Reshape`, `ArgMax` of
 # token ids, `Sin` and `Cos` of timesteps.
 _WORK = {
-    "Attention", "BatchNormalization", "Conv", "ConvTranspose", "Erf", "Gelu", "Gemm", "GroupNormalization",
-    "InstanceNormalization", "LayerNormalization", "MatMul", "MultiHeadAttention", "QuickGelu", "ReduceMean", "Resize",
-    "RMSNormalization", "Sigmoid", "Softmax",
-}  # fmt: skip
+    "Attention",
+    "BatchNormalization",
+    "Conv",
+    "ConvTranspose",
+    "Erf",
+    "Gelu",
+    "Gemm",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "MatMul",
+    "MultiHeadAttention",
+    "QuickGelu",
+    "ReduceMean",
+    "Resize",
+    "RMSNormalization",
+    "Sigmoid",
+    "Softmax",
+}
 
-# ONNX's type name → torch dtype and the number of ONNX's TensorProto.DataType (numpy knows no bfloat16, so the numbers are what binds).
+# ONNX's type name → torch dtype and the number of ONNX's TensorProto.DataType (numpy knows no bfloat16, so the numbers
+# are what binds).
 _DTYPES = {
     "float": (torch.float32, 1),
     "uint8": (torch.uint8, 2),
@@ -87,9 +108,7 @@ def require(device: str = "cpu") -> None:
     if not on_cuda:
         return
     if PROVIDERS["cuda"] not in onnxruntime.get_available_providers():
-        raise BackendMissing(
-            f"this onnxruntime {onnxruntime.__version__} runs on the CPU only", hint=REPLACE_BY_GPU
-        )
+        raise BackendMissing(f"this onnxruntime {onnxruntime.__version__} runs on the CPU only", hint=REPLACE_BY_GPU)
     _require_cuda_of_torch(onnxruntime)
 
 
@@ -157,7 +176,8 @@ def message_of(error: object) -> str:
 
 @dataclass
 class _Static:
-    """Tensors whose addresses stay, for one shape, bound once; the run that has `options` replays the CUDA graph over them.
+    """Tensors whose addresses stay, for one shape, bound once; the run that has `options` replays the CUDA graph over
+    them.
 
     Attributes:
         captured: whether a run has captured the graph.
@@ -171,17 +191,20 @@ class _Static:
 
 
 class OnnxRuntimeRunner(Runner):
-    """An `.onnx` file in ONNX Runtime. On a GPU it works on a stream of its own, in order with torch's current one, and never makes the host wait.
+    """An `.onnx` file in ONNX Runtime.
+
+    On a GPU it works on a stream of its own, in order with torch's current one, and never makes the host wait.
 
     Args:
         device: `cpu` or `cuda[:n]`; the default is what `provider` runs on, else the CPU.
-        provider: `cpu`, `cuda`, `tensorrt` or `nvtensorrtrtx`; the default is `cpu` or `cuda`, as the device says. It takes the whole graph or the
-            runner does not open: nothing falls back to another one.
+        provider: `cpu`, `cuda`, `tensorrt` or `nvtensorrtrtx`; the default is `cpu` or `cuda`, as the device says. It
+            takes the whole graph or the runner does not open: nothing falls back to another one.
         threads: of the CPU; by default as many as torch uses.
         cuda_graph: replay a captured graph for each shape (`cuda` only), over buffers of the runner's own. Where ONNX
             Runtime refuses or a capture fails, a warning gives the reason once, and the runner goes on without.
         prefer_nhwc: channels last inside convolutions on `cuda`; whether it pays depends on the card and the model.
-        profile: the shapes that `tensorrt` and `nvtensorrtrtx` build for; without it they build again for each shape that is new.
+        profile: the shapes that `tensorrt` and `nvtensorrtrtx` build for; without it they build again for each shape
+            that is new.
         config: further session entries of ONNX Runtime's, by their keys.
 
     Attributes:
@@ -191,15 +214,30 @@ class OnnxRuntimeRunner(Runner):
     backend = "onnxruntime"
 
     def __init__(
-        self, path: str | PathLike[str], device: torch.device | str | None = None, *, provider: str | None = None, threads: int | None = None,
-        cuda_graph: bool = False, prefer_nhwc: bool = False, profile: Ranges | None = None, config: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: str | PathLike[str],
+        device: torch.device | str | None = None,
+        *,
+        provider: str | None = None,
+        threads: int | None = None,
+        cuda_graph: bool = False,
+        prefer_nhwc: bool = False,
+        profile: Ranges | None = None,
+        config: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(path, device or ("cpu" if provider in (None, "cpu") else "cuda"))
         self.provider = provider or self.device.type
         if self.provider not in PROVIDERS or (self.provider == "cpu") != (self.device.type == "cpu"):
-            raise UsageError(f"provider {provider!r} on {self.device}", expected=f"one of {', '.join(PROVIDERS)}, and all but cpu on cuda")
+            raise UsageError(
+                f"provider {provider!r} on {self.device}",
+                expected=f"one of {', '.join(PROVIDERS)}, and all but cpu on cuda",
+            )
         if cuda_graph and self.provider != "cuda":
-            raise UsageError(f"a CUDA graph with provider {self.provider!r}", expected="provider 'cuda'", hint="an .engine file, whose runner captures graphs")
+            raise UsageError(
+                f"a CUDA graph with provider {self.provider!r}",
+                expected="provider 'cuda'",
+                hint="an .engine file, whose runner captures graphs",
+            )
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads", expected="at least 1")
         self.cuda_graph = cuda_graph
@@ -245,12 +283,17 @@ class OnnxRuntimeRunner(Runner):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = self._threads or torch.get_num_threads()
         options.log_severity_level = 4  # what goes wrong comes as an exception
-        for key, value in ({"session.record_ep_graph_assignment_info": "1"} if recorded else {}).items() | self._extra.items():
+        for key, value in (
+            {"session.record_ep_graph_assignment_info": "1"} if recorded else {}
+        ).items() | self._extra.items():
             options.add_session_config_entry(key, str(value))
         return options
 
     def _drop_graphs(self, reason: str) -> None:
-        """Go on without CUDA graphs. `_load` or `_run_on_gpu` calls it, so that the warning names a line of the caller."""
+        """Go on without CUDA graphs.
+
+        `_load` or `_run_on_gpu` calls it, so that the warning names a line of the caller.
+        """
         self.graph_failure = reason
         if self._statics:
             torch.cuda.synchronize(self.device)  # earlier replays may still read and write them
@@ -263,8 +306,12 @@ class OnnxRuntimeRunner(Runner):
         if self.provider == "cpu":
             return [name], {name}
         if not torch.cuda.is_available():
-            raise BackendMissing(f"ONNX Runtime has no GPU here for provider {self.provider!r}", where=self.path, hint="provider 'cpu'")
-        self.device = torch.device("cuda", torch.cuda.current_device() if self.device.index is None else self.device.index)
+            raise BackendMissing(
+                f"ONNX Runtime has no GPU here for provider {self.provider!r}", where=self.path, hint="provider 'cpu'"
+            )
+        self.device = torch.device(
+            "cuda", torch.cuda.current_device() if self.device.index is None else self.device.index
+        )
         self._stream = torch.cuda.Stream(self.device)
         common = {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
         # No TF32: a graph in fp32 is held against torch's fp32, and in half precision little is fp32.
@@ -272,26 +319,41 @@ class OnnxRuntimeRunner(Runner):
         cuda = (PROVIDERS["cuda"], common | own | {"enable_cuda_graph": str(int(cuda_graph))})
         there = onnxruntime.get_available_providers()
         if self.provider == "nvtensorrtrtx":
-            given = common | {"has_user_compute_stream": "1", "nv_runtime_cache_path": self._cache()} | self._shapes("nv")
+            given = (
+                common | {"has_user_compute_stream": "1", "nv_runtime_cache_path": self._cache()} | self._shapes("nv")
+            )
             if name in there:
                 return [(name, given), cuda, PROVIDERS["cpu"]], {name}
             devices = _rtx_devices(onnxruntime)
             options.add_provider_for_devices(devices[self.device.index : self.device.index + 1] or devices[:1], given)
             return None, {name, devices[0].ep_name}
         if name not in there:
-            raise BackendMissing(f"this ONNX Runtime has no {name}: it has {', '.join(there)}", where=self.path, hint=f"{INSTALL_GPU} on a machine with an NVIDIA GPU, or provider 'cpu'")
+            raise BackendMissing(
+                f"this ONNX Runtime has no {name}: it has {', '.join(there)}",
+                where=self.path,
+                hint=f"{INSTALL_GPU} on a machine with an NVIDIA GPU, or provider 'cpu'",
+            )
         if self.provider == "cuda":
             return [cuda, PROVIDERS["cpu"]], {name}
         folder = self._cache()
-        kept = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder, "trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+        kept = {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": folder,
+            "trt_timing_cache_enable": "1",
+            "trt_timing_cache_path": folder,
+        }
         return [(name, common | kept | self._precision() | self._shapes("trt")), cuda, PROVIDERS["cpu"]], {name}
 
     def _cache(self) -> str:
-        """A folder for this very graph: the providers name what they keep by the graph's structure, which students of one shape share."""
+        """A folder for this very graph: the providers name what they keep by the graph's structure, which students of
+        one shape share.
+        """
         assert self.path is not None
         manifest = read_manifest(self.path.parent)
         entry = None if manifest is None else manifest.files.get(self.path.name)
-        folder = cache_folder() / "onnxruntime" / (entry.sha256 if entry else sha256_file(self.path))[:24] / self.provider
+        folder = (
+            cache_folder() / "onnxruntime" / (entry.sha256 if entry else sha256_file(self.path))[:24] / self.provider
+        )
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         return str(folder)
@@ -312,7 +374,12 @@ class OnnxRuntimeRunner(Runner):
     def _shapes(self, prefix: str) -> dict[str, str]:
         if self._profile is None:
             return {}
-        return {f"{prefix}_profile_{which}_shapes": ",".join(f"{name}:{'x'.join(map(str, shapes[at]))}" for name, shapes in self._profile.items()) for at, which in enumerate(("min", "opt", "max"))}
+        return {
+            f"{prefix}_profile_{which}_shapes": ",".join(
+                f"{name}:{'x'.join(map(str, shapes[at]))}" for name, shapes in self._profile.items()
+            )
+            for at, which in enumerate(("min", "opt", "max"))
+        }
 
     def _check_provider(self, names: set[str], started: Iterable[str], left: Mapping[str, str]) -> None:
         if not names & set(started):
@@ -323,7 +390,11 @@ class OnnxRuntimeRunner(Runner):
             )
         if left:
             told = ", ".join(f"{operator} on {provider}" for operator, provider in sorted(left.items()))
-            raise EngineError(f"{PROVIDERS[self.provider]} does not take the whole graph: {told}", where=self.path, hint="onnxruntime-gpu 1.25 or newer, an export with --opset 20, or another provider")
+            raise EngineError(
+                f"{PROVIDERS[self.provider]} does not take the whole graph: {told}",
+                where=self.path,
+                hint="onnxruntime-gpu 1.25 or newer, an export with --opset 20, or another provider",
+            )
 
     def _unreadable(self, error: Exception) -> EngineError:
         """What is wrong with the graph: by looking at it where onnx is installed, else in ONNX Runtime's words."""
@@ -337,8 +408,16 @@ class OnnxRuntimeRunner(Runner):
         except ImportError:
             pass
         if unknown := re.search(r"No Op registered for (\S+) with domain_version of (\d+)", str(error)):
-            return EngineError(f"this ONNX Runtime knows no operator {unknown[1]} of opset {unknown[2]}", where=self.path, hint="a newer onnxruntime, or an export with a lower --opset")
-        return EngineError(f"not a graph that ONNX Runtime loads ({message_of(error)})", where=self.path, hint="export it again, or a newer onnxruntime")
+            return EngineError(
+                f"this ONNX Runtime knows no operator {unknown[1]} of opset {unknown[2]}",
+                where=self.path,
+                hint="a newer onnxruntime, or an export with a lower --opset",
+            )
+        return EngineError(
+            f"not a graph that ONNX Runtime loads ({message_of(error)})",
+            where=self.path,
+            hint="export it again, or a newer onnxruntime",
+        )
 
     @property
     def _device_id(self) -> int:
@@ -347,8 +426,16 @@ class OnnxRuntimeRunner(Runner):
     def _spec(self, node: Any) -> TensorSpec:
         name = node.type.removeprefix("tensor(").removesuffix(")")
         if name not in _DTYPES:
-            raise EngineError(f"{node.name} is a {node.type}", where=self.path, expected=f"a tensor of {', '.join(_DTYPES)}")
-        return TensorSpec(node.name, tuple(size if isinstance(size, (int, str)) else f"{node.name}.{axis}" for axis, size in enumerate(node.shape)), _DTYPES[name][0])
+            raise EngineError(
+                f"{node.name} is a {node.type}", where=self.path, expected=f"a tensor of {', '.join(_DTYPES)}"
+            )
+        return TensorSpec(
+            node.name,
+            tuple(
+                size if isinstance(size, (int, str)) else f"{node.name}.{axis}" for axis, size in enumerate(node.shape)
+            ),
+            _DTYPES[name][0],
+        )
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.device.type == "cuda":
@@ -362,9 +449,15 @@ class OnnxRuntimeRunner(Runner):
         """A binding of feeds, and of results where they are given; ONNX Runtime makes room for them where not."""
         binding = self._session.io_binding()
         for name, tensor in feeds.items():
-            binding.bind_input(name, self.device.type, self._device_id, _ELEMENT[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
+            binding.bind_input(
+                name, self.device.type, self._device_id, _ELEMENT[tensor.dtype], tuple(tensor.shape), tensor.data_ptr()
+            )
         for spec in self.outputs:
-            given = () if results is None else (_ELEMENT[spec.dtype], tuple(results[spec.name].shape), results[spec.name].data_ptr())
+            given = (
+                ()
+                if results is None
+                else (_ELEMENT[spec.dtype], tuple(results[spec.name].shape), results[spec.name].data_ptr())
+            )
             binding.bind_output(spec.name, self.device.type, self._device_id, *given)
         return binding
 
@@ -391,7 +484,9 @@ class OnnxRuntimeRunner(Runner):
                 views = self._views(binding)
             if failure is not None:  # of the graph alone, as the same call has worked without
                 self._drop_graphs(failure)
-            results = {name: torch.empty_like(view) for name, view in views.items()}  # on the caller's stream, whose they are
+            results = {
+                name: torch.empty_like(view) for name, view in views.items()
+            }  # on the caller's stream, whose they are
             with torch.cuda.stream(self._stream):
                 for name, tensor in results.items():
                     tensor.copy_(views[name])
@@ -430,11 +525,18 @@ class OnnxRuntimeRunner(Runner):
         if key not in self._statics:
             if len(self._statics) == GRAPHS:
                 return None
-            shapes = {name: view.shape for name, view in self._views(self._infer(self._bind(feeds), self._run_options(-1))).items()}
+            shapes = {
+                name: view.shape
+                for name, view in self._views(self._infer(self._bind(feeds), self._run_options(-1))).items()
+            }
             fixed = {name: tensor.clone() for name, tensor in feeds.items()}
-            results = {spec.name: torch.empty(shapes[spec.name], dtype=spec.dtype, device=self.device) for spec in self.outputs}
+            results = {
+                spec.name: torch.empty(shapes[spec.name], dtype=spec.dtype, device=self.device) for spec in self.outputs
+            }
             torch.cuda.synchronize(self.device)
-            self._statics[key] = _Static(fixed, results, self._bind(fixed, results), self._run_options(len(self._statics) + 1))
+            self._statics[key] = _Static(
+                fixed, results, self._bind(fixed, results), self._run_options(len(self._statics) + 1)
+            )
         return self._statics[key]
 
     def _release(self) -> None:
@@ -450,7 +552,13 @@ def left_out(assigned: Iterable[tuple[str, Iterable[str]]], wanted: set[str]) ->
     Args:
         assigned: provider and its operators, for each part of the graph.
     """
-    return {operator: provider for provider, operators in assigned if provider not in wanted for operator in operators if operator in _WORK}
+    return {
+        operator: provider
+        for provider, operators in assigned
+        if provider not in wanted
+        for operator in operators
+        if operator in _WORK
+    }
 
 
 def _rtx_devices(onnxruntime: Any) -> list[Any]:
@@ -468,7 +576,9 @@ def _rtx_devices(onnxruntime: Any) -> list[Any]:
     except Exception as error:  # ONNX Runtime's own, which share no base class
         raise BackendMissing(f"the TensorRT-RTX provider does not load ({short(error)})", hint=INSTALL_RTX) from error
     if not find:
-        raise BackendMissing("the TensorRT-RTX provider finds no GPU it runs on", expected="an RTX card", hint="provider 'cuda'")
+        raise BackendMissing(
+            "the TensorRT-RTX provider finds no GPU it runs on", expected="an RTX card", hint="provider 'cuda'"
+        )
     return find
 
 
@@ -494,4 +604,6 @@ def _start_hint(provider: str) -> str:
 def _torch_view(value: Any) -> torch.Tensor:
     if hasattr(value, "__dlpack__"):
         return torch.from_dlpack(value)
-    return torch.utils.dlpack.from_dlpack(value._ortvalue.to_dlpack())  # onnxruntime before OrtValue spoke the protocol itself
+    return torch.utils.dlpack.from_dlpack(
+        value._ortvalue.to_dlpack()
+    )  # onnxruntime before OrtValue spoke the protocol itself

@@ -1,4 +1,6 @@
-"""Which optimization profile of an engine takes the shapes of a call; and where none does, what a person types to get one that would."""
+"""Which optimization profile of an engine takes the shapes of a call; and where none does, what a person types to get
+one that would.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,34 @@ _UNITS = {
 
 
 def choose_profile(profiles: Sequence[Ranges], shapes: Mapping[str, Shape]) -> int | None:
-    """The profile to run `shapes` with: one tuned for exactly them, else the tightest that contains them, else None; the first of equals."""
+    """The profile to run `shapes` with: one tuned for exactly them, else the tightest that contains them, else None;
+    the first of equals.
+    """
     fitting = [index for index, profile in enumerate(profiles) if _contains(profile, shapes)]
-    return min(fitting, key=lambda index: (any(profiles[index][name][1] != shape for name, shape in shapes.items()), _spread(profiles[index])), default=None)
+    return min(
+        fitting,
+        key=lambda index: (
+            any(profiles[index][name][1] != shape for name, shape in shapes.items()),
+            _spread(profiles[index]),
+        ),
+        default=None,
+    )
 
 
-def no_profile(profiles: Sequence[Ranges], shapes: Mapping[str, Shape], inputs: Iterable[TensorSpec], component: str, vae_scale: int, where: str | PathLike[str] | None) -> EngineMismatch:
+def no_profile(
+    profiles: Sequence[Ranges],
+    shapes: Mapping[str, Shape],
+    inputs: Iterable[TensorSpec],
+    component: str,
+    vae_scale: int,
+    where: str | PathLike[str] | None,
+) -> EngineMismatch:
     """The error for shapes outside every profile: the nearest one, in pictures' units, and the flags that widen it.
 
     Args:
         inputs: with the axis names of the graph; an axis without one is told as it is.
-        component: `--batch` counts calls of the UNet: a VAE, which sees a picture where guidance shows the UNet two, is built for half of it.
+        component: `--batch` counts calls of the UNet: a VAE, which sees a picture where guidance shows the UNet two, is
+            built for half of it.
         vae_scale: pixels a latent pixel.
     """
     calls = 2 if component.startswith("vae") else 1
@@ -51,37 +70,72 @@ def no_profile(profiles: Sequence[Ranges], shapes: Mapping[str, Shape], inputs: 
             flags.append(f"{flag} {min(least, size) * factor}:{best * factor}:{max(most, size) * factor}")
     which = "the engine's profile" if len(profiles) == 1 else f"each of the engine's {len(profiles)} profiles"
     hint = f"build it with {' '.join(flags)}" if flags else "build it with a wider profile"
-    return EngineMismatch(f"{', '.join(asked)} is outside {which}", where=where, expected=", ".join(taken) + ("" if len(profiles) == 1 else ", as in the nearest"), hint=hint)
+    return EngineMismatch(
+        f"{', '.join(asked)} is outside {which}",
+        where=where,
+        expected=", ".join(taken) + ("" if len(profiles) == 1 else ", as in the nearest"),
+        hint=hint,
+    )
 
 
 def axis_names(name: str, sizes: Sequence[int], known: Any) -> tuple[int | str, ...]:
-    """The shape of a tensor whose free sizes are negative: these get the names `known` (a manifest's shape) has for them, else `name.axis`."""
-    named: Sequence[Any] = known if isinstance(known, (list, tuple)) and len(known) == len(sizes) else [None] * len(sizes)
-    return tuple(int(size) if size >= 0 else given if isinstance(given, str) else f"{name}.{axis}" for axis, (size, given) in enumerate(zip(sizes, named, strict=True)))
+    """The shape of a tensor whose free sizes are negative: these get the names `known` (a manifest's shape) has for
+    them, else `name.axis`.
+    """
+    named: Sequence[Any] = (
+        known if isinstance(known, (list, tuple)) and len(known) == len(sizes) else [None] * len(sizes)
+    )
+    return tuple(
+        int(size) if size >= 0 else given if isinstance(given, str) else f"{name}.{axis}"
+        for axis, (size, given) in enumerate(zip(sizes, named, strict=True))
+    )
 
 
 def _contains(profile: Ranges, shapes: Mapping[str, Shape]) -> bool:
-    return all(len(profile[name][0]) == len(shape) and all(least <= size <= most for least, size, most in zip(profile[name][0], shape, profile[name][2], strict=True)) for name, shape in shapes.items())
+    return all(
+        len(profile[name][0]) == len(shape)
+        and all(
+            least <= size <= most for least, size, most in zip(profile[name][0], shape, profile[name][2], strict=True)
+        )
+        for name, shape in shapes.items()
+    )
 
 
 def _spread(profile: Ranges) -> float:
     """How wide a profile is: the sum over its axes of log(max / min)."""
-    return sum(math.log(high / max(low, 1)) for least, _, most in profile.values() for low, high in zip(least, most, strict=True) if high > low)
+    return sum(
+        math.log(high / max(low, 1))
+        for least, _, most in profile.values()
+        for low, high in zip(least, most, strict=True)
+        if high > low
+    )
 
 
 def _distance(profile: Ranges, shapes: Mapping[str, Shape]) -> float:
-    """How far outside a profile the shapes are: the sum of the factors, in logarithms, by which sizes miss their ranges."""
-    axes = ((least, size, most) for name, shape in shapes.items() for least, size, most in zip(profile[name][0], shape, profile[name][2], strict=True))
+    """How far outside a profile the shapes are: the sum of the factors, in logarithms, by which sizes miss their
+    ranges.
+    """
+    axes = (
+        (least, size, most)
+        for name, shape in shapes.items()
+        for least, size, most in zip(profile[name][0], shape, profile[name][2], strict=True)
+    )
     return sum(abs(math.log(max(size, 1) / max(min(max(size, least), most), 1))) for least, size, most in axes)
 
 
-def _axes(profile: Ranges, shapes: Mapping[str, Shape], inputs: Iterable[TensorSpec], vae_scale: int) -> list[tuple[str, str | None, int, int, tuple[int, int, int]]]:
-    """Each free axis once: its label, build flag, scale to the label's unit, size asked for, and range, in the graph's units."""
+def _axes(
+    profile: Ranges, shapes: Mapping[str, Shape], inputs: Iterable[TensorSpec], vae_scale: int
+) -> list[tuple[str, str | None, int, int, tuple[int, int, int]]]:
+    """Each free axis once: its label, build flag, scale to the label's unit, size asked for, and range, in the graph's
+    units.
+    """
     found: dict[str, tuple[str, str | None, int, int, tuple[int, int, int]]] = {}
     for spec in inputs:
         for axis, free in enumerate(spec.shape):
             if isinstance(free, str):
                 label, flag, latent = _UNITS.get(free, (free, None, False))
                 least, best, most = (shape[axis] for shape in profile[spec.name])
-                found.setdefault(free, (label, flag, vae_scale if latent else 1, shapes[spec.name][axis], (least, best, most)))
+                found.setdefault(
+                    free, (label, flag, vae_scale if latent else 1, shapes[spec.name][axis], (least, best, most))
+                )
     return list(found.values())

@@ -1,6 +1,8 @@
-"""TensorRT and TensorRT-RTX engines on torch CUDA tensors: bound by address, run in the order of torch's stream, never over the host.
+"""TensorRT and TensorRT-RTX engines on torch CUDA tensors: bound by address, run in the order of torch's stream, never
+over the host.
 
-Activation memory is ours, not the library's: contexts of one engine, and with `SharedMemory` the engines of a whole pipeline, use one block.
+Activation memory is ours, not the library's: contexts of one engine, and with `SharedMemory` the engines of a whole
+pipeline, use one block.
 """
 
 from __future__ import annotations
@@ -37,28 +39,57 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 KERNELS = ("lazy", "eager", "none")
-# What this file and `execution` take from both libraries, besides constructors; a test holds each name against the one that is installed.
+# What this file and `execution` take from both libraries, besides constructors; a test holds each name against the one
+# that is installed.
 USED_API = {
     "Runtime": ("deserialize_cuda_engine",),
     "ICudaEngine": (
-        "num_io_tensors", "get_tensor_name", "get_tensor_mode", "get_tensor_dtype", "get_tensor_shape", "get_tensor_profile_shape", "num_optimization_profiles", "create_execution_context",
-        "get_device_memory_size_for_profile_v2", "streamable_weights_size", "weight_streaming_budget_v2", "get_weight_streaming_automatic_budget",
+        "num_io_tensors",
+        "get_tensor_name",
+        "get_tensor_mode",
+        "get_tensor_dtype",
+        "get_tensor_shape",
+        "get_tensor_profile_shape",
+        "num_optimization_profiles",
+        "create_execution_context",
+        "get_device_memory_size_for_profile_v2",
+        "streamable_weights_size",
+        "weight_streaming_budget_v2",
+        "get_weight_streaming_automatic_budget",
     ),
     "IExecutionContext": (
-        "set_optimization_profile_async", "set_input_shape", "set_tensor_address", "infer_shapes", "get_tensor_shape", "update_device_memory_size_for_shapes", "set_device_memory", "execute_async_v3",
+        "set_optimization_profile_async",
+        "set_input_shape",
+        "set_tensor_address",
+        "infer_shapes",
+        "get_tensor_shape",
+        "update_device_memory_size_for_shapes",
+        "set_device_memory",
+        "execute_async_v3",
     ),
     "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
     "TensorIOMode": ("INPUT", "OUTPUT"),
     "ILogger": ("log", "ERROR", "INTERNAL_ERROR"),
     "DataType": tuple(_DTYPES),
-}  # fmt: skip
+}
 # For engines that were built without their weights.
-USED_API_REFIT = {"Refitter": ("refit_cuda_engine",), "OnnxParserRefitter": ("refit_from_file", "num_errors", "get_error"), "ParserError": ("desc",)}
-# What only some have, looked for before it is used: a runtime configuration from TensorRT 10.11 on, the rest in TensorRT-RTX.
+USED_API_REFIT = {
+    "Refitter": ("refit_cuda_engine",),
+    "OnnxParserRefitter": ("refit_from_file", "num_errors", "get_error"),
+    "ParserError": ("desc",),
+}
+# What only some have, looked for before it is used: a runtime configuration from TensorRT 10.11 on, the rest in
+# TensorRT-RTX.
 USED_API_RTX = {
     "Runtime": ("get_engine_validity",),
     "ICudaEngine": ("create_runtime_config",),
-    "IRuntimeConfig": ("set_execution_context_allocation_strategy", "create_runtime_cache", "set_runtime_cache", "cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"),
+    "IRuntimeConfig": (
+        "set_execution_context_allocation_strategy",
+        "create_runtime_cache",
+        "set_runtime_cache",
+        "cuda_graph_strategy",
+        "dynamic_shapes_kernel_specialization_strategy",
+    ),
     "IRuntimeCache": ("serialize", "deserialize"),
     "CudaGraphStrategy": ("WHOLE_GRAPH_CAPTURE",),
     "DynamicShapesKernelSpecializationStrategy": tuple(name.upper() for name in KERNELS),
@@ -78,33 +109,51 @@ def missing(flavour: Flavour) -> str | None:
 class TensorRTRunner(Runner):
     """An `.engine` file on a GPU. Its flavour is the one its manifest names, else the one installed.
 
-    Free sizes carry the graph's axis names where a manifest tells them, else `input.axis`. Each call runs on the optimization profile that fits it
-    best. One thread at a time.
+    Free sizes carry the graph's axis names where a manifest tells them, else `input.axis`. Each call runs on the
+    optimization profile that fits it best. One thread at a time.
 
     Args:
-        cuda_graph: replay a captured graph for each shape, over buffers of the runner's own that inputs are copied into and results out of. TensorRT-RTX
-            captures by its own means, which know when a kernel compiled for the shape has replaced the first one.
+        cuda_graph: replay a captured graph for each shape, over buffers of the runner's own that inputs are copied into
+            and results out of. TensorRT-RTX captures by its own means, which know when a kernel compiled for the shape
+            has replaced the first one.
         memory: activation memory to share with other runners; by default the runner has its own.
-        kernels: when TensorRT-RTX compiles kernels for the very shape at hand: `lazy` (beside the first runs), `eager` (before them), `none`.
-        weights: the ONNX graph that an engine built with `--strip-plan` takes its weights from; by default the one `export` put in `onnx/` beside `engine/`.
-        runtime_cache: keep the kernels that TensorRT-RTX compiles, in the cache folder, from `close` to the next `open`.
+        kernels: when TensorRT-RTX compiles kernels for the very shape at hand: `lazy` (beside the first runs), `eager`
+            (before them), `none`.
+        weights: the ONNX graph that an engine built with `--strip-plan` takes its weights from; by default the one
+            `export` put in `onnx/` beside `engine/`.
+        runtime_cache: keep the kernels that TensorRT-RTX compiles, in the cache folder, from `close` to the next
+            `open`.
     """
 
     def __init__(
-        self, path: str | PathLike[str], device: torch.device | str | None = None, flavour: Flavour | None = None, *,
-        cuda_graph: bool = False, memory: SharedMemory | None = None, kernels: str = "lazy", runtime_cache: bool = True, weights: str | PathLike[str] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: str | PathLike[str],
+        device: torch.device | str | None = None,
+        flavour: Flavour | None = None,
+        *,
+        cuda_graph: bool = False,
+        memory: SharedMemory | None = None,
+        kernels: str = "lazy",
+        runtime_cache: bool = True,
+        weights: str | PathLike[str] | None = None,
+    ) -> None:
         super().__init__(path, device or "cuda")
         assert self.path is not None
         if kernels not in KERNELS:
             raise UsageError(f"kernels {kernels!r}", expected=" or ".join(KERNELS))
         manifest = read_manifest(self.path.parent)
         self._made: Mapping[str, Any] | None = None if manifest is None else manifest.config
-        self.flavour = flavour or FLAVOURS.get(str((self._made or {}).get("flavour"))) or next((f for f in FLAVOURS.values() if f.missing() is None), FLAVOURS["tensorrt-rtx"])
+        self.flavour = (
+            flavour
+            or FLAVOURS.get(str((self._made or {}).get("flavour")))
+            or next((f for f in FLAVOURS.values() if f.missing() is None), FLAVOURS["tensorrt-rtx"])
+        )
         self.backend = self.flavour.name
         self.cuda_graph, self.kernels = cuda_graph, kernels
         self._memory, self._keeps_cache = memory, runtime_cache
-        self._weights = self.path.parent.parent / "onnx" / f"{self.path.stem}.onnx" if weights is None else Path(weights)
+        self._weights = (
+            self.path.parent.parent / "onnx" / f"{self.path.stem}.onnx" if weights is None else Path(weights)
+        )
         self._forget()
 
     def _forget(self) -> None:
@@ -121,8 +170,14 @@ class TensorRTRunner(Runner):
     def _load(self) -> None:
         self._trt = trt = self.flavour.load()
         if self.device.type != "cuda" or not torch.cuda.is_available():
-            raise BackendMissing(f"a {self.flavour.name} engine runs on an NVIDIA GPU and there is none", where=self.path, hint="run the ONNX graph instead: it needs no GPU")
-        self.device = torch.device("cuda", torch.cuda.current_device() if self.device.index is None else self.device.index)
+            raise BackendMissing(
+                f"a {self.flavour.name} engine runs on an NVIDIA GPU and there is none",
+                where=self.path,
+                hint="run the ONNX graph instead: it needs no GPU",
+            )
+        self.device = torch.device(
+            "cuda", torch.cuda.current_device() if self.device.index is None else self.device.index
+        )
         self._forget()
         content, digest = self._read()
         self._log = _log_of(trt)
@@ -142,15 +197,26 @@ class TensorRTRunner(Runner):
             if obstacle:
                 warnings.warn(f"{self.path}: runs without CUDA graphs, as {obstacle}", RuntimeWarning, stacklevel=4)
             self._execution = Execution(
-                self._engine, trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config, self.outputs, self.device,
-                self._memory or SharedMemory(self.device), self._log, self.path, graphs=self.cuda_graph and obstacle is None, itself=self._graphs_itself,
-            )  # fmt: skip
-            if self._memory is not None and not self._compiles:  # which would compile kernels for shapes that may never come
+                self._engine,
+                trt.ExecutionContextAllocationStrategy.USER_MANAGED if self._config is None else self._config,
+                self.outputs,
+                self.device,
+                self._memory or SharedMemory(self.device),
+                self._log,
+                self.path,
+                graphs=self.cuda_graph and obstacle is None,
+                itself=self._graphs_itself,
+            )
+            if (
+                self._memory is not None and not self._compiles
+            ):  # which would compile kernels for shapes that may never come
                 for index, ranges in enumerate(self._profiles):
                     self._execution.reserve(index, {name: best for name, (_, best, _) in ranges.items()})
 
     def _read(self) -> tuple[bytes, str]:
-        """The engine's bytes and their sha256, held against its manifest; a bare engine has none, and the runtime is the first to judge it."""
+        """The engine's bytes and their sha256, held against its manifest; a bare engine has none, and the runtime is
+        the first to judge it.
+        """
         assert self.path is not None
         if self._made is None:
             content = self.path.read_bytes()
@@ -166,14 +232,28 @@ class TensorRTRunner(Runner):
         assert self.path is not None
         made_of = ((self._made or {}).get("model") or {}).get(self.path.stem)
         if not self._weights.is_file():
-            raise EngineError("the engine has no weights, and its graph is not there", where=self.path, expected=str(self._weights), hint="keep the onnx folder beside the engine folder, or build without --strip-plan")
+            raise EngineError(
+                "the engine has no weights, and its graph is not there",
+                where=self.path,
+                expected=str(self._weights),
+                hint="keep the onnx folder beside the engine folder, or build without --strip-plan",
+            )
         if sha256_graph(self._weights) != made_of:
-            raise EngineMismatch("the engine has no weights, and the graph is another model's", where=self._weights, expected=f"the graph {str(made_of)[:12]}", hint="export and build again")
+            raise EngineMismatch(
+                "the engine has no weights, and the graph is another model's",
+                where=self._weights,
+                expected=f"the graph {str(made_of)[:12]}",
+                hint="export and build again",
+            )
         refitter = self._trt.Refitter(self._engine, self._log)
         parser = self._trt.OnnxParserRefitter(refitter, self._log)
         if not parser.refit_from_file(str(self._weights)) or not refitter.refit_cuda_engine():
             told = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)) or self._log.said()
-            raise EngineError(f"the engine did not take the graph's weights ({short(told)})", where=self._weights, hint="build again without --strip-plan")
+            raise EngineError(
+                f"the engine did not take the graph's weights ({short(told)})",
+                where=self._weights,
+                hint="build again without --strip-plan",
+            )
 
     def _configure(self, digest: str) -> None:
         """What every execution context is made with, where the library has such a thing."""
@@ -183,11 +263,17 @@ class TensorRTRunner(Runner):
         self._config = self._engine.create_runtime_config()
         self._config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._compiles:
-            self._config.dynamic_shapes_kernel_specialization_strategy = getattr(trt.DynamicShapesKernelSpecializationStrategy, self.kernels.upper())
+            self._config.dynamic_shapes_kernel_specialization_strategy = getattr(
+                trt.DynamicShapesKernelSpecializationStrategy, self.kernels.upper()
+            )
         if self.cuda_graph and self._graphs_itself:
             self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._keeps_cache and hasattr(self._config, "create_runtime_cache"):
-            self._cache_file = cache_folder() / "runtime" / f"{digest[:24]}-sm{''.join(map(str, torch.cuda.get_device_capability(self.device)))}"
+            self._cache_file = (
+                cache_folder()
+                / "runtime"
+                / f"{digest[:24]}-sm{''.join(map(str, torch.cuda.get_device_capability(self.device)))}"
+            )
             self._cache = self._config.create_runtime_cache()
             if (kept := read_sealed(self._cache_file)) is not None:
                 self._cache.deserialize(kept)  # False where it is another card's or version's: then it is filled anew
@@ -225,21 +311,43 @@ class TensorRTRunner(Runner):
             specs[self._engine.get_tensor_mode(name)].append(TensorSpec(name, shape, _DTYPES[kind]))
         self.inputs, self.outputs = tuple(specs[trt.TensorIOMode.INPUT]), tuple(specs[trt.TensorIOMode.OUTPUT])
         for index in range(self._engine.num_optimization_profiles):
-            ranges = {spec.name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, index)] for spec in self.inputs}
+            ranges = {
+                spec.name: [tuple(shape) for shape in self._engine.get_tensor_profile_shape(spec.name, index)]
+                for spec in self.inputs
+            }
             self._profiles.append({name: (least, best, most) for name, (least, best, most) in ranges.items()})
 
     def _mismatch(self, reason: str | None) -> EngineMismatch:
         made = self._made
-        origin = f"it was built with {made.get('flavour')} {made.get('version')} for compute capability {made.get('compute_capabilities')}" if made else "it has no manifest that says what built it"
-        here = f"{self.flavour.name} {self.flavour.version} on {torch.cuda.get_device_name(self.device)} {torch.cuda.get_device_capability(self.device)}"
-        return EngineMismatch(f"the engine does not load: {origin}, and here is {here} ({reason or self._log.said()})", where=self.path, hint="build it again here: sdcompress export MODEL --trt -o DIR")
+        origin = (
+            f"it was built with {made.get('flavour')} {made.get('version')} for compute capability"
+            f" {made.get('compute_capabilities')}"
+            if made
+            else "it has no manifest that says what built it"
+        )
+        here = (
+            f"{self.flavour.name} {self.flavour.version} on {torch.cuda.get_device_name(self.device)}"
+            f" {torch.cuda.get_device_capability(self.device)}"
+        )
+        return EngineMismatch(
+            f"the engine does not load: {origin}, and here is {here} ({reason or self._log.said()})",
+            where=self.path,
+            hint="build it again here: sdcompress export MODEL --trt -o DIR",
+        )
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}
         profile = choose_profile(self._profiles, shapes)
         if profile is None:
             assert self.path is not None
-            raise no_profile(self._profiles, shapes, self.inputs, self.path.stem, int((self._made or {}).get("vae_scale", 8)), self.path)
+            raise no_profile(
+                self._profiles,
+                shapes,
+                self.inputs,
+                self.path.stem,
+                int((self._made or {}).get("vae_scale", 8)),
+                self.path,
+            )
         with torch.cuda.device(self.device):
             return self._execution.run(profile, shapes, feeds)
 
@@ -252,13 +360,22 @@ class TensorRTRunner(Runner):
 
 
 def invalid(trt: Any, runtime: Any, content: bytes) -> str | None:
-    """Why this runtime will not take these bytes, by its own judgement of their header, or None: it takes them, or cannot tell."""
+    """Why this runtime will not take these bytes, by its own judgement of their header, or None: it takes them, or
+    cannot tell.
+    """
     if not hasattr(runtime, "get_engine_validity"):
         return None
     validity, bits = runtime.get_engine_validity(content)
     if validity != trt.EngineValidity.INVALID:
         return None
-    return ", ".join(name.lower().replace("_", " ") for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if int(bits) & int(bit)) or None
+    return (
+        ", ".join(
+            name.lower().replace("_", " ")
+            for name, bit in trt.EngineInvalidityDiagnostics.__members__.items()
+            if int(bits) & int(bit)
+        )
+        or None
+    )
 
 
 def _log_of(trt: Any) -> Any:

@@ -1,4 +1,7 @@
-"""What A1111 and Forge load at start: this extension's callbacks. Nothing heavy happens here, and nothing is installed."""
+"""What A1111 and Forge load at start: this extension's callbacks.
+
+Nothing heavy happens here, and nothing is installed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,9 @@ try:
 
     problem = None
 except ImportError as error:
-    problem = f"sdcompress cannot start ({error}). Install the extension again with: sdcompress install webui WEBUI ENGINE"
+    problem = (
+        f"sdcompress cannot start ({error}). Install the extension again with: sdcompress install webui WEBUI ENGINE"
+    )
     print(f"*** {problem}")
 finally:
     sys.path.remove(str(_HERE))  # the packages are loaded; the folder's other names are no business of the host's
@@ -41,7 +46,9 @@ if problem is None:
 
             with gradio.Accordion("sdcompress", open=False):
                 choice = gradio.Dropdown(_FORGE.choices(), value=forge.NONE, label="UNet")
-                gradio.Button("Look again").click(fn=lambda: gradio.update(choices=_FORGE.choices()), inputs=[], outputs=[choice])
+                gradio.Button("Look again").click(
+                    fn=lambda: gradio.update(choices=_FORGE.choices()), inputs=[], outputs=[choice]
+                )
             return [choice]
 
         def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +69,9 @@ if problem is None:
         from modules import shared
 
         host = a1111.HOST if _FORGE is None else _FORGE.host
-        return pages.tab(getattr(shared.opts, "sd_unet", None) if _FORGE is None else None, lambda: host.checkpoint()[1])
+        return pages.tab(
+            getattr(shared.opts, "sd_unet", None) if _FORGE is None else None, lambda: host.checkpoint()[1]
+        )
 
     script_callbacks.on_ui_settings(pages.add_settings)
     script_callbacks.on_ui_tabs(_tab)

@@ -1,4 +1,7 @@
-"""AUTOMATIC1111's WebUI: its UNet menu, and what it asks of a UNet besides the inputs. The host is imported where it is used."""
+"""AUTOMATIC1111's WebUI: its UNet menu, and what it asks of a UNet besides the inputs.
+
+The host is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +42,22 @@ class A1111Host:
             return None, Traits()
         key = id(unet), str(getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""))
         if self._known is None or self._known[0] != key:
-            self._known = key, traits_of_parameters(unet.named_parameters(), _PREDICTIONS.get(str(getattr(model, "parameterization", ""))))
+            self._known = (
+                key,
+                traits_of_parameters(
+                    unet.named_parameters(), _PREDICTIONS.get(str(getattr(model, "parameterization", "")))
+                ),
+            )
         return self._known
 
     def changes(self) -> Sequence[Change]:
         from modules import sd_models, shared
 
         found = lora_changes() + other_checkpoint(self.job, sd_models.model_data.sd_model)
-        found += [Change(f"the hypernetwork {getattr(each, 'name', '')}", "remove it from the prompt") for each in getattr(shared, "loaded_hypernetworks", None) or ()]
+        found += [
+            Change(f"the hypernetwork {getattr(each, 'name', '')}", "remove it from the prompt")
+            for each in getattr(shared, "loaded_hypernetworks", None) or ()
+        ]
         hijack = getattr(sys.modules.get("modules.sd_hijack"), "model_hijack", None)
         if getattr(hijack, "circular_enabled", False):
             found.append(Change("tiling", "it changes the UNet's convolutions; turn it off, or set SD Unet to None"))
@@ -64,11 +75,21 @@ def diffusion_model(sd_model: Any) -> Any:
 
 
 def other_checkpoint(job: Any, model: Any) -> list[Change]:
-    """A checkpoint that the host has loaded in the midst of a picture, as the refiner and that of hires fix are: an engine stands in for the one the picture was begun with."""
-    begun, now = getattr(job, "sd_model_name", None), getattr(getattr(model, "sd_checkpoint_info", None), "name_for_extra", None)
+    """A checkpoint that the host has loaded in the midst of a picture, as the refiner and that of hires fix are: an
+    engine stands in for the one the picture was begun with.
+    """
+    begun, now = (
+        getattr(job, "sd_model_name", None),
+        getattr(getattr(model, "sd_checkpoint_info", None), "name_for_extra", None),
+    )
     if begun is None or now is None or begun == now:
         return []
-    return [Change(f"the checkpoint {now} in a picture that was begun with {begun}", "turn off the refiner, or the checkpoint of hires fix, or set SD Unet to None")]
+    return [
+        Change(
+            f"the checkpoint {now} in a picture that was begun with {begun}",
+            "turn off the refiner, or the checkpoint of hires fix, or set SD Unet to None",
+        )
+    ]
 
 
 def lora_changes() -> list[Change]:
@@ -76,13 +97,19 @@ def lora_changes() -> list[Change]:
     networks = sys.modules.get("networks")  # the built-in extension's, under the name it gives itself
     found = []
     for net in getattr(networks, "loaded_networks", None) or ():
-        layers = {name: layer for name, layer in getattr(net, "modules", {}).items() if name.startswith("diffusion_model_")}
+        layers = {
+            name: layer for name, layer in getattr(net, "modules", {}).items() if name.startswith("diffusion_model_")
+        }
         strength = float(getattr(net, "unet_multiplier", 1.0))
         if not layers or strength == 0:
             continue
         key = net.name, strength, getattr(net, "te_multiplier", None), getattr(net, "dyn_dim", None)
         file = getattr(getattr(net, "network_on_disk", None), "filename", f"{net.name}.safetensors")
-        found.append(Change(f"the LoRA {net.name} ({strength:g})", "bake it in", _lora_deltas(layers), key, f"{file}:{strength:g}"))
+        found.append(
+            Change(
+                f"the LoRA {net.name} ({strength:g})", "bake it in", _lora_deltas(layers), key, f"{file}:{strength:g}"
+            )
+        )
     return found
 
 
@@ -98,7 +125,9 @@ def _lora_deltas(layers: dict[str, Any]) -> Any:
 
 
 class Watch:
-    """Sees that a call of the checkpoint's UNet comes to the engine: an extension that has put its own function in the way would make the picture with the checkpoint's weights."""
+    """Sees that a call of the checkpoint's UNet comes to the engine: an extension that has put its own function in the
+    way would make the picture with the checkpoint's weights.
+    """
 
     def __init__(self) -> None:
         self._module: Any = None
@@ -113,7 +142,10 @@ class Watch:
         self.lift()
         if module is not None:
             self._module, self._unet = module, unet
-            self._handles = [module.register_forward_pre_hook(self._on_call), module.register_forward_hook(self._on_return)]
+            self._handles = [
+                module.register_forward_pre_hook(self._on_call),
+                module.register_forward_hook(self._on_return),
+            ]
 
     def lift(self) -> None:
         for handle in self._handles:
@@ -125,7 +157,9 @@ class Watch:
         self._before = self._unet.calls
         own = vars(module).get("forward")
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
-            raise self._astray(f"{getattr(own, '__qualname__', own)} of {getattr(own, '__module__', 'an extension')} stands in its way")
+            raise self._astray(
+                f"{getattr(own, '__qualname__', own)} of {getattr(own, '__module__', 'an extension')} stands in its way"
+            )
 
     def _on_return(self, module: Any, inputs: Any, output: Any) -> None:
         if self._unet is not None and self._unet.calls == self._before:
@@ -133,7 +167,11 @@ class Watch:
 
     def _astray(self, why: str) -> EngineError:
         assert self._unet is not None
-        return EngineError(f"the engine cannot serve this picture: {why}", where=self._unet.model.title, hint="turn ControlNet and the like off for it, or set SD Unet to None")
+        return EngineError(
+            f"the engine cannot serve this picture: {why}",
+            where=self._unet.model.title,
+            hint="turn ControlNet and the like off for it, or set SD Unet to None",
+        )
 
 
 HOST, WATCH = A1111Host(), Watch()
@@ -156,20 +194,28 @@ def option_of(model: Model) -> Any:
             WATCH.lift()
             self.hosted.deactivate()
 
-        def forward(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(
+            self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> torch.Tensor:
             return self.hosted.forward(x, timesteps, context, *args, **kwargs)
 
     class Option(sd_unet.SdUnetOption):
         def __init__(self) -> None:
             self.model, self.model_name, self.label = model, model.model_name, model.label(HOST.checkpoint()[1])
-            self.sdcompress = tuple((artifact.folder, artifact.manifest.seal or artifact.manifest.created) for artifact in model.usable)
+            self.sdcompress = tuple(
+                (artifact.folder, artifact.manifest.seal or artifact.manifest.created) for artifact in model.usable
+            )
 
         def create_unet(self) -> Unet:
             return Unet()
 
         def __eq__(self, other: object) -> bool:
             """The same engines, so that looking at the folder again does not load them again."""
-            return isinstance(other, sd_unet.SdUnetOption) and other.label == self.label and getattr(other, "sdcompress", None) == self.sdcompress
+            return (
+                isinstance(other, sd_unet.SdUnetOption)
+                and other.label == self.label
+                and getattr(other, "sdcompress", None) == self.sdcompress
+            )
 
         def __hash__(self) -> int:
             return hash(self.label)
@@ -185,7 +231,9 @@ def list_unets(options: list[Any]) -> None:
 
 
 def before_batch(job: Any) -> None:
-    """Callback of a script before each batch: remember the job, say in the picture's parameters which UNet makes it, and watch the checkpoint that is loaded now."""
+    """Callback of a script before each batch: remember the job, say in the picture's parameters which UNet makes it,
+    and watch the checkpoint that is loaded now.
+    """
     from modules import sd_models, sd_unet
 
     HOST.job = job

@@ -17,8 +17,10 @@ class Plan:
 
     Attributes:
         profile: index of the one to run on.
-        batch: samples of each part; the last may have fewer. least: what the profile needs; a part with fewer is filled up.
-        repeats: how often the context is laid end to end. Attention over a context and over copies of it gives the same, as softmax shares the weight among them.
+        batch: samples of each part; the last may have fewer. least: what the profile needs; a part with fewer is filled
+            up.
+        repeats: how often the context is laid end to end. Attention over a context and over copies of it gives the
+            same, as softmax shares the weight among them.
     """
 
     profile: int
@@ -34,20 +36,30 @@ class Plan:
 
 
 def plan_call(profiles: Sequence[Ranges], shapes: Mapping[str, Shape]) -> Plan | None:
-    """The way to run a call of these shapes, or None: whole where a profile takes it, else with the context repeated, else in the fewest parts with the least filling.
+    """The way to run a call of these shapes, or None: whole where a profile takes it, else with the context repeated,
+    else in the fewest parts with the least filling.
 
-    A call of cond and uncond together that exceeds a profile is so run apart, and one of cond alone on an engine for two is filled up.
+    A call of cond and uncond together that exceeds a profile is so run apart, and one of cond alone on an engine for
+    two is filled up.
     """
     total, tokens = shapes[SAMPLE][0], shapes[CONTEXT][1]
     longest = max((profile[CONTEXT][2][1] for profile in profiles), default=tokens)
     found: list[tuple[tuple[int, int, int], Plan]] = []
     for batch in _batches(profiles, total):
         for repeats in range(1, min(longest // max(tokens, 1), 8) + 1):
-            asked = {name: (batch, shape[1] * repeats, *shape[2:]) if name == CONTEXT else (batch, *shape[1:]) for name, shape in shapes.items()}
+            asked = {
+                name: (batch, shape[1] * repeats, *shape[2:]) if name == CONTEXT else (batch, *shape[1:])
+                for name, shape in shapes.items()
+            }
             index = choose_profile(profiles, asked)
             if index is not None:
                 calls = math.ceil(total / batch)
-                found.append(((calls, repeats, max(0, batch - total)), Plan(index, min(batch, total), profiles[index][SAMPLE][0][0], repeats)))
+                found.append(
+                    (
+                        (calls, repeats, max(0, batch - total)),
+                        Plan(index, min(batch, total), profiles[index][SAMPLE][0][0], repeats),
+                    )
+                )
                 break
     return min(found, key=lambda entry: entry[0])[1] if found else None
 

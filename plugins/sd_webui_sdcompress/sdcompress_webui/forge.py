@@ -44,7 +44,12 @@ class ForgeHost:
         key = id(unet)
         if self._known is None or self._known[0] != key:
             predictor = getattr(self.patcher.model, "predictor", None)
-            self._known = key, traits_of_parameters(unet.named_parameters(), _PREDICTIONS.get(str(getattr(predictor, "prediction_type", ""))))
+            self._known = (
+                key,
+                traits_of_parameters(
+                    unet.named_parameters(), _PREDICTIONS.get(str(getattr(predictor, "prediction_type", "")))
+                ),
+            )
         return self._known
 
     def changes(self) -> Sequence[Change]:
@@ -52,9 +57,16 @@ class ForgeHost:
         for patches in (getattr(self.patcher, "lora_patches", None), getattr(self.patcher, "patches", None)):
             if patches:
                 names = sorted({str(key[0]) for key in patches if isinstance(key, tuple)})
-                found.append(Change(f"LoRA {', '.join(names)}".strip(), "bake it in: sdcompress export MODEL --trt --signature webui --lora FILE:WEIGHT -o DIR"))
+                found.append(
+                    Change(
+                        f"LoRA {', '.join(names)}".strip(),
+                        "bake it in: sdcompress export MODEL --trt --signature webui --lora FILE:WEIGHT -o DIR",
+                    )
+                )
         if getattr(self.patcher, "controlnet_linked_list", None) is not None:
-            found.append(Change("ControlNet", "it acts inside the UNet; turn it off, or choose no engine for this picture"))
+            found.append(
+                Change("ControlNet", "it acts inside the UNet; turn it off, or choose no engine for this picture")
+            )
         return found
 
     def warn(self, text: str) -> None:
@@ -76,7 +88,8 @@ class Forge:
     def before_sampling(self, job: Any, choice: str | None) -> None:
         """Put the chosen engine before the sampling that follows; with hires fix this comes twice.
 
-        Forge goes on after a script's error, with the checkpoint's UNet. So the wrapper is in place before anything can fail, and what fails is raised from it.
+        Forge goes on after a script's error, with the checkpoint's UNet. So the wrapper is in place before anything can
+        fail, and what fails is raised from it.
         """
         self.host.job = job
         if not choice or choice == NONE:
@@ -97,9 +110,14 @@ class Forge:
             choose().activate_once()
 
     def after(self, job: Any, processed: Any, choice: str | None) -> None:
-        """Say so where the picture was made without the engine after all, as when another extension took its wrapper away."""
+        """Say so where the picture was made without the engine after all, as when another extension took its wrapper
+        away.
+        """
         if choice and choice != NONE and self.unet is not None and not self.unet.calls:
-            text = f"{self.unet.model.title} has not made this picture: another extension replaced the UNet's wrapper, and the checkpoint's own UNet was used."
+            text = (
+                f"{self.unet.model.title} has not made this picture: another extension replaced the UNet's wrapper, and"
+                " the checkpoint's own UNet was used."
+            )
             print(f"*** {text}")
             processed.comments = f"{getattr(processed, 'comments', '')}\n{text}".strip()
         if self.unet is not None:
@@ -115,7 +133,9 @@ class Forge:
         """The UNet of `choice`: the one there is, where nothing about it has changed."""
         model = next((model for model in pages.look(choice)[1] if model.label() == choice), None)
         if model is None:
-            raise UsageError(f"no engine {choice!r}", where=pages.folder(), hint="press Look again in the box sdcompress, and choose")
+            raise UsageError(
+                f"no engine {choice!r}", where=pages.folder(), hint="press Look again in the box sdcompress, and choose"
+            )
         if self.unet is None or self.unet.model != model:
             if self.unet is not None:
                 self.unet.deactivate()
@@ -126,8 +146,8 @@ class Forge:
 def _wrapper(inner: Any, choose: Callable[[], HostedUNet]) -> Callable[..., torch.Tensor]:
     """A function, not an object: patchers copy deeply what is in their options, and functions are not copied.
 
-    Forge's own arithmetic around the UNet stays: its `apply_model` runs with the engine in the UNet's place. `inner` is another extension's wrapper, which goes on
-    deciding what it calls, and how often.
+    Forge's own arithmetic around the UNet stays: its `apply_model` runs with the engine in the UNet's place. `inner` is
+    another extension's wrapper, which goes on deciding what it calls, and how often.
     """
     inner = getattr(inner, "sdcompress_inner", inner)
 
@@ -149,7 +169,13 @@ def _wrapper(inner: Any, choose: Callable[[], HostedUNet]) -> Callable[..., torc
 def _in_place(module: Any, unet: HostedUNet) -> Iterator[None]:
     """Calls of `module` come to `unet` within the block."""
 
-    def forward(x: torch.Tensor, timesteps: torch.Tensor | None = None, context: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(
+        x: torch.Tensor,
+        timesteps: torch.Tensor | None = None,
+        context: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
         assert timesteps is not None
         assert context is not None
         return unet.forward(x, timesteps, context, *args, **kwargs)

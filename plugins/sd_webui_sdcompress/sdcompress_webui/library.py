@@ -1,4 +1,6 @@
-"""The engines of a folder: what each is, whether this machine and the loaded checkpoint can have it, and which of them are one model."""
+"""The engines of a folder: what each is, whether this machine and the loaded checkpoint can have it, and which of them
+are one model.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +46,27 @@ class Traits:
 
     def why_not(self, checkpoint: Traits) -> str | None:
         """Why a UNet of these traits does not fit under `checkpoint`, or None."""
-        for field, what in (("context_width", "text embeddings of width"), ("added_width", "an added vector of width"), ("channels", "latents with channels:"), ("prediction", "prediction type")):
+        for field, what in (
+            ("context_width", "text embeddings of width"),
+            ("added_width", "an added vector of width"),
+            ("channels", "latents with channels:"),
+            ("prediction", "prediction type"),
+        ):
             mine, theirs = getattr(self, field), getattr(checkpoint, field)
             if mine is not None and theirs is not None and mine != theirs:
-                return f"it takes {what} {mine} ({self.family}), and the loaded checkpoint has {theirs} ({checkpoint.family})"
+                return (
+                    f"it takes {what} {mine} ({self.family}), and the loaded checkpoint has {theirs}"
+                    f" ({checkpoint.family})"
+                )
         return None
 
     @property
     def family(self) -> str:
-        return "SDXL" if self.added_width else {768: "SD1.x", 1024: "SD2.x"}.get(self.context_width or 0, "a family of its own")
+        return (
+            "SDXL"
+            if self.added_width
+            else {768: "SD1.x", 1024: "SD2.x"}.get(self.context_width or 0, "a family of its own")
+        )
 
 
 def traits_of_parameters(parameters: Iterable[tuple[str, Any]], prediction: str | None = None) -> Traits:
@@ -126,7 +140,11 @@ class Artifact:
         """
         for name, entry in self.manifest.files.items():
             if name.startswith(self.file.name) and sha256_file(self.folder / name) != entry.sha256:
-                raise ArtifactError(f"{name} is not what the manifest says: its sha256 differs", where=self.folder, hint="install it again: sdcompress install webui WEBUI ENGINE")
+                raise ArtifactError(
+                    f"{name} is not what the manifest says: its sha256 differs",
+                    where=self.folder,
+                    hint="install it again: sdcompress install webui WEBUI ENGINE",
+                )
 
 
 @dataclass(frozen=True)
@@ -139,7 +157,8 @@ class Unreadable:
 
 
 def find(root: Path) -> list[Artifact | Unreadable]:
-    """What lies in the folders of `root`, two levels deep, so that the folder `sdcompress export` wrote can be dropped in as it is; symbolic links are followed.
+    """What lies in the folders of `root`, two levels deep, so that the folder `sdcompress export` wrote can be dropped
+    in as it is; symbolic links are followed.
 
     Raises:
         UsageError: `root` cannot be listed.
@@ -147,15 +166,28 @@ def find(root: Path) -> list[Artifact | Unreadable]:
     if not root.is_dir():
         return []
     try:
-        folders = [folder for top in sorted(root.iterdir()) if top.is_dir() and not top.name.startswith(".") for folder in [top, *sorted(sub for sub in top.iterdir() if sub.is_dir())]]
+        folders = [
+            folder
+            for top in sorted(root.iterdir())
+            if top.is_dir() and not top.name.startswith(".")
+            for folder in [top, *sorted(sub for sub in top.iterdir() if sub.is_dir())]
+        ]
     except OSError as error:
-        raise UsageError(f"the engine folder cannot be listed ({error.strerror or error})", where=root, hint="Settings → sdcompress → folder of the engines") from error
+        raise UsageError(
+            f"the engine folder cannot be listed ({error.strerror or error})",
+            where=root,
+            hint="Settings → sdcompress → folder of the engines",
+        ) from error
     found: list[Artifact | Unreadable] = []
     for folder in folders:
         if (folder / MANIFEST_NAME).is_file():
             found.append(_look(folder))
         elif stray := next((folder / name for name in _FILES.values() if (folder / name).is_file()), None):
-            found.append(Unreadable(folder, f"{stray.name} has no {MANIFEST_NAME} beside it, so nothing says what it was made for"))
+            found.append(
+                Unreadable(
+                    folder, f"{stray.name} has no {MANIFEST_NAME} beside it, so nothing says what it was made for"
+                )
+            )
     return found
 
 
@@ -168,7 +200,8 @@ def _look(folder: Path) -> Artifact | Unreadable:
         return read_artifact(folder, manifest)
     except SdCompressError as error:
         return Unreadable(folder, _reason(error), manifest)
-    except Exception as error:  # whatever a strange manifest or config leads to: one folder must not take the menu away from the others
+    # whatever a strange manifest or config leads to: one folder must not take the menu away from the others
+    except Exception as error:
         return Unreadable(folder, f"cannot be read ({type(error).__name__}: {error})", manifest)
 
 
@@ -176,16 +209,21 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
     """What a folder with this manifest holds; sizes are checked, the bytes of the engine are not read.
 
     Raises:
-        ArtifactError: not an engine or graph of the `webui` signature, or one with missing or cut files. ModelError: a UNet config without shapes.
+        ArtifactError: not an engine or graph of the `webui` signature, or one with missing or cut files. ModelError: a
+            UNet config without shapes.
     """
     config = manifest.config
     if manifest.kind not in _FILES:
         raise ArtifactError(f"is a {manifest.kind}", where=folder, expected="an engine, or an ONNX graph")
     if config.get("signature") != SIGNATURE:
-        raise ArtifactError(f"was exported with the signature {config.get('signature')!r}", where=folder, expected=SIGNATURE)
+        raise ArtifactError(
+            f"was exported with the signature {config.get('signature')!r}", where=folder, expected=SIGNATURE
+        )
     if "unet" not in (config.get("components") or ()):
         raise ArtifactError("holds no UNet", where=folder)
-    found = engine_faults(folder, contents=False) if manifest.kind == "engine" else faults(folder, "onnx", contents=False)
+    found = (
+        engine_faults(folder, contents=False) if manifest.kind == "engine" else faults(folder, "onnx", contents=False)
+    )
     if found:
         raise ArtifactError(f"is damaged: {'; '.join(found[:3])}", where=folder)
     if _FILES[manifest.kind] not in manifest.files:
@@ -199,7 +237,11 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
         name=name,
         source=source,
         precision=precision,
-        profiles=tuple(_ranges(folder, profile) for profile in config["profiles"]["unet"]) if manifest.kind == "engine" else (_any_shape(made.inputs, made.multiple),),
+        profiles=(
+            tuple(_ranges(folder, profile) for profile in config["profiles"]["unet"])
+            if manifest.kind == "engine"
+            else (_any_shape(made.inputs, made.multiple),)
+        ),
         inputs=made.inputs,
         multiple=made.multiple,
         vae_scale=int(config.get("vae_scale", 8)),
@@ -207,7 +249,9 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
             context_width=int(unet["cross_attention_dim"]),
             added_width=next((int(spec.shape[1]) for spec in made.inputs if spec.name == "y"), 0),
             channels=int(unet["in_channels"]),
-            prediction=_json(folder, manifest, "pipeline/scheduler/scheduler_config.json", needed=False).get("prediction_type"),
+            prediction=_json(folder, manifest, "pipeline/scheduler/scheduler_config.json", needed=False).get(
+                "prediction_type"
+            ),
         ),
         unet_config=unet,
         whole=is_whole(unet),
@@ -215,12 +259,19 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
 
 
 def identity(folder: Path, manifest: Manifest) -> tuple[str, str, str, str]:
-    """Name, source, precision and backend: folders that agree in them are one entry of the menu, the sound and the damaged."""
+    """Name, source, precision and backend: folders that agree in them are one entry of the menu, the sound and the
+    damaged.
+    """
     config = manifest.config
     precisions = config.get("precisions")
     precision = (precisions.get("unet") if isinstance(precisions, dict) else None) or config.get("precision") or ""
     name = " + ".join([str(config.get("model_name") or folder.name), *baked_loras(manifest)])
-    return name, str(manifest.inputs.get("pipeline", "")), str(precision), str(config.get("flavour")) if manifest.kind == "engine" else "onnxruntime"
+    return (
+        name,
+        str(manifest.inputs.get("pipeline", "")),
+        str(precision),
+        str(config.get("flavour")) if manifest.kind == "engine" else "onnxruntime",
+    )
 
 
 def baked_loras(manifest: Manifest) -> tuple[str, ...]:
@@ -228,18 +279,28 @@ def baked_loras(manifest: Manifest) -> tuple[str, ...]:
 
 
 def is_whole(unet_config: Mapping[str, Any]) -> bool:
-    """Whether no block has been removed from a UNet with this config, by what every Stable Diffusion UNet has: two pairs a level, a middle, and attention nowhere innermost but in SDXL."""
+    """Whether no block has been removed from a UNet with this config, by what every Stable Diffusion UNet has: two
+    pairs a level, a middle, and attention nowhere innermost but in SDXL.
+    """
     layers = unet_config.get("layers_per_block", 2)
     kinds = list(unet_config.get("down_block_types", ()))
-    if (min(layers) if isinstance(layers, (list, tuple)) else layers) < 2 or unet_config.get("mid_block_type", "UNetMidBlock2DCrossAttn") != "UNetMidBlock2DCrossAttn":
+    if (min(layers) if isinstance(layers, (list, tuple)) else layers) < 2 or unet_config.get(
+        "mid_block_type", "UNetMidBlock2DCrossAttn"
+    ) != "UNetMidBlock2DCrossAttn":
         return False
     if unet_config.get("addition_embed_type") == "text_time":
-        return list(unet_config.get("transformer_layers_per_block") or ()) == [1, 2, 10] and unet_config.get("reverse_transformer_layers_per_block") is None
+        return (
+            list(unet_config.get("transformer_layers_per_block") or ()) == [1, 2, 10]
+            and unet_config.get("reverse_transformer_layers_per_block") is None
+        )
     return len(kinds) == 4 and kinds[-1] == "DownBlock2D"
 
 
 class Label(str):
-    """A menu entry's text. It equals every text that names the same engine: the reason it may end in comes and goes, and what the settings have kept must find it all the same,
+    """A menu entry's text.
+
+    It equals every text that names the same engine: the reason it may end in comes and goes, and what the settings have
+    kept must find it all the same,
     or the WebUI would take the checkpoint's own UNet without a word."""
 
     def _named(self) -> str:
@@ -269,7 +330,9 @@ class Model:
 
     @property
     def model_name(self) -> str | None:
-        """The checkpoint this is an engine of, which "Automatic" may take for it: none for a student, and none with a LoRA baked in, as that is another model."""
+        """The checkpoint this is an engine of, which "Automatic" may take for it: none for a student, and none with a
+        LoRA baked in, as that is another model.
+        """
         first = self.usable[0] if self.usable else None
         return first.name if first is not None and first.whole and not first.loras else None
 
@@ -281,7 +344,11 @@ class Model:
 
     def label(self, checkpoint: Traits | None = None) -> Label:
         reason = self.why_not(checkpoint)
-        return Label(self.title if reason is None else f"{self.title}{REASON}{reason if len(reason) <= 120 else reason[:117] + '...'}")
+        return Label(
+            self.title
+            if reason is None
+            else f"{self.title}{REASON}{reason if len(reason) <= 120 else reason[:117] + '...'}"
+        )
 
 
 def models(found: Iterable[Artifact | Unreadable], wanted: str | None = None) -> list[Model]:
@@ -294,9 +361,15 @@ def models(found: Iterable[Artifact | Unreadable], wanted: str | None = None) ->
     entries: list[Model] = []
     for each in found:
         if each.manifest is None or each.manifest.kind not in _FILES:
-            entries.append(Model(PREFIX + each.folder.name, (), ((each.folder, each.fault if isinstance(each, Unreadable) else ""),)))
+            entries.append(
+                Model(
+                    PREFIX + each.folder.name, (), ((each.folder, each.fault if isinstance(each, Unreadable) else ""),)
+                )
+            )
         else:
-            groups.setdefault(identity(each.folder, each.manifest), []).append((each, each.fault if isinstance(each, Unreadable) else each.why_not_here()))
+            groups.setdefault(identity(each.folder, each.manifest), []).append(
+                (each, each.fault if isinstance(each, Unreadable) else each.why_not_here())
+            )
     titles = [(key[0], key[2], key[3]) for key in groups]
     for (name, _, precision, backend), members in groups.items():
         shown = name if titles.count((name, precision, backend)) == 1 else members[0][0].folder.name
@@ -305,7 +378,13 @@ def models(found: Iterable[Artifact | Unreadable], wanted: str | None = None) ->
         entries.append(Model(f"{PREFIX}{shown} ({backend} {precision})", usable, faulty))
     title = str(wanted or "").partition(REASON)[0]
     if title.startswith(PREFIX) and all(entry.title != title for entry in entries):
-        entries.append(Model(title, (), ((Path(title.removeprefix(PREFIX)), "it is in the engine folder no more, or cannot be read there"),)))
+        entries.append(
+            Model(
+                title,
+                (),
+                ((Path(title.removeprefix(PREFIX)), "it is in the engine folder no more, or cannot be read there"),),
+            )
+        )
     return sorted(entries, key=lambda entry: entry.title)
 
 
@@ -329,7 +408,9 @@ def _json(folder: Path, manifest: Manifest, name: str, needed: bool = True) -> d
 
 def _ranges(folder: Path, profile: Any) -> Ranges:
     try:
-        found = {str(name): tuple(tuple(int(size) for size in shape) for shape in shapes) for name, shapes in profile.items()}
+        found = {
+            str(name): tuple(tuple(int(size) for size in shape) for shape in shapes) for name, shapes in profile.items()
+        }
         if any(len(shapes) != 3 for shapes in found.values()) or "sample" not in found:
             raise ValueError("not min, opt and max")
     except (TypeError, ValueError, AttributeError) as error:
@@ -339,7 +420,12 @@ def _ranges(folder: Path, profile: Any) -> Ranges:
 
 def _any_shape(inputs: Iterable[TensorSpec], multiple: int) -> Ranges:
     """The profile of a graph, whose free sizes are any: tuned for one call of two pictures of 64 latents."""
-    sizes = {"batch": (1, 2, 64), "tokens": (CONTEXT_TOKENS, CONTEXT_TOKENS, _ENDLESS), "height": (multiple, 64, _ENDLESS), "width": (multiple, 64, _ENDLESS)}
+    sizes = {
+        "batch": (1, 2, 64),
+        "tokens": (CONTEXT_TOKENS, CONTEXT_TOKENS, _ENDLESS),
+        "height": (multiple, 64, _ENDLESS),
+        "width": (multiple, 64, _ENDLESS),
+    }
 
     def shape(spec: TensorSpec, at: int) -> tuple[int, ...]:
         return tuple(sizes[size][at] if isinstance(size, str) else size for size in spec.shape)

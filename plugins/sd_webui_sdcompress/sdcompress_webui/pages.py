@@ -1,4 +1,7 @@
-"""The settings page and the tab: what a WebUI shows of the plugin. Gradio and the host are imported where they are used."""
+"""The settings page and the tab: what a WebUI shows of the plugin.
+
+Gradio and the host are imported where they are used.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,29 @@ def add_settings() -> None:
     import gradio
     from modules import shared
 
-    shared.opts.add_option(FOLDER, shared.OptionInfo("", f"Folder of the engines (empty: {default_folder()})", section=SECTION))
-    told = "error: the picture is refused, with the command that builds what is missing; torch: the engine's own weights run in torch, where they lie beside it, and a comment under the picture says so"
-    shared.opts.add_option(FALLBACK, shared.OptionInfo("error", "Where no engine serves: a size, a prompt length, a LoRA", gradio.Radio, {"choices": list(FALLBACKS)}, section=SECTION).info(told))
-    shared.opts.add_option(CUDA_GRAPH, shared.OptionInfo(True, "Replay CUDA graphs for sizes that come again", section=SECTION).info("faster; takes effect when an engine is chosen anew"))
+    shared.opts.add_option(
+        FOLDER, shared.OptionInfo("", f"Folder of the engines (empty: {default_folder()})", section=SECTION)
+    )
+    told = (
+        "error: the picture is refused, with the command that builds what is missing; torch: the engine's own weights"
+        " run in torch, where they lie beside it, and a comment under the picture says so"
+    )
+    shared.opts.add_option(
+        FALLBACK,
+        shared.OptionInfo(
+            "error",
+            "Where no engine serves: a size, a prompt length, a LoRA",
+            gradio.Radio,
+            {"choices": list(FALLBACKS)},
+            section=SECTION,
+        ).info(told),
+    )
+    shared.opts.add_option(
+        CUDA_GRAPH,
+        shared.OptionInfo(True, "Replay CUDA graphs for sizes that come again", section=SECTION).info(
+            "faster; takes effect when an engine is chosen anew"
+        ),
+    )
 
 
 def settings() -> Settings:
@@ -69,7 +91,10 @@ def missing_runtimes() -> list[str]:
     """A line where the host has nothing at all to run an engine with; nothing is imported to find out."""
     if any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx", "onnxruntime")):
         return []
-    return [f"No runtime is installed: {sys.executable} -m pip install tensorrt (or tensorrt-rtx-cu13, or onnxruntime), in the version the engines were built with, then restart."]
+    return [
+        f"No runtime is installed: {sys.executable} -m pip install tensorrt (or tensorrt-rtx-cu13, or onnxruntime), in"
+        " the version the engines were built with, then restart."
+    ]
 
 
 def tab(wanted: str | None, traits: Any) -> list[Any]:

@@ -1,6 +1,8 @@
-"""A Stable Diffusion UNet in plain torch, whole or with blocks removed: its structure is read from the names of its weights.
+"""A Stable Diffusion UNet in plain torch, whole or with blocks removed: its structure is read from the names of its
+weights.
 
-What runs where an engine cannot. It needs nothing of the host, whose own UNet has the checkpoint's blocks and not a student's.
+What runs where an engine cannot. It needs nothing of the host, whose own UNet has the checkpoint's blocks and not a
+student's.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from sdcompress_engines.errors import ModelError
 from torch.nn import functional
 
 Deltas = Callable[[str, torch.Tensor], "tuple[torch.Tensor | None, torch.Tensor | None]"]
-"""Layer name (LDM's) and weight → what a LoRA adds to weight and bias, in the weight's dtype and on its device; None is nothing."""
+"""Layer name (LDM's) and weight → what a LoRA adds to weight and bias, in the weight's dtype and on its device; None is
+nothing.
+"""
 
 
 class TorchUNet:
@@ -29,7 +33,13 @@ class TorchUNet:
         ModelError: weights that are not those of a UNet with this config.
     """
 
-    def __init__(self, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any], device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        config: Mapping[str, Any],
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self._weights = {name: value.to(self.device, dtype) for name, value in weights.items()}
         self._groups, self._eps = int(config.get("norm_num_groups") or 32), float(config.get("norm_eps") or 1e-5)
@@ -37,11 +47,23 @@ class TorchUNet:
         heads = config.get("num_attention_heads") or config.get("attention_head_dim") or 8
         self._heads = [int(count) for count in heads] if isinstance(heads, (list, tuple)) else [int(heads)] * levels
         self._numbered = _numbered(weights)
-        self._inputs, self._outputs, self._middle = (self._numbered.get(name, []) for name in ("input_blocks", "output_blocks", "middle_block"))
+        self._inputs, self._outputs, self._middle = (
+            self._numbered.get(name, []) for name in ("input_blocks", "output_blocks", "middle_block")
+        )
         self._patched: tuple[Hashable, dict[str, torch.Tensor]] = ((), {})
         width = weights.get("input_blocks.0.0.weight", torch.empty(0))
-        if not self._inputs or not self._outputs or width.ndim != 4 or width.shape[:2] != (config["block_out_channels"][0], config["in_channels"]):
-            raise ModelError("the weights are not those of this UNet", expected=f"its first convolution from {config['in_channels']} to {config['block_out_channels'][0]} channels")
+        if (
+            not self._inputs
+            or not self._outputs
+            or width.ndim != 4
+            or width.shape[:2] != (config["block_out_channels"][0], config["in_channels"])
+        ):
+            raise ModelError(
+                "the weights are not those of this UNet",
+                expected=(
+                    f"its first convolution from {config['in_channels']} to {config['block_out_channels'][0]} channels"
+                ),
+            )
         if 1 + sum(f"input_blocks.{number}.0.op.weight" in weights for number in self._inputs) != levels:
             raise ModelError("the weights are not those of this UNet", expected=f"{levels} levels")
 
@@ -65,15 +87,23 @@ class TorchUNet:
         self._patched = (key, changed)
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The prediction, (B, 4, H/8, W/8), on the UNet's device in its dtype.
 
         Args:
-            x: noisy latents, (B, C, H/8, W/8), of any size. timesteps: (B,). context: (B, tokens, width). y: SDXL's added vector, (B, width).
+            x: noisy latents, (B, C, H/8, W/8), of any size. timesteps: (B,). context: (B, tokens, width). y: SDXL's
+                added vector, (B, width).
         """
         with torch.autocast(self.device.type, enabled=False):  # a host's would change the precision
             x, context = x.to(self.device, self.dtype), context.to(self.device, self.dtype)
-            embedding = self._embed("time_embed", _sinusoid(timesteps.to(self.device).expand(len(x)), self._of("time_embed.0.weight").shape[1]).to(self.dtype))
+            embedding = self._embed(
+                "time_embed",
+                _sinusoid(timesteps.to(self.device).expand(len(x)), self._of("time_embed.0.weight").shape[1]).to(
+                    self.dtype
+                ),
+            )
             if y is not None:
                 embedding = embedding + self._embed("label_emb.0", y.to(self.device, self.dtype))
             level, skips = 0, []
@@ -110,7 +140,9 @@ class TorchUNet:
     def _norm(self, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
         """Group norm, in fp32 as LDM has it."""
         bias = self._bias(name)
-        return functional.group_norm(x.float(), self._groups, self._of(f"{name}.weight").float(), None if bias is None else bias.float(), eps).to(x.dtype)
+        return functional.group_norm(
+            x.float(), self._groups, self._of(f"{name}.weight").float(), None if bias is None else bias.float(), eps
+        ).to(x.dtype)
 
     def _layer_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(x, x.shape[-1:], self._of(f"{name}.weight"), self._bias(name))
@@ -118,7 +150,9 @@ class TorchUNet:
     def _embed(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._linear(f"{name}.2", functional.silu(self._linear(f"{name}.0", x)))
 
-    def _block(self, base: str, x: torch.Tensor, embedding: torch.Tensor, context: torch.Tensor, level: int) -> torch.Tensor:
+    def _block(
+        self, base: str, x: torch.Tensor, embedding: torch.Tensor, context: torch.Tensor, level: int
+    ) -> torch.Tensor:
         """One numbered block: its parts in their order, whichever they are."""
         for part in self._numbered[base]:
             name = f"{base}.{part}"
@@ -135,10 +169,18 @@ class TorchUNet:
         return x
 
     def _resnet(self, name: str, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        inner = self._conv(f"{name}.in_layers.2", functional.silu(self._norm(f"{name}.in_layers.0", x, self._eps)), padding=1)
+        inner = self._conv(
+            f"{name}.in_layers.2", functional.silu(self._norm(f"{name}.in_layers.0", x, self._eps)), padding=1
+        )
         inner = inner + self._linear(f"{name}.emb_layers.1", functional.silu(embedding))[:, :, None, None]
-        inner = self._conv(f"{name}.out_layers.3", functional.silu(self._norm(f"{name}.out_layers.0", inner, self._eps)), padding=1)
-        return inner + (self._conv(f"{name}.skip_connection", x, padding=0) if f"{name}.skip_connection.weight" in self._weights else x)
+        inner = self._conv(
+            f"{name}.out_layers.3", functional.silu(self._norm(f"{name}.out_layers.0", inner, self._eps)), padding=1
+        )
+        return inner + (
+            self._conv(f"{name}.skip_connection", x, padding=0)
+            if f"{name}.skip_connection.weight" in self._weights
+            else x
+        )
 
     def _attentions(self, name: str, x: torch.Tensor, context: torch.Tensor, level: int) -> torch.Tensor:
         """A spatial transformer; SD1 projects into it by 1×1 convolutions, later ones by linear layers."""
@@ -153,8 +195,12 @@ class TorchUNet:
             block = f"{name}.transformer_blocks.{number}"
             normed = self._layer_norm(f"{block}.norm1", inner)
             inner = inner + self._attention(f"{block}.attn1", normed, normed, self._heads[level])
-            inner = inner + self._attention(f"{block}.attn2", self._layer_norm(f"{block}.norm2", inner), context, self._heads[level])
-            value, gate = self._linear(f"{block}.ff.net.0.proj", self._layer_norm(f"{block}.norm3", inner)).chunk(2, dim=-1)
+            inner = inner + self._attention(
+                f"{block}.attn2", self._layer_norm(f"{block}.norm2", inner), context, self._heads[level]
+            )
+            value, gate = self._linear(f"{block}.ff.net.0.proj", self._layer_norm(f"{block}.norm3", inner)).chunk(
+                2, dim=-1
+            )
             inner = inner + self._linear(f"{block}.ff.net.2", value * functional.gelu(gate))
         if not by_conv:
             inner = self._linear(f"{name}.proj_out", inner)
@@ -162,13 +208,20 @@ class TorchUNet:
         return x + (self._conv(f"{name}.proj_out", inner, padding=0) if by_conv else inner)
 
     def _attention(self, name: str, x: torch.Tensor, context: torch.Tensor, heads: int) -> torch.Tensor:
-        query, key, value = (self._linear(f"{name}.to_{letter}", source).unflatten(-1, (heads, -1)).transpose(1, 2) for letter, source in (("q", x), ("k", context), ("v", context)))
-        return self._linear(f"{name}.to_out.0", functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        query, key, value = (
+            self._linear(f"{name}.to_{letter}", source).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for letter, source in (("q", x), ("k", context), ("v", context))
+        )
+        return self._linear(
+            f"{name}.to_out.0", functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        )
 
 
 def _sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
     """Cosines, then sines, of the timesteps at `width`/2 frequencies, float32."""
-    frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2, device=timesteps.device, dtype=torch.float32) / (width // 2))
+    frequencies = torch.exp(
+        -math.log(10000) * torch.arange(width // 2, device=timesteps.device, dtype=torch.float32) / (width // 2)
+    )
     angles = timesteps.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

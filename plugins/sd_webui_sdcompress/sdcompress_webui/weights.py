@@ -12,8 +12,14 @@ import torch
 from sdcompress_engines.errors import ArtifactError
 
 PREFIX = "model.diffusion_model."
-PLACES = ("pipeline/unet/diffusion_pytorch_model.safetensors", "pipeline/unet/diffusion_pytorch_model.fp16.safetensors", "student.safetensors")
-"""Where weights may lie in an engine's folder: as diffusers writes a UNet, or a whole LDM file as `sdcompress export --ldm` does."""
+PLACES = (
+    "pipeline/unet/diffusion_pytorch_model.safetensors",
+    "pipeline/unet/diffusion_pytorch_model.fp16.safetensors",
+    "student.safetensors",
+)
+"""Where weights may lie in an engine's folder: as diffusers writes a UNet, or a whole LDM file as `sdcompress export
+--ldm` does.
+"""
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _ENDS = {
     "conv_in": "input_blocks.0.0",
@@ -24,7 +30,14 @@ _ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
@@ -47,19 +60,24 @@ def read_unet(path: Path) -> dict[str, torch.Tensor]:
     names = ldm_names(found)
     if None in names.values() or "conv_in.weight" not in found:
         lost = next((name for name, given in names.items() if given is None), "conv_in.weight")
-        raise ArtifactError(f"is no UNet's weights ({lost})", where=path, expected="a UNet as diffusers or LDM names it")
+        raise ArtifactError(
+            f"is no UNet's weights ({lost})", where=path, expected="a UNet as diffusers or LDM names it"
+        )
     return {names[name] or name: value for name, value in found.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Name → float tensor of a safetensors file: eight bytes that say how long the header is, a JSON header, and the tensors' bytes.
+    """Name → float tensor of a safetensors file: eight bytes that say how long the header is, a JSON header, and the
+    tensors' bytes.
 
     Raises:
         ArtifactError: it is cut or damaged.
     """
     try:
         with path.open("rb") as file:
-            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # only what is used is read; torch wants memory it could write to
+            content = mmap.mmap(
+                file.fileno(), 0, access=mmap.ACCESS_COPY
+            )  # only what is used is read; torch wants memory it could write to
         start = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:start])
         tensors = {}
@@ -67,17 +85,31 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
             if name == "__metadata__" or entry["dtype"] not in _DTYPES:
                 continue
             begin, end = entry["data_offsets"]
-            values = torch.frombuffer(content, dtype=_DTYPES[entry["dtype"]], count=(end - begin) // _DTYPES[entry["dtype"]].itemsize, offset=start + begin) if end > begin else torch.empty(0)
+            values = (
+                torch.frombuffer(
+                    content,
+                    dtype=_DTYPES[entry["dtype"]],
+                    count=(end - begin) // _DTYPES[entry["dtype"]].itemsize,
+                    offset=start + begin,
+                )
+                if end > begin
+                else torch.empty(0)
+            )
             tensors[name] = values.reshape(entry["shape"])
         return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ArtifactError(f"is no readable safetensors file ({type(error).__name__}: {str(error)[:120]})", where=path, hint="copy it again") from error
+        raise ArtifactError(
+            f"is no readable safetensors file ({type(error).__name__}: {str(error)[:120]})",
+            where=path,
+            hint="copy it again",
+        ) from error
 
 
 def ldm_names(keys: Iterable[str]) -> dict[str, str | None]:
     """diffusers' parameter names of a UNet → LDM's; None where LDM has no place for one.
 
-    LDM numbers blocks through: the first convolution, then each resnet–attention pair and each downsampler is one; an upsampler comes last in its level's last pair.
+    LDM numbers blocks through: the first convolution, then each resnet–attention pair and each downsampler is one; an
+    upsampler comes last in its level's last pair.
     """
     keys = list(keys)
     parts = [match.groups() for key in keys if (match := _BLOCK.fullmatch(key))]
