@@ -150,9 +150,9 @@ def run_command(
     \b
       sdcompress bench nano                                                   six minutes on two cores
       sdcompress bench TEACHER small=student/pipeline --backend torch,compile,ort,trt --size 512 --batch 1,4
-      sdcompress bench TEACHER student/pipeline --prompts PartiPrompts.tsv --clip ./clip-vit-large-patch14 --reference
-      ./photos sdcompress bench sd15 --dry-run                                         what would run, and the memory it
-      needs sdcompress bench compare before/results.json after/results.json         what changed, beyond noise or not
+      sdcompress bench TEACHER student/pipeline --prompts PartiPrompts.tsv --clip ./clip-vit-large-patch14
+      sdcompress bench sd15 --dry-run                                         what would run, and the memory it needs
+      sdcompress bench compare before/results.json after/results.json         what changed, beyond noise or not
     """
     from sdcompress_bench.suite_file import read_suite, suite_names, suite_path
     from sdcompress_engines.errors import BackendMissing, GateFailed

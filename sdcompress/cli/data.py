@@ -125,8 +125,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
 
     \b
       sdcompress data cache nano nano -o nano-cache
-      sdcompress data cache "laion-art/{00000..00099}.tar" realistic-vision-v4 --where "aesthetic >= 7.5" --flip -o
-      rv4-cache
+      sdcompress data cache "laion-art/{00000..00099}.tar" realistic-vision-v4 --where "aesthetic >= 7.5" -o rv4-cache
     """
     import time
 
@@ -243,8 +242,7 @@ def generate(
 
     \b
       sdcompress data generate nano --prompts prompts.txt -n 200 -o nano-pictures
-      sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --steps 30 --backend trt -o
-      rv4-pictures
+      sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --backend trt -o rv4-pictures
     """
     from sdcompress.data.generate import GenerateSettings, generate_dataset, is_export, read_prompts
 

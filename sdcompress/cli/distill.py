@@ -43,9 +43,9 @@ def command(
 
     \b
       sdcompress distill nano --plan bk-tiny --data nano --recipe nano -o student
-      sdcompress distill realistic-vision-v4.safetensors --data "laion-art/{00000..00099}.tar" --where "aesthetic >=
-      7.5" \\ --recipe segmind-small -o sd-small sdcompress distill ... -o sd-small --resume           go on after a
-      stop
+      sdcompress distill rv4.safetensors --data "laion-art/{00000..00099}.tar" --where "aesthetic >= 7.5" \\
+          --recipe segmind-small -o sd-small
+      sdcompress distill ... -o sd-small --resume           go on after a stop
     """
     from sdcompress.prune.plan import read_plan
     from sdcompress.prune.student import count_parameters, meta_unet

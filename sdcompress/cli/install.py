@@ -43,10 +43,11 @@ def command(
     What is there and not ours is never touched; doing it twice changes nothing.
 
     \b
-    sdcompress install webui ~/stable-diffusion-webui engines                      engines: what `export --trt
-    --signature webui` has written sdcompress install webui ~/stable-diffusion-webui engines --with-weights
-    student/pipeline sdcompress install comfyui ~/ComfyUI engines --name "portraits, small" sdcompress status comfyui
-    ~/ComfyUI sdcompress uninstall comfyui ~/ComfyUI
+    sdcompress install webui ~/stable-diffusion-webui engines     what `export --trt --signature webui` wrote
+    sdcompress install webui ~/stable-diffusion-webui engines --with-weights student/pipeline
+    sdcompress install comfyui ~/ComfyUI engines --name "portraits, small"
+    sdcompress status comfyui ~/ComfyUI
+    sdcompress uninstall comfyui ~/ComfyUI
     """
     from sdcompress.hosts.host import find_host
     from sdcompress.hosts.install import install

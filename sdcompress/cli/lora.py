@@ -18,8 +18,7 @@ def command() -> None:
     \b
       sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
       sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32
-      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o
-      tweaker-tiny.safetensors
+      sdcompress lora remap detail-tweaker.safetensors --teacher ./rv4 --plan bk-tiny -o tweaker-tiny.safetensors
     """
 
 
@@ -97,8 +96,7 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, f
     named.
 
     \b
-      sdcompress lora remap detail-tweaker.safetensors --teacher ./realistic-vision-v4 --plan bk-tiny -o
-      tweaker-tiny.safetensors
+      sdcompress lora remap detail-tweaker.safetensors --teacher ./rv4 --plan bk-tiny -o tweaker-tiny.safetensors
     """
     from sdcompress_engines.errors import ArtifactError, ModelError
 

@@ -55,8 +55,7 @@ def command(
 
     \b
       sdcompress push sd-small you/sd-small --license creativeml-openrail-m --dry-run
-      sdcompress push sd-small you/sd-small --license creativeml-openrail-m --base-model
-      SG161222/Realistic_Vision_V4.0_noVAE --private
+      sdcompress push sd-small you/sd-small --license creativeml-openrail-m --private
     """
     from sdcompress.model_card import CARD, PICTURE, finished, model_card
 
