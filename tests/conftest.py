@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdcompress import nano
 from sdcompress.data.sources import open_source
+from sdcompress.models import nano
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -190,7 +190,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def fp32_export(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`ExportResult` of the whole pipeline at fp32."""
-    from sdcompress.export import export_onnx
+    from sdcompress.export.onnx import export_onnx
 
     return export_onnx(random_pipeline, tmp_path_factory.mktemp("export") / "fp32", source={"pipeline": "0" * 64})
 
@@ -198,7 +198,7 @@ def fp32_export(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="session")
 def fp16_small(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`ExportResult` at fp16 of the two components that export in seconds."""
-    from sdcompress.export import export_onnx
+    from sdcompress.export.onnx import export_onnx
 
     return export_onnx(
         random_pipeline,

@@ -27,7 +27,7 @@ FOUND = """
 import sys
 from importlib.resources import files
 from pathlib import Path
-from sdcompress.hosts.host import find_host
+from sdcompress.hosts.find import find_host
 from sdcompress.hosts.install import install, plugin_folder, uninstall
 from sdcompress.train.config import recipe_names
 unpacked = Path(sys.argv[1])

@@ -238,7 +238,7 @@ JSON_ALONE = {
     "bench/peers/training.py",
     "bench/sdcompress_bench/gpu/child.py",
     "bench/sdcompress_bench/gpu/results.py",
-    "sdcompress/autotune.py",
+    "sdcompress/backends/fastest.py",
     "sdcompress/cli/bench.py",
     "sdcompress/data/cache.py",
     "sdcompress/engines.py",

@@ -21,12 +21,12 @@ from sdcompress_engines.manifest import FileEntry, by_parts, is_plain_path, read
 
 from sdcompress.cli.push import upload_folder
 from sdcompress.data.sources import open_source
-from sdcompress.hosts.host import hosts
+from sdcompress.export.aot import package_folder
+from sdcompress.hosts.find import hosts
 from sdcompress.hosts.install import install
 from sdcompress.hosts.record import Entry, Record, read_record, without_prefix, write_record
-from sdcompress.lora import parse_lora
-from sdcompress.packages import package_folder
-from sdcompress.teacher import resolve
+from sdcompress.lora.fuse import parse_lora
+from sdcompress.models.locate import resolve
 
 OUTSIDE = [
     "..\\..\\x.py",
@@ -182,7 +182,7 @@ def test_a_bench_model_is_read_with_its_drive(typed: str, name: str | None, path
 def test_a_windows_path_that_is_not_there_is_never_asked_of_the_hub(
     typed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.teacher._download", lambda name: pytest.fail(f"asked the hub for {name}"))
+    monkeypatch.setattr("sdcompress.models.locate._download", lambda name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(UsageError, match="does not exist"):
         resolve(typed)
 

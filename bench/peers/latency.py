@@ -170,10 +170,11 @@ def write_model(model: str, folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from sdcompress.random_model import random_pipeline
-    from sdcompress.teacher import load_teacher, quiet
+    from sdcompress.models.load import load_pipeline
+    from sdcompress.models.random import random_pipeline
+    from sdcompress.support.quiet import quiet
 
-    pipeline: Any = load_teacher(model).pipeline if model == "nano" else random_pipeline("sd1", STUDENTS[model])
+    pipeline: Any = load_pipeline(model).pipeline if model == "nano" else random_pipeline("sd1", STUDENTS[model])
     target = folder / "model.partial"
     shutil.rmtree(target, ignore_errors=True)
     with quiet():
@@ -238,13 +239,13 @@ def unet_mib(way: Way, folder: Path) -> float:
 
 def prepare_ours(way: Way, folder: Path, device: str) -> None:
     """Export, compile or build in this process."""
-    from sdcompress.engines import build_engines
-    from sdcompress.export import export_onnx
-    from sdcompress.packages import compile_unet
-    from sdcompress.teacher import load_teacher
+    from sdcompress.export.aot import compile_unet
+    from sdcompress.export.onnx import export_onnx
+    from sdcompress.export.tensorrt import build_engines
+    from sdcompress.models.load import load_pipeline
 
     precision: Any = way.precision
-    loaded = load_teacher(folder / "model")
+    loaded = load_pipeline(folder / "model")
     graphs = folder / f"onnxruntime-{precision}"
     if way.kind == "aot":
         compile_unet(loaded, artifact_of(way, folder), device=device, precision=precision)
@@ -359,14 +360,14 @@ def open_pipeline(way: Way, folder: Path, device: str) -> Any:
         if way.compile is not None:
             pipeline.unet.compile(**way.compile)
         return pipeline
-    from sdcompress.pipeline import load_pipeline
+    from sdcompress.backends.assemble import open_pipeline
 
     precision: Any = way.precision
     if way.kind in ("aot", "compile"):
-        return load_pipeline(
+        return open_pipeline(
             folder / "model", way.kind, None if way.kind == "compile" else artifact, device=device, precision=precision
         )
-    return load_pipeline(artifact, way.kind, device=device, steady=True)
+    return open_pipeline(artifact, way.kind, device=device, steady=True)
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:

@@ -35,19 +35,22 @@ from sdcompress_bench.environment import environment
 from sdcompress_bench.work import measure_peaks
 from sdcompress_engines.resources import peak_rss_mib
 
-from sdcompress.data.cache import LatentCache, build_cache, to_pixels
+from sdcompress.data.build_cache import build_cache
+from sdcompress.data.cache import LatentCache, to_pixels
 from sdcompress.data.sources import open_source
+from sdcompress.models.load import LoadedPipeline, load_pipeline
+from sdcompress.models.locate import unet_config
+from sdcompress.models.random import family_configs, random_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student, unet_cost
-from sdcompress.random_model import family_configs, random_pipeline
-from sdcompress.teacher import LoadedPipeline, load_teacher, unet_config
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import frozen_copy
 from sdcompress.train.features import collect_features
-from sdcompress.train.loop import choose_precision, train
-from sdcompress.train.objectives import BlockDistillation
-from sdcompress.train.runs import training_scheduler
+from sdcompress.train.loop import train
+from sdcompress.train.objectives.block_distillation import BlockDistillation
+from sdcompress.train.optim import choose_precision
+from sdcompress.train.run_folder import training_scheduler
 
 WARMUP = 4
 PLAN = "bk-tiny"
@@ -82,7 +85,7 @@ class Case:
 def load(model: str) -> LoadedPipeline:
     """The teacher; `sd15` in fp32 with random weights, made on the device."""
     if model != "sd15":
-        return load_teacher(model)
+        return load_pipeline(model)
     return LoadedPipeline("sd15-random", random_pipeline("sd1", device=DEVICE), "random", Path("."))
 
 

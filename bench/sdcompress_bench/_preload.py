@@ -9,7 +9,8 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import sdcompress.pipeline
+import sdcompress.backends.assemble
+import sdcompress.sampling
 
 __all__ = [
     "AutoencoderKL",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from sdcompress.parity import FP32_LIMIT, HALF_FACTOR
+from sdcompress.export.parity import FP32_LIMIT, HALF_FACTOR
 
 from .metrics import PSNR_CAP_DB, Lpips, psnr, ssim
 from .quality import to_pixels
@@ -78,11 +78,10 @@ class UNetInputs:
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> UNetInputs:
         return UNetInputs(
-            *(
-                None if tensor is None else function(tensor)
-                for tensor in (self.encoder_hidden_states, self.text_embeds, self.time_ids)
-            )
-        )  # type: ignore[arg-type]
+            function(self.encoder_hidden_states),
+            None if self.text_embeds is None else function(self.text_embeds),
+            None if self.time_ids is None else function(self.time_ids),
+        )
 
     def call(self, unet: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         """The UNet's noise prediction, shaped as `sample`; a runner may own its memory until the next call."""
@@ -136,11 +135,16 @@ def load(
     """A silent pipeline on a device, with TensorRT-RTX's kernels compiled before they run: what is timed first is what
     stays.
     """
-    from sdcompress.pipeline import load_pipeline
+    from sdcompress.backends.assemble import open_pipeline
 
-    pipeline = load_pipeline(
-        path, backend, None if artifacts is None else Path(artifacts), device=device, precision=precision, steady=True
-    )  # type: ignore[arg-type]
+    pipeline = open_pipeline(
+        path,
+        backend,
+        None if artifacts is None else Path(artifacts),
+        device=device,
+        precision=precision,  # type: ignore[arg-type]
+        steady=True,
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -39,8 +39,8 @@ def call(
     """
     # Windows removes no file that a process which is just ending still has open; the rest is left to the system then.
     with tempfile.TemporaryDirectory(prefix="sdcompress-bench-", ignore_cleanup_errors=True) as folder:
-        # type: ignore[attr-defined]
-        process = _context(fork).Process(target=_run, args=(function, dict(argument), folder))
+        context = _context(fork)
+        process = context.Process(target=_run, args=(function, dict(argument), folder))  # type: ignore[attr-defined]
         started = time.time()
         process.start()
         try:

@@ -208,13 +208,13 @@ def make_artifacts(case: dict[str, Any]) -> dict[str, Any]:
     """
     from sdcompress_engines.manifest import read_manifest
 
-    from sdcompress.packages import cached_package
-    from sdcompress.pipeline import cached_artifacts
-    from sdcompress.teacher import load_teacher
+    from sdcompress.backends.cached import cached_artifacts
+    from sdcompress.export.aot import cached_package
+    from sdcompress.models.load import load_pipeline
 
     folder = Path(case["artifacts"]) if case["artifacts"] else None
     if folder is None and case["backend"] == "aot":
-        folder = cached_package(load_teacher(case["path"]), case["device"], case["precision"]).parent
+        folder = cached_package(load_pipeline(case["path"]), case["device"], case["precision"]).parent
     folder = folder or cached_artifacts(case["path"], case["backend"], case["precision"], profiles=case["profiles"])
     manifest = read_manifest(folder)
     figures = manifest.figures if manifest else {}
@@ -282,7 +282,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    from sdcompress.pipeline import generate
+    from sdcompress.sampling import generate
 
     from .fidelity import UNetInputs, load
 

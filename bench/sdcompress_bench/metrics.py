@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -458,11 +458,11 @@ def _weights(package: str, file: str, what: str) -> Path:
 class _Arrays(pickle.Unpickler):
     """Reads dicts of numpy arrays and nothing else: a pickle may name any code to run."""
 
-    _KNOWN = {
+    _KNOWN: ClassVar = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-    }  # noqa: RUF012
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._KNOWN:

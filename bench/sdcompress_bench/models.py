@@ -18,7 +18,7 @@ def made(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnderTest:
     Raises:
         UsageError, ModelError: no such model. PlanError: a plan its family does not allow. StorageError: no room.
     """
-    from sdcompress.teacher import resolve, sha256_of
+    from sdcompress.models.locate import resolve, sha256_of
 
     if model.random is None:
         return model if model.sha256 else dataclasses.replace(model, sha256=sha256_of(resolve(model.path)))
@@ -26,7 +26,7 @@ def made(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnderTest:
     if (known := read_manifest(folder) if folder.is_dir() else None) is None:
         import torch
 
-        from sdcompress.random_model import random_pipeline
+        from sdcompress.models.random import random_pipeline
 
         with report.task(f"making {model.name} with random weights"):
             pipeline = random_pipeline(model.random.family, model.random.plan, dtype=torch.float16)

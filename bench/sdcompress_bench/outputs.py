@@ -26,7 +26,7 @@ def produce(case: dict[str, Any]) -> dict[str, Any]:
             `seeds` of the pictures; `probe`, a file to answer; or `make_probe`, how many pictures to make one of, with
             `timesteps` and `random`.
     """
-    from sdcompress.pipeline import generate
+    from sdcompress.sampling import generate
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from sdcompress_engines.errors import DataError, UsageError
 
-from sdcompress.data.sources import CAPTION_COLUMNS, PICTURES, Record, is_text
+from sdcompress.data.records import CAPTION_COLUMNS, PICTURES, Record, is_text
 
 from .scenario import Prompt
 

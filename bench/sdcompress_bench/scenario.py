@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Random:
-    """A model of a published shape with random weights, made when it is needed; see `sdcompress.random_model`."""
+    """A model of a published shape with random weights, made when it is needed; see `sdcompress.models.random`."""
 
     family: str
     plan: str | None = None
@@ -57,7 +57,7 @@ class ModelUnderTest:
 
     Attributes:
         name: what the report calls it; unique in a suite.
-        path: what `sdcompress.pipeline.load_pipeline` takes: a folder, a file, or a known name.
+        path: what `sdcompress.backends.assemble.open_pipeline` takes: a folder, a file, or a known name.
         onnx: its ONNX folder; None has it exported into a cache, outside of what is timed.
         engine: its TensorRT engine folder, likewise.
         sha256: hash of its weights.

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from sdcompress_engines.errors import UsageError
 
-from sdcompress.settings import read_mapping, told
+from sdcompress.support.settings_file import read_mapping, told
 
 from .scenario import FIGURES, PRECISIONS, Way
 
@@ -135,7 +135,7 @@ def read_way(text: str, precision: str) -> Way:
     Raises:
         UsageError: no such backend or precision.
     """
-    from sdcompress.pipeline import backend_name
+    from sdcompress.backends.registry import backend_name
 
     name, colon, wanted = text.strip().partition(":")
     if colon and wanted not in PRECISIONS:

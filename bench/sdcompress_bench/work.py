@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
-from sdcompress.graphs import DTYPES
+from sdcompress.export.components import DTYPES
 
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 """Precision → bytes of a value, weight or activation."""
@@ -261,7 +261,7 @@ def count_pipeline(
     From configs alone; no weights are read or made.
 
     Args:
-        model: what `load_teacher` takes, or the configs by the pipeline's names (`unet`, `vae`, `text_encoder`,
+        model: what `load_pipeline` takes, or the configs by the pipeline's names (`unet`, `vae`, `text_encoder`,
             `text_encoder_2`).
         size_px: side of the pictures. batch: pictures in one call.
         guided: classifier-free guidance, which gives the UNet 2·batch latents; the text encoder is called once for
@@ -311,7 +311,7 @@ def _sizes(config: Any, rows: int) -> dict[str, Any]:
 
 
 def _configs(model: str | Path | Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    from sdcompress.teacher import component_config, model_index, resolve
+    from sdcompress.models.locate import component_config, model_index, resolve
 
     if isinstance(model, Mapping):
         lacking = {"unet", "vae", "text_encoder"} - model.keys()
@@ -329,7 +329,7 @@ def _build(name: str, config: Mapping[str, Any]) -> Any:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from sdcompress.teacher import quiet
+    from sdcompress.support.quiet import quiet
 
     with torch.device("meta"), quiet():
         if name == "unet":

@@ -23,16 +23,20 @@ from sdcompress_bench.environment import environment
 from sdcompress_bench.quality import ClipMetric, Share, judge
 from sdcompress_bench.scenario import Prompt
 
-from sdcompress import nano
 from sdcompress.cli._console import ConsoleReporter
-from sdcompress.data.cache import build_cache
+from sdcompress.data import nano_prompts
+from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
-from sdcompress.lora import fuse_lora, read_lora, unet_modules
-from sdcompress.pipeline import generate
-from sdcompress.teacher import load_teacher
-from sdcompress.train.config import FinetuneConfig, LoraConfig, load_config
+from sdcompress.lora.files import read_lora
+from sdcompress.lora.fuse import fuse_lora
+from sdcompress.lora.names import unet_modules
+from sdcompress.models import nano
+from sdcompress.models.load import load_pipeline
+from sdcompress.sampling import generate
+from sdcompress.train.config import FinetuneConfig, LoraConfig
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import KOHYA_FILE, LORA, train_lora
+from sdcompress.train.recipes import load_config
 
 STYLE, WORD = "line", "a sketch of"
 
@@ -56,14 +60,14 @@ def main() -> None:
     report = ConsoleReporter()
     shutil.rmtree(args.work, ignore_errors=True)
     write_data(args.work / "data")
-    student, teacher = load_teacher("nano-tiny"), load_teacher("nano")
+    student, teacher = load_pipeline("nano-tiny"), load_pipeline("nano")
     source = open_source(args.work / "data")
     caches = {
         model.name: build_cache(source, model, args.work / f"cache-{model.name}", report=report)
         for model in (student, teacher)
     }
     metric, styles = ClipMetric(nano.metric_folder()), nano.styles()
-    asked = nano.prompts("heldout", args.prompts)
+    asked = nano_prompts.prompts("heldout", args.prompts)
     # The judge is asked in the words it knows; the model is prompted with the new one.
     known = [Prompt(p.caption.replace(styles[p.style], styles[STYLE], 1), STYLE) for p in asked]
     prompts = [p.caption.replace(styles[p.style], WORD, 1) for p in asked]
@@ -86,7 +90,7 @@ def main() -> None:
     )
     rows: dict[str, dict[str, Any]] = {"before": figures(student.pipeline)}
     found = train_lora(student, caches["nano-tiny"], lora, args.work / "lora", report=report)
-    adapted = load_teacher("nano-tiny").pipeline
+    adapted = load_pipeline("nano-tiny").pipeline
     fuse_lora(adapted, read_lora(args.work / "lora" / LORA / KOHYA_FILE, unet_modules(adapted.unet)))
     rows["LoRA"] = figures(adapted) | {
         "steps": lora.steps,
@@ -94,7 +98,7 @@ def main() -> None:
         "file_bytes": (args.work / "lora" / LORA / KOHYA_FILE).stat().st_size,
     }
     found = finetune(student, caches["nano-tiny"], full, args.work / "full", report=report)
-    rows["full finetuning"] = figures(load_teacher(args.work / "full").pipeline) | {
+    rows["full finetuning"] = figures(load_pipeline(args.work / "full").pipeline) | {
         "steps": full.steps,
         "seconds": found.seconds,
     }

@@ -30,8 +30,8 @@ from sdcompress_bench.environment import environment
 from sdcompress_engines.exactness import use_ieee_fp32
 from sdcompress_engines.resources import peak_rss_mib
 
-from sdcompress.graphs import DTYPES
-from sdcompress.random_model import random_pipeline
+from sdcompress.export.components import DTYPES
+from sdcompress.models.random import random_pipeline
 
 VARIANTS = {
     "torch fp32": "PyTorch as it is",
@@ -72,17 +72,17 @@ LIMIT_S = 900
 
 def prepare(variant: str, model: Path, work: Path, device: str) -> None:
     """What a variant needs on disk; what an earlier run has made is kept."""
-    from sdcompress.engines import build_engines
-    from sdcompress.export import export_onnx
-    from sdcompress.graphs import component_graph, example_of, signature_of, silence
-    from sdcompress.teacher import load_teacher
+    from sdcompress.export.components import component_graph, example_of, signature_of, silence
+    from sdcompress.export.onnx import export_onnx
+    from sdcompress.export.tensorrt import build_engines
+    from sdcompress.models.load import load_pipeline
 
     kind, precision = variant.split()[0], precision_of(variant)
     opset = 20 if "opset 20" in variant else 23
     graphs = work / f"onnx-{opset}"
     if kind in ("ort", "trt") and not graphs.is_dir():
         components = ("unet", "vae_decoder") if kind == "trt" else ("unet",)
-        export_onnx(load_teacher(model).pipeline, graphs, precision=precision, components=components, opset=opset)
+        export_onnx(load_pipeline(model).pipeline, graphs, precision=precision, components=components, opset=opset)
     if "transformers" in variant:
         from onnxruntime.transformers import optimizer
 
@@ -104,7 +104,7 @@ def prepare(variant: str, model: Path, work: Path, device: str) -> None:
     if kind == "aot" and not (work / "unet.pt2").is_file():
         from sdcompress_engines.runners import compile_package
 
-        pipeline: Any = load_teacher(model).pipeline
+        pipeline: Any = load_pipeline(model).pipeline
         dtype = DTYPES[precision]
         wanted = signature_of("unet", pipeline.unet, precision)
         graph = component_graph("unet", pipeline.unet, dtype, stable=False).to(
@@ -143,11 +143,11 @@ def torch_runner(variant: str, model: Path, device: str) -> Any:
     """Returns an open runner of the UNet in torch."""
     from sdcompress_engines.runners import TorchRunner
 
-    from sdcompress.graphs import signature_of
-    from sdcompress.pipeline import PositionalUNet
-    from sdcompress.teacher import load_teacher
+    from sdcompress.backends.assemble import PositionalUNet
+    from sdcompress.export.components import signature_of
+    from sdcompress.models.load import load_pipeline
 
-    pipeline: Any = load_teacher(model).pipeline
+    pipeline: Any = load_pipeline(model).pipeline
     precision = precision_of(variant)
     unet = pipeline.unet.to(device, DTYPES[precision])
     wanted = signature_of("unet", unet, precision)
@@ -326,7 +326,7 @@ def main() -> None:
         "--variant", action="append", choices=sorted({*VARIANTS, *GPU_VARIANTS}), help="only this one, beside torch"
     )
     args = parser.parse_args()
-    from sdcompress import nano
+    from sdcompress.models import nano
 
     every = GPU_VARIANTS if args.device == "cuda" else VARIANTS
     variants = {

@@ -23,17 +23,20 @@ from sdcompress_bench.fidelity import compare_steps, make_probe, predict
 from sdcompress_bench.quality import ClipMetric, Share, judge, real_pictures
 from sdcompress_bench.scenario import Prompt
 
-from sdcompress import nano
 from sdcompress.cli._console import ConsoleReporter
-from sdcompress.data.cache import LatentCache, build_cache
+from sdcompress.data import nano_prompts
+from sdcompress.data.build_cache import build_cache
+from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
-from sdcompress.pipeline import generate
+from sdcompress.models import nano
+from sdcompress.models.load import load_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
-from sdcompress.teacher import load_teacher
-from sdcompress.train.config import DistillConfig, load_config
+from sdcompress.sampling import generate
+from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
-from sdcompress.train.runs import PIPELINE, with_unet
+from sdcompress.train.recipes import load_config
+from sdcompress.train.run_folder import PIPELINE, with_unet
 
 ARMS: dict[str, dict[str, float]] = {
     "task loss alone": {"output_kd_weight": 0.0, "feature_kd_weight": 0.0},
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     args = parser.parse_args()
     report = ConsoleReporter()
-    teacher = load_teacher("nano")
+    teacher = load_pipeline("nano")
     pipeline: Any = teacher.pipeline
     plan = make_plan(pipeline.unet.config, "bk-tiny")
     folder = args.work / "cache"
@@ -61,7 +64,7 @@ def main() -> None:
         else build_cache(open_source("nano"), teacher, folder, report=report)
     )
     metric, styles = ClipMetric(nano.metric_folder()), nano.styles()
-    prompts = [Prompt(p.caption, p.style) for p in nano.prompts("heldout", args.prompts)]
+    prompts = [Prompt(p.caption, p.style) for p in nano_prompts.prompts("heldout", args.prompts)]
     pictures, pictured = real_pictures(nano.shards("heldout")[0], prompts)
     probe = make_probe(pipeline, pictures[:16], [p.caption for p in pictured[:16]], TIMESTEPS, 0)
     truth = predict(pipeline, probe)
@@ -101,7 +104,7 @@ def main() -> None:
                     resume=(run / "checkpoints").is_dir(),
                     report=report,
                 )
-            rows.append({"arm": arm, "seed": seed} | figures(load_teacher(run).pipeline))
+            rows.append({"arm": arm, "seed": seed} | figures(load_pipeline(run).pipeline))
             report.say(json.dumps(rows[-1]))
     result = {
         "teacher_sha256": teacher.sha256,

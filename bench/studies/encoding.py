@@ -28,7 +28,7 @@ from sdcompress_engines.exactness import ieee_fp32
 from sdcompress.data.cache import to_pixels
 from sdcompress.data.encode import LatentEncoder, copy_encoder
 from sdcompress.data.sources import open_source
-from sdcompress.teacher import load_teacher
+from sdcompress.models.load import load_pipeline
 
 FIXED_BATCH = 32
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    vae = load_teacher(args.model).pipeline.vae
+    vae = load_pipeline(args.model).pipeline.vae
     pictures = [record.picture() for _, record in zip(range(args.pictures), open_source(args.data), strict=False)]
     before = f"fp32, batches of {FIXED_BATCH}"
     ways: dict[str, Way] = {before: encode_by_fixed_batches(vae)} | {

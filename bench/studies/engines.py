@@ -27,7 +27,7 @@ import torch
 from sdcompress_bench.environment import environment
 from sdcompress_engines.manifest import read_manifest
 
-from sdcompress.random_model import random_pipeline
+from sdcompress.models.random import random_pipeline
 
 CASES = {
     "SD1.5 bk-tiny": ("sd1", "bk-tiny", "sd15-512"),

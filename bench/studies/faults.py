@@ -28,10 +28,11 @@ from sdcompress_bench import faults, fidelity
 from sdcompress_bench.environment import environment
 from sdcompress_bench.faults import Kind, Place
 
-from sdcompress import nano
 from sdcompress.data.sources import open_source
-from sdcompress.graphs import DTYPES
-from sdcompress.teacher import load_teacher, quiet
+from sdcompress.export.components import DTYPES
+from sdcompress.models import nano
+from sdcompress.models.load import load_pipeline
+from sdcompress.support.quiet import quiet
 
 TIMESTEPS, PICTURES, COUNT, SEED = (1, 501, 999), 2, 10, 0
 IN_USE = 0.01
@@ -165,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    pipeline: Any = load_teacher("nano").pipeline
+    pipeline: Any = load_pipeline("nano").pipeline
     records = list(islice(open_source(nano.shards("heldout")), PICTURES))
     probe = fidelity.make_probe(
         pipeline, [record.picture() for record in records], [record.caption for record in records], TIMESTEPS, SEED

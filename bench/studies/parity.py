@@ -22,11 +22,11 @@ from sdcompress_bench.environment import environment
 from sdcompress_engines.runners import open_runner
 from sdcompress_engines.signature import HOSTS
 
-from sdcompress.export import export_onnx
-from sdcompress.graphs import Precision, part_of, signature_of
-from sdcompress.parity import compare_onnx, grid
-from sdcompress.random_model import random_pipeline
-from sdcompress.teacher import load_teacher
+from sdcompress.export.components import Precision, part_of, signature_of
+from sdcompress.export.onnx import export_onnx
+from sdcompress.export.parity import compare_onnx, grid
+from sdcompress.models.load import load_pipeline
+from sdcompress.models.random import random_pipeline
 
 BATCHES, TOKENS = (1, 2, 3), (77, 231)
 COMPONENTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
@@ -71,7 +71,7 @@ def main() -> None:
         rows.append(row)
         print(line(row), flush=True)
 
-    nano: Any = load_teacher("nano").pipeline
+    nano: Any = load_pipeline("nano").pipeline
     small = [(8, 8), (16, 16), (24, 16)]
     for component in COMPONENTS:
         for precision in ("fp32", "fp16"):
@@ -81,7 +81,6 @@ def main() -> None:
             add("nano", nano, "unet", "fp32", host, small)
     large = random_pipeline("sd1", "bk-tiny", dtype=torch.float16)
     for precision in ("fp32", "fp16"):
-        # type: ignore[arg-type]
         add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(16, 16), (24, 16), (32, 32)])
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8")

@@ -30,20 +30,16 @@ from sdcompress_engines.profiles import Profile
 from sdcompress_engines.runners import OnnxRuntimeRunner
 from sdcompress_engines.unet import EngineUNet
 
-from sdcompress import nano
 from sdcompress.cli._console import ConsoleReporter
-from sdcompress.export import export_onnx
-from sdcompress.pipeline import generate
-from sdcompress.quantize import (
-    KEPT,
-    LIMITS,
-    PRECISIONS,
-    check_quantized,
-    collect_calibration,
-    default_prompts,
-    quantize_graph,
-)
-from sdcompress.teacher import load_teacher
+from sdcompress.data import nano_prompts
+from sdcompress.export.onnx import export_onnx
+from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts
+from sdcompress.export.quantize.check import LIMITS, check_quantized
+from sdcompress.export.quantize.nodes import KEPT
+from sdcompress.export.quantize.precisions import PRECISIONS
+from sdcompress.export.quantize.quantize import quantize_graph
+from sdcompress.models.load import load_pipeline
+from sdcompress.sampling import generate
 
 PLACEMENTS: dict[str, tuple[str, ...]] = {
     "as it is done": KEPT,
@@ -71,17 +67,16 @@ def main() -> None:
     report = ConsoleReporter()
     shutil.rmtree(args.work, ignore_errors=True)
     torch.set_num_threads(1)
-    loaded = load_teacher("nano")
+    loaded = load_pipeline("nano")
     pipeline: Any = loaded.pipeline
     config = dict(pipeline.unet.config)
     for precision in ("fp32", "fp16"):
-        # type: ignore[arg-type]
         export_onnx(pipeline, args.work / precision, precision=precision, components=("unet",), report=report)
     graphs = {precision: args.work / precision / "unet.onnx" for precision in ("fp32", "fp16")}
     prompts, held_out = default_prompts(pipeline)
     calibration = collect_calibration(pipeline, prompts, report=report)
     feeds = collect_calibration(pipeline, held_out, samples=168, seed=1000, report=report)
-    captions = [prompt.caption for prompt in nano.prompts("heldout", args.pictures, seed=1)]
+    captions = [prompt.caption for prompt in nano_prompts.prompts("heldout", args.pictures, seed=1)]
 
     def draw(graph: Path) -> list[Any]:
         with OnnxRuntimeRunner(graph) as runner:
@@ -93,7 +88,6 @@ def main() -> None:
     for around in ("fp32", "fp16"):
         for precision in PRECISIONS:
             target = args.work / f"{precision}-{around}.onnx"
-            # type: ignore[arg-type]
             made = quantize_graph(graphs[around], target, precision, calibration, high_precision=around, report=report)
             row = (
                 {"precision": precision, "high_precision": around}

@@ -35,12 +35,12 @@ AIM = 0.03
 
 def make(work: Path, device: str) -> tuple[Path, Any]:
     """The folder of the engine or graph, made where it is not there, and the UNet in diffusers."""
-    from sdcompress.engines import build_engines
-    from sdcompress.export import export_onnx
-    from sdcompress.random_model import random_pipeline
-    from sdcompress.teacher import load_teacher
+    from sdcompress.export.onnx import export_onnx
+    from sdcompress.export.tensorrt import build_engines
+    from sdcompress.models.load import load_pipeline
+    from sdcompress.models.random import random_pipeline
 
-    pipeline: Any = load_teacher("nano").pipeline if device == "cpu" else random_pipeline("sd1", "bk-tiny")
+    pipeline: Any = load_pipeline("nano").pipeline if device == "cpu" else random_pipeline("sd1", "bk-tiny")
     graphs, engine = work / device / "onnx", work / device / "engine"
     if not graphs.is_dir():
         export_onnx(pipeline, graphs, precision="fp32" if device == "cpu" else "fp16", host="webui", name="measured")

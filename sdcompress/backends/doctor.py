@@ -21,8 +21,8 @@ from sdcompress_engines.errors import UsageError
 from sdcompress_engines.flavour import FLAVOURS
 from sdcompress_engines.progress import SILENT, Reporter
 
-from sdcompress.autotune import machine_key
 from sdcompress.backends.anonymous import anonymize
+from sdcompress.backends.fastest import machine_key
 from sdcompress.backends.installation import (
     IMPORTED_BY_DIFFUSERS,
     NEEDED_BYTES,
@@ -33,11 +33,11 @@ from sdcompress.backends.installation import (
     import_fault,
 )
 from sdcompress.backends.proof import REFERENCE, SMALL, WHOLE, Case, Proof, answer_file
-from sdcompress.graphs import Precision
-from sdcompress.packages import package_folder
-from sdcompress.parity import FP32_LIMIT, HALF_FACTOR, relative_l2
-from sdcompress.pipeline import BACKEND_ALIASES
-from sdcompress.teacher import BUILT_IN, display_name, resolve, sha256_of
+from sdcompress.backends.registry import BACKEND_ALIASES
+from sdcompress.export.aot import package_folder
+from sdcompress.export.components import Precision
+from sdcompress.export.parity import FP32_LIMIT, HALF_FACTOR, relative_l2
+from sdcompress.models.locate import BUILT_IN, display_name, resolve, sha256_of
 
 BACKENDS = ("torch", "compile", "aot", "onnxruntime", *FLAVOURS)
 Status = Literal["works", "builds", "fails", "unfinished", "not here"]
@@ -133,7 +133,7 @@ def examine(
     """Returns what works on this machine, with the reason and the command for what does not.
 
     Args:
-        model: what `load_teacher` takes. Only of a built-in model are `compile` and `aot` proved on a small UNet.
+        model: what `load_pipeline` takes. Only of a built-in model are `compile` and `aot` proved on a small UNet.
         backends: names or aliases of those to prove; by default all. torch always runs, as all are compared with it.
         full: prove every backend on the whole UNet.
         minutes: for all together; what is not proved then is `unfinished`. By default 2 for a built-in model, else 60.

@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from sdcompress.backends.installation import how_it_ended
-from sdcompress.graphs import Precision
+from sdcompress.export.components import Precision
 
 WHOLE, SMALL = "whole", "small"
 """The model's own UNet; and `worker.small_unet` of it, which compiles in a fraction of the time."""
@@ -37,7 +37,7 @@ class Case:
     """One backend to prove.
 
     Attributes:
-        model: what `load_teacher` takes.
+        model: what `load_pipeline` takes.
         backend: `torch`, `compile`, `aot`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
         device: `cpu` or `cuda`.
         subjects: the UNets to run, `WHOLE` or `SMALL`; more than one for `torch` only.

@@ -31,12 +31,13 @@ from sdcompress_engines.runners.torch import COMPILER
 from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.store import EngineStore
 
-from sdcompress.autotune import BATCH
+from sdcompress.backends.assemble import PositionalUNet
+from sdcompress.backends.cached import cached_graphs, graph_runtime
+from sdcompress.backends.fastest import BATCH
 from sdcompress.backends.installation import remove_command
 from sdcompress.backends.proof import EVENT, REFERENCE, WHOLE, Case, answer_file
-from sdcompress.graphs import DTYPES, random_inputs, signature_of
-from sdcompress.pipeline import PositionalUNet, cached_graphs, graph_runtime
-from sdcompress.teacher import LoadedPipeline, load_teacher
+from sdcompress.export.components import DTYPES, random_inputs, signature_of
+from sdcompress.models.load import LoadedPipeline, load_pipeline
 
 _TIMESTEP = 501
 _COMPILERS = {
@@ -53,7 +54,7 @@ _LEAST_MS, _MOST_MS = 500.0, 10_000.0
 
 def load_subject(model: str, subject: str) -> LoadedPipeline:
     """Returns the pipeline of a model on the CPU in fp32; for `SMALL` with `small_unet` in it and its own sha256."""
-    loaded = load_teacher(model)
+    loaded = load_pipeline(model)
     if subject == WHOLE:
         return loaded
     pipeline: Any = loaded.pipeline
@@ -152,7 +153,7 @@ def _open_compiled(loaded: LoadedPipeline, case: Case) -> Runner:
 
 
 def _open_package(loaded: LoadedPipeline, case: Case) -> Runner:
-    from sdcompress.packages import cached_package, open_package
+    from sdcompress.export.aot import cached_package, open_package
 
     path = cached_package(loaded, case.device, case.precision)
     try:
@@ -187,7 +188,7 @@ def graph_folder(loaded: LoadedPipeline, case: Case) -> Path:
     Raises:
         ArtifactError: a file of it was altered or is missing. Otherwise as `export_onnx`.
     """
-    from sdcompress.export import export_onnx
+    from sdcompress.export.onnx import export_onnx
 
     runtime = graph_runtime(case.backend, case.device)
     folder = cached_graphs(loaded.sha256, case.precision, runtime)
@@ -246,7 +247,7 @@ def _build_ahead(case: Case, flavour: Flavour, subject: str) -> Ready:
 
 
 def _build(loaded: LoadedPipeline, case: Case, flavour: Flavour, store: EngineStore, output: Path) -> Any:
-    from sdcompress.engines import build_engines
+    from sdcompress.export.tensorrt import build_engines
 
     side = _latent_side(loaded) * int(loaded.pipeline.vae_scale_factor)
     fixed = ShapeRanges((BATCH,) * 3, (side,) * 3, (side,) * 3, (CONTEXT_TOKENS,) * 3)

@@ -52,7 +52,7 @@ class LazyGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            from ._console import suggest
+            from sdcompress.cli._console import suggest
 
             raise click.UsageError(f"no command {args[0]!r}{suggest(args[0], COMMANDS)}", ctx) from error
 

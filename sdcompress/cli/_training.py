@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._console import ConsoleReporter, force_option, output_option
+from sdcompress.cli._console import ConsoleReporter, force_option, output_option
 
 if TYPE_CHECKING:
     from sdcompress.data.cache import LatentCache
-    from sdcompress.teacher import LoadedPipeline
-    from sdcompress.train.config import Config, TrainConfig
+    from sdcompress.models.load import LoadedPipeline
+    from sdcompress.train.config import TrainConfig
+    from sdcompress.train.recipes import Config
 
 DATA_HELP = "Folder of captioned pictures, webdataset shards (folder, glob or brace list), or nano."
 _DATA_OPTIONS = (
@@ -168,7 +169,7 @@ def training_config(
     Raises:
         UsageError: as `load_config`.
     """
-    from sdcompress.train.config import load_config
+    from sdcompress.train.recipes import load_config
 
     data = data_overrides(options)
     options["validation_prompts"] = options["validation_prompts"] or None
@@ -195,16 +196,17 @@ def begin(
     """
     from sdcompress_engines.manifest import check_free, storage_errors
 
-    from sdcompress.data.cache import LatentCache, build_cache, default_size_px
+    from sdcompress.data.build_cache import build_cache
+    from sdcompress.data.cache import LatentCache, default_size_px
     from sdcompress.data.sources import open_source
-    from sdcompress.teacher import load_teacher
+    from sdcompress.models.load import load_pipeline
 
     source = open_source(data, config.data)
     if not resume:
         check_free(output, force)
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-    loaded = load_teacher(model)
+    loaded = load_pipeline(model)
     folder = cache_folder or output.with_name(f"{output.name}-cache")
     size_px = config.data.size_px or default_size_px(loaded.pipeline)
     if not folder.exists():

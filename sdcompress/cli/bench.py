@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._console import ConsoleReporter, card, force_option, json_option, mib
+from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib
 
 if TYPE_CHECKING:
     from sdcompress_bench.results import Results, Row
@@ -269,7 +269,7 @@ def suite_of(
     from sdcompress_bench.suite_file import check_suite
     from sdcompress_engines.errors import BackendMissing, UsageError
 
-    from sdcompress.pipeline import default_guidance_scale
+    from sdcompress.sampling import default_guidance_scale
 
     file = check_suite(described, where or "the options")
     gpu = torch.cuda.is_available()
@@ -392,7 +392,7 @@ def _model(entry: ModelEntry) -> ModelUnderTest:
     from sdcompress_bench.models import random_folder
     from sdcompress_bench.scenario import ModelUnderTest, Random
 
-    from sdcompress.teacher import BUILT_IN, display_name, resolve, sha256_of
+    from sdcompress.models.locate import BUILT_IN, display_name, resolve, sha256_of
 
     if entry.random:
         random = Random(entry.random, entry.plan)
@@ -407,8 +407,8 @@ def _model(entry: ModelEntry) -> ModelUnderTest:
 
 def _configs(model: ModelUnderTest) -> dict[str, Any]:
     """The configs of a model's components, of one with random weights before it is made."""
-    from sdcompress.random_model import family_configs
-    from sdcompress.teacher import component_config, unet_config
+    from sdcompress.models.locate import component_config, unet_config
+    from sdcompress.models.random import family_configs
 
     if model.random:
         return family_configs(model.random.family, model.random.plan)
@@ -426,8 +426,9 @@ def _prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> tuple[tup
     from sdcompress_bench.prompts import read_prompts
     from sdcompress_bench.scenario import Prompt
 
-    from sdcompress import nano
-    from sdcompress.teacher import resolve
+    from sdcompress.data import nano_prompts
+    from sdcompress.models import nano
+    from sdcompress.models.locate import resolve
 
     if file.prompts is not None:
         return tuple(read_prompts(file.prompts)), {}
@@ -438,7 +439,9 @@ def _prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> tuple[tup
         file.pictures,
         1,
     )
-    prompts = tuple(Prompt(p.caption, p.style) for p in nano.prompts("heldout", min(count, NANO_PROMPTS), file.seed))
+    prompts = tuple(
+        Prompt(p.caption, p.style) for p in nano_prompts.prompts("heldout", min(count, NANO_PROMPTS), file.seed)
+    )
     return prompts, {
         "metric": nano.metric_folder(),
         "styles": tuple(nano.styles().items()),

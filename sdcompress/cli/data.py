@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 from sdcompress_engines.command import command_line
 
-from ._console import ConsoleReporter, card, force_option, json_option, mib, output_option
-from ._training import DATA_HELP, DATA_KNOBS, data_options, data_overrides
+from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib, output_option
+from sdcompress.cli._training import DATA_HELP, DATA_KNOBS, data_options, data_overrides
 
 if TYPE_CHECKING:
     from sdcompress.data.config import DataConfig
-    from sdcompress.data.look import Figures, Spread
+    from sdcompress.data.report import Figures, Spread
 
 BAR = 32
 CAPTION_SHOWN = 100
@@ -65,7 +65,7 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
 
     from sdcompress_engines.errors import UsageError, storage_errors
 
-    from sdcompress.data.look import SMALL_PX, look
+    from sdcompress.data.report import SMALL_PX, look
     from sdcompress.data.sources import open_source
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
@@ -131,15 +131,15 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
 
     from sdcompress_engines.manifest import check_free, read_manifest
 
-    from sdcompress.data.cache import build_cache
+    from sdcompress.data.build_cache import build_cache
     from sdcompress.data.sources import open_source
-    from sdcompress.teacher import load_teacher
+    from sdcompress.models.load import load_pipeline
 
     again = typed_options(options)
     config = data_config(options)
     source = open_source(data, config)
     check_free(output, force)
-    loaded = load_teacher(teacher)
+    loaded = load_pipeline(teacher)
     started = time.monotonic()
     report = ConsoleReporter()
     made = build_cache(
@@ -244,7 +244,7 @@ def generate(
       sdcompress data generate nano --prompts prompts.txt -n 200 -o nano-pictures
       sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --backend trt -o rv4-pictures
     """
-    from sdcompress.data.generate import GenerateSettings, generate_dataset, is_export, read_prompts
+    from sdcompress.generate.dataset import GenerateSettings, generate_dataset, is_export, read_prompts
 
     settings = GenerateSettings(count, batch_size, steps, guidance, size_px, seed, backend, picture_format)
     settings.check()
@@ -276,7 +276,8 @@ def data_config(options: dict[str, Any]) -> DataConfig:
     Raises:
         UsageError: values that cannot be; all faults in one message.
     """
-    from sdcompress.train.config import TrainConfig, load_config
+    from sdcompress.train.config import TrainConfig
+    from sdcompress.train.recipes import load_config
 
     return load_config(TrainConfig, None, {"data": data_overrides(options)}).data
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ._console import force_option
+from sdcompress.cli._console import force_option
 
 
 @click.command()
@@ -36,6 +36,6 @@ def command(output: Path, steps: int | None, force: bool) -> None:
       sdcompress demo
       sdcompress demo --steps 1000 -o demo-long
     """
-    from .run import run
+    from sdcompress.cli.run import run
 
     run("nano", "nano", ("bk-base", "bk-tiny"), "nano", {"steps": steps}, output, quick=True, force=force)

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ._console import ConsoleReporter, card, mib, millions
-from ._training import begin, outcome, training_config, training_options
+from sdcompress.cli._console import ConsoleReporter, card, mib, millions
+from sdcompress.cli._training import begin, outcome, training_config, training_options
 
 
 @click.command()
@@ -47,12 +47,12 @@ def command(
           --recipe segmind-small -o sd-small
       sdcompress distill ... -o sd-small --resume           go on after a stop
     """
+    from sdcompress.models.locate import refuse_student, unet_config
     from sdcompress.prune.plan import read_plan
     from sdcompress.prune.student import count_parameters, meta_unet
-    from sdcompress.teacher import refuse_student, unet_config
     from sdcompress.train.config import DistillConfig
     from sdcompress.train.distill import distill
-    from sdcompress.train.runs import PIPELINE
+    from sdcompress.train.run_folder import PIPELINE
 
     config = training_config(DistillConfig, recipe, settings, options)
     theirs = unet_config(teacher)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._console import ConsoleReporter, card, json_option, mib
+from sdcompress.cli._console import ConsoleReporter, card, json_option, mib
 
 if TYPE_CHECKING:
     from sdcompress.backends.doctor import BackendResult, Diagnosis

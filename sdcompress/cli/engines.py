@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._console import card, json_option, mib
+from sdcompress.cli._console import card, json_option, mib
 
 if TYPE_CHECKING:
     from sdcompress_engines.manifest import Manifest

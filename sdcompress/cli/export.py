@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._console import ConsoleReporter, card, force_option, mib, output_option
+from sdcompress.cli._console import ConsoleReporter, card, force_option, mib, output_option
 
 if TYPE_CHECKING:
-    from sdcompress.engines import EnginesResult
-    from sdcompress.export import ExportResult
+    from sdcompress.export.onnx import ExportResult
+    from sdcompress.export.tensorrt import EnginesResult
 
 # As in `sdcompress_engines.signature` and `.profiles`, which load torch; a test holds them equal.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
@@ -246,7 +246,7 @@ def command(
     from sdcompress_engines.flavour import choose_flavour, present_card
     from sdcompress_engines.manifest import staged
 
-    from sdcompress.quantize import supported
+    from sdcompress.export.quantize.precisions import supported
 
     library = choose_flavour(flavour, present_card(), capabilities) if trt else None
     options = BuildOptions(**build)
@@ -259,10 +259,13 @@ def command(
                     hint="--compute-capability 8.9, or --precision int8",
                 )
 
-    from sdcompress.engines import build_engines, shape_ranges
-    from sdcompress.export import checked_components
-    from sdcompress.lora import fuse_lora, parse_lora, read_lora, unet_modules
-    from sdcompress.teacher import load_teacher, unet_config
+    from sdcompress.export.onnx import checked_components
+    from sdcompress.export.tensorrt import build_engines, shape_ranges
+    from sdcompress.lora.files import read_lora
+    from sdcompress.lora.fuse import fuse_lora, parse_lora
+    from sdcompress.lora.names import unet_modules
+    from sdcompress.models.load import load_pipeline
+    from sdcompress.models.locate import unet_config
 
     chosen_profiles = _with_shapes(profiles, shapes)
     if library is not None:
@@ -272,7 +275,7 @@ def command(
     parsed = [parse_lora(text) for text in loras]
     report = ConsoleReporter()
     started = time.monotonic()
-    loaded = load_teacher(
+    loaded = load_pipeline(
         model, as_stored=not loras and precision not in QUANTIZED
     )  # a LoRA is added, and a calibration drawn, in fp32
     pipeline: Any = loaded.pipeline
@@ -315,13 +318,15 @@ def command(
 
 
 def _write_ldm(model: str, output: Path, precision: str, loras: tuple[str, ...], force: bool) -> None:
-    from sdcompress.graphs import DTYPES
-    from sdcompress.hosts.ldm import export_ldm
-    from sdcompress.lora import fuse_lora, parse_lora, read_lora, unet_modules
-    from sdcompress.teacher import load_teacher
+    from sdcompress.checkpoints.write import export_ldm
+    from sdcompress.export.components import DTYPES
+    from sdcompress.lora.files import read_lora
+    from sdcompress.lora.fuse import fuse_lora, parse_lora
+    from sdcompress.lora.names import unet_modules
+    from sdcompress.models.load import load_pipeline
 
     started = time.monotonic()
-    loaded = load_teacher(model)
+    loaded = load_pipeline(model)
     pipeline: Any = loaded.pipeline
     for file, weight in map(parse_lora, loras):
         fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
@@ -336,7 +341,7 @@ def _write_ldm(model: str, output: Path, precision: str, loras: tuple[str, ...],
 
 
 def _export(pipeline: Any, output: Path, precision: str, **settings: Any) -> ExportResult:
-    from sdcompress.export import export_onnx
+    from sdcompress.export.onnx import export_onnx
 
     return export_onnx(pipeline, output, precision=precision, **settings)  # type: ignore[arg-type]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ._console import ConsoleReporter, card, mib
-from ._training import begin, outcome, training_config, training_options
+from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.cli._training import begin, outcome, training_config, training_options
 
 
 @click.command()
@@ -34,7 +34,7 @@ def command(
     """
     from sdcompress.train.config import FinetuneConfig
     from sdcompress.train.finetune import finetune
-    from sdcompress.train.runs import PIPELINE
+    from sdcompress.train.run_folder import PIPELINE
 
     config = training_config(FinetuneConfig, recipe, settings, options)
     report = ConsoleReporter()

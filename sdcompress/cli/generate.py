@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ._console import ConsoleReporter, card
+from sdcompress.cli._console import ConsoleReporter, card
 
 
 @click.command()
@@ -94,8 +94,12 @@ def command(
 
     from sdcompress_engines.errors import UsageError, storage_errors
 
-    from sdcompress.lora import fuse_lora, parse_lora, read_lora, unet_modules
-    from sdcompress.pipeline import backend_name, close_pipeline, generate, load_pipeline
+    from sdcompress.backends.assemble import close_pipeline, open_pipeline
+    from sdcompress.backends.registry import backend_name
+    from sdcompress.lora.files import read_lora
+    from sdcompress.lora.fuse import fuse_lora, parse_lora
+    from sdcompress.lora.names import unet_modules
+    from sdcompress.sampling import generate
 
     backend = backend_name(backend)
     chosen = [parse_lora(text) for text in loras]
@@ -111,7 +115,7 @@ def command(
         raise UsageError("is no picture's name", where=output, expected="a name ending in .png, .webp or .jpg")
     report = ConsoleReporter()
     started = time.monotonic()
-    pipeline = load_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
+    pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
     for file, weight in chosen:
         fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
     loaded = time.monotonic()

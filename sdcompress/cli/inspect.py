@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ._console import card, json_option, mib
+from sdcompress.cli._console import card, json_option, mib
 
 PIPELINES = ("student", "teacher", "finetuned")  # kinds of artifacts that are diffusers folders
 
@@ -29,7 +29,7 @@ def command(path: str, as_json: bool) -> None:
 
     from sdcompress_engines.manifest import faults, read_manifest
 
-    from sdcompress.teacher import resolve
+    from sdcompress.models.locate import resolve
 
     folder = Path(path)
     manifest = read_manifest(folder) if folder.is_dir() else None
@@ -83,7 +83,7 @@ def _shown(key: str, value: Any) -> Any:
 def _pipeline_facts(
     index: dict[str, Any], unet: dict[str, Any], prediction_type: str | None, parameters: dict[str, int], dtype: str
 ) -> dict[str, Any]:
-    from sdcompress.family import FAMILIES, family_of, student_of
+    from sdcompress.families.identify import FAMILIES, family_of, student_of
     from sdcompress.prune.student import count_parameters, meta_unet
 
     family, student = family_of(unet), student_of(unet)
@@ -103,15 +103,8 @@ def _pipeline_facts(
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
-    from sdcompress.single_file import (
-        CHECKPOINT,
-        LORA,
-        component_parameters,
-        configs_of,
-        kind_of,
-        lora_facts,
-        open_weights,
-    )
+    from sdcompress.checkpoints.identify import CHECKPOINT, LORA, component_parameters, configs_of, kind_of, lora_facts
+    from sdcompress.checkpoints.weights import open_weights
 
     weights = open_weights(path)
     kind = kind_of(weights)
@@ -135,7 +128,7 @@ def _file_facts(path: Path) -> dict[str, Any]:
 def _folder_facts(folder: Path) -> dict[str, Any]:
     import json
 
-    from sdcompress.teacher import model_index, unet_config
+    from sdcompress.models.locate import model_index, unet_config
 
     scheduler = folder / "scheduler/scheduler_config.json"
     prediction_type = (
@@ -153,7 +146,7 @@ def _component_facts(folder: Path) -> tuple[dict[str, int], set[str]]:
     """Parameters a component, and the dtypes, from the safetensors headers; of parts kept in pickles, from the config."""
     import math
 
-    from sdcompress.single_file import open_weights
+    from sdcompress.checkpoints.weights import open_weights
 
     parameters: dict[str, int] = {}
     dtypes: set[str] = set()
@@ -180,7 +173,7 @@ def _meta_count(part: Path) -> int | None:
     import torch
 
     from sdcompress.prune.student import count_parameters
-    from sdcompress.teacher import quiet
+    from sdcompress.support.quiet import quiet
 
     path = part / "config.json"
     if not path.is_file() or part.name not in ("unet", "vae", "text_encoder", "text_encoder_2"):

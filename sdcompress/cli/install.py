@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from sdcompress.hosts.host import hosts
-
-from ._console import ConsoleReporter, card, mib
+from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.hosts.find import hosts
 
 if TYPE_CHECKING:
     from sdcompress.hosts.host import Host
-    from sdcompress.hosts.install import Done
+    from sdcompress.hosts.transaction import Done
 
 host_argument = click.argument("host", type=click.Choice(list(hosts())))
 path_argument = click.argument("path", type=click.Path(path_type=Path))
@@ -49,7 +48,7 @@ def command(
     sdcompress status comfyui ~/ComfyUI
     sdcompress uninstall comfyui ~/ComfyUI
     """
-    from sdcompress.hosts.host import find_host
+    from sdcompress.hosts.find import find_host
     from sdcompress.hosts.install import install
 
     found, root = find_host(host, path)
@@ -64,7 +63,7 @@ def command(
 
 def rows_of(host: Host, root: Path, done: Done) -> list[tuple[str, str]]:
     """What was done, a row for the plugin and one an engine, and what to know of it."""
-    from sdcompress.hosts.install import engine_of
+    from sdcompress.hosts.engine_folder import engine_of
 
     rows = []
     for label, name in [

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ._console import ConsoleReporter, card, mib
-from ._training import begin, outcome, training_config, training_options
+from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.cli._training import begin, outcome, training_config, training_options
 
 
 @click.group()
@@ -100,10 +100,12 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, f
     """
     from sdcompress_engines.errors import ArtifactError, ModelError
 
-    from sdcompress.lora import read_lora, remap_lora, unet_modules, write_lora
+    from sdcompress.lora.files import read_lora, write_lora
+    from sdcompress.lora.names import unet_modules
+    from sdcompress.lora.remap import remap_lora
+    from sdcompress.models.locate import unet_config
     from sdcompress.prune.plan import read_plan
     from sdcompress.prune.student import meta_unet
-    from sdcompress.teacher import unet_config
 
     if output.exists() and not force:
         raise ArtifactError("exists", where=output, hint="add --force to replace it, or choose another -o")

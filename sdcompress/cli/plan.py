@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ._console import card, json_option, millions
+from sdcompress.cli._console import card, json_option, millions
 
 if TYPE_CHECKING:
     from sdcompress.prune.student import Cost
@@ -41,9 +41,9 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
 
     from sdcompress_engines.errors import storage_errors
 
+    from sdcompress.models.locate import unet_config
     from sdcompress.prune.plan import read_plan
     from sdcompress.prune.student import unet_cost
-    from sdcompress.teacher import unet_config
 
     plan = read_plan(preset, unet_config(teacher))
     before, after = unet_cost(plan.teacher), unet_cost(plan.student_config())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from ._console import ConsoleReporter, card, mib
+from sdcompress.cli._console import ConsoleReporter, card, mib
 
 
 @click.command()
@@ -57,7 +57,7 @@ def command(
       sdcompress push sd-small you/sd-small --license creativeml-openrail-m --dry-run
       sdcompress push sd-small you/sd-small --license creativeml-openrail-m --private
     """
-    from sdcompress.model_card import CARD, PICTURE, finished, model_card
+    from sdcompress.publish.model_card import CARD, PICTURE, finished, model_card
 
     if output and not dry_run:
         raise click.UsageError("-o goes with --dry-run")
@@ -98,7 +98,7 @@ def write_card(output: Path, text: str, picture: Path | None) -> None:
     """
     from sdcompress_engines.manifest import staged
 
-    from sdcompress.model_card import CARD, PICTURE
+    from sdcompress.publish.model_card import CARD, PICTURE
 
     with staged(output) as out:
         (out / CARD).write_text(text, encoding="utf-8")
@@ -147,7 +147,7 @@ def require_token() -> str:
 @contextmanager
 def upload_folder(files: dict[str, Path], text: str) -> Iterator[Path]:
     """A folder of `files` with the card beside them: the finished folder stays as its manifest says."""
-    from sdcompress.model_card import CARD
+    from sdcompress.publish.model_card import CARD
 
     with tempfile.TemporaryDirectory(prefix="sdcompress-push-") as name:
         staged = Path(name)

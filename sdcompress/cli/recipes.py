@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._console import card, json_option
+from sdcompress.cli._console import card, json_option
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -39,7 +39,7 @@ def list_recipes(as_json: bool) -> None:
     """
     import json
 
-    from sdcompress.train.config import recipe_names, recipe_path
+    from sdcompress.train.recipes import recipe_names, recipe_path
 
     facts = []
     for name in recipe_names():
@@ -76,7 +76,7 @@ def show(recipe: str, as_resolved: bool) -> None:
       sdcompress recipes show bk-sdm-tiny
       sdcompress recipes show bk-sdm-tiny --resolved
     """
-    from sdcompress.train.config import read_recipe, recipe_path
+    from sdcompress.train.recipes import read_recipe, recipe_path
 
     if as_resolved:
         kind, config = resolved(recipe)
@@ -98,7 +98,7 @@ def copy(name: str, file: Path, force: bool) -> None:
     """
     from sdcompress_engines.errors import ArtifactError, UsageError, storage_errors
 
-    from sdcompress.train.config import read_recipe, recipe_path
+    from sdcompress.train.recipes import read_recipe, recipe_path
 
     if file.suffix not in (".yaml", ".yml"):
         raise UsageError(
@@ -157,7 +157,8 @@ def resolved(recipe: str, settings: tuple[str, ...] = ()) -> tuple[str, TrainCon
     from sdcompress_engines.errors import UsageError
 
     from sdcompress.prune.plan import preset_name
-    from sdcompress.train.config import KINDS, DistillConfig, load_config, read_recipe
+    from sdcompress.train.config import KINDS, DistillConfig
+    from sdcompress.train.recipes import load_config, read_recipe
 
     kind = trainer(read_recipe(recipe), recipe)
     config = load_config(KINDS[kind], recipe, {}, settings)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import click
 
-from ._console import ConsoleReporter, card, force_option, mib, millions, output_option
+from sdcompress.cli._console import ConsoleReporter, card, force_option, mib, millions, output_option
 
 MARKER = "run.json"
 
@@ -138,9 +138,11 @@ def run(
     from sdcompress_engines.manifest import MANIFEST_NAME, check_free, sha256_file, sha256_tree, storage_errors
 
     from sdcompress.data.sources import open_source
+    from sdcompress.models.load import load_pipeline
+    from sdcompress.models.locate import refuse_student, unet_config
     from sdcompress.prune.plan import read_plan
-    from sdcompress.teacher import load_teacher, refuse_student, unet_config
-    from sdcompress.train.config import DistillConfig, load_config
+    from sdcompress.train.config import DistillConfig
+    from sdcompress.train.recipes import load_config
 
     capability = None
     if compute_capability is not None:
@@ -175,11 +177,12 @@ def run(
     from sdcompress_bench.scenario import ModelUnderTest
     from sdcompress_engines.runners import available
 
-    from sdcompress.data.cache import LatentCache, build_cache, default_size_px
-    from sdcompress.engines import build_engines
-    from sdcompress.export import export_onnx
+    from sdcompress.data.build_cache import build_cache
+    from sdcompress.data.cache import LatentCache, default_size_px
+    from sdcompress.export.onnx import export_onnx
+    from sdcompress.export.tensorrt import build_engines
     from sdcompress.train.distill import distill
-    from sdcompress.train.runs import PIPELINE
+    from sdcompress.train.run_folder import PIPELINE
 
     report = ConsoleReporter()
     started = time.monotonic()
@@ -191,7 +194,7 @@ def run(
     graphs_to_write = 0 if reasons["onnxruntime"] else 1 + len(chosen)
     engines_to_build = 0 if builder is not None else 2 * (len(chosen) + gpu)
     stages = _Stages(report, 2 + len(chosen) + graphs_to_write + engines_to_build)
-    loaded = load_teacher(teacher)
+    loaded = load_pipeline(teacher)
     pipeline: Any = loaded.pipeline
     size_px = config.data.size_px or default_size_px(pipeline)
 
@@ -212,7 +215,7 @@ def run(
     def export(name: str, model: str | Path, sha256: str) -> None:
         def make(precision: Literal["fp32", "fp16"], folder: Path) -> None:
             export_onnx(
-                load_teacher(model).pipeline,
+                load_pipeline(model).pipeline,
                 folder,
                 precision=precision,
                 source={"pipeline": sha256},
@@ -345,7 +348,7 @@ def _bench(
     from sdcompress_bench.results import read_results
     from sdcompress_bench.suite import run_suite
 
-    from .bench import QUICK, again, suite_of
+    from sdcompress.cli.bench import QUICK, again, suite_of
 
     described: dict[str, Any] = {"models": [str(model.path) for model in tested], "size_px": size_px, "rounds": 3} | (
         QUICK if quick else {}

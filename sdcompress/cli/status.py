@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ._console import card, json_option, mib
-from .install import host_argument, path_argument
+from sdcompress.cli._console import card, json_option, mib
+from sdcompress.cli.install import host_argument, path_argument
 
 if TYPE_CHECKING:
-    from sdcompress.hosts.install import EngineStatus, Status
+    from sdcompress.hosts.status import EngineStatus, Status
 
 
 @click.command()
@@ -29,8 +29,8 @@ def command(host: str, path: Path, as_json: bool) -> None:
     """
     import json
 
-    from sdcompress.hosts.host import find_host
-    from sdcompress.hosts.install import status
+    from sdcompress.hosts.find import find_host
+    from sdcompress.hosts.status import status
 
     found, root = find_host(host, path)
     state = status(found, root)

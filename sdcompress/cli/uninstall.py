@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from ._console import card
-from .install import host_argument, path_argument, rows_of
+from sdcompress.cli._console import card
+from sdcompress.cli.install import host_argument, path_argument, rows_of
 
 
 @click.command()
@@ -23,7 +23,7 @@ def command(host: str, path: Path, names: tuple[str, ...]) -> None:
     sdcompress uninstall webui ~/stable-diffusion-webui
     sdcompress uninstall comfyui ~/ComfyUI sd-tiny
     """
-    from sdcompress.hosts.host import find_host
+    from sdcompress.hosts.find import find_host
     from sdcompress.hosts.install import uninstall
 
     found, root = find_host(host, path)

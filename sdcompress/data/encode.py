@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdcompress.family import family_of
+from sdcompress.families.identify import family_of
 
 Precision = Literal["fp32", "bf16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
@@ -343,7 +343,7 @@ def embed_captions(pipeline: Any, captions: list[str]) -> dict[str, torch.Tensor
     Returns:
         `text`, (N, 77, D) float32, and for SDXL `pooled`, (N, P) float32; else `ids`, the tokens, (N, 77) int32.
     """
-    from sdcompress.teacher import quiet
+    from sdcompress.support.quiet import quiet
 
     device = pipeline.text_encoder.device
     with quiet():

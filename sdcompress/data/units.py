@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from sdcompress_engines.errors import DataError
 
-from .config import DataConfig
-from .encode import LatentEncoder, embed_in_batches
-from .sources import Record, Skipped, Source
-from .views import View, bucket_shapes, nearest_bucket, to_view
+from sdcompress.data.config import DataConfig
+from sdcompress.data.encode import LatentEncoder, embed_in_batches
+from sdcompress.data.records import Record, Skipped, Source
+from sdcompress.data.views import View, bucket_shapes, nearest_bucket, to_view
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

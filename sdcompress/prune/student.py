@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from sdcompress_engines.errors import PlanError
 
-from .plan import BlockPlan
+from sdcompress.prune.plan import BlockPlan
 
 if TYPE_CHECKING:
     from torch import nn

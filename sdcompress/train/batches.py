@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from sdcompress.data.cache import LatentCache
-
-from .config import TrainConfig
+from sdcompress.train.config import TrainConfig
 
 
 def generator_for(seed: int, kind: str, number: int) -> torch.Generator:

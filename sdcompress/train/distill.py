@@ -16,15 +16,24 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress.data.cache import LatentCache
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.student import attention_pairs, build_student
-
-from .batches import Batches
-from .config import DistillConfig
-from .loop import TrainResult, choose_precision, train
-from .objectives import BlockDistillation
-from .runs import PIPELINE, recipe_text, run_folder, sampler, save_pipeline, training_scheduler, with_unet, write_once
+from sdcompress.train.batches import Batches
+from sdcompress.train.config import DistillConfig
+from sdcompress.train.loop import TrainResult, train
+from sdcompress.train.objectives.block_distillation import BlockDistillation
+from sdcompress.train.optim import choose_precision
+from sdcompress.train.run_folder import (
+    PIPELINE,
+    recipe_text,
+    run_folder,
+    sampler,
+    save_pipeline,
+    training_scheduler,
+    with_unet,
+    write_once,
+)
 
 if TYPE_CHECKING:
-    from sdcompress.teacher import LoadedPipeline
+    from sdcompress.models.load import LoadedPipeline
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

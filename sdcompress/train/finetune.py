@@ -13,15 +13,23 @@ from sdcompress_engines.manifest import storage_errors
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.data.cache import LatentCache
-
-from .batches import Batches
-from .config import FinetuneConfig
-from .loop import TrainResult, train
-from .objectives import Denoising
-from .runs import PIPELINE, recipe_text, run_folder, sampler, save_pipeline, training_scheduler, with_unet, write_once
+from sdcompress.train.batches import Batches
+from sdcompress.train.config import FinetuneConfig
+from sdcompress.train.loop import TrainResult, train
+from sdcompress.train.objectives.denoising import Denoising
+from sdcompress.train.run_folder import (
+    PIPELINE,
+    recipe_text,
+    run_folder,
+    sampler,
+    save_pipeline,
+    training_scheduler,
+    with_unet,
+    write_once,
+)
 
 if TYPE_CHECKING:
-    from sdcompress.teacher import LoadedPipeline
+    from sdcompress.models.load import LoadedPipeline
 
 
 def finetune(

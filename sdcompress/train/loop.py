@@ -1,17 +1,15 @@
-"""The training loop: one for every objective, on accelerate, resumable, the same for any number of processes."""
+"""The training loop."""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,13 +19,15 @@ from sdcompress_engines.errors import BackendMissing, TrainingError
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
-from .batches import Batches, NoisyBatch, generator_for
-from .checkpoint import Checkpoints, checkpoints, flat, trainable_state
-from .config import TrainConfig
-from .objectives import Objective
+from sdcompress.train.batches import Batches, NoisyBatch, generator_for
+from sdcompress.train.checkpoint import Checkpoints, checkpoints, flat, trainable_state
+from sdcompress.train.config import TrainConfig
+from sdcompress.train.faster import compiled_blocks, plain_attention, tuned_convolutions
+from sdcompress.train.objectives.objective import Objective
+from sdcompress.train.optim import choose_precision, learning_rate, make_optimizer
+from sdcompress.train.stopping import _agree, stop_signals
 
 Sampler = Callable[[nn.Module, int], None]
-_ASK_EVERY = 10
 
 
 class Stopped(TrainingError):
@@ -56,147 +56,6 @@ class TrainResult:
     samples_per_s: float = 0.0
     peak_memory_mib: float | None = None
     processes: int = 1
-
-
-def choose_precision(precision: str, device_type: str) -> str:
-    """`auto` resolved: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU; others as given."""
-    if precision != "auto":
-        return precision
-    if device_type == "cuda":
-        return "bf16" if computes_bf16() else "fp16"
-    return "bf16" if device_type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
-
-
-def computes_bf16(device: Any = None) -> bool:
-    """Returns whether a GPU has instructions for bfloat16: from compute capability 8.0 on.
-
-    `torch.cuda.is_bf16_supported` counts emulation too.
-    """
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """The rate of 0-based `step`."""
-    rate = config.learning_rate * min(1.0, (step + 1) / max(1, config.lr_warmup_steps))
-    if config.lr_schedule == "cosine" and step >= config.lr_warmup_steps:
-        rate *= 0.5 * (
-            1 + math.cos(math.pi * (step - config.lr_warmup_steps) / max(1, config.steps - config.lr_warmup_steps))
-        )
-    return rate
-
-
-def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, fused where torch has it, or bitsandbytes' with its state in 8 bits.
-
-    Raises:
-        BackendMissing: bitsandbytes is not installed.
-    """
-    if config.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise BackendMissing(
-                "optimizer adamw8bit needs bitsandbytes", hint="pip install bitsandbytes, or --set optimizer=adamw"
-            ) from error
-        return AdamW8bit(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
-
-
-@contextmanager
-def plain_attention(trained: Any) -> Iterator[None]:
-    """Attention by plain matrix products for the block.
-
-    In bfloat16 on a CPU their backward is up to 5 times as fast as the fused one's. The teacher, which has no backward,
-    keeps the fused one: nano, batch 16, two threads of an AMD EPYC, 177 ms a step instead of 185.
-    In float32 the fused one is faster for both: 422 against 467 ms on one thread.
-    """
-    from diffusers.models.attention_processor import AttnProcessor
-
-    if not hasattr(trained, "attn_processors"):
-        yield
-        return
-    before = dict(trained.attn_processors)
-    trained.set_attn_processor(AttnProcessor())
-    try:
-        yield
-    finally:
-        trained.set_attn_processor(before)
-
-
-@contextmanager
-def tuned_convolutions() -> Iterator[None]:
-    """Let cuDNN measure the convolutions of each shape once and use the quickest, for the block: a run has few shapes
-    and many steps.
-    """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-@contextmanager
-def compiled_blocks(network: nn.Module | None, hooked: Collection[str] = (), **options: Any) -> Iterator[int]:
-    """Compile the resnets and transformers of a UNet for the block, and give how many there are.
-
-    They hold nearly all of its work. Compared with the whole network in one piece, they compile in a fraction of the
-    time.
-
-    Args:
-        hooked: names of modules with forward hooks. torch shares compiled code between modules of one kind without
-            looking at hooks, so a block that has such a module inside is not compiled, only what is free of hooks
-            within it.
-        options: of `torch.compile`.
-    """
-    blocks = [] if network is None else list(_free_blocks("", network, hooked))
-    # All blocks of a kind share one code object, and each width of each level is a compilation of its own: torch would
-    # give up after eight.
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    with torch._dynamo.config.patch({limit: max(getattr(torch._dynamo.config, limit), 8 * len(blocks))}):
-        for block in blocks:
-            block.forward = torch.compile(block.forward, dynamic=False, **options)
-        try:
-            yield len(blocks)
-        finally:
-            for block in blocks:
-                del block.forward
-
-
-def _free_blocks(name: str, module: nn.Module, hooked: Collection[str]) -> Iterator[nn.Module]:
-    """The outermost resnets and transformers without a hook inside."""
-    from diffusers.models.attention import BasicTransformerBlock
-    from diffusers.models.resnet import ResnetBlock2D
-    from diffusers.models.transformers.transformer_2d import Transformer2DModel
-
-    kinds = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock)
-    if isinstance(module, kinds) and not any(each.startswith(f"{name}.") for each in hooked):
-        yield module
-        return
-    for child_name, child in module.named_children():
-        yield from _free_blocks(f"{name}.{child_name}" if name else child_name, child, hooked)
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that a SIGINT or SIGTERM is put in instead of ending the process; a second one ends it."""
-    received: list[int] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    try:
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever owns it handles its signals
-        yield received
-        return
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
@@ -324,8 +183,8 @@ def train(
     trained.to(accelerator.device)
     if not on_cpu and accelerator.mixed_precision != "no":
         for network in (trained, *([] if frozen is None else [frozen])):
-            # type: ignore[call-overload]  # torch documents it, its stubs do not
-            network.to(memory_format=torch.channels_last)
+            # torch documents this argument, its stubs do not
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average: dict[str, torch.Tensor] | None = None
     if found and not saved.sharded:  # the weights have to be there before DDP copies them to its peers
         average = saved.load(found[1], trained, bare_optimizer)
@@ -464,18 +323,6 @@ def _check_loss(losses: dict[str, float], usual: float | None, step: int, config
             hint=f"a smaller --learning-rate; {good}",
         )
     return losses["loss"] if usual is None else 0.9 * usual + 0.1 * losses["loss"]
-
-
-def _agree(accelerator: Accelerator, mine: bool, step: int) -> bool:
-    """Whether any process has been told to stop.
-
-    Several processes ask one another every `_ASK_EVERY` steps, as each time they wait for the device.
-    """
-    if accelerator.num_processes == 1:
-        return mine
-    if step % _ASK_EVERY:
-        return False
-    return float(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum")) > 0
 
 
 @contextmanager

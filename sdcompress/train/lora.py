@@ -15,17 +15,16 @@ from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
 from sdcompress.data.cache import LatentCache
-from sdcompress.lora import Layers, LoraLayer, write_lora
-
-from .batches import Batches
-from .config import LoraConfig
-from .distill import frozen_copy
-from .loop import TrainResult, train
-from .objectives import Denoising
-from .runs import recipe_text, run_folder, sampler, training_scheduler, with_unet, write_once
+from sdcompress.lora.files import Layers, LoraLayer, write_lora
+from sdcompress.train.batches import Batches
+from sdcompress.train.config import LoraConfig
+from sdcompress.train.distill import frozen_copy
+from sdcompress.train.loop import TrainResult, train
+from sdcompress.train.objectives.denoising import Denoising
+from sdcompress.train.run_folder import recipe_text, run_folder, sampler, training_scheduler, with_unet, write_once
 
 if TYPE_CHECKING:
-    from sdcompress.teacher import LoadedPipeline
+    from sdcompress.models.load import LoadedPipeline
 
 LORA = "lora"
 FILE, KOHYA_FILE = "lora.safetensors", "lora-kohya.safetensors"

@@ -32,7 +32,8 @@ from sdcompress_bench.scenario import Gate, ModelUnderTest, Prompt, Suite, Way
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.profiles import check_ranges, component_profile, parse_profile
 
-from sdcompress import pipeline as pipeline_module
+from sdcompress import sampling
+from sdcompress.sampling import generate
 
 UNET = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]}
 VAE = {"latent_channels": 4, "in_channels": 3, "out_channels": 3, "block_out_channels": [128, 256, 512, 512]}
@@ -183,14 +184,14 @@ def test_a_compiled_unet_is_compiled_once_for_pictures_and_steps(
 
     counter, compiled = CompileCounter(), []
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
-    drawn = pipeline_module.generate
+    drawn = generate
 
     def generate_and_count(*args: Any, **options: Any) -> Any:
         found = drawn(*args, **options)
         compiled.append(counter.frame_count)
         return found
 
-    monkeypatch.setattr(pipeline_module, "generate", generate_and_count)
+    monkeypatch.setattr(sampling, "generate", generate_and_count)
     torch._dynamo.reset()
     suite = dataclasses.replace(QUICK, models=(ModelUnderTest("teacher", pipeline_folder),), ways=(Way("compile"),))
     (scenario,) = suite.scenarios()

@@ -21,8 +21,8 @@ from sdcompress_bench.metrics import InceptionFeatures, Lpips
 from sdcompress_bench.quality import ClipMetric, to_pixels
 from sdcompress_engines.errors import BackendMissing, DataError, SdCompressError, UsageError
 
-from sdcompress import nano
 from sdcompress.data.sources import open_source
+from sdcompress.models import nano
 
 AGREES = 1e-4
 

@@ -16,7 +16,7 @@ from sdcompress_bench.quality import ClipMetric, judge, read_shard, to_pixels
 from sdcompress_bench.scenario import Prompt
 from sdcompress_engines.errors import DataError, ModelError
 
-from sdcompress.pipeline import generate
+from sdcompress.sampling import generate
 
 STYLES = {"flat": "a flat icon of", "line": "a black line drawing of", "3d": "a 3d render of"}
 

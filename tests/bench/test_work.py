@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from sdcompress_bench.work import BYTES, Peaks, Work, count_pipeline, count_work, measure_peaks, roofline
 from sdcompress_engines.errors import BackendMissing, ModelError, UsageError
 
+from sdcompress.families.configs import CONFIGS
+from sdcompress.models.locate import component_config
 from sdcompress.prune.plan import make_plan
-from sdcompress.random_model import CONFIGS
-from sdcompress.teacher import component_config
 
 PUBLISHED_GMACS = {None: 338.83, "bk-base": 223.81, "bk-small": 217.78, "bk-tiny": 205.09}
 """SD1.x at 64×64 latents: DeepCache (arXiv 2312.00858), table 3; BK-SDM (arXiv 2305.15798) has the same models.

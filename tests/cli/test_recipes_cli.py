@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 from sdcompress_engines.manifest import write_manifest
 
-from sdcompress.lora import LoraLayer, write_lora
-from sdcompress.train.config import LoraConfig, load_config, recipe_names, recipe_path
+from sdcompress.lora.files import LoraLayer, write_lora
+from sdcompress.train.config import LoraConfig
+from sdcompress.train.recipes import load_config, recipe_names, recipe_path
 
 from .conftest import Cli, one_line
 

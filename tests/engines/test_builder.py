@@ -284,7 +284,7 @@ def test_the_installed_library_has_every_name_the_builder_uses() -> None:
 
 @needs_rtx
 def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> None:
-    from sdcompress.engines import build_engines
+    from sdcompress.export.tensorrt import build_engines
 
     result = build_engines(fp16_small.folder, tmp_path / "engines")
     manifest = json.loads((tmp_path / "engines" / "sdcompress.json").read_text())
@@ -303,8 +303,8 @@ def test_engines_of_text_encoder_and_vae(fp16_small: Any, tmp_path: Path) -> Non
 @needs_rtx
 @pytest.mark.slow
 def test_engines_of_the_whole_pipeline(random_pipeline: Any, fp16_small: Any, tmp_path: Path) -> None:
-    from sdcompress.engines import build_engines
-    from sdcompress.export import export_onnx
+    from sdcompress.export.onnx import export_onnx
+    from sdcompress.export.tensorrt import build_engines
 
     exported = export_onnx(random_pipeline, tmp_path / "onnx", precision="fp16", reuse=fp16_small.folder)
     result = build_engines(exported.folder, tmp_path / "engines")
@@ -315,7 +315,7 @@ def test_engines_of_the_whole_pipeline(random_pipeline: Any, fp16_small: Any, tm
 
 @needs_rtx
 def test_an_engine_of_the_unet(fp32_export: Any, tmp_path: Path) -> None:
-    from sdcompress.engines import build_engines
+    from sdcompress.export.tensorrt import build_engines
 
     result = build_engines(
         fp32_export.folder, tmp_path / "engines", components=("unet",), profiles=("height=64:128:128",)

@@ -13,7 +13,7 @@ from sdcompress_engines.errors import ArtifactError, ModelError, StorageError, s
 from sdcompress_engines.locks import try_lock
 from sdcompress_engines.store import EngineStore
 
-from sdcompress.train.runs import LOCK, run_folder
+from sdcompress.train.run_folder import LOCK, run_folder
 
 HOLDER = """
 import sys, time

@@ -393,7 +393,7 @@ def test_a_tensorrt_provider_that_does_not_start_names_the_tensorrt_it_needs(
 @pytest.mark.gpu
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_an_exported_unet_runs_on_cuda_as_on_the_cpu(random_pipeline: Any, tmp_path: Path, cuda_graph: bool) -> None:
-    from sdcompress.export import export_onnx
+    from sdcompress.export.onnx import export_onnx
 
     if (reason := missing("cuda")) is not None:
         pytest.skip(reason)

@@ -231,7 +231,6 @@ def build(folder: Path, flavour: Any) -> Path:
     from sdcompress_engines.builder import build_engine
 
     folder.mkdir(parents=True, exist_ok=True)
-    # type: ignore[misc]
     profiles = [Profile({name: tuple((size, 32, 32) for size in sizes) for name in ("left", "right")}) for sizes in SUM]
     build_engine(write_graph(folder / "unet.onnx"), folder / "unet.engine", profiles, flavour)
     return folder / "unet.engine"

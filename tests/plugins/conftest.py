@@ -16,7 +16,7 @@ import torch
 from sdcompress_engines.manifest import read_manifest, save_manifest, write_manifest
 from sdcompress_engines.signature import HOSTS
 
-from sdcompress.export import export_onnx
+from sdcompress.export.onnx import export_onnx
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
 

@@ -24,11 +24,11 @@ from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from sdcompress_engines.store import EngineKey
 
-from sdcompress.hosts.host import find_host
+from sdcompress.checkpoints.ldm_keys import unet_keys
+from sdcompress.families.configs import CONFIGS
+from sdcompress.hosts.find import find_host
 from sdcompress.hosts.install import install
-from sdcompress.hosts.ldm import unet_keys
 from sdcompress.prune.plan import make_plan
-from sdcompress.random_model import CONFIGS
 
 from .comfyui_host import REAL, Harness, Real, SDXLModel, load_custom_node, unet_to_diffusers
 

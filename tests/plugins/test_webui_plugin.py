@@ -30,7 +30,7 @@ from sdcompress_webui.torch_unet import TorchUNet
 from sdcompress_webui.unet import HostedUNet, Settings
 from sdcompress_webui.weights import find_weights, ldm_names, read_safetensors, read_unet
 
-from sdcompress.hosts.ldm import unet_keys
+from sdcompress.checkpoints.ldm_keys import unet_keys
 from sdcompress.prune.plan import make_plan
 
 from .conftest import WEBUI_PLUGIN, change_manifest
@@ -863,7 +863,7 @@ def test_weights_of_another_model_are_told_from_the_engines(
 
 
 def test_a_whole_ldm_file_serves_as_weights(tiny: Artifact, student_unet: Any, random_pipeline: Any) -> None:
-    from sdcompress.hosts.ldm import write_ldm
+    from sdcompress.checkpoints.write import write_ldm
 
     kept, random_pipeline.unet = random_pipeline.unet, student_unet
     try:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from sdcompress.hosts.ldm import unet_keys
+from sdcompress.checkpoints.ldm_keys import unet_keys
 
 
 class UNetModel(torch.nn.Module):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from sdcompress_engines.errors import BackendMissing
 
-from sdcompress import autotune
-from sdcompress.autotune import Candidate, Measured, candidates, fastest, measure_backends
+from sdcompress.backends import fastest as fastest_module
+from sdcompress.backends.fastest import Candidate, Measured, candidates, find_fastest, has_fast_bf16, measure_backends
+from sdcompress.backends.fastest_worker import _child
 from sdcompress.cli import bench as bench_cli
 
 TORCH, ORT, HALF = Candidate("torch", "fp32"), Candidate("onnxruntime", "fp32"), Candidate("torch", "bf16")
@@ -21,7 +22,7 @@ def test_candidates_begin_with_the_one_all_are_held_against() -> None:
     found = candidates("cpu")
     assert found[0] == TORCH
     assert ORT in found
-    assert (HALF in found) == autotune.has_fast_bf16()
+    assert (HALF in found) == has_fast_bf16()
 
 
 @pytest.mark.parametrize("providers", [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]])
@@ -72,17 +73,17 @@ def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(
         return answer(case, *figures[f"{case['backend']} {case['precision']}"])
 
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "_in_child", child)
-    monkeypatch.setattr(autotune, "candidates", lambda device: [TORCH, ORT, HALF, Candidate("aot", "bf16")])
-    assert fastest(random_folder) == ("torch", "bf16")  # aot is off by more than twice what torch is in bfloat16
+    monkeypatch.setattr(fastest_module, "_in_child", child)
+    monkeypatch.setattr(fastest_module, "candidates", lambda device: [TORCH, ORT, HALF, Candidate("aot", "bf16")])
+    assert find_fastest(random_folder) == ("torch", "bf16")  # aot is off by more than twice what torch is in bfloat16
     assert len(asked) == 4
-    assert fastest(random_folder) == ("torch", "bf16")
+    assert find_fastest(random_folder) == ("torch", "bf16")
     assert len(asked) == 4
     (kept,) = tmp_path.rglob("auto-cpu.json")
     known = json.loads(kept.read_text())
     assert [m["failed"] is None for m in known["measured"]] == [True, False, True, False]
     kept.write_text(json.dumps(known | {"key": {"device": "another"}}))
-    fastest(random_folder)
+    find_fastest(random_folder)
     assert len(asked) == 8
 
 
@@ -90,19 +91,19 @@ def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(
     random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(autotune, "candidates", lambda device: [TORCH, ORT])
+    monkeypatch.setattr(fastest_module, "candidates", lambda device: [TORCH, ORT])
     monkeypatch.setattr(
-        autotune,
+        fastest_module,
         "_in_child",
         lambda case: (
             answer(case, 5.0, 0.0) if case["backend"] == "torch" else {"failed": "its process ended with status -9"}
         ),
     )
-    assert fastest(random_folder) == ("torch", "fp32")
-    monkeypatch.setattr(autotune, "machine_key", lambda device: {"device": "new"})
-    monkeypatch.setattr(autotune, "_in_child", lambda case: {"failed": "its process ended with status -9"})
+    assert find_fastest(random_folder) == ("torch", "fp32")
+    monkeypatch.setattr(fastest_module, "machine_key", lambda device: {"device": "new"})
+    monkeypatch.setattr(fastest_module, "_in_child", lambda case: {"failed": "its process ended with status -9"})
     with pytest.raises(BackendMissing, match="no backend ran this model"):
-        fastest(random_folder)
+        find_fastest(random_folder)
 
 
 def test_short_steps_are_timed_often_enough(random_folder: Path, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_short_steps_are_timed_often_enough(random_folder: Path, tmp_path: Path)
         "samples": 3,
         "answer": str(tmp_path / "answer.pt"),
     }
-    times = autotune._child(case)["ms"]
+    times = _child(case)["ms"]
     assert sum(times) > 500 or len(times) == 200
     assert len(times) > 3
 

@@ -14,18 +14,19 @@ from sdcompress_engines.errors import DataError
 from sdcompress_engines.manifest import read_manifest
 from sdcompress_engines.progress import Reporter
 
-from sdcompress.data import cache as module
-from sdcompress.data.cache import LatentCache, build_cache
+from sdcompress.data import build_cache as build_cache_module
+from sdcompress.data.build_cache import build_cache
+from sdcompress.data.cache import LatentCache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
 from sdcompress.data.units import UnitEncoder
 from sdcompress.data.views import bucket_shapes, nearest_bucket, to_view
-from sdcompress.teacher import LoadedPipeline, load_teacher
+from sdcompress.models.load import LoadedPipeline, load_pipeline
 
 
 @pytest.fixture(scope="module")
 def teacher(random_folder: Path) -> LoadedPipeline:
-    return load_teacher(random_folder)
+    return load_pipeline(random_folder)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mix
 def test_a_stopped_build_goes_on_and_ends_the_same(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
     whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
     encoded = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -168,7 +169,7 @@ def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(
 def test_a_resumed_build_goes_on_with_pieces_of_another_batch_size(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
     whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
     met = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -183,7 +184,7 @@ def test_a_resumed_build_goes_on_with_pieces_of_another_batch_size(
 def test_a_stopped_build_of_another_precision_starts_over_and_is_reported(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
     met = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
@@ -197,7 +198,7 @@ def test_a_stopped_build_of_another_precision_starts_over_and_is_reported(
 def test_a_stopped_build_of_before_precision_was_recorded_goes_on_as_fp32(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
     met = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
@@ -213,12 +214,12 @@ def test_a_stopped_build_of_before_precision_was_recorded_goes_on_as_fp32(
 def test_a_cache_of_before_precision_was_recorded_is_fp32(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    genuine = module.write_manifest
+    genuine = build_cache_module.write_manifest
 
     def write(*args: Any, config: dict[str, Any], **rest: Any) -> None:
         genuine(*args, config={k: v for k, v in config.items() if k not in ("precision", "tile_px")}, **rest)
 
-    monkeypatch.setattr(module, "write_manifest", write)  # as the earlier version wrote it
+    monkeypatch.setattr(build_cache_module, "write_manifest", write)  # as the earlier version wrote it
     source = open_source(mixed)
     built = build_cache(source, teacher, tmp_path / "cache", 64)
     manifest = read_manifest(tmp_path / "cache")

@@ -15,9 +15,9 @@ from sdcompress_engines.manifest import MANIFEST_NAME, faults
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data.config import DataConfig
-from sdcompress.data.generate import METADATA, GenerateSettings, generate_dataset, read_prompts
-from sdcompress.data.look import SHEET_PICTURES, Reservoir, look
+from sdcompress.data.report import SHEET_PICTURES, Reservoir, look
 from sdcompress.data.sources import open_source
+from sdcompress.generate.dataset import METADATA, GenerateSettings, generate_dataset, read_prompts
 
 PROMPTS = ["a flat icon of a cat", "a 3d render of a tree", "a cartoon of a scroll"]
 SETTINGS = GenerateSettings(count=7, batch_size=3, steps=2, size_px=64, seed=11)

@@ -11,16 +11,19 @@ import torch
 from diffusers import DiffusionPipeline
 from sdcompress_engines.errors import ArtifactError, DataError, TrainingError
 
-from sdcompress.data.cache import LatentCache, build_cache
+from sdcompress.data.build_cache import build_cache
+from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
+from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import attention_pairs, build_student
-from sdcompress.teacher import LoadedPipeline, load_teacher
 from sdcompress.train.batches import Batches, NoisyBatch, Order
 from sdcompress.train.checkpoint import checkpoints
-from sdcompress.train.config import DistillConfig, load_config
+from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
-from sdcompress.train.objectives import BlockDistillation, Denoising
+from sdcompress.train.objectives.block_distillation import BlockDistillation
+from sdcompress.train.objectives.denoising import Denoising
+from sdcompress.train.recipes import load_config
 
 SHORT = DistillConfig(
     steps=6, batch_size=4, learning_rate=1e-3, precision="fp32", checkpoint_every=2, log_every=1, ema_decay=0.9
@@ -29,7 +32,7 @@ SHORT = DistillConfig(
 
 @pytest.fixture(scope="module")
 def teacher(random_folder: Path) -> LoadedPipeline:
-    return load_teacher(random_folder)
+    return load_pipeline(random_folder)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,7 @@ def finished(teacher: LoadedPipeline, cache: LatentCache, tmp_path_factory: pyte
 def test_training_changes_the_student_and_not_the_teacher(
     teacher: LoadedPipeline, finished: Path, random_folder: Path
 ) -> None:
-    fresh = load_teacher(random_folder)
+    fresh = load_pipeline(random_folder)
     assert all(
         torch.equal(a, b)
         for a, b in zip(

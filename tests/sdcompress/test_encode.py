@@ -21,7 +21,7 @@ from sdcompress_engines.errors import BackendMissing, DataError
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import encode as module
-from sdcompress.data.cache import _agree
+from sdcompress.data.build_cache import _agree
 from sdcompress.data.encode import (
     LatentEncoder,
     choose_precision,
@@ -32,7 +32,7 @@ from sdcompress.data.encode import (
 )
 from sdcompress.data.sources import open_source
 from sdcompress.data.views import to_pixels
-from sdcompress.teacher import load_teacher
+from sdcompress.models.load import load_pipeline
 
 CPU = torch.device("cpu")
 ULP = 2.0**-10  # of fp16, relative
@@ -80,7 +80,7 @@ def vae(random_pipeline: Any) -> Any:
 @pytest.fixture(scope="module")
 def nano_pixels() -> torch.Tensor:
     """13 held-out pictures of nano, (13, 3, 128, 128)."""
-    from sdcompress import nano
+    from sdcompress.models import nano
 
     found = zip(range(13), open_source(nano.shards("heldout")), strict=False)
     return torch.stack([to_pixels(record.picture(), 128) for _, record in found])
@@ -232,13 +232,13 @@ GROWTH = """
 import sys, torch
 from pathlib import Path
 from sdcompress.data.encode import copy_encoder, count_picture_bytes
-from sdcompress.teacher import load_teacher
+from sdcompress.teacher import load_pipeline
 
 def peak_bytes():
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
-vae = load_teacher(sys.argv[1]).pipeline.vae
+vae = load_pipeline(sys.argv[1]).pipeline.vae
 counted = count_picture_bytes(vae, 1024, 1024, "fp32")
 encoder = copy_encoder(vae, torch.device("cpu"), "fp32")
 with torch.no_grad():
@@ -273,7 +273,7 @@ def test_bf16_is_refused_where_it_would_be_emulated(random_pipeline: Any, monkey
 
 
 def test_sdxl_is_never_encoded_in_fp16(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline: Any = load_teacher(sdxl_folder).pipeline
+    pipeline: Any = load_pipeline(sdxl_folder).pipeline
     for capability in ((7, 5), (8, 0), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert choose_precision(pipeline, torch.device("cuda", 0)) == "fp32"
@@ -296,14 +296,14 @@ def test_processes_of_unlike_cards_encode_in_one_precision(monkeypatch: pytest.M
 
 
 def test_bf16_moves_nanos_latents_by_less_than_one_percent(nano_pixels: torch.Tensor) -> None:
-    vae: Any = load_teacher("nano").pipeline.vae
+    vae: Any = load_pipeline("nano").pipeline.vae
     exact, found = (LatentEncoder(vae, CPU, precision).encode(nano_pixels) for precision in ("fp32", "bf16"))
     assert 0 < relative_l2(found[0], exact[0]) < 0.01
     assert float((found[1].float() - exact[1].float()).abs().max()) < 0.05
 
 
 def test_encoding_leaves_the_vae_as_it_was(random_folder: Path, nano_pixels: torch.Tensor) -> None:
-    vae: Any = load_teacher(random_folder).pipeline.vae
+    vae: Any = load_pipeline(random_folder).pipeline.vae
     before = {name: (weight, weight.clone()) for name, weight in vae.state_dict(keep_vars=True).items()}
     LatentEncoder(vae, CPU, "bf16").encode(nano_pixels)
     after = vae.state_dict(keep_vars=True)
@@ -356,7 +356,7 @@ def test_a_gpu_batch_stays_within_the_budget(precision: Any) -> None:
 @pytest.mark.gpu
 def test_bf16_on_a_gpu_is_as_near_to_fp32_as_on_a_cpu(nano_pixels: torch.Tensor) -> None:
     """Channels last and a card's kernels change the rounding, not more."""
-    vae: Any = load_teacher("nano").pipeline.vae
+    vae: Any = load_pipeline("nano").pipeline.vae
     exact, _ = LatentEncoder(vae, CPU, "fp32").encode(nano_pixels)
     found, _ = LatentEncoder(vae, torch.device("cuda"), "bf16").encode(nano_pixels)
     assert relative_l2(found, exact) < 0.01

@@ -16,8 +16,11 @@ from sdcompress_engines.manifest import faults, read_manifest
 from sdcompress_engines.runners import open_runner
 from sdcompress_engines.signature import COMPONENTS
 
-from sdcompress import engines, export
 from sdcompress.cli import export as cli_export
+from sdcompress.export import onnx as onnx_export
+from sdcompress.export import tensorrt as engines
+from sdcompress.export.onnx import export_onnx
+from sdcompress.export.parity import relative_l2
 
 
 @pytest.mark.parametrize("tokens", [77, 154])
@@ -33,11 +36,11 @@ def test_onnxruntime_agrees_with_torch(
         truth = {"out_sample": random_pipeline.unet(sample, times, context).sample}
     with open_runner(fp32_export.folder / "unet.onnx") as runner:
         found = runner.infer({"sample": sample, "timestep": times, "encoder_hidden_states": context})
-    assert export.relative_l2(found, truth) < 1e-4
+    assert relative_l2(found, truth) < 1e-4
     with torch.no_grad():
         truth = {"sample": random_pipeline.vae.decode(sample).sample}
     with open_runner(fp32_export.folder / "vae_decoder.onnx") as runner:
-        assert export.relative_l2(runner.infer({"latent_sample": sample}), truth) < 1e-4
+        assert relative_l2(runner.infer({"latent_sample": sample}), truth) < 1e-4
 
 
 def test_the_folder_is_whole_and_says_how_near_it_is(fp32_export: Any) -> None:
@@ -93,7 +96,7 @@ def test_the_pipeline_is_unchanged(random_pipeline: Any, tmp_path: Path) -> None
     before = copy.deepcopy(text.state_dict())
     text.train()
     try:
-        export.export_onnx(random_pipeline, tmp_path / "out", precision="fp16", components=("text_encoder",))
+        export_onnx(random_pipeline, tmp_path / "out", precision="fp16", components=("text_encoder",))
         assert text.training
     finally:
         text.eval()
@@ -104,19 +107,19 @@ def test_the_pipeline_is_unchanged(random_pipeline: Any, tmp_path: Path) -> None
 def test_a_graph_too_far_from_torch_leaves_nothing(
     random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = export.write_onnx
+    write = onnx_export.write_onnx
 
     def spoiled(graph: Any, wanted: Any, path: Path, opset: int, runtime: Any) -> None:
         weight = next(graph.part.parameters())
         weight.data = weight.data * 1.01  # a tensor of its own: the graph shares the pipeline's
         write(graph, wanted, path, opset, runtime)
 
-    monkeypatch.setattr(export, "write_onnx", spoiled)
+    monkeypatch.setattr(onnx_export, "write_onnx", spoiled)
     with pytest.raises(GateFailed, match=r"text_encoder is off by \d"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
+        export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(GateFailed, match=r"kept in .*out\.failed"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",), keep_failed=True)
+        export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",), keep_failed=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
     assert faults(tmp_path / "out.failed", "onnx") == []
 
@@ -127,28 +130,28 @@ def test_a_failed_export_leaves_nothing(random_pipeline: Any, tmp_path: Path, mo
 
     monkeypatch.setattr(torch.onnx, "export", broken)
     with pytest.raises(ExportError, match="frobnicate"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
+        export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unchecked_export_says_so(random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "onnxruntime_missing", lambda: "gone")
-    result = export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
+    monkeypatch.setattr(onnx_export, "onnxruntime_missing", lambda: "gone")
+    result = export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
     assert result.parity == {"text_encoder": None}
     assert "skipped" in result.manifest.figures["text_encoder"]["parity"]
 
 
 def test_wrong_asks_are_refused_at_once(random_pipeline: Any, tmp_path: Path, fp16_small: Any) -> None:
     with pytest.raises(UsageError, match="no component vae_something"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("vae_something",))
+        export_onnx(random_pipeline, tmp_path / "out", components=("vae_something",))
     with pytest.raises(UsageError, match="text_encoder with the signature webui, which runs its own"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",), host="webui")
+        export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",), host="webui")
     with pytest.raises(UsageError, match="no signature 'forge'"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("unet",), host="forge")
+        export_onnx(random_pipeline, tmp_path / "out", components=("unet",), host="forge")
     with pytest.raises(UsageError, match="fp12"):
-        export.export_onnx(random_pipeline, tmp_path / "out", precision="fp12")  # type: ignore[arg-type]
+        export_onnx(random_pipeline, tmp_path / "out", precision="fp12")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="no text_encoder_2"):
-        export.export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder_2",))
+        export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder_2",))
     with pytest.raises(ArtifactError, match="ONNX folder"):
         engines.build_engines(tmp_path, tmp_path / "out")
     with pytest.raises(UsageError, match="multiples of 64"):
@@ -170,8 +173,8 @@ def test_a_damaged_graph_is_refused_before_a_build(fp16_small: Any, tmp_path: Pa
 
 def test_relative_l2_sees_a_scaled_output_and_nan() -> None:
     truth = {"a": torch.ones(4), "b": torch.ones(4)}
-    assert export.relative_l2({"a": torch.ones(4), "b": torch.full((4,), 1.5)}, truth) == pytest.approx(0.5)
-    assert export.relative_l2({"a": torch.full((4,), torch.nan), "b": torch.ones(4)}, truth) == float("inf")
+    assert relative_l2({"a": torch.ones(4), "b": torch.full((4,), 1.5)}, truth) == pytest.approx(0.5)
+    assert relative_l2({"a": torch.full((4,), torch.nan), "b": torch.ones(4)}, truth) == float("inf")
 
 
 def test_the_command_asks_for_tensorrt_before_it_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,7 +216,7 @@ def test_a_students_equal_components_are_taken_over_and_its_own_are_not(
     with torch.no_grad():
         next(vae.decoder.parameters()).mul_(1.5)
     changed = type(random_pipeline)(**(random_pipeline.components | {"vae": vae, "requires_safety_checker": False}))
-    result = export.export_onnx(
+    result = export_onnx(
         changed, tmp_path / "out", precision="fp16", components=("text_encoder", "vae_decoder"), reuse=fp16_small.folder
     )
     same = {
@@ -229,7 +232,7 @@ def test_a_students_equal_components_are_taken_over_and_its_own_are_not(
 def test_bfloat16_graphs_are_bfloat16_and_within_twice_torch(
     random_pipeline: Any, tmp_path: Path, component: str
 ) -> None:
-    result = export.export_onnx(random_pipeline, tmp_path / "out", precision="bf16", components=(component,))
+    result = export_onnx(random_pipeline, tmp_path / "out", precision="bf16", components=(component,))
     found = result.parity[component]
     assert found is not None
     assert 1e-3 < found.relative_l2 <= 2 * (found.torch_relative_l2 or 0)
@@ -269,7 +272,7 @@ def small_unet_pipeline(random_pipeline: Any) -> Any:
 def test_a_unet_has_its_hosts_names_in_order_and_answers_as_torch(
     small_unet_pipeline: Any, tmp_path: Path, host: str, inputs: list[str], output: str
 ) -> None:
-    result = export.export_onnx(small_unet_pipeline, tmp_path / "out", host=host)
+    result = export_onnx(small_unet_pipeline, tmp_path / "out", host=host)
     assert list(result.parity) == ["unet"]
     feeds = [torch.randn(2, 4, 16, 16), torch.tensor([3.0, 700.5]), torch.randn(2, 77, 96)]
     with open_runner(tmp_path / "out" / "unet.onnx") as runner:
@@ -279,12 +282,12 @@ def test_a_unet_has_its_hosts_names_in_order_and_answers_as_torch(
         found = runner.infer(dict(zip(inputs, feeds, strict=True)))[output]
     with torch.no_grad():
         truth = small_unet_pipeline.unet(*feeds).sample
-    assert export.relative_l2({"h": found}, {"h": truth}) < 1e-4
+    assert relative_l2({"h": found}, {"h": truth}) < 1e-4
 
 
 def test_in_half_precision_the_time_embedding_stays_exact(small_unet_pipeline: Any, tmp_path: Path) -> None:
     """999 and 999.25 are one number in fp16; the graph tells them apart."""
-    result = export.export_onnx(small_unet_pipeline, tmp_path / "out", precision="fp16", components=("unet",))
+    result = export_onnx(small_unet_pipeline, tmp_path / "out", precision="fp16", components=("unet",))
     found = result.parity["unet"]
     assert found is not None
     assert found.relative_l2 < (found.torch_relative_l2 or 0)
@@ -301,7 +304,7 @@ def test_in_half_precision_the_time_embedding_stays_exact(small_unet_pipeline: A
 
 
 def test_a_lora_is_baked_into_the_graph(small_unet_pipeline: Any, tmp_path: Path) -> None:
-    from sdcompress.lora import LoraLayer, write_lora
+    from sdcompress.lora.files import LoraLayer, write_lora
 
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     layer = small_unet_pipeline.unet.get_submodule(name)
@@ -325,7 +328,7 @@ def test_a_lora_is_baked_into_the_graph(small_unet_pipeline: Any, tmp_path: Path
     for folder in ("plain", "styled"):
         with open_runner(tmp_path / folder / "unet.onnx") as runner:
             answers[folder] = runner.infer(feeds)
-    assert export.relative_l2(answers["styled"], answers["plain"]) > 1e-3
+    assert relative_l2(answers["styled"], answers["plain"]) > 1e-3
     styled = read_manifest(tmp_path / "styled")
     assert styled is not None
     assert "lora style.safetensors:0.5" in styled.inputs

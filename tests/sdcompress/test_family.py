@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from sdcompress_engines.errors import ModelError
 
-from sdcompress import nano
-from sdcompress.family import family_of, student_of
+from sdcompress.families.configs import CONFIGS
+from sdcompress.families.identify import family_of, student_of
+from sdcompress.models import nano
+from sdcompress.models.locate import refuse_student, unet_config
 from sdcompress.prune.plan import LevelPlan, make_plan
 from sdcompress.prune.student import count_parameters, meta_unet
-from sdcompress.single_file import CONFIGS
-from sdcompress.teacher import refuse_student, unet_config
 
 DOWN, PLAIN_DOWN, UP, PLAIN_UP, MID = (
     "CrossAttnDownBlock2D",

@@ -24,12 +24,16 @@ from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, canonical, write_manifest
 from sdcompress_engines.store import EngineKey
 
+from sdcompress.checkpoints.read import load_single_file
+from sdcompress.checkpoints.write import export_ldm
 from sdcompress.hosts import record as records
-from sdcompress.hosts.host import RECORD, find_host, host_packages, hosts
-from sdcompress.hosts.install import WEIGHTS, install, plugin_folder, read, status, uninstall
-from sdcompress.hosts.ldm import export_ldm
-from sdcompress.single_file import load_single_file
-from sdcompress.teacher import sha256_of
+from sdcompress.hosts.engine_folder import WEIGHTS
+from sdcompress.hosts.find import find_host, host_packages, hosts
+from sdcompress.hosts.host import RECORD
+from sdcompress.hosts.install import install, plugin_folder, uninstall
+from sdcompress.hosts.status import status
+from sdcompress.hosts.transaction import read
+from sdcompress.models.locate import sha256_of
 
 HOSTS = ("webui", "forge", "comfyui")
 TREES = {
@@ -495,7 +499,7 @@ def test_a_host_that_runs_meanwhile_is_named_and_goes_on_with_what_it_has(
 
 KILLED = """
 import sys
-from sdcompress.hosts.host import find_host
+from sdcompress.hosts.find import find_host
 from sdcompress.hosts.install import install
 install(*find_host("comfyui", sys.argv[1]), [sys.argv[2]])
 """

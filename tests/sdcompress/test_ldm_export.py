@@ -17,11 +17,12 @@ import torch
 from safetensors import safe_open
 from sdcompress_engines.errors import ArtifactError, ModelError, StorageError, UsageError
 
-from sdcompress.hosts.ldm import METADATA_KEY, UNET, export_ldm, unet_keys
+from sdcompress.checkpoints.ldm_keys import METADATA_KEY, UNET, unet_keys
+from sdcompress.checkpoints.read import load_single_file
+from sdcompress.checkpoints.write import export_ldm
+from sdcompress.families.configs import CONFIGS
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
-from sdcompress.random_model import CONFIGS
-from sdcompress.single_file import load_single_file
 
 PRESETS = [None, "bk-base", "bk-small", "bk-tiny"]
 COMFYUI = os.environ.get("SDCOMPRESS_COMFYUI")

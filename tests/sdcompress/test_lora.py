@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ModelError, UsageError
 
-from sdcompress.data.cache import LatentCache, build_cache
+from sdcompress.data.build_cache import build_cache
+from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
-from sdcompress.lora import fuse_lora, read_lora, remap_lora, unet_modules, write_lora
+from sdcompress.lora.files import read_lora, write_lora
+from sdcompress.lora.fuse import fuse_lora
+from sdcompress.lora.names import unet_modules
+from sdcompress.lora.remap import remap_lora
+from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
-from sdcompress.teacher import LoadedPipeline, load_teacher
 from sdcompress.train.config import FinetuneConfig, LoraConfig
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
@@ -36,7 +40,7 @@ SHORT = LoraConfig(
 
 @pytest.fixture(scope="module")
 def model(random_folder: Path) -> LoadedPipeline:
-    return load_teacher(random_folder)
+    return load_pipeline(random_folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,26 +72,26 @@ def test_diffusers_and_our_loader_draw_the_same_from_either_file(
     model: LoadedPipeline, trained: Path, random_folder: Path
 ) -> None:
     plain = outputs(model.pipeline)
-    by_diffusers = load_teacher(random_folder).pipeline
+    by_diffusers = load_pipeline(random_folder).pipeline
     by_diffusers.load_lora_weights(trained, weight_name=FILE)
     expected = outputs(by_diffusers)
     assert relative(expected, plain) > 1e-2
     for file in (FILE, KOHYA_FILE):
-        ours = load_teacher(random_folder).pipeline
+        ours = load_pipeline(random_folder).pipeline
         layers = read_lora(trained / file, unet_modules(ours.unet))
         assert {component for component, _ in layers} == {"unet", "text_encoder"}
         fuse_lora(ours, layers)
         assert relative(outputs(ours), expected) < 1e-5
-    kohya = load_teacher(random_folder).pipeline
+    kohya = load_pipeline(random_folder).pipeline
     kohya.load_lora_weights(trained, weight_name=KOHYA_FILE)
     assert relative(outputs(kohya), expected) < 1e-5
-    half = load_teacher(random_folder).pipeline
+    half = load_pipeline(random_folder).pipeline
     fuse_lora(half, read_lora(trained / FILE, unet_modules(half.unet)), weight=0.0)
     assert torch.equal(outputs(half), plain)
 
 
 def test_training_leaves_the_model_as_it_was(model: LoadedPipeline, trained: Path, random_folder: Path) -> None:
-    fresh = load_teacher(random_folder)
+    fresh = load_pipeline(random_folder)
     for name in ("unet", "text_encoder"):
         ours, theirs = getattr(model.pipeline, name).state_dict(), getattr(fresh.pipeline, name).state_dict()
         assert ours.keys() == theirs.keys()
@@ -141,7 +145,7 @@ def test_what_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPi
     save_file(half, tmp_path / "half.safetensors")
     with pytest.raises(ModelError, match="only one half"):
         read_lora(tmp_path / "half.safetensors", modules)
-    student = load_teacher(model.folder).pipeline
+    student = load_pipeline(model.folder).pipeline
     student.unet = build_student(student.unet, make_plan(student.unet.config, "bk-tiny"))
     with pytest.raises(ModelError, match="lora remap"):
         fuse_lora(student, read_lora(trained / FILE, modules))
@@ -166,7 +170,7 @@ def test_finetuning_trains_every_weight_and_saves_an_ordinary_pipeline(
         snr_gamma=5,
     )
     finetune(model, cache, config, tmp_path / "run")
-    found = load_teacher(tmp_path / "run").pipeline.unet.state_dict()
+    found = load_pipeline(tmp_path / "run").pipeline.unet.state_dict()
     before = model.pipeline.unet.state_dict()
     assert found.keys() == before.keys()
     assert sum(not torch.equal(found[k], before[k]) for k in found) > 0.95 * len(found)

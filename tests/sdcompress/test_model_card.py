@@ -16,16 +16,17 @@ from PIL import Image
 from sdcompress_engines.errors import ArtifactError, ModelError, PlanError
 from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, save_manifest
 
-from sdcompress.data.cache import build_cache
+from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
-from sdcompress.model_card import finished, model_card
+from sdcompress.models.load import load_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import count_parameters
-from sdcompress.teacher import load_teacher
-from sdcompress.train.config import DistillConfig, FinetuneConfig, LoraConfig, load_config
+from sdcompress.publish.model_card import finished, model_card
+from sdcompress.train.config import DistillConfig, FinetuneConfig, LoraConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import train_lora
+from sdcompress.train.recipes import load_config
 
 PROMPT = "a flat icon of a wine glass"
 
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
     data.mkdir()
     for name in ("00.png", "00.txt", "01.png", "01.txt"):
         shutil.copyfile(pictures / name, data / name)
-    teacher = load_teacher(random_folder)
+    teacher = load_pipeline(random_folder)
     cache = build_cache(open_source(str(data)), teacher, folder / "cache")
     given: dict[str, Any] = {"steps": 1, "batch_size": 2, "validation_prompts": (PROMPT,), "sample_every": 0}
     plan = make_plan(dict(teacher.pipeline.unet.config), "bk-tiny")

@@ -10,11 +10,11 @@ import pytest
 import torch
 from sdcompress_engines.manifest import sha256_tree
 
-from sdcompress import nano
 from sdcompress.data.sources import open_source
+from sdcompress.models import nano
+from sdcompress.models.load import load_pipeline
 from sdcompress.prune.plan import BlockPlan, make_plan
 from sdcompress.prune.student import build_student, count_parameters
-from sdcompress.teacher import load_teacher
 
 RESULTS = Path(__file__).parents[2] / "bench/results"
 
@@ -55,7 +55,7 @@ def test_pictures_are_whole_and_of_the_stated_size() -> None:
 
 
 def test_the_teacher_has_sd1s_topology() -> None:
-    pipeline = load_teacher("nano").pipeline
+    pipeline = load_pipeline("nano").pipeline
     config = pipeline.unet.config
     assert list(config.down_block_types) == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
     assert list(config.up_block_types) == ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
@@ -72,7 +72,7 @@ def test_the_teacher_has_sd1s_topology() -> None:
 
 def test_nano_tiny_is_a_trained_bk_tiny_of_nano(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
-    teacher, student = load_teacher("nano").pipeline, load_teacher("nano-tiny").pipeline
+    teacher, student = load_pipeline("nano").pipeline, load_pipeline("nano-tiny").pipeline
     plan = make_plan(teacher.unet.config, "bk-tiny")
     assert BlockPlan.from_json((nano.ASSETS / "tiny/plan.json").read_text()).levels == plan.levels
     untrained = build_student(teacher.unet, plan).state_dict()
@@ -86,7 +86,7 @@ def test_the_judge_is_not_what_conditions() -> None:
     from transformers import CLIPModel
 
     judge = CLIPModel.from_pretrained(nano.metric_folder()).text_model.state_dict()
-    conditioning = load_teacher("nano").pipeline.text_encoder.state_dict()
+    conditioning = load_pipeline("nano").pipeline.text_encoder.state_dict()
     assert judge.keys() == conditioning.keys()
     assert not any(torch.equal(judge[k].float(), conditioning[k].float()) for k in judge if judge[k].ndim > 1)
 

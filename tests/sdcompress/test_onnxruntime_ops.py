@@ -16,8 +16,8 @@ from onnx import TensorProto, helper
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.runners import open_runner
 
-from sdcompress.export import ExportResult, export_onnx
-from sdcompress.onnxruntime_ops import use_onnxruntime_ops
+from sdcompress.export.onnx import ExportResult, export_onnx
+from sdcompress.export.onnxruntime_ops import use_onnxruntime_ops
 
 # Operators that `export` writes and that onnxruntime-gpu 1.27 to 1.31.1 has CUDA kernels for at opset 23, or runs on
 # the CPU as arithmetic on shapes: recorded from their own partitioning of these graphs.

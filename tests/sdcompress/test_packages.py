@@ -10,9 +10,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdcompress.packages import package_folder
-from sdcompress.pipeline import close_pipeline, generate, load_pipeline
-from sdcompress.teacher import load_teacher
+from sdcompress.backends.assemble import close_pipeline, open_pipeline
+from sdcompress.export.aot import package_folder
+from sdcompress.models.load import load_pipeline
+from sdcompress.sampling import generate
 
 
 @pytest.mark.slow
@@ -36,7 +37,7 @@ def test_a_compiled_unet_draws_as_torch_and_is_kept(
     ).save_pretrained(tmp_path / "model")
     pictures, compiled = {}, []
     for backend in ("torch", "aot", "aot"):
-        pipeline = load_pipeline(tmp_path / "model", backend)
+        pipeline = open_pipeline(tmp_path / "model", backend)
         pictures[backend] = [
             np.asarray(picture, dtype=np.int16)
             for picture in generate(pipeline, ["a cat", "two dogs"], seeds=[1, 2], steps=2)
@@ -44,7 +45,9 @@ def test_a_compiled_unet_draws_as_torch_and_is_kept(
         close_pipeline(pipeline)
         if backend == "aot":
             compiled.append(
-                (package_folder(load_teacher(tmp_path / "model").sha256, "cpu", "fp32") / "unet.pt2").stat().st_mtime_ns
+                (package_folder(load_pipeline(tmp_path / "model").sha256, "cpu", "fp32") / "unet.pt2")
+                .stat()
+                .st_mtime_ns
             )
     assert compiled[0] == compiled[1]
     assert all(np.abs(a - b).max() <= 1 for a, b in zip(pictures["torch"], pictures["aot"], strict=True))

@@ -11,7 +11,8 @@ import pytest
 import torch
 from sdcompress_engines.exactness import ieee_fp32, use_ieee_fp32
 
-from sdcompress.pipeline import PositionalUNet, generate, keep_timesteps_on_host, load_pipeline
+from sdcompress.backends.assemble import PositionalUNet, keep_timesteps_on_host, open_pipeline
+from sdcompress.sampling import generate
 
 SCHEDULERS = (
     "DDIMScheduler",
@@ -31,7 +32,7 @@ def test_timesteps_stay_on_the_host_and_pictures_are_the_same(random_folder: Pat
 
     pictures = []
     for on_host in (False, True):
-        pipeline = load_pipeline(random_folder, device="cpu")
+        pipeline = open_pipeline(random_folder, device="cpu")
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
         if on_host:
             keep_timesteps_on_host(pipeline)
@@ -46,7 +47,7 @@ def test_timesteps_stay_on_the_host_and_pictures_are_the_same(random_folder: Pat
 def test_a_denoising_loop_never_waits_for_the_device(random_folder: Path, name: str) -> None:
     import diffusers
 
-    pipeline = load_pipeline(random_folder, device="cuda")
+    pipeline = open_pipeline(random_folder, device="cuda")
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     keep_timesteps_on_host(pipeline)
     waits = []
@@ -64,9 +65,9 @@ def test_a_denoising_loop_never_waits_for_the_device(random_folder: Path, name: 
 
 @pytest.mark.parametrize("folder", ["random_folder", "sdxl_folder"])
 def test_a_unet_called_by_position_answers_as_it_does_by_keyword(folder: str, request: pytest.FixtureRequest) -> None:
-    from sdcompress.graphs import random_inputs, signature_of
+    from sdcompress.export.components import random_inputs, signature_of
 
-    unet: Any = load_pipeline(request.getfixturevalue(folder), device="cpu").unet
+    unet: Any = open_pipeline(request.getfixturevalue(folder), device="cpu").unet
     wanted = signature_of("unet", unet, "fp32")
     given = random_inputs(wanted, unet.config, {"batch": 2, "height": 8, "width": 16, "tokens": 77}, timestep=501)
     added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
@@ -93,9 +94,9 @@ def tf32() -> Iterator[None]:
 
 @pytest.mark.usefixtures("tf32")
 def test_a_pipeline_in_fp32_computes_in_ieee_fp32(random_folder: Path) -> None:
-    load_pipeline(random_folder, device="cpu", precision="bf16")
+    open_pipeline(random_folder, device="cpu", precision="bf16")
     assert torch.backends.cudnn.allow_tf32
-    load_pipeline(random_folder, device="cpu", precision="fp32")
+    open_pipeline(random_folder, device="cpu", precision="fp32")
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
 

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdcompress.prune.plan import ALIASES, PRESETS, BlockPlan, LevelPlan, make_plan
 from sdcompress.prune.student import build_student, count_parameters, meta_unet, unet_cost
-from sdcompress.train.runs import save_pipeline, with_unet
+from sdcompress.train.run_folder import save_pipeline, with_unet
 
 SD = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD2 = {

@@ -21,9 +21,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from sdcompress_engines.manifest import read_manifest
 
-from sdcompress.data.cache import build_cache
+from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
-from sdcompress.teacher import load_teacher
+from sdcompress.models.load import load_pipeline
 from sdcompress.train.checkpoint import checkpoints, is_whole
 
 STEPS = 24
@@ -35,7 +35,7 @@ ALONE = [sys.executable, "-m", "sdcompress"]
 @pytest.fixture(scope="module")
 def shared_cache(random_folder: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cache") / "cache"
-    build_cache(open_source(pictures), load_teacher(random_folder), folder)
+    build_cache(open_source(pictures), load_pipeline(random_folder), folder)
     return folder
 
 

@@ -20,21 +20,14 @@ from sdcompress_engines.profiles import Profile
 from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import OnnxRuntimeRunner, TorchRunner
 
-from sdcompress import quantize
-from sdcompress.quantize import (
-    KEPT,
-    LIMITS,
-    Accuracy,
-    check_accuracy,
-    check_quantized,
-    choose_nodes,
-    collect_calibration,
-    named_for,
-    quantize_graph,
-    supported,
-)
+from sdcompress.export.quantize import quantize as quantize_module
+from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, named_for
+from sdcompress.export.quantize.check import LIMITS, Accuracy, check_accuracy, check_quantized
+from sdcompress.export.quantize.nodes import KEPT, choose_nodes
+from sdcompress.export.quantize.precisions import PRECISIONS, missing, supported
+from sdcompress.export.quantize.quantize import quantize_graph
 
-needs_modelopt = pytest.mark.skipif(quantize.missing() is not None, reason="nvidia-modelopt is not installed")
+needs_modelopt = pytest.mark.skipif(missing() is not None, reason="nvidia-modelopt is not installed")
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
 CHANNELS = 32
 
@@ -187,7 +180,7 @@ def test_rows_are_named_as_a_host_names_them(random_pipeline: Any) -> None:
 
 
 def test_prompts_are_of_the_models_own_kind(random_pipeline: Any) -> None:
-    calibration, held_out = quantize.default_prompts(random_pipeline)
+    calibration, held_out = default_prompts(random_pipeline)
     assert len(calibration) == 8
     assert not set(calibration) & set(held_out)
 
@@ -326,7 +319,7 @@ def test_small_weights_are_not_rounded_away(tmp_path: Path, precision: Any) -> N
 def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_small(tmp_path / "unet.onnx")
     onnx.save(onnx.load(source), source, save_as_external_data=True, location="unet.onnx.data", size_threshold=0)
-    monkeypatch.setattr(quantize, "ONE_FILE_BYTES", 4_000)
+    monkeypatch.setattr(quantize_module, "ONE_FILE_BYTES", 4_000)
     target = tmp_path / "out" / "unet.onnx"
     result = quantize_graph(source, target, "int8", rows(), high_precision="fp16")
     assert {file.name for file in target.parent.iterdir()} == {"unet.onnx", "unet.onnx.data"}
@@ -451,14 +444,14 @@ def test_a_graph_too_far_from_fp32_is_refused_with_its_figures() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_nano_is_quantized_within_its_limits_and_builds(tmp_path: Path) -> None:
-    from sdcompress.export import export_onnx
-    from sdcompress.graphs import component_graph, signature_of
-    from sdcompress.teacher import load_teacher
+    from sdcompress.export.components import component_graph, signature_of
+    from sdcompress.export.onnx import export_onnx
+    from sdcompress.models.load import load_pipeline
 
-    pipeline: Any = load_teacher("nano").pipeline
+    pipeline: Any = load_pipeline("nano").pipeline
     export_onnx(pipeline, tmp_path / "onnx", precision="fp16", components=("unet",))
     source = tmp_path / "onnx" / "unet.onnx"
-    prompts, held_out = quantize.default_prompts(pipeline)
+    prompts, held_out = default_prompts(pipeline)
     calibration = collect_calibration(pipeline, prompts)
     feeds = collect_calibration(pipeline, held_out, steps=8, samples=36, seed=1000)
     exact = signature_of("unet", pipeline.unet, "fp32")
@@ -470,7 +463,7 @@ def test_nano_is_quantized_within_its_limits_and_builds(tmp_path: Path) -> None:
             "encoder_hidden_states": ((1, 77, 96), (2, 77, 96), (2, 77, 96)),
         }
     )
-    for precision in quantize.PRECISIONS:
+    for precision in PRECISIONS:
         target = tmp_path / f"{precision}.onnx"
         result = quantize_graph(source, target, precision, calibration, high_precision="fp16")
         assert result.nodes == {"Conv": 82, "MatMul": 160}

@@ -14,7 +14,8 @@ import yaml
 from sdcompress.cli import COMMANDS, cli
 from sdcompress.cli.recipes import knobs, purpose, resolved
 from sdcompress.prune.plan import make_plan
-from sdcompress.train.config import KINDS, DistillConfig, load_config, read_recipe, recipe_names, recipe_path
+from sdcompress.train.config import KINDS, DistillConfig
+from sdcompress.train.recipes import load_config, read_recipe, recipe_names, recipe_path
 
 DOCS = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
 SD1 = {

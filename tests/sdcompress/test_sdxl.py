@@ -13,14 +13,16 @@ import torch
 from diffusers import DiffusionPipeline
 from sdcompress_engines.runners import open_runner
 
-from sdcompress.data.cache import build_cache
+from sdcompress.backends.assemble import open_pipeline
+from sdcompress.data.build_cache import build_cache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
-from sdcompress.export import export_onnx, relative_l2
-from sdcompress.family import family_of
-from sdcompress.pipeline import generate, load_pipeline
+from sdcompress.export import relative_l2
+from sdcompress.export.onnx import export_onnx
+from sdcompress.families.identify import family_of
+from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.plan import make_plan
-from sdcompress.teacher import LoadedPipeline, load_teacher
+from sdcompress.sampling import generate
 from sdcompress.train.config import DistillConfig, LoraConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.lora import FILE, LORA, train_lora
@@ -30,7 +32,7 @@ COMMON: dict[str, Any] = {"batch_size": 2, "precision": "fp32", "log_every": 1}
 
 @pytest.fixture(scope="module")
 def teacher(sdxl_folder: Path) -> LoadedPipeline:
-    return load_teacher(sdxl_folder)
+    return load_pipeline(sdxl_folder)
 
 
 def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures: Path, tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures:
     student = DiffusionPipeline.from_pretrained(tmp_path / "student/pipeline")
     assert student.unet.config.layers_per_block == 1
     train_lora(teacher, cache, LoraConfig(steps=2, rank=2, **COMMON), tmp_path / "lora")
-    adapted = load_teacher(teacher.folder).pipeline
+    adapted = load_pipeline(teacher.folder).pipeline
     adapted.load_lora_weights(tmp_path / "lora" / LORA, weight_name=FILE)
 
 
@@ -69,7 +71,7 @@ def test_sdxl_is_exported_for_each_host(teacher: LoadedPipeline, tmp_path: Path)
     whole = export_onnx(pipeline, tmp_path / "whole")
     assert list(whole.parity) == ["unet", "text_encoder", "text_encoder_2", "vae_decoder"]
     assert all(found is not None and found.share_of_limit <= 1 for found in whole.parity.values())
-    made = load_pipeline(tmp_path / "whole", "onnxruntime")
+    made = open_pipeline(tmp_path / "whole", "onnxruntime")
     pictures = [
         np.asarray(generate(each, ["a cat"], seeds=[1], steps=2, guidance_scale=5.0)[0], dtype=np.float32)
         for each in (made, pipeline)

@@ -21,13 +21,21 @@ from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ModelError, SdCompressError, StorageError, UsageError
 from torch import nn
 
-from sdcompress import nano, single_file
-from sdcompress.family import student_of
-from sdcompress.hosts.ldm import METADATA_KEY, UNET, ldm_state_dict, unet_keys, write_ldm
+from sdcompress.checkpoints.identify import configs_of, unet_config_of
+from sdcompress.checkpoints.ldm_keys import METADATA_KEY, UNET, unet_keys
+from sdcompress.checkpoints.read import load_single_file
+from sdcompress.checkpoints.weights import Weights, open_weights
+from sdcompress.checkpoints.write import ldm_state_dict, write_ldm
+from sdcompress.families import configs as family_configs
+from sdcompress.families.configs import CONFIGS
+from sdcompress.families.identify import student_of
+from sdcompress.families.vocabulary import shared_vocabulary
+from sdcompress.models import nano
+from sdcompress.models.load import load_pipeline
+from sdcompress.models.locate import resolve, unet_config
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student, meta_unet
-from sdcompress.single_file import CONFIGS, Weights, configs_of, load_single_file, open_weights, unet_config_of
-from sdcompress.teacher import load_teacher, quiet, resolve, unet_config
+from sdcompress.support.quiet import quiet
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
 
@@ -218,9 +226,9 @@ def bare(pipeline: Any, path: Path, dtype: torch.dtype = torch.float32) -> Path:
 
 
 def test_nano_in_ldm_layout_loads_through_diffusers_and_through_us_with_equal_output(tmp_path: Path) -> None:
-    original = load_teacher("nano")
+    original = load_pipeline("nano")
     file = write_ldm(original.pipeline, tmp_path / "nano.safetensors", torch.float32)
-    ours = load_teacher(file)
+    ours = load_pipeline(file)
     assert ours.name == "nano"
     assert ours.folder == file
     assert ours.sha256 != original.sha256
@@ -266,7 +274,7 @@ def test_sdxls_kind_goes_through_one_file_with_equal_output(sdxl_pipeline: Any, 
 
 
 def test_the_file_holds_nothing_of_the_machine_that_wrote_it(random_folder: Path, tmp_path: Path) -> None:
-    file = write_ldm(load_teacher(random_folder).pipeline, tmp_path / "a.safetensors")
+    file = write_ldm(load_pipeline(random_folder).pipeline, tmp_path / "a.safetensors")
     assert str(random_folder) not in open_weights(file).metadata[METADATA_KEY]
 
 
@@ -319,7 +327,7 @@ def sd1_like(sd1_like_and_configs: tuple[Any, Path], monkeypatch: pytest.MonkeyP
     SD1's full-size VAE and text encoder.
     """
     pipeline, folder = sd1_like_and_configs
-    monkeypatch.setattr(single_file, "CONFIGS", folder)
+    monkeypatch.setattr(family_configs, "CONFIGS", folder)
     return pipeline
 
 
@@ -553,7 +561,7 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path: Path) -> None
     ):
         save({"state_dict": {"a": torch.zeros(1)}, "callbacks": Code(tmp_path / "ran")}, tmp_path / name)
         with pytest.raises(ModelError, match="code") as refusal:
-            load_teacher(tmp_path / name)
+            load_pipeline(tmp_path / name)
         assert "\n" not in str(refusal.value)
         assert "safetensors" in str(refusal.value)
     assert not (tmp_path / "ran").exists()
@@ -615,7 +623,7 @@ def test_what_is_no_whole_checkpoint_is_refused_by_what_it_is(what: str, sd1_lik
     }
     save_file(state, tmp_path / "a.safetensors")
     with pytest.raises(ModelError, match=words) as refusal:
-        load_teacher(tmp_path / "a.safetensors")
+        load_pipeline(tmp_path / "a.safetensors")
     assert "\n" not in str(refusal.value)
     assert "a.safetensors" in str(refusal.value)
 
@@ -631,7 +639,7 @@ def test_a_cut_file_is_one_clear_line(name: str, part: float, tmp_path: Path) ->
         torch.save(state, file, _use_new_zipfile_serialization=name != "old.ckpt")
     file.write_bytes(file.read_bytes()[: int(part * file.stat().st_size)])
     with pytest.raises(ModelError, match=r"whole|tensors") as refusal:
-        load_teacher(file)
+        load_pipeline(file)
     assert "\n" not in str(refusal.value)
 
 
@@ -640,7 +648,7 @@ def test_a_file_of_another_kind_and_one_that_is_not_there(tmp_path: Path) -> Non
     (tmp_path / "page.ckpt").write_text("<!DOCTYPE html>")
     for name in ("a.onnx", "page.ckpt"):
         with pytest.raises(SdCompressError, match=name):
-            load_teacher(tmp_path / name)
+            load_pipeline(tmp_path / name)
     with pytest.raises(UsageError, match="does not exist"):
         resolve(tmp_path / "b.safetensors")
 
@@ -652,7 +660,7 @@ def test_a_folder_whose_pipeline_has_no_unet_is_refused(entry: Any, tmp_path: Pa
     )
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ModelError, match="FluxPipeline has no UNet"):
-        load_teacher(tmp_path)
+        load_pipeline(tmp_path)
 
 
 def test_configs_that_were_tampered_with_do_not_leave_the_scratch_folder(random_pipeline: Any, tmp_path: Path) -> None:
@@ -675,7 +683,7 @@ def test_configs_that_were_tampered_with_do_not_leave_the_scratch_folder(random_
 def test_the_shipped_tokenizer_is_clips() -> None:
     tokens = [49406, 320, 1125, 539, 550, 18376, 6765, 320, 4558, 49407]  # as openai/clip-vit-large-patch14 gives them
     assert clip_tokenizer("sd1")("a photo of an astronaut riding a horse").input_ids == tokens
-    assert len(single_file.shared_vocabulary()) == 49408
+    assert len(shared_vocabulary()) == 49408
     assert clip_tokenizer("sd1").pad_token_id == 49407
     assert clip_tokenizer("sd2").pad_token_id == clip_tokenizer("sdxl", "tokenizer_2").pad_token_id == 0
 

@@ -16,7 +16,9 @@ from sdcompress_engines.errors import DataError, UsageError
 
 from sdcompress.data.cache import to_pixels
 from sdcompress.data.config import DataConfig
-from sdcompress.data.sources import Record, Skipped, expand_braces, open_source
+from sdcompress.data.records import Record, Skipped
+from sdcompress.data.shards import expand_braces
+from sdcompress.data.sources import open_source
 
 
 def png(color: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -304,7 +306,7 @@ def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
 
 
 def test_units_are_the_whole_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdcompress.data.sources.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
     table(tmp_path, [{"text": f"picture {i}"} for i in range(8)])
     source = open_source(tmp_path)
     assert source.units() == 3

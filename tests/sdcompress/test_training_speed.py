@@ -16,8 +16,10 @@ from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.train.batches import NoisyBatch
 from sdcompress.train.distill import frozen_copy
-from sdcompress.train.loop import _agree, choose_precision, compiled_blocks
-from sdcompress.train.objectives import BlockDistillation
+from sdcompress.train.faster import compiled_blocks
+from sdcompress.train.objectives.block_distillation import BlockDistillation
+from sdcompress.train.optim import choose_precision
+from sdcompress.train.stopping import _agree
 
 WEIGHTS = {"task_loss": 1.0, "output_kd_loss": 1.0, "feature_kd_loss": 1.0}
 

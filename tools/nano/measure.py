@@ -21,10 +21,11 @@ from sdcompress_bench.quality import ClipMetric, Share, judge
 from sdcompress_bench.scenario import Prompt
 from train_vae import psnr
 
-from sdcompress import nano
+from sdcompress.data import nano_prompts
 from sdcompress.data.sources import open_source
-from sdcompress.pipeline import default_guidance_scale, generate, grid
-from sdcompress.teacher import load_teacher
+from sdcompress.models import nano
+from sdcompress.models.load import load_pipeline
+from sdcompress.sampling import default_guidance_scale, generate, grid
 
 STEPS, GUIDANCE = 25, default_guidance_scale(128)
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--model", default="nano")
     args = parser.parse_args()
     started = time.time()
-    loaded = load_teacher(args.model)
+    loaded = load_pipeline(args.model)
     pipeline = loaded.pipeline
     metric = ClipMetric(nano.metric_folder())
     styles = nano.styles()
@@ -62,7 +63,7 @@ def main() -> None:
     }
     shown = []
     for split, shards in (("seen", nano.shards("train")), ("heldout", nano.shards("heldout"))):
-        prompts = [Prompt(p.caption, p.style) for p in nano.prompts(split, args.count)]
+        prompts = [Prompt(p.caption, p.style) for p in nano_prompts.prompts(split, args.count)]
         with (
             torch.inference_mode(),
             torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),

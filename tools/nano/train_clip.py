@@ -19,7 +19,7 @@ from common import Progress, Split, batch_indices, config, load
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from sdcompress import nano
+from sdcompress.models import nano
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -19,8 +19,8 @@ from common import load
 from train_clip import tokenize
 from transformers import CLIPModel
 
-from sdcompress import nano
-from sdcompress.teacher import load_teacher
+from sdcompress.models import nano
+from sdcompress.models.load import load_pipeline
 
 
 def last_step(log: str) -> int:
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=last_step("unet"), help="the step the shipped UNet has")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    pipeline = load_teacher("nano").pipeline
+    pipeline = load_pipeline("nano").pipeline
     train = load("train")
     moments = [pipeline.vae.encode(train.pixels(i)).latent_dist for i in torch.arange(len(train.captions)).split(50)]
     ids = tokenize(pipeline.tokenizer, [*train.captions, ""])

@@ -12,12 +12,12 @@ from sdcompress_engines.exactness import ieee_fp32
 from sdcompress_engines.runners import TorchRunner
 from sdcompress_engines.signature import CONTEXT_TOKENS, Signature
 
-from sdcompress.graphs import DTYPES, random_inputs, signature_of
-from sdcompress.pipeline import PositionalUNet
+from sdcompress.backends.assemble import PositionalUNet
+from sdcompress.export.components import DTYPES, random_inputs, signature_of
+from sdcompress.models.load import load_pipeline
+from sdcompress.models.random import random_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
-from sdcompress.random_model import random_pipeline
-from sdcompress.teacher import load_teacher
 
 from ..fidelity import relative_l2
 from ..work import Peaks, Work, count_work, measure_peaks, roofline
@@ -50,7 +50,7 @@ class Models:
         """The teacher's pipeline, its scheduler and tokenizer included."""
         dtype = DTYPES[self.run.precision]
         if self.run.smoke:
-            return load_teacher("nano").pipeline.to(self.run.device, dtype)
+            return load_pipeline("nano").pipeline.to(self.run.device, dtype)
         return random_pipeline("sd1", dtype=dtype, device=self.run.device)
 
     @functools.cache  # noqa: B019 (the object lives as long as its process)

@@ -49,7 +49,7 @@ def measure_export(run: PartRun, models: Models, graphs: Path, backend: str, ope
 
 def export(run: PartRun, models: Models, graphs: Path) -> None:
     """Write the ONNX graph of the student's UNet, in fp16 on a GPU and fp32 on a CPU."""
-    from sdcompress.export import export_onnx
+    from sdcompress.export.onnx import export_onnx
 
     pipeline = models.pipeline
     teacher = pipeline.unet
@@ -68,7 +68,7 @@ def open_engine(run: PartRun, graphs: Path, backend: str) -> Any:
     """Returns a runner of an engine that is built for the measured shape alone."""
     from sdcompress_engines.profiles import PRESETS
 
-    from sdcompress.engines import build_engines
+    from sdcompress.export.tensorrt import build_engines
 
     folder = run.scratch / backend
     profile = next(name for name, preset in PRESETS.items() if name.startswith("sd15") and preset.batch == (BATCH,) * 3)

@@ -16,7 +16,8 @@ from PIL import Image
 from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.unet import EngineUNet
 
-from sdcompress.pipeline import generate, keep_timesteps_on_host
+from sdcompress.backends.assemble import keep_timesteps_on_host
+from sdcompress.sampling import generate
 
 from .child import PartRun
 from .models import TEACHER, Models
@@ -61,7 +62,7 @@ def pipeline_of(models: Models, name: str, variant: Variant | None = None) -> An
     """Returns the teacher's pipeline around a UNet.
 
     Args:
-        variant: of the UNet, behind a runner, with the scheduler's timesteps on the host as `load_pipeline` has it;
+        variant: of the UNet, behind a runner, with the scheduler's timesteps on the host as `open_pipeline` has it;
             None is diffusers as it is.
     """
     teacher = models.pipeline

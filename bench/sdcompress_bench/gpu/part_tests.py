@@ -56,10 +56,11 @@ def tests(run: PartRun) -> None:
 def outcomes(run: PartRun, paths: tuple[str, ...]) -> Iterator[tuple[str, str, str | None]]:
     """Yields (test, outcome, None) when a test has ended, and for each failure at the end (test, outcome, reason)."""
     command = [sys.executable, "-u", "-m", "pytest", *paths, "-m", MARK, *OPTIONS]
-    pipes: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    # type: ignore[call-overload]
-    with subprocess.Popen(command, cwd=ROOT, text=True, errors="replace", **pipes) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         try:
+            assert process.stdout is not None
             yield from read_outcomes(run, process.stdout)
         finally:
             process.kill()

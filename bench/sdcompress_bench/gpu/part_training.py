@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from sdcompress_engines.errors import BackendMissing
 
-from sdcompress.random_model import family_configs
-from sdcompress.teacher import unet_config
+from sdcompress.models.locate import unet_config
+from sdcompress.models.random import family_configs
 
 from .child import PartRun
 from .models import known_peaks

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from sdcompress_engines.runners import Runner, open_runner
 
-from sdcompress.teacher import LoadedPipeline
+from sdcompress.models.load import LoadedPipeline
 
 from .child import PartRun
 from .models import CHECKED_AT, MODELS, ONE_LEVEL, TEACHER, TIMED_AT, Models
@@ -153,7 +153,7 @@ def tuned(wanted: bool) -> Iterator[None]:
 
 def measure_package(run: PartRun, models: Models, name: str, batch: int, cuda_graph: bool) -> dict[str, Any]:
     """Returns the figures of AOTInductor's package, compiled where it is not there, as `sdcompress export` does it."""
-    from sdcompress.packages import compile_unet
+    from sdcompress.export.aot import compile_unet
 
     package = run.scratch / "aot" / "unet.pt2"
     compiled = {}

@@ -56,8 +56,8 @@ class TorchRunner(Runner):
     def _load(self) -> None:
         self.module.eval()
         if self.mode != "eager":
-            # type: ignore[call-overload]  # torch documents it, its stubs do not
-            self.module.to(memory_format=torch.channels_last)
+            # torch documents this argument, its stubs do not
+            self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._call = torch.compile(self.module) if self.mode == "compile" else self.module
         self._graphed = GraphedCall(self._compute, self.device) if self.cuda_graph else None
 

@@ -1,0 +1,1 @@
+"""Single-file checkpoints in the LDM layout: identified, read and written."""

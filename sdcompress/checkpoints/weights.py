@@ -1,0 +1,211 @@
+"""The tensors of a single-file checkpoint by LDM name, opened without running code of the file."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from sdcompress_engines.errors import ModelError
+
+from sdcompress.checkpoints.ldm_keys import METADATA_KEY, UNET, VAE
+
+if TYPE_CHECKING:
+    pass
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+}
+
+# An EMA copy's keys are written without dots; these are what they are made of.
+_CONFIG_NAME = re.compile(r"(model_index\.json|[a-z0-9_]+/[A-Za-z0-9_]+\.(json|txt))")
+_EMA = "model_ema.diffusion_model"
+
+_EMA_PART = re.compile(
+    r"(input_blocks|output_blocks)(\d+)(\d)|(label_emb)(\d)(\d)|(middle_block|time_embed|in_layers|out_layers|emb_layers|transformer_blocks|to_out|net|out)(\d+)"
+    r"|(skip_connection|attn[12]|norm[123]?|proj_in|proj_out|proj|to_[qkv]|ff|conv|op|weight|bias)"
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weight file, opened: what its header says, and a way to its tensors.
+
+    Attributes:
+        path: the file.
+        shapes: key → shape, of all tensors. Keys are LDM's, whichever dialect of it the file is in.
+        dtypes: key → dtype, in torch's names (`float16`).
+        metadata: safetensors' metadata; empty for pickles.
+        read: key → the tensor, in the file's dtype, on the CPU.
+    """
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
+    metadata: Mapping[str, str] = field(repr=False)
+    read: Callable[[str], torch.Tensor] = field(repr=False)
+
+    @cached_property
+    def configs(self) -> dict[str, Any] | None:
+        """Relative path → content of the configs that `write_ldm` put into the file, text files as text; None where it
+        has none.
+
+        Raises:
+            ModelError: they are broken.
+        """
+        if METADATA_KEY not in self.metadata:
+            return None
+        try:
+            files = {
+                name: json.loads(text) if name.endswith(".json") else str(text)
+                for name, text in json.loads(self.metadata[METADATA_KEY]).items()
+            }
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"carries broken configs ({error})", where=self.path) from error
+        strange = [name for name in files if not _CONFIG_NAME.fullmatch(name)]
+        lacks = [
+            name
+            for name in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+            if not isinstance(files.get(name), dict)
+        ]
+        if strange or lacks:
+            raise ModelError(
+                f"carries broken configs ({f'a strange name, {strange[0]!r}' if strange else f'no {lacks[0]}'})",
+                where=self.path,
+            )
+        return files
+
+
+def open_weights(path: Path) -> Weights:
+    """Open a weight file: of `.safetensors` only the header is read, of pickles all, and tensors only (`weights_only`).
+
+    Raises:
+        ModelError: a kind of file that is not read, a broken or cut file, or a pickle with code in it.
+    """
+    if path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    if path.suffix in PICKLES:
+        return _open_pickle(path)
+    raise ModelError(
+        f"is a {path.suffix or 'nameless'} file",
+        where=path,
+        expected=f"a checkpoint in .safetensors, or {', '.join(PICKLES[:2])}",
+    )
+
+
+def _open_safetensors(path: Path) -> Weights:
+    try:
+        file = safe_open(path, "pt")
+        names = _ldm_names(file.keys())
+        views = {key: file.get_slice(name) for key, name in names.items()}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"is no whole safetensors file ({str(error).splitlines()[0]})", where=path, hint="copy or download it again"
+        ) from error
+    shapes = {key: tuple(view.get_shape()) for key, view in views.items()}
+    return Weights(
+        path,
+        shapes,
+        {key: _DTYPES.get(view.get_dtype(), view.get_dtype()) for key, view in views.items()},
+        file.metadata() or {},
+        lambda key: file.get_tensor(names[key]),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an error that says what is wrong; torch puts its advice before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "Unpickler error" in line), lines[0] if lines else type(error).__name__)
+
+
+def _open_pickle(path: Path) -> Weights:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"(?:GLOBAL|class|operand) `?([A-Za-z_0-9][\w.]*)", str(error))
+        if named is None:
+            raise ModelError(
+                f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again"
+            ) from error
+        raise ModelError(
+            f"is a pickle with more than tensors in it ({named[1]}), which could run code; it was not loaded",
+            where=path,
+            expected="tensors only",
+            hint="the .safetensors of the same model",
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        struct.error,
+    ) as error:
+        raise ModelError(
+            f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again"
+        ) from error
+    state = loaded
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    found = (
+        {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+        if isinstance(state, dict)
+        else {}
+    )
+    tensors = {key: found[name] for key, name in _ldm_names(found).items()}
+    if not tensors:
+        raise ModelError("holds no tensors", where=path, expected="a Stable Diffusion checkpoint")
+    return Weights(
+        path,
+        {key: tuple(value.shape) for key, value in tensors.items()},
+        {key: str(value.dtype).removeprefix("torch.") for key, value in tensors.items()},
+        {},
+        tensors.__getitem__,
+    )
+
+
+def _ldm_names(names: Iterable[str]) -> dict[str, str]:
+    """Key in the LDM layout → key in the file.
+
+    A training checkpoint holds the model and an EMA copy of it: as A1111, ComfyUI and diffusers do, the model is taken,
+    and the copy only where it is alone.
+    """
+    names = list(names)
+    only_ema = not any(name.startswith(UNET) for name in names)
+    found = {}
+    for name in names:
+        key = name
+        if name.startswith("vae."):
+            key = VAE + name.removeprefix("vae.")
+        elif only_ema and name.startswith(_EMA):
+            key = UNET + ".".join(
+                part
+                for match in _EMA_PART.finditer(name.removeprefix(_EMA))
+                for part in match.groups()
+                if part is not None
+            )
+        found[key] = name
+    return found

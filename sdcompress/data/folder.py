@@ -1,0 +1,80 @@
+"""A folder of pictures with captions beside them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sdcompress_engines.errors import DataError
+from sdcompress_engines.manifest import by_parts
+
+from sdcompress.data.config import DataConfig
+from sdcompress.data.records import (
+    CAPTION_COLUMNS,
+    PICTURES,
+    UNIT_PICTURES,
+    Record,
+    Skipped,
+    Source,
+    _files_fingerprint,
+    _text,
+    read_object,
+)
+
+
+class FolderSource(Source):
+    """Pictures of a folder; captions in `metadata.jsonl`, `metadata.csv` (columns `file_name` and `text`, `caption` or
+    `prompt`), or in
+    `.txt` or `.json` beside each picture."""
+
+    def __init__(self, name: str, root: Path, config: DataConfig) -> None:
+        super().__init__(name, config)
+        self.root = root
+
+    @cached_property
+    def _pictures(self) -> list[Path]:
+        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        return sorted(found, key=by_parts)
+
+    @cached_property
+    def _table(self) -> dict[str, dict[str, Any]]:
+        rows: list[Any] = []
+        if (path := self.root / "metadata.jsonl").is_file():
+            for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8-sig").split("\n"), 1):
+                try:
+                    rows += [json.loads(line)] if line.strip() else []
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"line {number} is not JSON ({error})", where=path) from error
+        elif (path := self.root / "metadata.csv").is_file():
+            with path.open(newline="", errors="replace", encoding="utf-8-sig") as file:
+                rows = list(csv.DictReader(file))
+        # A table that was written on Windows may have backslashes.
+        return {
+            str(row["file_name"]).replace("\\", "/"): row
+            for row in rows
+            if isinstance(row, dict) and "file_name" in row
+        }
+
+    def units(self) -> int:
+        return -(-len(self._pictures) // UNIT_PICTURES)
+
+    def fingerprint(self) -> str:
+        return _files_fingerprint(f for f in self.root.rglob("*") if f.is_file())
+
+    def _unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
+        for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:
+            key = path.relative_to(self.root).as_posix()
+            meta = self._table.get(key, {})
+            if (beside := path.with_suffix(".json")).is_file():
+                meta = read_object(beside.read_bytes()) | meta
+            caption = next((meta[column] for column in CAPTION_COLUMNS if meta.get(column)), None)
+            if caption is None and (beside := path.with_suffix(".txt")).is_file():
+                caption = _text(beside.read_bytes())
+                if caption is None:
+                    skipped.add("caption is no text", key)
+                    continue
+            yield from self._record(key, path.read_bytes(), caption, meta, skipped)

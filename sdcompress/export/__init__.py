@@ -1,0 +1,1 @@
+"""A pipeline to ONNX graphs, TensorRT engines and ahead-of-time packages."""

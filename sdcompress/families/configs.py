@@ -1,0 +1,9 @@
+"""The published configs of each family, kept in `assets/configs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
+
+FAMILIES = ("sd1", "sd2", "sdxl")

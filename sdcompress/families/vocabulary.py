@@ -1,0 +1,27 @@
+"""CLIP's vocabulary, which all families share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+from sdcompress.families.configs import CONFIGS
+
+VOCABULARY = "sd1/tokenizer"  # CLIP's, which all families share
+
+
+@cache
+def _vocabulary() -> dict[str, int]:
+    vocabulary: dict[str, int] = json.loads((CONFIGS / VOCABULARY / "vocab.json").read_text(encoding="utf-8"))
+    return vocabulary
+
+
+def shared_vocabulary() -> Mapping[str, int]:
+    """CLIP's vocabulary, token → number, as the package carries it."""
+    return _vocabulary()

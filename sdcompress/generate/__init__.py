@@ -1,0 +1,1 @@
+"""Training data drawn by the teacher itself, on any backend."""

@@ -1,0 +1,53 @@
+"""LoRAs fused into a pipeline's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdcompress_engines.errors import ModelError, UsageError
+
+from sdcompress.lora.files import Layers
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`FILE` or `FILE:WEIGHT` as typed.
+
+    Raises:
+        UsageError: the weight is no number.
+    """
+    name, colon, weight = text.rpartition(":")
+    is_drive = len(name) == 1 and name.isalpha() and weight.startswith(("\\", "/"))
+    if not colon or weight.endswith(".safetensors") or is_drive:
+        return Path(text), 1.0
+    try:
+        return Path(name), float(weight)
+    except ValueError as error:
+        raise UsageError(f"--lora {text!r}", expected="FILE or FILE:WEIGHT, such as style.safetensors:0.8") from error
+
+
+@torch.no_grad()
+def fuse_lora(pipeline: Any, layers: Layers, weight: float = 1.0) -> None:
+    """Add a LoRA to the pipeline's weights, in place, `weight` times.
+
+    Raises:
+        ModelError: a layer the pipeline does not have, or has in another shape.
+    """
+    for (component, name), layer in layers.items():
+        network = getattr(pipeline, component, None)
+        names = dict(network.named_modules()) if network is not None else {}
+        module = names.get(name) or names.get(name.removeprefix("text_model."))
+        if module is None:
+            raise ModelError(
+                f"the LoRA changes {name}, which the {component} does not have",
+                expected="a LoRA made for this model",
+                hint="sdcompress lora remap LORA --plan PLAN, for one made for the teacher",
+            )
+        target: Any = module.weight
+        if layer.up.shape[0] != target.shape[0] or layer.down.flatten(1).shape[1] != target.flatten(1).shape[1]:
+            raise ModelError(
+                f"the LoRA's {name} is made for a layer of {layer.up.shape[0]} x {layer.down.flatten(1).shape[1]}",
+                expected=f"{target.shape[0]} x {target.flatten(1).shape[1]}, as the {component} has",
+            )
+        target += (weight * layer.delta(target.shape)).to(target)

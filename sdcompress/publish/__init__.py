@@ -1,0 +1,1 @@
+"""A finished model to the Hugging Face Hub: model card and upload."""
