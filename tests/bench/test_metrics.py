@@ -68,7 +68,6 @@ def vectors(count: int, size: int, seed: int, scale: float = 1.0) -> torch.Tenso
 
 
 # --- pairs
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def test_psnr_of_a_known_error_in_bytes_and_floats() -> None:
@@ -119,7 +118,6 @@ def test_ssim_is_its_definition_window_by_window(pairs: tuple[torch.Tensor, torc
 
 
 # --- LPIPS
-# -------------------------------------------------------------------------------------------------------------------------
 
 ORIGINAL_LPIPS = """
 import pickle, sys, types
@@ -227,7 +225,6 @@ def test_lpips_is_zero_for_equal_pictures_and_takes_the_smallest(pairs: tuple[to
 
 
 # --- sets
-# --------------------------------------------------------------------------------------------------------------------------
 
 
 @OLD_WAYS
@@ -391,7 +388,6 @@ def test_fid_of_few_pictures_warns() -> None:
 
 
 # --- captions and means
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_clip_score_is_the_models_own(clip_folder: Path, pairs: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -425,7 +421,6 @@ def test_pictures_survive_the_way_to_images_and_back(pairs: tuple[torch.Tensor, 
 
 
 # --- bad input
-# ---------------------------------------------------------------------------------------------------------------------
 
 GOOD = torch.zeros(2, 3, 16, 16)
 

@@ -143,7 +143,7 @@ def expected(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(2 * x)
 
 
-# --- is it usable ----------------------------------------------------------------------------------------------------
+# --- is it usable
 
 
 def test_onnxruntime_for_the_cpu_is_missing_on_cuda_with_the_command_that_replaces_it(
@@ -195,7 +195,7 @@ def test_another_cuda_than_torchs_is_said_before_a_session_fails(
     assert missing("cuda") is None
 
 
-# --- where the graph runs --------------------------------------------------------------------------------------------
+# --- where the graph runs
 
 # Operators on the CPU, as each version reports of nano's UNet at opset 23, and of one with instance norms.
 SHAPES = ("Add", "Concat", "Div", "Mul", "Reshape", "Squeeze")
@@ -230,7 +230,7 @@ def test_a_graph_in_fp32_is_computed_without_tf32(make: Callable[..., Any]) -> N
     assert stand_in.asked[0]["use_tf32"] == "0"
 
 
-# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+# --- CUDA graphs
 
 
 def test_each_shape_is_captured_once_and_its_results_are_the_callers(make: Callable[..., Any]) -> None:
@@ -342,7 +342,7 @@ def test_messages_leave_out_types_files_and_host_names() -> None:
     assert message_of(RuntimeError(REFUSAL)).startswith("This session cannot use the graph capture feature")
 
 
-# --- TensorRT inside ONNX Runtime ------------------------------------------------------------------------------------
+# --- TensorRT inside ONNX Runtime
 
 
 def write_manifest(folder: Path, precision: str) -> None:
@@ -387,7 +387,7 @@ def test_a_tensorrt_provider_that_does_not_start_names_the_tensorrt_it_needs(
         runner._check_provider({"TensorrtExecutionProvider"}, [CUDA, CPU], {})
 
 
-# --- on a card -------------------------------------------------------------------------------------------------------
+# --- on a card
 
 
 @pytest.mark.gpu

@@ -111,7 +111,6 @@ def expected(
 
 
 # --- the pictures
-# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -225,7 +224,6 @@ def xl_unet() -> Any:
 
 
 # --- several engines and profiles
-# -----------------------------------------------------------------------------------------------------------------
 
 
 class PlainHost:
@@ -371,7 +369,6 @@ def test_engines_of_one_model_are_one_entry(installed: Path, whole_graph: Path) 
 
 
 # --- what is refused
-# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -612,7 +609,6 @@ def test_a_damaged_folder_is_the_entry_it_was_and_leaves_a_sound_copy_to_serve(i
 
 
 # --- the menu
-# -------------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_automatic_takes_an_engine_of_the_checkpoint_and_never_a_student(
@@ -687,7 +683,6 @@ def test_the_tab_shows_engines_reasons_and_commands(webui: WebUI, installed: Pat
 
 
 # --- LoRA, ControlNet and their kin
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def lora_of(unet: Any, layers: list[str], strength: float = 1.0) -> SimpleNamespace:
@@ -808,7 +803,6 @@ def test_a_refiner_is_refused_and_not_passed_over(webui: WebUI, random_pipeline:
 
 
 # --- falling back
-# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def test_torch_runs_the_students_own_weights_and_says_so_once(
@@ -923,7 +917,6 @@ def test_a_cut_file_of_weights_is_an_error(tmp_path: Path, student_unet: Any, ke
 
 
 # --- Forge
-# ----------------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -1042,7 +1035,6 @@ def test_forge_raises_from_the_sampling_what_its_scripts_would_swallow(forge: We
 
 
 # --- the extension's own files
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_install_explains_and_installs_nothing(tmp_path: Path) -> None:

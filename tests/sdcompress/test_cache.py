@@ -110,7 +110,7 @@ def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mix
 def test_a_stopped_build_goes_on_and_ends_the_same(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
     whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
     encoded = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -169,7 +169,7 @@ def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(
 def test_a_resumed_build_goes_on_with_pieces_of_another_batch_size(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
     whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
     met = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -184,7 +184,7 @@ def test_a_resumed_build_goes_on_with_pieces_of_another_batch_size(
 def test_a_stopped_build_of_another_precision_starts_over_and_is_reported(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
     met = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
@@ -198,7 +198,7 @@ def test_a_stopped_build_of_another_precision_starts_over_and_is_reported(
 def test_a_stopped_build_of_before_precision_was_recorded_goes_on_as_fp32(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
     met = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)

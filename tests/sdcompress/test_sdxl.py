@@ -17,8 +17,8 @@ from sdcompress.backends.assemble import open_pipeline
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
-from sdcompress.export import relative_l2
 from sdcompress.export.onnx import export_onnx
+from sdcompress.export.parity import relative_l2
 from sdcompress.families.identify import family_of
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.plan import make_plan

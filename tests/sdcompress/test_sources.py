@@ -306,7 +306,7 @@ def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
 
 
 def test_units_are_the_whole_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sdcompress.data.records.UNIT_PICTURES", 3)
+    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
     table(tmp_path, [{"text": f"picture {i}"} for i in range(8)])
     source = open_source(tmp_path)
     assert source.units() == 3
