@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +12,27 @@ import torch
 from PIL import Image
 from sdcompress_engines.errors import DataError
 
+from sdcompress.families.registry import family_of
+from sdcompress.support.pipeline import TextToImagePipeline
 
-def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[torch.Tensor, list[torch.Generator]]:
-    """Unit Gaussian latents (B, C, size/f, size/f), fp32 on the CPU, one seed a picture, and the generators that drew
-    them.
+
+def native_size_px(pipeline: TextToImagePipeline) -> int:
+    """Returns the side of the pictures that the pipeline's UNet was made for."""
+    return int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
+
+
+def initial_latents(
+    pipeline: TextToImagePipeline, seeds: Sequence[int], size_px: int
+) -> tuple[torch.Tensor, list[torch.Generator]]:
+    """Returns unit Gaussian latents and the generators that drew them.
+
+    Args:
+        pipeline: gives the number of latent channels and the scale of its VAE.
+        seeds: one a picture.
+        size_px: side of the pictures.
+
+    Returns:
+        Latents (B, C, size/f, size/f), float32, on the CPU; one generator a picture.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     side = size_px // pipeline.vae_scale_factor
@@ -21,15 +40,8 @@ def initial_latents(pipeline: Any, seeds: Sequence[int], size_px: int) -> tuple[
     return torch.cat([torch.randn(shape, generator=generator) for generator in generators]), generators
 
 
-def default_guidance_scale(own_size_px: int) -> float:
-    """7.5, as Stable Diffusion is used; 4 for nano and its students, told by the size they were made for: at 7.5 their
-    colours burn out.
-    """
-    return 7.5 if own_size_px >= 256 else 4.0
-
-
 def generate(
-    pipeline: Any,
+    pipeline: TextToImagePipeline,
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
@@ -39,23 +51,26 @@ def generate(
     negative_prompt: str | None = None,
     batch_size: int = 16,
 ) -> list[Image.Image]:
-    """One picture a prompt.
+    """Returns one picture a prompt.
 
     Noise comes from each picture's own seed and in fp32, so neither batch size nor precision changes what is drawn.
 
     Args:
+        pipeline: on any backend.
         prompts, seeds: of equal length.
-        guidance_scale: of classifier-free guidance; None is `default_guidance_scale`.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance; None is the family's.
         size_px: side in pixels; None is what the UNet was made for.
+        negative_prompt: what the pictures are guided away from.
+        batch_size: pictures drawn at once.
 
     Raises:
         DataError: prompts and seeds differ in number.
     """
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts and {len(seeds)} seeds", expected="a seed for each prompt")
-    own_size_px = int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
-    size_px = size_px or own_size_px
-    guidance_scale = default_guidance_scale(own_size_px) if guidance_scale is None else guidance_scale
+    size_px = size_px or native_size_px(pipeline)
+    guidance_scale = family_of(pipeline.unet.config).guidance_scale if guidance_scale is None else guidance_scale
     pipeline.set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
     pictures: list[Image.Image] = []
@@ -78,10 +93,42 @@ def generate(
 
 
 def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size side by side, as square as they go unless `columns` is given."""
+    """Returns pictures of one size on one sheet, row by row.
+
+    Args:
+        pictures: at least one.
+        columns: None makes the sheet about square.
+    """
     columns = columns or math.ceil(math.sqrt(len(pictures)))
     width, height = pictures[0].size
     sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
+
+
+def keep_timesteps_on_host(pipeline: TextToImagePipeline) -> None:
+    """Keep the scheduler's timesteps on the CPU, so that a denoising loop on a GPU never waits for the device.
+
+    diffusers puts them on the device. Then every scheduler that looks a timestep up in a table (PNDM, DDIM, DDPM, LCM:
+    `alphas_cumprod[t]`) copies it back at each step, and the host falls behind.
+    """
+    scheduler = pipeline.scheduler
+    set_timesteps = scheduler.set_timesteps
+
+    @functools.wraps(set_timesteps)
+    def set_timesteps_on_host(*args: Any, **options: Any) -> Any:
+        bound = inspect.signature(set_timesteps).bind(*args, **options)
+        if "device" in inspect.signature(set_timesteps).parameters:
+            bound.arguments["device"] = "cpu"
+        return set_timesteps(*bound.args, **bound.kwargs)
+
+    def move_timestep(
+        module: torch.nn.Module, args: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if len(args) > 1 and isinstance(args[1], torch.Tensor):  # every diffusers pipeline passes it second
+            args = (args[0], args[1].to(args[0].device, non_blocking=True), *args[2:])
+        return args, options
+
+    scheduler.set_timesteps = set_timesteps_on_host
+    pipeline.unet.register_forward_pre_hook(move_timestep, with_kwargs=True)

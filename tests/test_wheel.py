@@ -28,7 +28,8 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 from sdcompress.hosts.find import find_host
-from sdcompress.hosts.install import install, plugin_folder, uninstall
+from sdcompress.hosts.install import install, uninstall
+from sdcompress.hosts.plugin_files import plugin_folder
 from sdcompress.train.config import recipe_names
 unpacked = Path(sys.argv[1])
 for plugin in ("sd_webui_sdcompress", "comfyui_sdcompress"):

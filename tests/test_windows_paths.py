@@ -22,9 +22,10 @@ from sdcompress_engines.manifest import FileEntry, by_parts, is_plain_path, read
 from sdcompress.cli.push import upload_folder
 from sdcompress.data.sources import open_source
 from sdcompress.export.aot import package_folder
-from sdcompress.hosts.find import hosts
+from sdcompress.hosts.definitions import hosts
+from sdcompress.hosts.entry import Entry, without_prefix
 from sdcompress.hosts.install import install
-from sdcompress.hosts.record import Entry, Record, read_record, without_prefix, write_record
+from sdcompress.hosts.record import Record, read_record, write_record
 from sdcompress.lora.fuse import parse_lora
 from sdcompress.models.locate import resolve
 

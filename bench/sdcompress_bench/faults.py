@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.exactness import relative_l2
 
 from . import fidelity
 from .fidelity import Probe
@@ -245,7 +246,7 @@ def sensitivity(
         with plant(unet, kind, place, 1 + change):
             return np.array(
                 [
-                    fidelity.relative_l2(output, right)
+                    relative_l2(output, right)
                     for output, right in zip(fidelity.predict(holder, probe), reference, strict=True)
                 ]
             )

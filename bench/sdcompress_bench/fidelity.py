@@ -14,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-from sdcompress.export.parity import FP32_LIMIT, HALF_FACTOR
+from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
 
 from .metrics import PSNR_CAP_DB, Lpips, psnr, ssim
 from .quality import to_pixels
@@ -202,14 +201,6 @@ def predict(pipeline: Any, probe: Probe) -> torch.Tensor:
             .clone()
         )
     return torch.stack(outputs)
-
-
-def relative_l2(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """‖output − reference‖ / ‖reference‖, over all elements; 0 for equal tensors.
-
-    Unlike cosine it sees a wrong scale.
-    """
-    return ((output.double() - reference.double()).norm() / reference.double().norm().clamp_min(1e-30)).item()
 
 
 def cosine(output: torch.Tensor, reference: torch.Tensor) -> float:

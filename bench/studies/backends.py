@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from sdcompress_bench.environment import environment
-from sdcompress_engines.exactness import use_ieee_fp32
+from sdcompress_engines.exactness import relative_l2, use_ieee_fp32
 from sdcompress_engines.resources import peak_rss_mib
 
 from sdcompress.export.components import DTYPES
@@ -143,7 +143,7 @@ def torch_runner(variant: str, model: Path, device: str) -> Any:
     """Returns an open runner of the UNet in torch."""
     from sdcompress_engines.runners import TorchRunner
 
-    from sdcompress.backends.assemble import PositionalUNet
+    from sdcompress.backends.torch_unet import PositionalUNet
     from sdcompress.export.components import signature_of
     from sdcompress.models.load import load_pipeline
 
@@ -272,12 +272,7 @@ def study(
                     found[variant].append(outcome)
         truth = torch.load(answer(work, "torch fp32"), weights_only=True)
         errors = {
-            v: float(
-                (torch.load(answer(work, v), weights_only=True).double() - truth.double()).norm()
-                / truth.double().norm()
-            )
-            for v in variants
-            if found[v]
+            v: relative_l2(torch.load(answer(work, v), weights_only=True), truth) for v in variants if found[v]
         }
         medians = {v: statistics.median(ms for outcome in found[v] for ms in outcome["ms"]) for v in errors}
         for variant in (v for v in errors if "failed" not in rows[v]):

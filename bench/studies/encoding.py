@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from PIL import Image
 from sdcompress_bench.environment import environment
-from sdcompress_engines.exactness import ieee_fp32
+from sdcompress_engines.exactness import ieee_fp32, relative_l2
 
 from sdcompress.data.cache import to_pixels
 from sdcompress.data.encode import LatentEncoder, copy_encoder
@@ -79,7 +79,7 @@ def measure_errors(vae: Any, ways: dict[str, Way], pictures: Sequence[Image.Imag
     found = {name: way(pixels).float() for name, way in ways.items()} | {"JPEG at quality 95": jpeg}
     return {
         name: {
-            "relative_l2": float((latents - exact).norm() / exact.norm()),
+            "relative_l2": relative_l2(latents, exact),
             "worst": float(((latents - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max()),
         }
         for name, latents in found.items()

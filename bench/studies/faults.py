@@ -27,6 +27,7 @@ import numpy as np
 from sdcompress_bench import faults, fidelity
 from sdcompress_bench.environment import environment
 from sdcompress_bench.faults import Kind, Place
+from sdcompress_engines.exactness import relative_l2
 
 from sdcompress.data.sources import open_source
 from sdcompress.export.components import DTYPES
@@ -56,7 +57,7 @@ class Judge:
 
     def _errors(self) -> list[float]:
         return [
-            fidelity.relative_l2(output, right)
+            relative_l2(output, right)
             for output, right in zip(fidelity.predict(self.pipeline, self.probe), self.reference, strict=True)
         ]
 

@@ -132,7 +132,7 @@ def _cannot_build(flavour: Flavour, card: Card | None, wanted_cards: Sequence[Ca
     return None if card else f"{flavour.name} builds only for a GPU in this machine, and there is none"
 
 
-_REBUILD = "build it again: sdcompress export MODEL --trt -o DIR"
+REBUILD = "build it again: sdcompress export MODEL --trt -o DIR"
 _AMPERE = (8, 0)
 _READS_OLDER = {10: (8,), 11: (10,)}  # major version → earlier ones whose version-compatible engines it runs
 
@@ -170,7 +170,7 @@ def binding(config: Mapping[str, Any]) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
-            f"the engine's manifest does not say what it was built for ({type(error).__name__}: {error})", hint=_REBUILD
+            f"the engine's manifest does not say what it was built for ({type(error).__name__}: {error})", hint=REBUILD
         ) from error
 
 
@@ -197,7 +197,7 @@ def obstacle(
             f"an engine of {config['flavour']!r}, which is not known here",
             where=where,
             expected=" or ".join(FLAVOURS),
-            hint=_REBUILD,
+            hint=REBUILD,
         )
     here = platform_name()
     if bound["platform"] != (_processor(here) if flavour is TENSORRT_RTX else here):
@@ -205,7 +205,7 @@ def obstacle(
             f"the engine was built for {config['platform']}, and this is {here}",
             where=where,
             expected=f"an engine for {here}",
-            hint=f"here, {_REBUILD}",
+            hint=f"here, {REBUILD}",
         )
     if reason := flavour.missing():
         return BackendMissing(reason, where=where, hint=flavour.install)
@@ -214,7 +214,7 @@ def obstacle(
             f"the engine was built with {flavour.name} {version}, and {flavour.version} is installed here",
             where=where,
             expected=f"an engine of {flavour.version}",
-            hint=f"{_REBUILD}, or install {flavour.name} {version}",
+            hint=f"{REBUILD}, or install {flavour.name} {version}",
         )
     import torch
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .library import errors, flavour, manifest, signature, store
+from .library import engine_files, errors, flavour, manifest, signature
 
 BUILD = "sdcompress export MODEL --trt --signature comfyui -o DIR"
 FAMILIES = {"sd1": "SD1.x", "sd2": "SD2.x", "sdxl": "SDXL"}
@@ -107,7 +107,7 @@ def read_folder(name: str, folder: Path) -> EngineFolder:
             hint=BUILD,
         )
     if faults := (
-        store.engine_faults(folder, contents=False)
+        engine_files.engine_faults(folder, contents=False)
         if made.kind == "engine"
         else manifest.faults(folder, contents=False)
     ):
@@ -155,7 +155,7 @@ def check_contents(folder: EngineFolder) -> None:
         ArtifactError: they are not what it says.
     """
     if folder.graph.suffix != ".onnx":
-        return  # `store.read_engine` reads an engine once, and checks what it has read
+        return  # `engine_files.read_engine` reads an engine once, and checks what it has read
     for name, entry in folder.manifest.files.items():
         if name.startswith(folder.graph.name) and manifest.sha256_file(folder.graph.parent / name) != entry.sha256:
             raise errors.ArtifactError(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdcompress_engines import errors, flavour, manifest, runners, signature, store, unet
+    from sdcompress_engines import engine_files, errors, flavour, manifest, runners, signature, unet
 else:
     # By its place beside this file, never by sys.path: another plugin may carry another version.
     _ROOT = (
@@ -17,9 +17,9 @@ else:
         if (Path(__file__).parent / "sdcompress_engines").is_dir()
         else "sdcompress_engines"
     )
-    errors, flavour, manifest, runners, signature, store, unet = (
+    engine_files, errors, flavour, manifest, runners, signature, unet = (
         importlib.import_module(f"{_ROOT}.{name}")
-        for name in ("errors", "flavour", "manifest", "runners", "signature", "store", "unet")
+        for name in ("engine_files", "errors", "flavour", "manifest", "runners", "signature", "unet")
     )
 
-__all__ = ["errors", "flavour", "manifest", "runners", "signature", "store", "unet"]
+__all__ = ["engine_files", "errors", "flavour", "manifest", "runners", "signature", "unet"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
@@ -18,9 +19,11 @@ from typing import Any, Literal
 import psutil
 import torch
 from sdcompress_engines.errors import UsageError
+from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
 from sdcompress_engines.flavour import FLAVOURS
 from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.backends import registry
 from sdcompress.backends.anonymous import anonymize
 from sdcompress.backends.fastest import machine_key
 from sdcompress.backends.installation import (
@@ -33,26 +36,17 @@ from sdcompress.backends.installation import (
     import_fault,
 )
 from sdcompress.backends.proof import REFERENCE, SMALL, WHOLE, Case, Proof, answer_file
-from sdcompress.backends.registry import BACKEND_ALIASES
+from sdcompress.backends.registry import aliases, find_backend
 from sdcompress.export.aot import package_folder
 from sdcompress.export.components import Precision
-from sdcompress.export.parity import FP32_LIMIT, HALF_FACTOR, relative_l2
 from sdcompress.models.locate import BUILT_IN, display_name, resolve, sha256_of
 
-BACKENDS = ("torch", "compile", "aot", "onnxruntime", *FLAVOURS)
 Status = Literal["works", "builds", "fails", "unfinished", "not here"]
 """`builds`: an engine that no card here runs; `unfinished`: the time was over; `not here`: not for this machine."""
 MINUTES, LONG_MINUTES = 2.0, 60.0
 """How long the checks may take: of nano, and of a whole model or with `full`."""
 _CLOSING_S = 6.0  # kept of that for starting Python and for the end
 _AT_ONCE = 4
-_REINSTALL = {
-    "torch": "torch",
-    "compile": "torch",
-    "aot": "torch",
-    "tensorrt": "tensorrt",
-    "tensorrt-rtx": "tensorrt-rtx-cu13",
-}
 
 
 @dataclass(frozen=True)
@@ -142,7 +136,7 @@ def examine(
         UsageError, ModelError: no such model or backend.
     """
     started = time.monotonic()
-    chosen = tuple(dict.fromkeys(("torch", *map(full_name, backends)))) if backends else BACKENDS
+    chosen = tuple(dict.fromkeys(("torch", *map(full_name, backends)))) if backends else provable()
     folder = resolve(model)
     whole = full or str(model) not in BUILT_IN
     minutes = (LONG_MINUTES if whole else MINUTES) if minutes is None else minutes
@@ -157,7 +151,7 @@ def examine(
         cases, absent = plan_cases(str(model), chosen, driver, checks, whole, work)
         again = f"sdcompress doctor{'' if str(model) in BUILT_IN else ' --model MODEL'} --minutes {5 * minutes:g}"
         proved, parameters = _prove(cases, deadline, whole, again, report)
-    order = {name: index for index, name in enumerate(BACKENDS)}
+    order = {name: index for index, name in enumerate(provable())}
     results = sorted([*proved, *absent], key=lambda result: order[result.backend])
     machine = machine_key("cpu")
     facts = {
@@ -185,15 +179,21 @@ def examine(
     )
 
 
+def provable() -> tuple[str, ...]:
+    """Returns the names of what can be proved: each backend, and TensorRT by its flavors."""
+    names = (FLAVOURS if backend.artifact == "engine" else (backend.name,) for backend in registry.backends().values())
+    return tuple(itertools.chain.from_iterable(names))
+
+
 def full_name(backend: str) -> str:
-    """The full name of a backend given by name or alias.
+    """Returns the full name of a backend given by name or alias.
 
     Raises:
-        UsageError: no such backend.
+        UsageError: there is no such backend.
     """
-    name = BACKEND_ALIASES.get(backend, backend)
-    if name not in BACKENDS:
-        raise UsageError(f"no backend {backend!r}", expected=f"one of {', '.join([*BACKENDS, *BACKEND_ALIASES])}")
+    name = aliases().get(backend, backend)
+    if name not in provable():
+        raise UsageError(f"no backend {backend!r}", expected=f"one of {', '.join([*provable(), *aliases()])}")
     return name
 
 
@@ -329,7 +329,7 @@ def _error(case: Case, subject: str) -> tuple[float | None, float | None]:
     """The relative L2 of an answer to torch's in IEEE fp32, and the limit of it; None for what is not finite."""
 
     def distance(path: Path) -> float | None:
-        found = relative_l2({"out": torch.load(path, weights_only=True)}, {"out": reference})
+        found = relative_l2(torch.load(path, weights_only=True), reference)
         return found if math.isfinite(found) else None
 
     reference = torch.load(answer_file(case.folder, REFERENCE, subject), weights_only=True)
@@ -340,7 +340,12 @@ def _error(case: Case, subject: str) -> tuple[float | None, float | None]:
 
 
 def _reinstall(case: Case) -> str:
-    package = _REINSTALL.get(case.backend) or ("onnxruntime" if case.device == "cpu" else "onnxruntime-gpu")
+    if case.backend in FLAVOURS:
+        package = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx-cu13"}[case.backend]
+    else:
+        package = find_backend(case.backend).package
+    if package == "onnxruntime" and case.device != "cpu":
+        package = "onnxruntime-gpu"
     return f"pip install --force-reinstall {package}"
 
 

@@ -5,11 +5,8 @@ the accuracy gate count.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sdcompress_engines.child_process import explain_exit, run_job
 from sdcompress_engines.errors import BackendMissing, storage_errors
+from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
+from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import cache_folder, installed_versions
 from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.backends.registry import backends
 from sdcompress.export.components import Precision
-from sdcompress.export.parity import FP32_LIMIT, HALF_FACTOR, relative_l2
 
 SAMPLES = 3
 """Timed calls at the least; more until `_LEAST_MS` of them, as three steps of milliseconds say little."""
@@ -62,27 +62,19 @@ class Measured:
 
 
 def candidates(device: str) -> list[Candidate]:
-    """What could run here; torch in fp32 first, as all others are held against it."""
-    from sdcompress_engines.runners import available
+    """Returns the backends and precisions to measure on a device, torch in fp32 first.
 
-    missing = available(torch.device(device).type)
+    All others are compared with torch in fp32.
+    """
+    kind = torch.device(device).type
     reference = Candidate("torch", "fp32")
-    if device.startswith("cuda"):
-        engines = any(missing[flavour] is None for flavour in ("tensorrt", "tensorrt-rtx"))
-        others = [
-            ("torch", True),
-            ("compile", True),
-            ("aot", True),
-            ("onnxruntime", missing["onnxruntime"] is None),
-            ("tensorrt", engines),
-        ]
-        return [reference, *(Candidate(backend, "fp16") for backend, there in others if there)]
-    found = [reference]
-    if missing["onnxruntime"] is None:
-        found.append(Candidate("onnxruntime", "fp32"))
-    if has_fast_bf16():
-        found += [Candidate("torch", "bf16"), Candidate("aot", "bf16")]
-    return found
+    others = [
+        Candidate(backend.name, precision)
+        for backend in backends().values()
+        for precision in backend.auto.get(kind, ())
+        if (precision != "bf16" or kind != "cpu" or has_fast_bf16()) and backend.missing(kind) is None
+    ]
+    return [reference, *sorted(others, key=lambda candidate: candidate.precision != "fp32")]
 
 
 def has_fast_bf16() -> bool:
@@ -133,9 +125,7 @@ def find_fastest(model: str | Path, *, device: str = "cpu", report: Reporter = S
             "precision": best.candidate.precision,
             "measured": [asdict(m) for m in measured],
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
     return best.candidate.backend, best.candidate.precision
 
 
@@ -210,37 +200,28 @@ def _judged(
     reference = answers.get(Candidate("torch", "fp32"))
     if failed or reference is None:
         return Measured(candidate, failed=failed or "torch in fp32 did not answer")
-    error = relative_l2({"out": answers[candidate]}, {"out": reference})
+    error = relative_l2(answers[candidate], reference)
     floor = answers.get(Candidate("torch", candidate.precision))
     limit = (
         FP32_LIMIT
         if candidate.precision == "fp32"
         else None
         if floor is None
-        else HALF_FACTOR * relative_l2({"out": floor}, {"out": reference})
+        else HALF_FACTOR * relative_l2(floor, reference)
     )
     over = f"relative L2 {error:.1e} is over {limit:.1e}" if limit is not None and not error <= limit else None
     return Measured(candidate, statistics.median(times), error, limit, over)
 
 
 def _in_child(case: dict[str, Any]) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "sdcompress.backends.fastest_worker"],
-            input=json.dumps(case),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LONGEST_S,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
+    """Time one candidate in a process of its own. Returns `ms`, the samples, or `failed`, the reason."""
+    outcome: dict[str, Any] = {}
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    ending = run_job(
+        "sdcompress.backends.fastest_worker", case, outcome.update, environment=threads, timeout_s=_LONGEST_S
+    )
+    if ending.timed_out:
         return {"failed": f"took over {_LONGEST_S / 60:.0f} minutes"}
-    lines = done.stdout.splitlines()
-    if done.returncode == 0 and lines:
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
-    said = next((line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
-    return {"failed": f"its process ended with status {done.returncode}: {said[:200]}"}
+    if ending.status == 0 and outcome:
+        return outcome
+    return {"failed": explain_exit(ending.status, ending.output)}

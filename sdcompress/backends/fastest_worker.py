@@ -1,13 +1,12 @@
-"""The process that times one backend for `find_fastest`: a JSON case on stdin, a JSON result on stdout."""
+"""The process that times one backend for `find_fastest`: see `sdcompress_engines.child_process`."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from typing import Any
 
 import torch
+from sdcompress_engines.child_process import receive_message, send_event
 
 _LEAST_MS, _MOST_SAMPLES = 500.0, 200
 
@@ -57,4 +56,5 @@ def _child(case: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_child(json.loads(sys.stdin.read()))))
+    if (message := receive_message()) is not None:
+        send_event(**_child(message))

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,10 +15,13 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from sdcompress_engines.child_process import explain_exit
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.manifest import cache_folder
 from sdcompress_engines.runners.onnxruntime import INSTALL, INSTALL_GPU
-from sdcompress_engines.store import BrokenEngine, EngineStore, engine_faults
+from sdcompress_engines.engine_files import engine_faults
+from sdcompress_engines.store import EngineStore
+from sdcompress_engines.store_entries import BrokenEngine
 
 NEEDED_BYTES = 512 * 2**20
 """Space for what a check of nano leaves in the cache: its graph, a compiled package and engines."""
@@ -104,20 +106,7 @@ def import_fault(module: str) -> str | None:
         done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return "it does not end"
-    return how_it_ended(done.returncode, done.stderr) if done.returncode else None
-
-
-def how_it_ended(status: int, said: str) -> str:
-    """Returns what is known of a process that failed.
-
-    Args:
-        said: what it wrote on stderr; its last line is the reason.
-    """
-    if status < 0:
-        name = signal.Signals(-status).name
-        return f"its process was ended by {name}" + (", as when memory runs out" if name == "SIGKILL" else "")
-    words = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "no message")
-    return f"its process ended with status {status}: {words[:300]}"
+    return explain_exit(done.returncode, done.stderr.splitlines()) if done.returncode else None
 
 
 def _unmet_requirements() -> list[tuple[str, str | None, str]]:

@@ -1,23 +1,171 @@
-"""The backends a pipeline runs on."""
+"""The backends, one entry each.
+
+To add one, write its entry in `_BUILT_IN` and, where it needs one, a runner in the engines package.
+Everything else (help texts, `--backend auto`, `doctor`, bench, reports) reads the entries.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sdcompress_engines.errors import UsageError
 
-BACKENDS = ("torch", "compile", "aot", "onnxruntime", "tensorrt", "auto")
+from sdcompress.backends.backend import Backend, UNetRequest
 
-BACKEND_ALIASES = {"ort": "onnxruntime", "trt": "tensorrt", "aoti": "aot"}
+if TYPE_CHECKING:
+    from sdcompress_engines.runners import Runner
 
+AUTO = "auto"
 FALLBACKS = ("torch",)
 
 
-def backend_name(name: str) -> str:
-    """The full name of a backend given by name or alias.
+def _open_compiled(request: UNetRequest) -> Runner:
+    from sdcompress.backends.torch_unet import open_compiled
+
+    return open_compiled(request)
+
+
+def _open_package(request: UNetRequest) -> Runner:
+    from sdcompress.backends.torch_unet import open_packaged
+
+    return open_packaged(request)
+
+
+def _missing_aot(device: str) -> str | None:
+    from sdcompress_engines.runners import available
+
+    return available(device)["aot-inductor"]
+
+
+def _missing_onnxruntime(device: str) -> str | None:
+    from sdcompress_engines.runners import available
+
+    return available(device)["onnxruntime"]
+
+
+def _missing_tensorrt(device: str) -> str | None:
+    """Either flavor serves; without one, the reason of the last is given."""
+    from sdcompress_engines.flavour import FLAVOURS
+    from sdcompress_engines.runners import available
+
+    if device != "cuda":
+        return "its engines run on an NVIDIA GPU and none is used here"
+    reasons = [available(device)[flavour] for flavour in FLAVOURS]
+    return None if None in reasons else reasons[-1]
+
+
+_BUILT_IN = (
+    Backend(
+        "torch",
+        "PyTorch",
+        colors=("#b3ada1", "#7d786e"),
+        auto={"cuda": ("fp16",), "cpu": ("bf16",)},
+    ),
+    Backend(
+        "compile",
+        "torch.compile",
+        colors=("#c2703a", "#dd9a68"),
+        open_unet=_open_compiled,
+        auto={"cuda": ("fp16",)},
+    ),
+    Backend(
+        "aot",
+        "AOTInductor",
+        colors=("#8a5aa8", "#bb95d4"),
+        alias="aoti",
+        suffix=".pt2",
+        open_unet=_open_package,
+        missing=_missing_aot,
+        auto={"cuda": ("fp16",), "cpu": ("bf16",)},
+    ),
+    Backend(
+        "onnxruntime",
+        "ONNX Runtime",
+        colors=("#3f6fb5", "#7ba5e3"),
+        alias="ort",
+        artifact="onnx",
+        suffix=".onnx",
+        missing=_missing_onnxruntime,
+        auto={"cuda": ("fp16",), "cpu": ("fp32",)},
+        lacks={"cpu": {"bf16": "ONNX Runtime computes no bf16 on a CPU"}},
+        package="onnxruntime",
+    ),
+    Backend(
+        "tensorrt",
+        "TensorRT",
+        colors=("#4c8a3a", "#84bd70"),
+        alias="trt",
+        artifact="engine",
+        suffix=".engine",
+        missing=_missing_tensorrt,
+        auto={"cuda": ("fp16",)},
+        package="tensorrt",
+    ),
+)
+_REGISTERED: dict[str, Backend] = {backend.name: backend for backend in _BUILT_IN}
+
+
+def backends() -> dict[str, Backend]:
+    """Returns all backends by name, PyTorch first."""
+    return dict(_REGISTERED)
+
+
+def register(backend: Backend) -> Backend:
+    """Add a backend for this process, as a plugin or a test does; returns it.
 
     Raises:
-        UsageError: no such backend.
+        UsageError: its name or alias is taken.
     """
-    full = BACKEND_ALIASES.get(name, name)
-    if full not in BACKENDS:
-        raise UsageError(f"no backend {name!r}", expected=f"one of {', '.join([*BACKENDS, *BACKEND_ALIASES])}")
+    if taken := {backend.name, backend.alias} & {AUTO, *_REGISTERED, *aliases()}:
+        raise UsageError(f"a backend {taken.pop()!r} is there already", hint="give it another name")
+    _REGISTERED[backend.name] = backend
+    return backend
+
+
+def unregister(name: str) -> None:
+    """Remove a backend that `register` added; one that is not there is no error."""
+    if name not in {backend.name for backend in _BUILT_IN}:
+        _REGISTERED.pop(name, None)
+
+
+def aliases() -> dict[str, str]:
+    """Returns alias → name."""
+    return {backend.alias: backend.name for backend in _REGISTERED.values() if backend.alias}
+
+
+def backend_name(name: str) -> str:
+    """Returns the full name of a backend given by name or alias; `auto` stays `auto`.
+
+    Raises:
+        UsageError: there is no such backend.
+    """
+    full = aliases().get(name, name)
+    if full not in (*_REGISTERED, AUTO):
+        raise UsageError(f"no backend {name!r}", expected=f"one of {', '.join([*_REGISTERED, AUTO, *aliases()])}")
     return full
+
+
+def find_backend(name: str) -> Backend:
+    """Returns the backend of a name or alias.
+
+    Raises:
+        UsageError: there is no such backend, or it is `auto`, which is a choice among them.
+    """
+    full = backend_name(name)
+    if full == AUTO:
+        raise UsageError("no backend 'auto' here", expected=f"one of {', '.join([*_REGISTERED, *aliases()])}")
+    return _REGISTERED[full]
+
+
+def backend_of_artifact(kind: str) -> Backend | None:
+    """Returns the backend that runs export folders of a manifest kind, or None where none does."""
+    return next((backend for backend in _REGISTERED.values() if backend.artifact == kind), None)
+
+
+def help_text() -> str:
+    """Returns the choices for a `--backend` option's help, in one sentence."""
+    names = [
+        backend.name if backend.title.lower().endswith(backend.name) else f"{backend.short_name} ({backend.title})"
+        for backend in _REGISTERED.values()
+    ]
+    return f"{', '.join(names)}, or auto: the fastest here, by measurement."

@@ -7,7 +7,6 @@ run, waits for a second line, and then times the step.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import statistics
 import sys
@@ -20,7 +19,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from sdcompress_engines.errors import ArtifactError, BackendMissing, EngineError, SdCompressError
+from sdcompress_engines.child_process import receive_message, send_event
+from sdcompress_engines.errors import ArtifactError, BackendMissing, EngineError, SdCompressError, UsageError
 from sdcompress_engines.exactness import ieee_fp32, use_ieee_fp32
 from sdcompress_engines.flavour import FLAVOURS, Flavour, present_card
 from sdcompress_engines.manifest import cache_folder, canonical, faults
@@ -31,11 +31,14 @@ from sdcompress_engines.runners.torch import COMPILER
 from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.store import EngineStore
 
-from sdcompress.backends.assemble import PositionalUNet
+from sdcompress.backends.backend import UNetRequest
 from sdcompress.backends.cached import cached_graphs, graph_runtime
 from sdcompress.backends.fastest import BATCH
 from sdcompress.backends.installation import remove_command
-from sdcompress.backends.proof import EVENT, REFERENCE, WHOLE, Case, answer_file
+from sdcompress.backends.proof import REFERENCE, WHOLE, Case, answer_file
+from sdcompress.backends.registry import find_backend
+from sdcompress.backends.torch_unet import PositionalUNet
+from sdcompress.export.aot import package_folder
 from sdcompress.export.components import DTYPES, random_inputs, signature_of
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 
@@ -111,7 +114,7 @@ def _prepare(case: Case) -> Ready:
         require_onnxruntime(case.device)  # before anything is exported for it
     loaded = load_subject(case.model, subject)
     feeds = _feeds(loaded, case)
-    runner = _OPEN[case.backend](loaded, case)
+    runner = _open(loaded, case)
     del loaded  # a graph or an engine needs no weights of torch's beside it
     _save(runner.infer(feeds), case.answer(subject))
     return lambda: {"ms": {subject: _median_ms(runner, feeds)}}
@@ -145,21 +148,19 @@ def _prepare_torch(case: Case) -> Ready:
     return lambda: {"ms": {name: _median_ms(*each) for name, each in opened.items()}, "parameters": parameters}
 
 
-def _open_compiled(loaded: LoadedPipeline, case: Case) -> Runner:
-    unet: Any = loaded.pipeline.unet.to(case.device, DTYPES[case.precision])
-    wanted = signature_of("unet", unet, case.precision)
-    graph = PositionalUNet(unet)
-    return TorchRunner(graph, wanted.inputs, wanted.outputs, "compile", cuda_graph=case.device == "cuda").open()
-
-
-def _open_package(loaded: LoadedPipeline, case: Case) -> Runner:
-    from sdcompress.export.aot import cached_package, open_package
-
-    path = cached_package(loaded, case.device, case.precision)
+def _open_registered(loaded: LoadedPipeline, case: Case) -> Runner:
+    """Returns the open runner of a backend that runs the UNet of a pipeline in torch."""
+    backend = find_backend(case.backend)
+    if backend.open_unet is None:
+        raise UsageError(f"{backend.title} opens no UNet", expected="a backend with `open_unet`")
+    if backend.suffix is None:  # nothing on disk: the weights in torch are what runs
+        loaded.pipeline.unet = loaded.pipeline.unet.to(case.device, DTYPES[case.precision])
     try:
-        return open_package(path, case.device)
+        return backend.open_unet(UNetRequest(loaded, case.device, case.precision)).open()
     except (ArtifactError, EngineError) as error:
-        raise _damaged(path.parent, error.what) from error
+        if backend.name != "aot":
+            raise
+        raise _damaged(package_folder(loaded.sha256, case.device, case.precision), error.what) from error
 
 
 def _open_graph(loaded: LoadedPipeline, case: Case) -> Runner:
@@ -172,12 +173,10 @@ def _open_engine(loaded: LoadedPipeline, case: Case) -> Runner:
     return open_runner(output / "unet.engine", device=case.device, cuda_graph=True, kernels="eager")
 
 
-_OPEN: dict[str, Callable[[LoadedPipeline, Case], Runner]] = {
-    "compile": _open_compiled,
-    "aot": _open_package,
-    "onnxruntime": _open_graph,
-    **dict.fromkeys(FLAVOURS, _open_engine),
-}
+def _open(loaded: LoadedPipeline, case: Case) -> Runner:
+    if case.backend in FLAVOURS:
+        return _open_engine(loaded, case)
+    return _open_graph(loaded, case) if case.backend == "onnxruntime" else _open_registered(loaded, case)
 
 
 def graph_folder(loaded: LoadedPipeline, case: Case) -> Path:
@@ -289,20 +288,16 @@ def _median_ms(runner: Runner, feeds: Feeds) -> float:
     return statistics.median(times)
 
 
-def _emit(answer: Mapping[str, Any]) -> None:
-    print(f"{EVENT}{json.dumps(answer)}", flush=True)
-
-
 def _attempt(work: Callable[[], Any]) -> Any:
     """Returns what `work` returns; an error is told to the parent, and ends the process."""
     try:
         return work()
     except SdCompressError as error:
         expected = f"; expected {error.expected}" if error.expected else ""
-        _emit({"failed": f"{error.what}{expected}", "command": _remedy(error) or error.hint})
+        send_event(failed=f"{error.what}{expected}", command=_remedy(error) or error.hint)
     except Exception as error:  # a backend's errors share no base class
         text = " ".join(str(error).split())[:300]
-        _emit({"failed": f"{type(error).__name__}: {text}", "command": _remedy(error)})
+        send_event(failed=f"{type(error).__name__}: {text}", command=_remedy(error))
     raise SystemExit(0)
 
 
@@ -322,14 +317,16 @@ def _remedy(error: BaseException) -> str | None:
 
 
 def _serve() -> None:
-    raw = json.loads(sys.stdin.readline())
+    raw = receive_message()
+    if raw is None:
+        return
     case = Case(**raw | {"subjects": tuple(raw["subjects"])})
     for name in case.hidden:
         sys.modules[name] = None  # type: ignore[assignment]  # an import of it then finds nothing
     ready = _attempt(lambda: _prepare(case))
-    _emit({"prepared": True})
-    if sys.stdin.readline():  # empty where the parent is gone
-        _emit(_attempt(ready))
+    send_event(prepared=True)
+    if receive_message() is not None:
+        send_event(**_attempt(ready))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from sdcompress_engines.errors import ModelError
 
 from sdcompress.checkpoints.ldm_keys import UNET, V_PREDICTION, VAE, ZERO_SNR
 from sdcompress.checkpoints.weights import Weights
-from sdcompress.families import configs as family_configs
-from sdcompress.families.identify import FAMILIES, family_of
+from sdcompress.families.registry import OTHER, family_of, published_families
 
 if TYPE_CHECKING:
     pass
@@ -153,25 +152,25 @@ def unet_config_of(weights: Weights) -> dict[str, Any]:
             expected="a UNet of SD1.x, SD2.x or SDXL, or a student of one",
         ) from error
     family = family_of(derived)
-    if family == "other":
+    if family is OTHER:
         raise ModelError(
             "has a UNet that is none of SD1.x, SD2.x and SDXL",
             where=weights.path,
-            expected=", ".join(list(FAMILIES.values())[:3]),
+            expected=", ".join(known.title for known in published_families().values()),
         )
     channels = derived["block_out_channels"]
     if any(width % _GROUPS for width in channels) or (
-        family != "sd1" and any(width % _HEAD_WIDTH for width in channels)
+        family.attention_heads is None and any(width % family.attention_head_width for width in channels)
     ):
         raise ModelError(
             f"has a UNet of unusual widths {channels}: its heads and groups are not told by the weights",
             where=weights.path,
             hint="convert it to a diffusers folder with its own config",
         )
-    derived["attention_head_dim"] = _SD1_HEADS if family == "sd1" else [width // _HEAD_WIDTH for width in channels]
-    if family == "sd2" and prediction_type(weights) == "v_prediction":
-        derived |= {"sample_size": 96, "upcast_attention": True}  # as stabilityai/stable-diffusion-2-1: 768 px
-    return _read_config(family, "unet/config.json") | derived
+    derived["attention_head_dim"] = family.attention_head_dim(channels)
+    if family.v_prediction_config and prediction_type(weights) == "v_prediction":
+        derived |= family.v_prediction_config
+    return family.read_config("unet/config.json") | derived
 
 
 def _unet_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -285,7 +284,7 @@ def configs_of(weights: Weights) -> dict[str, dict[str, Any]]:
     if weights.configs is not None:
         return {name: dict(content) for name, content in weights.configs.items() if isinstance(content, dict)}
     unet = unet_config_of(weights)
-    folder = family_configs.CONFIGS / family_of(unet)
+    folder = family_of(unet).config_folder
     names = [
         path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.json")) if path.name != "vocab.json"
     ]
@@ -300,8 +299,3 @@ def configs_of(weights: Weights) -> dict[str, dict[str, Any]]:
             scheduler |= {"_class_name": "DDIMScheduler", "clip_sample": False}
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return configs | {"unet/config.json": unet}
-
-
-def _read_config(family: str, name: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((family_configs.CONFIGS / family / name).read_text(encoding="utf-8"))
-    return config

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.ldm_keys import UNET_PREFIX, ldm_unet_keys
 
-if TYPE_CHECKING:
-    pass
-
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+UNET, VAE = UNET_PREFIX, "first_stage_model."
 
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors by which ComfyUI and A1111 tell such models
 
 
 METADATA_KEY = "sdcompress.configs"
-_UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 _OPENCLIP_ENDS = {
@@ -66,54 +45,7 @@ def unet_keys(keys: Iterable[str]) -> dict[str, str]:
     Raises:
         ModelError: a parameter that the LDM layout has no place for.
     """
-    keys = list(keys)
-    resnets, samplers, attended = _blocks(keys)
-    first: dict[tuple[str, int], int] = {}
-    for side, start, extra in (("down", 1, 1), ("up", 0, 0)):
-        for block in range(len([b for s, b in resnets if s == side])):
-            first[side, block] = start
-            start += resnets[side, block] + extra * ((side, block) in samplers)
-
-    def place(key: str) -> str | None:
-        module, _, leaf = key.rpartition(".")
-        if module in _UNET_ENDS:
-            return f"{_UNET_ENDS[module]}.{leaf}"
-        match = re.fullmatch(
-            r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", key
-        )
-        if match is None:
-            return None
-        side, number, kind, position, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
-        if kind == "downsamplers":
-            return f"input_blocks.{first[side, number] + resnets[side, number]}.0.op.{leaf}"
-        if kind == "upsamplers":
-            return f"output_blocks.{first[side, number] + resnets[side, number] - 1}.{2 if (side, number) in attended else 1}.conv.{leaf}"
-        if kind == "resnets":
-            name = rest.rpartition(".")[0]
-            if name not in _RESNET:
-                return None
-            rest = f"{_RESNET[name]}.{leaf}"
-        if side is None:
-            return f"middle_block.{2 * position + (kind == 'attentions')}.{rest}"
-        return f"{'input' if side == 'down' else 'output'}_blocks.{first[side, number] + position}.{int(kind == 'attentions')}.{rest}"
-
-    return _placed(keys, place, "UNet")
-
-
-def _blocks(keys: list[str]) -> tuple[dict[tuple[str, int], int], set[tuple[str, int]], set[tuple[str, int]]]:
-    """(side, block) → number of resnets, and which blocks have a sampler, and which attentions."""
-    resnets: dict[tuple[str, int], int] = {}
-    samplers, attended = set(), set()
-    for key in keys:
-        if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.", key):
-            block = match[1], int(match[2])
-            if match[3] == "resnets":
-                resnets[block] = max(resnets.get(block, 0), int(match[4]) + 1)
-            elif match[3] == "attentions":
-                attended.add(block)
-            else:
-                samplers.add(block)
-    return resnets, samplers, attended
+    return _placed(ldm_unet_keys(keys), "UNet")
 
 
 def vae_keys(keys: Iterable[str]) -> dict[str, str]:
@@ -150,7 +82,7 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
         base = f"{match[1]}.{match[2]}.{level}"
         return f"{base}.{match[2]}sample.{match[6]}" if match[6] else f"{base}.block.{match[4]}.{_vae_resnet(match[5])}"
 
-    return _placed(keys, place, "VAE")
+    return _placed({key: place(key) for key in keys}, "VAE")
 
 
 def _vae_resnet(name: str) -> str:
@@ -178,11 +110,15 @@ def openclip_keys(keys: Iterable[str]) -> dict[str, str]:
             return f"{base}attn.in_proj_{match[3]}"
         return f"{base}{_OPENCLIP_LAYER[match[2]]}.{match[3]}" if match[2] in _OPENCLIP_LAYER else None
 
-    return _placed(keys, place, "text encoder")
+    return _placed({key: place(key) for key in keys}, "text encoder")
 
 
-def _placed(keys: Iterable[str], place: Callable[[str], str | None], what: str) -> dict[str, str]:
-    found = {key: place(key) for key in keys}
+def _placed(found: Mapping[str, str | None], what: str) -> dict[str, str]:
+    """Returns the names, none of which is None.
+
+    Raises:
+        ModelError: a parameter without a place.
+    """
     lost = [key for key, name in found.items() if name is None]
     if lost:
         raise ModelError(
@@ -208,12 +144,12 @@ def is_openclip(config: Any) -> bool:
     return bool(config.hidden_act == "gelu")
 
 
-def text_prefixes(sdxl: bool, openclip: bool) -> tuple[str, str]:
-    """Prefix of a text encoder's parameters in a file: (OpenAI layout or OpenCLIP layout, as `openclip` says), and of
-    its `text_projection`.
+def text_prefixes(family_prefixes: Mapping[str, str], openclip: bool) -> tuple[str, str]:
+    """Returns the key prefix of a text encoder's parameters in a file, and of its `text_projection`.
+
+    Args:
+        family_prefixes: `Family.text_prefixes`.
+        openclip: whether the encoder has OpenCLIP's layout, not OpenAI's.
     """
-    if openclip:
-        base = "conditioner.embedders.1.model." if sdxl else "cond_stage_model.model."
-        return base, base
-    base = "conditioner.embedders.0.transformer." if sdxl else "cond_stage_model.transformer."
-    return f"{base}text_model.", base
+    base = family_prefixes["openclip" if openclip else "openai"]
+    return (base, base) if openclip else (f"{base}text_model.", base)

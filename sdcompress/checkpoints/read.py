@@ -25,6 +25,8 @@ from sdcompress.checkpoints.ldm_keys import (
 )
 from sdcompress.checkpoints.weights import Weights, open_weights
 from sdcompress.families.configs import CONFIGS
+from sdcompress.families.family import Family
+from sdcompress.families.registry import family_of_pipeline
 from sdcompress.families.vocabulary import VOCABULARY
 
 if TYPE_CHECKING:
@@ -51,27 +53,22 @@ def load_single_file(path: Path, *, as_stored: bool = False) -> DiffusionPipelin
             where=path,
             expected="a text-to-image model, whose UNet takes the VAE's 4 channels",
         )
-    sdxl = "text_encoder_2/config.json" in configs
+    family = family_of_pipeline(str(index.get("_class_name")))
     parts: dict[str, Any] = {}
     try:
-        for name in ("unet", "vae", "text_encoder", "text_encoder_2")[: 3 + sdxl]:
-            parts[name] = _load_part(weights, name, configs[f"{name}/config.json"], sdxl, as_stored)
+        for name in ("unet", "vae", *family.text_encoders):
+            parts[name] = _load_part(weights, name, configs[f"{name}/config.json"], family, as_stored)
         parts["scheduler"] = _load_scheduler(configs["scheduler/scheduler_config.json"], path)
-        for name in ("tokenizer", "tokenizer_2")[: 1 + sdxl]:
+        for name in family.tokenizers:
             parts[name] = _load_tokenizer(weights, name, configs)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
         raise ModelError(
             f"has configs that build no pipeline ({(str(error) or type(error).__name__).splitlines()[0]})", where=path
         ) from error
-    if sdxl:
-        return diffusers.StableDiffusionXLPipeline(
-            **parts,
-            force_zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", True)),
-            add_watermarker=False,
-        )
-    return diffusers.StableDiffusionPipeline(
-        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    options = dict(family.pipeline_options)
+    if "force_zeros_for_empty_prompt" in index:
+        options["force_zeros_for_empty_prompt"] = bool(index["force_zeros_for_empty_prompt"])
+    return getattr(diffusers, family.pipeline_class)(**parts, **options)
 
 
 def _load_scheduler(config: dict[str, Any], path: Path) -> Any:
@@ -84,12 +81,12 @@ def _load_scheduler(config: dict[str, Any], path: Path) -> Any:
     return scheduler.from_config(config)
 
 
-def _load_part(weights: Weights, name: str, config: dict[str, Any], sdxl: bool, as_stored: bool) -> Any:
+def _load_part(weights: Weights, name: str, config: dict[str, Any], family: Family, as_stored: bool) -> Any:
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         part = _build(name, config)
-    places = _places(weights, name, part, sdxl)
+    places = _places(weights, name, part, family)
     state = {}
     for key, empty in part.state_dict().items():
         if not empty.is_meta:
@@ -144,14 +141,14 @@ class _Place:
     take: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
 
 
-def _places(weights: Weights, name: str, part: Any, sdxl: bool) -> dict[str, _Place]:
+def _places(weights: Weights, name: str, part: Any, family: Family) -> dict[str, _Place]:
     keys = [key for key, value in part.state_dict().items() if value.is_meta]
     if name == "unet":
         return {key: _Place(UNET + place) for key, place in unet_keys(keys).items()}
     if name == "vae":
         return {key: _Place(VAE + place) for key, place in vae_keys(keys).items()}
     openclip = is_openclip(part.config)
-    prefix, projection = text_prefixes(sdxl, openclip)
+    prefix, projection = text_prefixes(family.text_prefixes, openclip)
     plain = {key: key.removeprefix("text_model.") for key in keys}
     if openclip:
         return {

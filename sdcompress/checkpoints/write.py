@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import require_space, storage_errors
 
 from sdcompress.checkpoints.ldm_keys import (
@@ -27,6 +28,7 @@ from sdcompress.checkpoints.ldm_keys import (
     unet_keys,
     vae_keys,
 )
+from sdcompress.families.registry import family_of_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,7 +46,7 @@ def ldm_state_dict(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
         ModelError: a part of the pipeline that LDM files do not know.
     """
     parts: Any = pipeline
-    sdxl = getattr(parts, "text_encoder_2", None) is not None
+    prefixes = family_of_pipeline(type(pipeline).__name__).text_prefixes
     unet = parts.unet.state_dict()
     weights = {UNET + name: unet[key] for key, name in unet_keys(unet).items()}
     vae = parts.vae.state_dict()
@@ -53,7 +55,7 @@ def ldm_state_dict(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
         weights[VAE + name] = tensor[:, :, None, None] if ".mid.attn_1." in name and tensor.ndim == 2 else tensor
     for encoder in (parts.text_encoder, getattr(parts, "text_encoder_2", None)):
         if encoder is not None:
-            weights |= _text_state_dict(encoder, sdxl)
+            weights |= _text_state_dict(encoder, prefixes)
     scheduler = parts.scheduler.config
     flags = {
         V_PREDICTION: scheduler.get("prediction_type") == "v_prediction",
@@ -62,14 +64,14 @@ def ldm_state_dict(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
     return weights | {key: torch.empty(0) for key, flag in flags.items() if flag}
 
 
-def _text_state_dict(encoder: Any, sdxl: bool) -> dict[str, torch.Tensor]:
+def _text_state_dict(encoder: Any, prefixes: Mapping[str, str]) -> dict[str, torch.Tensor]:
     state = {
         key.removeprefix("text_model."): tensor
         for key, tensor in encoder.state_dict().items()
         if not key.endswith("position_ids")
     }
     openclip = is_openclip(encoder.config)
-    prefix, projection_prefix = text_prefixes(sdxl, openclip)
+    prefix, projection_prefix = text_prefixes(prefixes, openclip)
     if not openclip:
         return {
             (projection_prefix if key.startswith("text_projection") else prefix) + key: tensor
@@ -169,7 +171,7 @@ def write_ldm(
             save_file(weights, temporary, metadata=metadata)
             _sort_metadata(temporary)
             temporary.chmod(0o644)
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     return path

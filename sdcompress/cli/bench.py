@@ -269,7 +269,7 @@ def suite_of(
     from sdcompress_bench.suite_file import check_suite
     from sdcompress_engines.errors import BackendMissing, UsageError
 
-    from sdcompress.sampling import default_guidance_scale
+    from sdcompress.families.registry import family_of
 
     file = check_suite(described, where or "the options")
     gpu = torch.cuda.is_available()
@@ -281,6 +281,9 @@ def suite_of(
     ways, skipped = _ways((file.gpu_backends if device == "cuda" else None) or file.backends, device, precision)
     models = tested or tuple(_model(entry) for entry in file.models)
     own_size = _own_size(models[0])
+    guidance_scale = file.guidance_scale
+    if guidance_scale is None:
+        guidance_scale = family_of(_configs(models[0])["unet"]).guidance_scale
     prompts, judged = _prompts(models[0], file, quick)
     metric = Path(file.clip) if file.clip else judged.get("metric")
     real = Path(file.reference) if file.reference else judged.get("real")
@@ -297,7 +300,7 @@ def suite_of(
             sizes_px=file.size_px or (own_size,),
             batch=file.batch,
             steps=file.steps,
-            guidance_scale=default_guidance_scale(own_size) if file.guidance_scale is None else file.guidance_scale,
+            guidance_scale=guidance_scale,
             prompts=prompts,
             seed=file.seed,
             rounds=file.rounds,
@@ -322,9 +325,9 @@ def suite_of(
 
 def _ways(names: tuple[str, ...] | None, device: str, precision: str) -> tuple[tuple[Way, ...], dict[str, str]]:
     """The ways to measure, and those left out with the reason."""
-    from sdcompress_bench.scenario import BACKEND_NAMES
     from sdcompress_bench.suite_file import read_way
-    from sdcompress_engines.runners import available
+
+    from sdcompress.backends.registry import find_backend
 
     gpu = device == "cuda"
     wanted = list(
@@ -333,24 +336,15 @@ def _ways(names: tuple[str, ...] | None, device: str, precision: str) -> tuple[t
             for name in names or (("torch", "compile", "ort", "trt") if gpu else ("torch", "ort"))
         )
     )
-    reasons = available(device)
-    reasons["aot"] = reasons["aot-inductor"]
-    reasons["tensorrt"] = (
-        "its engines run on an NVIDIA GPU and none is used here"
-        if not gpu
-        else reasons["tensorrt"] and reasons["tensorrt-rtx"]
-    )  # either serves
-    skipped = {BACKEND_NAMES[way.backend]: reason for way in wanted if (reason := reasons.get(way.backend))}
-    if not gpu:  # ONNX Runtime computes no bf16 on a CPU
-        skipped |= {
-            str(way): "ONNX Runtime computes no bf16 on a CPU"
-            for way in wanted
-            if way.backend == "onnxruntime" and way.precision == "bf16"
-        }
-    return (
-        tuple(way for way in wanted if BACKEND_NAMES[way.backend] not in skipped and str(way) not in skipped),
-        skipped,
-    )
+    skipped: dict[str, str] = {}
+    for way in wanted:
+        backend = find_backend(way.backend)
+        if reason := backend.missing(device):
+            skipped[backend.title] = reason
+        elif reason := backend.lacks.get(device, {}).get(way.precision):
+            skipped[str(way)] = reason
+    measured = tuple(way for way in wanted if not {find_backend(way.backend).title, str(way)} & set(skipped))
+    return measured, skipped
 
 
 def _gate(entry: GateEntry, precision: str) -> Gate:

@@ -13,7 +13,8 @@ from sdcompress.cli._console import card, json_option, mib
 
 if TYPE_CHECKING:
     from sdcompress_engines.manifest import Manifest
-    from sdcompress_engines.store import EngineStore, Entry
+    from sdcompress_engines.store import EngineStore
+    from sdcompress_engines.store_entries import Entry
 
 BUILD = "sdcompress export MODEL --trt -o DIR"
 store_option = click.option(
@@ -133,7 +134,8 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
     import json
 
     from sdcompress_engines.errors import GateFailed
-    from sdcompress_engines.store import EngineStore, Finding, Verdict
+    from sdcompress_engines.store import EngineStore
+    from sdcompress_engines.store_entries import Finding, Verdict
 
     opened = EngineStore(store)
     place = _engine_folder(folder) if folder else opened.root
@@ -207,7 +209,8 @@ def path(key: str | None, store: Path | None) -> None:
       ls -l "$(sdcompress engines path 3fa2)"
     """
     from sdcompress_engines.errors import ArtifactError
-    from sdcompress_engines.store import BrokenEngine, EngineStore
+    from sdcompress_engines.store import EngineStore
+    from sdcompress_engines.store_entries import BrokenEngine
 
     opened = EngineStore(store)
     if key is None:
@@ -272,7 +275,7 @@ def _engine_folder(folder: Path) -> Path:
 
 def _faults(folder: Path) -> list[str]:
     from sdcompress_engines.errors import ArtifactError
-    from sdcompress_engines.store import engine_faults
+    from sdcompress_engines.engine_files import engine_faults
 
     try:
         return engine_faults(folder)
@@ -283,7 +286,7 @@ def _faults(folder: Path) -> list[str]:
 def _folder_facts(folder: Path, contents: bool = False) -> list[dict[str, Any]]:
     """One a component of an engine folder."""
     from sdcompress_engines.manifest import read_manifest
-    from sdcompress_engines.store import SUFFIX, engine_faults
+    from sdcompress_engines.engine_files import SUFFIX, engine_faults
 
     place = _engine_folder(folder)
     found = engine_faults(place, contents=contents)
@@ -297,7 +300,8 @@ def _folder_facts(folder: Path, contents: bool = False) -> list[dict[str, Any]]:
 
 
 def _entry_facts(entry: Entry, contents: bool = False) -> dict[str, Any]:
-    from sdcompress_engines.store import BrokenEngine, engine_faults
+    from sdcompress_engines.engine_files import engine_faults
+    from sdcompress_engines.store_entries import BrokenEngine
 
     if isinstance(entry, BrokenEngine):
         blank = dict.fromkeys(
@@ -325,7 +329,7 @@ def _facts(manifest: Manifest, component: str, path: Path, fault: str | None) ->
     from datetime import datetime, timezone
 
     from sdcompress_engines.flavour import obstacle
-    from sdcompress_engines.store import EngineKey
+    from sdcompress_engines.engine_key import EngineKey
 
     config, file = manifest.config, manifest.files.get(path.name)
     key = EngineKey.of(config, component)

@@ -83,15 +83,16 @@ def _shown(key: str, value: Any) -> Any:
 def _pipeline_facts(
     index: dict[str, Any], unet: dict[str, Any], prediction_type: str | None, parameters: dict[str, int], dtype: str
 ) -> dict[str, Any]:
-    from sdcompress.families.identify import FAMILIES, family_of, student_of
+    from sdcompress.families.registry import family_of
     from sdcompress.prune.student import count_parameters, meta_unet
 
-    family, student = family_of(unet), student_of(unet)
+    family = family_of(unet)
+    student = family.student_of(unet)
     return {
         "class": index.get("_class_name"),
-        "family": family,
+        "family": family.layout,
         "student": student,
-        "student_of": None if student is None else FAMILIES[family],
+        "student_of": None if student is None else family.title,
         "prediction_type": prediction_type,
         "unet_parameters": count_parameters(meta_unet({k: v for k, v in unet.items() if not k.startswith("_")})),
         "parameters": parameters,

@@ -1,4 +1,4 @@
-"""`sdcompress install`: a plugin and engines into a WebUI or ComfyUI."""
+"""`sdcompress install`: put a plugin and engines into a WebUI or ComfyUI."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
-from sdcompress.hosts.find import hosts
+from sdcompress.hosts.definitions import hosts
 
 if TYPE_CHECKING:
     from sdcompress.hosts.host import Host
-    from sdcompress.hosts.transaction import Done
+    from sdcompress.hosts.transaction import Outcome
 
 host_argument = click.argument("host", type=click.Choice(list(hosts())))
 path_argument = click.argument("path", type=click.Path(path_type=Path))
@@ -22,16 +22,16 @@ path_argument = click.argument("path", type=click.Path(path_type=Path))
 @host_argument
 @path_argument
 @click.argument("engines", nargs=-1, type=click.Path(path_type=Path), metavar="[ENGINE]...")
-@click.option("--name", default=None, help="Of the engine in the program's list.  [default: its model's]")
-@click.option("--link", is_flag=True, help="Links to the files where they are, instead of copies.")
+@click.option("--name", default=None, help="Name of the engine in the program's list.  [default: its model's]")
+@click.option("--link", is_flag=True, help="Create links to the files instead of copies.")
 @click.option(
     "--with-weights",
     "weights",
     default=None,
     metavar="MODEL",
     help=(
-        "webui, forge: put the model the engine was made from beside it, as one file; what the engine cannot run is"
-        " then run in torch."
+        "webui, forge: put the model that the engine was exported from beside it, as one file. Torch can then run what"
+        " the engine cannot."
     ),
 )
 def command(
@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Put the plugin for HOST, and each ENGINE, into the program's folder PATH.
 
-    What is there and not ours is never touched; doing it twice changes nothing.
+    Files that sdcompress has not installed are never touched. A second install of the same changes nothing.
 
     \b
     sdcompress install webui ~/stable-diffusion-webui engines     what `export --trt --signature webui` wrote
@@ -51,49 +51,50 @@ def command(
     from sdcompress.hosts.find import find_host
     from sdcompress.hosts.install import install
 
-    found, root = find_host(host, path)
-    done = install(found, root, engines, name=name, link=link, weights=weights, report=ConsoleReporter())
-    title = f"{found.title} in {root}" + ("" if done.written or done.removed else ": all of it was there already")
+    program, root = find_host(host, path)
+    outcome = install(program, root, engines, name=name, link=link, weights=weights, report=ConsoleReporter())
+    is_new = outcome.written or outcome.removed
     card(
-        title,
-        [*rows_of(found, root, done), *((str(number), step) for number, step in enumerate(found.steps, 1))],
-        f"sdcompress status {host} {_typed(path)}",
+        f"{program.title} in {root}" + ("" if is_new else ": everything was there already"),
+        [
+            *outcome_rows(program, root, outcome),
+            *((str(number), step) for number, step in enumerate(program.steps, 1)),
+        ],
+        f"sdcompress status {host} {_quote(path)}",
     )
 
 
-def rows_of(host: Host, root: Path, done: Done) -> list[tuple[str, str]]:
-    """What was done, a row for the plugin and one an engine, and what to know of it."""
+def outcome_rows(host: Host, root: Path, outcome: Outcome) -> list[tuple[str, str]]:
+    """Returns (label, text) rows: one for the plugin, one for each engine, then kept files and notes.
+
+    Args:
+        host: the program.
+        root: its folder.
+        outcome: of an install or uninstall.
+    """
     from sdcompress.hosts.engine_folder import engine_of
 
+    groups = {"written": outcome.written, "removed": outcome.removed, "there already": outcome.unchanged}
+    owners = {engine_of(host, path) for paths in groups.values() for path in paths}
     rows = []
-    for label, name in [
-        ("plugin", None),
-        *sorted(
-            ("engine", name)
-            for name in {engine_of(host, path) for path in (*done.written, *done.removed, *done.unchanged)} - {None}
-        ),
-    ]:
-        groups = {
-            what: [path for path in paths if engine_of(host, path) == name]
-            for what, paths in (("written", done.written), ("removed", done.removed), ("there already", done.unchanged))
-        }
+    for name in (None, *sorted(name for name in owners if name is not None)):
+        counts = []
+        for what, paths in groups.items():
+            own = [path for path in paths if engine_of(host, path) == name]
+            size = f" ({mib(sum((root / path).lstat().st_size for path in own))})" if what == "written" else ""
+            if own:
+                counts.append(f"{len(own)} {'file' if len(own) == 1 else 'files'} {what}{size}")
         place = root / (host.extension if name is None else f"{host.models}/{name}")
-        size = sum((root / path).lstat().st_size for path in groups["written"])
-        counts = [
-            f"{len(paths)} {'file' if len(paths) == 1 else 'files'} {what}"
-            + (f" ({mib(size)})" if what == "written" else "")
-            for what, paths in groups.items()
-            if paths
-        ]
         if counts:
-            rows.append((label, f"{place}: {', '.join(counts)}"))
+            rows.append(("plugin" if name is None else "engine", f"{place}: {', '.join(counts)}"))
     return [
         *rows,
-        *(("kept", f"{root / path}: {why}") for path, why in done.kept.items()),
-        *(("note", note) for note in done.notes),
+        *(("kept", f"{root / path}: {reason}") for path, reason in outcome.kept.items()),
+        *(("note", note) for note in outcome.notes),
     ]
 
 
-def _typed(path: Path) -> str:
+def _quote(path: Path) -> str:
+    """Returns a path as the user types it."""
     text = str(path)
     return f'"{text}"' if any(letter.isspace() for letter in text) else text

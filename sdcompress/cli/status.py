@@ -1,4 +1,4 @@
-"""`sdcompress status`: what is installed in a WebUI or ComfyUI, and whether it works there."""
+"""`sdcompress status`: check what is installed in a WebUI or ComfyUI."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 @path_argument
 @json_option
 def command(host: str, path: Path, as_json: bool) -> None:
-    """Say what is installed in the program's folder PATH, whether its files are whole, and which engines load on this
-    machine, or why not.
+    """Show what is installed in the program's folder PATH, whether its files are intact, and which engines load on
+    this machine, or why not.
 
     \b
     sdcompress status webui ~/stable-diffusion-webui
@@ -30,37 +30,35 @@ def command(host: str, path: Path, as_json: bool) -> None:
     import json
 
     from sdcompress.hosts.find import find_host
-    from sdcompress.hosts.status import status
+    from sdcompress.hosts.status import read_status
 
-    found, root = find_host(host, path)
-    state = status(found, root)
+    program, root = find_host(host, path)
+    state = read_status(program, root)
     if as_json:
-        click.echo(json.dumps(_facts(state), ensure_ascii=False))
+        click.echo(json.dumps(_to_json(state), ensure_ascii=False))
         return
-    packages = (
-        "not found: what an engine needs is checked in this Python"
-        if state.packages is None
-        else ", ".join(f"{name} {version}" for name, version in sorted(state.packages.items()))
-        or "has neither torch nor a runtime"
-    )
-    rows = [
-        ("plugin", _plugin(state)),
-        ("engines", str(root / found.models)),
-        *(("", _line(engine)) for engine in state.engines),
-    ]
+    rows = [("plugin", _describe_plugin(state)), ("engines", str(root / program.models))]
+    rows += [("", _describe_engine(engine)) for engine in state.engines]
     rows += [("changed", f"{root / name}: {what}") for name, what in state.changed.items()]
     rows += [
-        ("left over", f"{root / name}: of an install that was stopped; an install or uninstall clears it away")
+        ("left over", f"{root / name}: of an interrupted install; the next install or uninstall removes it")
         for name in state.leftovers
     ]
     card(
-        f"{found.title} in {root}",
-        [*rows, ("its Python", packages)],
+        f"{program.title} in {root}",
+        [*rows, ("its Python", _describe_packages(state))],
         None if state.record else f"sdcompress install {host} {path} ENGINE",
     )
 
 
-def _plugin(state: Status) -> str:
+def _describe_packages(state: Status) -> str:
+    if state.packages is None:
+        return "not found: engines are checked against this Python instead"
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(state.packages.items()))
+    return versions or "has neither torch nor a runtime"
+
+
+def _describe_plugin(state: Status) -> str:
     if state.broken:
         return f"the record of what was installed is broken: {state.broken}"
     if state.record is None:
@@ -68,22 +66,19 @@ def _plugin(state: Status) -> str:
     return f"{state.root / state.host.extension}, of sdcompress {state.record.version}, {state.record.created}"
 
 
-def _line(engine: EngineStatus) -> str:
-    loads = (
-        f"damaged: {engine.fault}"
-        if engine.fault
-        else f"does not load here: {engine.why_not}"
-        if engine.why_not
-        else "loads here"
-    )
-    facts = engine.facts
-    told = (
-        f"{facts['runtime']}, {facts['precision']}, {facts['signature']}, {mib(facts['bytes'])}" if facts else "unknown"
-    )
-    return f"{engine.name}  ({told}{'' if engine.ours else '; not installed by sdcompress'})  {loads}"
+def _describe_engine(engine: EngineStatus) -> str:
+    verdict = "loads here"
+    if engine.fault:
+        verdict = f"damaged: {engine.fault}"
+    elif engine.why_not:
+        verdict = f"does not load here: {engine.why_not}"
+    facts, details = engine.facts, "unknown"
+    if facts:
+        details = f"{facts['runtime']}, {facts['precision']}, {facts['signature']}, {mib(facts['bytes'])}"
+    return f"{engine.name}  ({details}{'' if engine.ours else '; not installed by sdcompress'})  {verdict}"
 
 
-def _facts(state: Status) -> dict[str, Any]:
+def _to_json(state: Status) -> dict[str, Any]:
     engines = [
         {
             "name": engine.name,

@@ -1,4 +1,4 @@
-"""`sdcompress uninstall`: what `install` has put into a WebUI or ComfyUI, away again."""
+"""`sdcompress uninstall`: remove what `install` has put into a WebUI or ComfyUI."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from sdcompress.cli._console import card
-from sdcompress.cli.install import host_argument, path_argument, rows_of
+from sdcompress.cli.install import host_argument, outcome_rows, path_argument
 
 
 @click.command()
@@ -15,9 +15,9 @@ from sdcompress.cli.install import host_argument, path_argument, rows_of
 @path_argument
 @click.argument("names", nargs=-1, metavar="[ENGINE]...")
 def command(host: str, path: Path, names: tuple[str, ...]) -> None:
-    """Take away what `install` has put into the program's folder PATH: all of it, or the engines of these names.
+    """Remove what `install` has put into the program's folder PATH: everything, or the engines of these names.
 
-    A file that was changed since is kept, and said.
+    A file that was changed since is kept and reported.
 
     \b
     sdcompress uninstall webui ~/stable-diffusion-webui
@@ -26,6 +26,6 @@ def command(host: str, path: Path, names: tuple[str, ...]) -> None:
     from sdcompress.hosts.find import find_host
     from sdcompress.hosts.install import uninstall
 
-    found, root = find_host(host, path)
-    done = uninstall(found, root, names)
-    card(f"{found.title} in {root}", [*rows_of(found, root, done), ("1", f"restart {found.title}")])
+    program, root = find_host(host, path)
+    outcome = uninstall(program, root, names)
+    card(f"{program.title} in {root}", [*outcome_rows(program, root, outcome), ("1", f"restart {program.title}")])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import (
     FileEntry,
     check_free,
@@ -138,7 +138,7 @@ def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
     path = folder / unit_name(number)
     temporary = path.with_suffix(".tmp")
     save_file({name: tensor.contiguous() for name, tensor in unit.tensors.items()}, temporary)
-    os.replace(temporary, path)
+    replace_file(temporary, path)
     skipped = unit.skipped
     facts = {
         "sha256": sha256_file(path),
@@ -151,7 +151,7 @@ def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
         "tile_px": unit.tile_px,
     }
     temporary.write_text(json.dumps(facts))
-    os.replace(temporary, folder / f"{unit_name(number)}.json")
+    replace_file(temporary, folder / f"{unit_name(number)}.json")
 
 
 def _finish(
@@ -232,7 +232,7 @@ def _finish(
     )
     if output.exists():
         shutil.rmtree(output)
-    os.replace(partial, output)
+    replace_file(partial, output)
     told = "".join(f", {len(keys)} left out: {reason}" for reason, keys in total.reasons.items()) + "".join(
         f", {count} filtered out: {reason}" for reason, count in total.filtered.items()
     )

@@ -29,12 +29,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdcompress.families.identify import family_of
+from sdcompress.families.registry import family_of
 
 Precision = Literal["fp32", "bf16"]
 PrecisionChoice = Literal["auto", "fp32", "bf16"]
 DTYPES: Mapping[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-BF16_FAMILIES = ("sd1", "sd2")
 BF16_CAPABILITY = (8, 0)
 """Compute capability from which an NVIDIA card has bf16 arithmetic; older ones emulate it."""
 FREE_SHARE = 0.8
@@ -74,7 +73,7 @@ def choose_precision(pipeline: Any, device: torch.device, wanted: PrecisionChoic
         )
     if wanted != "auto":
         return wanted
-    bf16_safe = family_of(pipeline.unet.config) in BF16_FAMILIES or not pipeline.vae.config.get("force_upcast", True)
+    bf16_safe = family_of(pipeline.unet.config).bf16_vae or not pipeline.vae.config.get("force_upcast", True)
     return "bf16" if device.type == "cuda" and native and bf16_safe else "fp32"
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from sdcompress_engines.errors import BackendMissing, GateFailed, UsageError
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import Manifest, read_manifest, require_space, staged, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners import TorchRunner
@@ -33,7 +33,7 @@ from sdcompress.export.components import (
     weights_of,
 )
 from sdcompress.export.onnx_file import OPSET, write_onnx
-from sdcompress.export.parity import Parity, check_parity, compare_onnx, relative_l2
+from sdcompress.export.parity import Parity, check_parity, compare_onnx
 from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, named_for
 from sdcompress.export.quantize.check import check_accuracy, check_quantized
 from sdcompress.export.quantize.precisions import INSTALL, Quantized, missing
@@ -43,7 +43,7 @@ from sdcompress.export.quantize.quantize import quantize_graph
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["ExportResult", "Parity", "export_onnx", "relative_l2", "save_small_parts", "sha256_weights"]
+__all__ = ["ExportResult", "Parity", "export_onnx", "save_small_parts", "sha256_weights"]
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def export_onnx(
                 raise
             kept = output.absolute().with_name(f"{output.name}.failed")
             shutil.rmtree(kept, ignore_errors=True)
-            os.replace(folder, kept)
+            replace_file(folder, kept)
             raise GateFailed(error.what, expected=error.expected, hint=f"the graphs are kept in {kept}") from error
     return ExportResult(output, manifest, parity, seconds)
 

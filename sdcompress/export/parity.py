@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 from sdcompress_engines.errors import GateFailed
+from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, largest_relative_l2
 from sdcompress_engines.runners import OnnxRuntimeRunner, Runner, TorchRunner
 from sdcompress_engines.signature import CONTEXT_TOKENS, Signature
 
 from sdcompress.export.components import DTYPES, Precision, component_graph, random_inputs, signature_of
 from sdcompress.export.onnx_file import upcast_onnx
 
-FP32_LIMIT = 1e-4
-HALF_FACTOR = 2.0
 TIMESTEPS = (1, 250, 500, 750, 999)
 
 
@@ -144,12 +143,15 @@ def compare(
     floors = (
         [None] * len(chosen)
         if precision == "fp32"
-        else [relative_l2(found, truth) for found, truth in zip(torch_answers(precision, wanted), truths, strict=True)]
+        else [
+            largest_relative_l2(found, truth)
+            for found, truth in zip(torch_answers(precision, wanted), truths, strict=True)
+        ]
     )
     with open_graph() as runner:
         dtypes = {spec.name: spec.dtype for spec in runner.inputs}
         errors = [
-            relative_l2(runner.infer({name: value.to(dtypes[name]) for name, value in feed.items()}), truth)
+            largest_relative_l2(runner.infer({name: value.to(dtypes[name]) for name, value in feed.items()}), truth)
             for feed, truth in zip(feeds, truths, strict=True)
         ]
     shares = [
@@ -159,14 +161,6 @@ def compare(
     return Parity(
         max(errors), None if precision == "fp32" else max(floor or 0.0 for floor in floors), max(shares), len(chosen)
     )
-
-
-def relative_l2(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
-    """The largest ‖found − truth‖ / ‖truth‖ over the outputs, in float64; infinite where anything is not finite."""
-    errors = [
-        ((found[name].double() - want.double()).norm() / want.double().norm()).item() for name, want in truth.items()
-    ]
-    return max(error if error == error else float("inf") for error in errors)
 
 
 def check_parity(parity: Mapping[str, Parity | None], precisions: Mapping[str, Precision]) -> None:

@@ -27,7 +27,8 @@ from sdcompress_engines.manifest import (
 from sdcompress_engines.profiles import PRESETS, Profile, ShapeRanges, check_ranges, component_profile, parse_profile
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
-from sdcompress_engines.store import EngineKey, EngineStore
+from sdcompress_engines.engine_key import EngineKey
+from sdcompress_engines.store import EngineStore
 
 from sdcompress.export.components import DTYPES, PARTS
 from sdcompress.export.onnx import checked_components

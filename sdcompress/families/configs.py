@@ -5,5 +5,3 @@ from __future__ import annotations
 from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "assets" / "configs"
-
-FAMILIES = ("sd1", "sd2", "sdxl")

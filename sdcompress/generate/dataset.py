@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdcompress_engines.errors import ArtifactError, DataError, UsageError
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import (
     FileEntry,
     Manifest,
@@ -350,7 +350,7 @@ def _write(path: Path, payload: bytes) -> None:
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
         temporary.write_bytes(payload)
-        os.replace(temporary, path)
+        replace_file(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,4 +1,4 @@
-"""The hosts there are: one `Host` each."""
+"""The supported hosts: one `Host` each. To support another host, add it here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEBUI = Host(
     steps=(
         "restart the WebUI (Settings → Reload UI is not enough the first time)",
         "load a checkpoint of the engine's family",
-        "Settings → Stable Diffusion → SD Unet: choose the engine; the tab sdcompress tells of each",
+        "Settings → Stable Diffusion → SD Unet: choose the engine; the sdcompress tab lists the details of each",
     ),
 )
 
@@ -41,16 +41,18 @@ COMFYUI = Host(
     title="ComfyUI",
     plugin="comfyui_sdcompress",
     extension="custom_nodes/comfyui-sdcompress",
-    marks=(
-        ("custom_nodes",),
-        ("models",),
-        ("comfy/sd.py", "user", "comfy/cmd"),
-    ),  # the desktop application's folder holds no program
+    # The folder of the desktop application holds `user`, but not the program itself.
+    marks=(("custom_nodes",), ("models",), ("comfy/sd.py", "user", "comfy/cmd")),
     programs=("main.py",),
     signatures=("comfyui", "webui"),
     steps=(
-        "restart ComfyUI (where the node is there already, press R in the browser)",
-        "double-click the canvas, type sdcompress, and take the node Load sdcompress engine",
+        "restart ComfyUI (if the node is already there, press R in the browser instead)",
+        "double-click the canvas, type sdcompress, and add the node Load sdcompress engine",
         "choose the engine, and connect MODEL to the KSampler; CLIP and VAE come from a checkpoint of the same family",
     ),
 )
+
+
+def hosts() -> dict[str, Host]:
+    """Returns the supported hosts by name."""
+    return {host.name: host for host in (WEBUI, FORGE, COMFYUI)}

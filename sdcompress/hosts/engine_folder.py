@@ -1,4 +1,4 @@
-"""An engine folder as a host takes it."""
+"""An engine folder, as `sdcompress export` writes it and as a host takes it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdcompress_engines.errors import (
-    ArtifactError,
-    EngineMismatch,
-    UsageError,
-)
+from sdcompress_engines.errors import ArtifactError, EngineMismatch, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest
-from sdcompress_engines.store import engine_faults
+from sdcompress_engines.engine_files import engine_faults
 
+from sdcompress.hosts.entry import Entry
 from sdcompress.hosts.host import Host
-from sdcompress.hosts.record import (
-    Entry,
-    Record,
-)
+from sdcompress.hosts.record import Record
 
-WEIGHTS = "student.safetensors"
-"""The model itself beside its engine: what a plugin runs in torch where the engine cannot serve."""
+_FOLDER_NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]{1,100}')
+"""A folder name that Linux and Windows accept."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +24,10 @@ class Engine:
     """An engine folder to install.
 
     Attributes:
-        files: path in the folder → `Entry`; the manifest too.
+        name: the engine's name in the host.
+        folder: the folder that holds the manifest.
+        manifest: read from there.
+        files: path in the folder → `Entry`, the manifest included.
     """
 
     name: str
@@ -39,61 +36,73 @@ class Engine:
     files: Mapping[str, Entry]
 
 
-def engines_of(host: Host, record: Record | None) -> list[str]:
-    """Names of the engines in a record."""
+def engine_names(host: Host, record: Record | None) -> list[str]:
+    """Returns the names of the engines in a record."""
     return sorted({name for path in (record.files if record else ()) if (name := engine_of(host, path)) is not None})
 
 
 def engine_of(host: Host, path: str) -> str | None:
-    """The name of the engine that a recorded path belongs to, or None for the plugin's."""
+    """Returns the name of the engine that a recorded path belongs to, or None for a file of the plugin."""
     return path.removeprefix(f"{host.models}/").split("/")[0] if path.startswith(f"{host.models}/") else None
 
 
 def read_engine_folder(path: str | Path, host: Host, name: str | None = None) -> Engine:
-    """An engine folder that this host's plugin can call, every byte held against its manifest.
+    """Returns the engine in a folder, after checking every byte against the manifest.
+
+    Args:
+        path: what `sdcompress export` has written. The manifest may lie in it or in its `engine` or `onnx` folder.
+        host: the program whose plugin will call the engine.
+        name: of the engine in the host, by default its model's name or the folder's.
 
     Raises:
-        UsageError: no such folder, or a name that is none for a folder. ArtifactError: no engine, or a damaged one.
-            EngineMismatch: another signature.
+        UsageError: there is no such folder, or the name is not valid for a folder.
+        ArtifactError: the folder holds no engine, or a damaged one.
+        EngineMismatch: the engine has a signature that the host does not call.
     """
     given = Path(path).expanduser().absolute()
     build = f"sdcompress export MODEL --trt --signature {host.signatures[0]} -o DIR"
     if not given.is_dir():
         raise UsageError("no such folder", where=given, expected="one that `sdcompress export` has written", hint=build)
-    folder = _held(given)
-    made = read_manifest(folder)
-    if made is None or made.kind not in ("engine", "onnx"):
-        raise ArtifactError(
-            "holds no engine" if made is None else f"is a {made.kind}, not an engine", where=folder, hint=build
-        )
-    signature, components = made.config.get("signature"), made.config.get("components")
-    if signature not in host.signatures or components != ["unet"]:
-        told = (
-            f"the components {', '.join(map(str, components or []))}"
-            if components != ["unet"] and signature in host.signatures
-            else f"the signature {signature}"
-        )
-        raise EngineMismatch(
-            f"has {told}, which {host.title} does not call",
-            where=folder,
-            expected=f"a UNet with the signature {' or '.join(host.signatures)}",
-            hint=build,
-        )
-    if found := engine_faults(folder) if made.kind == "engine" else faults(folder):
-        raise ArtifactError(f"is damaged: {'; '.join(found[:3])}", where=folder, hint=f"build it again: {build}")
-    chosen = name or str(
-        made.config.get("model_name") or (given.parent.name if given.name in ("engine", "onnx") else given.name)
-    )
-    if not re.fullmatch(r'[^<>:"/\\|?*\x00-\x1f]{1,100}', chosen) or chosen[0] in ". " or chosen[-1] in ". ":
-        raise UsageError(f"{chosen!r} is no name for a folder", hint="--name NAME")
-    files = {path: Entry(entry.sha256, entry.bytes) for path, entry in made.files.items()} | {
-        MANIFEST_NAME: Entry.of(folder / MANIFEST_NAME)
-    }
-    return Engine(chosen, folder, made, files)
+    folder = find_manifest_folder(given)
+    manifest = read_manifest(folder)
+    if manifest is None or manifest.kind not in ("engine", "onnx"):
+        what = "holds no engine" if manifest is None else f"is a {manifest.kind}, not an engine"
+        raise ArtifactError(what, where=folder, hint=build)
+    _check_signature(manifest, host, folder, build)
+    if damage := folder_faults(folder, manifest):
+        raise ArtifactError(f"is damaged: {'; '.join(damage[:3])}", where=folder, hint=f"build it again: {build}")
+    parent_named = given.parent.name if given.name in ("engine", "onnx") else given.name
+    chosen = name or str(manifest.config.get("model_name") or parent_named)
+    if not _FOLDER_NAME.fullmatch(chosen) or chosen[0] in ". " or chosen[-1] in ". ":
+        raise UsageError(f"{chosen!r} is not a valid name for a folder", hint="--name NAME")
+    files = {path: Entry(entry.sha256, entry.bytes) for path, entry in manifest.files.items()}
+    return Engine(chosen, folder, manifest, files | {MANIFEST_NAME: Entry.of(folder / MANIFEST_NAME)})
 
 
-def _held(folder: Path) -> Path:
-    """Where the manifest is, in a folder as `export` or `export --trt` writes it."""
+def find_manifest_folder(folder: Path) -> Path:
+    """Returns the folder with the manifest: `folder`, or its `engine` or `onnx` folder. Without one, `folder`."""
     return next(
         (place for place in (folder, folder / "engine", folder / "onnx") if (place / MANIFEST_NAME).is_file()), folder
+    )
+
+
+def folder_faults(folder: Path, manifest: Manifest) -> list[str]:
+    """Returns what is missing or altered in an engine or ONNX folder."""
+    return engine_faults(folder) if manifest.kind == "engine" else faults(folder)
+
+
+def _check_signature(manifest: Manifest, host: Host, folder: Path, build: str) -> None:
+    signature, components = manifest.config.get("signature"), manifest.config.get("components")
+    if signature in host.signatures and components == ["unet"]:
+        return
+    what = (
+        f"the components {', '.join(map(str, components or []))}"
+        if signature in host.signatures
+        else f"the signature {signature}"
+    )
+    raise EngineMismatch(
+        f"has {what}, which {host.title} does not call",
+        where=folder,
+        expected=f"a UNet with the signature {' or '.join(host.signatures)}",
+        hint=build,
     )

@@ -1,35 +1,21 @@
-"""Find a host's folder, and what can be learned of it without running anything of it."""
+"""Recognize a host's folder."""
 
 from __future__ import annotations
 
-import re
-from contextlib import suppress
 from pathlib import Path
 
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import UsageError
 
+from sdcompress.hosts.definitions import hosts
 from sdcompress.hosts.host import Host
-
-_RUNTIMES = re.compile(
-    r"(torch|numpy|onnxruntime(_gpu)?|tensorrt(_rtx)?(_cu\d+)?)-([0-9][^-]*)\.dist-info", re.IGNORECASE
-)
-
-_PYTHONS = ("venv", ".venv", "../venv", "../.venv", "python_embeded", "../python_embeded", "../system/python")
-
-
-def hosts() -> dict[str, Host]:
-    """The hosts there are, by name."""
-    from sdcompress.hosts.definitions import COMFYUI, FORGE, WEBUI
-
-    return {host.name: host for host in (WEBUI, FORGE, COMFYUI)}
 
 
 def find_host(name: str, path: str | Path) -> tuple[Host, Path]:
-    """The host of that name and its absolute folder.
+    """Returns the host of this name and its absolute folder.
 
     Raises:
-        UsageError: no such host, no such folder, or a folder that is not this host's.
+        UsageError: there is no such host or folder, or the folder is not this host's.
     """
     known = hosts()
     if name not in known:
@@ -37,14 +23,12 @@ def find_host(name: str, path: str | Path) -> tuple[Host, Path]:
     host, root = known[name], Path(path).expanduser().absolute()
     if not root.is_dir():
         raise UsageError("no such folder", where=root, expected=f"the folder of {host.title}")
-    lacking, other = (
-        host.missing(root),
-        next((other for mark, other in host.absent.items() if (root / mark).exists()), None),
-    )
-    if lacking is None and other is None:
+    missing = host.missing_mark(root)
+    excluding = next((other for mark, other in host.absent.items() if (root / mark).exists()), None)
+    if missing is None and excluding is None:
         return host, root
-    other = other or next(
-        (each.name for each in known.values() if each is not host and each.missing(root) is None), None
+    other = excluding or next(
+        (each.name for each in known.values() if each is not host and each.missing_mark(root) is None), None
     )
     if other is not None:
         raise UsageError(
@@ -52,38 +36,12 @@ def find_host(name: str, path: str | Path) -> tuple[Host, Path]:
             where=root,
             hint=command_line(["sdcompress", "install", other, str(root)]),
         )
-    inside = next((entry for entry in sorted(root.iterdir()) if entry.is_dir() and host.missing(entry) is None), None)
-    hint = None if inside is None else command_line(["sdcompress", "install", name, str(inside)])
-    raise UsageError(
-        f"is no {host.title}: it has no {lacking}",
-        where=root,
-        expected="the folder the program is started from",
-        hint=hint,
+    inside = next(
+        (entry for entry in sorted(root.iterdir()) if entry.is_dir() and host.missing_mark(entry) is None), None
     )
-
-
-def running(host: Host, root: Path) -> int | None:
-    """Returns the id of the process that runs this host from this folder, or None.
-
-    Another user's processes may not be seen.
-    """
-    import psutil
-
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):  # gone, or another user's
-            for name in map(Path, process.cmdline()[1:4]):
-                if name.name in host.programs and (Path(process.cwd()) / name).samefile(root / name.name):
-                    return int(process.pid)
-    return None
-
-
-def host_packages(root: Path) -> dict[str, str] | None:
-    """What the host's own Python has of torch and the runtimes: package → version; None where that Python is not found.
-
-    Nothing of it is run.
-    """
-    for place in _PYTHONS:
-        for folder in (*root.glob(f"{place}/lib/python*/site-packages"), *root.glob(f"{place}/Lib/site-packages")):
-            found = (_RUNTIMES.fullmatch(entry.name) for entry in folder.iterdir())
-            return {match[1].lower().replace("_", "-"): match[5] for match in found if match}
-    return None
+    raise UsageError(
+        f"is not the folder of {host.title}: it has no {missing}",
+        where=root,
+        expected="the folder that the program is started from",
+        hint=None if inside is None else command_line(["sdcompress", "install", name, str(inside)]),
+    )

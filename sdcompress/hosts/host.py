@@ -7,20 +7,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 RECORD = "installed.json"
+"""The name of the file that records what was installed; it lies in the plugin's folder."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A program that makes pictures, and where it takes plugins and models.
+    """A program that makes pictures, and where it takes plugins and engines.
+
+    Paths are relative to the program's folder, with `/`.
 
     Attributes:
-        name: as it is typed. title: as people call it.
-        plugin: its folder in `plugins/`. extension: where that goes. models: where engines go.
-        marks: what its folder holds; of each entry one alternative.
-        absent: what it does not hold, and which host that would be.
-        programs: what it is started with, in its folder.
-        signatures: of the engines its plugin calls, the first one preferred.
+        name: what a user types on the command line.
+        title: the program's name in messages.
+        plugin: the plugin's folder in `plugins/`.
+        extension: the folder that the plugin is installed into.
+        marks: what the program's folder contains. At least one path of each entry must exist.
+        absent: path that the folder must not contain → name of the host whose folder contains it.
+        programs: the scripts that start the program, in its folder.
+        signatures: of the engines that the plugin can call, the preferred one first.
         steps: what to do in the program after an install.
+        models: the folder that engines are installed into.
     """
 
     name: str
@@ -36,10 +42,16 @@ class Host:
 
     @property
     def record(self) -> str:
+        """The path of the record of what was installed."""
         return f"{self.extension}/{RECORD}"
 
-    def missing(self, root: Path) -> str | None:
-        """What of this host's marks `root` lacks, or None where it is one."""
+    @property
+    def folders(self) -> tuple[str, str]:
+        """The two folders that an install writes into."""
+        return self.extension, self.models
+
+    def missing_mark(self, root: Path) -> str | None:
+        """Returns the first mark of this host that `root` lacks, or None if `root` is the host's folder."""
         return next(
-            (" or ".join(each) for each in self.marks if not any((root / path).exists() for path in each)), None
+            (" or ".join(paths) for paths in self.marks if not any((root / path).exists() for path in paths)), None
         )

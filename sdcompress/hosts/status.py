@@ -1,4 +1,4 @@
-"""What is installed in a host, and whether it is whole and loads."""
+"""Check what is installed in a host."""
 
 from __future__ import annotations
 
@@ -8,22 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import (
-    SdCompressError,
-)
+from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.flavour import obstacle
-from sdcompress_engines.manifest import MANIFEST_NAME, faults, read_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.runners.onnxruntime import missing as onnxruntime_missing
-from sdcompress_engines.store import engine_faults
 
-from sdcompress.hosts.engine_folder import _held, engines_of
-from sdcompress.hosts.find import host_packages
+from sdcompress.hosts.engine_folder import engine_names, find_manifest_folder, folder_faults
+from sdcompress.hosts.environment import read_packages
+from sdcompress.hosts.files import find_leftovers
 from sdcompress.hosts.host import Host
-from sdcompress.hosts.record import (
-    Record,
-    leftovers,
-)
-from sdcompress.hosts.transaction import read
+from sdcompress.hosts.record import Record, read_host_record
 
 
 @dataclass(frozen=True)
@@ -31,8 +25,12 @@ class EngineStatus:
     """An engine in a host's model folder.
 
     Attributes:
-        ours: whether an install has put it there. fault: what is wrong with its files. why_not: why it does not load on
-            this machine.
+        name: of its folder.
+        path: of the folder with the manifest.
+        ours: whether sdcompress has installed it.
+        facts: runtime, precision, signature, size in bytes and more, for display.
+        fault: what is wrong with its files, or None.
+        why_not: why it does not load on this machine, or None.
     """
 
     name: str
@@ -48,10 +46,14 @@ class Status:
     """What is installed in a host.
 
     Attributes:
-        record: None where nothing is; its `version` is the plugin's.
-        broken: what is wrong with the record. changed: path → what happened to a file of ours. leftovers: of an install
-            that was stopped.
-        packages: of the host's own Python, those an engine needs; None where it was not found.
+        host: the program.
+        root: its folder.
+        record: None if nothing is installed. Its `version` is the plugin's.
+        broken: what is wrong with the record, or None.
+        changed: path → what happened to an installed file.
+        engines: all engines in the model folder.
+        leftovers: partial copies of an interrupted install.
+        packages: what an engine needs from the host's own Python, package → version. None if it was not found.
     """
 
     host: Host
@@ -64,55 +66,72 @@ class Status:
     packages: Mapping[str, str] | None
 
 
-def status(host: Host, root: Path) -> Status:
-    """What is installed in the host's folder, whether it is whole, and whether its engines load on this machine.
+def read_status(host: Host, root: Path) -> Status:
+    """Returns what is installed in the host's folder, whether it is intact, and which engines load on this machine.
 
-    Reads every byte of it, writes nothing.
+    It reads every byte of what is installed and writes nothing.
     """
-    record, broken = read(host, root)
-    changed = {
-        path: "was changed since" if os.path.lexists(root / path) else "is missing"
-        for path, entry in (record or Record()).files.items()
-        if not entry.is_at(root / path)
-    }
-    changed |= {
-        path: f"is a link to {entry.link}, which is not there"
-        for path, entry in (record or Record()).files.items()
-        if entry.link and path not in changed and not (root / path).exists()
-    }
-    ours, place = engines_of(host, record), root / host.models
+    record, broken = read_host_record(host, root)
+    installed, place = engine_names(host, record), root / host.models
     folders = (
         sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
         if place.is_dir()
         else []
     )
-    engines = tuple(_engine_status(folder.name, _held(folder), folder.name in ours) for folder in folders)
     return Status(
-        host,
-        root,
-        record,
-        broken,
-        changed,
-        engines,
-        tuple(leftovers(root, (host.extension, host.models))),
-        host_packages(root),
+        host=host,
+        root=root,
+        record=record,
+        broken=broken,
+        changed=_find_changes(root, record or Record()),
+        engines=tuple(
+            _read_engine_status(folder.name, find_manifest_folder(folder), folder.name in installed)
+            for folder in folders
+        ),
+        leftovers=tuple(find_leftovers(root, host.folders)),
+        packages=read_packages(root),
     )
 
 
-def _engine_status(name: str, folder: Path, ours: bool) -> EngineStatus:
+def _find_changes(root: Path, record: Record) -> dict[str, str]:
+    changed = {
+        path: "was changed since" if os.path.lexists(root / path) else "is missing"
+        for path, entry in record.files.items()
+        if not entry.is_at(root / path)
+    }
+    return changed | {
+        path: f"is a link to {entry.link}, which is not there"
+        for path, entry in record.files.items()
+        if entry.link and path not in changed and not (root / path).exists()
+    }
+
+
+def _read_engine_status(name: str, folder: Path, ours: bool) -> EngineStatus:
     try:
-        made = read_manifest(folder)
-        if made is None:
+        manifest = read_manifest(folder)
+        if manifest is None:
             return EngineStatus(name, folder, ours, {}, f"has no {MANIFEST_NAME}", None)
-        found = engine_faults(folder) if made.kind == "engine" else faults(folder)
-        config, size = made.config, sum(entry.bytes for entry in made.files.values())
-        runtime = f"{config.get('flavour')} {config.get('version')}" if made.kind == "engine" else "onnxruntime"
-        facts = {
-            name: config.get(name)
-            for name in ("model_name", "precision", "signature", "compute_capabilities", "platform")
-        } | {"runtime": runtime, "created": made.created, "bytes": size}
-        hindrance = obstacle(config, folder) if made.kind == "engine" else None
-        why_not = hindrance.what if hindrance else onnxruntime_missing() if made.kind == "onnx" else None
-        return EngineStatus(name, folder, ours, facts, "; ".join(found) or None, why_not)
+        fault = "; ".join(folder_faults(folder, manifest)) or None
+        return EngineStatus(name, folder, ours, _read_facts(manifest), fault, _find_obstacle(manifest, folder))
     except SdCompressError as error:
         return EngineStatus(name, folder, ours, {}, error.what, None)
+
+
+def _read_facts(manifest: Manifest) -> dict[str, Any]:
+    config = manifest.config
+    facts = {
+        name: config.get(name) for name in ("model_name", "precision", "signature", "compute_capabilities", "platform")
+    }
+    is_engine = manifest.kind == "engine"
+    return facts | {
+        "runtime": f"{config.get('flavour')} {config.get('version')}" if is_engine else "onnxruntime",
+        "created": manifest.created,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+    }
+
+
+def _find_obstacle(manifest: Manifest, folder: Path) -> str | None:
+    if manifest.kind == "engine":
+        error = obstacle(manifest.config, folder)
+        return None if error is None else error.what
+    return onnxruntime_missing() if manifest.kind == "onnx" else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import storage_errors
 
 from sdcompress.lora.names import _ENDS, _KEY, KOHYA, _place, clip_modules
@@ -119,4 +119,4 @@ def write_lora(layers: Layers, path: Path, naming: str, metadata: Mapping[str, s
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"} | dict(metadata or {})
         )
-        os.replace(temporary, path)
+        replace_file(temporary, path)

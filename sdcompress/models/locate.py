@@ -146,13 +146,13 @@ def refuse_student(unet_config: Mapping[str, Any], where: str | Path) -> None:
     Raises:
         ModelError: the UNet is a student; says which and of what.
     """
-    from sdcompress.families.identify import FAMILIES, family_of, student_of
+    from sdcompress.families.registry import family_of
 
-    kind = student_of(unet_config)
+    family = family_of(unet_config)
+    kind = family.student_of(unet_config)
     if kind is not None:
-        family = FAMILIES[family_of(unet_config)]
         raise ModelError(
-            f"is a student already ({kind} of {family}): blocks are missing that a teacher must have",
+            f"is a student already ({kind} of {family.title}): blocks are missing that a teacher must have",
             where=where,
             expected="a whole teacher",
             hint="sdcompress finetune trains a student further as it is",

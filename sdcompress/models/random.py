@@ -1,16 +1,18 @@
-"""Pipelines of a published shape with random weights: enough to measure what does not depend on the weights, and
-nothing to download.
+"""Pipelines of a published shape with random weights, to measure what does not depend on the weights.
+
+Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import UsageError
 
-from sdcompress.families.configs import CONFIGS, FAMILIES
+from sdcompress.families.registry import find_family
+from sdcompress.support.pipeline import TextToImagePipeline
 
 
 def random_pipeline(
@@ -20,76 +22,75 @@ def random_pipeline(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     device: torch.device | str = "cpu",
-) -> Any:
-    """A diffusers pipeline of the full size of `family`, or a student of it, with random weights; no two seeds are
-    alike.
+) -> TextToImagePipeline:
+    """Returns a diffusers pipeline of a family's full size, or a student of it, with random weights.
 
-    Weights are drawn as torch draws new layers'; biases and norms, which would be zeros and ones, are moved away from
-    that, so that each shows in the output.
+    Weights are drawn as torch draws new layers'. Biases and norms, which would be zeros and ones, are moved away from
+    that, so that each of them changes the output.
 
     Args:
         family: `sd1` (512 px), `sd2` (768 px, v-prediction) or `sdxl` (1024 px).
         plan: of block removal: `bk-base`, `bk-small`, `bk-tiny` or a plan file; None is the whole UNet.
-        device: where the weights are drawn and stay: seconds on a GPU, half a minute on a CPU. One seed gives other
-            weights on another device.
+        dtype: of the weights.
+        seed: two seeds give different weights.
+        device: where the weights are drawn and stay: seconds on a GPU, half a minute on a CPU. One seed gives different
+            weights on different kinds of device.
 
     Raises:
-        UsageError: an unknown family. PlanError: a plan the family does not allow.
+        UsageError: an unknown family. PlanError: a plan that the family does not allow.
     """
     import diffusers
-    import transformers
 
     from sdcompress.support.quiet import quiet
 
     configs = family_configs(family, plan)
-    folder = CONFIGS / family
+    folder = find_family(family).config_folder
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     torch.manual_seed(seed)
     parts: dict[str, Any] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
-        library, kind = (diffusers if entry[0] == "diffusers" else transformers), entry[1]
-        made = getattr(library, kind)
         with quiet():
-            if library is diffusers and name in configs:
-                with torch.device(device):
-                    parts[name] = made.from_config(configs[name])
-            elif (folder / name / "config.json").is_file():
-                config = made.config_class.from_pretrained(folder / name)
-                with torch.device(device):
-                    parts[name] = made(config)
-            else:
-                parts[name] = made.from_pretrained(folder / name)
-        if isinstance(parts[name], torch.nn.Module):
-            _shake(parts[name])
-            with quiet():
+            parts[name] = _random_part(entry[0], entry[1], folder / name, configs.get(name), device)
+            if isinstance(parts[name], torch.nn.Module):
+                _shake(parts[name])
                 parts[name] = parts[name].to(dtype).eval()
-    if index["_class_name"] == "StableDiffusionPipeline":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    options = find_family(family).pipeline_options if index["_class_name"] == "StableDiffusionPipeline" else {}
     with quiet():
-        pipeline = getattr(diffusers, index["_class_name"])(**parts)
+        pipeline: TextToImagePipeline = getattr(diffusers, index["_class_name"])(**parts, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
+def _random_part(
+    library: str, class_name: str, folder: Path, config: dict[str, Any] | None, device: torch.device | str
+) -> Any:
+    """Returns a component: a module with random weights, or what its folder holds where it has none."""
+    import diffusers
+    import transformers
+
+    part_class = getattr(diffusers if library == "diffusers" else transformers, class_name)
+    if library == "diffusers" and config is not None:
+        with torch.device(device):
+            return part_class.from_config(config)
+    if (folder / "config.json").is_file():
+        module_config = part_class.config_class.from_pretrained(folder)
+        with torch.device(device):
+            return part_class(module_config)
+    return part_class.from_pretrained(folder)
+
+
 def family_configs(family: str, plan: str | None = None) -> dict[str, dict[str, Any]]:
-    """The configs of a family's components by the pipeline's names, with the UNet's as a plan leaves it; nothing is
-    made of them.
+    """Returns the configs of a family's components by component, the UNet's as a plan leaves it. No module is built.
 
     Raises:
-        UsageError: an unknown family. PlanError: a plan the family does not allow.
+        UsageError: an unknown family. PlanError: a plan that the family does not allow.
     """
     from sdcompress.prune.plan import read_plan
 
-    if family not in FAMILIES:
-        raise UsageError(f"no family {family!r}", expected=" or ".join(FAMILIES))
-    names = ("unet", "vae", "text_encoder", "text_encoder_2")
-    configs: dict[str, dict[str, Any]] = {
-        name: json.loads(path.read_text(encoding="utf-8"))
-        for name in names
-        if (path := CONFIGS / family / name / "config.json").is_file()
-    }
+    found = find_family(family)
+    configs = {name: found.read_config(f"{name}/config.json") for name in ("unet", "vae", *found.text_encoders)}
     if plan is not None:
         configs["unet"] = dict(read_plan(plan, configs["unet"]).student_config())
     return configs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sdcompress_engines.errors import ArtifactError, TrainingError
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import faults, read_manifest, storage_errors, write_manifest
 from torch import nn
 
@@ -91,7 +91,7 @@ class Checkpoints:
                 )
                 if target.exists():
                     shutil.rmtree(target)
-                os.replace(staging, target)
+                replace_file(staging, target)
                 for old in checkpoints(self.folder)[: -self.keep]:
                     shutil.rmtree(old, ignore_errors=True)
         self.accelerator.wait_for_everyone()

@@ -15,6 +15,7 @@ from sdcompress_bench import faults, fidelity
 from sdcompress_bench.faults import KINDS, Place, candidates, places, plant, sensitivity, spread, thin
 from sdcompress_bench.fidelity import Probe
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.exactness import relative_l2
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def predict(unet: Any, probe: Probe) -> torch.Tensor:
 
 def worst(unet: Any, probe: Probe, reference: torch.Tensor) -> float:
     errors = [
-        fidelity.relative_l2(output, expected) for output, expected in zip(predict(unet, probe), reference, strict=True)
+        relative_l2(output, expected) for output, expected in zip(predict(unet, probe), reference, strict=True)
     ]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
@@ -139,7 +140,7 @@ def test_a_value_that_is_not_finite_never_passes_the_gate(
 ) -> None:
     output = probe.latents.clone()
     output[timestep, 0, 0, 0, 0] = bad
-    error = fidelity.relative_l2(output, probe.latents)
+    error = relative_l2(output, probe.latents)
     assert not fidelity.gate(error, floor)["passed"]
 
 

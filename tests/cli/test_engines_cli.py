@@ -15,7 +15,9 @@ import pytest
 import torch
 from sdcompress_engines.flavour import TENSORRT_RTX, platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, write_manifest
-from sdcompress_engines.store import EngineKey, EngineStore, StoredEngine
+from sdcompress_engines.engine_key import EngineKey
+from sdcompress_engines.store import EngineStore
+from sdcompress_engines.store_entries import StoredEngine
 
 from sdcompress.cli.engines import profile_text
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ..sdcompress.test_install import HOSTS, TREES, make_engine, make_tree, snapshot
+from ..sdcompress.hosts.trees import HOSTS, TREES, make_engine, make_tree, snapshot
 from .conftest import Cli, one_line
 
 
@@ -28,7 +28,7 @@ def test_install_status_uninstall(host: str, cli: Cli, tmp_path: Path) -> None:
     assert "restart" in out
     assert f'next: sdcompress status {host} "{root}"' in out
     code, out, _ = cli("install", host, root, made)
-    assert (code, "all of it was there already" in out) == (0, True)
+    assert (code, "everything was there already" in out) == (0, True)
     code, out, _ = cli("status", host, root)
     assert code == 0
     assert "sd-tiny  (tensorrt-rtx 1.0.0, fp16," in out

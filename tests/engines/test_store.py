@@ -51,7 +51,10 @@ from sdcompress_engines.manifest import (
 )
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.progress import Reporter
-from sdcompress_engines.store import EngineKey, EngineStore, StoredEngine, engine_faults, read_engine
+from sdcompress_engines.engine_files import engine_faults, read_engine
+from sdcompress_engines.engine_key import EngineKey
+from sdcompress_engines.store import EngineStore
+from sdcompress_engines.store_entries import StoredEngine
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
 PAYLOAD = bytes(range(256)) * 64
@@ -258,7 +261,8 @@ WORKER = """
 import json, sys, time
 from pathlib import Path
 from sdcompress_engines.progress import Reporter
-from sdcompress_engines.store import EngineKey, EngineStore
+from sdcompress_engines.engine_key import EngineKey
+from sdcompress_engines.store import EngineStore
 
 root, notes, seconds, key = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), EngineKey(**json.loads(sys.argv[4]))
 gate = Path(sys.argv[5]) if len(sys.argv) > 5 else None  # the build ends when this file is there
@@ -777,7 +781,8 @@ from pathlib import Path
 from sdcompress_engines.builder import build_engine
 from sdcompress_engines.flavour import TENSORRT_RTX
 from sdcompress_engines.profiles import Profile
-from sdcompress_engines.store import EngineKey, EngineStore
+from sdcompress_engines.engine_key import EngineKey
+from sdcompress_engines.store import EngineStore
 
 key = EngineKey(**json.loads(sys.argv[3]))
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from sdcompress_engines.errors import ArtifactError, EngineError, EngineMismatch, UsageError
+from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, platform_name
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.profiles import Profile
@@ -246,7 +247,7 @@ def on_gpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def close_to(found: torch.Tensor, truth: torch.Tensor) -> bool:
-    return ((found.float().cpu() - truth.float()).norm() / truth.float().norm()).item() < 5e-3
+    return relative_l2(found.cpu(), truth) < 5e-3
 
 
 @pytest.fixture(scope="module")

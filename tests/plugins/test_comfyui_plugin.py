@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 import torch
 from sdcompress_engines.errors import ArtifactError, EngineError, EngineMismatch, SdCompressError
+from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, write_manifest
-from sdcompress_engines.store import EngineKey
+from sdcompress_engines.engine_key import EngineKey
 
 from sdcompress.checkpoints.ldm_keys import unet_keys
 from sdcompress.families.configs import CONFIGS
@@ -78,11 +79,6 @@ def parts(node: Any) -> Any:
 
 def text(tokens: int, seed: int, width: int = WIDTH, **extras: Any) -> tuple[torch.Tensor, dict[str, Any]]:
     return torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), extras
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Relative L2."""
-    return float((found - wanted).norm() / wanted.norm())
 
 
 def change(folder: Path, **config: Any) -> None:
@@ -154,7 +150,7 @@ def test_every_step_and_the_final_latents_are_diffusers(
     assert [len(x) for x, *_ in calls] == [4] * 4  # cond and uncond of two pictures in one call
     with torch.no_grad():
         for x, times, context, output in calls:
-            assert distance(output, student.unet(x, times, context).sample) < 1e-5
+            assert relative_l2(output, student.unet(x, times, context).sample) < 1e-5
     alphas = student.scheduler.alphas_cumprod
     wanted = by_diffusers(
         student.unet,
@@ -166,7 +162,7 @@ def test_every_step_and_the_final_latents_are_diffusers(
         "epsilon",
         ((1 - alphas) / alphas).sqrt(),
     )
-    assert distance(latents, wanted / student.vae.config.scaling_factor) < 1e-4
+    assert relative_l2(latents, wanted / student.vae.config.scaling_factor) < 1e-4
 
 
 @pytest.mark.parametrize("zero_snr", [False, True])
@@ -195,7 +191,7 @@ def test_v_prediction_and_zero_terminal_snr_are_read_from_the_engine(
         "v_prediction",
         patcher.model.model_sampling.sigmas,
     )
-    assert distance(latents, wanted / student.vae.config.scaling_factor) < 1e-4
+    assert relative_l2(latents, wanted / student.vae.config.scaling_factor) < 1e-4
 
 
 def test_cond_and_uncond_apart_make_the_picture_they_make_together(harness: Harness, models: Path, node: Any) -> None:
@@ -203,7 +199,7 @@ def test_cond_and_uncond_apart_make_the_picture_they_make_together(harness: Harn
     together = harness.sample(patcher, text(77, 1), text(154, 2), SHAPE, 2, 4.0, 7)
     calls = listened(patcher)
     harness.free_memory = 0
-    assert distance(harness.sample(patcher, text(77, 1), text(154, 2), SHAPE, 2, 4.0, 7), together) < 1e-5
+    assert relative_l2(harness.sample(patcher, text(77, 1), text(154, 2), SHAPE, 2, 4.0, 7), together) < 1e-5
     assert [tuple(context.shape[:2]) for _, _, context, _ in calls] == [(2, 77), (2, 154)] * 2
 
 
@@ -272,7 +268,7 @@ def test_a_batch_the_profile_does_not_take_is_run_in_parts_with_the_same_answer(
         return real(feeds)
 
     engine.runner.infer = infer
-    assert distance(model(x, times, context), wanted) < 1e-5
+    assert relative_l2(model(x, times, context), wanted) < 1e-5
     (least, most), _, (fewest, longest) = PROFILES[limits]
     assert all(least <= rows <= most and fewest <= tokens <= longest for rows, tokens in shapes)
     assert len(shapes) == -(-count // most)
@@ -600,7 +596,7 @@ def test_sdxl_gets_its_vector_of_text_and_sizes(
     x, times, context, output = calls[0]
     with torch.no_grad():
         added = {"text_embeds": pooled.expand(2, -1), "time_ids": torch.tensor([[64.0, 96, 0, 0, 64, 96]] * 2)}
-        assert distance(output, xl.unet(x, times, context, added_cond_kwargs=added).sample) < 1e-5
+        assert relative_l2(output, xl.unet(x, times, context, added_cond_kwargs=added).sample) < 1e-5
     with pytest.raises(EngineMismatch, match="no pooled text for an engine of SDXL"):
         patcher.model.diffusion_model(x, times, context)
     assert "the signature 'diffusers', which ComfyUI does not call" in node.VALIDATE_INPUTS("diffusers")

@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 from sdcompress_engines.errors import ArtifactError, EngineError, EngineMismatch, UsageError
+from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.flavour import TENSORRT_RTX, platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, save_manifest, write_manifest
 from sdcompress_engines.profiles import ShapeRanges, component_profile
-from sdcompress_engines.store import EngineKey
+from sdcompress_engines.engine_key import EngineKey
 from sdcompress_webui.calls import Plan, plan_call
 from sdcompress_webui.library import PREFIX, Artifact, Label, Model, Traits, Unreadable, find, is_whole, models
 from sdcompress_webui.panel import build_command
@@ -38,10 +39,6 @@ from .webui_host import Guidance, Patcher, WebUI, Widget, euler, reference, runn
 
 ROUNDING = 2e-5
 TITLE = f"{PREFIX}tiny (onnxruntime fp32)"
-
-
-def relative_l2(value: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((value - expected).norm() / expected.norm())
 
 
 def words(seed: int, tokens: int = 77, width: int = 96) -> torch.Tensor:

@@ -18,6 +18,7 @@ from accelerate.utils import operations
 from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import Encoder
 from sdcompress_engines.errors import BackendMissing, DataError
+from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import encode as module
@@ -97,10 +98,6 @@ def assert_equal_but_for_rounding(a: torch.Tensor, b: torch.Tensor) -> None:
     """Equal within what `LatentEncoder` states: 2e-5 of the largest value, then one rounding to fp16."""
     a, b = a.float(), b.float()
     assert torch.all((a - b).abs() <= 2e-5 * a.abs().max() + ULP * a.abs())
-
-
-def relative_l2(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).norm() / b.float().norm())
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 8])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sdcompress.families.identify import family_of, student_of
 from sdcompress_engines.errors import ModelError
 
 from sdcompress.families.configs import CONFIGS
-from sdcompress.families.identify import family_of, student_of
 from sdcompress.models import nano
 from sdcompress.models.locate import refuse_student, unet_config
 from sdcompress.prune.plan import LevelPlan, make_plan

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.exactness import relative_l2
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
@@ -64,10 +65,6 @@ def outputs(pipeline: Any) -> torch.Tensor:
         ).sample
 
 
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
 def test_diffusers_and_our_loader_draw_the_same_from_either_file(
     model: LoadedPipeline, trained: Path, random_folder: Path
 ) -> None:
@@ -75,16 +72,16 @@ def test_diffusers_and_our_loader_draw_the_same_from_either_file(
     by_diffusers = load_pipeline(random_folder).pipeline
     by_diffusers.load_lora_weights(trained, weight_name=FILE)
     expected = outputs(by_diffusers)
-    assert relative(expected, plain) > 1e-2
+    assert relative_l2(expected, plain) > 1e-2
     for file in (FILE, KOHYA_FILE):
         ours = load_pipeline(random_folder).pipeline
         layers = read_lora(trained / file, unet_modules(ours.unet))
         assert {component for component, _ in layers} == {"unet", "text_encoder"}
         fuse_lora(ours, layers)
-        assert relative(outputs(ours), expected) < 1e-5
+        assert relative_l2(outputs(ours), expected) < 1e-5
     kohya = load_pipeline(random_folder).pipeline
     kohya.load_lora_weights(trained, weight_name=KOHYA_FILE)
-    assert relative(outputs(kohya), expected) < 1e-5
+    assert relative_l2(outputs(kohya), expected) < 1e-5
     half = load_pipeline(random_folder).pipeline
     fuse_lora(half, read_lora(trained / FILE, unet_modules(half.unet)), weight=0.0)
     assert torch.equal(outputs(half), plain)
@@ -120,7 +117,7 @@ def test_a_lora_for_the_teacher_becomes_one_for_the_student(
     whole.unet = copy.deepcopy(pipeline.unet)
     fuse_lora(whole, layers)
     whole.unet = build_student(whole.unet, plan).eval()
-    assert relative(outputs(pruned), outputs(whole)) < 1e-5
+    assert relative_l2(outputs(pruned), outputs(whole)) < 1e-5
 
 
 def test_what_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPipeline, tmp_path: Path) -> None:

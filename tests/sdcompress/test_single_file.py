@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sdcompress.families.identify import student_of
 from sdcompress_engines.errors import ModelError, SdCompressError, StorageError, UsageError
 from torch import nn
 
@@ -28,7 +29,6 @@ from sdcompress.checkpoints.weights import Weights, open_weights
 from sdcompress.checkpoints.write import ldm_state_dict, write_ldm
 from sdcompress.families import configs as family_configs
 from sdcompress.families.configs import CONFIGS
-from sdcompress.families.identify import student_of
 from sdcompress.families.vocabulary import shared_vocabulary
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline

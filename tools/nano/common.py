@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
 import time
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from sdcompress_engines.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "sdcompress/assets/nano/data"
@@ -90,7 +90,7 @@ class Progress:
     def save(self, **state: Any) -> None:
         temporary = self.checkpoint.with_suffix(".tmp")
         torch.save(state | {"seconds": self.seconds()}, temporary)
-        os.replace(temporary, self.checkpoint)
+        replace_file(temporary, self.checkpoint)
 
     def note(self, step: int, **figures: float) -> None:
         line = {"step": step, "seconds": round(self.seconds(), 1)} | {k: round(v, 5) for k, v in figures.items()}

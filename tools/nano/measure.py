@@ -23,11 +23,12 @@ from train_vae import psnr
 
 from sdcompress.data import nano_prompts
 from sdcompress.data.sources import open_source
+from sdcompress.families.stable_diffusion import NANO
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline
-from sdcompress.sampling import default_guidance_scale, generate, grid
+from sdcompress.sampling import generate, grid
 
-STEPS, GUIDANCE = 25, default_guidance_scale(128)
+STEPS, GUIDANCE = 25, NANO.guidance_scale
 
 
 def plain(figures: dict) -> dict:

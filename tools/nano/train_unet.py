@@ -25,6 +25,7 @@ from common import Progress, Split, batch_indices, config, load
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from muon import Muon
+from sdcompress_engines.files import replace_file
 from train_clip import make_tokenizer, tokenize
 from train_vae import build as build_vae
 from transformers import CLIPModel
@@ -151,7 +152,7 @@ def main() -> None:
             if not in_cooldown:
                 progress.save(step=step + 1, model=unet.state_dict(), ema=ema, optimizer=optimizer.state_dict())
             torch.save(ema, args.work / "unet.tmp")
-            os.replace(args.work / "unet.tmp", args.work / "unet.pt")
+            replace_file(args.work / "unet.tmp", args.work / "unet.pt")
             (args.work / "unet.json").write_text(json.dumps({"step": step + 1, "cooldown": args.cooldown}))
 
 

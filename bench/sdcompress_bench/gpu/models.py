@@ -8,18 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from sdcompress_engines.exactness import ieee_fp32
+from sdcompress_engines.exactness import ieee_fp32, relative_l2
 from sdcompress_engines.runners import TorchRunner
 from sdcompress_engines.signature import CONTEXT_TOKENS, Signature
 
-from sdcompress.backends.assemble import PositionalUNet
+from sdcompress.backends.torch_unet import PositionalUNet
 from sdcompress.export.components import DTYPES, random_inputs, signature_of
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.random import random_pipeline
 from sdcompress.prune.plan import make_plan
 from sdcompress.prune.student import build_student
 
-from ..fidelity import relative_l2
 from ..work import Peaks, Work, count_work, measure_peaks, roofline
 from .child import PartRun
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sdcompress_engines.exactness import ieee_fp32
+from sdcompress_engines.exactness import ieee_fp32, relative_l2
 
 from ..work import measure_peaks
 from .child import PartRun
@@ -49,7 +49,7 @@ def check_product(run: PartRun, dtype: torch.dtype) -> dict[str, Any]:
     with ieee_fp32():
         found = (left @ right).double()
     truth = left.double() @ right.double()
-    error = ((found - truth).norm() / truth.norm()).item()
+    error = relative_l2(found, truth)
     limit = 4 * torch.finfo(dtype).eps
     if not error <= limit:
         raise RuntimeError(f"off by {error:.2e}, over {limit:.2e}")

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from sdcompress_engines.exactness import use_ieee_fp32
+from sdcompress_engines.exactness import relative_l2, use_ieee_fp32
 from sdcompress_engines.runners import SharedMemory, TensorSpec, TorchRunner
 from sdcompress_engines.runners.cuda_graphs import GRAPHS, GraphedCall
 from sdcompress_engines.runners.execution import Execution
@@ -69,7 +69,7 @@ class _Bench:
         errors = []
         for found, feeds in self._checks:
             truth = expected({name: tensor.double() for name, tensor in feeds.items()})
-            errors.append(((found.double() - truth).norm() / truth.norm()).item())
+            errors.append(relative_l2(found, truth))
         return max(errors, key=lambda error: float("inf") if error != error else error)
 
     def captures(self) -> int:
@@ -139,7 +139,7 @@ def grow(device: torch.device) -> dict[str, Any]:
             context.set_tensor_address(name, tensor.data_ptr())
         check(context.execute_async_v3(0), "the launch failed")
         truth = expected({name: tensor.double() for name, tensor in feeds.items()})
-        errors.append(((total.double() - truth).norm() / truth.norm()).item())
+        errors.append(relative_l2(total, truth))
         sizes.append(memory.block[1])
     check(sizes == sorted(sizes) and sizes[-1] == 4 * 8 * 64 * 64, f"blocks of {sizes} bytes")
     return {"relative_l2": max(errors)}
@@ -198,7 +198,7 @@ def inference_mode(device: torch.device) -> dict[str, Any]:
             with torch.inference_mode(inside):
                 found = runner.infer({"x": x})["y"]
             truth = x.double() @ weight.T
-            errors.append(((found.double() - truth).norm() / truth.norm()).item())
+            errors.append(relative_l2(found, truth))
             found.add_(1)  # an inference tensor would refuse
     return {"relative_l2": max(errors)}
 
@@ -290,7 +290,7 @@ def wait_in_module(device: torch.device) -> dict[str, Any]:
             found = runner.infer({"x": x})["x"]
             with torch.no_grad():
                 truth = module(x).double()
-            errors.append(((found.double() - truth).norm() / truth.norm()).item())
+            errors.append(relative_l2(found, truth))
     reasons = _reasons(said)
     check(len(reasons) == 1, f"{len(reasons)} warnings instead of 1")
     return {"relative_l2": max(errors), "value": reasons[0][:120]}
@@ -312,7 +312,7 @@ def outer_capture(device: torch.device) -> dict[str, Any]:
         static.copy_(torch.randn(64, 64, device=device))
         graph.replay()
         truth = static.double() @ static.double()
-        errors.append(((out.double() - truth).norm() / truth.norm()).item())
+        errors.append(relative_l2(out, truth))
     return {"relative_l2": max(errors)}
 
 

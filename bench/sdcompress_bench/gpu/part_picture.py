@@ -16,7 +16,7 @@ from PIL import Image
 from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.unet import EngineUNet
 
-from sdcompress.backends.assemble import keep_timesteps_on_host
+from sdcompress.sampling import keep_timesteps_on_host
 from sdcompress.sampling import generate
 
 from .child import PartRun

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError, UsageError, storage_errors
+from sdcompress_engines.files import write_atomically
 
 from .child import BEGUN, Row
 
@@ -152,10 +152,8 @@ class ResultFile:
             "parts": {str(number): self.parts[number] for number in sorted(self.parts)},
             "rows": self.rows,
         }
-        partial = self.path.with_suffix(".partial")
         with storage_errors(self.path):
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, self.path)
+            write_atomically(self.path, json.dumps(content, indent=1) + "\n")
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:

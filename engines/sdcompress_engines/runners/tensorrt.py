@@ -221,7 +221,7 @@ class TensorRTRunner(Runner):
         if self._made is None:
             content = self.path.read_bytes()
             return content, hashlib.sha256(content).hexdigest()
-        from ..store import read_engine
+        from ..engine_files import read_engine
 
         content, manifest = read_engine(self.path)
         check_fits_here(manifest.config, self.path, self.device)

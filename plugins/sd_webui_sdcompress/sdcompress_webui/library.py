@@ -18,7 +18,7 @@ from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_ma
 from sdcompress_engines.runners.base import TensorSpec
 from sdcompress_engines.runners.shapes import Ranges
 from sdcompress_engines.signature import CONTEXT_TOKENS, signature
-from sdcompress_engines.store import engine_faults
+from sdcompress_engines.engine_files import engine_faults
 
 SIGNATURE = "webui"
 PREFIX = "[sdcompress] "

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from sdcompress_engines.errors import EngineError, EngineMismatch
+from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import Runner, SharedMemory, open_runner
 from sdcompress_engines.runners.shapes import no_profile
 from sdcompress_engines.signature import CONTEXT_TOKENS
@@ -377,7 +378,7 @@ class HostedUNet:
         index = next(at for at, owner in enumerate(self._owners) if owner is artifact)
         engine = self._run(Plan(index, rows, rows), feeds).float().cpu()
         torch_out = module(feeds[SAMPLE], feeds["timesteps"], feeds[CONTEXT], feeds.get("y")).float().cpu()
-        off = float((engine - torch_out).norm() / torch_out.norm().clamp_min(1e-12))
+        off = relative_l2(engine, torch_out)
         if not off <= (most := _SAME_WEIGHTS.get(artifact.precision, _SAME_WEIGHTS_QUANTIZED)):
             raise EngineError(
                 f"these weights are not the engine's: their predictions differ by {off:.1%}",

@@ -11,6 +11,8 @@ import numpy as np
 from sdcompress_engines.errors import DataError
 from sdcompress_engines.progress import SILENT, Advance, Reporter
 
+from sdcompress.families.registry import family_of
+
 PROMPTS = (
     "a portrait of an old fisherman with a white beard, natural light, 85mm photograph",
     "a red sports car on a wet city street at night, neon reflections",
@@ -35,7 +37,7 @@ def default_prompts(pipeline: Any) -> tuple[list[str], list[str]]:
     """Prompts to calibrate with and others to check with; for nano and its students, told by their size, captions of
     nano's own kind.
     """
-    if int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor >= 256:
+    if family_of(pipeline.unet.config).captions != "nano":
         return list(PROMPTS), list(HELD_OUT_PROMPTS)
     from sdcompress.data import nano_prompts
 
@@ -70,7 +72,7 @@ def collect_calibration(
 
     Args:
         pipeline: a diffusers pipeline in torch; it is left as it was. Nothing is decoded.
-        guidance_scale: None is `default_guidance_scale`; at 1 or less there is no unconditional half.
+        guidance_scale: None is the family's; at 1 or less there is no unconditional half.
         size_px: side of the picture; None is what the UNet was made for.
 
     Raises:
@@ -78,13 +80,12 @@ def collect_calibration(
     """
     import torch
 
-    from sdcompress.sampling import default_guidance_scale, initial_latents
+    from sdcompress.sampling import initial_latents, native_size_px
 
     if not prompts or samples < 1 or steps < 1:
         raise DataError(f"{len(prompts)} prompts, {samples} samples, {steps} steps", expected="at least one of each")
-    own_size_px = int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
-    size_px = size_px or own_size_px
-    guidance_scale = default_guidance_scale(own_size_px) if guidance_scale is None else guidance_scale
+    size_px = size_px or native_size_px(pipeline)
+    guidance_scale = family_of(pipeline.unet.config).guidance_scale if guidance_scale is None else guidance_scale
     used = list(prompts[: samples if guidance_scale <= 1 else -(-samples // 2)])
     rows: dict[str, list[torch.Tensor]] = {}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from sdcompress_engines.errors import DataError, GateFailed, UsageError
+from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.progress import SILENT, Reporter
 
 CHECK_TIMESTEPS = 4
@@ -95,7 +96,7 @@ def check_quantized(
 
     truths = answers(reference if isinstance(reference, Runner) else OnnxRuntimeRunner(reference))
     found = answers(OnnxRuntimeRunner(quantized))
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, truths, strict=True)]
+    errors = [relative_l2(a, b) for a, b in zip(found, truths, strict=True)]
     errors = [error if error == error else float("inf") for error in errors]
     return Accuracy(
         precision, dict(zip(moments, errors, strict=True)), sum(errors) / len(errors), max(errors), len(times)

@@ -5,12 +5,6 @@ modelopt patches ONNX Runtime, prints a great deal and holds the graph several t
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Collection, Mapping
@@ -20,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import sdcompress_engines.errors as engines_errors
+from sdcompress_engines.child_process import describe_exit, run_job
 from sdcompress_engines.errors import BackendMissing, DataError, ExportError, UsageError, storage_errors
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import require_space
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.export.quantize.nodes import KEPT
 from sdcompress.export.quantize.precisions import INSTALL, PRECISIONS, HighPrecision, Quantized, missing
-from sdcompress.export.quantize.worker import _EVENT
 
 LEAST_OPSET = 19
 """The first with Q/DQ nodes for fp16 and fp8."""
@@ -111,10 +106,10 @@ def quantize_graph(
             made = Path(work) / "made" / target.name
             data = target.with_name(f"{target.name}.data")
             if (held := made.with_name(data.name)).is_file():
-                os.replace(held, data)
+                replace_file(held, data)
             else:
                 data.unlink(missing_ok=True)
-            os.replace(made, target)
+            replace_file(made, target)
     return QuantizeResult(done["nodes"], done["kept"], time.monotonic() - started, _bytes(target), done["peak_mib"])
 
 
@@ -178,52 +173,31 @@ def _check_calibration(source: Path, calibration: Mapping[str, np.ndarray], high
 
 
 def _run_child(job: Mapping[str, Any], source: Path, advance: Any) -> dict[str, Any]:
-    paths = [str(Path(__file__).parents[3]), str(Path(engines_errors.__file__).parents[1])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [*paths, os.environ.get("PYTHONPATH", "")])),
-        "TMPDIR": job["work"],
-    }
-    command = [sys.executable, "-m", "sdcompress.export.quantize.worker"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-        cwd=job["work"],
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        done: dict[str, Any] | None = None
-        failure, chatter = None, [""]
-        try:
-            with contextlib.suppress(BrokenPipeError):  # it may die before it reads its job; its exit status tells
-                child.stdin.write(json.dumps(job))
-                child.stdin.close()
-            for line in child.stdout:
-                if not line.startswith(_EVENT):
-                    chatter = [*chatter[-2:], line.strip()]
-                    continue
-                event = json.loads(line.removeprefix(_EVENT))
-                done, failure = event.get("done", done), event.get("error", failure)
-                if "note" in event:
-                    advance(note=event["note"])
-        except BaseException:
-            child.kill()
-            raise
-        code = child.wait()
-    if failure:
+    """Run the quantization process. Returns its figures: `nodes`, `kept` and `peak_mib`."""
+    answer: dict[str, Any] = {}
+
+    def take(event: Mapping[str, Any]) -> None:
+        answer.update(event)
+        if "note" in event:
+            advance(note=event["note"])
+
+    ending = run_job(
+        "sdcompress.export.quantize.worker",
+        job,
+        take,
+        paths=(Path(__file__).parents[3], Path(engines_errors.__file__).parents[1]),
+        environment={"TMPDIR": job["work"]},
+        folder=Path(job["work"]),
+    )
+    if "error" in answer:
         raise ExportError(
-            failure, where=source, hint="another version of nvidia-modelopt; 0.47 is the one that was tested"
+            answer["error"], where=source, hint="another version of nvidia-modelopt; 0.47 is the one that was tested"
         )
-    if code or done is None:
-        died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+    if ending.status or "done" not in answer:
         raise ExportError(
-            f"the quantization process ended with {died}: {' '.join(chatter).strip() or 'no output'}",
+            f"{describe_exit(ending.status, 'the quantization process')}: {' '.join(ending.output) or 'no output'}",
             where=source,
             hint="a machine with more memory, or fewer calibration samples",
         )
+    done: dict[str, Any] = answer["done"]
     return done

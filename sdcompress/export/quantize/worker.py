@@ -1,11 +1,9 @@
-"""The process that quantizes: one JSON job on stdin, one JSON event a line on stdout."""
+"""The process that quantizes one graph: see `sdcompress_engines.child_process`."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
-import signal
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -13,27 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sdcompress_engines.child_process import ignore_interrupts, receive_message, send_event
 from sdcompress_engines.resources import peak_rss_mib
 
 from sdcompress.export.quantize.nodes import choose_nodes
 
-# The process
-
-_EVENT = "sdcompress:"  # marks our lines among what modelopt and ONNX Runtime print
-
 
 def _emit(**event: Any) -> None:
-    print(_EVENT + json.dumps(event), flush=True)
+    if not send_event(**event):
+        sys.exit(1)  # the parent is gone
 
 
 def _child() -> None:
-    if hasattr(signal, "SIGINT"):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
-    job = json.loads(sys.stdin.read())
+    ignore_interrupts()
+    job = receive_message()
+    if job is None:
+        return
     try:
         _emit(done=_quantize(job))
-    except BrokenPipeError:  # whoever asked is gone
-        sys.exit(1)
     except Exception as error:
         _emit(
             error=(

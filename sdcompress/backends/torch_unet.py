@@ -1,0 +1,60 @@
+"""A UNet that PyTorch compiles: at its first call (`compile`) or ahead of time (`aot`)."""
+
+from __future__ import annotations
+
+import torch
+from sdcompress_engines.runners import Runner, TorchRunner
+
+from sdcompress.backends.backend import UNetRequest
+from sdcompress.export.aot import cached_package, open_package
+from sdcompress.export.components import signature_of
+
+
+class PositionalUNet(torch.nn.Module):
+    """A UNet that takes its inputs in the order of its signature and returns a tuple; its weights are those of `unet`.
+
+    Every caller reaches it with the same arguments in the same mode, so `torch.compile` compiles it once.
+    """
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        text_embeds: torch.Tensor | None = None,
+        time_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns the prediction, shaped as `sample`.
+
+        Args:
+            sample: noisy latents, (B, 4, H/8, W/8).
+            timestep: (B,), float32.
+            encoder_hidden_states: (B, 77·k, C).
+            text_embeds, time_ids: of SDXL, (B, E) and (B, 6).
+        """
+        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        outputs: tuple[torch.Tensor, ...] = self.unet(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
+        )
+        return outputs
+
+
+def open_compiled(request: UNetRequest) -> Runner:
+    """Returns a runner that compiles the UNet at its first call; on CUDA it replays CUDA graphs."""
+    unet = request.loaded.pipeline.unet
+    signature = signature_of("unet", unet, request.precision)
+    cuda_graph = request.device.startswith("cuda")
+    return TorchRunner(PositionalUNet(unet), signature.inputs, signature.outputs, "compile", cuda_graph=cuda_graph)
+
+
+def open_packaged(request: UNetRequest) -> Runner:
+    """Returns an open runner of the UNet's AOTInductor package, from the given folder or from the cache."""
+    if request.artifacts is not None:
+        return open_package(request.artifacts / "unet.pt2", request.device)
+    return open_package(
+        cached_package(request.loaded, request.device, request.precision, request.report), request.device
+    )

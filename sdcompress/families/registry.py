@@ -1,0 +1,73 @@
+"""The families, one `Family` each. To add one, write it in a file of its own and name it in `_BUILT_IN`."""
+
+from __future__ import annotations
+
+from sdcompress_engines.errors import UsageError
+
+from sdcompress.families.family import Family, UNetConfig
+from sdcompress.families.sdxl import SDXL
+from sdcompress.families.stable_diffusion import NANO, SD1, SD2
+
+OTHER = Family("other", "another UNet", recognizes=lambda config: True, bf16_vae=False)
+"""What no family recognizes: it runs, and nothing is known about it."""
+_BUILT_IN = (NANO, SD1, SD2, SDXL)  # the first that recognizes a config has it
+_REGISTERED: dict[str, Family] = {family.name: family for family in _BUILT_IN}
+
+
+def families() -> dict[str, Family]:
+    """Returns the known families by name."""
+    return dict(_REGISTERED)
+
+
+def published_families() -> dict[str, Family]:
+    """Returns the families whose configs the package holds, by name."""
+    return {name: family for name, family in _REGISTERED.items() if family.published}
+
+
+def register(family: Family) -> Family:
+    """Add a family for this process, as a plugin or a test does, before all others; returns it.
+
+    Raises:
+        UsageError: its name is taken.
+    """
+    if family.name in (*_REGISTERED, OTHER.name):
+        raise UsageError(f"a family {family.name!r} is there already", hint="give it another name")
+    others = dict(_REGISTERED)
+    _REGISTERED.clear()
+    _REGISTERED.update({family.name: family, **others})
+    return family
+
+
+def unregister(name: str) -> None:
+    """Remove a family that `register` added; one that is not there is no error."""
+    if name not in {family.name for family in _BUILT_IN}:
+        _REGISTERED.pop(name, None)
+
+
+def family_of(unet_config: UNetConfig) -> Family:
+    """Returns the family that recognizes a UNet config, of a teacher or a student; `OTHER` where none does."""
+    return next((family for family in _REGISTERED.values() if family.recognizes(unet_config)), OTHER)
+
+
+def family_of_pipeline(class_name: str) -> Family:
+    """Returns the published family of a diffusers pipeline class, the first where several share it; else `OTHER`."""
+    return next(
+        (family for family in _REGISTERED.values() if family.pipeline_class == class_name and not family.base), OTHER
+    )
+
+
+def find_family(name: str) -> Family:
+    """Returns the published family of a name.
+
+    Raises:
+        UsageError: there is no such family.
+    """
+    published = published_families()
+    if name not in published:
+        raise UsageError(f"no family {name!r}", expected=" or ".join(published))
+    return published[name]
+
+
+def student_of(unet_config: UNetConfig) -> str | None:
+    """Returns which block removal led to a UNet: a preset, a published student, `custom`, or None for a whole UNet."""
+    return family_of(unet_config).student_of(unet_config)

@@ -1,0 +1,61 @@
+"""What the file system allows in a host's folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdcompress_engines.errors import StorageError, storage_error
+
+from sdcompress.hosts.host import Host
+
+_NO_PRIVILEGE = 1314
+"""The Windows error of an account that may not create links."""
+
+
+def check_writable(host: Host, root: Path) -> None:
+    """Check the host's two folders before anything is written.
+
+    Raises:
+        StorageError: a link to a missing folder, a file where a folder is needed, or no permission.
+    """
+    for place in (root / folder for folder in host.folders):
+        if dangling := [path for path in (place, *place.parents) if path.is_symlink() and not path.exists()]:
+            raise StorageError(
+                f"is a link to {os.readlink(dangling[0])}, which is not there",
+                where=dangling[0],
+                hint="mount or create that folder, or remove the link",
+            )
+        existing = nearest_existing(place)
+        if not existing.is_dir():
+            raise StorageError("is a file, and a folder is needed here", where=existing, hint="move it away")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise StorageError(
+                "no permission to write here", where=existing, hint=f"run this as the user who runs {host.title}"
+            )
+
+
+def nearest_existing(place: Path) -> Path:
+    """Returns `place`, or the nearest of its parents that exists."""
+    return next(path for path in (place, *place.parents) if path.exists())
+
+
+@contextmanager
+def host_storage_errors(host: Host, root: Path) -> Iterator[None]:
+    """Turn an `OSError` within the block into a `StorageError` whose hint fits an install.
+
+    Raises:
+        StorageError: the file system refused or failed.
+    """
+    try:
+        yield
+    except OSError as error:
+        known = storage_error(error, error.filename or root)
+        what = known.what if known else f"the file system failed ({error.strerror or error})"
+        no_links = known is not None and getattr(error, "winerror", None) == _NO_PRIVILEGE
+        hint = (
+            known.hint if known and no_links else f"close {host.title} if it runs, and run this as the user who runs it"
+        )
+        raise StorageError(what, where=error.filename or root, hint=hint) from error

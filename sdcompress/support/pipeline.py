@@ -1,0 +1,47 @@
+"""The part of a diffusers text-to-image pipeline that this project uses, as a type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class TextToImagePipeline(Protocol):
+    """A diffusers pipeline such as `StableDiffusionPipeline`, whatever runs its components.
+
+    The components are diffusers' and transformers' modules, or runners in their place, so their types stay open.
+
+    Attributes:
+        unet: predicts noise or velocity; `unet.config` holds its shape.
+        vae: encodes pictures to latents and decodes them.
+        scheduler: the noise schedule and the steps along it.
+        components: name → component, None where one is absent.
+        vae_scale_factor: side of a picture over the side of its latents.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: Any
+    safety_checker: Any
+    vae_scale_factor: int
+
+    @property
+    def components(self) -> Mapping[str, Any]: ...
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Draw pictures; the arguments are diffusers'."""
+        ...
+
+    def to(self, *args: Any, **options: Any) -> Any:
+        """Move or convert the components in place; returns the pipeline."""
+        ...
+
+    def save_pretrained(self, *args: Any, **options: Any) -> None:
+        """Write the pipeline as a diffusers folder."""
+        ...
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Set the options of the progress bar over the denoising steps."""
+        ...
