@@ -1,56 +1,161 @@
-"""What holds for the repository as a whole: who may import whom, what ships, and that the README's figures are the
-measured ones.
-"""
+"""What holds for the whole repository: who imports whom, how long files are, what ships, where figures come from."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import re
+import subprocess
+from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
-FLOORS = ["sdcompress_engines", "sdcompress", "sdcompress_bench", "sdcompress.cli"]
+FLOORS = {"sdcompress_engines": 0, "sdcompress": 1, "sdcompress_bench": 2}
+CLI_FLOOR = 3
+ROOMS = (
+    ("support",),
+    ("families",),
+    ("checkpoints", "prune"),
+    ("lora",),
+    ("models",),
+    ("data",),
+    ("sampling",),
+    ("export",),
+    ("backends", "train"),
+    ("generate",),
+    ("hosts", "publish"),
+    ("cli",),
+    ("__main__",),
+)
+"""The rooms of `sdcompress`, lowest first. A room imports from lower ones, and not from those of its own row."""
+MOST_FUNCTION_LINES, MOST_FILE_LINES = 60, 400
 
 
-def floor(module: str) -> int | None:
-    """The floor a module of ours stands on; None for others' modules."""
-    if module.startswith("sdcompress.cli") or module == "sdcompress.__main__":
-        return 3
-    return {"sdcompress_engines": 0, "sdcompress": 1, "sdcompress_bench": 2}.get(module.partition(".")[0])
-
-
-def sources() -> list[tuple[str, Path]]:
-    found = []
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the three packages, by its name."""
+    found = {}
     for base in (ROOT, ROOT / "engines", ROOT / "bench"):
         for package in base.glob("sdcompress*/"):
-            found += [(".".join(p.relative_to(base).with_suffix("").parts), p) for p in package.rglob("*.py")]
+            for path in package.rglob("*.py"):
+                found[".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")] = path
     return found
 
 
-@pytest.mark.parametrize(("module", "path"), sources(), ids=lambda v: v if isinstance(v, str) else "")
-def test_no_module_imports_from_a_higher_floor(module: str, path: Path) -> None:
-    own = floor(module)
-    assert own is not None
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = (
-            [a.name for a in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module]
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level
-            else []
+@cache
+def imports(module: str) -> frozenset[str]:
+    """Modules of ours that a module imports, at its top or inside its functions."""
+    path, known = modules()[module], modules()
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            names |= {f"{source}.{alias.name}" for alias in node.names}
+    ours: set[str] = set()
+    for name in names:
+        while name and name not in known:
+            name = name.rpartition(".")[0]
+        ours |= {name} - {"", module}
+    return frozenset(ours)
+
+
+def floor(module: str) -> int:
+    parts = module.split(".")
+    return CLI_FLOOR if parts[:2] in (["sdcompress", "cli"], ["sdcompress", "__main__"]) else FLOORS[parts[0]]
+
+
+def room(module: str) -> int | None:
+    """The row of a module of `sdcompress` in `ROOMS`; None for others."""
+    parts = module.split(".")
+    if parts[0] != "sdcompress" or len(parts) == 1:
+        return None
+    return next(row for row, names in enumerate(ROOMS) if parts[1] in names)
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files that git knows, or all where this is no checkout."""
+    try:
+        listed = subprocess.run(
+            ["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        for name in names:
-            other = floor(name)
-            assert other is None or other <= own, f"{path}:{node.lineno} imports {name}"
+    except (OSError, subprocess.CalledProcessError):
+        return [path for pattern in patterns for path in ROOT.rglob(pattern.rpartition("/")[2])]
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
 
 
-def test_engines_keep_to_python_310_syntax() -> None:
-    for module, path in sources():
-        if floor(module) == 0:
-            ast.parse(path.read_text(), feature_version=(3, 10))
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def test_no_module_imports_from_a_higher_floor() -> None:
+    wrong = [(module, name) for module in modules() for name in imports(module) if floor(name) > floor(module)]
+    assert wrong == []
+
+
+def test_a_room_imports_from_lower_rooms_only() -> None:
+    wrong = []
+    for module in modules():
+        own = room(module)
+        for name in imports(module):
+            other = room(name)
+            if own is None or other is None or name.split(".")[1] == module.split(".")[1]:
+                continue
+            if other >= own:
+                wrong.append((module, name))
+    assert wrong == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module: set(imports(module)) for module in modules()}
+    circle: list[str] = []
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        circle = error.args[1]
+    assert circle == []
+
+
+def test_nothing_lies_loose_at_the_root_of_sdcompress() -> None:
+    assert {path.name for path in (ROOT / "sdcompress").glob("*.py")} == {"__init__.py", "__main__.py", "sampling.py"}
+
+
+def test_no_module_is_named_like_a_package_beside_it() -> None:
+    assert [str(path) for path in modules().values() if path.with_suffix("").is_dir()] == []
+
+
+def test_studies_and_peers_stand_on_the_library() -> None:
+    paths = tracked("bench/*.py")
+    assert len(paths) > 40
+    assert [str(path) for path in paths if "sdcompress.cli" in path.read_text(encoding="utf-8")] == []
+
+
+def test_no_function_is_longer_than_a_screen() -> None:
+    assert {
+        f"{path.relative_to(ROOT)}: {node.name}": length
+        for path in tracked("*.py")
+        for node in functions(path)
+        if (length := (node.end_lineno or 0) - node.lineno + 1) > MOST_FUNCTION_LINES
+    } == {}
+
+
+def test_no_file_is_longer_than_one_subject() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in tracked("*.py")
+    }
+    assert {path: length for path, length in lengths.items() if length > MOST_FILE_LINES} == {}
+
+
+def test_engines_and_plugins_keep_to_python_310_syntax() -> None:
+    paths = tracked("engines/*.py", "plugins/*.py")
+    assert len(paths) > 30
+    for path in paths:
+        ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
 
 
 def test_weights_and_data_fit() -> None:
@@ -65,7 +170,7 @@ def test_weights_and_data_fit() -> None:
 
 def test_no_machine_path_is_in_what_ships() -> None:
     for path in (ROOT / "sdcompress/assets").rglob("*.json"):
-        assert not re.search(r"/(tmp|home|root|work|Users)/", path.read_text()), path
+        assert not re.search(r"/(tmp|home|root|work|Users)/", path.read_text(encoding="utf-8")), path
 
 
 def test_readme_figures_are_the_measured_ones() -> None:
@@ -74,5 +179,5 @@ def test_readme_figures_are_the_measured_ones() -> None:
     assert spec.loader
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tool.updated(readme) == readme

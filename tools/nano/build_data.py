@@ -21,6 +21,7 @@ import subprocess
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import resvg_py
 from PIL import Image
@@ -228,6 +229,44 @@ def write_shards(rows: list[dict], split: str, out: Path, quality: int) -> list[
     return files
 
 
+def make_index(
+    rows: list[dict], counts: dict[str, int], shards: dict[str, list[str]], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Returns `index.json`: what the shards hold and what they were made from."""
+    return {
+        "size_px": SIZE_PX,
+        "counts": counts | {"concepts": len({r["concept"]["name"] for r in rows})},
+        "styles": {
+            s.name: {
+                "phrase": s.phrase,
+                "source": s.package,
+                "licence": s.licence,
+                "pictures": sum(r["style"] is s for r in rows),
+            }
+            for s in STYLES
+        },
+        "shards": shards,
+        "sha256": {
+            f: hashlib.sha256((args.out / f).read_bytes()).hexdigest() for f in shards["train"] + shards["heldout"]
+        },
+        "webp_quality": args.quality,
+        "seed": args.seed,
+    }
+
+
+def write_notice(path: Path) -> None:
+    """Write the sources of the pictures and their licences."""
+    lines = [
+        "The pictures in these shards are drawn from openly licensed emoji art, rendered to 128 x 128 pixels on white.",
+        "",
+        *(f"{s.name}: npm {s.package}, licence {s.licence}, {s.copyright}" for s in STYLES),
+        f"names and tags: npm {EMOJIBASE}, licence MIT, Copyright (c) Miles Johnson",
+        "",
+        "Licence texts: licenses/MIT.txt and licenses/Apache-2.0.txt beside this file.",
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("sdcompress/assets/nano/data"))
@@ -259,37 +298,9 @@ def main() -> None:
         "train": write_shards(train, "train", args.out, args.quality),
         "heldout": write_shards(heldout, "heldout", args.out, args.quality),
     }
-    index = {
-        "size_px": SIZE_PX,
-        "counts": {"train": len(train), "heldout": len(heldout), "concepts": len({r["concept"]["name"] for r in rows})},
-        "styles": {
-            s.name: {
-                "phrase": s.phrase,
-                "source": s.package,
-                "licence": s.licence,
-                "pictures": sum(r["style"] is s for r in rows),
-            }
-            for s in STYLES
-        },
-        "shards": shards,
-        "sha256": {
-            f: hashlib.sha256((args.out / f).read_bytes()).hexdigest() for f in shards["train"] + shards["heldout"]
-        },
-        "webp_quality": args.quality,
-        "seed": args.seed,
-    }
-    (args.out / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-    lines = [
-        "The pictures in these shards are drawn from openly licensed emoji art, rendered to 128 x 128 pixels on white.",
-        "",
-    ]
-    lines += [f"{s.name}: npm {s.package}, licence {s.licence}, {s.copyright}" for s in STYLES]
-    lines += [
-        f"names and tags: npm {EMOJIBASE}, licence MIT, Copyright (c) Miles Johnson",
-        "",
-        "Licence texts: licenses/MIT.txt and licenses/Apache-2.0.txt beside this file.",
-    ]
-    (args.out / "NOTICE").write_text("\n".join(lines) + "\n")
+    index = make_index(rows, {"train": len(train), "heldout": len(heldout)}, shards, args)
+    (args.out / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_notice(args.out / "NOTICE")
     total = sum((args.out / f).stat().st_size for f in index["sha256"])
     print(json.dumps(index["counts"] | {"bytes": total}))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -98,21 +99,62 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return moved * (0.95 + 0.05 * torch.rand(count, 1, 1, 1, generator=generator))
 
 
-def composed(
-    model: CLIPModel,
-    image: torch.Tensor,
-    index: torch.Tensor,
-    style_of: torch.Tensor,
-    style_ids: torch.Tensor,
-    bare_ids: torch.Tensor,
-    every_ids: list[torch.Tensor],
-    longest: int,
-) -> torch.Tensor:
-    """What makes a caption the sum of its parts, so that a style and a concept that were never seen together still mean
-    both.
+@dataclass(frozen=True)
+class CaptionParts:
+    """The captions of a split taken apart, as token ids.
 
-    The picture's style is told by the style's phrase alone, and each concept in every style lies between the phrase's
-    and the concept's own embedding.
+    Attributes:
+        style_of: index of each picture's style, (N,).
+        styles: the style phrases alone, (S, 77).
+        concepts: each picture's concept alone, (N, 77).
+        in_every_style: each picture's concept in each style, S tensors of (N, 77).
+    """
+
+    style_of: torch.Tensor
+    styles: torch.Tensor
+    concepts: torch.Tensor
+    in_every_style: list[torch.Tensor]
+
+
+def caption_parts(tokenizer: CLIPTokenizer, split: Split) -> CaptionParts:
+    phrases = nano.styles()
+    concepts = [
+        caption.removeprefix(phrases[meta["style"]]).strip()
+        for caption, meta in zip(split.captions, split.metas, strict=True)
+    ]
+    return CaptionParts(
+        torch.tensor([list(phrases).index(meta["style"]) for meta in split.metas]),
+        tokenize(tokenizer, [phrase.removesuffix(" of") for phrase in phrases.values()]),
+        tokenize(tokenizer, concepts),
+        [tokenize(tokenizer, [f"{phrase} {text}" for text in concepts]) for phrase in phrases.values()],
+    )
+
+
+def contrastive_loss(
+    model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Returns CLIP's loss of a batch, its image features (B, D), and the share of captions found among the batch's."""
+    with torch.autocast("cpu", torch.bfloat16):
+        image = model.get_image_features(pixel_values=pixels).pooler_output.float()
+        text = model.get_text_features(input_ids=ids).pooler_output.float()
+    logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    target = torch.arange(len(ids))
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    return loss, image, (logits.argmax(-1) == target).float().mean().item()
+
+
+def composed(
+    model: CLIPModel, image: torch.Tensor, index: torch.Tensor, parts: CaptionParts, longest: int
+) -> torch.Tensor:
+    """Returns the loss that makes a caption the sum of its parts, so that unseen pairs of style and concept mean both.
+
+    The style's phrase alone has to find the picture's style, and each concept in every style has to lie between the
+    phrase's and the concept's own embedding.
+
+    Args:
+        image: image features of the batch, (B, D).
+        index: the batch's pictures, (B,).
+        longest: tokens of the longest caption in the batch.
     """
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -120,13 +162,13 @@ def composed(
             return F.normalize(model.get_text_features(input_ids=ids[:, :longest]).pooler_output.float(), dim=-1)
 
     some = index[torch.randperm(len(index))[:24]]
-    styles, concepts = embed(style_ids), embed(bare_ids[some])
-    told = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ styles.T
+    styles, concepts = embed(parts.styles), embed(parts.concepts[some])
+    style_logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ styles.T
     between = [
         1 - (embed(ids[some]) * F.normalize(concepts + styles[i], dim=-1)).sum(-1).mean()
-        for i, ids in enumerate(every_ids)
+        for i, ids in enumerate(parts.in_every_style)
     ]
-    return F.cross_entropy(told, style_of[index]) / 2 + 4 * torch.stack(between).mean()
+    return F.cross_entropy(style_logits, parts.style_of[index]) / 2 + 4 * torch.stack(between).mean()
 
 
 @torch.no_grad()
@@ -181,57 +223,32 @@ def main() -> None:
         else:  # unpacked from the shipped weights: the optimizer is new and warms up again
             warmed_from = start
     steps = cfg["steps"][args.role]
-    phrases = nano.styles()
-    style_ids = tokenize(tokenizer, [phrase.removesuffix(" of") for phrase in phrases.values()])
-    style_of = torch.tensor([list(phrases).index(meta["style"]) for meta in train.metas])
-    bare = [
-        caption.removeprefix(phrases[meta["style"]]).strip()
-        for caption, meta in zip(train.captions, train.metas, strict=True)
-    ]
-    bare_ids = tokenize(tokenizer, bare)
-    every_ids = [tokenize(tokenizer, [f"{phrase} {text}" for text in bare]) for phrase in phrases.values()]
+    parts = caption_parts(tokenizer, train)
     by_concept: dict[str, list[int]] = {}
     for i, meta in enumerate(train.metas):
         by_concept.setdefault(meta["concept"], []).append(i)
     members = list(by_concept.values())
     for step in range(start, steps):
-        lr = (
-            cfg["lr"]
-            * min(1, (step + 1 - warmed_from) / cfg["warmup"])
-            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"]) * (0.02 + 0.98 * cosine)
         for group in optimizer.param_groups:
             group["lr"] = lr
         if step < cfg["grouped_from"]:
             index = batch_indices(step, cfg["batch"], len(train.captions), seed)
-        else:  # concepts in all their styles: told apart by style alone, which random batches hardly ever ask for
-            index = torch.tensor(
-                [
-                    i
-                    for c in batch_indices(step, cfg["concepts_per_batch"], len(members), seed).tolist()
-                    for i in members[c]
-                ]
-            )
+        else:  # concepts in all their styles, which style alone tells apart: random batches hardly ever need that
+            drawn = batch_indices(step, cfg["concepts_per_batch"], len(members), seed).tolist()
+            index = torch.tensor([i for concept in drawn for i in members[concept]])
         pixels = augment(train.pixels(index), torch.Generator().manual_seed(seed * 1_000_003 + step))
         longest = int((ids[index] == tokenizer.eos_token_id).float().argmax(-1).max()) + 1
-        with torch.autocast("cpu", torch.bfloat16):
-            image = model.get_image_features(pixel_values=pixels).pooler_output.float()
-            text = model.get_text_features(input_ids=ids[index, :longest]).pooler_output.float()
-        logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-        target = torch.arange(len(index))
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        loss, image, top1 = contrastive_loss(model, pixels, ids[index, :longest])
         if step >= cfg["composed_from"]:
-            loss = loss + cfg["composed_weight"] * composed(
-                model, image, index, style_of, style_ids, bare_ids, every_ids, longest
-            )
+            loss = loss + cfg["composed_weight"] * composed(model, image, index, parts, longest)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % progress.every == 0:
-            progress.note(
-                step + 1, loss=loss.item(), top1_batch=(logits.argmax(-1) == target).float().mean().item(), lr=lr
-            )
+            progress.note(step + 1, loss=loss.item(), top1_batch=top1, lr=lr)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             progress.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
             progress.note(

@@ -1,8 +1,9 @@
 """Train nano's UNet on cached latents and text embeddings, resumable.
 
     python tools/nano/train_unet.py --work build/nano [--until STEP]
-    torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano      one process a core, faster than one with
-    a thread a core
+    torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano
+
+The second form runs one process a core, which is faster than one process with a thread a core.
 
 The processes share each batch and average the gradients; noise is drawn for the whole batch, so their number changes
 nothing.
@@ -66,6 +67,55 @@ def cache(work: Path, split: Split) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)
 
 
+def weighted_loss(
+    unet: UNet2DConditionModel, cfg: dict, data: dict[str, torch.Tensor], step: int, alphas: torch.Tensor, mine: slice
+) -> torch.Tensor:
+    """Returns the Min-SNR weighted loss of one process's share of a step's batch.
+
+    Args:
+        data: what `cache` returns.
+        alphas: cumulative, (1000,), of the noise schedule.
+        mine: which rows of the batch this process computes. Noise is drawn for the whole batch.
+    """
+    count = len(data["mean"])
+    generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
+    index = batch_indices(step, cfg["batch"], count, cfg["seed"])
+    mean, std = data["mean"][index].float(), data["std"][index].float()
+    latents = (mean + std * torch.randn(mean.shape, generator=generator)) * data["scale"]
+    dropped = torch.rand(len(index), generator=generator) < cfg["caption_dropout"]
+    text = data["text"][torch.where(dropped, count, index)].float()
+    noise = torch.randn(latents.shape, generator=generator)
+    # Stratified timesteps: each of the batch's equal slices of the schedule is hit once.
+    strata = torch.arange(len(index)) + torch.rand(len(index), generator=generator)
+    timesteps = (strata / len(index) * 1000).long()
+    latents, noise, text, timesteps = latents[mine], noise[mine], text[mine], timesteps[mine]
+    a = alphas[timesteps].view(-1, 1, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timesteps, text).sample
+    error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+    snr = (alphas / (1 - alphas))[timesteps]
+    return (error * (snr.clamp(max=cfg["snr_gamma"]) / snr)).mean()
+
+
+def average_gradients(unet: UNet2DConditionModel, world: int) -> None:
+    """Replace each gradient by its mean over all processes, in one exchange."""
+    gradients = [p.grad for p in unet.parameters()]
+    flat = torch.cat([g.flatten() for g in gradients])
+    torch.distributed.all_reduce(flat)
+    means = flat.div_(world).split([g.numel() for g in gradients])
+    for gradient, mean_gradient in zip(gradients, means, strict=True):
+        gradient.copy_(mean_gradient.view_as(gradient))
+
+
+def join_processes() -> tuple[int, int]:
+    """Returns this process's rank and the number of processes, which then share the cores."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        torch.set_num_threads(max(1, (os.cpu_count() or world) // world))
+    return rank, world
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -73,18 +123,13 @@ def main() -> None:
     parser.add_argument("--cooldown", type=int, default=0)
     args = parser.parse_args()
     cfg = config("unet")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        torch.distributed.init_process_group("gloo")
-        torch.set_num_threads(max(1, (os.cpu_count() or world) // world))
+    rank, world = join_processes()
     until = args.until or cfg["steps"]
     torch.manual_seed(cfg["seed"])
     data = cache(args.work, load("train"))
-    count = len(data["mean"])
     unet = build(cfg, data["text"].shape[-1])
-    unet.set_attn_processor(
-        AttnProcessor()
-    )  # plain products: on a CPU their backward is 2 to 5 times as fast as the fused attention's
+    # Plain products: on a CPU their backward is 2 to 5 times as fast as the fused attention's.
+    unet.set_attn_processor(AttnProcessor())
     ema = {k: v.clone() for k, v in unet.state_dict().items()}
     optimizer = Muon(
         dict(unet.named_parameters()),
@@ -93,7 +138,6 @@ def main() -> None:
         without=("conv_in", "conv_out", "time_embedding"),
     )
     alphas = DDPMScheduler(**SCHEDULE).alphas_cumprod
-    snr = alphas / (1 - alphas)
     progress = Progress(args.work, "unet")
     start = warmed_from = 0
     if state := progress.resume():
@@ -110,33 +154,10 @@ def main() -> None:
             lr *= min(1, (until - step) / args.cooldown)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
-        index = batch_indices(step, cfg["batch"], count, cfg["seed"])
-        mean, std = data["mean"][index].float(), data["std"][index].float()
-        latents = (mean + std * torch.randn(mean.shape, generator=generator)) * data["scale"]
-        dropped = torch.rand(len(index), generator=generator) < cfg["caption_dropout"]
-        text = data["text"][torch.where(dropped, count, index)].float()
-        noise = torch.randn(latents.shape, generator=generator)
-        # Stratified timesteps: each of the batch's equal slices of the schedule is hit once.
-        timesteps = (
-            (torch.arange(len(index)) + torch.rand(len(index), generator=generator)) / len(index) * 1000
-        ).long()
-        mine = slice(rank, None, world)
-        latents, noise, text, timesteps = latents[mine], noise[mine], text[mine], timesteps[mine]
-        a = alphas[timesteps].view(-1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(a.sqrt() * latents + (1 - a).sqrt() * noise, timesteps, text).sample
-        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
-        loss = (error * (snr[timesteps].clamp(max=cfg["snr_gamma"]) / snr[timesteps])).mean()
+        loss = weighted_loss(unet, cfg, data, step, alphas, slice(rank, None, world))
         loss.backward()
         if world > 1:
-            gradients = [p.grad for p in unet.parameters()]
-            flat = torch.cat([g.flatten() for g in gradients])
-            torch.distributed.all_reduce(flat)
-            for gradient, mean_gradient in zip(
-                gradients, flat.div_(world).split([g.numel() for g in gradients]), strict=True
-            ):
-                gradient.copy_(mean_gradient.view_as(gradient))
+            average_gradients(unet, world)
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
