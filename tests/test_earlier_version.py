@@ -89,7 +89,7 @@ def test_a_killed_run_is_resumed_with_its_losses_and_to_its_weights(command: Com
     assert [row["step"] for row in after] == [row["step"] for row in before]
     assert after[0] == before[0]  # not computed again
     for name in ("loss", "task_loss", "output_kd_loss", "feature_kd_loss", "grad_norm"):
-        assert after[-1][name] == pytest.approx(before[-1][name], rel=1e-3), name
+        assert after[-1][name] == pytest.approx(before[-1][name], rel=1e-2), name
     resumed = load_file(folder / "run/pipeline/unet/diffusion_pytorch_model.safetensors")
     expected = load_file(folder / "resumed-unet.safetensors")
     assert resumed.keys() == expected.keys()
