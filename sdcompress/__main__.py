@@ -1,3 +1,5 @@
+"""`python -m sdcompress`"""
+
 from sdcompress.cli import main
 
 if __name__ == "__main__":

@@ -13,12 +13,7 @@ from PIL import Image
 from sdcompress_engines.errors import DataError
 
 from sdcompress.families.registry import family_of
-from sdcompress.support.pipeline import TextToImagePipeline
-
-
-def native_size_px(pipeline: TextToImagePipeline) -> int:
-    """Returns the side of the pictures that the pipeline's UNet was made for."""
-    return int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
+from sdcompress.support.pipeline import TextToImagePipeline, native_size_px
 
 
 def initial_latents(

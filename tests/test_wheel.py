@@ -30,7 +30,7 @@ from pathlib import Path
 from sdcompress.hosts.find import find_host
 from sdcompress.hosts.install import install, uninstall
 from sdcompress.hosts.plugin_files import plugin_folder
-from sdcompress.train.config import recipe_names
+from sdcompress.train.recipes import recipe_names
 unpacked = Path(sys.argv[1])
 for plugin in ("sd_webui_sdcompress", "comfyui_sdcompress"):
     assert plugin_folder(plugin).is_relative_to(unpacked), plugin_folder(plugin)

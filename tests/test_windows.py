@@ -243,7 +243,6 @@ JSON_ALONE = {
     "sdcompress/data/cache.py",
     "sdcompress/engines.py",
     "sdcompress/pipeline.py",
-    "sdcompress/train/loop.py",
 }
 """Files that read and write nothing but JSON, which is ASCII as `json.dumps` writes it."""
 

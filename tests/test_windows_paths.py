@@ -19,7 +19,6 @@ from sdcompress_engines.flavour import FLAVOURS
 from sdcompress_engines.graph import read_graph
 from sdcompress_engines.manifest import FileEntry, by_parts, is_plain_path, read_manifest, save_manifest, write_manifest
 
-from sdcompress.cli.push import upload_folder
 from sdcompress.data.sources import open_source
 from sdcompress.export.aot import package_folder
 from sdcompress.hosts.definitions import hosts
@@ -27,7 +26,8 @@ from sdcompress.hosts.entry import Entry, without_prefix
 from sdcompress.hosts.install import install
 from sdcompress.hosts.record import Record, read_record, write_record
 from sdcompress.lora.fuse import parse_lora
-from sdcompress.models.locate import resolve
+from sdcompress.models.locate import locate_pipeline
+from sdcompress.publish.upload import upload_folder
 
 OUTSIDE = [
     "..\\..\\x.py",
@@ -185,7 +185,7 @@ def test_a_windows_path_that_is_not_there_is_never_asked_of_the_hub(
 ) -> None:
     monkeypatch.setattr("sdcompress.models.locate._download", lambda name: pytest.fail(f"asked the hub for {name}"))
     with pytest.raises(UsageError, match="does not exist"):
-        resolve(typed)
+        locate_pipeline(typed)
 
 
 def test_a_table_of_captions_that_was_written_on_windows_is_read(pictures: Path, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Write `sdcompress/assets/configs`: what a single-file checkpoint of SD1.x, SD2.x or SDXL does not say about itself.
+"""Write `sdcompress/assets/configs`: the configs of SD1.x, SD2.x and SDXL that a single-file checkpoint lacks.
 
     pip download --no-deps open_clip_torch -d wheels
     python tools/build_configs.py wheels/open_clip_torch-*.whl
 
-The configs are the published architectures' figures, written down here; only what differs from a class's default is
+The configs hold the figures of the published architectures. Only values that differ from a class's default are
 written. The tokenizer (`vocab.json`, `merges.txt`) is derived from the byte-pair list in the wheel, which is that of
-OpenAI's CLIP; it is stored once and all families share it.
+OpenAI's CLIP. It is stored once, and all families share it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 TARGET = Path(__file__).parents[1] / "sdcompress/assets/configs"
-MERGES = (
-    48894  # of the list's 262,145 pairs, those CLIP uses: with 2 × 256 byte tokens and two specials they make 49,408
-)
+MERGES = 48894
+"""The pairs of the list's 262,145 that CLIP uses; with 2 × 256 byte tokens and two special ones they give 49,408."""
 START, END = "<|startoftext|>", "<|endoftext|>"
 NOTICE = """\
-sd1/tokenizer/vocab.json and merges.txt are derived from the byte-pair list `bpe_simple_vocab_16e6.txt.gz` of OpenAI's CLIP
-(MIT License, Copyright (c) 2021 OpenAI), as shipped in the Python package open_clip_torch {version}, under the licence below.
-The configs beside them state the published shapes of the Stable Diffusion 1.x, 2.x and XL architectures; they hold no weights.
+sd1/tokenizer/vocab.json and merges.txt are derived from the byte-pair list `bpe_simple_vocab_16e6.txt.gz` of OpenAI's
+CLIP (MIT License, Copyright (c) 2021 OpenAI), as shipped in the Python package open_clip_torch {version}, under the
+license below. The configs beside them state the published shapes of the Stable Diffusion 1.x, 2.x and XL architectures;
+they hold no weights.
 
 """
 
@@ -53,7 +53,17 @@ def unet(
     sample_size: int,
     **more: Any,
 ) -> dict[str, Any]:
-    """A UNet2DConditionModel's config; `attention` says per level, outermost first, whether it has any."""
+    """Returns the config of a UNet2DConditionModel.
+
+    Args:
+        channels: of each level, outermost first.
+        attention: whether each level has attention.
+        context: width of the text embeddings.
+        heads: of each attention, for all levels or level by level.
+        linear: whether attentions project by linear layers, not by 1×1 convolutions.
+        sample_size: side of the latents.
+        more: further entries.
+    """
     kinds = [ATTENTION if has else PLAIN for has in attention]
     return {
         "_class_name": "UNet2DConditionModel",
@@ -73,7 +83,7 @@ def unet(
 
 
 def vae(sample_size: int, scaling_factor: float) -> dict[str, Any]:
-    """An AutoencoderKL's config: f8, four latent channels."""
+    """Returns the config of an AutoencoderKL of scale factor 8 with four latent channels."""
     return {
         "_class_name": "AutoencoderKL",
         "sample_size": sample_size,
@@ -87,10 +97,19 @@ def vae(sample_size: int, scaling_factor: float) -> dict[str, Any]:
     }
 
 
-def text_encoder(kind: str, width: int, layers: int, heads: int, activation: str, projection: int) -> dict[str, Any]:
-    """A CLIP text encoder's config; `kind` is its transformers class."""
+def text_encoder(
+    class_name: str, width: int, layers: int, heads: int, activation: str, projection: int
+) -> dict[str, Any]:
+    """Returns the config of a CLIP text encoder.
+
+    Args:
+        class_name: of transformers.
+        width, layers, heads: of the encoder.
+        activation: `quick_gelu` (OpenAI's) or `gelu` (OpenCLIP's).
+        projection: width of the projected output.
+    """
     return {
-        "architectures": [kind],
+        "architectures": [class_name],
         "model_type": "clip_text_model",
         "vocab_size": MERGES + 2 * 256 + 2,
         "max_position_embeddings": 77,
@@ -107,7 +126,7 @@ def text_encoder(kind: str, width: int, layers: int, heads: int, activation: str
 
 
 def tokenizer(pad: str) -> dict[str, Any]:
-    """A CLIPTokenizer's config.
+    """Returns the config of a CLIPTokenizer.
 
     OpenAI's text encoder was trained on text padded with the end token, OpenCLIP's on token 0, `!`.
     """
@@ -121,8 +140,14 @@ def tokenizer(pad: str) -> dict[str, Any]:
     }
 
 
-def index(kind: str, scheduler: str, **more: Any) -> dict[str, Any]:
-    """A pipeline's model_index.json."""
+def index(class_name: str, scheduler: str, **more: Any) -> dict[str, Any]:
+    """Returns the model_index.json of a pipeline.
+
+    Args:
+        class_name: of the pipeline.
+        scheduler: class of the scheduler.
+        more: further entries.
+    """
     parts = {
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
@@ -130,7 +155,7 @@ def index(kind: str, scheduler: str, **more: Any) -> dict[str, Any]:
     }
     return (
         {
-            "_class_name": kind,
+            "_class_name": class_name,
             "_diffusers_version": "0.42.0",
             "text_encoder": ["transformers", "CLIPTextModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -140,106 +165,125 @@ def index(kind: str, scheduler: str, **more: Any) -> dict[str, Any]:
     )
 
 
-def families() -> dict[str, dict[str, dict[str, Any]]]:
-    """Family → relative path → content."""
-    openai = text_encoder("CLIPTextModel", 768, 12, 12, "quick_gelu", 768)
-    sd_index = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+Configs = dict[str, dict[str, Any]]
+"""Relative path → content."""
+
+SD_INDEX = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+OPENAI_ENCODER = text_encoder("CLIPTextModel", 768, 12, 12, "quick_gelu", 768)
+
+
+def sd1() -> Configs:
+    """Returns the configs of Stable Diffusion 1.x."""
     return {
-        "sd1": {
-            "model_index.json": index("StableDiffusionPipeline", "PNDMScheduler", **sd_index),
-            "unet/config.json": unet(
-                [320, 640, 1280, 1280], [True, True, True, False], context=768, heads=8, linear=False, sample_size=64
-            ),
-            "vae/config.json": vae(512, 0.18215),
-            "text_encoder/config.json": openai,
-            "tokenizer/tokenizer_config.json": tokenizer(END),
-            "scheduler/scheduler_config.json": (
-                {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False} | BETAS
-            ),
-        },
-        "sd2": {
-            "model_index.json": index("StableDiffusionPipeline", "DDIMScheduler", **sd_index),
-            "unet/config.json": unet(
-                [320, 640, 1280, 1280],
-                [True, True, True, False],
-                context=1024,
-                heads=[5, 10, 20, 20],
-                linear=True,
-                sample_size=64,
-            ),
-            "vae/config.json": vae(512, 0.18215),
-            # The 24th layer of OpenCLIP's encoder is never run: SD2 takes the output of the one before.
-            "text_encoder/config.json": text_encoder("CLIPTextModel", 1024, 23, 16, "gelu", 512),
-            "tokenizer/tokenizer_config.json": tokenizer("!"),
-            "scheduler/scheduler_config.json": (
-                {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False} | BETAS
-            ),
-        },
-        "sdxl": {
-            "model_index.json": index(
-                "StableDiffusionXLPipeline",
-                "EulerDiscreteScheduler",
-                text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
-                tokenizer_2=["transformers", "CLIPTokenizer"],
-                force_zeros_for_empty_prompt=True,
-            ),
-            "unet/config.json": unet(
-                [320, 640, 1280],
-                [False, True, True],
-                context=2048,
-                heads=[5, 10, 20],
-                linear=True,
-                sample_size=128,
-                transformer_layers_per_block=[1, 2, 10],
-                addition_embed_type="text_time",
-                addition_time_embed_dim=256,
-                projection_class_embeddings_input_dim=2816,
-            ),
-            "vae/config.json": vae(1024, 0.13025),
-            "text_encoder/config.json": openai,
-            "text_encoder_2/config.json": text_encoder("CLIPTextModelWithProjection", 1280, 32, 20, "gelu", 1280),
-            "tokenizer/tokenizer_config.json": tokenizer(END),
-            "tokenizer_2/tokenizer_config.json": tokenizer("!"),
-            "scheduler/scheduler_config.json": {"_class_name": "EulerDiscreteScheduler"} | BETAS,
-        },
+        "model_index.json": index("StableDiffusionPipeline", "PNDMScheduler", **SD_INDEX),
+        "unet/config.json": unet(
+            [320, 640, 1280, 1280], [True, True, True, False], context=768, heads=8, linear=False, sample_size=64
+        ),
+        "vae/config.json": vae(512, 0.18215),
+        "text_encoder/config.json": OPENAI_ENCODER,
+        "tokenizer/tokenizer_config.json": tokenizer(END),
+        "scheduler/scheduler_config.json": (
+            {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False} | BETAS
+        ),
     }
 
 
+def sd2() -> Configs:
+    """Returns the configs of Stable Diffusion 2.x."""
+    return {
+        "model_index.json": index("StableDiffusionPipeline", "DDIMScheduler", **SD_INDEX),
+        "unet/config.json": unet(
+            [320, 640, 1280, 1280],
+            [True, True, True, False],
+            context=1024,
+            heads=[5, 10, 20, 20],
+            linear=True,
+            sample_size=64,
+        ),
+        "vae/config.json": vae(512, 0.18215),
+        # The 24th layer of OpenCLIP's encoder never runs: SD2 uses the output of the layer before.
+        "text_encoder/config.json": text_encoder("CLIPTextModel", 1024, 23, 16, "gelu", 512),
+        "tokenizer/tokenizer_config.json": tokenizer("!"),
+        "scheduler/scheduler_config.json": (
+            {"_class_name": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False} | BETAS
+        ),
+    }
+
+
+def sdxl() -> Configs:
+    """Returns the configs of Stable Diffusion XL."""
+    return {
+        "model_index.json": index(
+            "StableDiffusionXLPipeline",
+            "EulerDiscreteScheduler",
+            text_encoder_2=["transformers", "CLIPTextModelWithProjection"],
+            tokenizer_2=["transformers", "CLIPTokenizer"],
+            force_zeros_for_empty_prompt=True,
+        ),
+        "unet/config.json": unet(
+            [320, 640, 1280],
+            [False, True, True],
+            context=2048,
+            heads=[5, 10, 20],
+            linear=True,
+            sample_size=128,
+            transformer_layers_per_block=[1, 2, 10],
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ),
+        "vae/config.json": vae(1024, 0.13025),
+        "text_encoder/config.json": OPENAI_ENCODER,
+        "text_encoder_2/config.json": text_encoder("CLIPTextModelWithProjection", 1280, 32, 20, "gelu", 1280),
+        "tokenizer/tokenizer_config.json": tokenizer(END),
+        "tokenizer_2/tokenizer_config.json": tokenizer("!"),
+        "scheduler/scheduler_config.json": {"_class_name": "EulerDiscreteScheduler"} | BETAS,
+    }
+
+
+FAMILIES = {"sd1": sd1, "sd2": sd2, "sdxl": sdxl}
+
+
 def byte_letters() -> Iterator[str]:
-    """The printable letter that stands for each byte in CLIP's vocabulary: itself where it is printable, else one from
-    U+0100 on. Printable bytes come first.
+    """Yield the printable letter that stands for each byte in CLIP's vocabulary.
+
+    It is the byte itself where that is printable, else a letter from U+0100 on. Printable bytes come first.
     """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     yield from map(chr, printable)
     yield from (chr(256 + i) for i in range(256 - len(printable)))
 
 
-def main(wheel: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        lines = gzip.decompress(archive.read("open_clip/bpe_simple_vocab_16e6.txt.gz")).decode().splitlines()
-        licence = archive.read(next(name for name in archive.namelist() if name.endswith("LICENSE"))).decode()
-    merges = lines[1 : MERGES + 1]
+def write_tokenizer(merges: list[str]) -> None:
+    """Write the vocabulary and the merges of CLIP's tokenizer.
+
+    Args:
+        merges: the byte pairs, the most frequent first.
+    """
     letters = list(byte_letters())
-    tokens = [
-        *letters,
-        *(f"{letter}</w>" for letter in letters),
-        *("".join(line.split()) for line in merges),
-        START,
-        END,
-    ]
-    shutil.rmtree(TARGET, ignore_errors=True)
-    for family, files in families().items():
-        for name, content in files.items():
-            path = TARGET / family / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=1) + "\n")
-    shared = TARGET / "sd1/tokenizer"
-    (shared / "vocab.json").write_text(
+    words = [f"{letter}</w>" for letter in letters]
+    tokens = [*letters, *words, *("".join(line.split()) for line in merges), START, END]
+    folder = TARGET / "sd1/tokenizer"
+    (folder / "vocab.json").write_text(
         json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False, separators=(",", ":")),
         encoding="utf-8",
     )
-    (shared / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
-    (TARGET / "NOTICE").write_text(NOTICE.format(version=wheel.name.split("-")[1]) + licence)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def main(wheel: Path) -> None:
+    """Write all files from the figures above and the wheel of open_clip_torch."""
+    with zipfile.ZipFile(wheel) as archive:
+        lines = gzip.decompress(archive.read("open_clip/bpe_simple_vocab_16e6.txt.gz")).decode().splitlines()
+        license_text = archive.read(next(name for name in archive.namelist() if name.endswith("LICENSE"))).decode()
+    shutil.rmtree(TARGET, ignore_errors=True)
+    for family, configs in FAMILIES.items():
+        for name, content in configs().items():
+            path = TARGET / family / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=1) + "\n")
+    write_tokenizer(lines[1 : MERGES + 1])
+    (TARGET / "NOTICE").write_text(NOTICE.format(version=wheel.name.split("-")[1]) + license_text)
 
 
 if __name__ == "__main__":

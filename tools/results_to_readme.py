@@ -453,7 +453,7 @@ def answer(found: Results, *more: str) -> list[str]:
     for row in found.rows():
         if row.failed or row.unet_step is None or row.images_per_s is None:
             lines.append(
-                f"| {row.model} | {row.parameters / 1e6:,.1f} M | {row.way} | failed: {row.failed} |"
+                f"| {row.model} | {row.parameters / 1e6:,.1f} M | {row.setup} | failed: {row.failed} |"
                 + " |" * (4 + len(more))
             )
             continue
@@ -466,7 +466,7 @@ def answer(found: Results, *more: str) -> list[str]:
         cells = [
             row.model,
             f"{row.parameters / 1e6:,.1f} M",
-            str(row.way),
+            str(row.setup),
             time + (", noisy" if step.noisy else ""),
             f"{row.images_per_s:.3g}",
             f"{row.speedup:.2f}×" if row.speedup else "–",

@@ -32,25 +32,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sdcompress_bench.environment import environment
-from sdcompress_bench.work import measure_peaks
+from sdcompress_bench.peaks import measure_peaks
 from sdcompress_engines.resources import peak_rss_mib
 
 from sdcompress.data.build_cache import build_cache
-from sdcompress.data.cache import LatentCache, to_pixels
+from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
+from sdcompress.data.views import to_pixels
 from sdcompress.models.load import LoadedPipeline, load_pipeline
-from sdcompress.models.locate import unet_config
+from sdcompress.models.locate import read_unet_config
 from sdcompress.models.random import family_configs, random_pipeline
-from sdcompress.prune.plan import make_plan
-from sdcompress.prune.student import build_student, unet_cost
+from sdcompress.prune.cost import unet_cost
+from sdcompress.prune.presets import make_plan
+from sdcompress.prune.student import build_student
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import DistillConfig
-from sdcompress.train.distill import frozen_copy
 from sdcompress.train.features import collect_features
 from sdcompress.train.loop import train
 from sdcompress.train.objectives.block_distillation import BlockDistillation
-from sdcompress.train.optim import choose_precision
-from sdcompress.train.run_folder import training_scheduler
+from sdcompress.train.pipelines import make_training_scheduler
+from sdcompress.train.precision import choose_precision, copy_frozen
 
 WARMUP = 4
 PLAN = "bk-tiny"
@@ -122,7 +123,7 @@ def measure_public(case: Case) -> dict[str, Any]:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
     autocast = torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, foreach=True)
-    alphas = training_scheduler(pipeline.scheduler).alphas_cumprod.to(DEVICE)
+    alphas = make_training_scheduler(pipeline.scheduler).alphas_cumprod.to(DEVICE)
     records = [record for _, record in zip(range(case.batch * 8), open_source(case.data), strict=False)]
     pairs, clock, started, step = plan.feature_pairs(), Clock(), 0.0, 0
     while step < WARMUP + case.steps:
@@ -185,8 +186,8 @@ def measure_ours(case: Case) -> dict[str, Any]:
     began = time.perf_counter()
     cache = open_cache(case, loaded)
     result: dict[str, Any] = {"cache_s": time.perf_counter() - began, "cached_pictures": len(cache)}
-    frozen = frozen_copy(pipeline.unet, case.precision)
-    scheduler, scaling_factor = training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor
+    frozen = copy_frozen(pipeline.unet, case.precision)
+    scheduler, scaling_factor = make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor
     student = build_student(pipeline.unet, plan).float()
     del pipeline, loaded
     if CUDA:
@@ -251,7 +252,7 @@ def measure_limit(case: Case) -> dict[str, Any]:
     use_threads(case)
     precision = choose_precision(case.precision, DEVICE.type)
     peak = measure_peaks(str(DEVICE), precision).matmul_flops_per_s
-    config = family_configs("sd1")["unet"] if case.model == "sd15" else unet_config(case.model)
+    config = family_configs("sd1")["unet"] if case.model == "sd15" else read_unet_config(case.model)
     return {"matmul_tflops": peak / 1e12, "samples_per_s": peak / flops_per_sample(config)}
 
 

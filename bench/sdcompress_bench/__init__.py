@@ -1,1 +1,1 @@
-"""Measures pipelines: how fast each backend is, how far it is from PyTorch, and how far a student is from its teacher."""
+"""Measures pipelines: how fast each backend is, how far from PyTorch, and how far a student is from its teacher."""

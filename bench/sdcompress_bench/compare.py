@@ -1,4 +1,4 @@
-"""Two results files beside each other: what changed, and whether more than noise."""
+"""Compares two results files: what changed, and whether the change is more than noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdcompress_engines.errors import ArtifactError
 
 from .latency import STAGES, Latency
 from .results import Results, point
-from .scenario import Way
+from .scenario import BackendSetup
 from .stats import LEAST_CHANGE, SIGNIFICANCE, Change, change
 
 _MUST_AGREE = ("steps", "guidance_scale")
@@ -21,7 +21,7 @@ _SETS = ("fid", "kid", "lpips", "clip_score", "style", "top5")
 
 @dataclass(frozen=True)
 class TimeLine:
-    """One stage of one scenario: its medians before and after, ms, and the change."""
+    """One stage of one scenario: its medians before and after in ms, and the change."""
 
     scenario: str
     stage: str
@@ -32,8 +32,10 @@ class TimeLine:
 
 @dataclass(frozen=True)
 class FigureLine:
-    """One figure of fidelity or quality: both values, and whether their intervals are apart (None where a side has
-    none).
+    """One figure of fidelity or quality: both values.
+
+    Attributes:
+        apart: whether the two intervals are disjoint; None where one value has no interval.
     """
 
     what: str
@@ -45,13 +47,14 @@ class FigureLine:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found.
+    """The result of `compare`.
 
     Attributes:
-        lines: one for each stage of each scenario that both have.
-        figures: fidelity and quality that both have.
-        only_before, only_after: scenarios the other file lacks, failed ones included.
-        notes: what a reader has to know: other machine, versions, weights, numbers of rounds.
+        before, after: names of the two files.
+        lines: one for each stage of each scenario that both files have.
+        figures: fidelity and quality figures that both files have.
+        only_before, only_after: scenarios that the other file lacks, failed ones included.
+        notes: differences that a reader must know: machine, versions, weights, number of rounds.
     """
 
     before: str
@@ -64,10 +67,14 @@ class Comparison:
 
 
 def compare(before: Results, after: Results, before_name: str = "before", after_name: str = "after") -> Comparison:
-    """What changed between two runs.
+    """Returns what changed between two runs.
+
+    Args:
+        before, after: the two runs.
+        before_name, after_name: their names in the answer and in messages.
 
     Raises:
-        ArtifactError: they measured unlike things: no scenario in common, or other steps or guidance.
+        ArtifactError: they have no scenario in common, or other steps or another guidance scale.
     """
     unlike = [
         f"{name} {before.settings[name]} and {after.settings[name]}"
@@ -108,13 +115,13 @@ def compare(before: Results, after: Results, before_name: str = "before", after_
     )
 
 
-def _key(run: Latency) -> tuple[str, Way, int, int]:
-    return run.model, run.way, run.size_px, run.batch
+def _key(run: Latency) -> tuple[str, BackendSetup, int, int]:
+    return run.model, run.setup, run.size_px, run.batch
 
 
-def _named(key: tuple[str, Way, int, int]) -> str:
-    model, way, size_px, batch = key
-    return f"{model}, {way}, {size_px} px, batch {batch}"
+def _named(key: tuple[str, BackendSetup, int, int]) -> str:
+    model, setup, size_px, batch = key
+    return f"{model}, {setup}, {size_px} px, batch {batch}"
 
 
 def _figures(before: Results, after: Results) -> Iterator[FigureLine]:
@@ -123,9 +130,8 @@ def _figures(before: Results, after: Results) -> Iterator[FigureLine]:
         found: dict[tuple[str, str], Any] = {}
         for entry in results.backends:
             if "relative_l2" in entry:
-                found[
-                    f"{entry['model']}, {Way(entry['backend'], entry['precision'])}", "relative L2 to PyTorch fp32"
-                ] = entry["relative_l2"]
+                setup = BackendSetup(entry["backend"], entry["precision"])
+                found[f"{entry['model']}, {setup}", "relative L2 to PyTorch fp32"] = entry["relative_l2"]
         for name, figures in [*results.students.items(), *results.quality.items()]:
             found |= {(name, key): figures[key] for key in _SETS if key in figures}
             if "relative_l2_mean" in figures:
@@ -169,7 +175,7 @@ def _notes(before: Results, after: Results) -> list[str]:
 
 
 def to_json(found: Comparison) -> str:
-    """The comparison for programs; an interval without an end, as one round gives it, ends in null."""
+    """Returns the comparison as JSON. An infinite bound of an interval, as with one round, becomes null."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -182,18 +188,18 @@ def to_json(found: Comparison) -> str:
 
 
 def render(found: Comparison) -> str:
-    """The comparison for people: a line a stage, then figures, then what to know."""
+    """Returns the comparison as text: a line for each stage, then the figures, then the notes."""
     out = [f"{found.before} → {found.after}", ""]
     width = max(len(line.scenario) for line in found.lines)
     signs = {"faster": "▼ faster", "slower": "▲ slower", "same": "= same", "unknown": "? unknown"}
     for line in found.lines:
-        told = f"{line.change.ratio - 1:+7.1%}"
+        text = f"{line.change.ratio - 1:+7.1%}"
         if line.change.p_value is not None:
-            told += f"  ({line.change.low - 1:+.1%} to {line.change.high - 1:+.1%})"
+            text += f"  ({line.change.low - 1:+.1%} to {line.change.high - 1:+.1%})"
         note = f": {line.change.note}" if line.change.note else ""
         out.append(
             f"{line.scenario:<{width}}  {line.stage:<13}{line.before_ms:>11,.2f} → {line.after_ms:>10,.2f} ms "
-            f" {told:<30}{signs[line.change.verdict]}{note}"
+            f" {text:<30}{signs[line.change.verdict]}{note}"
         )
     if found.figures:
         out.append("")
@@ -209,7 +215,7 @@ def render(found: Comparison) -> str:
         *(f"note: {note}" for note in found.notes),
     ]
     out.append(
-        f"A change is told where its odds by chance are under {SIGNIFICANCE:.0%} and it is at least {LEAST_CHANGE:.0%}"
-        " (Welch's test on the rounds); drift between the two runs is not noise it can see."
+        f"A change is reported if it is at least {LEAST_CHANGE:.0%} and chance alone gives one as clear in under"
+        f" {SIGNIFICANCE:.0%} of comparisons (Welch's test on the rounds). Drift between the runs is not seen."
     )
     return "\n".join(out)

@@ -1,4 +1,4 @@
-"""The machine a figure was taken on: enough to judge it, nothing that names the machine or its owner."""
+"""Describes the machine of a measurement: enough to judge a figure, nothing that names the machine or its owner."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from sdcompress_engines.manifest import installed_versions
 
 
 def environment() -> dict[str, Any]:
-    """CPU, memory, GPU, driver and clocks, OS, Python, package versions, load, git commit.
+    """Returns CPU, memory, GPU, driver and clocks, OS, Python, package versions, load and git commit.
 
-    No host name, no user, no path.
+    There is no host name, user or path in it.
     """
     import torch
 
@@ -42,7 +42,7 @@ def _cores() -> int | None:
 
 
 def load_average() -> float | None:
-    """Of the last minute; None where the system does not say, as Windows."""
+    """Returns the load average of the last minute, or None on a system without one, such as Windows."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -56,7 +56,7 @@ def _cpu_model() -> str:
 
 
 def _cpu_features() -> list[str]:
-    """The vector units that decide what a precision costs on this CPU."""
+    """Returns the vector units that decide how fast a precision is on this CPU."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     flags = set(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
@@ -68,9 +68,9 @@ def _cpu_features() -> list[str]:
 
 
 def _clocks() -> str:
-    """The GPU's clocks, limits and mode now, else the CPU's; empty where the machine does not say."""
-    asked = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,persistence_mode"
-    gpu = _output("nvidia-smi", f"--query-gpu={asked}", "--format=csv,noheader").splitlines()
+    """Returns the present clocks, limits and mode of the GPU, else of the CPU; empty where they are unknown."""
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,persistence_mode"
+    gpu = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader").splitlines()
     if gpu:
         names = ("SM", "SM at most", "memory", "power limit", "persistence")
         return "; ".join(
@@ -111,14 +111,13 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def gpu_memory_used_mib() -> float | None:
-    """Returns the memory in use on all GPUs as the driver counts it, contexts included, MiB; None where `nvidia-smi`
-    does not answer.
+    """Returns the memory in use on all GPUs, MiB, contexts included, or None if `nvidia-smi` does not answer.
 
-    It starts no CUDA context, unlike torch's own figures.
+    Unlike torch's own figures, this needs no CUDA context.
     """
-    told = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()
+    values = _output("nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits").split()
     try:
-        return sum(float(value) for value in told) if told else None
+        return sum(float(value) for value in values) if values else None
     except ValueError:
         return None
 
@@ -132,7 +131,7 @@ def _system() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this file is in (`+` where files differ from it), None for an installed package."""
+    """Returns the commit of this file's checkout, with `+` if files differ from it; None for an installed package."""
     here = str(Path(__file__).parent)
     commit = _output("git", "-C", here, "log", "-1", "--format=%h", "--", ".")
     if not commit:

@@ -1,7 +1,7 @@
-"""Faults planted into a UNet, to see whether a gate on relative L2 catches them, and how small a one it can see.
+"""Plants faults into a UNet, to test whether a gate on relative L2 detects them, and how small they can be.
 
-A backend goes wrong in a few ways that leave pictures plausible: a weight packed with a wrong scale, an attention head
-lost in a fused kernel, values past what fp16 holds. Each can be put in, in memory, and taken out again.
+A backend can go wrong in a few ways that leave pictures plausible: a weight packed with a wrong scale, an attention
+head lost in a fused kernel, values beyond the range of fp16. Each can be planted in memory and removed again.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from .fidelity import Probe
 Kind = Literal["scaled", "head", "overflow", "saturated"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCALE = 1.02
-"""What a `scaled` weight is multiplied by."""
+"""The factor of a `scaled` weight."""
 OVERFLOW_SHARE = 0.01
-"""Share of a layer's output, its largest values, that a planted overflow takes.
+"""Share of a layer's output, its largest values, that a planted overflow changes.
 
-Of normally distributed values, clamping so many is an error of 4% of the layer: no smaller than `SCALE`'s.
+If the values are normally distributed, clamping this share is an error of 4% of the layer: not less than `SCALE`'s.
 """
 LARGEST_CHANGE = 1.0
-"""Where the search for the least change seen gives up: a doubled weight."""
+"""Where the search for the least detected change ends: a doubled weight."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a fault goes.
+    """The place of a fault.
 
     Attributes:
-        layer: dotted name of a convolution or linear layer in the UNet; of a head, its attention's output projection.
+        layer: dotted name of a convolution or linear layer in the UNet; for a head, its attention's output projection.
         family: `convolution`, `linear`, `self-attention` or `cross-attention`.
-        head: which one, of kind `head`.
+        head: number of the head, for kind `head`.
     """
 
     layer: str
@@ -55,15 +55,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How small a fault a gate can see.
+    """How small a fault a gate detects.
 
     Attributes:
-        least: the smallest relative change of one weight tensor that passes the limit, median over the places;
-            `least_low` and `least_high` its range. None where that is over `LARGEST_CHANGE`.
-        places, blind: how many places, and at how many of them no change up to `LARGEST_CHANGE` is seen.
-        heads, heads_unseen: attention heads zeroed one at a time, and how many of them stay inside the limit.
-        scaled: the least change at each place, None where none is seen; `zeroed`: the worst relative L2 of each zeroed
-            head.
+        least: the smallest relative change of one weight tensor that exceeds the limit, median over the places; None
+            where that is over `LARGEST_CHANGE`.
+        least_low, least_high: its range over the places.
+        places: number of places.
+        blind: number of places where no change up to `LARGEST_CHANGE` is detected.
+        heads: number of attention heads, zeroed one at a time.
+        heads_unseen: number of heads whose error stays within the limit.
+        scaled: place → least detected change, None where none is detected.
+        zeroed: head → worst relative L2 with that head zeroed.
     """
 
     least: float | None
@@ -78,10 +81,10 @@ class Sensitivity:
 
 
 def candidates(unet: torch.nn.Module, kind: Kind) -> list[Place]:
-    """Every place for a fault of a kind: each attention head, or each convolution and linear layer.
+    """Returns every place for a fault of a kind: each attention head, or each convolution and linear layer.
 
     Raises:
-        ModelError: not a PyTorch UNet, or one without any.
+        ModelError: this is no PyTorch UNet, or it has no such place.
     """
     found: list[Place] = []
     inside: dict[str, str] = {}
@@ -102,11 +105,15 @@ def candidates(unet: torch.nn.Module, kind: Kind) -> list[Place]:
 
 
 def spread(among: Sequence[Place], count: int, seed: int = 0) -> list[Place]:
-    """`count` of some places: by turns from every family of layers, and in each from all over the UNet's depth; the
-    seed chooses among neighbours.
+    """Returns `count` places, spread over the families of layers and over the UNet's depth.
+
+    Args:
+        among: the places to choose from, in the order of depth.
+        count: how many are chosen.
+        seed: chooses among neighbors.
 
     Raises:
-        ModelError: there are fewer.
+        ModelError: there are fewer places.
     """
     if len(among) < count:
         raise ModelError(f"{count} places for a fault were asked for", expected=f"at most the {len(among)} there are")
@@ -128,18 +135,21 @@ def spread(among: Sequence[Place], count: int, seed: int = 0) -> list[Place]:
 
 
 def places(unet: torch.nn.Module, kind: Kind, count: int, seed: int = 0) -> list[Place]:
-    """`spread` over all `candidates` of a UNet."""
+    """Returns `count` places of a UNet for a fault of a kind; see `spread`."""
     return spread(candidates(unet, kind), count, seed)
 
 
 @contextmanager
 def plant(unet: torch.nn.Module, kind: Kind, place: Place, scale: float = SCALE) -> Iterator[None]:
-    """A fault in the UNet for the block; after it every weight is bit for bit what it was.
+    """Plant a fault in the UNet for the block. After it every weight is bit for bit what it was.
 
-    `scaled`: the layer's weight times `scale`. `head`: what the output projection reads of one head is zero.
-    `overflow`: the layer's largest values, a share of `OVERFLOW_SHARE`, come out infinite, as if the layer worked in
-    units where only they pass what fp16 holds; `saturated`: they come out as the largest value that is left, as of
-    runtimes that clamp.
+    Args:
+        unet: the UNet in PyTorch.
+        kind: `scaled` multiplies the layer's weight by `scale`. `head` zeroes what the output projection reads of one
+            head. `overflow` makes the layer's largest values infinite, a share of `OVERFLOW_SHARE`, as where only they
+            exceed fp16. `saturated` clamps them to the largest of the other values, as some runtimes do.
+        place: where.
+        scale: factor of the weight, for `scaled`.
     """
     layer: Any = unet.get_submodule(place.layer)
     if kind in ("overflow", "saturated"):
@@ -177,21 +187,28 @@ def _saturate(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> tor
 
 
 def _bound(size: torch.Tensor) -> torch.Tensor:
-    """The magnitude that `OVERFLOW_SHARE` of the values reach, at least one; more where several are equal, as in a time
-    embedding's rows.
+    """Returns the magnitude that `OVERFLOW_SHARE` of the values reach, at least one value.
+
+    More values reach it where several are equal, as in the rows of a time embedding.
     """
     return size.flatten().topk(max(1, round(OVERFLOW_SHARE * size.numel()))).values[-1]
 
 
 def thin(probe: Probe, timesteps: int, pictures: int) -> Probe:
-    """At most so many timesteps of a probe, evenly spread with the first and the last, and its first pictures."""
+    """Returns a smaller probe.
+
+    Args:
+        probe: the whole one.
+        timesteps: at most this many are kept, evenly spread, the first and the last among them.
+        pictures: at most this many are kept, the first ones.
+    """
     chosen = _evenly(len(probe.timesteps), timesteps)
-    given: dict[str, Any] = {
+    kept: dict[str, Any] = {
         field: None if (value := getattr(probe, field)) is None else value[:pictures]
         for field in ("encoder_hidden_states", "text_embeds", "time_ids")
     }
     return replace(
-        probe, latents=probe.latents[chosen, :pictures], timesteps=tuple(probe.timesteps[i] for i in chosen), **given
+        probe, latents=probe.latents[chosen, :pictures], timesteps=tuple(probe.timesteps[i] for i in chosen), **kept
     )
 
 
@@ -209,22 +226,24 @@ def sensitivity(
     timesteps: int = 3,
     pictures: int = 2,
 ) -> Sensitivity:
-    """How small a fault a gate of `limit` can see in a backend that is off by `floor` without one; each one figure, or
-    one for each of the probe's timesteps.
+    """Returns how small a fault a gate detects in a backend.
 
-    The error is nearly linear in the change, so at each place it is measured at 2%, once more where the line meets the
-    limit, and read off from there. A fault adds to what the backend is off by as independent errors do, in squares: the
-    whole is over the limit where the fault alone is over sqrt(limit² - floor²). With `floor` left at 0 the answer is
-    the cautious one.
+    The error is nearly linear in the change. So at each place it is measured at 2%, and once more where the line meets
+    the limit. A fault adds to the backend's own error as independent errors do, in squares: the sum is over the limit
+    where the fault alone is over sqrt(limit² - floor²). With `floor` 0 the answer is the cautious one.
 
     Args:
-        model: a PyTorch pipeline or UNet in fp32; it is as before afterwards.
+        model: a PyTorch pipeline or UNet in fp32; it is unchanged afterwards.
+        probe: the UNet's inputs.
+        limit: the gate's limit on relative L2: one figure, or one for each of the probe's timesteps.
+        floor: the backend's error without a fault, likewise.
         count: places for a scaled weight, and for a zeroed head; fewer where the UNet has fewer.
-        timesteps, pictures: how much of the probe is used; 3 x `count` UNet calls of `pictures` at each timestep.
+        seed: chooses the places.
+        timesteps, pictures: how much of the probe is used; 3 × `count` UNet calls of `pictures` at each timestep.
 
     Raises:
-        ModelError: not a PyTorch UNet in fp32.
-        ValueError: a limit that is not a positive number, or a floor that is not a number.
+        ModelError: this is no PyTorch UNet in fp32.
+        ValueError: a limit is not a positive number, or a floor is not a number.
     """
     holder = model if hasattr(model, "unet") else SimpleNamespace(unet=model)
     unet = holder.unet
@@ -232,53 +251,75 @@ def sensitivity(
         raise ModelError(
             f"{type(unet).__name__} is no PyTorch UNet in fp32", expected="the reference that the gate compares with"
         )
-    limits, floors = (
-        np.broadcast_to(np.asarray(given, dtype=np.float64), len(probe.timesteps)) for given in (limit, floor)
-    )
-    if not (np.isfinite(limits) & np.isfinite(floors) & (limits > 0)).all():
-        raise ValueError(f"a gate of {limit} over a floor of {floor} judges nothing")
-    chosen = _evenly(len(probe.timesteps), timesteps)
-    needed = np.sqrt(np.maximum(limits**2 - floors**2, 1e-24))[chosen]
-    probe = thin(probe, timesteps, pictures)
-    reference = fidelity.predict(holder, probe)
+    detectable = _detectable_errors(len(probe.timesteps), limit, floor)[_evenly(len(probe.timesteps), timesteps)]
+    test = _FaultTest(holder, thin(probe, timesteps, pictures), detectable)
 
-    def errors(kind: Kind, place: Place, change: float = SCALE - 1) -> np.ndarray:
-        with plant(unet, kind, place, 1 + change):
-            return np.array(
-                [
-                    relative_l2(output, right)
-                    for output, right in zip(fidelity.predict(holder, probe), reference, strict=True)
-                ]
-            )
-
-    def least_change(place: Place) -> float | None:
-        """The relative change whose error is the one needed; None where `LARGEST_CHANGE` makes less."""
-        with np.errstate(divide="ignore"):
-            first = float((needed / errors("scaled", place)).min())
-            change = min(LARGEST_CHANGE, (SCALE - 1) * first)
-            if change < 1e-6:  # lost in the rounding of the weight
-                return change
-            again = float((needed / errors("scaled", place, change)).min())
-        return None if change == LARGEST_CHANGE and again > 1 else change * again
-
-    def some(kind: Kind) -> list[Place]:
+    def choose(kind: Kind) -> list[Place]:
         every = candidates(unet, kind)
         return spread(every, min(count, len(every)), seed)
 
-    scaled = {str(place): least_change(place) for place in some("scaled")}
-    zeroed = {str(place): errors("head", place) for place in some("head")}
+    scaled = {str(place): test.least_change(place) for place in choose("scaled")}
+    zeroed = {str(place): test.errors("head", place) for place in choose("head")}
     least = [math.inf if change is None else change for change in scaled.values()]
     median, low, high = (
         None if value == math.inf else value for value in (statistics.median(least), min(least), max(least))
     )
     return Sensitivity(
-        median,
-        low,
-        high,
-        len(scaled),
-        least.count(math.inf),
-        len(zeroed),
-        sum(bool((found <= needed).all()) for found in zeroed.values()),
-        scaled,
-        {place: float(found.max()) for place, found in zeroed.items()},
+        least=median,
+        least_low=low,
+        least_high=high,
+        places=len(scaled),
+        blind=least.count(math.inf),
+        heads=len(zeroed),
+        heads_unseen=sum(bool((errors <= detectable).all()) for errors in zeroed.values()),
+        scaled=scaled,
+        zeroed={place: float(errors.max()) for place, errors in zeroed.items()},
     )
+
+
+def _detectable_errors(count: int, limit: float | Sequence[float], floor: float | Sequence[float]) -> np.ndarray:
+    """Returns for each of `count` timesteps the relative L2 above which a fault alone exceeds the limit.
+
+    Raises:
+        ValueError: a limit is not a positive number, or a floor is not a number.
+    """
+    limits, floors = (np.broadcast_to(np.asarray(given, dtype=np.float64), count) for given in (limit, floor))
+    if not (np.isfinite(limits) & np.isfinite(floors) & (limits > 0)).all():
+        raise ValueError(f"a gate of {limit} over a floor of {floor} judges nothing")
+    return np.sqrt(np.maximum(limits**2 - floors**2, 1e-24))
+
+
+class _FaultTest:
+    """Plants faults into a UNet and measures their errors.
+
+    Args:
+        holder: has the UNet as `unet`.
+        probe: its inputs.
+        detectable: for each timestep of the probe, the error that the gate detects.
+    """
+
+    def __init__(self, holder: Any, probe: Probe, detectable: np.ndarray) -> None:
+        self.holder, self.probe, self.detectable = holder, probe, detectable
+        self.reference = fidelity.predict(holder, probe)
+
+    def errors(self, kind: Kind, place: Place, change: float = SCALE - 1) -> np.ndarray:
+        """Returns the relative L2 at each timestep with a fault.
+
+        Args:
+            kind: of the fault.
+            place: where it is planted.
+            change: relative change of the weight, for `scaled`.
+        """
+        with plant(self.holder.unet, kind, place, 1 + change):
+            outputs = fidelity.predict(self.holder, self.probe)
+        return np.array([relative_l2(*pair) for pair in zip(outputs, self.reference, strict=True)])
+
+    def least_change(self, place: Place) -> float | None:
+        """Returns the smallest relative change of the weight that is detected, or None over `LARGEST_CHANGE`."""
+        with np.errstate(divide="ignore"):
+            first = float((self.detectable / self.errors("scaled", place)).min())
+            change = min(LARGEST_CHANGE, (SCALE - 1) * first)
+            if change < 1e-6:  # lost in the rounding of the weight
+                return change
+            again = float((self.detectable / self.errors("scaled", place, change)).min())
+        return None if change == LARGEST_CHANGE and again > 1 else change * again

@@ -1,6 +1,7 @@
-"""How far two models' outputs are apart.
+"""Distances between the outputs of two models.
 
-Two questions, never mixed: the same weights on another backend, and a student against its teacher.
+There are two questions, and they are never mixed: the same weights on another backend, and a student against its
+teacher.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .quality import to_pixels
 
 @dataclass(frozen=True)
 class StepError:
-    """How far a UNet's noise prediction is from another's at one timestep, over all probes at once."""
+    """Distance of a UNet's noise prediction from another's at one timestep, over all probes at once."""
 
     timestep: int
     relative_l2: float
@@ -32,9 +33,7 @@ class StepError:
 
 @dataclass(frozen=True)
 class PictureError:
-    """PSNR and SSIM of one picture against its counterpart of the same seed and prompt; LPIPS where its weights are
-    installed.
-    """
+    """PSNR and SSIM of one picture against the one of the same seed and prompt; LPIPS if its weights are installed."""
 
     psnr_db: float
     ssim: float
@@ -43,8 +42,12 @@ class PictureError:
 
 @dataclass(frozen=True)
 class UNetInputs:
-    """What a UNet is given besides latents and timestep: `encoder_hidden_states` (B, 77, D), and SDXL's `text_embeds`
-    (B, E) and `time_ids` (B, 6).
+    """The inputs of a UNet besides latents and timestep.
+
+    Attributes:
+        encoder_hidden_states: (B, 77, D).
+        text_embeds: (B, E), of SDXL.
+        time_ids: (B, 6), of SDXL.
     """
 
     encoder_hidden_states: torch.Tensor
@@ -54,8 +57,12 @@ class UNetInputs:
     @classmethod
     @torch.no_grad()
     def of(cls, pipeline: Any, captions: Sequence[str], size_px: int) -> UNetInputs:
-        """Captions as the pipeline's own text encoders see them, on its device and in its UNet's dtype, for pictures of
-        a size.
+        """Returns the inputs for captions, on the pipeline's device and in its UNet's dtype.
+
+        Args:
+            pipeline: its text encoders encode the captions.
+            captions: B of them.
+            size_px: side of the pictures, which SDXL's `time_ids` hold.
         """
         unet = pipeline.unet
         if getattr(pipeline, "text_encoder_2", None) is None:
@@ -72,7 +79,7 @@ class UNetInputs:
         return self._map(lambda tensor: tensor.to(device, dtype))
 
     def repeated(self, times: int) -> UNetInputs:
-        """The batch end to end `times` times, as classifier-free guidance gives it twice."""
+        """Returns the batch repeated `times` times, as classifier-free guidance repeats it twice."""
         return self._map(lambda tensor: torch.cat([tensor] * times))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> UNetInputs:
@@ -83,7 +90,13 @@ class UNetInputs:
         )
 
     def call(self, unet: Any, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        """The UNet's noise prediction, shaped as `sample`; a runner may own its memory until the next call."""
+        """Returns the UNet's noise prediction, of the shape of `sample`; a runner may overwrite it in its next call.
+
+        Args:
+            unet: a UNet, in torch or on another backend.
+            sample: noisy latents, (B, 4, H/8, W/8), in the UNet's dtype, on its device.
+            timestep: a scalar, on the UNet's device.
+        """
         added = None if self.text_embeds is None else {"text_embeds": self.text_embeds, "time_ids": self.time_ids}
         out: torch.Tensor = unet(
             sample,
@@ -97,12 +110,14 @@ class UNetInputs:
 
 @dataclass(frozen=True)
 class Probe:
-    """Fixed UNet inputs, on the CPU in fp32: every model and backend answers exactly these.
+    """Fixed UNet inputs, on the CPU in fp32: every model and backend gets exactly these.
 
     Attributes:
         latents: noised latents, timestep by timestep, (T, B, C, h, w).
         timesteps: of the scheduler's training range, length T.
-        encoder_hidden_states: (B, 77, D); `text_embeds` (B, E) and `time_ids` (B, 6) of SDXL.
+        encoder_hidden_states: (B, 77, D).
+        text_embeds: (B, E), of SDXL.
+        time_ids: (B, 6), of SDXL.
     """
 
     latents: torch.Tensor
@@ -117,7 +132,13 @@ class Probe:
 
 
 def tokens(tokenizer: Any, captions: Sequence[str], device: torch.device | str) -> torch.Tensor:
-    """(B, 77) int64, cut and padded as Stable Diffusion does."""
+    """Returns the token ids of captions, (B, 77), int64, truncated and padded as in Stable Diffusion.
+
+    Args:
+        tokenizer: of the pipeline.
+        captions: B of them.
+        device: of the ids.
+    """
     ids: torch.Tensor = tokenizer(
         list(captions),
         padding="max_length",
@@ -131,8 +152,16 @@ def tokens(tokenizer: Any, captions: Sequence[str], device: torch.device | str) 
 def load(
     path: str | Path, backend: str, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "fp32"
 ) -> Any:
-    """A silent pipeline on a device, with TensorRT-RTX's kernels compiled before they run: what is timed first is what
-    stays.
+    """Returns a pipeline without a progress bar.
+
+    TensorRT-RTX compiles its kernels before the first call, so that the first timed call is as fast as the later ones.
+
+    Args:
+        path: a pipeline folder, a file, or a known name.
+        backend: of the UNet or of the whole pipeline.
+        artifacts: what the backend runs from; None takes the backend's own choice.
+        device: `cpu` or `cuda`.
+        precision: fp32, fp16 or bf16.
     """
     from sdcompress.backends.assemble import open_pipeline
 
@@ -152,10 +181,16 @@ def load(
 def make_probe(
     pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], timesteps: Sequence[int], seed: int
 ) -> Probe:
-    """The teacher's own pictures, encoded and noised to each timestep: what its UNet meets in use, unlike pure noise at
-    a late step.
+    """Returns a probe of the teacher's own pictures, encoded and noised to each timestep.
 
-    `pipeline` is a PyTorch pipeline; its scheduler says how much noise a timestep has.
+    These are inputs that its UNet meets in use; pure noise at a late step is not.
+
+    Args:
+        pipeline: a PyTorch pipeline; its scheduler defines the noise of a timestep.
+        images: B pictures.
+        captions: B of them.
+        timesteps: T of the scheduler's training range.
+        seed: of the noise.
     """
     vae, device = pipeline.vae, pipeline.unet.device
     pixels = torch.stack([to_pixels(image) for image in images]).to(device, vae.dtype) * 2 - 1
@@ -167,7 +202,15 @@ def make_probe(
 def make_random_probe(
     pipeline: Any, size_px: int, captions: Sequence[str], timesteps: Sequence[int], seed: int
 ) -> Probe:
-    """Gaussian latents in the place of pictures, for weights that are random and draw none."""
+    """Returns a probe of Gaussian latents, for random weights, whose pictures mean nothing.
+
+    Args:
+        pipeline: a PyTorch pipeline.
+        size_px: side of the pictures that the latents have the size of.
+        captions: B of them.
+        timesteps: T of the scheduler's training range.
+        seed: of the noise.
+    """
     side = size_px // pipeline.vae_scale_factor
     clean = torch.randn(
         len(captions), pipeline.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(seed + 1)
@@ -182,35 +225,32 @@ def _noised(
     noised = torch.stack(
         [pipeline.scheduler.add_noise(clean, noise, torch.full((len(clean),), t, dtype=torch.long)) for t in timesteps]
     )
-    given = UNetInputs.of(pipeline, captions, size_px).to("cpu", torch.float32)
-    return Probe(noised, tuple(timesteps), given.encoder_hidden_states, given.text_embeds, given.time_ids)
+    inputs = UNetInputs.of(pipeline, captions, size_px).to("cpu", torch.float32)
+    return Probe(noised, tuple(timesteps), inputs.encoder_hidden_states, inputs.text_embeds, inputs.time_ids)
 
 
 @torch.inference_mode()
 def predict(pipeline: Any, probe: Probe) -> torch.Tensor:
-    """The UNet's noise prediction for a probe: (T, B, C, h, w), float32, on the CPU."""
+    """Returns the UNet's noise prediction for a probe: (T, B, C, h, w), float32, on the CPU."""
     unet = pipeline.unet
     inputs = probe.inputs.to(unet.device, unet.dtype)
     outputs = []
-    for sample, timestep in zip(probe.latents, probe.timesteps, strict=True):
-        # A runner may own its output buffer, so it is copied before the next call.
-        outputs.append(
-            inputs.call(unet, sample.to(unet.device, unet.dtype), torch.tensor(timestep, device=unet.device))
-            .float()
-            .cpu()
-            .clone()
-        )
+    for latents, step in zip(probe.latents, probe.timesteps, strict=True):
+        sample, timestep = latents.to(unet.device, unet.dtype), torch.tensor(step, device=unet.device)
+        # The copy is needed because a runner may overwrite its output buffer in the next call.
+        outputs.append(inputs.call(unet, sample, timestep).float().cpu().clone())
     return torch.stack(outputs)
 
 
 def cosine(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Cosine of the two tensors as vectors."""
+    """Returns the cosine of the two tensors as vectors."""
     return F.cosine_similarity(output.double().flatten(), reference.double().flatten(), dim=0).item()
 
 
 def psnr_db(output: torch.Tensor, reference: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB, at most `PSNR_CAP_DB`, and minus that where a value is not finite; the peak is
-    the reference's own range.
+    """Returns the peak signal-to-noise ratio in dB; the peak is the reference's own range.
+
+    It is at most `PSNR_CAP_DB`, and `-PSNR_CAP_DB` where a value is not finite.
     """
     peak = (reference.max() - reference.min()).item()
     mse = (output.double() - reference.double()).square().mean().item()
@@ -220,7 +260,12 @@ def psnr_db(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def compare_steps(output: torch.Tensor, reference: torch.Tensor, timesteps: Sequence[int]) -> list[StepError]:
-    """A `StepError` for each timestep of two predictions (T, B, C, h, w)."""
+    """Returns a `StepError` for each timestep.
+
+    Args:
+        output, reference: noise predictions, (T, B, C, h, w).
+        timesteps: T of them.
+    """
     return [
         StepError(t, relative_l2(o, r), cosine(o, r), psnr_db(o, r))
         for t, o, r in zip(timesteps, output, reference, strict=True)
@@ -230,7 +275,12 @@ def compare_steps(output: torch.Tensor, reference: torch.Tensor, timesteps: Sequ
 def compare_pictures(
     images: Sequence[Image.Image], references: Sequence[Image.Image], lpips: Lpips | None = None
 ) -> list[PictureError]:
-    """A `PictureError` for each pair of pictures, all of one size."""
+    """Returns a `PictureError` for each pair.
+
+    Args:
+        images, references: pictures, all of one size.
+        lpips: None leaves LPIPS out.
+    """
     if not images:
         return []
     x, y = (torch.stack([to_pixels(image) for image in pictures]) for pictures in (images, references))
@@ -239,8 +289,9 @@ def compare_pictures(
 
 
 def distance(steps: Sequence[StepError], pictures: Sequence[PictureError]) -> dict[str, Any]:
-    """The row of a comparison: worst and mean relative L2, lowest cosine, mean picture figures, and the parts they come
-    from.
+    """Returns the figures of a comparison, and the steps and pictures that they come from.
+
+    The figures are worst and mean relative L2, lowest cosine, and the means over the pictures.
     """
     found: dict[str, Any] = {
         "relative_l2": _worst(s.relative_l2 for s in steps),
@@ -254,25 +305,34 @@ def distance(steps: Sequence[StepError], pictures: Sequence[PictureError]) -> di
 
 
 def _worst(values: Iterable[float]) -> float:
-    """The highest, and not a number where one is not: `max` would pass over it."""
+    """Returns the highest value, or NaN if one is NaN, which `max` would ignore."""
     found = list(values)
     return math.nan if any(math.isnan(value) for value in found) else max(found)
 
 
 def gate(worst_relative_l2: float, noise_floor: float | None) -> dict[str, Any]:
-    """Whether a backend is close enough to PyTorch fp32: `passed` and the `limit`; `noise_floor` is PyTorch's own error
-    in a lower precision. An error that is not a number never passes.
+    """Returns whether a backend is close enough to PyTorch fp32: `passed` and the `limit`.
+
+    An error that is not a number never passes.
+
+    Args:
+        worst_relative_l2: the backend's error.
+        noise_floor: PyTorch's own error in the same lower precision; None in fp32.
     """
     limit = FP32_LIMIT if noise_floor is None else HALF_FACTOR * noise_floor
     return {"limit": limit, "passed": math.isfinite(limit) and worst_relative_l2 <= limit}
 
 
 def gate_steps(steps: Sequence[StepError], floors: Sequence[StepError] | None) -> dict[str, Any]:
-    """The gate asked at each timestep, against PyTorch's own error there: `passed`, the `limits`, and of the timestep
-    nearest to its limit `timestep`, `error`, `limit`.
+    """Returns the gate's answer over all timesteps: `passed`, the `limits`, and `timestep`, `error`, `limit`.
 
-    One limit for all would be the widest: half precision is off several times more at timestep 1 than at 500, and a
-    fault that shows everywhere would hide under that.
+    The last three are of the timestep whose error is nearest to its limit. Each timestep has its own limit, because one
+    for all would be the widest: the error of half precision is several times larger at timestep 1 than at 500, and a
+    fault that shows at every timestep would be hidden below it.
+
+    Args:
+        steps: the backend's errors.
+        floors: PyTorch's own errors in the same lower precision; None in fp32.
     """
     judged = [gate(step.relative_l2, None if floors is None else floors[i].relative_l2) for i, step in enumerate(steps)]
     nearest = max(

@@ -1,9 +1,8 @@
-"""A function called in a process of its own, started afresh, so that nothing outlives the call and a crash costs only
-its own figure.
+"""Calls a function in a new process, so that nothing outlives the call and a crash costs only its own figure.
 
-The processes are forked from a server that has imported what they need and computed nothing (`multiprocessing`'s fork
-server): no thread pool, no arena and no CUDA context is older than the call, and six seconds of imports are paid once.
-Where a platform cannot fork, as Windows, each is spawned.
+The processes are forked from `multiprocessing`'s fork server, which has imported what they need and has computed
+nothing. So no thread pool, arena or CUDA context is older than the call, and six seconds of imports are paid once.
+Where a platform cannot fork, such as Windows, each process is spawned.
 """
 
 from __future__ import annotations
@@ -22,22 +21,24 @@ from typing import Any
 
 import psutil
 from sdcompress_engines.errors import SdCompressError
+from sdcompress_engines.files import write_atomically
 
-_PRELOADED = ["sdcompress_bench._preload"]
+_PRELOADED = ["sdcompress_bench.preload"]
 _NOTICES = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
 
 
 def call(
     function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float, *, fork: bool = True
 ) -> dict[str, Any]:
-    """What `function(argument)` returns, through JSON; `{"failed": reason}` where it raised, was killed, or ran over
-    `timeout_s`.
+    """Returns the result of `function(argument)`, or `{"failed": reason}` if it raised, died or took too long.
 
     Args:
-        function: importable by name. argument: plain values.
-        fork: from the server; False spawns the process, which pays for its imports and inherits nothing.
+        function: importable by name; returns plain values.
+        argument: plain values.
+        timeout_s: seconds after which the process is killed.
+        fork: start it from the fork server. False spawns it: it pays for its imports and inherits nothing.
     """
-    # Windows removes no file that a process which is just ending still has open; the rest is left to the system then.
+    # Windows cannot remove a file that a process which is just ending still has open; the system removes it later.
     with tempfile.TemporaryDirectory(prefix="sdcompress-bench-", ignore_cleanup_errors=True) as folder:
         context = _context(fork)
         process = context.Process(target=_run, args=(function, dict(argument), folder))  # type: ignore[attr-defined]
@@ -61,45 +62,47 @@ def _context(fork: bool) -> BaseContext:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    # diffusers asks at its import whether CUDA is there. torch answers by starting CUDA, which no forked process could
-    # use then, unless it is told to ask the driver's management library.
+    # diffusers asks at import whether there is CUDA, and torch starts CUDA to answer. Then no forked process could use
+    # it. With this variable torch asks the driver's management library instead.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    for name in _NOTICES:  # of optional packages, read when the server imports
+    for name in _NOTICES:  # the server reads them at import
         os.environ.setdefault(name, "error")
     return context
 
 
 def _run(function: Callable[[Any], dict[str, Any]], argument: dict[str, Any], folder: str) -> None:
-    """The child: its own process group, first to go when memory runs out, its words in a file."""
+    """Run the function in the child process.
+
+    The child has its own process group and writes its output to a file. When memory runs out, it is killed first.
+    """
     if hasattr(os, "setsid"):
         with suppress(OSError):
             os.setsid()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-    said = os.open(Path(folder) / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    output = os.open(Path(folder) / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     try:
         outcome = function(argument)
     except (SdCompressError, RuntimeError, ValueError, OSError, ImportError, MemoryError) as error:
         name = "" if isinstance(error, SdCompressError) else f"{type(error).__name__}: "
         outcome = {"failed": f"{name}{' '.join(str(error).split())[:400]}".replace(str(Path.home()), "~")}
-    partial = Path(folder) / "answer.partial"
-    partial.write_text(json.dumps(outcome), encoding="utf-8")
-    os.replace(partial, Path(folder) / "answer.json")
+    write_atomically(Path(folder) / "answer.json", json.dumps(outcome))
 
 
 def _end(process: Any, started: float) -> None:
-    """The child and whatever it started (compilers) are gone when this returns.
+    """End the child and everything it started, such as compilers.
 
     Args:
-        started: when the child did, or shortly before, seconds since the epoch.
+        process: the child.
+        started: when it started, or shortly before, seconds since the epoch.
     """
     grouped = hasattr(os, "killpg")
     descendants = [] if grouped else _descendants(process.pid, started)
     if grouped:
         with suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)  # no such group where it has not made its own yet
+            os.killpg(process.pid, signal.SIGKILL)  # there is no such group if the child has not created it yet
     if process.exitcode is None:
         process.kill()
     for each in descendants:
@@ -110,14 +113,14 @@ def _end(process: Any, started: float) -> None:
 
 
 def _descendants(pid: int, started: float) -> list[psutil.Process]:
-    """What a process has started, where there are no process groups.
+    """Returns the descendants of a process, for platforms without process groups.
 
-    Windows names the parent of a process even when that one is gone.
+    Windows still knows the parent of a process after that parent has ended.
     """
     children: dict[int, list[psutil.Process]] = {}
     for process in psutil.process_iter():
-        with suppress(psutil.Error):  # gone
-            if process.create_time() >= started - 1:  # an older process with this parent's id is another one's child
+        with suppress(psutil.Error):  # it has ended
+            if process.create_time() >= started - 1:  # older ones belong to a former process with this id
                 children.setdefault(process.ppid(), []).append(process)
     waiting, found = [pid], list[psutil.Process]()
     while waiting:
@@ -127,10 +130,11 @@ def _descendants(pid: int, started: float) -> list[psutil.Process]:
     return found
 
 
-def _cause(status: int | None, said: Path) -> str:
+def _cause(status: int | None, output: Path) -> str:
+    """Returns why a child ended without an answer: its signal, or its last line of output."""
     if status is not None and status < 0:
         name = signal.Signals(-status).name
         return f"its process was ended by {name}" + ("; out of memory is the usual cause" if name == "SIGKILL" else "")
-    lines = said.read_text(errors="replace", encoding="utf-8").splitlines() if said.is_file() else []
+    lines = output.read_text(errors="replace", encoding="utf-8").splitlines() if output.is_file() else []
     tail = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
     return f"its process ended with status {status}: {tail[:400]}".replace(str(Path.home()), "~")

@@ -1,4 +1,4 @@
-"""Outcomes of finished cases, kept beside the report that is being made: a suite that was stopped goes on where it was."""
+"""Keeps the outcomes of finished cases beside the future report, so that a stopped suite continues where it was."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from . import isolated
 
 
 class Journal:
-    """A file of one line a case: its name and its outcome. Failures are not kept, so they are tried again.
+    """A file with the name and the outcome of a case in each line. Failures are not kept, so they are tried again.
 
     Args:
-        path: in a folder of its own, which goes with it; None keeps nothing. fingerprint: what the outcomes hold for; a
-            folder of another is begun anew.
+        path: the file, in a folder of its own; None keeps nothing.
+        fingerprint: what the outcomes depend on. A folder with another fingerprint is emptied first.
     """
 
     def __init__(self, path: Path | None = None, fingerprint: str = "") -> None:
@@ -27,16 +27,22 @@ class Journal:
         self.continued = bool(self.known)
         if path is not None and not self.known:
             with storage_errors(path):
-                shutil.rmtree(
-                    path.parent, ignore_errors=True
-                )  # what cases of another suite have written would be taken for this one's
+                # Outputs of another suite's cases would be taken for this suite's.
+                shutil.rmtree(path.parent, ignore_errors=True)
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
     def call(
         self, name: str, function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float
     ) -> dict[str, Any]:
-        """`isolated.call`, or what it gave before."""
+        """Returns the kept outcome of a case, or that of `isolated.call`.
+
+        Args:
+            name: of the case, unique in the journal.
+            function: importable by name; returns plain values.
+            argument: plain values.
+            timeout_s: seconds after which the process is killed.
+        """
         if name not in self.known:
             outcome = isolated.call(function, argument, timeout_s)
             if "failed" in outcome:
@@ -51,7 +57,7 @@ class Journal:
 
 
 def _read(path: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """Whole lines of a journal of this fingerprint; a line cut by a crash is left out."""
+    """Returns case → outcome of a journal with this fingerprint; a line cut by a crash is left out."""
     try:
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         if json.loads(head)["fingerprint"] != fingerprint:

@@ -1,5 +1,6 @@
-"""Figures of sets of pictures, worked out in a process of its own: what a CLIP sees in them, how far a student's are
-from its teacher's, and how far all are from real ones.
+"""Figures of picture sets: CLIP figures, students against the teacher, and all models against real pictures.
+
+They are computed in a process of their own.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from .prompts import Pictures, read_reference
 from .scenario import Prompt
 
 LEAST_FOR_SETS = 10
-"""Pictures under which FID and KID would say nothing."""
+"""The fewest pictures for FID and KID."""
 
 
 def judge(case: dict[str, Any]) -> dict[str, Any]:
-    """`{"quality": model → figures, "students": student → figures against the first model, "skipped": what → why not}`.
+    """Returns `quality` (model → figures), `students` (student → figures against the first model) and `skipped`.
 
-    Figures are shares (`quality.Share`), estimates (`metrics.Estimate`) or, of FID and KID to real pictures, `fid_real`
-    and `kid_real`, all as plain values.
+    Figures are `quality.Share` or `metrics.Estimate` as plain values; `fid_real` and `kid_real` are against real
+    pictures. `skipped` maps what was left out to the reason.
 
     Args:
-        case: `folders`, model → where its pictures are, the teacher first; `prompts` as [caption, style]; `metric`,
+        case: `folders`, model → folder of its pictures, the teacher first; `prompts` as [caption, style]; `metric`,
             `styles`, `real` and `device` of the suite; `size_px`.
     """
     prompts = [Prompt(*prompt) for prompt in case["prompts"]]
@@ -40,17 +41,17 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
         clip = quality.ClipMetric(Path(case["metric"]), case["device"])
         sets = dict(pictures) | ({"real": real} if real and isinstance(real, list) else {})
         for name, images in sets.items():
-            asked = real_prompts if name == "real" else prompts
-            figures = quality.judge(clip, images, asked, dict(case["styles"]))
-            per_picture = metrics.clip_score(clip, _tensor(images), [p.caption for p in asked])
+            shown = real_prompts if name == "real" else prompts
+            figures = quality.judge(clip, images, shown, dict(case["styles"]))
+            per_picture = metrics.clip_score(clip, _tensor(images), [prompt.caption for prompt in shown])
             figures["clip_score"] = metrics.mean_of(per_picture)
             found["quality"].setdefault(name, {}).update({key: asdict(value) for key, value in figures.items()})
     teacher, *students = pictures
-    pairs = _if_there(lambda: metrics.Lpips(device=case["device"]), "LPIPS", found["skipped"])
+    lpips = _open(lambda: metrics.Lpips(device=case["device"]), "LPIPS", found["skipped"])
     for name in students:
         x, y = _tensor(pictures[name]), _tensor(pictures[teacher])
         measured = {"psnr_db": metrics.psnr(x, y), "ssim": metrics.ssim(x, y)} | (
-            {"lpips": pairs(x, y)} if pairs else {}
+            {"lpips": lpips(x, y)} if lpips else {}
         )
         found["students"][name] = {key: asdict(metrics.mean_of(values)) for key, values in measured.items()}
     if len(prompts) < LEAST_FOR_SETS:
@@ -58,7 +59,7 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
             f"{len(prompts)} pictures say nothing; {LEAST_FOR_SETS} at least, {metrics.FID_PICTURES} for figures to"
             " quote"
         )
-    elif inception := _if_there(lambda: metrics.InceptionFeatures(case["device"]), "FID, KID", found["skipped"]):
+    elif inception := _open(lambda: metrics.InceptionFeatures(case["device"]), "FID, KID", found["skipped"]):
         features = {name: inception(_tensor(images)) for name, images in pictures.items()}
         for name in students:
             found["students"][name] |= _sets(features[name], features[teacher])
@@ -74,7 +75,7 @@ def _sets(features: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
 
 
 def _real(case: dict[str, Any], prompts: Sequence[Prompt]) -> tuple[list[Image.Image] | Pictures, Sequence[Prompt]]:
-    """The real pictures, and their prompts where they have any: of a shard those of the prompts, of a folder all."""
+    """Returns the real pictures and their prompts: a shard's for the prompts, or all of a folder, without prompts."""
     if not case["real"]:
         return [], []
     path = Path(case["real"])
@@ -82,13 +83,14 @@ def _real(case: dict[str, Any], prompts: Sequence[Prompt]) -> tuple[list[Image.I
 
 
 def _tensor(images: Sequence[Image.Image]) -> torch.Tensor:
-    """(N, 3, H, W) uint8."""
+    """Returns images as a tensor, (N, 3, H, W), uint8."""
     return torch.stack([quality.to_pixels(image).mul(255).round().byte() for image in images])
 
 
-def _if_there(make: Callable[[], Any], what: str, skipped: dict[str, str]) -> Any:
+def _open(create: Callable[[], Any], what: str, skipped: dict[str, str]) -> Any:
+    """Returns what `create` returns, or None where its weights are missing; the reason goes to `skipped`."""
     try:
-        return make()
+        return create()
     except BackendMissing as error:
         skipped[what] = str(error)
         return None

@@ -1,4 +1,4 @@
-"""Models of a suite that have to be made first: those with random weights."""
+"""Prepares the models of a suite; those with random weights are created first."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from sdcompress_engines.progress import SILENT, Reporter
 from .scenario import ModelUnderTest, Random, slug
 
 
-def made(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnderTest:
-    """The model with a path that is there and its sha256; one with random weights is made in the cache folder, in half
-    precision, where it is not there yet.
+def prepare_model(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnderTest:
+    """Returns the model with an existing path and its sha256.
+
+    A model with random weights is created in the cache folder, in half precision, if it is not there yet.
 
     Raises:
-        UsageError, ModelError: no such model. PlanError: a plan its family does not allow. StorageError: no room.
+        UsageError, ModelError: there is no such model.
+        PlanError: its family does not allow the plan.
+        StorageError: there is no room for it.
     """
-    from sdcompress.models.locate import resolve, sha256_of
+    from sdcompress.models.locate import hash_pipeline, locate_pipeline
 
     if model.random is None:
-        return model if model.sha256 else dataclasses.replace(model, sha256=sha256_of(resolve(model.path)))
+        return model if model.sha256 else dataclasses.replace(model, sha256=hash_pipeline(locate_pipeline(model.path)))
     folder = random_folder(model.random)
-    if (known := read_manifest(folder) if folder.is_dir() else None) is None:
+    known = read_manifest(folder) if folder.is_dir() else None
+    if known is None:
         import torch
 
         from sdcompress.models.random import random_pipeline
 
-        with report.task(f"making {model.name} with random weights"):
+        with report.task(f"creating {model.name} with random weights"):
             pipeline = random_pipeline(model.random.family, model.random.plan, dtype=torch.float16)
             parts = (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
             require_space(
@@ -43,5 +47,5 @@ def made(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnderTest:
 
 
 def random_folder(random: Random) -> Path:
-    """Where a model with random weights is kept."""
+    """Returns the folder of a model with random weights."""
     return cache_folder() / "random" / slug(f"{random.family}-{random.plan or 'whole'}")

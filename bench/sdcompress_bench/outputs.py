@@ -1,5 +1,6 @@
-"""What a model answers, run one way: noise predictions and pictures, written by a process of its own and compared
-elsewhere.
+"""Writes the outputs of a model in one backend setup, pictures and noise predictions, and reads them again.
+
+Writing runs in a process of its own; the comparison happens elsewhere.
 """
 
 from __future__ import annotations
@@ -16,51 +17,38 @@ from . import fidelity
 PREDICTION, PROBE = "prediction.pt", "probe.pt"
 
 
-def produce(case: dict[str, Any]) -> dict[str, Any]:
-    """Run a case: its pictures as PNG, its probe where it makes one, its prediction.
+def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
+    """Write the pictures of a case as PNG files, its probe if it makes one, and its noise prediction.
 
-    Returns the parameters of each component and whether the prediction is finite.
+    Returns the parameters of each component (`parameters`) and whether the prediction is `finite`, or `unlike` where
+    the UNet does not accept the probe.
 
     Args:
         case: `path`, `backend`, `artifacts`, `device`, `precision` of the model; `folder` to write to; `captions` and
-            `seeds` of the pictures; `probe`, a file to answer; or `make_probe`, how many pictures to make one of, with
-            `timesteps` and `random`.
+            `seeds` of the pictures; `probe`, the file of a probe to predict for; or `make_probe`, from how many
+            pictures to make a new probe, with `timesteps` and `random`.
     """
-    from sdcompress.sampling import generate
-
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = fidelity.load(case["path"], case["backend"], case["artifacts"], case["device"], case["precision"])
-    images: list[Image.Image] = []
-    if case["captions"]:
-        options = {
-            "steps": case["steps"],
-            "guidance_scale": case["guidance_scale"],
-            "size_px": case["size_px"],
-            "batch_size": case["batch"],
-        }
-        images = generate(pipeline, case["captions"], seeds=case["seeds"], **options)
-        for number, image in enumerate(images):
-            image.save(folder / f"{number:04}.png")
+    images = _draw(pipeline, case)
+    for number, image in enumerate(images):
+        image.save(folder / f"{number:04}.png")
+    parts = ("unet", "text_encoder", "text_encoder_2", "vae")
     found: dict[str, Any] = {
-        "parameters": {
-            name: _count(getattr(pipeline, name, None)) for name in ("unet", "text_encoder", "text_encoder_2", "vae")
-        },
+        "parameters": {name: _count_parameters(getattr(pipeline, name, None)) for name in parts},
         "finite": True,
     }
     probe = None
     if case["make_probe"]:
-        count, timesteps, seed = case["make_probe"], case["timesteps"], case["seed"]
-        captions = case["probe_captions"][:count]
-        if images and not case["random"]:
-            probe = fidelity.make_probe(pipeline, images[:count], captions[: len(images)], timesteps, seed)
-        else:
-            probe = fidelity.make_random_probe(pipeline, case["size_px"], captions, timesteps, seed)
+        probe = _make_probe(pipeline, case, images)
         torch.save(asdict(probe), folder / PROBE)
-    elif case["probe"] and _takes(pipeline, probe := read_probe(Path(case["probe"]))) is False:
-        return found | {"unlike": "its UNet takes other inputs than the teacher's"}
+    elif case["probe"]:
+        probe = read_probe(Path(case["probe"]))
+        if not _accepts(pipeline, probe):
+            return found | {"unlike": "its UNet takes other inputs than the teacher's"}
     if probe is not None:
         prediction = fidelity.predict(pipeline, probe)
         found["finite"] = bool(torch.isfinite(prediction).all())
@@ -68,23 +56,41 @@ def produce(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def feel(case: dict[str, Any]) -> dict[str, Any]:
-    """How small a fault a gate can see in the model of a case: `faults.Sensitivity` as plain values.
+def _draw(pipeline: Any, case: dict[str, Any]) -> list[Image.Image]:
+    from sdcompress.sampling import generate
+
+    if not case["captions"]:
+        return []
+    options = {name: case[name] for name in ("steps", "guidance_scale", "size_px")}
+    images: list[Image.Image] = generate(
+        pipeline, case["captions"], seeds=case["seeds"], batch_size=case["batch"], **options
+    )
+    return images
+
+
+def _make_probe(pipeline: Any, case: dict[str, Any], images: list[Image.Image]) -> fidelity.Probe:
+    """Returns a probe of the pictures, or of Gaussian latents where there are none or the weights are random."""
+    count, timesteps, seed = case["make_probe"], case["timesteps"], case["seed"]
+    captions = case["probe_captions"][:count]
+    if images and not case["random"]:
+        return fidelity.make_probe(pipeline, images[:count], captions[: len(images)], timesteps, seed)
+    return fidelity.make_random_probe(pipeline, case["size_px"], captions, timesteps, seed)
+
+
+def measure_sensitivity(case: dict[str, Any]) -> dict[str, Any]:
+    """Returns how small a fault a gate detects in the model of a case: `faults.Sensitivity` as plain values.
 
     Args:
-        case: `path`, `device`, `probe`; for each of its timesteps the gate's limit in `limits` and what the gated way
-            is off by in `floors`; `count` of places, `seed`.
+        case: `path`, `device`, `probe`; `limits` and `floors`, for each of the probe's timesteps the gate's limit and
+            the error of the gated setup without a fault; `count` of places; `seed`.
     """
     from .faults import sensitivity
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     pipeline = fidelity.load(case["path"], "torch", None, case["device"], "fp32")
-    return asdict(
-        sensitivity(
-            pipeline, read_probe(Path(case["probe"])), case["limits"], case["floors"], case["count"], case["seed"]
-        )
-    )
+    probe = read_probe(Path(case["probe"]))
+    return asdict(sensitivity(pipeline, probe, case["limits"], case["floors"], case["count"], case["seed"]))
 
 
 def read_probe(path: Path) -> fidelity.Probe:
@@ -92,7 +98,7 @@ def read_probe(path: Path) -> fidelity.Probe:
 
 
 def read_pictures(folder: Path, count: int | None = None) -> list[Image.Image]:
-    """The pictures of a case, RGB, in the order of its captions."""
+    """Returns the pictures of a case, RGB, in the order of its captions; at most `count` where given."""
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))[:count]]
 
 
@@ -105,8 +111,8 @@ def read_prediction(folder: Path) -> torch.Tensor:
     return prediction
 
 
-def _takes(pipeline: Any, probe: fidelity.Probe) -> bool:
-    """Whether the UNet answers the teacher's inputs: equal latent channels, text width and added inputs."""
+def _accepts(pipeline: Any, probe: fidelity.Probe) -> bool:
+    """Returns whether the UNet accepts the teacher's inputs: same latent channels, text width and added inputs."""
     config = pipeline.unet.config
     added = config.addition_embed_type == "text_time"
     return bool(
@@ -116,7 +122,7 @@ def _takes(pipeline: Any, probe: fidelity.Probe) -> bool:
     )
 
 
-def _count(component: Any) -> int:
-    return (
-        sum(parameter.numel() for parameter in component.parameters()) if isinstance(component, torch.nn.Module) else 0
-    )
+def _count_parameters(component: Any) -> int:
+    if not isinstance(component, torch.nn.Module):
+        return 0
+    return sum(parameter.numel() for parameter in component.parameters())

@@ -1,4 +1,4 @@
-"""Prompt files and folders of reference pictures, as the public sets come."""
+"""Reads prompt files and folders of reference pictures, in the formats of the public sets."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ import torch
 from PIL import Image, ImageOps
 from sdcompress_engines.errors import DataError, UsageError
 
-from sdcompress.data.records import CAPTION_COLUMNS, PICTURES, Record, is_text
+from sdcompress.data.records import CAPTION_COLUMNS, PICTURE_SUFFIXES, Record, is_text
 
 from .scenario import Prompt
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a file, in its order. What is in it goes by the ending:
+    """Returns the prompts of a file, in its order. The ending of its name decides the format:
 
-    - `.txt`: one a line; blank lines are left out.
+    - `.txt`: one prompt a line; blank lines are left out.
     - `.tsv`: PartiPrompts (columns Prompt, Category, Challenge, Note), or any table with a caption column. Quotes are
-      letters.
-    - `.csv`, `.jsonl`: a caption column, `text`, `caption` or `prompt`, and if there is one a column `style`.
+      ordinary characters.
+    - `.csv`, `.jsonl`: a caption column, `text`, `caption` or `prompt`, and optionally a column `style`.
     - `.json`: COCO's captions (`annotations` with `image_id` and `caption`): the first caption of each picture.
 
     Raises:
-        UsageError: no such file, or another ending. DataError: it cannot be read as that, or has no prompts; with the
-            line.
+        UsageError: there is no such file, or its ending is unknown.
+        DataError: its content has another format, or no prompts; the message has the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,8 +50,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Pictures(Sequence[torch.Tensor]):
-    """Picture files as squares of one size, uint8 (3, size_px, size_px), each read when it is asked for: a large set
-    need not fit in memory.
+    """Picture files as squares of one size, uint8, (3, size_px, size_px).
+
+    Each file is read on access, so a large set need not fit in memory.
     """
 
     paths: tuple[Path, ...]
@@ -65,7 +66,7 @@ class Pictures(Sequence[torch.Tensor]):
     @overload
     def __getitem__(self, index: slice) -> Pictures: ...
     def __getitem__(self, index: int | slice) -> torch.Tensor | Pictures:
-        """A picture, centre-cropped and resized, or a part of them.
+        """Returns a picture, center-cropped and resized, or a part of the pictures.
 
         Raises:
             DataError: the file is no readable picture.
@@ -80,22 +81,23 @@ class Pictures(Sequence[torch.Tensor]):
 
 
 def read_reference(folder: str | Path, size_px: int) -> Pictures:
-    """The pictures of a folder and its subfolders, sorted by path.
+    """Returns the pictures of a folder and its subfolders, sorted by path.
 
     Raises:
-        UsageError: no such folder. DataError: no pictures in it.
+        UsageError: there is no such folder.
+        DataError: it has no pictures.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError("no such folder of reference pictures", where=folder)
-    paths = tuple(sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file()))
+    paths = tuple(sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file()))
     if not paths:
-        raise DataError("has no pictures", where=folder, expected=", ".join(sorted(PICTURES)))
+        raise DataError("has no pictures", where=folder, expected=", ".join(sorted(PICTURE_SUFFIXES)))
     return Pictures(paths, size_px)
 
 
 _Rows = Iterator[tuple[str, Any, Any]]
-"""Of each prompt: the file and line it is in, the caption, the style; not yet known to be text."""
+"""For each prompt: its file and line, its caption and its style; the last two may be no text."""
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""How good pictures are, as a CLIP sees them, against the same figures of real pictures."""
+"""How well pictures show their captions, judged by a CLIP, and the same figures of real pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .stats import share_interval
 
 @dataclass(frozen=True)
 class Share:
-    """`hits` of `count`, with its 95% interval, all as shares in [0, 1]."""
+    """A share of `count` with its 95% interval, all in [0, 1]."""
 
     share: float
     low: float
@@ -29,14 +29,21 @@ class Share:
 
     @classmethod
     def of(cls, hits: torch.Tensor) -> Share:
-        """From a bool tensor (N,)."""
+        """Returns the share of True in a bool tensor, (N,)."""
         return cls(hits.float().mean().item(), *share_interval(int(hits.sum()), len(hits)), len(hits))
 
 
 class ClipMetric:
-    """A CLIP that judges pictures: any transformers `CLIPModel` folder with its tokenizer.
+    """A CLIP that judges pictures.
 
-    Pictures are normalised as its `preprocessor_config.json` says, and to [-1, 1] where it has none (nano-CLIP).
+    Pictures are normalized by its `preprocessor_config.json`, or to [-1, 1] if it has none (nano-CLIP).
+
+    Args:
+        folder: of a transformers `CLIPModel` and its tokenizer.
+        device: where it runs.
+
+    Raises:
+        ModelError: the folder has no such model.
     """
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
@@ -47,7 +54,7 @@ class ClipMetric:
             raise ModelError(
                 "not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer"
             )
-        logging.disable_progress_bar()  # it would draw over the reporter's
+        logging.disable_progress_bar()  # it would overwrite the reporter's
         try:
             self.model = CLIPModel.from_pretrained(folder).eval().to(device)
         finally:
@@ -62,7 +69,12 @@ class ClipMetric:
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[Image.Image], batch: int = 64) -> torch.Tensor:
-        """Unit vectors (N, D), float32."""
+        """Returns unit vectors, (N, D), float32.
+
+        Args:
+            images: N pictures.
+            batch: pictures at once.
+        """
         side = self.model.config.vision_config.image_size
         parts = []
         for start in range(0, len(images), batch):
@@ -81,7 +93,7 @@ class ClipMetric:
 
     @torch.inference_mode()
     def text_features(self, captions: Sequence[str]) -> torch.Tensor:
-        """Unit vectors (N, D), float32."""
+        """Returns unit vectors, (N, D), float32."""
         ids = self.tokenizer(
             list(captions), padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         ).input_ids.to(self.device)
@@ -90,22 +102,26 @@ class ClipMetric:
         )
 
     def clip_score(self, images: Sequence[Image.Image], captions: Sequence[str]) -> float:
-        """Mean cosine of each picture with its caption, × 100 (Hessel et al. 2021, without their clip at zero and 2.5
-        weight).
+        """Returns the mean cosine of each picture with its caption, × 100.
+
+        Hessel et al. 2021, arXiv 2104.08718, without their clip at zero and weight of 2.5.
         """
         return 100 * (self.image_features(images) * self.text_features(captions)).sum(-1).mean().item()
 
     def style_accuracy(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]
     ) -> Share:
-        """Share of pictures whose own caption wins over the same concept in every other style; chance is 1 / styles.
+        """Returns the share of pictures whose own caption scores higher than the same concept in every other style.
+
+        Chance is 1 / number of styles.
 
         Args:
-            prompts: caption = `styles[style]` + a concept.
-            styles: style → the phrase its captions start with.
+            images: a picture for each prompt.
+            prompts: each caption is `styles[style]` and a concept.
+            styles: style → the phrase with which its captions start.
 
         Raises:
-            DataError: a prompt of a style that is not among them.
+            DataError: a prompt has another style.
         """
         phrases = list(styles.values())
         captions, target = [], []
@@ -123,8 +139,12 @@ class ClipMetric:
         return Share.of(picked == torch.tensor(target))
 
     def retrieval(self, images: Sequence[Image.Image], captions: Sequence[str], k: int = 5) -> dict[str, Share]:
-        """`top1` and `top{k}`: share of pictures whose caption is the first, or among the first k, of all the captions
-        given.
+        """Returns `top1` and `top{k}`: the shares of pictures whose caption is the first, or among the first k.
+
+        Args:
+            images: a picture for each caption.
+            captions: all that a picture can match.
+            k: how many count for the second share.
         """
         distinct = list(dict.fromkeys(captions))
         target = torch.tensor([distinct.index(caption) for caption in captions])
@@ -136,8 +156,13 @@ class ClipMetric:
 def judge(
     metric: ClipMetric, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]
 ) -> dict[str, Any]:
-    """All figures of a set of pictures: `clip_score`, `retrieval` top-1 and top-5, and `style` where the prompts have
-    styles.
+    """Returns the figures of a set of pictures: `clip_score`, `top1`, `top5`, and `style` if there are styles.
+
+    Args:
+        metric: the CLIP.
+        images: a picture for each prompt.
+        prompts: captions, with their styles if there are any.
+        styles: style → the phrase with which its captions start; may be empty.
     """
     captions = [prompt.caption for prompt in prompts]
     figures: dict[str, Any] = {"clip_score": metric.clip_score(images, captions), **metric.retrieval(images, captions)}
@@ -147,11 +172,15 @@ def judge(
 def read_shard(
     shard: Path, captions: Sequence[str] | None = None, count: int | None = None
 ) -> tuple[list[Image.Image], list[Prompt]]:
-    """Real pictures (RGB) of a webdataset shard, with their captions and styles; those of `captions`, in that order,
-    where given.
+    """Returns real pictures (RGB) of a webdataset shard, and their prompts.
+
+    Args:
+        shard: a tar file.
+        captions: of the wanted pictures, in their order; None takes all.
+        count: at most this many are returned.
 
     Raises:
-        DataError: the shard has none of them.
+        DataError: the shard has none of the wanted pictures.
     """
     images: dict[str, Image.Image] = {}
     texts: dict[str, str] = {}
@@ -178,8 +207,10 @@ def read_shard(
 
 
 def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Image], list[Prompt]]:
-    """The shard's pictures of the prompts, or its first ones, equally many, where it lacks some: retrieval is harder
-    among more.
+    """Returns the shard's pictures of the prompts, and their prompts.
+
+    If the shard lacks some of them, its first pictures are taken, as many as there are prompts: retrieval is harder
+    among more captions.
     """
     images, found = read_shard(shard)
     at = {prompt.caption: index for index, prompt in enumerate(found)}
@@ -192,7 +223,7 @@ def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Im
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:
-    """(3, H, W) float32 in [0, 1]."""
+    """Returns an image as a tensor, (3, H, W), float32, in [0, 1]."""
     image = image.convert("RGB")
     return (
         torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

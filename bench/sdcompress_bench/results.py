@@ -1,4 +1,4 @@
-"""What a suite found, as it is kept in `results.json`; the report is made from this alone."""
+"""The results of a suite, as `results.json` holds them. The report is written from nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sdcompress_engines.errors import ArtifactError, UsageError
 
 from .latency import Latency
-from .scenario import Gate, Way
+from .scenario import BackendSetup, Gate
 from .stats import Summary
 
 RESULTS_SCHEMA = 2
@@ -19,18 +19,17 @@ RESULTS_SCHEMA = 2
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the answer: a model run one way, at a size and a batch.
-
-    `speedup` is in pictures a second over the teacher in PyTorch, the first way it was run there.
+    """One line of the main table: a model in a backend setup, at a size and a batch.
 
     Attributes:
-        share_of_peak: of the matrix product peak measured on this device, in [0, 1].
-        fidelity: relative L2 to PyTorch fp32 with the same weights, worst timestep; `fidelity_passed` whether its gate
-            holds, None where it has none.
+        speedup: in pictures a second, over the teacher in the baseline setup.
+        share_of_peak: of the device's measured matrix product peak, in [0, 1].
+        fidelity: relative L2 to PyTorch fp32 with the same weights, worst timestep.
+        fidelity_passed: whether its gate holds; None where there is no gate.
     """
 
     model: str
-    way: Way
+    setup: BackendSetup
     size_px: int
     batch: int
     parameters: int
@@ -48,24 +47,29 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything measured, raw samples included.
+    """Everything that was measured, with the raw samples.
 
     Attributes:
+        created: time, ISO 8601, UTC.
+        command: what to type to measure it again.
+        settings: the suite, and its `baseline` as [backend, precision].
+        environment: see `environment.environment`.
         models: name, `sha256`, `parameters` by component, `random` weights or not; the teacher first.
         latency: a `Latency` for each scenario.
-        peaks: precision → what this device did at best, as `work.Peaks`.
-        backends: same weights, another way: model, backend, precision and the figures of `fidelity.distance`, `gate`,
-            `sensitivity`, or `failed`.
-        students: student → figures of `fidelity.distance` against the teacher, PyTorch fp32 both, and of its pictures
-            against the teacher's (`judge`).
-        quality: model, and `real` for real pictures → figures of `judge`.
-        captions: of the picture grid; `pictures`: model, backend, precision and a file for each caption, beside the
-            report.
+        peaks: precision → the device's limits, as `peaks.Peaks`.
+        backends: the same weights in another setup, compared with PyTorch fp32: model, backend, precision, and the
+            figures of `fidelity.distance`, `gate` and `sensitivity`, or `failed`.
+        students: student → figures of `fidelity.distance` against the teacher, both in PyTorch fp32, and of its
+            pictures against the teacher's (`judge`).
+        quality: model, or `real` for real pictures → figures of `judge`.
+        captions: of the picture grid.
+        pictures: model, backend, precision, and a file for each caption, in the folder of the report.
         losses: model → loss name → [step, value] pairs.
-        gates: figure, model, way, value, limit in words, `passed`.
+        gates: figure, model, way, value, limit in words, `passed`. `way` is the backend setup in words.
         skipped: what was not measured → why.
-        settings: the suite. `command`: what to type to do it again. `seconds`: what all of it took, None where it was
-            stopped in between.
+        warnings: one sentence each.
+        seconds: time of the whole run; None where it was stopped and continued.
+        schema: of this file.
     """
 
     created: str
@@ -92,29 +96,26 @@ class Results:
         return str(self.models[0]["name"])
 
     @property
-    def baseline(self) -> Way | None:
-        """The way whose speed on the teacher is 1.0."""
+    def baseline(self) -> BackendSetup | None:
+        """The setup in which the teacher's speed is 1.0."""
         found = self.settings.get("baseline")
-        return Way(*found) if found else None
+        return BackendSetup(*found) if found else None
 
     def rows(self) -> Iterator[Row]:
-        """The answer, in the order measured."""
+        """Yields the rows of the main table, in the order in which they were measured."""
         parameters = {model["name"]: model["parameters"].get("unet", 0) for model in self.models}
         reference = {
             (run.size_px, run.batch): run.images_per_s
             for run in self.latency
-            if run.model == self.teacher and run.way == self.baseline
+            if run.model == self.teacher and run.setup == self.baseline
         }
         errors = {(entry["model"], entry["backend"], entry["precision"]): entry for entry in self.backends}
         for run in self.latency:
-            speed, base, error = (
-                run.images_per_s,
-                reference.get((run.size_px, run.batch)),
-                errors.get((run.model, run.backend, run.precision), {}),
-            )
+            speed, base = run.images_per_s, reference.get((run.size_px, run.batch))
+            error = errors.get((run.model, run.backend, run.precision), {})
             yield Row(
                 model=run.model,
-                way=run.way,
+                setup=run.setup,
                 size_px=run.size_px,
                 batch=run.batch,
                 parameters=parameters.get(run.model, 0),
@@ -131,33 +132,32 @@ class Results:
             )
 
     def judge(self, gates: Sequence[Gate]) -> list[dict[str, Any]]:
-        """Each gate on each figure it asks about: figure, model, way, value, limit, passed.
+        """Returns an entry for each gate and each figure that it limits: figure, model, way, value, limit, passed.
 
-        A gate that finds no figure has not passed.
+        A gate that matches no figure has not passed.
         """
         judged = []
         for gate in gates:
             found = [
-                (model, way, value)
-                for model, way, value in self._figures(gate.figure)
-                if gate.model in (None, model) and (way is None or gate.way in (None, way))
+                (model, setup, value)
+                for model, setup, value in self._figures(gate.figure)
+                if gate.model in (None, model) and (setup is None or gate.setup in (None, setup))
             ]
-            for model, way, value in found or [(gate.model or "", gate.way, None)]:
-                passed = value is not None and gate.holds(value)
+            for model, setup, value in found or [(gate.model or "", gate.setup, None)]:
                 judged.append(
                     {
                         "figure": gate.figure,
                         "model": model,
-                        "way": str(way) if way else "",
+                        "way": str(setup) if setup else "",
                         "value": value,
                         "limit": str(gate),
-                        "passed": passed,
+                        "passed": value is not None and gate.holds(value),
                     }
                 )
         return judged
 
-    def _figures(self, name: str) -> Iterator[tuple[str, Way | None, float | None]]:
-        """Every value of a figure of `scenario.FIGURES`: model, way where it has one, value."""
+    def _figures(self, name: str) -> Iterator[tuple[str, BackendSetup | None, float | None]]:
+        """Yields every value of a figure of `scenario.FIGURES`: model, backend setup if it has one, value."""
         if name in ("speedup", "unet_step_ms", "peak_mib"):
             for row in self.rows():
                 values = {
@@ -165,10 +165,10 @@ class Results:
                     "unet_step_ms": row.unet_step.median if row.unet_step else None,
                     "peak_mib": row.peak_mib,
                 }
-                yield row.model, row.way, values[name]
+                yield row.model, row.setup, values[name]
         elif name == "relative_l2":
             for entry in self.backends:
-                yield entry["model"], Way(entry["backend"], entry["precision"]), entry.get("relative_l2")
+                yield entry["model"], BackendSetup(entry["backend"], entry["precision"]), entry.get("relative_l2")
         elif name in ("clip_score", "style", "top5"):
             for model, figures in self.quality.items():
                 if model != "real" and name in figures:
@@ -183,26 +183,19 @@ class Results:
                 yield self.teacher, None, point(real)
 
     def failed_gates(self) -> list[str]:
-        """What is over its limit, in words: backends further from PyTorch than they may be, and the suite's own gates."""
+        """Returns a sentence for each exceeded limit: backends too far from PyTorch first, then the suite's gates."""
         found = []
-        for e in self.backends:
-            if not e.get("gate", {"passed": True})["passed"]:
-                way = f"{e['model']} on {Way(e['backend'], e['precision'])}"
-                found.append(
-                    f"{way}: {e['failed']}"
-                    if "failed" in e
-                    else (
-                        f"{way}: relative L2 {e['gate']['error']:.2e} over {e['gate']['limit']:.2e} at timestep"
-                        f" {e['gate']['timestep']}"
-                    )
-                )
+        for entry in self.backends:
+            gate = entry.get("gate", {"passed": True})
+            if not gate["passed"]:
+                name = f"{entry['model']} on {BackendSetup(entry['backend'], entry['precision'])}"
+                found.append(f"{name}: {entry['failed'] if 'failed' in entry else _excess(gate)}")
         for gate in self.gates:
             if not gate["passed"]:
+                name = " on ".join(part for part in (gate["model"], gate["way"]) if part)
                 value = "was not measured" if gate["value"] is None else f"is {gate['value']:.4g}"
-                found.append(
-                    f"{' on '.join(part for part in (gate['model'], gate['way']) if part)}: {gate['figure']} {value},"
-                    f" wanted {gate['limit'].removeprefix(gate['figure']).strip()}".lstrip(": ")
-                )
+                limit = gate["limit"].removeprefix(gate["figure"]).strip()
+                found.append(f"{name}: {gate['figure']} {value}, wanted {limit}".lstrip(": "))
         return found
 
     def save(self, path: Path) -> None:
@@ -210,16 +203,21 @@ class Results:
         path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def _excess(gate: Mapping[str, Any]) -> str:
+    return f"relative L2 {gate['error']:.2e} over {gate['limit']:.2e} at timestep {gate['timestep']}"
+
+
 def point(figure: Any) -> float:
-    """The value of a figure with its interval (a `Share` or an `Estimate` as plain values), or the figure itself."""
+    """Returns the value of a figure: of a `Share` or an `Estimate` as plain values, or the number itself."""
     return float(figure.get("value", figure.get("share")) if isinstance(figure, Mapping) else figure)
 
 
 def read_results(path: Path) -> Results:
-    """Results written by `Results.save`.
+    """Returns the results in a file that `Results.save` wrote.
 
     Raises:
-        UsageError: no such file. ArtifactError: it holds something else, or is of another schema.
+        UsageError: there is no such file.
+        ArtifactError: it is no results file, or has another schema.
     """
     if not path.is_file():
         raise UsageError("no such file", where=path, expected="a results.json of `sdcompress bench`")
@@ -240,11 +238,14 @@ def read_results(path: Path) -> Results:
 
 
 def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
-    """Loss name → [step, value] pairs of a `metrics.jsonl`, thinned by the mean of equal runs of lines to at most
-    `points`.
+    """Returns loss name → [step, value] pairs of a `metrics.jsonl`.
+
+    Args:
+        path: the file.
+        points: at most this many pairs a loss; each is the mean of an equal number of lines.
 
     Raises:
-        ArtifactError: a line that is not JSON.
+        ArtifactError: a line is not JSON.
     """
     series: dict[str, list[list[float]]] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

@@ -1,4 +1,4 @@
-"""What is measured: models, the ways to run them, and one `Scenario` for each thing timed."""
+"""What is measured: models, the backends that run them, and one `Scenario` for each thing timed."""
 
 from __future__ import annotations
 
@@ -11,33 +11,28 @@ from typing import Any
 
 from sdcompress_engines.errors import UsageError
 
-BACKEND_NAMES = {
-    "torch": "PyTorch",
-    "compile": "torch.compile",
-    "aot": "AOTInductor",
-    "onnxruntime": "ONNX Runtime",
-    "tensorrt": "TensorRT",
-}
+from sdcompress.backends.registry import backends
+
 PRECISIONS = ("fp32", "fp16", "bf16")
 FIGURES = {
-    "speedup": "pictures a second over the first model on the first way to run it in PyTorch",
+    "speedup": "pictures a second, over those of the first model in the first PyTorch setup",
     "unet_step_ms": "median UNet step",
     "peak_mib": "peak memory",
     "relative_l2": "of a backend to PyTorch fp32 with the same weights, worst timestep",
     "teacher_relative_l2": "of a student's noise prediction to the teacher's, mean over timesteps",
     "lpips": "mean LPIPS of a student's pictures to the teacher's of equal seeds",
     "fid": "of a model's pictures to the teacher's, or to real ones for the teacher",
-    "kid": "likewise",
+    "kid": "of the same pictures as `fid`",
     "clip_score": "mean, × 100",
-    "style": "share of pictures whose style the metric recognises",
+    "style": "share of pictures whose style the metric recognizes",
     "top5": "share of pictures whose caption is among the metric's first five",
 }
-"""What a gate may ask about."""
+"""The figures that a gate can limit."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, and its style where the metric knows styles (see `ClipMetric.style_accuracy`)."""
+    """A caption, with its style where the metric knows styles (see `ClipMetric.style_accuracy`)."""
 
     caption: str
     style: str = ""
@@ -45,7 +40,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Random:
-    """A model of a published shape with random weights, made when it is needed; see `sdcompress.models.random`."""
+    """A model of a published shape with random weights, created on demand; see `sdcompress.models.random`."""
 
     family: str
     plan: str | None = None
@@ -56,13 +51,14 @@ class ModelUnderTest:
     """A pipeline that is measured.
 
     Attributes:
-        name: what the report calls it; unique in a suite.
+        name: its name in the report, unique in a suite.
         path: what `sdcompress.backends.assemble.open_pipeline` takes: a folder, a file, or a known name.
-        onnx: its ONNX folder; None has it exported into a cache, outside of what is timed.
-        engine: its TensorRT engine folder, likewise.
+        onnx: the folder of its ONNX graphs; None exports them to the cache before anything is timed.
+        engine: the folder of its TensorRT engines; None builds them in the same way.
         sha256: hash of its weights.
         metrics: the `metrics.jsonl` of its training, for the loss curves.
-        random: what `path` is made from where its weights are random: good for latency, not for pictures.
+        random: the family and plan from which `path` is created with random weights. Such a model is good for latency
+            and memory, not for pictures.
     """
 
     name: str
@@ -74,35 +70,39 @@ class ModelUnderTest:
     random: Random | None = None
 
     def artifacts(self, backend: str) -> Path | None:
-        """The folder that the backend runs from, None where it is made on demand."""
+        """Returns the folder that the backend runs from, or None where it is created on demand."""
         return {"onnxruntime": self.onnx, "tensorrt": self.engine}.get(backend)
 
 
 @dataclass(frozen=True)
-class Way:
-    """A backend in a precision: how a model is run."""
+class BackendSetup:
+    """A backend with its precision."""
 
     backend: str
     precision: str = "fp32"
 
     def __str__(self) -> str:
-        return f"{BACKEND_NAMES.get(self.backend, self.backend)} {self.precision}"
+        known = backends().get(self.backend)
+        return f"{known.title if known else self.backend} {self.precision}"
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A limit on a figure of `FIGURES`; on every model or way where none is named, the first model left out of what
-    compares with it.
+    """A limit on a figure of `FIGURES`.
+
+    Attributes:
+        model: limits this model only. None limits every model; for figures against the teacher, every student.
+        setup: limits this backend setup only. None limits every setup.
     """
 
     figure: str
     model: str | None = None
-    way: Way | None = None
+    setup: BackendSetup | None = None
     at_least: float | None = None
     at_most: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a figure is inside; one that is not a number never is."""
+        """Returns whether a figure is within the limit. A figure that is not a number never is."""
         inside = ((operator.ge, self.at_least), (operator.le, self.at_most))
         return all(compare(value, bound) for compare, bound in inside if bound is not None)
 
@@ -116,10 +116,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One measured set-up: a model run one way, at a size."""
+    """What is timed as one: a model in a backend setup, at a size and a batch."""
 
     model: ModelUnderTest
-    way: Way
+    setup: BackendSetup
     size_px: int
     batch: int
     steps: int
@@ -127,45 +127,46 @@ class Scenario:
 
     @property
     def key(self) -> str:
-        """A name safe in a file: `teacher-torch-fp32-512px-b1`."""
-        return f"{slug(self.model.name)}-{self.way.backend}-{self.way.precision}-{self.size_px}px-b{self.batch}"
+        """A name that is safe in a file name: `teacher-torch-fp32-512px-b1`."""
+        return f"{slug(self.model.name)}-{self.setup.backend}-{self.setup.precision}-{self.size_px}px-b{self.batch}"
 
     @property
     def unet_batch(self) -> int:
-        """Latents in one UNet call: classifier-free guidance runs every picture twice, with and without its prompt."""
+        """Latents in one UNet call: with classifier-free guidance, each picture with and without its prompt."""
         return self.batch * (2 if self.guidance_scale > 1 else 1)
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Everything a report is made from.
+    """What a run of the bench measures.
 
-    The first model is the teacher: what students are held against, and speed-up 1.0 the first way it runs in PyTorch.
+    The first model is the teacher. Students are compared with it, and its speed in the first PyTorch setup is
+    speed-up 1.0.
 
     Attributes:
-        name: what the report is called where it has a name; for people.
-        sizes_px: sides of the pictures; distances and pictures are taken at the first.
-        batch: pictures at once, one or several; each is a row of its own.
-        prompts: captions of the timed pictures, the grid and the quality figures, in that order of need.
-        rounds: how often every scenario is started afresh; rounds are interleaved, so slow drift of the machine hits
-            all alike.
-        samples: timed calls a stage and round, at most; `stage_budget_s` ends a stage sooner, though never under 3
-            samples of a UNet step and 1 of the others.
-        pictures: how many prompts the grid and the picture comparison take.
-        quality_pictures: how many the figures of sets take (CLIP, FID, KID); 0 leaves them out.
-        timesteps: of 1000, where the UNets are compared.
-        probes: latents compared at each timestep.
-        sensitivity: places where a fault is planted to tell how small a one the gate of a lower precision can see; 0
-            leaves that out.
+        name: the title of the report, for people; may be empty.
+        sizes_px: sides of the pictures. Distances and pictures are taken at the first size.
+        batch: pictures in one call; each value is a row of the report.
+        prompts: captions of the timed pictures, the grid and the quality figures; each of them takes the first ones.
+        rounds: how often each scenario is started in a new process. Rounds are interleaved, so that slow drift of the
+            machine affects all scenarios alike.
+        samples: at most this many timed calls of a stage in a round. `stage_budget_s` ends a stage earlier, but not
+            below 3 samples of a UNet step and 1 of the other stages.
+        pictures: how many prompts the grid and the comparison of pictures take.
+        quality_pictures: how many prompts the figures of picture sets take (CLIP, FID, KID); 0 leaves them out.
+        timesteps: of 1000, at which the UNets are compared.
+        probes: latents that are compared at each timestep.
+        sensitivity: at how many places a fault is planted, to find the smallest one that the gate of a lower precision
+            detects; 0 leaves this out.
         metric: folder of a CLIP that judges the pictures; None leaves the CLIP figures out.
-        styles: style → phrase its captions start with; needed for `style_accuracy`.
+        styles: style → the phrase with which its captions start; `style_accuracy` needs it.
         real: webdataset shard of real pictures with captions, or a folder of pictures (`--reference`): the ceiling of
-            the CLIP figures and a reference of FID and KID.
-        threads: CPU threads of every child, None for the runtime's own choice.
+            the CLIP figures and a reference for FID and KID.
+        threads: CPU threads of each child process; None leaves the choice to the runtime.
     """
 
     models: tuple[ModelUnderTest, ...]
-    ways: tuple[Way, ...] = (Way("torch"), Way("onnxruntime"))
+    setups: tuple[BackendSetup, ...] = (BackendSetup("torch"), BackendSetup("onnxruntime"))
     name: str = ""
     device: str = "cpu"
     sizes_px: tuple[int, ...] = (512,)
@@ -198,37 +199,38 @@ class Suite:
                 f"model names {[m.name for m in self.models]}",
                 expected="at least one model, each with a name of its own",
             )
-        for way in self.ways:
-            if way.backend not in BACKEND_NAMES:
-                raise UsageError(f"unknown backend {way.backend!r}", expected=", ".join(BACKEND_NAMES))
-            if way.precision not in PRECISIONS:
-                raise UsageError(f"unknown precision {way.precision!r}", expected=", ".join(PRECISIONS))
+        for setup in self.setups:
+            if setup.backend not in backends():
+                raise UsageError(f"unknown backend {setup.backend!r}", expected=", ".join(backends()))
+            if setup.precision not in PRECISIONS:
+                raise UsageError(f"unknown precision {setup.precision!r}", expected=", ".join(PRECISIONS))
         if not self.prompts:
             raise UsageError("no prompts", expected="at least one caption")
         if min(self.rounds, self.samples, self.end_to_end_samples, self.steps, *self.sizes_px, *self.batch) < 1:
             raise UsageError("a count under 1", expected="rounds, samples, steps, size and batch of at least 1")
 
     @property
-    def baseline(self) -> Way | None:
-        """The first way in PyTorch: the teacher's speed there is 1.0, and pictures for the quality figures are drawn by
-        it. None where PyTorch is not measured.
+    def baseline(self) -> BackendSetup | None:
+        """The first PyTorch setup, or None where PyTorch is not measured.
+
+        The teacher's speed in it is 1.0, and it draws the pictures for the quality figures.
         """
-        return next((way for way in self.ways if way.backend == "torch"), None)
+        return next((setup for setup in self.setups if setup.backend == "torch"), None)
 
     def scenarios(self) -> Iterator[Scenario]:
-        """Models × ways × sizes × batch sizes, model by model."""
+        """Yields models × setups × sizes × batch sizes, model by model."""
         for model in self.models:
-            for way in self.ways:
+            for setup in self.setups:
                 for size_px in self.sizes_px:
                     for batch in self.batch:
-                        yield Scenario(model, way, size_px, batch, self.steps, self.guidance_scale)
+                        yield Scenario(model, setup, size_px, batch, self.steps, self.guidance_scale)
 
     def settings(self) -> dict[str, Any]:
-        """What a results file keeps of the suite: plain values, the models and paths left out."""
+        """Returns the part of the suite that a results file keeps: plain values, without models and paths."""
         return {
             "name": self.name,
             "device": self.device,
-            "ways": [[w.backend, w.precision] for w in self.ways],
+            "ways": [[setup.backend, setup.precision] for setup in self.setups],
             "sizes_px": list(self.sizes_px),
             "batch": list(self.batch),
             "steps": self.steps,
@@ -250,5 +252,5 @@ class Suite:
 
 
 def slug(name: str) -> str:
-    """A name safe in a file or an HTML id."""
+    """Returns a form of the name that is safe in a file name and an HTML id."""
     return re.sub(r"[^A-Za-z0-9_.]+", "_", name).strip("_.") or "model"

@@ -1,9 +1,9 @@
-"""A stand-in for a TensorRT engine, with torch's kernels behind TensorRT's names, where no TensorRT can run.
+"""A stand-in for a TensorRT engine: torch's kernels behind TensorRT's names, for machines where TensorRT cannot run.
 
-It proves `Execution` and `SharedMemory` on a card that TensorRT does not serve, and, over fakes of CUDA's streams and
-graphs, on a CPU: the order of calls, capture and replay, memory that moves, streams. It computes softmax(left · right)
-· right and keeps what lies between in the activation memory it was given, so a wrong or stale address gives a wrong
-answer.
+It tests `Execution` and `SharedMemory` on a card that TensorRT does not support, and on a CPU with fakes of CUDA's
+streams and graphs: the order of calls, capture and replay, memory that moves, streams. It computes
+softmax(left · right) · right and keeps the intermediate result in the activation memory that it was given, so a wrong
+or stale address gives a wrong result.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _TYPE_NAMES = {torch.float32: "<f4", torch.float16: "<f2", torch.uint8: "|u1"}
 
 
 class StandInEngine:
-    """What `Execution` asks of an engine: contexts, and the memory they need.
+    """The part of an engine that `Execution` uses: contexts, and the memory they need.
 
     Args:
         device: `cpu` or a CUDA device with its index.
-        dtype: of inputs, output and what lies between.
+        dtype: of inputs, output and intermediate result.
         stream_of: CUDA stream handle → torch stream; by default a `torch.cuda.ExternalStream`.
-        fails: called at each launch; what it raises, or a True that it returns, is the launch's failure.
+        fails: called at each launch. The launch fails if it raises or returns True.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class StandInContext:
         return True
 
     def execute_async_v3(self, handle: int) -> bool:
-        """Enqueues three kernels on the stream; False where the engine is to fail or its memory is too small."""
+        """Enqueue three kernels on the stream; returns False if the engine is to fail or its memory is too small."""
         self.launches += 1
         if self.engine.fails() or self.memory[1] < self.update_device_memory_size_for_shapes():
             return False
@@ -105,7 +105,14 @@ class StandInContext:
 
 
 def tensor_at(address: int, shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns a tensor over memory that someone else owns."""
+    """Returns a tensor over memory that it does not own.
+
+    Args:
+        address: of the first byte.
+        shape: of the tensor.
+        dtype: of the values.
+        device: on which the memory is.
+    """
     if device.type == "cpu":
         raw = (ctypes.c_byte * (math.prod(shape) * dtype.itemsize)).from_address(address)
         return torch.frombuffer(raw, dtype=dtype).reshape(shape)

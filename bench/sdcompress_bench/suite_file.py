@@ -1,4 +1,4 @@
-"""Suites as YAML: what may stand in one, and how it becomes a `Suite`."""
+"""Suite files (YAML): their settings, and how they are read and checked."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from sdcompress_engines.errors import UsageError
 
-from sdcompress.support.settings_file import read_mapping, told
+from sdcompress.support.settings_file import describe_errors, read_mapping
 
-from .scenario import FIGURES, PRECISIONS, Way
+from .scenario import FIGURES, PRECISIONS, BackendSetup
 
 
 class ModelEntry(BaseModel):
@@ -20,12 +20,12 @@ class ModelEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str | None = Field(None, description="What the report calls it; the model's own name where there is none.")
+    name: str | None = Field(None, description="Its name in the report. None is the model's own name.")
     path: str | None = Field(None, description="A diffusers folder, a single file, a hub id, or a built-in's name.")
     random: Literal["sd1", "sd2", "sdxl"] | None = Field(
-        None, description="In place of a path: this family's shape, with random weights."
+        None, description="In place of a path: the shape of this family, with random weights."
     )
-    plan: str | None = Field(None, description="With `random`: a student by this plan.")
+    plan: str | None = Field(None, description="With `random`: a student with this plan.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelEntry:
@@ -37,14 +37,14 @@ class ModelEntry(BaseModel):
 
 
 class GateEntry(BaseModel):
-    """A limit on a figure; over it, `bench` ends with exit status 3."""
+    """A limit on a figure; if it is exceeded, `bench` ends with exit status 3."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     figure: str = Field(description=f"One of {', '.join(FIGURES)}.")
-    model: str | None = Field(None, description="Of this model alone.")
+    model: str | None = Field(None, description="Limits this model only.")
     backend: str | None = Field(
-        None, description="Of this backend alone, with its precision where that is not the usual one: ort, aot:bf16."
+        None, description="Limits this backend only, with its precision if that is not the usual one: ort, aot:bf16."
     )
     at_least: float | None = None
     at_most: float | None = None
@@ -59,28 +59,28 @@ class GateEntry(BaseModel):
 
 
 class SuiteFile(BaseModel):
-    """What is measured. Unknown keys are refused, all faults at once."""
+    """The settings of a suite. Unknown keys are errors; all errors are reported at once."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    title: str = Field("", description="The report's name.")
+    title: str = Field("", description="The title of the report.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="The first is the teacher.")
     backends: tuple[str, ...] | None = Field(
         None,
         description=(
-            "Of torch, compile, aot, ort, trt, each with `:precision` where it is not the usual one. None is what this"
+            "Any of torch, compile, aot, ort, trt, each with `:precision` if it is not the usual one. None is what this"
             " machine has."
         ),
     )
-    gpu_backends: tuple[str, ...] | None = Field(None, description="In place of `backends` on a GPU.")
+    gpu_backends: tuple[str, ...] | None = Field(None, description="Replaces `backends` on a GPU.")
     precision: Literal["fp32", "fp16", "bf16"] | None = Field(
-        None, description="Of backends that name none. None is fp16 on a GPU, fp32 on a CPU."
+        None, description="Of backends without one. None is fp16 on a GPU, fp32 on a CPU."
     )
     size_px: tuple[int, ...] | None = Field(
-        None, description="Sides of the pictures. None is what the teacher was made for."
+        None, description="Sides of the pictures. None is the size that the teacher was trained on."
     )
-    batch: tuple[int, ...] = Field((1,), description="Pictures at once; each is a row.")
+    batch: tuple[int, ...] = Field((1,), description="Pictures in one call; each value is a row.")
     steps: int = Field(25, ge=1, description="Sampling steps.")
     guidance_scale: float | None = Field(
         None, description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 4 for nano."
@@ -88,28 +88,28 @@ class SuiteFile(BaseModel):
     prompts: str | None = Field(None, description="A file of captions: txt, csv, tsv, jsonl, or COCO's json.")
     reference: str | None = Field(None, description="A folder of real pictures, for FID and KID.")
     clip: str | None = Field(None, description="A CLIP (transformers folder) that judges the pictures.")
-    seed: int = Field(0, ge=0, description="Of the first picture; the next has the next seed.")
-    rounds: int = Field(5, ge=1, description="How often every case is started afresh.")
-    samples: int = Field(20, ge=1, description="Timed calls a stage and round, at most.")
-    end_to_end_samples: int = Field(3, ge=1, description="Timed pictures a round, at most.")
-    stage_budget_s: float = Field(10.0, gt=0, description="Ends a stage sooner.")
+    seed: int = Field(0, ge=0, description="Seed of the first picture; the next picture has the next seed.")
+    rounds: int = Field(5, ge=1, description="How often each case is started in a new process.")
+    samples: int = Field(20, ge=1, description="The most timed calls of a stage in a round.")
+    end_to_end_samples: int = Field(3, ge=1, description="The most timed pictures in a round.")
+    stage_budget_s: float = Field(10.0, gt=0, description="Ends a stage earlier.")
     scenario_timeout_s: float = Field(3600.0, gt=0, description="Ends a case that hangs.")
-    pictures: int = Field(6, ge=0, description="In the grid.")
+    pictures: int = Field(6, ge=0, description="Pictures in the grid.")
     quality_pictures: int | None = Field(
-        None, ge=0, description="For CLIP, FID and KID. None is all prompts where something judges them."
+        None, ge=0, description="Pictures for CLIP, FID and KID. None is all prompts if there is a CLIP or a reference."
     )
     timesteps: tuple[int, ...] = Field(
-        (1, 101, 301, 501, 701, 901, 999), min_length=1, description="Where the UNets are compared."
+        (1, 101, 301, 501, 701, 901, 999), min_length=1, description="Timesteps at which the UNets are compared."
     )
     probes: int = Field(4, ge=1, description="Latents at each timestep.")
-    sensitivity: int = Field(0, ge=0, description="Planted faults that tell what a gate can see; 0 leaves that out.")
+    sensitivity: int = Field(0, ge=0, description="Planted faults that show what a gate detects; 0 plants none.")
     threads: int | None = Field(None, ge=1, description="CPU threads.")
     gates: tuple[GateEntry, ...] = ()
 
     @field_validator("models", mode="before")
     @classmethod
     def _names(cls, value: Any) -> Any:
-        """`MODEL` and `NAME=MODEL` for a whole entry."""
+        """Accept `MODEL` and `NAME=MODEL` for a whole entry."""
         if not isinstance(value, list | tuple):
             return value
         return [
@@ -124,16 +124,20 @@ class SuiteFile(BaseModel):
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """The name and the model of `NAME=MODEL`; no name where what precedes the `=` is a part of a path."""
+    """Returns the name and the model of `NAME=MODEL`; no name if the text before `=` is part of a path."""
     name, equals, path = text.partition("=")
     return (name or None, path) if equals and not re.search(r"[\\/:]", name) else (None, text)
 
 
-def read_way(text: str, precision: str) -> Way:
-    """A `Way` from `BACKEND` or `BACKEND:PRECISION`, aliases allowed.
+def read_setup(text: str, precision: str) -> BackendSetup:
+    """Returns the setup of `BACKEND` or `BACKEND:PRECISION`; the backend may be an alias.
+
+    Args:
+        text: as typed.
+        precision: of a backend without one.
 
     Raises:
-        UsageError: no such backend or precision.
+        UsageError: there is no such backend or precision.
     """
     from sdcompress.backends.registry import backend_name
 
@@ -143,22 +147,26 @@ def read_way(text: str, precision: str) -> Way:
     full = backend_name(name)
     if full == "auto":
         raise UsageError("auto is no backend to measure", expected="the backends themselves, such as torch,ort")
-    return Way(full, wanted or precision)
+    return BackendSetup(full, wanted or precision)
 
 
 def suite_names() -> list[str]:
-    """The suites that come along."""
+    """Returns the names of the built-in suites."""
     return sorted(path.stem for path in _folder().glob("*.yaml"))
 
 
 def _folder() -> Path:
-    """`bench/scenarios` of a checkout, or where the wheel has put it."""
+    """Returns `bench/scenarios` of a checkout, or its place in an installed wheel."""
     packed = Path(str(files("sdcompress_bench"))) / "scenarios"
     return packed if packed.is_dir() else Path(str(files("sdcompress_bench"))).parent / "scenarios"
 
 
 def suite_path(name: str) -> Path | None:
-    """The file of a suite given by name or path; None where the name is no suite."""
+    """Returns the file of a suite given by name or path, or None if the name is no suite.
+
+    Raises:
+        UsageError: it is the path of a YAML file that does not exist.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -169,21 +177,25 @@ def suite_path(name: str) -> Path | None:
 
 
 def read_suite(path: Path) -> SuiteFile:
-    """A suite file.
+    """Returns the settings in a suite file.
 
     Raises:
-        UsageError: it is no YAML mapping, or as `check_suite`.
+        UsageError: it is no YAML mapping, or has wrong settings.
     """
     return check_suite(read_mapping(path, "settings"), path)
 
 
 def check_suite(values: dict[str, Any], where: Path | str) -> SuiteFile:
-    """Settings as a suite.
+    """Returns settings as a checked suite.
+
+    Args:
+        values: setting → value.
+        where: the file, or what else the message names.
 
     Raises:
-        UsageError: unknown keys or values that cannot be; all faults in one message.
+        UsageError: there are unknown settings or wrong values; all in one message.
     """
     try:
         return SuiteFile(**values)
     except ValidationError as error:
-        raise UsageError(told(error, SuiteFile, "setting"), where=where) from error
+        raise UsageError(describe_errors(error, SuiteFile, "setting"), where=where) from error

@@ -23,7 +23,6 @@ from sdcompress_bench.environment import environment
 from sdcompress_bench.quality import ClipMetric, Share, judge
 from sdcompress_bench.scenario import Prompt
 
-from sdcompress.cli._console import ConsoleReporter
 from sdcompress.data import nano_prompts
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
@@ -33,6 +32,7 @@ from sdcompress.lora.names import unet_modules
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline
 from sdcompress.sampling import generate
+from sdcompress.support.console import ConsoleReporter
 from sdcompress.train.config import FinetuneConfig, LoraConfig
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import KOHYA_FILE, LORA, train_lora
@@ -67,7 +67,7 @@ def main() -> None:
         for model in (student, teacher)
     }
     metric, styles = ClipMetric(nano.metric_folder()), nano.styles()
-    asked = nano_prompts.prompts("heldout", args.prompts)
+    asked = nano_prompts.draw_prompts("heldout", args.prompts)
     # The judge is asked in the words it knows; the model is prompted with the new one.
     known = [Prompt(p.caption.replace(styles[p.style], styles[STYLE], 1), STYLE) for p in asked]
     prompts = [p.caption.replace(styles[p.style], WORD, 1) for p in asked]

@@ -23,20 +23,20 @@ from sdcompress_bench.fidelity import compare_steps, make_probe, predict
 from sdcompress_bench.quality import ClipMetric, Share, judge, real_pictures
 from sdcompress_bench.scenario import Prompt
 
-from sdcompress.cli._console import ConsoleReporter
 from sdcompress.data import nano_prompts
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline
-from sdcompress.prune.plan import make_plan
+from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 from sdcompress.sampling import generate
+from sdcompress.support.console import ConsoleReporter
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.recipes import load_config
-from sdcompress.train.run_folder import PIPELINE, with_unet
+from sdcompress.train.pipelines import PIPELINE, with_unet
 
 ARMS: dict[str, dict[str, float]] = {
     "task loss alone": {"output_kd_weight": 0.0, "feature_kd_weight": 0.0},
@@ -64,7 +64,7 @@ def main() -> None:
         else build_cache(open_source("nano"), teacher, folder, report=report)
     )
     metric, styles = ClipMetric(nano.metric_folder()), nano.styles()
-    prompts = [Prompt(p.caption, p.style) for p in nano_prompts.prompts("heldout", args.prompts)]
+    prompts = [Prompt(p.caption, p.style) for p in nano_prompts.draw_prompts("heldout", args.prompts)]
     pictures, pictured = real_pictures(nano.shards("heldout")[0], prompts)
     probe = make_probe(pipeline, pictures[:16], [p.caption for p in pictured[:16]], TIMESTEPS, 0)
     truth = predict(pipeline, probe)

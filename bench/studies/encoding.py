@@ -25,9 +25,10 @@ from PIL import Image
 from sdcompress_bench.environment import environment
 from sdcompress_engines.exactness import ieee_fp32, relative_l2
 
-from sdcompress.data.cache import to_pixels
-from sdcompress.data.encode import LatentEncoder, copy_encoder
+from sdcompress.data.encode import LatentEncoder
+from sdcompress.data.precision import copy_encoder
 from sdcompress.data.sources import open_source
+from sdcompress.data.views import to_pixels
 from sdcompress.models.load import load_pipeline
 
 FIXED_BATCH = 32

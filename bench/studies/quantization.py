@@ -30,16 +30,16 @@ from sdcompress_engines.profiles import Profile
 from sdcompress_engines.runners import OnnxRuntimeRunner
 from sdcompress_engines.unet import EngineUNet
 
-from sdcompress.cli._console import ConsoleReporter
 from sdcompress.data import nano_prompts
 from sdcompress.export.onnx import export_onnx
 from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts
 from sdcompress.export.quantize.check import LIMITS, check_quantized
 from sdcompress.export.quantize.nodes import KEPT
 from sdcompress.export.quantize.precisions import PRECISIONS
-from sdcompress.export.quantize.quantize import quantize_graph
+from sdcompress.export.quantize.quantize_graph import quantize_graph
 from sdcompress.models.load import load_pipeline
 from sdcompress.sampling import generate
+from sdcompress.support.console import ConsoleReporter
 
 PLACEMENTS: dict[str, tuple[str, ...]] = {
     "as it is done": KEPT,
@@ -76,7 +76,7 @@ def main() -> None:
     prompts, held_out = default_prompts(pipeline)
     calibration = collect_calibration(pipeline, prompts, report=report)
     feeds = collect_calibration(pipeline, held_out, samples=168, seed=1000, report=report)
-    captions = [prompt.caption for prompt in nano_prompts.prompts("heldout", args.pictures, seed=1)]
+    captions = [prompt.caption for prompt in nano_prompts.draw_prompts("heldout", args.pictures, seed=1)]
 
     def draw(graph: Path) -> list[Any]:
         with OnnxRuntimeRunner(graph) as runner:

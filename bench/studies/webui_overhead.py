@@ -93,7 +93,7 @@ def one_round(
 ) -> dict[str, list[float]]:
     """Way → milliseconds of `calls` calls each, in turn, in an order that is drawn anew for every pair."""
     host.predict(*given)  # opens the engine
-    (runner,) = host.sd_unet.current_unet.hosted._runners.values()
+    (runner,) = host.sd_unet.current_unet.hosted.engines.runners.values()
     feeds = {spec.name: tensor.to(spec.dtype) for spec, tensor in zip(runner.inputs, given, strict=True)}
     ways: dict[str, Callable[[], torch.Tensor]] = {
         "runner": lambda: runner.infer(feeds)[runner.outputs[0].name],

@@ -1,6 +1,6 @@
 """Run a batch or prompt that an engine does not take as it is: split the batch, pad it, cut or repeat the context.
 
-Attention over a context and over copies of it gives the same result, because softmax shares the weight among the copies.
+Attention over a context and over copies of it gives the same result: softmax shares the weight among the copies.
 """
 
 from __future__ import annotations

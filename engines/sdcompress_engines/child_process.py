@@ -124,7 +124,7 @@ class ChildProcess:
         """End the child and all that it has started. Safe to call twice."""
         self._kill()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
-            with suppress(OSError):  # what was not sent has nobody to read it
+            with suppress(OSError):  # nobody reads what was not sent
                 if stream is not None:
                     stream.close()
 
@@ -164,7 +164,9 @@ def run_job(
     folder: Path | None = None,
     timeout_s: float | None = None,
 ) -> Ending:
-    """Run one job in a process of its own and wait for its end. An exception here, as of Ctrl-C, ends the process.
+    """Run one job in a process of its own. Returns how the process ended.
+
+    An exception in this process, as of Ctrl-C, ends the other one.
 
     Args:
         module: full name of the module that does it; it reads the job with `receive_message`.

@@ -1,4 +1,4 @@
-"""Commands as a person types them, for hints and reports."""
+"""Commands to type, for hints and reports."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from collections.abc import Iterable
 
 
 def command_line(words: Iterable[str], *, windows: bool = sys.platform == "win32") -> str:
-    """Returns one line that the shell of this system splits into these words: cmd and PowerShell know no single quotes
-    as `sh` does.
+    """Returns one line that the shell of this system splits into these words.
+
+    cmd and PowerShell do not know the single quotes of `sh`.
+
+    Args:
+        words: the command and its arguments.
+        windows: quote for Windows; by default where this runs on Windows.
     """
     return " ".join(_quote_for_windows(word) for word in words) if windows else shlex.join(words)
 
 
 def _quote_for_windows(word: str) -> str:
-    quoted = subprocess.list2cmdline([word])  # backslashes and quotes inside, as programs read them
+    quoted = subprocess.list2cmdline([word])  # backslashes and quotes inside the word, as programs read them
     plain = quoted.startswith('"') or re.fullmatch(r"[\w@%+=:.\\/~-]+", quoted)
     return quoted if plain else f'"{quoted}"'

@@ -1,6 +1,6 @@
-"""Every error a user can meet.
+"""Every error that a user can meet.
 
-The library raises them; only the command line turns one into a line and an exit code.
+The library raises them. Only the command line turns one into a line and an exit code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from os import PathLike, fspath
 
 
 class SdCompressError(Exception):
-    """What failed, where, what was expected, and what to type next; printed as one line.
+    """What failed, where, what was expected, and what to type next, in one line.
 
     Args:
         what: what failed, with the offending value.
@@ -42,33 +42,33 @@ class SdCompressError(Exception):
 
 
 class UsageError(SdCompressError):
-    """A name or an option that does not exist, or a path that is not there."""
+    """A name or an option that does not exist, or a path that does not exist."""
 
     exit_code = 2
 
 
 class ModelError(SdCompressError):
-    """A checkpoint or pipeline that cannot serve: missing parts, unknown family, wrong shapes."""
+    """A checkpoint or pipeline that cannot be used: missing parts, unknown family, wrong shapes."""
 
 
 class PlanError(SdCompressError):
-    """A block-removal plan that is illegal for the UNet it is made for."""
+    """A block-pruning plan that its UNet does not allow."""
 
 
 class DataError(SdCompressError):
-    """A data set that is empty, broken, captionless or made for something else."""
+    """A data set that is empty, broken, without captions or of another kind."""
 
 
 class ArtifactError(SdCompressError):
-    """An artifact on disk that is damaged, of another kind, or in the way."""
+    """An artifact on disk that is damaged, of another kind, or in the place of an output."""
 
 
 class StorageError(SdCompressError):
-    """The file system said no: no space, no permission, a read-only place."""
+    """A refusal of the file system: no space, no permission, a read-only place."""
 
 
 class TrainingError(SdCompressError):
-    """Training that cannot go on: divergence, or a checkpoint of another run."""
+    """Training that cannot continue: divergence, or a checkpoint of another run."""
 
 
 class ExportError(SdCompressError):
@@ -80,11 +80,11 @@ class EngineError(SdCompressError):
 
 
 class EngineMismatch(EngineError):
-    """An engine made for another model, card, version, platform or shape."""
+    """An engine that was built for another model, card, version, platform or shape."""
 
 
 class BackendMissing(SdCompressError):
-    """A runtime that is not installed, or a device that is not there."""
+    """A runtime that is not installed, or a device that this machine does not have."""
 
 
 class GateFailed(SdCompressError):
@@ -104,7 +104,7 @@ _STORAGE = {
 }
 
 _IN_USE = ("is in use by another program", "close the program that uses it")
-_WINDOWS_STORAGE = {  # by `winerror`; the errno of these fits many other faults
+_WINDOWS_STORAGE = {  # by `winerror`, because their errno fits many other faults
     32: _IN_USE,
     33: _IN_USE,
     1224: _IN_USE,
@@ -113,14 +113,19 @@ _WINDOWS_STORAGE = {  # by `winerror`; the errno of these fits many other faults
 
 
 def storage_error(error: OSError, path: str | PathLike[str]) -> StorageError | None:
-    """The `StorageError` that says what this OSError means for a write to `path`, or None where it is another matter."""
+    """Returns the `StorageError` for an OSError, or None where it is no known fault of the file system.
+
+    Args:
+        error: met while `path` was written.
+        path: the file or folder, for the message where the error names none.
+    """
     known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0) or _STORAGE.get(error.errno or 0)
     return StorageError(known[0], where=error.filename or path, hint=known[1]) if known else None
 
 
 @contextmanager
 def storage_errors(path: str | PathLike[str]) -> Iterator[None]:
-    """Turn "no space", "no permission" and their kin, met while writing `path`, into `StorageError`."""
+    """Turn errors such as "no space" and "no permission", met while `path` is written, into `StorageError`."""
     try:
         yield
     except OSError as error:
@@ -128,10 +133,14 @@ def storage_errors(path: str | PathLike[str]) -> Iterator[None]:
         if known is None:
             raise
         raise known from error
-    except (
-        RuntimeError
-    ) as error:  # torch and safetensors report a full disk as a RuntimeError with the text of the OSError
+    except RuntimeError as error:  # torch and safetensors report a full disk so, with the text of the OSError
         text = str(error)
         if "No space left" in text or "file write failed" in text or "os error 28" in text:
             raise StorageError(*_STORAGE[errno.ENOSPC][:1], where=path, hint=_STORAGE[errno.ENOSPC][1]) from error
         raise
+
+
+def shorten(error: object, length: int = 300) -> str:
+    """Returns an error's message, or another text, in one line of at most `length` characters and dots."""
+    line = " ".join(str(error).split())
+    return line if len(line) <= length else f"{line[:length]} ..."

@@ -1,6 +1,6 @@
 """How far one result is from another, the limits of that, and references in IEEE fp32.
 
-On a GPU, torch computes fp32 convolutions in TF32 unless it is told otherwise, with 10 bits of mantissa instead of 23.
+On a GPU, torch computes fp32 convolutions in TF32 unless that is turned off, with 10 bits of mantissa instead of 23.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The two TensorRT libraries behind one name each: found by importing them, told apart by what they can do, never by a
-version string.
+"""The two TensorRT libraries, and what their engines are bound to.
 
-And what their engines are bound to, as NVIDIA documents it, so that one of another version, card or platform is refused
-with a sentence instead of by a runtime: see "Engine Compatibility" in the TensorRT 11 and TensorRT-RTX documentation.
+What a library can do is looked up in its module, never in its version string.
+
+An engine is bound to a version, cards and a platform. One that does not fit is refused before a runtime reads it, with
+a sentence. Source: "Engine Compatibility" in the documentation of TensorRT 11 and TensorRT-RTX.
 """
 
 from __future__ import annotations
@@ -22,14 +23,20 @@ Card = tuple[int, int]
 
 @dataclass(frozen=True)
 class Flavour:
-    """One library: the name users type, the module, and how to install it."""
+    """One library.
+
+    Attributes:
+        name: what users type.
+        module: what Python imports.
+        install: the command that installs it.
+    """
 
     name: str
     module: str
     install: str
 
     def load(self) -> Any:
-        """The module.
+        """Returns the module.
 
         Raises:
             BackendMissing: it is not installed, or its libraries do not load.
@@ -40,7 +47,7 @@ class Flavour:
             raise BackendMissing(f"{self.name} is not usable ({error})", hint=self.install) from error
 
     def missing(self) -> str | None:
-        """Why it cannot be imported here, or None."""
+        """Returns why it cannot be imported here, or None."""
         try:
             self.load()
         except BackendMissing as error:
@@ -48,14 +55,12 @@ class Flavour:
         return None
 
     def builds_ahead(self) -> bool:
-        """Whether it builds for a card that is not in this machine."""
+        """Returns whether it builds for a card that is not in this machine."""
         trt = self.load()
         return hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability")
 
     def served_cards(self) -> tuple[Card, ...] | None:
-        """Returns the compute capabilities that this library lists as its own, (major, minor) each; None where it has
-        no such list.
-        """
+        """Returns the compute capabilities that this library supports, (major, minor) each; None without a list."""
         listed = getattr(self.load(), "ComputeCapability", None)
         if listed is None:
             return None
@@ -95,13 +100,13 @@ def present_card(device: Any = None) -> Card | None:
 def choose_flavour(
     requested: str | None = None, card: Card | None = None, wanted_cards: Sequence[Card] | None = None
 ) -> Flavour:
-    """Returns the flavour to build with: the requested one, else `tensorrt` for the GPU that is here and `tensorrt-rtx`
-    where none is.
+    """Returns the flavour to build with: the requested one, else `tensorrt` with a GPU and `tensorrt-rtx` without.
 
     With a GPU but no `tensorrt` installed, `tensorrt-rtx` is used if it serves that GPU. Without a GPU only
     `tensorrt-rtx` builds.
 
     Args:
+        requested: a key of `FLAVOURS`.
         card: compute capability of the GPU in this machine; None where there is none.
         wanted_cards: compute capabilities to build for, where they are not this machine's.
 
@@ -126,7 +131,7 @@ def choose_flavour(
 
 
 def _cannot_build(flavour: Flavour, card: Card | None, wanted_cards: Sequence[Card] | None) -> str | None:
-    """Why a library that is installed builds nothing for these cards, or None."""
+    """Returns why an installed library builds nothing for these cards, or None."""
     if flavour.builds_ahead():
         return None if wanted_cards or card is None else flavour.unserved(card)
     return None if card else f"{flavour.name} builds only for a GPU in this machine, and there is none"
@@ -134,25 +139,27 @@ def _cannot_build(flavour: Flavour, card: Card | None, wanted_cards: Sequence[Ca
 
 REBUILD = "build it again: sdcompress export MODEL --trt -o DIR"
 _AMPERE = (8, 0)
-_READS_OLDER = {10: (8,), 11: (10,)}  # major version → earlier ones whose version-compatible engines it runs
+_READS_OLDER = {10: (8,), 11: (10,)}  # major version → earlier ones whose version-compatible engines it loads
 
 
 def platform_name() -> str:
-    """Operating system and processor of this machine: `linux-x86_64`, `linux-aarch64`, `windows-amd64`."""
+    """Returns the system and processor of this machine, such as `linux-x86_64`, `linux-aarch64` or `windows-amd64`."""
     return f"{platform.system()}-{platform.machine()}".lower()
 
 
 def binding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`version`, `cards` and `platform`: what an engine made with this manifest config is bound to, and no more.
+    """Returns what an engine with this manifest config is bound to: `version`, `cards` and `platform`.
 
     | | `tensorrt` | `tensorrt-rtx` |
     |---|---|---|
-    | version | all of it; major and minor with `version_compatible` | all of it |
-    | cards | the compute capability; 8.0 and up with `hardware_compatible` = `ampere_plus` | those it was built for; 8.0 and up with none given |
+    | version | all of it; with `version_compatible` major and minor | all of it |
+    | cards | the compute capability; 8.0 and up with `hardware_compatible` = `ampere_plus` | see below |
     | platform | system and processor | the processor |
 
+    A `tensorrt-rtx` engine is bound to the cards it was built for, or without any to 8.0 and up.
+
     Raises:
-        ArtifactError: the config does not say it.
+        ArtifactError: the config lacks a part of this.
     """
     try:
         flavour, version, options = config["flavour"], config["version"], dict(config.get("options", {}))
@@ -164,7 +171,7 @@ def binding(config: Mapping[str, Any]) -> dict[str, Any]:
         ):
             raise ValueError("an empty field")
         return {
-            "version": ".".join(version.split(".")[:2]) if _forward(config) else version,
+            "version": ".".join(version.split(".")[:2]) if _is_forward_compatible(config) else version,
             "cards": [f"{_dotted(_AMPERE)}+"] if from_ampere else [_dotted(card) for card in cards],
             "platform": _processor(config["platform"]) if rtx else config["platform"],
         }
@@ -177,21 +184,21 @@ def binding(config: Mapping[str, Any]) -> dict[str, Any]:
 def obstacle(
     config: Mapping[str, Any], where: str | PathLike[str] | None = None, device: Any = None
 ) -> SdCompressError | None:
-    """The error that loading an engine with this manifest config would end in on this machine, or None; no runtime sees
-    its bytes.
+    """Returns the error that loading an engine on this machine would end in, or None; no runtime reads its bytes.
 
-    An `EngineMismatch` for another version, card or platform; a `BackendMissing` where there is no runtime or no GPU to
-    tell by.
+    An `EngineMismatch` for another version, card or platform; a `BackendMissing` without a runtime or a GPU; an
+    `ArtifactError` for a config that does not say what the engine was built for.
 
     Args:
+        config: of the engine's manifest.
         where: the engine's path, for the message.
-        device: the torch CUDA device it is to run on; by default the current one.
+        device: the torch CUDA device that it is to run on; by default the current one.
     """
     try:
         bound = binding(config)
     except ArtifactError as error:
         return ArtifactError(error.what, where=where, hint=error.hint)
-    flavour, version = FLAVOURS.get(config["flavour"]), config["version"]
+    flavour = FLAVOURS.get(config["flavour"])
     if flavour is None:
         return EngineMismatch(
             f"an engine of {config['flavour']!r}, which is not known here",
@@ -199,6 +206,13 @@ def obstacle(
             expected=" or ".join(FLAVOURS),
             hint=REBUILD,
         )
+    return _library_obstacle(flavour, config, bound, where) or _card_obstacle(flavour, bound, where, device)
+
+
+def _library_obstacle(
+    flavour: Flavour, config: Mapping[str, Any], bound: Mapping[str, Any], where: str | PathLike[str] | None
+) -> SdCompressError | None:
+    """Returns the error for an engine of another platform or version, or for a missing library; or None."""
     here = platform_name()
     if bound["platform"] != (_processor(here) if flavour is TENSORRT_RTX else here):
         return EngineMismatch(
@@ -209,13 +223,21 @@ def obstacle(
         )
     if reason := flavour.missing():
         return BackendMissing(reason, where=where, hint=flavour.install)
-    if not _version_fits(version, flavour.version, _forward(config)):
+    version = config["version"]
+    if not accepts_version(version, flavour.version, _is_forward_compatible(config)):
         return EngineMismatch(
             f"the engine was built with {flavour.name} {version}, and {flavour.version} is installed here",
             where=where,
             expected=f"an engine of {flavour.version}",
             hint=f"{REBUILD}, or install {flavour.name} {version}",
         )
+    return None
+
+
+def _card_obstacle(
+    flavour: Flavour, bound: Mapping[str, Any], where: str | PathLike[str] | None, device: Any
+) -> SdCompressError | None:
+    """Returns the error for an engine of another card, or where there is no card for it; or None."""
     import torch
 
     if not torch.cuda.is_available():
@@ -231,10 +253,11 @@ def obstacle(
             where=where,
             hint=f"an engine of {TENSORRT.name}, or --backend ort",
         )
-    if _dotted(card) not in bound["cards"] and not (bound["cards"] == [f"{_dotted(_AMPERE)}+"] and card >= _AMPERE):
-        found = f"{torch.cuda.get_device_name(device)} has {_dotted(card)}"
+    from_ampere = bound["cards"] == [f"{_dotted(_AMPERE)}+"]
+    if _dotted(card) not in bound["cards"] and not (from_ampere and card >= _AMPERE):
+        present = f"{torch.cuda.get_device_name(device)} has {_dotted(card)}"
         return EngineMismatch(
-            f"the engine was built for compute capability {', '.join(bound['cards'])}, and {found}",
+            f"the engine was built for compute capability {', '.join(bound['cards'])}, and {present}",
             where=where,
             expected=f"an engine for {_dotted(card)}",
             hint=f"sdcompress export MODEL --trt --compute-capability {_dotted(card)} -o DIR",
@@ -243,43 +266,30 @@ def obstacle(
 
 
 def why_not_here(config: Mapping[str, Any]) -> str | None:
-    """Why an engine with this manifest config does not load on this machine, with what to type next; None where it
-    should.
+    """Returns why an engine does not load on this machine, with what to type next; None where it should load.
+
+    Args:
+        config: of the engine's manifest.
     """
-    found = obstacle(config)
-    return None if found is None else str(found)
+    error = obstacle(config)
+    return None if error is None else str(error)
 
 
 def check_fits_here(config: Mapping[str, Any], where: str | PathLike[str], device: Any = None) -> None:
-    """Refuse an engine that cannot load on this machine, before a runtime sees its bytes.
+    """Refuse an engine that cannot load on this machine, before a runtime reads its bytes.
+
+    Args:
+        config: of the engine's manifest.
+        where: the engine's path, for the message.
+        device: the torch CUDA device that it is to run on; by default the current one.
 
     Raises:
-        EngineMismatch: made with another version, or for another card or platform. BackendMissing: no runtime, or no
+        EngineMismatch: built with another version, or for another card or platform. BackendMissing: no runtime, or no
             GPU.
-        ArtifactError: its manifest does not say what it was made for.
+        ArtifactError: its manifest does not say what it was built for.
     """
-    if (found := obstacle(config, where, device)) is not None:
-        raise found
-
-
-def check_model(config: Mapping[str, Any], component: str, model_sha256: str, where: str | PathLike[str]) -> None:
-    """Refuse an engine of another model.
-
-    Raises:
-        EngineMismatch: its graph was not the one with `model_sha256`.
-    """
-    models = config.get("model")
-    made_of = models.get(component) if isinstance(models, Mapping) else None
-    if made_of != model_sha256:
-        found = (
-            f"from the graph {made_of[:12]}" if isinstance(made_of, str) else "from a graph its manifest does not name"
-        )
-        raise EngineMismatch(
-            f"the {component} engine is of another model: it was built {found}",
-            where=where,
-            expected=f"one built from {model_sha256[:12]}",
-            hint="build this model's: sdcompress export MODEL --trt -o DIR",
-        )
+    if (error := obstacle(config, where, device)) is not None:
+        raise error
 
 
 def _dotted(card: tuple[int, int]) -> str:
@@ -291,17 +301,23 @@ def _processor(name: str) -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(processor, processor)
 
 
-def _forward(config: Mapping[str, Any]) -> bool:
-    """Whether later versions load it too: TensorRT's version-compatible engines; TensorRT-RTX has none."""
+def _is_forward_compatible(config: Mapping[str, Any]) -> bool:
+    """Returns whether later versions load the engine too. TensorRT-RTX has no such engines."""
     return config["flavour"] == TENSORRT.name and bool(config.get("options", {}).get("version_compatible"))
 
 
-def _version_fits(built: str, here: str, forward: bool) -> bool:
-    """Whether a runtime of version `here` takes an engine of version `built`; with `forward`, from a later one too."""
+def accepts_version(built: str, here: str, forward: bool) -> bool:
+    """Returns whether a runtime loads an engine of another version.
+
+    Args:
+        built: the version that built the engine.
+        here: the runtime's version.
+        forward: whether the engine was built for later versions too.
+    """
     if not forward or built == here:
         return built == here
     try:
-        made, runs = ([int(part) for part in version.split(".")] for version in (built, here))
+        engine, runtime = ([int(part) for part in version.split(".")] for version in (built, here))
     except ValueError:
         return False
-    return made <= runs and (made[0] == runs[0] or made[0] in _READS_OLDER.get(runs[0], ()))
+    return engine <= runtime and (engine[0] == runtime[0] or engine[0] in _READS_OLDER.get(runtime[0], ()))

@@ -1,6 +1,4 @@
-"""What an ONNX graph is, read without its weights, so that a damaged one is told from a whole one before a runtime
-meets it.
-"""
+"""ONNX graphs, read without their weights, so that a damaged one is found before a runtime loads it."""
 
 from __future__ import annotations
 
@@ -20,12 +18,12 @@ AGAIN = "export it again: sdcompress export MODEL -o DIR"
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """An ONNX graph.
+    """What is known of an ONNX graph without its weights.
 
     Attributes:
         opset: of the standard operators.
-        operators: name → how many nodes.
-        inputs, outputs: name → sizes, an int or the name of a free one.
+        operators: name → number of nodes.
+        inputs, outputs: name → sizes; an int is fixed, a name is free.
         bytes: of the graph and its external data.
         external: files beside the graph that hold weights.
     """
@@ -39,11 +37,11 @@ class GraphFacts:
 
 
 def read_graph(path: str | PathLike[str]) -> GraphFacts:
-    """The facts of an ONNX file.
+    """Returns the facts of an ONNX file.
 
     Raises:
-        UsageError: no such file. EngineError: it is not a whole graph; external data is missing or cut; it names files
-            outside its folder.
+        UsageError: no such file. EngineError: the file is no whole graph, its external data is missing or cut, or it
+            names files outside its folder.
     """
     from google.protobuf.message import DecodeError
 
@@ -72,21 +70,21 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
             bytes=path.stat().st_size + sum(external.values()),
             external=tuple(sorted(external)),
         )
-    except (ValueError, TypeError, AttributeError, DecodeError) as error:  # text that is no UTF-8 comes as bytes
+    except (ValueError, TypeError, AttributeError, DecodeError) as error:  # text that is not UTF-8 comes as bytes
         raise EngineError(f"not a whole ONNX graph ({error})", where=path, hint=AGAIN) from error
     if not facts.opset or not facts.operators or not facts.outputs:
         raise EngineError("not a whole ONNX graph: it has no opset, no nodes or no outputs", where=path, hint=AGAIN)
     for name, needed in external.items():
-        held = path.parent / name
-        if not held.is_file():
+        data = path.parent / name
+        if not data.is_file():
             raise EngineError(
                 f"its weights are missing: {name} is not beside it",
                 where=path,
                 hint=f"copy {name} here too, or {AGAIN}",
             )
-        if held.stat().st_size < needed:
+        if data.stat().st_size < needed:
             raise EngineError(
-                f"its weights are cut: {name} has {held.stat().st_size:,} bytes",
+                f"its weights are cut: {name} has {data.stat().st_size:,} bytes",
                 where=path,
                 expected=f"{needed:,}",
                 hint=AGAIN,
@@ -95,17 +93,17 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
 
 
 def sha256_graph(path: Path) -> str:
-    """What names a graph in an engine's key: of the file, or where weights lie beside it, of all its files."""
+    """Returns the sha256 of a graph, as engine keys hold it: of its file, or of all its files where it has several."""
     return sha256_files({file.name: sha256_file(file) for file in sorted(path.parent.glob(f"{path.name}*"))})
 
 
 def sha256_files(files: Mapping[str, str]) -> str:
-    """`sha256_graph` from name → sha256 of the graph's files, as a manifest has them."""
+    """Returns what `sha256_graph` returns, from name → sha256 of the graph's files, as a manifest has them."""
     return next(iter(files.values())) if len(files) == 1 else hashlib.sha256(canonical(dict(files))).hexdigest()
 
 
 def load_structure(path: Path) -> Any:
-    """The `onnx.ModelProto` without external data.
+    """Returns the `onnx.ModelProto` of a file, without external data.
 
     Raises:
         UsageError: no such file. EngineError: it is not ONNX.
@@ -124,7 +122,7 @@ def load_structure(path: Path) -> Any:
 
 
 def tensors(graph: Any) -> Iterator[Any]:
-    """Every stored tensor of a graph: its initializers and the constants of its nodes."""
+    """Yields every stored tensor of a graph: its initializers and the constants of its nodes."""
     yield from graph.initializer
     for node in graph.node:
         for attribute in node.attribute:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class HeldLock:
     """A lock that this process holds.
 
-    While it does, Windows refuses to remove or rename the lock's file and its folder.
+    Until its release, Windows refuses to remove or rename the lock's file and its folder.
     """
 
     def __init__(self, path: Path, lock: BaseFileLock) -> None:
@@ -31,7 +31,7 @@ class HeldLock:
     def discard(self) -> None:
         """Release the lock and remove its file, for a folder that is removed too."""
         try:
-            self.path.unlink()  # while it is held, so that nobody takes a lock on a file that is gone
+            self.path.unlink()  # while it is held, so that no process locks a file that is gone
         except OSError:  # Windows: in use, by this process
             self._lock.release()
             self.path.unlink(missing_ok=True)
@@ -43,8 +43,8 @@ def try_lock(path: Path, *, hint: str) -> HeldLock | None:
     """Returns the lock of a file without waiting, or None while another process, or another part of this one, holds it.
 
     Args:
-        path: the lock's file, created where it is missing; its folder is there.
-        hint: what to type or change where the file system has no locks, as some network file systems.
+        path: the lock's file, created where it is missing; its folder must exist.
+        hint: what to type or change where the file system has no locks. Some network file systems have none.
 
     Raises:
         StorageError: the file system has no locks, or the file cannot be written.
@@ -67,7 +67,7 @@ def try_lock(path: Path, *, hint: str) -> HeldLock | None:
             raise known from error
         what = f"the file system cannot lock a file ({error.strerror or error})"
         raise StorageError(what, where=path, hint=hint) from error
-    if isinstance(lock, SoftFileLock):  # filelock 3.24 to 3.29, likewise: a file that would outlive a killed process
+    if isinstance(lock, SoftFileLock):  # filelock 3.24 to 3.29 there: a file, which would outlive a killed process
         lock.release()
         raise StorageError("the file system has no locks", where=path, hint=hint)
     return HeldLock(path, lock)

@@ -1,6 +1,4 @@
-"""Artifacts on disk: a folder with a `sdcompress.json` that says what it is, written beside its place and renamed into
-it.
-"""
+"""Artifacts on disk: folders with a manifest, `sdcompress.json`, written beside their place and renamed into it."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from .errors import ArtifactError, StorageError, storage_errors
+from .files import replace_file
 
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
@@ -47,17 +46,20 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact folder is and what it was made from.
+    """What an artifact folder is, and what it was made from.
 
     Attributes:
         kind: `student`, `onnx`, `engine`, `results`, ...
-        files: relative path, with `/` on every system → `FileEntry`, every file but the manifest itself.
+        files: relative path, with `/` on every system → `FileEntry`; every file but the manifest itself.
         inputs: name of an input artifact → its sha256.
-        config: the full configuration of the stage that made it.
+        config: the full configuration of the stage that wrote it.
         figures: what the stage measured (parity, losses, seconds).
         versions: package → version at the time.
-        seal: sha256 of all the rest in canonical JSON, so that an edit shows; empty in manifests of before there was
-            one.
+        seed: of the stage's random numbers; None where it has none.
+        created: time in UTC, ISO 8601.
+        schema: version of the format.
+        seal: sha256 of all other fields in canonical JSON, so that an edit is noticed; empty in manifests from before
+            seals were written.
     """
 
     kind: str
@@ -73,13 +75,13 @@ class Manifest:
 
 
 def canonical(value: Any) -> bytes:
-    """JSON of a value, the same bytes whatever the order of its keys, and for a tuple as for a list."""
+    """Returns JSON of a value: the same bytes for any order of keys, and for a tuple as for a list."""
     plain = json.loads(json.dumps(value))  # keys that are numbers become text before they are sorted
     return json.dumps(plain, sort_keys=True, separators=(",", ":")).encode()
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
+    """Returns the sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
 
@@ -92,7 +94,7 @@ def _digest(file: Any) -> str:
 
 
 def sha256_tree(folder: Path) -> str:
-    """One hash for a folder: over the sorted (relative path, sha256) of its files, manifests left out."""
+    """Returns one hash for a folder: over the sorted (relative path, sha256) of its files, without manifests."""
     digest = hashlib.sha256()
     for path in _files(folder):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
@@ -100,31 +102,32 @@ def sha256_tree(folder: Path) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
-    return sorted(found, key=by_parts)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
+    return sorted(files, key=by_parts)
 
 
 def by_parts(path: PurePath) -> tuple[str, ...]:
-    """The sort key of a path that is the same on every system: Windows would compare paths without regard to case."""
+    """Returns a sort key of a path, the same on every system. Windows would compare paths without regard to case."""
     return path.parts
 
 
 def is_plain_path(name: str) -> bool:
-    """Whether a name, as a manifest has it, stays in its folder on Linux and Windows: relative, with `/`, no `..` and
-    no drive.
+    """Returns whether a name in a manifest stays in its folder, on Linux and Windows.
+
+    Such a name is relative, with `/`, without `..` and without a drive.
     """
     return not re.search(r"[\\:\x00]", name) and all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def installed_versions() -> dict[str, str]:
-    """The versions of the packages that shape an artifact, those that are installed."""
-    found = {}
+    """Returns the versions of the packages that affect an artifact, of those that are installed."""
+    versions = {}
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def write_manifest(
@@ -137,7 +140,13 @@ def write_manifest(
     seed: int | None = None,
     hashed: Mapping[str, FileEntry] | None = None,
 ) -> Manifest:
-    """Hash every file of `folder`, but those `hashed` already, and write its manifest; returns it."""
+    """Write the manifest of a folder. Returns it.
+
+    Args:
+        folder: the artifact; every file in it is hashed.
+        kind: see `Manifest`, as `config`, `inputs`, `figures` and `seed`.
+        hashed: entries of files whose hash is known already; those are not read.
+    """
     known = hashed or {}
     manifest = Manifest(
         kind=kind,
@@ -157,7 +166,7 @@ def write_manifest(
 
 
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Seal a manifest and write it into `folder` as it is; returns it sealed."""
+    """Seal a manifest and write it into `folder`. Returns it with its seal."""
     manifest = replace(manifest, seal=_seal(asdict(manifest)))
     (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
     return manifest
@@ -168,10 +177,10 @@ def _seal(raw: Mapping[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The folder's manifest, or None where it has none.
+    """Returns the folder's manifest, or None where it has none.
 
     Raises:
-        ArtifactError: the file is there but is not a manifest this version reads, or it was edited.
+        ArtifactError: the file is no manifest that this version reads, or it was edited.
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
@@ -188,13 +197,13 @@ def read_manifest(folder: Path) -> Manifest | None:
         seal = raw.get("seal", "")
         if seal and seal != _seal(raw):
             raise ArtifactError(
-                "this manifest was edited: its seal does not match what it says",
+                "this manifest was edited: its seal does not match its content",
                 where=path,
                 hint="put the file back as it was, or delete the folder and make it again",
             )
         if not seal and raw["kind"] == "engine":
             raise ArtifactError(
-                "this engine's manifest has no seal: it was edited, or made by an older version",
+                "this engine's manifest has no seal: it was edited, or written by an older version",
                 where=path,
                 hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR",
             )
@@ -222,9 +231,15 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> list[str]:
-    """What is wrong with an artifact folder: missing, cut or altered files; empty where it is whole.
+    """Returns what is wrong with an artifact folder: missing, cut or altered files; nothing where it is whole.
 
-    Without `contents` the files' sizes are checked and their bytes are not read.
+    Args:
+        folder: the artifact.
+        kind: that it has to be; None is any.
+        contents: read the files' bytes; without it only their sizes are checked.
+
+    Raises:
+        ArtifactError: the manifest cannot be read, or was edited.
     """
     manifest = read_manifest(folder)
     if manifest is None:
@@ -242,10 +257,10 @@ def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> l
 
 
 def check_free(target: Path, force: bool = False) -> None:
-    """Refuse an output folder that holds something already, unless `force`.
+    """Refuse an output folder that is not empty, unless `force`.
 
     Raises:
-        ArtifactError: `target` is a file, or a folder that is not empty.
+        ArtifactError: `target` is a file, or a folder with something in it.
     """
     if target.is_file():
         raise ArtifactError("is a file", where=target, expected="a folder to write to", hint="choose another -o")
@@ -257,12 +272,14 @@ def check_free(target: Path, force: bool = False) -> None:
 
 @contextmanager
 def staged(target: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling folder that becomes `target` when the block ends well and vanishes when it does not.
+    """Yield a temporary folder beside `target` that becomes `target` when the block ends, and is removed on an error.
 
-    With `force` an existing `target` is replaced, and only once the new one is complete.
+    Args:
+        target: the output folder.
+        force: replace an existing `target`, once the new one is complete.
 
     Raises:
-        ArtifactError: `target` is in the way. StorageError: no space, no permission.
+        ArtifactError: `target` exists. StorageError: no space, no permission.
     """
     target = target.absolute()
     check_free(target, force)
@@ -275,25 +292,30 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
             yield temporary
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-                os.replace(target, old / "was")
-                os.replace(temporary, target)
+                replace_file(target, old / "was")
+                replace_file(temporary, target)
                 shutil.rmtree(old, ignore_errors=True)
             else:
-                os.replace(temporary, target)
+                replace_file(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cache_folder() -> Path:
-    """Where derived files are kept: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
+    """Returns the folder for derived files: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
     return Path(os.environ.get("SDCOMPRESS_CACHE") or Path("~/.cache/sdcompress").expanduser())
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to start a write the disk has no room for.
+    """Refuse to start a write that the disk has no space for.
+
+    Args:
+        folder: where the write will go; it need not exist yet.
+        needed_bytes: of the write.
+        what: the write, as subject of the message.
 
     Raises:
-        StorageError: fewer than `needed_bytes` are free where `folder` will be.
+        StorageError: fewer than `needed_bytes` are free.
     """
     place = folder.absolute()
     while not place.exists():

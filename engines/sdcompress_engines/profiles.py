@@ -1,6 +1,4 @@
-"""The shapes an engine is built for, in the units people type: calls, pixels, tokens; and by component the tensors'
-shapes that follow.
-"""
+"""The shapes that an engine is built for: in samples, pixels and tokens, and as tensor shapes of each component."""
 
 from __future__ import annotations
 
@@ -18,9 +16,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """The shapes one optimization profile takes: input → (min, opt, max).
+    """The shapes of one optimization profile: input → (min, opt, max).
 
-    TensorRT tunes for opt; min = max makes an input static.
+    TensorRT tunes for opt. An input with min = max is static.
+
+    Raises:
+        UsageError: not min ≤ opt ≤ max on every axis.
     """
 
     shapes: Mapping[str, tuple[Shape, Shape, Shape]]
@@ -36,7 +37,11 @@ class Profile:
 
 
 def parse_range(text: str, what: str = "range") -> Range:
-    """`512` → (512, 512, 512), one fixed size; `512:768:1024` → min, opt, max.
+    """Returns min, opt and max: `512` is one fixed size, `512:768:1024` a range.
+
+    Args:
+        text: one of the two forms.
+        what: the name of the range, for the message.
 
     Raises:
         UsageError: neither form, or not min ≤ opt ≤ max.
@@ -44,19 +49,21 @@ def parse_range(text: str, what: str = "range") -> Range:
     numbers = [int(part) for part in text.split(":")] if re.fullmatch(r"\d+(:\d+:\d+)?", text) else []
     values = numbers * 3 if len(numbers) == 1 else numbers
     if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:
-        raise UsageError(f"{what} {text!r}", expected="one size, or MIN:OPT:MAX that do not fall, like 512:768:1024")
+        raise UsageError(
+            f"{what} {text!r}", expected="one size, or MIN:OPT:MAX with MIN ≤ OPT ≤ MAX, like 512:768:1024"
+        )
     return values[0], values[1], values[2]
 
 
 @dataclass(frozen=True)
 class ShapeRanges:
-    """One optimization profile as a person thinks of it, each field (min, opt, max).
+    """One optimization profile in the units of the command line; each field is (min, opt, max).
 
     Attributes:
         batch: samples of one UNet call; guidance makes two of a picture.
         height, width: of the picture, in pixels.
         tokens: of the UNet's context: 77 for each part of a long prompt.
-        pictures: that the VAE sees at once; None is half of `batch`, as guidance makes it. Without guidance it is
+        pictures: of one VAE call; None is half of `batch`, which is right with guidance. Without guidance it has to be
             `batch`.
     """
 
@@ -67,34 +74,33 @@ class ShapeRanges:
     pictures: Range | None = None
 
     @property
-    def is_static(self) -> bool:
-        """Whether only one shape fits, so that a CUDA graph of it can be replayed."""
-        return all(least == most for least, _, most in self._given().values())
-
-    @property
     def vae_batch(self) -> Range:
-        """The pictures that the VAE sees at once."""
+        """The pictures of one VAE call."""
         if self.pictures is not None:
             return self.pictures
         _, best, most = (-(-value // 2) for value in self.batch)
         return (1, best, most) if self.batch[0] != self.batch[2] else (best, best, best)
 
     def __str__(self) -> str:
-        return " ".join(f"{name} {format_range(value)}" for name, value in self._given().items())
-
-    def _given(self) -> dict[str, Range]:
-        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        present = {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+        return " ".join(f"{name} {format_range(value)}" for name, value in present.items())
 
 
 def format_range(values: Iterable[int]) -> str:
-    """As `parse_range` reads it."""
+    """Returns a range in the form that `parse_range` reads."""
     values = tuple(values)
     return str(values[0]) if len(set(values)) == 1 else ":".join(map(str, values))
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A named profile. Sizes are pixels, or shares of the size the model was trained on."""
+    """A named profile.
+
+    Attributes:
+        note: what it is for.
+        batch, tokens: see `ShapeRanges`.
+        size: of height and width: pixels, or where `relative` shares of the size the model was trained on.
+    """
 
     note: str
     batch: Range
@@ -103,7 +109,7 @@ class Preset:
     relative: bool = False
 
     def ranges(self, native_px: int, step_px: int) -> ShapeRanges:
-        """For a model trained on `native_px` whose sizes are multiples of `step_px`."""
+        """Returns the ranges for a model that was trained on `native_px` and whose sizes are multiples of `step_px`."""
         least, best, most = (
             (round(share * native_px / step_px) or 1) * step_px if self.relative else int(share) for share in self.size
         )
@@ -140,18 +146,23 @@ DEFAULT_PRESET = "dynamic"
 
 
 def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:
-    """A preset's name, `batch=1:2:8,height=512,width=512:768:1024,tokens=77`, or a preset and what differs from it:
-    `webui,batch=1:2:4`.
+    """Returns the shape ranges that a text describes.
 
-    What is left out is as in `dynamic`; a height or width given alone stands for both.
+    The text is a preset's name, `batch=1:2:8,height=512,width=512:768:1024,tokens=77`, or a preset with changes:
+    `webui,batch=1:2:4`. Fields that are left out are those of `dynamic`. A height or width alone counts for both.
+
+    Args:
+        text: the description.
+        native_px: the size that the model was trained on.
+        step_px: what its sizes are multiples of.
 
     Raises:
-        UsageError: no such preset or field, or a range that is none.
+        UsageError: no such preset or field, or a malformed range.
     """
     parts = [part.strip() for part in text.split(",")]
     preset = PRESETS[parts.pop(0)] if parts[0] in PRESETS else PRESETS[DEFAULT_PRESET]
     known = [field.name for field in fields(ShapeRanges)]
-    found: dict[str, Range] = {}
+    given: dict[str, Range] = {}
     for part in parts:
         name, _, value = part.partition("=")
         if name.strip() not in known or not value:
@@ -159,18 +170,19 @@ def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:
                 f"profile {text!r}",
                 expected=f"one of {', '.join(PRESETS)}, or {','.join(f'{field}=MIN:OPT:MAX' for field in known)}",
             )
-        found[name.strip()] = parse_range(value.strip(), f"--{name.strip()}")
+        given[name.strip()] = parse_range(value.strip(), f"--{name.strip()}")
     for one, other in (("height", "width"), ("width", "height")):
-        if one in found and other not in found:
-            found[other] = found[one]
-    return replace(preset.ranges(native_px, step_px), **found)
+        if one in given and other not in given:
+            given[other] = given[one]
+    return replace(preset.ranges(native_px, step_px), **given)
 
 
 def check_ranges(ranges: ShapeRanges, step_px: int) -> None:
-    """Refuse shapes that a UNet has no place for.
+    """Refuse shapes that a UNet cannot compute.
 
     Args:
-        step_px: what a picture's sides must be divisible by: 8·2^(levels-1) for a UNet under an f8 VAE.
+        ranges: the shapes.
+        step_px: number that must divide a picture's sides: 8·2^(levels-1) for a UNet with an f8 VAE.
 
     Raises:
         UsageError: a side that is no multiple of `step_px`, or tokens that are no multiple of 77.
@@ -189,14 +201,18 @@ def check_ranges(ranges: ShapeRanges, step_px: int) -> None:
 def component_profile(
     component: str, config: Mapping[str, Any], ranges: ShapeRanges, vae_scale: int, host: str = "diffusers"
 ) -> Profile:
-    """The input shapes of one component for these ranges.
+    """Returns the input shapes of one component for these ranges.
 
-    Text encoders take every batch from 1, as prompts and negative prompts are encoded apart. The VAE sees a picture
-    where guidance shows the UNet two, so its batch is half where `pictures` does not give it; its activations are the
-    largest of all and would otherwise decide the memory an engine needs.
+    Text encoders take every batch from 1 on, because prompts and negative prompts are encoded apart. With guidance the
+    UNet has two samples for each picture of the VAE, so the VAE's batch is half of it where `pictures` does not give
+    it. The VAE's activations are the largest of all, and a batch as large as the UNet's would decide the memory.
 
     Args:
-        vae_scale: pixels a latent pixel, 8 for Stable Diffusion.
+        component: see `signature`.
+        config: of the component, from diffusers or transformers.
+        ranges: the shapes.
+        vae_scale: pixels for each latent pixel, 8 for Stable Diffusion.
+        host: a key of `signature.HOSTS`.
     """
     batch = ranges.batch
     if component.startswith("text_encoder"):

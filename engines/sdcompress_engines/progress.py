@@ -1,5 +1,6 @@
-"""How a stage tells what it is doing: it calls a `Reporter`; the silent one here is the default, the command line has a
-visible one.
+"""How a stage reports its progress: it calls a `Reporter`.
+
+The default one, here, shows nothing. The command line has one that prints.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ Advance = Callable[..., None]
 
 
 class Reporter:
-    """Takes what stages say and shows nothing."""
+    """Takes reports of stages and shows nothing."""
 
     def say(self, text: str) -> None:
-        """One line worth reading."""
+        """Show one line."""
 
     @contextmanager
     def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
-        """A piece of work of `total` units; the block gets `advance(n=1, note="")`."""
+        """Show the progress of a task. The block gets `advance(n=1, note="")`.
+
+        Args:
+            label: what is done.
+            total: units of work; None where the number is not known.
+        """
 
         def advance(n: int = 1, note: str = "") -> None:
             return None

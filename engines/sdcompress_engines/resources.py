@@ -9,7 +9,7 @@ from pathlib import Path
 def peak_rss_mib() -> float:
     """Returns the largest resident memory this process has had, MiB; 0.0 where nothing here can read it.
 
-    Linux: `VmHWM`, because `getrusage` also counts what the parent had before it started this process.
+    Linux: `VmHWM`, because `getrusage` also counts the memory of the parent before it started this process.
     Windows: `peak_wset`, which needs psutil. Elsewhere: `getrusage`.
     """
     try:
@@ -31,7 +31,7 @@ def peak_rss_mib() -> float:
 
 
 def available_memory_bytes() -> int | None:
-    """Returns how much memory new processes can take without swapping, bytes; None where nothing here can read it."""
+    """Returns the memory that new processes can take without swapping, bytes; None where nothing here can read it."""
     try:
         import psutil
 

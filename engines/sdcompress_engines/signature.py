@@ -1,6 +1,6 @@
-"""What a graph's inputs and outputs are called, and their shapes.
+"""Names, order and shapes of the inputs and outputs of each component's graph.
 
-Shapes belong to the component, names and order to the host: both are data.
+Shapes depend on the component, names and order on the host.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .runners.base import TensorSpec
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 CONTEXT_TOKENS = 77
-"""Tokens of one CLIP window; the text encoder takes exactly one, a UNet's context is one or more of them."""
+"""Tokens of one CLIP window. A text encoder takes exactly one; a UNet's context is one or more of them."""
 
 _UNET = ("sample", "timestep", "encoder_hidden_states")
 _ADDED = ("text_embeds", "time_ids")
@@ -27,9 +27,9 @@ _DIFFUSERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vae_decoder": (("latent_sample",), ("sample",)),
     "vae_encoder": (("sample",), ("latent_parameters",)),
 }
-# host → component → (canonical input → its name there, canonical output → its name there), in the order of the graph.
-# `y` is SDXL's text embedding and embedded sizes in one vector, as the LDM code base has it. A host that runs its own
-# text encoder and VAE has no entry for them.
+# host → component → (canonical input → the host's name, canonical output → the host's name), in the order of the graph.
+# `y` is SDXL's text embedding and embedded sizes in one vector, as in the LDM code base. A host that runs its own text
+# encoder and VAE has no entry for them.
 HOSTS: dict[str, dict[str, tuple[dict[str, str], dict[str, str]]]] = {
     "diffusers": {
         component: ({name: name for name in inputs}, {name: name for name in outputs})
@@ -52,10 +52,12 @@ class Signature:
     """A component's graph as one host calls it.
 
     Attributes:
-        inputs, outputs: in graph order; free axes are `batch`, `height`, `width` (latent), `image_height`,
-            `image_width` (pixels), `tokens`.
-        multiple: what the free sizes of the picture must be divisible by: latent ones of a UNet, pixels of a VAE's
-            encoder.
+        host: a key of `HOSTS`.
+        component: one of `COMPONENTS`.
+        inputs, outputs: in the order of the graph; free axes are `batch`, `height`, `width` (latent pixels),
+            `image_height`, `image_width` (pixels) and `tokens`.
+        multiple: number that must divide the free sizes of the picture: in latent pixels for a UNet, in pixels for a
+            VAE's encoder.
         names: canonical name → the host's name, inputs and outputs.
     """
 
@@ -70,9 +72,15 @@ class Signature:
 def signature(
     component: str, config: Mapping[str, Any], dtype: torch.dtype = torch.float32, host: str = "diffusers"
 ) -> Signature:
-    """The I/O of a component with this diffusers or transformers config, its float tensors of `dtype`.
+    """Returns the inputs and outputs of a component's graph.
 
-    `timestep` and `time_ids` are float32 always: half precision would round fractional timesteps and sizes over 2048.
+    `timestep` and `time_ids` are always float32: half precision would round fractional timesteps and sizes over 2048.
+
+    Args:
+        component: one of `COMPONENTS`.
+        config: of the component, from diffusers or transformers.
+        dtype: of all other float tensors.
+        host: a key of `HOSTS`.
 
     Raises:
         UsageError: no such component or host. ModelError: a config without the fields that decide the shapes.
@@ -89,7 +97,7 @@ def signature(
 
     def specs(names: Mapping[str, str], known: Mapping[str, tuple[int | str, ...]]) -> tuple[TensorSpec, ...]:
         return tuple(
-            TensorSpec(given, known[name], exact.get(name, dtype)) for name, given in names.items() if name in known
+            TensorSpec(of_host, known[name], exact.get(name, dtype)) for name, of_host in names.items() if name in known
         )
 
     return Signature(host, component, specs(inputs, shapes), specs(outputs, results), multiple, {**inputs, **outputs})
@@ -98,7 +106,7 @@ def signature(
 def _shapes(
     component: str, config: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[int | str, ...]], dict[str, tuple[int | str, ...]], int]:
-    """Canonical inputs and outputs with their shapes, and the multiple."""
+    """Returns the canonical inputs and outputs with their shapes, and the multiple."""
     if component in ("text_encoder", "text_encoder_2"):
         hidden = ("batch", CONTEXT_TOKENS, config["hidden_size"])
         results: dict[str, tuple[int | str, ...]] = {"last_hidden_state": hidden, "penultimate_hidden_state": hidden}
@@ -127,9 +135,8 @@ def _shapes(
         "timestep": ("batch",),
         "encoder_hidden_states": ("batch", "tokens", config["cross_attention_dim"]),
     }
-    if (
-        config.get("addition_embed_type") == "text_time"
-    ):  # SDXL: the text's embedding, and six numbers that are embedded one by one
+    if config.get("addition_embed_type") == "text_time":
+        # SDXL: the text's embedding, and six numbers that are embedded one by one.
         whole, sizes = config["projection_class_embeddings_input_dim"], 6 * config["addition_time_embed_dim"]
         shapes |= {"text_embeds": ("batch", whole - sizes), "time_ids": ("batch", 6), "y": ("batch", whole)}
     return shapes, {"out_sample": ("batch", config["out_channels"], "height", "width")}, 2 ** (levels - 1)

@@ -1,6 +1,4 @@
-"""`sdcompress_engines`: the copy that `sdcompress install` has put beside this file; in a checkout, where there is
-none, the installed one.
-"""
+"""The engine package: the copy that `sdcompress install` has put beside this file, in a checkout the installed one."""
 
 from __future__ import annotations
 
@@ -9,17 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdcompress_engines import engine_files, errors, flavour, manifest, runners, signature, unet
+    from sdcompress_engines import calls, engine_files, errors, flavour, manifest, runners, signature, unet
 else:
-    # By its place beside this file, never by sys.path: another plugin may carry another version.
+    # Imported from its place beside this file, never by sys.path: another plugin may carry another version.
     _ROOT = (
         f"{__package__}.sdcompress_engines"
         if (Path(__file__).parent / "sdcompress_engines").is_dir()
         else "sdcompress_engines"
     )
-    engine_files, errors, flavour, manifest, runners, signature, unet = (
+    calls, engine_files, errors, flavour, manifest, runners, signature, unet = (
         importlib.import_module(f"{_ROOT}.{name}")
-        for name in ("engine_files", "errors", "flavour", "manifest", "runners", "signature", "unet")
+        for name in ("calls", "engine_files", "errors", "flavour", "manifest", "runners", "signature", "unet")
     )
 
-__all__ = ["engine_files", "errors", "flavour", "manifest", "runners", "signature", "unet"]
+__all__ = ["calls", "engine_files", "errors", "flavour", "manifest", "runners", "signature", "unet"]

@@ -1,6 +1,6 @@
 """The node, and the ComfyUI model around an engine.
 
-ComfyUI is imported where it is used, so that all else runs, and is tested, without it.
+ComfyUI is imported inside the functions that use it, so that everything else runs without it.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .folders import EngineFolder, engine_folders, ldm_layout, read_folder, refusal
+from .folders import EngineFolder, engine_folders, find_obstacle, read_folder
+from .layout import ldm_layout
 from .library import errors, manifest
 from .model import EngineModel
 
 KIND = "sdcompress"
-"""What ComfyUI calls the model folder: `models/sdcompress`, and `sdcompress:` in `extra_model_paths.yaml`."""
+"""ComfyUI's name of the model folder: `models/sdcompress`, and `sdcompress:` in `extra_model_paths.yaml`."""
 
 
 def model_folders() -> list[str]:
-    """Where engines are looked for, as ComfyUI has it configured."""
+    """Returns the folders that engines may lie in, as ComfyUI is configured."""
     import folder_paths
 
     place = os.path.join(folder_paths.models_dir, KIND)
@@ -29,20 +30,20 @@ def model_folders() -> list[str]:
 
 
 def find_folder(name: str) -> Path:
-    """The folder of the engine with this name.
+    """Returns the folder of the engine with this name.
 
     Raises:
         UsageError: there is none.
     """
     roots = model_folders()
-    found = engine_folders(roots)
-    if name not in found:
+    folders = engine_folders(roots)
+    if name not in folders:
         raise errors.UsageError(
             f"no engine {name!r} in {' or '.join(roots)}",
-            expected=", ".join(found) or None,
+            expected=", ".join(folders) or None,
             hint="sdcompress install comfyui COMFYUI ENGINE, then press R here",
         )
-    return found[name]
+    return folders[name]
 
 
 class LoadSdcompressEngine:
@@ -53,16 +54,16 @@ class LoadSdcompressEngine:
 
     CATEGORY = "loaders"
     DESCRIPTION = (
-        "A UNet engine (TensorRT, TensorRT-RTX or ONNX) made by sdcompress. Text encoder and VAE come from any"
+        "A UNet engine (TensorRT, TensorRT-RTX or ONNX) built by sdcompress. Text encoder and VAE come from any"
         " checkpoint of the same family. LoRAs are baked in at export (sdcompress export --lora): a LoRA node after"
-        " this one is refused, as are ControlNet, IP-Adapter, FreeU and all else that reaches into the UNet's layers."
+        " this one is refused, as are ControlNet, IP-Adapter, FreeU and everything else that changes the UNet's layers."
     )
     FUNCTION = "load"
     RETURN_TYPES = ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What the node asks for."""
+        """Returns the node's inputs."""
         graphs = (
             "Replay a captured CUDA graph for sizes that repeat: faster for small pictures, at the cost of some memory."
         )
@@ -82,33 +83,36 @@ class LoadSdcompressEngine:
 
     @classmethod
     def VALIDATE_INPUTS(cls, engine: str) -> bool | str:
-        """True, or why this engine does not load here, shown before anything runs."""
+        """Returns True, or why this engine does not load here. ComfyUI shows it before anything runs."""
         try:
-            return refusal(read_folder(engine, find_folder(engine))) or True
+            return find_obstacle(read_folder(engine, find_folder(engine))) or True
         except errors.SdCompressError as error:
             return str(error)
 
     @classmethod
     def IS_CHANGED(cls, engine: str, cuda_graph: bool = False) -> str:
-        """Another value once another engine is installed under the same name, so that ComfyUI loads it anew."""
+        """Returns a value that changes with the engine under this name, so that ComfyUI loads the new one."""
         try:
             return manifest.sha256_file(find_folder(engine) / manifest.MANIFEST_NAME)
         except (errors.SdCompressError, OSError) as error:
             return str(error)
 
     def load(self, engine: str, cuda_graph: bool = False) -> tuple[Any]:
-        """The MODEL; the engine itself is read when it is first sampled with.
+        """Returns the MODEL. The engine itself is read at the first sampling.
 
         Raises:
-            SdCompressError: it does not fit, is damaged, or does not load here; one line that says what to type next.
+            SdCompressError: it does not fit, is damaged, or does not load here.
         """
         folder = read_folder(engine, find_folder(engine))
         return (engine_patcher(folder, {"cuda_graph": cuda_graph}),)
 
 
 def engine_patcher(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:
-    """An engine as ComfyUI's MODEL: a `ModelPatcher` around a `BaseModel` of its family, whose diffusion model is the
-    engine.
+    """Returns ComfyUI's MODEL: a `ModelPatcher` around a `BaseModel` whose diffusion model is the engine.
+
+    Args:
+        folder: the engine.
+        options: of the runner, such as `cuda_graph`.
     """
     import comfy.model_management
     import comfy.model_patcher
@@ -123,10 +127,14 @@ def engine_patcher(folder: EngineFolder, options: dict[str, Any] | None = None) 
 
 
 def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:
-    """ComfyUI's model of the engine's family, with its latents, noise schedule and prediction type.
+    """Returns ComfyUI's model of the engine's family, with its latents, noise schedule and prediction type.
+
+    Args:
+        folder: the engine.
+        options: of the runner, such as `cuda_graph`.
 
     Raises:
-        EngineMismatch: this ComfyUI does not know what the engine was trained with.
+        EngineMismatch: this ComfyUI does not support what the engine was trained with.
     """
     import comfy.model_base
     import comfy.supported_models
@@ -145,7 +153,7 @@ def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> A
     model = model_class(config, model_type=kinds[folder.prediction])
     if folder.schedule.get("zsnr") and float(model.model_sampling.sigma_max) < 1000:
         raise errors.EngineMismatch(
-            "was trained to zero terminal SNR, which this ComfyUI does not know",
+            "was trained to zero terminal SNR, which this ComfyUI does not support",
             where=folder.graph.parent,
             hint="update ComfyUI",
         )
@@ -156,8 +164,9 @@ def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> A
 
 
 def _wrapped(run: Any, model: Any, options: dict[str, Any], *arguments: Any) -> Any:
-    """A call of the diffusion model through the wrappers other nodes have put around it (EasyCache and such), as
-    ComfyUI's own UNet makes it.
+    """Run a call through the wrappers that other nodes, such as EasyCache, have put around the diffusion model.
+
+    ComfyUI's own UNet does the same.
     """
     try:
         from comfy import patcher_extension
@@ -170,15 +179,15 @@ def _wrapped(run: Any, model: Any, options: dict[str, Any], *arguments: Any) -> 
 def _no_weights(*args: Any, **options: Any) -> Any:
     raise errors.EngineError(
         "an engine has no weights to save or to merge",
-        hint="save the model it was made from: sdcompress export MODEL --ldm -o FILE.safetensors",
+        hint="save the model it was exported from: sdcompress export MODEL --ldm -o FILE.safetensors",
     )
 
 
 def _refuse_patches(patches: Any, strength: float, what: str) -> list[Any]:
-    """The keys that were asked for, where they come to nothing.
+    """Returns the keys of the UNet, if patches of this strength change nothing.
 
     Raises:
-        EngineError: they are for the UNet, and would change it.
+        EngineError: they would change the UNet.
     """
     own = [key for key in patches if str(key if isinstance(key, str) else key[0]).startswith("diffusion_model.")]
     if own and strength != 0:
@@ -192,12 +201,12 @@ def _refuse_patches(patches: Any, strength: float, what: str) -> list[Any]:
 
 @cache
 def _patcher_class(base: type) -> type:
-    """ComfyUI's `ModelPatcher` for a model without weights to patch, all of whose memory is the engine's."""
+    """Returns ComfyUI's `ModelPatcher` for a model without weights to patch. All of its memory is the engine's."""
 
     class EnginePatcher(base):  # type: ignore[misc, valid-type]
         def clone(self, *args: Any, **options: Any) -> Any:
             copied = super().clone(*args, **options)
-            copied.__class__ = type(self)  # ComfyUI before December 2024 makes a plain ModelPatcher of it
+            copied.__class__ = type(self)  # ComfyUI before December 2024 returns a plain ModelPatcher
             return copied
 
         def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
@@ -212,7 +221,7 @@ def _patcher_class(base: type) -> type:
             return _no_weights()
 
         def load(self, device_to: Any = None, **options: Any) -> Any:
-            return super().load(device_to, **{**options, "full_load": True})  # an engine is loaded whole or not at all
+            return super().load(device_to, **{**options, "full_load": True})  # an engine cannot be loaded in part
 
         def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
             result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights)

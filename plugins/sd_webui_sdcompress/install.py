@@ -1,4 +1,4 @@
-"""Run by the WebUI at every start. It installs nothing: it says what is there and what to type."""
+"""Run by the WebUI at every start. It installs nothing: it reports what is missing and what to type."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from importlib import util
 from pathlib import Path
 
 RUNTIMES = {"tensorrt": "tensorrt", "tensorrt_rtx": "tensorrt-rtx-cu13", "onnxruntime": "onnxruntime"}
-"""Module → the package that brings it."""
+"""Module → the package that provides it."""
 
 
-def findings(folder: Path) -> list[str]:
-    """What is missing, a line each with the command that helps; nothing where all is there."""
+def find_missing(folder: Path) -> list[str]:
+    """Returns a line for each missing part, with the command that installs it."""
     lines = []
     if not (folder / "sdcompress_engines" / "__init__.py").is_file() and util.find_spec("sdcompress_engines") is None:
         lines.append(
@@ -21,11 +21,11 @@ def findings(folder: Path) -> list[str]:
     if not any(util.find_spec(module) for module in RUNTIMES):
         offers = ", or ".join(RUNTIMES.values())
         lines.append(
-            "sdcompress: no runtime for engines is installed. For the kind of yours, and in the version it was built"
-            f" with: {sys.executable} -m pip install {offers}"
+            "sdcompress: no runtime for engines is installed. Install the one of your engines, in the version they were"
+            f" built with: {sys.executable} -m pip install {offers}"
         )
     return lines
 
 
 if __name__ == "__main__":
-    print("\n".join(findings(Path(__file__).resolve().parent)))
+    print("\n".join(find_missing(Path(__file__).resolve().parent)))

@@ -23,7 +23,7 @@ from sdcompress.backends.registry import (
 )
 from sdcompress.export.components import DTYPES, Precision
 from sdcompress.models.load import load_pipeline
-from sdcompress.models.locate import resolve, sha256_of
+from sdcompress.models.locate import hash_pipeline, locate_pipeline
 from sdcompress.sampling import keep_timesteps_on_host
 from sdcompress.support.pipeline import TextToImagePipeline
 
@@ -150,7 +150,7 @@ def _check_same_model(model: str | Path, artifacts: Path) -> None:
     """Refuse artifacts whose manifest names another pipeline than `model`."""
     manifest = read_manifest(artifacts)
     source = None if manifest is None else manifest.inputs.get("pipeline")
-    if source is not None and source != (own := sha256_of(resolve(model))):
+    if source is not None and source != (own := hash_pipeline(locate_pipeline(model))):
         raise EngineMismatch(
             f"was made from another model ({source[:12]})",
             where=artifacts,

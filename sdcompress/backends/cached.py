@@ -30,9 +30,9 @@ def cached_artifacts(
     from sdcompress.export.onnx import export_onnx
     from sdcompress.export.tensorrt import build_engines
     from sdcompress.models.load import load_pipeline
-    from sdcompress.models.locate import resolve, sha256_of
+    from sdcompress.models.locate import hash_pipeline, locate_pipeline
 
-    sha256 = sha256_of(resolve(model))
+    sha256 = hash_pipeline(locate_pipeline(model))
     runtime = graph_runtime(backend, "cuda" if torch.cuda.is_available() else "cpu")
     graphs = cached_graphs(sha256, precision, runtime)
     if not graphs.is_dir():

@@ -39,7 +39,7 @@ from sdcompress.backends.proof import REFERENCE, SMALL, WHOLE, Case, Proof, answ
 from sdcompress.backends.registry import aliases, find_backend
 from sdcompress.export.aot import package_folder
 from sdcompress.export.components import Precision
-from sdcompress.models.locate import BUILT_IN, display_name, resolve, sha256_of
+from sdcompress.models.locate import BUILT_IN, display_name, hash_pipeline, locate_pipeline
 
 Status = Literal["works", "builds", "fails", "unfinished", "not here"]
 """`builds`: an engine that no card here runs; `unfinished`: the time was over; `not here`: not for this machine."""
@@ -137,7 +137,7 @@ def examine(
     """
     started = time.monotonic()
     chosen = tuple(dict.fromkeys(("torch", *map(full_name, backends)))) if backends else provable()
-    folder = resolve(model)
+    folder = locate_pipeline(model)
     whole = full or str(model) not in BUILT_IN
     minutes = (LONG_MINUTES if whole else MINUTES) if minutes is None else minutes
     deadline = started + 60 * minutes - _CLOSING_S
@@ -229,7 +229,7 @@ def plan_cases(
 
 
 def _has_package(model: str, device: str, precision: Precision) -> bool:
-    return (package_folder(sha256_of(resolve(model)), device, precision) / "unet.pt2").is_file()
+    return (package_folder(hash_pipeline(locate_pipeline(model)), device, precision) / "unet.pt2").is_file()
 
 
 def _without_card(backend: str, driver: Driver | None, checks: Sequence[Check]) -> BackendResult:

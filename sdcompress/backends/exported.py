@@ -12,10 +12,12 @@ import torch
 from sdcompress_engines.errors import ModelError
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners import Runner, SharedMemory, open_runner
-from sdcompress_engines.unet import EngineTextEncoder, EngineTextEncoderWithProjection, EngineUNet, EngineVaeDecoder
+from sdcompress_engines.text_encoders import EngineTextEncoder, EngineTextEncoderWithProjection
+from sdcompress_engines.unet import EngineUNet
+from sdcompress_engines.vae import EngineVaeDecoder
 
 from sdcompress.backends.registry import backends
-from sdcompress.models.locate import model_index
+from sdcompress.models.locate import read_model_index
 from sdcompress.support.pipeline import TextToImagePipeline
 
 
@@ -41,7 +43,7 @@ def open_exported(
     import diffusers
 
     configs = folder / "pipeline"
-    index = model_index(configs)
+    index = read_model_index(configs)
     open_graph = _GraphOpener(folder, device, steady)
     components: dict[str, Any] = {}
     for name, entry in index.items():

@@ -89,9 +89,10 @@ def find_fastest(model: str | Path, *, device: str = "cpu", report: Reporter = S
     Raises:
         UsageError, ModelError: the model. BackendMissing: not even torch answered.
     """
-    from sdcompress.models.locate import resolve, sha256_of
+    from sdcompress.models.locate import hash_pipeline, locate_pipeline
 
-    path = cache_folder() / "models" / sha256_of(resolve(model))[:16] / f"auto-{torch.device(device).type}.json"
+    digest = hash_pipeline(locate_pipeline(model))
+    path = cache_folder() / "models" / digest[:16] / f"auto-{torch.device(device).type}.json"
     key = machine_key(device)
     try:
         known = json.loads(path.read_text())

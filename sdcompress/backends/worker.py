@@ -26,7 +26,7 @@ from sdcompress_engines.flavour import FLAVOURS, Flavour, present_card
 from sdcompress_engines.manifest import cache_folder, canonical, faults
 from sdcompress_engines.profiles import ShapeRanges
 from sdcompress_engines.runners import Runner, TorchRunner, open_runner
-from sdcompress_engines.runners.onnxruntime import require as require_onnxruntime
+from sdcompress_engines.runners.onnxruntime_install import require as require_onnxruntime
 from sdcompress_engines.runners.torch import COMPILER
 from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.store import EngineStore

@@ -11,10 +11,12 @@ from sdcompress_engines.ldm_keys import UNET_PREFIX, ldm_unet_keys
 
 UNET, VAE = UNET_PREFIX, "first_stage_model."
 
-V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"  # empty tensors by which ComfyUI and A1111 tell such models
-
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Keys of the empty tensors by which ComfyUI and A1111 recognize such models."""
 
 METADATA_KEY = "sdcompress.configs"
+"""The metadata entry of a safetensors file that holds the pipeline's configs."""
+
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 _OPENCLIP_ENDS = {
@@ -37,24 +39,24 @@ _QKV = re.compile(r"(encoder\.layers\.\d+\.self_attn)\.([qkv])_proj\.(weight|bia
 
 
 def unet_keys(keys: Iterable[str]) -> dict[str, str]:
-    """diffusers' parameter names of a UNet → LDM's, without the `model.diffusion_model.` prefix.
+    """Returns diffusers' parameter name → LDM key, without the `model.diffusion_model.` prefix, for a UNet.
 
     Args:
         keys: all of the UNet's parameters.
 
     Raises:
-        ModelError: a parameter that the LDM layout has no place for.
+        ModelError: the LDM layout has no place for a parameter.
     """
-    return _placed(ldm_unet_keys(keys), "UNet")
+    return _require_all(ldm_unet_keys(keys), "UNet")
 
 
 def vae_keys(keys: Iterable[str]) -> dict[str, str]:
-    """diffusers' parameter names of an AutoencoderKL → LDM's, without the `first_stage_model.` prefix.
+    """Returns diffusers' parameter name → LDM key, without the `first_stage_model.` prefix, for an AutoencoderKL.
 
-    Attention weights are 1×1 convolutions in LDM.
+    Attention weights are 1×1 convolutions in the LDM layout.
 
     Raises:
-        ModelError: a parameter that the LDM layout has no place for.
+        ModelError: the LDM layout has no place for a parameter.
     """
     keys = list(keys)
     levels = 1 + max(
@@ -67,7 +69,7 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
         if match := re.fullmatch(r"(encoder|decoder)\.conv_norm_out\.(\w+)", key):
             return f"{match[1]}.norm_out.{match[2]}"
         if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.resnets\.(\d)\.(.+)", key):
-            return f"{match[1]}.mid.block_{int(match[2]) + 1}.{_vae_resnet(match[3])}"
+            return f"{match[1]}.mid.block_{int(match[2]) + 1}.{_map_vae_resnet(match[3])}"
         if match := re.fullmatch(r"(encoder|decoder)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", key):
             return (
                 f"{match[1]}.mid.attn_1.{_VAE_ATTENTION[match[2]]}.{match[3]}" if match[2] in _VAE_ATTENTION else None
@@ -80,23 +82,25 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
             return None
         level = int(match[3]) if match[2] == "down" else levels - 1 - int(match[3])
         base = f"{match[1]}.{match[2]}.{level}"
-        return f"{base}.{match[2]}sample.{match[6]}" if match[6] else f"{base}.block.{match[4]}.{_vae_resnet(match[5])}"
+        if match[6]:
+            return f"{base}.{match[2]}sample.{match[6]}"
+        return f"{base}.block.{match[4]}.{_map_vae_resnet(match[5])}"
 
-    return _placed({key: place(key) for key in keys}, "VAE")
+    return _require_all({key: place(key) for key in keys}, "VAE")
 
 
-def _vae_resnet(name: str) -> str:
+def _map_vae_resnet(name: str) -> str:
     return name.replace("conv_shortcut", "nin_shortcut")
 
 
 def openclip_keys(keys: Iterable[str]) -> dict[str, str]:
-    """transformers' parameter names of a CLIP text encoder (without `text_model.`) → OpenCLIP's.
+    """Returns transformers' parameter name (without `text_model.`) → OpenCLIP's, for a CLIP text encoder.
 
-    Query, key and value of a layer share one OpenCLIP tensor, in that order along dimension 0; `text_projection` is
-    transposed there.
+    In OpenCLIP, query, key and value of a layer share one tensor, in this order along dimension 0, and
+    `text_projection` is transposed.
 
     Raises:
-        ModelError: a parameter that the OpenCLIP layout has no place for.
+        ModelError: the OpenCLIP layout has no place for a parameter.
     """
 
     def place(key: str) -> str | None:
@@ -110,42 +114,56 @@ def openclip_keys(keys: Iterable[str]) -> dict[str, str]:
             return f"{base}attn.in_proj_{match[3]}"
         return f"{base}{_OPENCLIP_LAYER[match[2]]}.{match[3]}" if match[2] in _OPENCLIP_LAYER else None
 
-    return _placed({key: place(key) for key in keys}, "text encoder")
+    return _require_all({key: place(key) for key in keys}, "text encoder")
 
 
-def _placed(found: Mapping[str, str | None], what: str) -> dict[str, str]:
-    """Returns the names, none of which is None.
+def _require_all(names: Mapping[str, str | None], component: str) -> dict[str, str]:
+    """Returns the names, all of which are known.
 
     Raises:
-        ModelError: a parameter without a place.
+        ModelError: a name is None: the layout has no place for the parameter.
     """
-    lost = [key for key, name in found.items() if name is None]
-    if lost:
+    unplaced = [key for key, name in names.items() if name is None]
+    if unplaced:
         raise ModelError(
-            f"the {what} has {len(lost)} parameters that the LDM layout has no place for",
-            where=lost[0],
+            f"the {component} has {len(unplaced)} parameters that the LDM layout has no place for",
+            where=unplaced[0],
             expected="a UNet, VAE or text encoder of Stable Diffusion",
         )
-    return {key: name for key, name in found.items() if name is not None}
+    return {key: name for key, name in names.items() if name is not None}
 
 
-def qkv_third(key: str) -> int | None:
-    """Which third of OpenCLIP's shared tensor a parameter is: 0 query, 1 key, 2 value; None where it has a tensor of
-    its own.
+def qkv_index(key: str) -> int | None:
+    """Returns which third of OpenCLIP's shared tensor a parameter is: 0 query, 1 key, 2 value.
+
+    It is None for a parameter that has a tensor of its own.
     """
     match = _QKV.fullmatch(key)
     return None if match is None else "qkv".index(match[2])
 
 
+def qkv_keys(key: str) -> list[str]:
+    """Returns the parameters that share OpenCLIP's tensor with `key`: query, key, value.
+
+    Args:
+        key: transformers' name, without `text_model.`, of one of the three.
+    """
+    return [_QKV.sub(rf"\1.{letter}_proj.\3", key) for letter in "qkv"]
+
+
 def is_openclip(config: Any) -> bool:
-    """Whether a text encoder comes from OpenCLIP (SD2, SDXL's second) and not from OpenAI (SD1, SDXL's first): they
-    differ in the activation.
+    """Returns whether a text encoder is OpenCLIP's (SD2, SDXL's second) and not OpenAI's (SD1, SDXL's first).
+
+    They differ in the activation.
+
+    Args:
+        config: a transformers `CLIPTextConfig`.
     """
     return bool(config.hidden_act == "gelu")
 
 
 def text_prefixes(family_prefixes: Mapping[str, str], openclip: bool) -> tuple[str, str]:
-    """Returns the key prefix of a text encoder's parameters in a file, and of its `text_projection`.
+    """Returns the key prefixes in a file: of a text encoder's parameters, and of its `text_projection`.
 
     Args:
         family_prefixes: `Family.text_prefixes`.

@@ -1,4 +1,4 @@
-"""The tensors of a single-file checkpoint by LDM name, opened without running code of the file."""
+"""The tensors of a single-file checkpoint by LDM key; opening a file runs no code from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +20,7 @@ from sdcompress_engines.errors import ModelError
 
 from sdcompress.checkpoints.ldm_keys import METADATA_KEY, UNET, VAE
 
-if TYPE_CHECKING:
-    pass
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 _DTYPES = {
     "F64": "float64",
@@ -35,25 +33,40 @@ _DTYPES = {
     "I32": "int32",
 }
 
-# An EMA copy's keys are written without dots; these are what they are made of.
-_CONFIG_NAME = re.compile(r"(model_index\.json|[a-z0-9_]+/[A-Za-z0-9_]+\.(json|txt))")
-_EMA = "model_ema.diffusion_model"
+# What torch.load raises for a cut or foreign file, beside UnpicklingError.
+_BROKEN_PICKLE_ERRORS = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    TypeError,
+    struct.error,
+)
 
+_CONFIG_NAME = re.compile(r"(model_index\.json|[a-z0-9_]+/[A-Za-z0-9_]+\.(json|txt))")
+_REQUIRED_CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+_EMA = "model_ema.diffusion_model"
+# The keys of an EMA copy are written without dots; this matches the parts between the dots.
 _EMA_PART = re.compile(
-    r"(input_blocks|output_blocks)(\d+)(\d)|(label_emb)(\d)(\d)|(middle_block|time_embed|in_layers|out_layers|emb_layers|transformer_blocks|to_out|net|out)(\d+)"
+    r"(input_blocks|output_blocks)(\d+)(\d)|(label_emb)(\d)(\d)"
+    r"|(middle_block|time_embed|in_layers|out_layers|emb_layers|transformer_blocks|to_out|net|out)(\d+)"
     r"|(skip_connection|attn[12]|norm[123]?|proj_in|proj_out|proj|to_[qkv]|ff|conv|op|weight|bias)"
 )
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A weight file, opened: what its header says, and a way to its tensors.
+    """An open weight file: the content of its header, and a function that reads its tensors.
 
     Attributes:
         path: the file.
-        shapes: key → shape, of all tensors. Keys are LDM's, whichever dialect of it the file is in.
+        shapes: key → shape, of all tensors. Keys are in the LDM layout, whichever dialect of it the file uses.
         dtypes: key → dtype, in torch's names (`float16`).
-        metadata: safetensors' metadata; empty for pickles.
+        metadata: of a safetensors file; empty for pickles.
         read: key → the tensor, in the file's dtype, on the CPU.
     """
 
@@ -65,11 +78,12 @@ class Weights:
 
     @cached_property
     def configs(self) -> dict[str, Any] | None:
-        """Relative path → content of the configs that `write_ldm` put into the file, text files as text; None where it
-        has none.
+        """Relative path → content of the configs that `write_ldm` put into the file, or None where it has none.
+
+        The content of a JSON file is decoded; other files are text.
 
         Raises:
-            ModelError: they are broken.
+            ModelError: the configs are broken.
         """
         if METADATA_KEY not in self.metadata:
             return None
@@ -80,41 +94,38 @@ class Weights:
             }
         except (ValueError, TypeError, AttributeError) as error:
             raise ModelError(f"carries broken configs ({error})", where=self.path) from error
-        strange = [name for name in files if not _CONFIG_NAME.fullmatch(name)]
-        lacks = [
-            name
-            for name in ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-            if not isinstance(files.get(name), dict)
-        ]
-        if strange or lacks:
-            raise ModelError(
-                f"carries broken configs ({f'a strange name, {strange[0]!r}' if strange else f'no {lacks[0]}'})",
-                where=self.path,
-            )
+        unsafe = [name for name in files if not _CONFIG_NAME.fullmatch(name)]
+        missing = [name for name in _REQUIRED_CONFIGS if not isinstance(files.get(name), dict)]
+        if unsafe or missing:
+            fault = f"the name {unsafe[0]!r}" if unsafe else f"no {missing[0]}"
+            raise ModelError(f"carries broken configs ({fault})", where=self.path)
         return files
 
 
 def open_weights(path: Path) -> Weights:
-    """Open a weight file: of `.safetensors` only the header is read, of pickles all, and tensors only (`weights_only`).
+    """Open a weight file.
+
+    Of a `.safetensors` file only the header is read. A pickle is read whole, and only tensors are accepted
+    (`weights_only`).
 
     Raises:
-        ModelError: a kind of file that is not read, a broken or cut file, or a pickle with code in it.
+        ModelError: the kind of file is not supported, the file is broken or cut, or a pickle contains code.
     """
     if path.suffix == ".safetensors":
         return _open_safetensors(path)
-    if path.suffix in PICKLES:
+    if path.suffix in PICKLE_SUFFIXES:
         return _open_pickle(path)
     raise ModelError(
         f"is a {path.suffix or 'nameless'} file",
         where=path,
-        expected=f"a checkpoint in .safetensors, or {', '.join(PICKLES[:2])}",
+        expected=f"a checkpoint in .safetensors, or {', '.join(PICKLE_SUFFIXES[:2])}",
     )
 
 
 def _open_safetensors(path: Path) -> Weights:
     try:
         file = safe_open(path, "pt")
-        names = _ldm_names(file.keys())
+        names = _map_to_ldm(file.keys())
         views = {key: file.get_slice(name) for key, name in names.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
@@ -130,8 +141,8 @@ def _open_safetensors(path: Path) -> Weights:
     )
 
 
-def _reason(error: BaseException) -> str:
-    """The line of an error that says what is wrong; torch puts its advice before it."""
+def _find_reason(error: BaseException) -> str:
+    """Returns the line of a torch error that names the fault; torch puts its advice before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "Unpickler error" in line), lines[0] if lines else type(error).__name__)
 
@@ -145,7 +156,7 @@ def _open_pickle(path: Path) -> Weights:
         named = re.search(r"(?:GLOBAL|class|operand) `?([A-Za-z_0-9][\w.]*)", str(error))
         if named is None:
             raise ModelError(
-                f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again"
+                f"is no whole checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
             ) from error
         raise ModelError(
             f"is a pickle with more than tensors in it ({named[1]}), which could run code; it was not loaded",
@@ -153,29 +164,11 @@ def _open_pickle(path: Path) -> Weights:
             expected="tensors only",
             hint="the .safetensors of the same model",
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        struct.error,
-    ) as error:
+    except _BROKEN_PICKLE_ERRORS as error:
         raise ModelError(
-            f"is no whole checkpoint ({_reason(error)})", where=path, hint="copy or download it again"
+            f"is no whole checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
         ) from error
-    state = loaded
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    found = (
-        {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-        if isinstance(state, dict)
-        else {}
-    )
-    tensors = {key: found[name] for key, name in _ldm_names(found).items()}
+    tensors = _collect_tensors(loaded)
     if not tensors:
         raise ModelError("holds no tensors", where=path, expected="a Stable Diffusion checkpoint")
     return Weights(
@@ -187,25 +180,36 @@ def _open_pickle(path: Path) -> Weights:
     )
 
 
-def _ldm_names(names: Iterable[str]) -> dict[str, str]:
-    """Key in the LDM layout → key in the file.
+def _collect_tensors(content: object) -> dict[str, torch.Tensor]:
+    """Returns LDM key → tensor of an unpickled checkpoint, which may nest its weights under `state_dict`."""
+    state = content
+    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        return {}
+    stored = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    return {key: stored[name] for key, name in _map_to_ldm(stored).items()}
 
-    A training checkpoint holds the model and an EMA copy of it: as A1111, ComfyUI and diffusers do, the model is taken,
-    and the copy only where it is alone.
+
+def _map_to_ldm(names: Iterable[str]) -> dict[str, str]:
+    """Returns key in the LDM layout → key in the file.
+
+    A training checkpoint holds the model and an EMA copy of it. As in A1111, ComfyUI and diffusers, the model is taken,
+    and the copy only where the file holds no model.
     """
     names = list(names)
-    only_ema = not any(name.startswith(UNET) for name in names)
-    found = {}
+    ema_alone = not any(name.startswith(UNET) for name in names)
+    mapped = {}
     for name in names:
         key = name
         if name.startswith("vae."):
             key = VAE + name.removeprefix("vae.")
-        elif only_ema and name.startswith(_EMA):
+        elif ema_alone and name.startswith(_EMA):
             key = UNET + ".".join(
                 part
                 for match in _EMA_PART.finditer(name.removeprefix(_EMA))
                 for part in match.groups()
                 if part is not None
             )
-        found[key] = name
-    return found
+        mapped[key] = name
+    return mapped

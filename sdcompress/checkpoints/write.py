@@ -1,4 +1,4 @@
-"""A pipeline as one `.safetensors` file in LDM layout, as A1111, Forge and ComfyUI load it."""
+"""A pipeline → one `.safetensors` file in LDM layout, which A1111, Forge and ComfyUI load."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
@@ -15,7 +15,6 @@ from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import require_space, storage_errors
 
 from sdcompress.checkpoints.ldm_keys import (
-    _QKV,
     METADATA_KEY,
     UNET,
     V_PREDICTION,
@@ -23,40 +22,37 @@ from sdcompress.checkpoints.ldm_keys import (
     ZERO_SNR,
     is_openclip,
     openclip_keys,
-    qkv_third,
+    qkv_index,
+    qkv_keys,
     text_prefixes,
     unet_keys,
     vae_keys,
 )
 from sdcompress.families.registry import family_of_pipeline
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+from sdcompress.support.pipeline import TextToImagePipeline
 
 
-def ldm_state_dict(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """A pipeline's UNet, VAE and text encoders under LDM keys.
+def ldm_state_dict(pipeline: TextToImagePipeline) -> dict[str, torch.Tensor]:
+    """Returns the weights of a pipeline's UNet, VAE and text encoders by LDM key.
 
-    Returns:
-        LDM key → tensor, in the pipeline's own dtype and device; views of its weights where the layout allows. An empty
-            `v_pred` (and `ztsnr`) is added
-        where the scheduler says so.
+    Tensors keep the dtype and device of the pipeline; they are views of its weights where the layout allows. An empty
+    `v_pred` or `ztsnr` is added where the scheduler is set to v-prediction or to zero terminal SNR.
 
     Raises:
-        ModelError: a part of the pipeline that LDM files do not know.
+        ModelError: the LDM layout has no place for a parameter.
     """
-    parts: Any = pipeline
-    prefixes = family_of_pipeline(type(pipeline).__name__).text_prefixes
-    unet = parts.unet.state_dict()
+    family = family_of_pipeline(type(pipeline).__name__, pipeline.unet.config)
+    unet = pipeline.unet.state_dict()
     weights = {UNET + name: unet[key] for key, name in unet_keys(unet).items()}
-    vae = parts.vae.state_dict()
+    vae = pipeline.vae.state_dict()
     for key, name in vae_keys(vae).items():
         tensor = vae[key]
         weights[VAE + name] = tensor[:, :, None, None] if ".mid.attn_1." in name and tensor.ndim == 2 else tensor
-    for encoder in (parts.text_encoder, getattr(parts, "text_encoder_2", None)):
+    for name in family.text_encoders:
+        encoder = getattr(pipeline, name, None)
         if encoder is not None:
-            weights |= _text_state_dict(encoder, prefixes)
-    scheduler = parts.scheduler.config
+            weights |= _text_state_dict(encoder, family.text_prefixes)
+    scheduler = pipeline.scheduler.config
     flags = {
         V_PREDICTION: scheduler.get("prediction_type") == "v_prediction",
         ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr")),
@@ -81,35 +77,35 @@ def _text_state_dict(encoder: Any, prefixes: Mapping[str, str]) -> dict[str, tor
     for key, name in openclip_keys(state).items():
         if name == "text_projection":
             weights[prefix + name] = state[key].T
-        elif qkv_third(key) is None:
+        elif qkv_index(key) is None:
             weights[prefix + name] = state[key]
         elif prefix + name not in weights:
-            weights[prefix + name] = torch.cat([state[_QKV.sub(rf"\1.{letter}_proj.\3", key)] for letter in "qkv"])
+            weights[prefix + name] = torch.cat([state[part] for part in qkv_keys(key)])
     return weights
 
 
 def export_ldm(
-    pipeline: DiffusionPipeline,
+    pipeline: TextToImagePipeline,
     path: Path,
     dtype: torch.dtype = torch.float16,
     *,
     metadata: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> Path:
-    """`write_ldm` with what a command has to look at first: the path, the room on its disk, and that no weight leaves
-    the range of `dtype`.
+    """Check the path, the free disk space and the range of the weights, then `write_ldm`; returns the absolute path.
 
     Args:
-        metadata: further entries for the file, such as its name and what it was made from; values are text.
-        force: replace a file that is there.
-
-    Returns:
-        The file's absolute path.
+        pipeline: in torch, on any device.
+        path: of the new file, ending in `.safetensors`.
+        dtype: of the weights in the file.
+        metadata: further entries for the file, such as its title and its source; values are text.
+        force: replace an existing file.
 
     Raises:
-        UsageError: `path` is a folder or does not end in `.safetensors`. ArtifactError: it is there already.
-            ModelError: a part that LDM files do not know, or weights that are infinite in `dtype`. StorageError: no
-            space, no permission.
+        UsageError: `path` is a folder or does not end in `.safetensors`.
+        ArtifactError: the file exists already.
+        ModelError: the LDM layout has no place for a parameter, or a weight is not finite in `dtype`.
+        StorageError: there is no space or no permission.
     """
     path = path.absolute()
     if path.suffix != ".safetensors" or path.is_dir():
@@ -121,12 +117,13 @@ def export_ldm(
     if path.exists() and not force:
         raise ArtifactError("exists", where=path, hint="add --force to replace it, or choose another -o")
     weights = ldm_state_dict(pipeline)
-    if lost := [
-        key for key, tensor in weights.items() if tensor.numel() and not tensor.abs().max() <= torch.finfo(dtype).max
-    ]:
+    limit = torch.finfo(dtype).max
+    # "not <=" also finds NaN.
+    too_large = [key for key, tensor in weights.items() if tensor.numel() and not tensor.abs().max() <= limit]
+    if too_large:
         raise ModelError(
-            f"{len(lost)} weights do not fit into {str(dtype).removeprefix('torch.')}, or are not finite",
-            where=lost[0],
+            f"{len(too_large)} weights do not fit into {str(dtype).removeprefix('torch.')}, or are not finite",
+            where=too_large[0],
             hint="--precision fp32, or bf16",
         )
     require_space(
@@ -136,23 +133,25 @@ def export_ldm(
 
 
 def write_ldm(
-    pipeline: DiffusionPipeline,
+    pipeline: TextToImagePipeline,
     path: Path,
     dtype: torch.dtype = torch.float16,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a pipeline as one `.safetensors` in LDM layout, by one rename: what A1111, Forge, ComfyUI and
-    `load_pipeline` take.
+    """Write a pipeline as one `.safetensors` file in LDM layout; returns the absolute path.
 
-    The pipeline's configs go into the file's metadata, and its tokenizer where it is not CLIP's, so that reading it
-    back is exact for any width.
+    A1111, Forge, ComfyUI and `load_pipeline` read it. Its metadata holds the pipeline's configs, and its tokenizer
+    where that is not CLIP's, so that reading it back is exact for any width. The file appears by one rename.
 
     Args:
+        pipeline: in torch, on any device.
+        path: of the new file.
         dtype: of the weights in the file.
-        metadata: further entries beside the configs.
+        metadata: further entries beside the configs; values are text.
 
     Raises:
-        ModelError: as `ldm_state_dict`. StorageError: no space, no permission.
+        ModelError: the LDM layout has no place for a parameter.
+        StorageError: there is no space or no permission.
     """
     from safetensors.torch import save_file
 
@@ -160,7 +159,7 @@ def write_ldm(
         key: tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
         for key, tensor in ldm_state_dict(pipeline).items()
     }
-    metadata = {**(metadata or {}), "format": "pt", METADATA_KEY: json.dumps(pipeline_configs(pipeline))}
+    metadata = {**(metadata or {}), "format": "pt", METADATA_KEY: json.dumps(_collect_configs(pipeline))}
     path = path.absolute()
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,8 +177,9 @@ def write_ldm(
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put a safetensors file's metadata in order, which is another in every process, so that the same model makes the
-    same bytes.
+    """Sort the metadata of a safetensors file in place.
+
+    safetensors writes it in an order that differs from process to process; sorted, the same model gives the same bytes.
     """
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -191,37 +191,37 @@ def _sort_metadata(path: Path) -> None:
             file.write(ordered.ljust(size))
 
 
-def pipeline_configs(pipeline: DiffusionPipeline) -> dict[str, str]:
-    """A pipeline folder's small files, relative path → text; the tokenizer's vocabulary only where it is not CLIP's."""
+def _collect_configs(pipeline: TextToImagePipeline) -> dict[str, str]:
+    """Returns the configs of a pipeline folder, relative path → text; a vocabulary only where it is not CLIP's."""
     from sdcompress.families.vocabulary import shared_vocabulary
     from sdcompress.support.quiet import quiet
 
     index: dict[str, Any] = {"_class_name": type(pipeline).__name__}
     files: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch, quiet():
-        for name, part in pipeline.components.items():
-            if part is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
+        for name, component in pipeline.components.items():
+            if component is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
                 continue
             folder = Path(scratch) / name
-            index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
-            if hasattr(part, "get_vocab"):
-                part.save_pretrained(folder)
-                if part.get_vocab() == shared_vocabulary():
+            index[name] = [type(component).__module__.partition(".")[0], type(component).__name__]
+            if hasattr(component, "get_vocab"):
+                component.save_pretrained(folder)
+                if component.get_vocab() == shared_vocabulary():
                     (folder / "tokenizer.json").unlink(missing_ok=True)
-            elif hasattr(part, "save_config"):
-                part.save_config(folder)
+            elif hasattr(component, "save_config"):
+                component.save_config(folder)
             else:
-                part.config.save_pretrained(folder)
+                component.config.save_pretrained(folder)
             files |= {
-                f"{name}/{path.name}": _anonymous(path)
+                f"{name}/{path.name}": _read_without_local_paths(path)
                 for path in sorted(folder.iterdir())
                 if path.suffix in (".json", ".txt")
             }
     return {"model_index.json": json.dumps(index)} | files
 
 
-def _anonymous(path: Path) -> str:
-    """A config's text without the names of folders on the machine that wrote it."""
+def _read_without_local_paths(path: Path) -> str:
+    """Returns a config's text without the names of folders on this machine."""
     text = path.read_text(encoding="utf-8")
     if path.name in ("vocab.json", "merges.txt", "tokenizer.json"):
         return text

@@ -1,4 +1,4 @@
-"""The `sdcompress` command. Every subcommand lives in a module of its own, imported only when it is called."""
+"""The `sdcompress` command. Each subcommand is a module of its own, imported only when it is called."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import sys
 import click
 
 COMMANDS = {
-    "demo": "The whole way on the built-in teacher, in minutes, on any machine.",
-    "run": "plan → distill → export → engine → bench for a teacher, resumable by stage.",
+    "demo": "Run every stage on the built-in teacher, in minutes, on any machine.",
+    "run": "Run plan → distill → export → engine → bench for a teacher; resumable by stage.",
     "plan": "Show what a block-removal plan keeps of a teacher's UNet.",
     "distill": "Train a smaller student from a teacher.",
-    "data": "Look at a data set, cache it for training, or make one with a teacher.",
+    "data": "Inspect a data set, cache it for training, or make one with a teacher.",
     "finetune": "Train a teacher or a student on new pictures.",
-    "lora": "Train a LoRA, or carry one over to a student.",
-    "recipes": "Named settings for training: list, show, copy, validate.",
-    "export": "Write ONNX graphs of a pipeline, and TensorRT engines of them.",
+    "lora": "Train a LoRA, or convert one of the teacher for a student.",
+    "recipes": "Named training settings: list, show, copy, validate.",
+    "export": "Write ONNX graphs of a pipeline, and build TensorRT engines from them.",
     "engines": "The store of built engines: list, show, verify, prune, path.",
-    "install": "Put the plugin and engines into SD-WebUI, Forge or ComfyUI.",
-    "uninstall": "Take away what install has put there.",
-    "status": "Say what is installed in a WebUI or ComfyUI, and whether it loads.",
+    "install": "Install the plugin and engines in SD-WebUI, Forge or ComfyUI.",
+    "uninstall": "Remove what install has put there.",
+    "status": "Show what is installed in a WebUI or ComfyUI, and whether it loads.",
     "bench": "Measure latency and fidelity, and write a report.",
-    "generate": "Make a picture.",
-    "inspect": "Say what a pipeline or an artifact is.",
-    "doctor": "Check this installation, and prove each backend against torch.",
+    "generate": "Generate a picture.",
+    "inspect": "Show what a pipeline or an artifact is.",
+    "doctor": "Check this installation, and test each backend against torch.",
     "push": "Upload a finished pipeline or LoRA to the hub, with a model card.",
 }
 
 
 class LazyGroup(click.Group):
-    """A group whose `--help` needs no command's module, so that it answers at once."""
+    """A group whose `--help` imports no command's module, so that it is fast."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -60,15 +60,15 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="sdcompress")
 def cli() -> None:
-    """Turn a Stable Diffusion teacher into a small, fast student, and carry it to TensorRT.
+    """Turn a Stable Diffusion teacher into a small, fast student, and export it to TensorRT.
 
     \b
     Start here (any machine, no download):
-      sdcompress doctor                                  what works here, and what mends the rest
-      sdcompress demo                                    the whole way on the built-in teacher
+      sdcompress doctor                                  what works here, and how to fix the rest
+      sdcompress demo                                    every stage on the built-in teacher
       sdcompress generate nano "a flat icon of a cat"    a picture from it
     With your own checkpoint:
-      sdcompress plan TEACHER --preset bk-tiny           what would go, what would stay
+      sdcompress plan TEACHER --preset bk-tiny           what it would remove and keep
       sdcompress distill TEACHER --plan bk-tiny --data DATA -o student
       sdcompress export student/pipeline -o engines --trt
       sdcompress bench TEACHER student/pipeline -o report
@@ -78,7 +78,7 @@ def cli() -> None:
 def accept_all_characters() -> None:
     """Let stdout and stderr take every character.
 
-    On Windows, redirected ones have a code page that lacks some of ours.
+    On Windows, the code page of a redirected stream lacks some of the characters that the commands print.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -87,12 +87,15 @@ def accept_all_characters() -> None:
 
 
 def main() -> None:
-    """Run the command line: one line and an exit code for a user's mistake, a traceback only for ours."""
+    """Run the command line and exit.
+
+    A user's mistake gets one line and an exit code; only a fault of the program gets a traceback.
+    """
     from sdcompress_engines.errors import SdCompressError, storage_error
 
     accept_all_characters()
-    # Notices of optional parts that are not there (torchvision) are not for who types a command; theirs are read at
-    # import.
+    # The libraries read these when they are imported. Their notices of missing optional parts (torchvision) do not
+    # help the person who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     try:

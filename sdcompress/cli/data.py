@@ -1,4 +1,4 @@
-"""`sdcompress data`"""
+"""`sdcompress data`: inspect, encode and generate data sets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import click
 from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib, output_option
-from sdcompress.cli._training import DATA_HELP, DATA_KNOBS, data_options, data_overrides
+from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides
+from sdcompress.data.config import DataConfig
 
 if TYPE_CHECKING:
-    from sdcompress.data.config import DataConfig
     from sdcompress.data.report import Figures, Spread
 
 BAR = 32
@@ -21,7 +21,7 @@ CAPTION_SHOWN = 100
 
 @click.group(epilog=f"DATA: {DATA_HELP}")
 def command() -> None:
-    """Look at a data set, cache it for training, or make one with a teacher.
+    """Inspect a data set, encode it for training, or make one with a teacher.
 
     \b
       sdcompress data inspect "laion-art/{00000..00099}.tar" --where "aesthetic >= 7.5" --sheet sheet.png
@@ -30,14 +30,14 @@ def command() -> None:
     """
 
 
-@command.command(short_help="What is in it: usable or not, sizes, metadata, captions.")
+@command.command(short_help="Report usable pictures, sizes, metadata and captions.")
 @click.argument("data")
 @click.option(
     "--sheet",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
     metavar="FILE",
-    help="Write up to 64 of its pictures, drawn at random, side by side.",
+    help="Write a contact sheet of up to 64 pictures, drawn at random.",
 )
 @click.option(
     "--limit", type=int, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]"
@@ -45,15 +45,15 @@ def command() -> None:
 @click.option(
     "--decode",
     is_flag=True,
-    help="Decode every picture, to find those cut in the middle; without it only headers are read.",
+    help="Decode every picture, to find truncated ones; without it only headers are read.",
 )
 @json_option
 @data_options
 def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_json: bool, **options: Any) -> None:
-    """Say what is in DATA: how much of it is usable, sizes, metadata, captions.
+    """Report what DATA holds: usable pictures, sizes, metadata and captions.
 
-    Memory stays the same for millions of pictures: medians and histograms are those of 10,000 drawn at random where
-    there are more.
+    Memory stays the same for millions of pictures: with more than 10,000, medians and histograms are those of 10,000
+    drawn at random.
 
     \b
       sdcompress data inspect nano
@@ -65,16 +65,16 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
 
     from sdcompress_engines.errors import UsageError, storage_errors
 
-    from sdcompress.data.report import SMALL_PX, look
+    from sdcompress.data.report import SMALL_PX, inspect_source
     from sdcompress.data.sources import open_source
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-        raise UsageError("is no picture's name", where=sheet, expected="a name ending in .png, .webp or .jpg")
+        raise UsageError("is not the name of a picture", where=sheet, expected="a name ending in .png, .webp or .jpg")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}", expected="1 or more")
     again = typed_options(options)
     config = data_config(options)
-    figures, picture = look(
+    figures, picture = inspect_source(
         open_source(data, config),
         limit=limit,
         decode=decode,
@@ -91,12 +91,14 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
         return
     for title, spread in (*figures.fields.items(), ("words a caption", figures.caption_words)):
         if spread is not None:
-            click.echo("\n".join(["", f"{title}: {summary(spread)}, of {spread.count:,} pictures", *bars(spread)]))
+            click.echo(
+                "\n".join(["", f"{title}: {summarize(spread)}, of {spread.count:,} pictures", *draw_bars(spread)])
+            )
     if figures.captions:
-        click.echo("\n".join(["", "captions:", *(f"  {shortened(caption)}" for caption in figures.captions)]))
+        click.echo("\n".join(["", "captions:", *(f"  {shorten(caption)}" for caption in figures.captions)]))
     rows = figure_rows(figures)
     if sheet is not None:
-        rows.append(("sheet", sheet if picture is not None else "not written: no picture to show"))
+        rows.append(("sheet", sheet if picture is not None else "not written: there is no picture to show"))
     card(
         f"data set {figures.name}",
         rows,
@@ -104,7 +106,7 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
     )
 
 
-@command.command(short_help="Latents and embeddings, once for any number of trainings.")
+@command.command(short_help="Encode a data set once, for any number of trainings.")
 @click.argument("data")
 @click.argument("teacher")
 @click.option(
@@ -112,15 +114,15 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
     type=click.Choice(["auto", "fp32", "bf16"]),
     default="auto",
     show_default=True,
-    help="In which the VAE encodes; auto is bf16 on GPUs that have it, but fp32 for SDXL, and fp32 on a CPU.",
+    help="Precision of the VAE; auto is bf16 on GPUs that compute in it, but fp32 for SDXL, and fp32 on a CPU.",
 )
-@output_option("Folder of the cache; a stopped build of it is taken up.")
+@output_option("Folder of the cache; a stopped build in it is continued.")
 @force_option
 @data_options
 def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool, **options: Any) -> None:
     """Encode DATA once with TEACHER's VAE and text encoder, for any number of trainings.
 
-    Pictures are encoded in batches that fit the free memory. A stopped build goes on when typed again. `torchrun` or
+    Pictures are encoded in batches that fit the free memory. The same command continues a stopped build. `torchrun` or
     `accelerate launch` shares the work among GPUs.
 
     \b
@@ -172,7 +174,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     )
 
 
-@command.command(short_help="A data set of a teacher's own pictures.")
+@command.command(short_help="Make a data set of a teacher's own pictures.")
 @click.argument("teacher")
 @click.option(
     "--prompts",
@@ -180,7 +182,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="Prompts, one a line; picture i shows prompt i mod their number.",
+    help="Prompts, one per line; they are used in turn.",
 )
 @click.option("-n", "--count", type=int, required=True, metavar="N", help="Pictures to make.")
 @click.option(
@@ -188,7 +190,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     type=int,
     default=16,
     show_default=True,
-    help="Pictures drawn at once: more is faster, and takes more memory.",
+    help="Pictures drawn at once: more is faster and takes more memory.",
 )
 @click.option("--steps", type=int, default=25, show_default=True, help="Denoising steps.")
 @click.option(
@@ -196,7 +198,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     type=float,
     default=7.5,
     show_default=True,
-    help="Classifier-free guidance scale; 1 is none; nano wants 4.",
+    help="Classifier-free guidance scale; 1 is no guidance; nano needs 4.",
 )
 @click.option(
     "--size",
@@ -204,10 +206,14 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     type=int,
     default=None,
     metavar="PX",
-    help="Side of the pictures.  [default: the teacher's own]",
+    help="Side of the pictures in pixels.  [default: the teacher's own]",
 )
 @click.option(
-    "--seed", type=int, default=0, show_default=True, help="Of the first picture; the next has the next seed."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Seed of the first picture; the next picture has the next seed.",
 )
 @click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")
 @click.option(
@@ -216,11 +222,11 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     type=click.Choice(["webp", "png"]),
     default="webp",
     show_default=True,
-    help="webp (quality 95) takes a fraction of the disk; png loses nothing.",
+    help="webp (quality 95) takes a fraction of the disk space; png is lossless.",
 )
-@output_option("Folder of the data set; a stopped run of the same settings goes on in it.")
+@output_option("Folder of the data set; a stopped run with the same settings is continued.")
 @click.option(
-    "--force", is_flag=True, help="Replace the folder where it holds something else, or a set of other settings."
+    "--force", is_flag=True, help="Replace the folder if it holds something else, or a set with other settings."
 )
 def generate(
     teacher: str,
@@ -238,13 +244,14 @@ def generate(
 ) -> None:
     """Make a data set of TEACHER's own pictures: image files with metadata.jsonl, which `distill --data` takes.
 
-    Stopped anywhere and typed again, it goes on and ends with the very same files.
+    The same command continues a stopped run and ends with the same files.
 
     \b
       sdcompress data generate nano --prompts prompts.txt -n 200 -o nano-pictures
       sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --backend trt -o rv4-pictures
     """
-    from sdcompress.generate.dataset import GenerateSettings, generate_dataset, is_export, read_prompts
+    from sdcompress.generate.dataset import generate_dataset, is_export
+    from sdcompress.generate.settings import GenerateSettings, read_prompts
 
     settings = GenerateSettings(count, batch_size, steps, guidance, size_px, seed, backend, picture_format)
     settings.check()
@@ -271,47 +278,47 @@ def generate(
 
 
 def data_config(options: dict[str, Any]) -> DataConfig:
-    """The data options as a configuration; they are taken out of `options`.
+    """Remove the data options from `options`; returns them as a configuration.
 
     Raises:
-        UsageError: values that cannot be; all faults in one message.
+        UsageError: invalid values; one message names all errors.
     """
     from sdcompress.train.config import TrainConfig
     from sdcompress.train.recipes import load_config
 
-    return load_config(TrainConfig, None, {"data": data_overrides(options)}).data
+    return load_config(TrainConfig, None, {"data": pop_data_overrides(options)}).data
 
 
 def typed_options(options: dict[str, Any]) -> str:
-    """The data options that were given, as they go into the next command; each begins with a space."""
+    """Returns the data options that were given, as the next command takes them; each begins with a space."""
     text = ""
     for parameter in click.get_current_context().command.params:
         value = options.get(parameter.name or "")
-        if parameter.name in DATA_KNOBS and value not in (None, (), False):
+        if parameter.name in DataConfig.model_fields and value not in (None, (), False):
             for one in value if isinstance(value, tuple) else (value,):
                 text += f" {parameter.opts[0]}" + ("" if one is True else f" {command_line([str(one)])}")
     return text
 
 
 def figure_rows(figures: Figures) -> list[tuple[str, object]]:
-    """The rows of the card: what is usable, what is not and why, and the sizes."""
+    """Returns the rows of the card: usable pictures, the others by reason, and the sizes."""
     rows: list[tuple[str, object]] = [("usable", f"{figures.usable:,} pictures")]
-    unusable = sum(found.count for found in figures.unusable.values())
+    unusable = sum(group.count for group in figures.unusable.values())
     rows.append(
         ("unusable", f"{unusable:,}" + (f" ({unusable / (unusable + figures.usable):.1%})" if unusable else ""))
     )
     rows += [
         (
             f"  {reason}",
-            f"{found.count:,}: {', '.join(found.examples)}" + (", ..." if found.count > len(found.examples) else ""),
+            f"{group.count:,}: {', '.join(group.examples)}" + (", ..." if group.count > len(group.examples) else ""),
         )
-        for reason, found in figures.unusable.items()
+        for reason, group in figures.unusable.items()
     ]
     if figures.filtered:
         rows.append(("filtered out", f"{sum(figures.filtered.values()):,}"))
     rows += [(f"  {reason}", f"{count:,}") for reason, count in figures.filtered.items()]
     rows += [
-        (name, summary(spread))
+        (name, summarize(spread))
         for name, spread in (
             ("width, px", figures.width_px),
             ("height, px", figures.height_px),
@@ -326,30 +333,33 @@ def figure_rows(figures: Figures) -> list[tuple[str, object]]:
     return rows
 
 
-def number(value: float) -> str:
-    """Whole, or with four digits that count."""
+def format_number(value: float) -> str:
+    """Returns a number without decimals where it is whole or large, else with four significant digits."""
     return f"{value:,.0f}" if abs(value) < 1e15 and (abs(value) >= 1000 or value == int(value)) else f"{value:.4g}"
 
 
-def summary(spread: Spread) -> str:
+def summarize(spread: Spread) -> str:
+    """Returns the range and the median of a value."""
     return (
-        number(spread.least)
+        format_number(spread.least)
         if spread.least == spread.most
-        else f"{number(spread.least)} to {number(spread.most)}, median {number(spread.median)}"
+        else f"{format_number(spread.least)} to {format_number(spread.most)}, median {format_number(spread.median)}"
     )
 
 
-def bars(spread: Spread) -> list[str]:
-    """A histogram as lines of text; nothing for a field of one value."""
+def draw_bars(spread: Spread) -> list[str]:
+    """Returns a histogram as lines of text; no lines for a field of one value."""
     if len(spread.histogram) == 1:
         return []
     highest = max(share for _, _, share in spread.histogram)
-    return [
-        f"  {number(low):>10} – {number(high):<10} {'█' * round(BAR * share / highest):<{BAR}} {share:6.1%}"
-        for low, high, share in spread.histogram
-    ]
+    lines = []
+    for low, high, share in spread.histogram:
+        bar = "█" * round(BAR * share / highest)
+        lines.append(f"  {format_number(low):>10} – {format_number(high):<10} {bar:<{BAR}} {share:6.1%}")
+    return lines
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
+    """Returns a caption on one line, cut at `CAPTION_SHOWN` characters."""
     text = " ".join(text.split())
     return text if len(text) <= CAPTION_SHOWN else f"{text[: CAPTION_SHOWN - 1]}…"

@@ -1,4 +1,4 @@
-"""`sdcompress demo`"""
+"""`sdcompress demo`: the whole chain on the built-in teacher."""
 
 from __future__ import annotations
 
@@ -27,15 +27,18 @@ from sdcompress.cli._console import force_option
 )
 @force_option
 def command(output: Path, steps: int | None, force: bool) -> None:
-    """The whole way on nano, the built-in teacher: two students, their ONNX graphs and TensorRT engines, and the
-    report.
+    """Run every stage on nano, the built-in teacher: two students, their ONNX graphs and engines, and the report.
 
-    No download, no GPU needed; minutes on two cores. It is `sdcompress run` with nano's own data and recipe.
+    It needs no download and no GPU, and takes minutes on two cores. It is `sdcompress run` with nano's own data and
+    recipe.
 
     \b
       sdcompress demo
       sdcompress demo --steps 1000 -o demo-long
     """
-    from sdcompress.cli.run import run
+    from sdcompress_bench.chain import ChainSettings
 
-    run("nano", "nano", ("bk-base", "bk-tiny"), "nano", {"steps": steps}, output, quick=True, force=force)
+    from sdcompress.cli.run import run_and_print
+
+    plans = ("bk-base", "bk-tiny")
+    run_and_print(ChainSettings("nano", "nano", plans, "nano", {"steps": steps}, output, quick=True, force=force))

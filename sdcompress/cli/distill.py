@@ -1,4 +1,4 @@
-"""`sdcompress distill`"""
+"""`sdcompress distill`: train a student from a teacher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import click
 
 from sdcompress.cli._console import ConsoleReporter, card, mib, millions
-from sdcompress.cli._training import begin, outcome, training_config, training_options
+from sdcompress.cli._options import field_options
+from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.train.config import DistillConfig
 
 
 @click.command()
@@ -19,14 +21,10 @@ from sdcompress.cli._training import begin, outcome, training_config, training_o
     default=None,
     help="bk-base, bk-small, bk-tiny, or the path of a plan.json.  [default: the recipe's, else bk-tiny]",
 )
-@click.option("--task-weight", type=float, default=None, help="Weight of the loss against the true noise.")
-@click.option(
-    "--output-kd-weight", type=float, default=None, help="Weight of the loss against the teacher's prediction."
+@field_options(DistillConfig, ("task_weight", "output_kd_weight", "feature_kd_weight"))
+@training_options(
+    DistillConfig, "Training folder: checkpoints, metrics.jsonl, samples, and the student under pipeline/."
 )
-@click.option(
-    "--feature-kd-weight", type=float, default=None, help="Weight of the loss against the teacher's block outputs."
-)
-@training_options("Training folder: checkpoints, metrics.jsonl, samples, and the student under pipeline/.")
 def command(
     teacher: str,
     plan_name: str | None,
@@ -39,27 +37,27 @@ def command(
     force: bool,
     **options: Any,
 ) -> None:
-    """Train a smaller student of TEACHER: its blocks are removed as the plan says, then it learns from the teacher.
+    """Train a smaller student of TEACHER: blocks are removed by a plan, then the student learns from the teacher.
 
     \b
       sdcompress distill nano --plan bk-tiny --data nano --recipe nano -o student
       sdcompress distill rv4.safetensors --data "laion-art/{00000..00099}.tar" --where "aesthetic >= 7.5" \\
           --recipe segmind-small -o sd-small
-      sdcompress distill ... -o sd-small --resume           go on after a stop
+      sdcompress distill ... -o sd-small --resume           continue after a stop
     """
-    from sdcompress.models.locate import refuse_student, unet_config
-    from sdcompress.prune.plan import read_plan
-    from sdcompress.prune.student import count_parameters, meta_unet
-    from sdcompress.train.config import DistillConfig
+    from sdcompress.models.locate import read_unet_config, refuse_student
+    from sdcompress.prune.cost import count_parameters
+    from sdcompress.prune.presets import read_plan
+    from sdcompress.prune.student import meta_unet
     from sdcompress.train.distill import distill
-    from sdcompress.train.run_folder import PIPELINE
+    from sdcompress.train.pipelines import PIPELINE
 
     config = training_config(DistillConfig, recipe, settings, options)
-    theirs = unet_config(teacher)
-    refuse_student(theirs, teacher)
-    plan = read_plan(plan_name or config.plan or "bk-tiny", theirs)
+    teacher_config = read_unet_config(teacher)
+    refuse_student(teacher_config, teacher)
+    plan = read_plan(plan_name or config.plan or "bk-tiny", teacher_config)
     report = ConsoleReporter()
-    loaded, cache = begin(teacher, data, cache_folder, config, output, resume=resume, force=force, report=report)
+    loaded, cache = load_inputs(teacher, data, cache_folder, config, output, resume=resume, force=force, report=report)
     result = distill(loaded, plan, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
     before, after = count_parameters(meta_unet(plan.teacher)), count_parameters(meta_unet(plan.student_config()))
@@ -68,8 +66,8 @@ def command(
         [
             ("student", folder),
             ("UNet", f"{millions(before)} → {millions(after)} parameters ({1 - after / before:.1%} smaller)"),
-            ("size", mib(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))),
-            *outcome(result),
+            ("size", mib(folder_size_bytes(folder))),
+            *result_rows(result),
         ],
         f"sdcompress export {folder} -o {output.name}-onnx",
     )

@@ -1,4 +1,4 @@
-"""`sdcompress doctor`"""
+"""`sdcompress doctor`: what works on this machine, and how to fix the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 Line = tuple[str, str, str, str, "str | None"]
-"""Of a table: mark, word, name, text, and what to type."""
+"""A line of a table: mark, word, name, text, and the command that fixes a fault."""
 
 
 @click.command()
@@ -24,12 +24,12 @@ Line = tuple[str, str, str, str, "str | None"]
     default="nano",
     show_default=True,
     metavar="MODEL",
-    help="Prove the backends on this model, at its own size.",
+    help="Test the backends on this model, at its own size.",
 )
 @click.option(
-    "--backend", "backends", multiple=True, metavar="NAME", help="Prove only this one, beside torch; repeat for more."
+    "--backend", "backends", multiple=True, metavar="NAME", help="Test only this one, beside torch; repeat for more."
 )
-@click.option("--full", is_flag=True, help="Compile all of nano's UNet, not a small one like it.")
+@click.option("--full", is_flag=True, help="Compile all of nano's UNet, not a small UNet with the same operators.")
 @click.option(
     "--minutes",
     type=click.FloatRange(0.2),
@@ -39,18 +39,18 @@ Line = tuple[str, str, str, str, "str | None"]
 )
 @json_option
 def command(model: str, backends: tuple[str, ...], full: bool, minutes: float | None, as_json: bool) -> None:
-    """Check this installation: packages, card, cache, and whether each backend runs and agrees with torch.
+    """Check this installation: packages, GPU, cache, and whether each backend runs and agrees with torch.
 
     \b
       sdcompress doctor
       sdcompress doctor --model ./realistic-vision-v4.safetensors --backend ort --backend trt
 
-    Each backend runs a UNet in a process of its own. It works if its answer equals that of torch in IEEE fp32 within
-    the limit that `export` holds graphs to. For what does not work there is one reason and one command to type. A
-    backend that this machine cannot have does not count.
+    Each backend runs a UNet in a process of its own. It works if its output equals that of torch in IEEE fp32, within
+    the limit that `export` uses for graphs. For each fault you get the reason and the command that fixes it. A backend
+    that cannot run on this machine does not count.
 
-    The exit code is 0 if every backend that this machine can have works, else 1. The text and the JSON hold no user
-    name, host name or path, so they can be pasted into an issue.
+    The exit code is 0 if every backend that can run on this machine works, else 1. The text and the JSON hold no user
+    name, host name or path, so you can paste them into an issue.
 
     The backends are torch, compile, aot (AOTInductor), onnxruntime (ort), tensorrt (trt) and tensorrt-rtx. A model of
     SD1.5's size takes minutes for each on a CPU.
@@ -58,20 +58,20 @@ def command(model: str, backends: tuple[str, ...], full: bool, minutes: float | 
     import json
 
     examine = _load_examine()
-    found = examine(model, backends, full=full, minutes=minutes, report=ConsoleReporter())
+    diagnosis = examine(model, backends, full=full, minutes=minutes, report=ConsoleReporter())
     if as_json:
-        click.echo(json.dumps(found.to_json(), allow_nan=False))
+        click.echo(json.dumps(diagnosis.to_json(), allow_nan=False))
     else:
-        show(found)
-    if not found.healthy:
+        print_diagnosis(diagnosis)
+    if not diagnosis.healthy:
         raise click.exceptions.Exit(1)
 
 
 def _load_examine() -> Callable[..., Diagnosis]:
-    """Returns `examine`.
+    """Returns `sdcompress.backends.doctor.examine`.
 
     Raises:
-        BackendMissing: torch, or what this package itself needs, cannot be imported.
+        BackendMissing: torch, or another package that sdcompress itself needs, cannot be imported.
     """
     from sdcompress_engines.errors import BackendMissing
 
@@ -86,10 +86,10 @@ def _load_examine() -> Callable[..., Diagnosis]:
     return examine
 
 
-def show(found: Diagnosis) -> None:
-    """Print a diagnosis: the machine, the checks, the backends, and last the verdict with what to type next."""
-    machine = found.machine
-    packages = ", ".join(f"{name} {version}" for name, version in found.packages.items())
+def print_diagnosis(diagnosis: Diagnosis) -> None:
+    """Print a diagnosis: the machine, the checks, the backends, and last the verdict and the command to type next."""
+    machine = diagnosis.machine
+    packages = ", ".join(f"{name} {version}" for name, version in diagnosis.packages.items())
     seen = "; ".join(machine["cards"]) or "none that torch sees"
     rows = [
         ("system", f"{machine['system']}, Python {machine['python']}"),
@@ -99,56 +99,55 @@ def show(found: Diagnosis) -> None:
     ]
     card("this machine", rows)
     lines = [
-        (_mark(check.ok), "ok" if check.ok else "fails", check.name, check.text, check.command)
-        for check in found.checks
+        (_choose_mark(check.ok), "ok" if check.ok else "fails", check.name, check.text, check.command)
+        for check in diagnosis.checks
     ]
-    _table("installation", lines)
-    _table(f"backends, on {found.model}", [_line(result) for result in found.backends])
+    _print_table("installation", lines)
+    _print_table(f"backends, on {diagnosis.model}", [_backend_line(result) for result in diagnosis.backends])
     click.echo()
-    if any(result.subject == "small" for result in found.backends):
+    if any(result.subject == "small" for result in diagnosis.backends):
         click.echo(
-            f"small UNet: two levels with {found.model}'s operators; sdcompress doctor --full compiles all of it"
+            f"small UNet: two levels with {diagnosis.model}'s operators; sdcompress doctor --full compiles all of it"
         )
     if machine["load"] > machine["cores"]:
         busy = f"load {machine['load']:g} on {machine['cores']} cores"
-        click.echo(f"busy: other programs ran before this one ({busy}), so times are longer than they need be")
-    click.echo(f"{verdict(found)} ({found.seconds:.0f} s)\nnext: {next_command(found)}")
+        click.echo(f"busy: other programs were running ({busy}), so the times are longer than on an idle machine")
+    click.echo(f"{verdict(diagnosis)} ({diagnosis.seconds:.0f} s)\nnext: {next_command(diagnosis)}")
 
 
-def verdict(found: Diagnosis) -> str:
-    """Returns the answer in a sentence."""
-    usable = [result for result in found.backends if result.status != "not here"]
+def verdict(diagnosis: Diagnosis) -> str:
+    """Returns the result in one sentence."""
+    usable = [result for result in diagnosis.backends if result.status != "not here"]
     working = [result for result in usable if result.healthy]
-    faults = sum(not check.ok for check in found.checks)
-    if found.healthy:
+    faults = sum(not check.ok for check in diagnosis.checks)
+    if diagnosis.healthy:
         return f"all {len(usable)} backends work" if len(usable) > 1 else f"{usable[0].backend} works"
     broken = f"; {faults} {'fault' if faults == 1 else 'faults'} of the installation" if faults else ""
-    return f"{len(working)} of {len(usable)} backends work that this machine can have{broken}"
+    return f"{len(working)} of the {len(usable)} backends that can run on this machine work{broken}"
 
 
-def next_command(found: Diagnosis) -> str:
-    """Returns what to type next: the first thing that mends something, else a picture on the fastest backend."""
-    mending = [
-        command for command in (*(c.command for c in found.checks), *(r.command for r in found.backends)) if command
-    ]
-    if mending:
-        return mending[0]
-    model = found.model if found.model in ("nano", "nano-tiny") else "MODEL"
+def next_command(diagnosis: Diagnosis) -> str:
+    """Returns the command to type next: the first that fixes a fault, else one that draws on the fastest backend."""
+    fixes = [*(check.command for check in diagnosis.checks), *(result.command for result in diagnosis.backends)]
+    if first := next(filter(None, fixes), None):
+        return first
+    model = diagnosis.model if diagnosis.model in ("nano", "nano-tiny") else "MODEL"
     return f'sdcompress generate {model} "a flat icon of a cat" --backend auto'
 
 
-def _line(result: BackendResult) -> Line:
+def _backend_line(result: BackendResult) -> Line:
     signs = {"works": True, "builds": True, "fails": False, "unfinished": False, "not here": None}
-    mark = _mark(signs[result.status])
+    mark = _choose_mark(signs[result.status])
     name = result.backend if (result.backend, result.device) != ("onnxruntime", "cuda") else "onnxruntime on CUDA"
-    return mark, result.status, name, _text(result), result.command
+    return mark, result.status, name, _backend_text(result), result.command
 
 
-def _text(result: BackendResult) -> str:
+def _backend_text(result: BackendResult) -> str:
     if result.status == "builds":
-        run = f"to run it takes a card of compute capability {result.cards}"
+        size = mib(2**20 * (result.built_mib or 0))
         return (
-            f"{result.precision}  an engine of {mib(2**20 * (result.built_mib or 0))} in {result.built_s:.1f} s; {run}"
+            f"{result.precision}  built an engine of {size} in {result.built_s:.1f} s;"
+            f" it runs on a GPU of compute capability {result.cards}"
         )
     parts = [result.precision] if result.status != "not here" else []
     if result.unet_step_ms is not None:
@@ -160,8 +159,8 @@ def _text(result: BackendResult) -> str:
     return "  ".join([*parts, *([result.reason] if result.reason else [])])
 
 
-def _mark(ok: bool | None) -> str:
-    """A sign, in ASCII where the terminal's encoding has no other."""
+def _choose_mark(ok: bool | None) -> str:
+    """Returns the mark of a line, in ASCII if the encoding of stdout has no other."""
     signs = {True: "✓", False: "✗", None: "–"}
     try:
         "".join(signs.values()).encode(sys.stdout.encoding or "ascii")
@@ -170,12 +169,12 @@ def _mark(ok: bool | None) -> str:
     return signs[ok]
 
 
-def _table(title: str, lines: Sequence[Line]) -> None:
-    """Mark, word, name and text a line, and below a fault what to type."""
+def _print_table(title: str, lines: Sequence[Line]) -> None:
+    """Print a table, and below each fault the command that fixes it."""
     words, names = max(len(line[1]) for line in lines), max(len(line[2]) for line in lines)
     click.echo(f"\n{title}")
     colors = {"✓": "green", "+": "green", "✗": "red", "x": "red"}
-    for mark, word, name, text, mending in lines:
+    for mark, word, name, text, fix in lines:
         click.echo(f"{click.style(mark, fg=colors.get(mark))} {word:<{words}}  {name:<{names}}  {text}")
-        if mending:
-            click.echo(f"{'':<{words + names + 6}}type: {mending}")
+        if fix:
+            click.echo(f"{'':<{words + names + 6}}type: {fix}")

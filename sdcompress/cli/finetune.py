@@ -1,4 +1,4 @@
-"""`sdcompress finetune`"""
+"""`sdcompress finetune`: train every weight of a UNet."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import Any
 import click
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
-from sdcompress.cli._training import begin, outcome, training_config, training_options
+from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.train.config import FinetuneConfig
 
 
 @click.command()
 @click.argument("model")
-@training_options("Training folder: checkpoints, metrics.jsonl, samples, and the pipeline under pipeline/.")
+@training_options(
+    FinetuneConfig, "Training folder: checkpoints, metrics.jsonl, samples, and the pipeline under pipeline/."
+)
 def command(
     model: str,
     data: str,
@@ -30,19 +33,18 @@ def command(
     \b
       sdcompress finetune nano-tiny --data ./pictures --recipe nano-finetune -o finetuned
       sdcompress finetune segmind/tiny-sd --data ./portraits --recipe segmind-portrait -o portrait
-      sdcompress finetune ... -o portrait --resume           go on after a stop
+      sdcompress finetune ... -o portrait --resume           continue after a stop
     """
-    from sdcompress.train.config import FinetuneConfig
     from sdcompress.train.finetune import finetune
-    from sdcompress.train.run_folder import PIPELINE
+    from sdcompress.train.pipelines import PIPELINE
 
     config = training_config(FinetuneConfig, recipe, settings, options)
     report = ConsoleReporter()
-    loaded, cache = begin(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
+    loaded, cache = load_inputs(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
     result = finetune(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
     rows: list[tuple[str, object]] = [
         ("pipeline", folder),
-        ("size", mib(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()))),
+        ("size", mib(folder_size_bytes(folder))),
     ]
-    card(f"{loaded.name}, finetuned", rows + outcome(result), f"sdcompress bench {model} {folder} -o report")
+    card(f"{loaded.name}, finetuned", rows + result_rows(result), f"sdcompress bench {model} {folder} -o report")

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from sdcompress.cli._console import ConsoleReporter, card
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdcompress.support.pipeline import TextToImagePipeline
 
 
 @click.command()
@@ -19,7 +24,7 @@ from sdcompress.cli._console import ConsoleReporter, card
     "--guidance",
     type=float,
     default=None,
-    help="Classifier-free guidance scale; 1 is none.  [default: 7.5; nano and its students 4]",
+    help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 4]",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
@@ -38,27 +43,27 @@ from sdcompress.cli._console import ConsoleReporter, card
     "--precision",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     default=None,
-    help="Of what runs in torch or is exported now.  [default: fp16 on a GPU, else fp32]",
+    help="Precision in torch, or of a graph that is exported now.  [default: fp16 on a GPU, else fp32]",
 )
 @click.option(
     "--artifacts",
     type=click.Path(path_type=Path),
     default=None,
     metavar="DIR",
-    help="Graphs or engines of MODEL that `export` wrote.  [default: made once and kept]",
+    help="Graphs or engines of MODEL that `export` wrote.  [default: exported once and cached]",
 )
 @click.option(
     "--fallback",
     type=click.Choice(["torch"]),
     default=None,
-    help="Where an engine does not take the size, run the UNet in torch and say so.",
+    help="Run the UNet in torch, with a notice, where an engine does not support the size.",
 )
 @click.option(
     "--lora",
     "loras",
     multiple=True,
     metavar="FILE[:WEIGHT]",
-    help="LoRA made for this model, in diffusers' or kohya's naming; repeat for more.",
+    help="LoRA for this model, in diffusers' or kohya's naming; repeat for more.",
 )
 @click.option(
     "-o",
@@ -83,7 +88,7 @@ def command(
     loras: tuple[str, ...],
     output: Path,
 ) -> None:
-    """Make a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
+    """Generate a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
 
     \b
       sdcompress generate nano "a flat icon of a wine glass" -o glass.png
@@ -92,32 +97,17 @@ def command(
     """
     import time
 
-    from sdcompress_engines.errors import UsageError, storage_errors
-
     from sdcompress.backends.assemble import close_pipeline, open_pipeline
     from sdcompress.backends.registry import backend_name
-    from sdcompress.lora.files import read_lora
-    from sdcompress.lora.fuse import fuse_lora, parse_lora
-    from sdcompress.lora.names import unet_modules
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
-    chosen = [parse_lora(text) for text in loras]
-    if chosen and backend != "torch":
-        raise UsageError(
-            f"--lora with the backend {backend}: a graph's weights are fixed",
-            expected="--backend torch",
-            hint=f"sdcompress export {model} --lora {loras[0]} -o DIR, which bakes it in",
-        )
-    if artifacts is not None and not artifacts.is_dir():
-        raise UsageError("no such folder", where=artifacts, hint=f"sdcompress export {model} -o {artifacts}")
-    if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-        raise UsageError("is no picture's name", where=output, expected="a name ending in .png, .webp or .jpg")
+    weighted_loras = _check_options(model, backend, artifacts, loras, output)
     report = ConsoleReporter()
     started = time.monotonic()
     pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
-    for file, weight in chosen:
-        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
+    if weighted_loras:
+        _fuse_loras(pipeline, weighted_loras)
     loaded = time.monotonic()
     with report.task(f"draw {steps} steps on {backend}"):
         (picture,) = generate(
@@ -131,9 +121,7 @@ def command(
         )
     drawn = time.monotonic()
     close_pipeline(pipeline)
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(output)
+    _save(picture, output)
     card(
         "picture",
         [
@@ -143,3 +131,42 @@ def command(
             ("time", f"{drawn - loaded:.1f} s (and {loaded - started:.1f} s to load)"),
         ],
     )
+
+
+def _check_options(
+    model: str, backend: str, artifacts: Path | None, loras: tuple[str, ...], output: Path
+) -> list[tuple[Path, float]]:
+    """Returns the file and weight of each LoRA, after a check of all options that need no model."""
+    from sdcompress_engines.errors import UsageError
+
+    from sdcompress.lora.fuse import parse_lora
+
+    weighted_loras = [parse_lora(text) for text in loras]
+    if loras and backend != "torch":
+        raise UsageError(
+            f"--lora with the backend {backend}: a graph's weights are fixed",
+            expected="--backend torch",
+            hint=f"sdcompress export {model} --lora {loras[0]} -o DIR, which fuses it into the graph",
+        )
+    if artifacts is not None and not artifacts.is_dir():
+        raise UsageError("no such folder", where=artifacts, hint=f"sdcompress export {model} -o {artifacts}")
+    if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
+        raise UsageError("is no picture's name", where=output, expected="a name ending in .png, .webp or .jpg")
+    return weighted_loras
+
+
+def _fuse_loras(pipeline: TextToImagePipeline, weighted_loras: list[tuple[Path, float]]) -> None:
+    from sdcompress.lora.files import read_lora
+    from sdcompress.lora.fuse import fuse_lora
+    from sdcompress.lora.names import unet_modules
+
+    for file, weight in weighted_loras:
+        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
+
+
+def _save(picture: Image.Image, output: Path) -> None:
+    from sdcompress_engines.errors import storage_errors
+
+    with storage_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(output)

@@ -1,4 +1,4 @@
-"""`sdcompress lora`"""
+"""`sdcompress lora`: train a LoRA, or convert one for a student."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 import click
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
-from sdcompress.cli._training import begin, outcome, training_config, training_options
+from sdcompress.cli._options import field_options
+from sdcompress.cli._training import load_inputs, result_rows, training_config, training_options
+from sdcompress.train.config import LoraConfig
 
 
 @click.group()
 def command() -> None:
-    """Train a LoRA, or carry one over to a student.
+    """Train a LoRA, or convert one for a student.
 
     \b
       sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
@@ -24,10 +26,8 @@ def command() -> None:
 
 @command.command()
 @click.argument("model")
-@click.option(
-    "--rank", type=int, default=None, help="Of the adapter's matrices: higher learns more and makes a bigger file."
-)
-@training_options("Training folder: checkpoints, metrics.jsonl, samples, and the LoRA under lora/.")
+@field_options(LoraConfig, ("rank",))
+@training_options(LoraConfig, "Training folder: checkpoints, metrics.jsonl, samples, and the LoRA under lora/.")
 def train(
     model: str,
     data: str,
@@ -39,18 +39,17 @@ def train(
     force: bool,
     **options: Any,
 ) -> None:
-    """Train a LoRA for MODEL's attention layers; written for diffusers and, in kohya's naming, for the WebUIs.
+    """Train a LoRA for MODEL's attention layers. It is saved for diffusers and, in kohya's naming, for the WebUIs.
 
     \b
       sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
       sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32 --set text_encoder=true
     """
-    from sdcompress.train.config import LoraConfig
     from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
 
     config = training_config(LoraConfig, recipe, settings, options)
     report = ConsoleReporter()
-    loaded, cache = begin(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
+    loaded, cache = load_inputs(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
     result = train_lora(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / LORA
     rows: list[tuple[str, object]] = [
@@ -60,14 +59,16 @@ def train(
     ]
     card(
         f"LoRA of rank {config.rank} for {loaded.name}",
-        rows + outcome(result),
+        rows + result_rows(result),
         f'sdcompress generate {model} "PROMPT" --lora {folder / FILE} -o out.png',
     )
 
 
 @command.command()
 @click.argument("lora", type=click.Path(path_type=Path))
-@click.option("--teacher", required=True, help="The model the LoRA was made for: a checkpoint, a hub id, or nano.")
+@click.option(
+    "--teacher", required=True, help="The model that the LoRA was trained for: a checkpoint, a hub id, or nano."
+)
 @click.option(
     "--plan",
     "plan_name",
@@ -80,7 +81,7 @@ def train(
     type=click.Choice(["kohya", "diffusers"]),
     default="kohya",
     show_default=True,
-    help="kohya is what the WebUIs read.",
+    help="The WebUIs read kohya.",
 )
 @click.option(
     "-o",
@@ -90,10 +91,11 @@ def train(
     metavar="FILE",
     help="The student's LoRA, .safetensors.",
 )
-@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, force: bool) -> None:
-    """Turn a LoRA made for the whole UNet into one for the student: layers of blocks that are gone are dropped and
-    named.
+    """Convert a LoRA of the whole UNet into one for the student.
+
+    Layers of removed blocks are dropped; the card names them.
 
     \b
       sdcompress lora remap detail-tweaker.safetensors --teacher ./rv4 --plan bk-tiny -o tweaker-tiny.safetensors
@@ -103,26 +105,28 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, f
     from sdcompress.lora.files import read_lora, write_lora
     from sdcompress.lora.names import unet_modules
     from sdcompress.lora.remap import remap_lora
-    from sdcompress.models.locate import unet_config
-    from sdcompress.prune.plan import read_plan
+    from sdcompress.models.locate import read_unet_config
+    from sdcompress.prune.presets import read_plan
     from sdcompress.prune.student import meta_unet
 
     if output.exists() and not force:
         raise ArtifactError("exists", where=output, hint="add --force to replace it, or choose another -o")
-    plan = read_plan(plan_name, unet_config(teacher))
+    plan = read_plan(plan_name, read_unet_config(teacher))
     layers = read_lora(lora, unet_modules(meta_unet(plan.teacher)))
     remapped = remap_lora(layers, plan, unet_modules(meta_unet(plan.student_config())))
     if not any(component == "unet" for component, _ in remapped.layers):
-        raise ModelError(f"changes only blocks that {plan.name} has removed", where=lora)
+        raise ModelError(f"changes only blocks that {plan.name} removes", where=lora)
     write_lora(remapped.layers, output, naming)
-    gone: dict[str, int] = {}
+    dropped: dict[str, int] = {}
     for name in remapped.dropped:
         block = ".".join(name.split(".")[:4] if name.startswith(("down", "up")) else name.split(".")[:3])
-        gone[block] = gone.get(block, 0) + 1
+        dropped[block] = dropped.get(block, 0) + 1
     rows: list[tuple[str, object]] = [
         ("LoRA", output),
         ("size", mib(output.stat().st_size)),
         ("layers", f"{len(layers)} → {len(remapped.layers)}"),
     ]
-    rows += [("dropped" if i == 0 else "", f"{block}: {count} layers") for i, (block, count) in enumerate(gone.items())]
+    rows += [
+        ("dropped" if i == 0 else "", f"{block}: {count} layers") for i, (block, count) in enumerate(dropped.items())
+    ]
     card(f"{lora.name} for {plan.name}", rows)

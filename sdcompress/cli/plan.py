@@ -10,7 +10,8 @@ import click
 from sdcompress.cli._console import card, json_option, millions
 
 if TYPE_CHECKING:
-    from sdcompress.prune.student import Cost
+    from sdcompress.prune.cost import Cost
+    from sdcompress.prune.plan import BlockPlan
 
 
 @click.command()
@@ -41,48 +42,21 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
 
     from sdcompress_engines.errors import storage_errors
 
-    from sdcompress.models.locate import unet_config
-    from sdcompress.prune.plan import read_plan
-    from sdcompress.prune.student import unet_cost
+    from sdcompress.models.locate import read_unet_config
+    from sdcompress.prune.cost import unet_cost
+    from sdcompress.prune.presets import read_plan
 
-    plan = read_plan(preset, unet_config(teacher))
+    plan = read_plan(preset, read_unet_config(teacher))
     before, after = unet_cost(plan.teacher), unet_cost(plan.student_config())
-    total = len(plan.teacher["block_out_channels"])
-    rows = []
-    for i in range(total):
-        level = plan.levels[i] if i < len(plan.levels) else None
-        channels = plan.teacher["block_out_channels"][i]
-        up = f"up_blocks.{total - 1 - i}"
-        student_up = f"up_blocks.{len(plan.levels) - 1 - i}"
-        keeps = f"down pairs {_list(level.down)}, up pairs {_list(level.up)}" if level else "dropped"
-        was = before[f"down_blocks.{i}"] + before[up]
-        now = after[f"down_blocks.{i}"] + after[student_up] if level else None
-        rows.append((f"level {i} ({channels} ch)", f"{keeps:<32} {_change(was, now)}"))
-    if "mid_block" in before:
-        rows.append(
-            (
-                "mid block",
-                f"{'kept' if plan.mid else 'dropped':<32} {_change(before['mid_block'], after.get('mid_block'))}",
-            )
-        )
-    rows.append(("UNet", f"{'':<32} {_change(before['total'], after['total'])}"))
-    share = 1 - after["total"].parameters / before["total"].parameters
-    rows.append(("", f"{before['total'].parameters:,} → {after['total'].parameters:,} parameters, {share:.1%} smaller"))
+    rows = _rows(plan, before, after)
     if output:
         with storage_errors(output):
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(plan.to_json(), encoding="utf-8")
         rows.append(("plan", str(output)))
     if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "plan": json.loads(plan.to_json()),
-                    "before": before["total"].__dict__,
-                    "after": after["total"].__dict__,
-                }
-            )
-        )
+        costs = {"before": before["total"].__dict__, "after": after["total"].__dict__}
+        click.echo(json.dumps({"plan": json.loads(plan.to_json()), **costs}))
         return
     card(
         f"{plan.name} for {teacher}",
@@ -91,12 +65,31 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
     )
 
 
-def _list(indices: tuple[int, ...]) -> str:
+def _rows(plan: BlockPlan, before: dict[str, Cost], after: dict[str, Cost]) -> list[tuple[str, object]]:
+    """Returns one row for each level, for the mid block and for the whole UNet."""
+    total = len(plan.teacher["block_out_channels"])
+    rows: list[tuple[str, object]] = []
+    for i, channels in enumerate(plan.teacher["block_out_channels"]):
+        level = plan.levels[i] if i < len(plan.levels) else None
+        old = before[f"down_blocks.{i}"] + before[f"up_blocks.{total - 1 - i}"]
+        new = after[f"down_blocks.{i}"] + after[f"up_blocks.{len(plan.levels) - 1 - i}"] if level else None
+        keeps = f"down pairs {_join(level.down)}, up pairs {_join(level.up)}" if level else "dropped"
+        rows.append((f"level {i} ({channels} ch)", f"{keeps:<32} {_change(old, new)}"))
+    if "mid_block" in before:
+        keeps = "kept" if plan.mid else "dropped"
+        rows.append(("mid block", f"{keeps:<32} {_change(before['mid_block'], after.get('mid_block'))}"))
+    rows.append(("UNet", f"{'':<32} {_change(before['total'], after['total'])}"))
+    old_count, new_count = before["total"].parameters, after["total"].parameters
+    rows.append(("", f"{old_count:,} → {new_count:,} parameters, {1 - new_count / old_count:.1%} smaller"))
+    return rows
+
+
+def _join(indices: tuple[int, ...]) -> str:
     return ", ".join(map(str, indices))
 
 
-def _change(was: Cost, now: Cost | None) -> str:
-    parameters, macs = (now.parameters, now.macs) if now else (0, 0)
+def _change(old: Cost, new: Cost | None) -> str:
+    parameters, macs = (new.parameters, new.macs) if new else (0, 0)
     return (
-        f"{millions(was.parameters):>9} → {millions(parameters):>9}   {was.macs / 1e9:>8.2f} → {macs / 1e9:>8.2f} GMACs"
+        f"{millions(old.parameters):>9} → {millions(parameters):>9}   {old.macs / 1e9:>8.2f} → {macs / 1e9:>8.2f} GMACs"
     )

@@ -1,4 +1,4 @@
-"""`sdcompress recipes`"""
+"""`sdcompress recipes`: list, show, copy and check named settings for training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sdcompress.cli._console import card, json_option
+from sdcompress.cli._training import set_option
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -19,7 +20,7 @@ TRAINERS = {"distill": "distill TEACHER", "finetune": "finetune MODEL", "lora": 
 
 @click.group()
 def command() -> None:
-    """Named settings for distill, finetune and lora train: list, read, copy and check them.
+    """List, show, copy and check recipes: named settings for distill, finetune and lora train.
 
     \b
       sdcompress recipes list
@@ -32,7 +33,7 @@ def command() -> None:
 @command.command("list")
 @json_option
 def list_recipes(as_json: bool) -> None:
-    """The recipes that come with sdcompress.
+    """List the recipes that come with sdcompress.
 
     \b
       sdcompress recipes list
@@ -43,12 +44,12 @@ def list_recipes(as_json: bool) -> None:
 
     facts = []
     for name in recipe_names():
-        kind, config = resolved(name)
+        kind, config = resolve_recipe(name)
         facts.append(
             {
                 "name": name,
                 "kind": kind,
-                "purpose": purpose(recipe_path(name).read_text(encoding="utf-8")),
+                "purpose": read_purpose(recipe_path(name).read_text(encoding="utf-8")),
                 "steps": config.steps,
                 "batch_size": config.batch_size,
             }
@@ -67,10 +68,10 @@ def list_recipes(as_json: bool) -> None:
 @command.command()
 @click.argument("recipe", metavar="NAME|FILE")
 @click.option(
-    "--resolved", "as_resolved", is_flag=True, help="Every knob with its value and what it means, defaults too."
+    "--resolved", "as_resolved", is_flag=True, help="Print every knob with its value and meaning, defaults included."
 )
 def show(recipe: str, as_resolved: bool) -> None:
-    """A recipe's text.
+    """Print a recipe.
 
     \b
       sdcompress recipes show bk-sdm-tiny
@@ -79,8 +80,8 @@ def show(recipe: str, as_resolved: bool) -> None:
     from sdcompress.train.recipes import read_recipe, recipe_path
 
     if as_resolved:
-        kind, config = resolved(recipe)
-        click.echo(f"kind: {kind}\n" + knobs(config), nl=False)
+        kind, config = resolve_recipe(recipe)
+        click.echo(f"kind: {kind}\n" + render_config(config), nl=False)
     else:
         read_recipe(recipe)
         click.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
@@ -89,9 +90,9 @@ def show(recipe: str, as_resolved: bool) -> None:
 @command.command()
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--force", is_flag=True, help="Replace the file if it is there.")
+@click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def copy(name: str, file: Path, force: bool) -> None:
-    """Copy a recipe to FILE, to change it there.
+    """Copy a recipe to FILE, where you can change it.
 
     \b
       sdcompress recipes copy bk-sdm-tiny mine.yaml
@@ -102,9 +103,9 @@ def copy(name: str, file: Path, force: bool) -> None:
 
     if file.suffix not in (".yaml", ".yml"):
         raise UsageError(
-            "is no name for a recipe", where=file, expected="FILE.yaml, by which --recipe tells a file from a name"
+            "is not a file name for a recipe", where=file, expected="FILE.yaml: --recipe takes other texts for a name"
         )
-    kind = trainer(read_recipe(name), name)
+    kind = read_kind(read_recipe(name), name)
     if file.is_dir() or (file.exists() and not force):
         raise ArtifactError(
             "exists",
@@ -119,16 +120,10 @@ def copy(name: str, file: Path, force: bool) -> None:
 
 @command.command()
 @click.argument("recipe", metavar="NAME|FILE")
-@click.option(
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="KNOB=VALUE",
-    help="Any knob, such as ema_decay=0.999 or data.flip=true; repeat for more.",
-)
+@set_option("Any knob, such as ema_decay=0.999 or data.flip=true; repeat for more.")
 @json_option
 def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
-    """Check a recipe: all faults at once, or the figures it stands for.
+    """Check a recipe: print its main figures, or all errors at once.
 
     \b
       sdcompress recipes validate mine.yaml
@@ -136,31 +131,31 @@ def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     """
     import json
 
-    kind, config = resolved(recipe, settings)
+    kind, config = resolve_recipe(recipe, settings)
     if as_json:
         click.echo(json.dumps({"kind": kind} | config.model_dump(mode="json")))
         return
     options = "".join(f" --set '{setting}'" for setting in settings)
     card(
         f"{recipe}: a recipe for {kind}",
-        figures(config),
+        figure_rows(config),
         f"sdcompress {TRAINERS[kind]} --data DATA --recipe {recipe}{options} -o DIR",
     )
 
 
-def resolved(recipe: str, settings: tuple[str, ...] = ()) -> tuple[str, TrainConfig]:
-    """A recipe's kind and configuration.
+def resolve_recipe(recipe: str, settings: tuple[str, ...] = ()) -> tuple[str, TrainConfig]:
+    """Returns a recipe's kind and configuration.
 
     Raises:
-        UsageError: as `load_config`; a kind, a plan or a split of the batch that cannot be.
+        UsageError: as `load_config`; an unknown kind or plan; a batch that does not divide into its passes.
     """
     from sdcompress_engines.errors import UsageError
 
-    from sdcompress.prune.plan import preset_name
+    from sdcompress.prune.presets import preset_name
     from sdcompress.train.config import KINDS, DistillConfig
     from sdcompress.train.recipes import load_config, read_recipe
 
-    kind = trainer(read_recipe(recipe), recipe)
+    kind = read_kind(read_recipe(recipe), recipe)
     config = load_config(KINDS[kind], recipe, {}, settings)
     if config.batch_size % config.gradient_accumulation:
         raise UsageError(
@@ -173,8 +168,8 @@ def resolved(recipe: str, settings: tuple[str, ...] = ()) -> tuple[str, TrainCon
     return kind, config
 
 
-def trainer(values: dict[str, Any], recipe: str) -> str:
-    """The kind of training a recipe is for.
+def read_kind(values: dict[str, Any], recipe: str) -> str:
+    """Returns the kind of training that a recipe is for: distill where it has none.
 
     Raises:
         UsageError: there is no such kind.
@@ -197,8 +192,8 @@ def trainer(values: dict[str, Any], recipe: str) -> str:
     return kind
 
 
-def purpose(text: str) -> str:
-    """What a recipe is for: the first line of its heading that is no command; empty where it has none."""
+def read_purpose(text: str) -> str:
+    """Returns the first line of a recipe's heading that is not a command, or an empty text."""
     for line in text.splitlines():
         if not line.startswith("#"):
             break
@@ -208,8 +203,8 @@ def purpose(text: str) -> str:
     return ""
 
 
-def knobs(config: BaseModel, indent: str = "") -> str:
-    """Every knob of a configuration as YAML, its description above it; read back, it is the same configuration."""
+def render_config(config: BaseModel, indent: str = "") -> str:
+    """Returns a configuration as YAML, each knob below its description; it reads back as the same configuration."""
     import yaml
     from pydantic import BaseModel
 
@@ -218,7 +213,7 @@ def knobs(config: BaseModel, indent: str = "") -> str:
         value = getattr(config, name)
         text += f"{indent}# {info.description}\n"
         if isinstance(value, BaseModel):
-            text += f"{indent}{name}:\n{knobs(value, indent + '  ')}"
+            text += f"{indent}{name}:\n{render_config(value, indent + '  ')}"
         else:
             plain = list(value) if isinstance(value, tuple) else value
             text += indent + yaml.safe_dump(
@@ -230,8 +225,8 @@ def knobs(config: BaseModel, indent: str = "") -> str:
     return text
 
 
-def figures(config: TrainConfig) -> list[tuple[str, object]]:
-    """The figures of a configuration that decide a run, for people."""
+def figure_rows(config: TrainConfig) -> list[tuple[str, object]]:
+    """Returns the rows of the card: the figures of a configuration that decide a run."""
     from sdcompress.train.config import DistillConfig, LoraConfig
 
     passes = (
@@ -259,10 +254,7 @@ def figures(config: TrainConfig) -> list[tuple[str, object]]:
     ]
     if isinstance(config, DistillConfig):
         weights = {
-            "task": config.task_weight,
-            "output": config.output_kd_weight,
-            "feature": config.feature_kd_weight,
-            "attention": config.attention_kd_weight,
+            name.removesuffix("_loss").removesuffix("_kd"): weight for name, weight in config.loss_weights().items()
         }
         rows += [
             ("plan", config.plan or "--plan decides"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +23,23 @@ from sdcompress_engines.manifest import (
 )
 from sdcompress_engines.progress import SILENT, Reporter
 
-from sdcompress.data.cache import EMPTY, INDEX, LatentCache, _cut, default_size_px, unit_name
+from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings, unit_name
 from sdcompress.data.config import DataConfig
-from sdcompress.data.encode import (
-    LatentEncoder,
-    Precision,
-    PrecisionChoice,
-    choose_precision,
-    embed_in_batches,
-    text_encoders_on,
-)
-from sdcompress.data.records import Skipped, Source
+from sdcompress.data.embed import embed_in_batches, text_encoders_on
+from sdcompress.data.encode import LatentEncoder
+from sdcompress.data.precision import Precision, PrecisionChoice, choose_precision
+from sdcompress.data.records import Source
+from sdcompress.data.skipped import Skipped
 from sdcompress.data.units import EncodedUnit, UnitEncoder
-from sdcompress.data.views import to_pixels as to_pixels
+from sdcompress.support.pipeline import native_size_px
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from sdcompress.models.load import LoadedPipeline
+
+BUILD = "build.json"
+"""What an unfinished build encodes; it has to fit for the build to be continued."""
 
 
 def build_cache(
@@ -51,36 +53,37 @@ def build_cache(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> LatentCache:
-    """Encode every usable picture and caption of `source` with the teacher's VAE and text encoder into `output`.
+    """Encode every usable picture and caption of a source. Returns the cache.
 
-    A stopped build is taken up where it was, unless it encoded in another precision. Under `accelerate launch` or
-    `torchrun` the processes share the units, and the first one writes the index. Exact duplicates (the same bytes with
-    the same captions) are kept once. The teacher's parts are where they were afterwards, with the weights they had.
+    A stopped build is continued, unless it encoded in another precision. Under `accelerate launch` or `torchrun` the
+    processes share the units, and the first one writes the index. Exact duplicates, which have the same bytes and the
+    same captions, are kept once. The teacher is afterwards as it was.
 
     Args:
-        precision: in which the VAE encodes; `auto` is what `choose_precision` says, the same for all processes.
+        source: the data set.
+        teacher: its VAE and its text encoders encode.
+        output: folder of the cache.
+        size_px: side of the square pictures, or the root of the buckets' area; by default that of `config`, then the
+            UNet's own.
+        config: how pictures are cropped, and which share of them may be unusable.
+        precision: in which the VAE encodes; `auto` is the result of `choose_precision`, the same for all processes.
+        force: replace what is in `output`.
+        report: shows the progress.
 
     Raises:
-        DataError: nothing usable, or more unusable than `config.max_unusable`; a picture that the memory does not hold.
+        DataError: nothing is usable, more is unusable than `config.max_unusable`, or there is too little memory for one
+            picture.
         BackendMissing: `precision` is bf16 and the GPU has none.
         ArtifactError, StorageError: `output` cannot be written.
     """
     from accelerate import PartialState
 
-    config = config or DataConfig()
-    pipeline: Any = teacher.pipeline
-    size_px = size_px or config.size_px or default_size_px(pipeline)
+    config, pipeline = config or DataConfig(), teacher.pipeline
+    size_px = size_px or config.size_px or native_size_px(pipeline)
     state = PartialState(cpu=not torch.cuda.is_available())
     check_free(output, force)
-    chosen = _agree(choose_precision(pipeline, state.device, precision))
-    identity = {
-        "teacher": teacher.sha256,
-        "files": source.fingerprint(),
-        "size_px": size_px,
-        "data": _cut(config),
-        "units": source.units(),
-        "precision": chosen,
-    }
+    chosen = agree_on_precision(choose_precision(pipeline, state.device, precision))
+    identity = identify_build(source, teacher, size_px, config, chosen)
     partial = output.with_name(f".{output.name}.partial")
     with storage_errors(output), text_encoders_on(pipeline, state.device):
         if state.is_main_process:
@@ -89,31 +92,48 @@ def build_cache(
         latents = LatentEncoder(pipeline.vae, state.device, chosen, processes=state.num_processes, report=report)
         encoder = UnitEncoder(pipeline, latents, size_px, config)
         try:
-            with report.task("encode pictures") as advance:
-                for number in range(state.process_index, source.units(), state.num_processes):
-                    if not (partial / f"{unit_name(number)}.json").is_file():
-                        _write_unit(partial, number, encoder.encode(source, number, advance))
+            _encode_units(partial, source, encoder, state, report)
             state.wait_for_everyone()
             if state.is_main_process:
-                _finish(partial, output, source, teacher, identity, encoder, config, report)
+                _finish(partial, output, source, encoder, identity, report)
         except BaseException:
-            if state.is_main_process and not any(partial.glob("unit-*.json")):  # nothing to go on with
+            if state.is_main_process and not any(partial.glob("unit-*.json")):  # no unit to continue with
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         state.wait_for_everyone()
     return LatentCache.open(output)
 
 
-def _agree(precision: Precision) -> Precision:
-    """Returns fp32 where any of the processes says fp32, for one cache has one precision."""
+def agree_on_precision(precision: Precision) -> Precision:
+    """Returns fp32 where any of the processes chose fp32, because a cache has one precision."""
     from accelerate.utils import gather_object
 
     return "fp32" if "fp32" in gather_object([precision]) else precision
 
 
+def identify_build(
+    source: Source, teacher: LoadedPipeline, size_px: int, config: DataConfig, precision: Precision
+) -> dict[str, Any]:
+    """Returns what decides the content of a cache, as JSON values; arguments as of `build_cache`."""
+    return {
+        "teacher": teacher.sha256,
+        "files": source.fingerprint(),
+        "size_px": size_px,
+        "data": select_content_settings(config),
+        "units": source.count_units(),
+        "precision": precision,
+    }
+
+
 def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter) -> None:
-    """Keep the pieces of a stopped build of the same identity, or empty the folder."""
-    marker = partial / "build.json"
+    """Keep the units of a stopped build of the same identity, or empty the folder.
+
+    Args:
+        partial: folder of the build.
+        identity: of this build.
+        report: gets a line where finished units are kept or thrown away.
+    """
+    marker = partial / BUILD
     if marker.is_file():
         try:
             begun = {"precision": "fp32"} | json.loads(marker.read_text())
@@ -121,20 +141,42 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
             begun = {}
         done = len(list(partial.glob("unit-*.json")))
         if begun == json.loads(json.dumps(identity)):
-            report.say(f"cache: going on after {done} of {identity['units']} pieces")
+            report.say(f"cache: continuing after {done} of {identity['units']} units")
             return
         if done and begun == identity | {"precision": begun.get("precision")}:
-            was, now = begun["precision"], identity["precision"]
-            report.say(f"cache: starting over: its {done} pieces were encoded in {was}, this build encodes in {now}")
+            before, now = begun["precision"], identity["precision"]
+            report.say(f"cache: starting over: its {done} units were encoded in {before}, this build encodes in {now}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     marker.write_text(json.dumps(identity, sort_keys=True))
 
 
+def _encode_units(partial: Path, source: Source, encoder: UnitEncoder, state: PartialState, report: Reporter) -> None:
+    """Encode and write the units of this process that are not there yet.
+
+    Args:
+        partial: folder of the build.
+        source: the data set.
+        encoder: encodes one unit.
+        state: the number of processes and the index of this one.
+        report: shows the progress.
+    """
+    with report.task("encode pictures") as advance:
+        for number in range(state.process_index, source.count_units(), state.num_processes):
+            if not (partial / f"{unit_name(number)}.json").is_file():
+                _write_unit(partial, number, encoder.encode(source, number, advance))
+
+
 def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
-    """Write a unit's file and, last, the JSON beside it that says it is whole."""
+    """Write a unit's file and then its sidecar, the JSON file whose presence means that the unit is complete.
+
+    Args:
+        folder: of the build.
+        number: of the unit, from 0.
+        unit: its content.
+    """
     size = sum(tensor.numel() * tensor.element_size() for tensor in unit.tensors.values())
-    require_space(folder, size, "the cache's next piece")
+    require_space(folder, size, "the cache's next unit")
     path = folder / unit_name(number)
     temporary = path.with_suffix(".tmp")
     save_file({name: tensor.contiguous() for name, tensor in unit.tensors.items()}, temporary)
@@ -154,70 +196,143 @@ def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
     replace_file(temporary, folder / f"{unit_name(number)}.json")
 
 
+@dataclass
+class _Totals:
+    """What the units of a build hold together.
+
+    Attributes:
+        skipped: what was read, and what was left out and why.
+        hashed: file name → hash and size.
+        columns: column of the pictures → its values of all units.
+        captions: embedded captions.
+        tiled: views that were encoded in tiles.
+        tile_px: side of the smallest of those tiles, in pixels; None where there are none.
+    """
+
+    skipped: Skipped
+    hashed: dict[str, FileEntry]
+    columns: dict[str, torch.Tensor]
+    captions: int
+    tiled: int
+    tile_px: int | None
+
+
+def _sum_units(folder: Path, count: int) -> _Totals:
+    """Read the sidecars and the pictures' columns of `count` units. Returns their sums."""
+    skipped, hashed = Skipped(), dict[str, FileEntry]()
+    parts: dict[str, list[torch.Tensor]] = {}
+    caption_entries = captions = tiled = 0
+    tiles_px: list[int] = []
+    for number in range(count):
+        facts = json.loads((folder / f"{unit_name(number)}.json").read_text())
+        skipped.merge(Skipped(facts["read"], facts["reasons"], facts["filtered"], set(facts["fields"])))
+        tiled += facts.get("tiled", 0)
+        tiles_px += [facts["tile_px"]] if facts.get("tile_px") else []
+        hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
+        unit = load_file(folder / unit_name(number))
+        pictures = {
+            name.removeprefix("pictures."): tensor for name, tensor in unit.items() if name.startswith("pictures.")
+        }
+        pictures["unit"] = torch.full_like(pictures["row"], number)
+        pictures["first"] = pictures["first"] + caption_entries
+        caption_entries += len(pictures["caption_row"])
+        captions += len(unit.get("text", ()))
+        for name, tensor in pictures.items():
+            parts.setdefault(name, []).append(tensor)
+    columns = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return _Totals(skipped, hashed, columns, captions, tiled, min(tiles_px, default=None))
+
+
+def _drop_duplicates(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Returns the columns without their digests and without pictures whose digest another picture has before them.
+
+    The columns of captions stay whole: `first` points into them.
+    """
+    _, first_seen = np.unique(columns["digest"].numpy(), axis=0, return_index=True)
+    kept = torch.from_numpy(np.sort(first_seen))
+    of_pictures = {name: columns[name][kept].contiguous() for name in ("unit", "bucket", "row", "first", "count")}
+    return {name: tensor for name, tensor in columns.items() if name != "digest"} | of_pictures
+
+
 def _finish(
     partial: Path,
     output: Path,
     source: Source,
-    teacher: LoadedPipeline,
-    identity: dict[str, Any],
     encoder: UnitEncoder,
-    config: DataConfig,
+    identity: dict[str, Any],
     report: Reporter,
 ) -> None:
-    """Check the shares, write index and manifest, and rename the folder into its place."""
-    total = Skipped()
-    hashed: dict[str, FileEntry] = {}
-    columns: dict[str, list[torch.Tensor]] = {}
-    captions = rows = tiled = 0
-    tiles_px: list[int] = []
-    for number in range(source.units()):
-        facts = json.loads((partial / f"{unit_name(number)}.json").read_text())
-        total.merge(
-            Skipped(
-                read=facts["read"], reasons=facts["reasons"], filtered=facts["filtered"], fields=set(facts["fields"])
-            )
-        )
-        tiled += facts.get("tiled", 0)
-        tiles_px += [facts["tile_px"]] if facts.get("tile_px") else []
-        hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
-        unit = load_file(partial / unit_name(number))
-        ours = {name.removeprefix("pictures."): tensor for name, tensor in unit.items() if name.startswith("pictures.")}
-        ours["unit"] = torch.full_like(ours["row"], number)
-        ours["first"] = ours["first"] + captions
-        captions += len(ours["caption_row"])
-        rows += len(unit.get("text", ()))
-        for name, tensor in ours.items():
-            columns.setdefault(name, []).append(tensor)
-    if total.read == 0:
+    """Check the shares, write index and manifest, and rename the folder into its place.
+
+    Args:
+        partial: folder of the build, with all units.
+        output: folder of the cache.
+        source: the data set.
+        encoder: encoded the units.
+        identity: of the build.
+        report: gets a summary in one line.
+
+    Raises:
+        DataError: nothing is usable, or too little.
+    """
+    totals = _sum_units(partial, source.count_units())
+    skipped = totals.skipped
+    if skipped.read == 0:
         shutil.rmtree(partial)
-    total.check(source.name, config.max_unusable)
-    index = {name: torch.cat(parts) for name, parts in columns.items()}
-    _, first_seen = np.unique(index.pop("digest").numpy(), axis=0, return_index=True)
-    kept = torch.from_numpy(np.sort(first_seen))
-    found = len(index["unit"])
-    index |= {name: index[name][kept].contiguous() for name in ("unit", "bucket", "row", "first", "count")}
+    skipped.check(source.name, encoder.config.max_unusable)
+    index = _drop_duplicates(totals.columns)
     save_file(index, partial / INDEX)
     save_file(embed_in_batches(encoder.pipeline, [""]), partial / EMPTY)
-    (partial / "build.json").unlink()
+    (partial / BUILD).unlink()
     for sidecar in partial.glob("unit-*.json"):
         sidecar.unlink()
-    size = sum(entry.bytes for entry in hashed.values()) + (partial / INDEX).stat().st_size
-    content = hashlib.sha256("".join(entry.sha256 for entry in hashed.values()).encode()).hexdigest()
+    pictures, duplicates = len(index["unit"]), len(totals.columns["unit"]) - len(index["unit"])
+    size = sum(entry.bytes for entry in totals.hashed.values()) + (partial / INDEX).stat().st_size
     figures = {
-        "pictures": len(kept),
-        "duplicates": found - len(kept),
-        "captions": rows,
+        "pictures": pictures,
+        "duplicates": duplicates,
+        "captions": totals.captions,
         "bytes": size,
-        "bytes_per_picture": round(size / len(kept)),
-        "skipped": {k: len(v) for k, v in total.reasons.items()},
-        "filtered": total.filtered,
-        "tiled_views": tiled,
+        "bytes_per_picture": round(size / pictures),
+        "skipped": {reason: len(keys) for reason, keys in skipped.reasons.items()},
+        "filtered": skipped.filtered,
+        "tiled_views": totals.tiled,
     }
+    _write_manifest(partial, source, encoder, identity, totals, figures)
+    if output.exists():
+        shutil.rmtree(output)
+    replace_file(partial, output)
+    parts = [f"{pictures:,} pictures", f"{figures['bytes_per_picture']:,} bytes each"]
+    parts += [f"{len(keys)} left out: {reason}" for reason, keys in skipped.reasons.items()]
+    parts += [f"{count} filtered out: {reason}" for reason, count in skipped.filtered.items()]
+    parts += [f"{duplicates} duplicates"] if duplicates else []
+    report.say(f"cache: {', '.join(parts)}")
+
+
+def _write_manifest(
+    folder: Path,
+    source: Source,
+    encoder: UnitEncoder,
+    identity: dict[str, Any],
+    totals: _Totals,
+    figures: dict[str, Any],
+) -> None:
+    """Write the manifest of a cache.
+
+    Args:
+        folder: with the units and the index.
+        source: the data set.
+        encoder: encoded the units.
+        identity: of the build.
+        totals: of the units.
+        figures: what the manifest records about the pictures.
+    """
+    content = hashlib.sha256("".join(entry.sha256 for entry in totals.hashed.values()).encode()).hexdigest()
     write_manifest(
-        partial,
+        folder,
         "cache",
-        hashed=hashed,
-        inputs={"teacher": teacher.sha256, "data": content},
+        hashed=totals.hashed,
+        inputs={"teacher": identity["teacher"], "data": content},
         figures=figures,
         config={
             "size_px": identity["size_px"],
@@ -227,16 +342,6 @@ def _finish(
             "views": encoder.views,
             "shapes": encoder.shapes,
             "precision": identity["precision"],
-            "tile_px": min(tiles_px, default=None),
+            "tile_px": totals.tile_px,
         },
-    )
-    if output.exists():
-        shutil.rmtree(output)
-    replace_file(partial, output)
-    told = "".join(f", {len(keys)} left out: {reason}" for reason, keys in total.reasons.items()) + "".join(
-        f", {count} filtered out: {reason}" for reason, count in total.filtered.items()
-    )
-    report.say(
-        f"cache: {len(kept):,} pictures, {figures['bytes_per_picture']:,} bytes each{told}"
-        + (f", {found - len(kept)} duplicates" if found > len(kept) else "")
     )

@@ -5,44 +5,36 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from sdcompress_engines.errors import DataError
-from sdcompress_engines.manifest import (
-    faults,
-    read_manifest,
-)
+from sdcompress_engines.manifest import Manifest, faults, read_manifest
 
 from sdcompress.data.config import DataConfig
-from sdcompress.data.encode import Precision
+from sdcompress.data.precision import Precision
 from sdcompress.data.records import Source
-from sdcompress.data.views import to_pixels as to_pixels
-
-if TYPE_CHECKING:
-    pass
 
 INDEX = "index.safetensors"
-
+"""Where each picture and caption is, see `LatentCache.index`."""
 EMPTY = "empty.safetensors"
-
-
-def default_size_px(pipeline: Any) -> int:
-    """The side the UNet was made for: `sample_size` times the VAE's factor."""
-    return int(pipeline.unet.config.sample_size) * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+"""The embeddings of the empty caption."""
+REBUILD_HINT = "delete the folder and let it be built again"
 
 
 @dataclass(frozen=True)
 class CachedSample:
     """One view of one picture with one of its captions.
 
+    All tensors are on the CPU.
+
     Attributes:
-        mean, std: of the VAE's posterior, unscaled, (C, h, w) float32.
-        text: (77, D) float32.
-        pooled: (P,) float32, for SDXL; else None.
-        ids: the caption's tokens, (77,) int64; None for SDXL.
-        time_ids: (6,) float32, see `View`.
+        mean, std: of the VAE's posterior, unscaled, (C, H/8, W/8), float32.
+        text: the caption's embedding, (77, D), float32.
+        pooled: the caption's pooled embedding, (P,), float32; None except with SDXL.
+        ids: the caption's tokens, (77,), int64; None with SDXL.
+        time_ids: see `View`, (6,), float32.
     """
 
     mean: torch.Tensor
@@ -58,12 +50,15 @@ class LatentCache:
     """A cache whose tensors stay on disk, mapped into memory, until they are drawn.
 
     Attributes:
-        index: `unit`, `bucket`, `row`, `first`, `count` of each picture and the flat `caption_row` and `caption_share`.
-        views: crops of each picture, mirrored ones counted.
-        sha256: of the cache's content, to name it in what is trained from it.
+        folder: of the cache.
+        index: for each picture its `unit`, its `bucket`, the `row` of its first view in the unit, and `first` and
+            `count` of its captions; for each caption, `caption_row` in the unit and `caption_share`.
+        views: number of views of each picture; mirrored views count.
+        sha256: of the cache's content. Trained artifacts name their data by it.
+        teacher_sha256: of the teacher that encoded it.
         size_px: side of the square pictures, or the root of the buckets' area.
-        source: the data set's name.
-        precision: in which the VAE encoded; caches of before it was recorded are fp32.
+        source: name of the data set.
+        precision: in which the VAE encoded; fp32 for caches from before it was recorded.
         tile_px: side of the smallest tiles in which pictures were encoded; None where all were encoded whole.
     """
 
@@ -84,11 +79,11 @@ class LatentCache:
 
     @property
     def buckets(self) -> torch.Tensor:
-        """Which of the shapes each picture has, (N,) int32; pictures of one batch must share it."""
+        """The shape of each picture, as its index, (N,), int32. Pictures of one batch must share it."""
         return self.index["bucket"]
 
-    def about(self) -> dict[str, Any]:
-        """What a manifest says of the data something was trained on."""
+    def describe_data(self) -> dict[str, Any]:
+        """Returns the facts about the data that a training's manifest records."""
         return {"source": self.source, "pictures": len(self), "size_px": self.size_px}
 
     def _unit(self, number: int) -> dict[str, torch.Tensor]:
@@ -97,8 +92,13 @@ class LatentCache:
         return self._units[number]
 
     def sample(self, i: int, view: int, pick: float, *, drop_caption: bool = False) -> CachedSample:
-        """View `view` of picture `i`, with the caption that `pick` in [0, 1) falls on by the captions' shares, or the
-        empty one.
+        """Returns one view of one picture with one caption.
+
+        Args:
+            i: index of the picture.
+            view: index of the view, below `views`.
+            pick: in [0, 1); chooses the caption by the captions' shares.
+            drop_caption: take the empty caption instead.
         """
         unit = self._unit(int(self.index["unit"][i]))
         bucket, row = int(self.index["bucket"][i]), int(self.index["row"][i]) + view
@@ -106,20 +106,21 @@ class LatentCache:
             self._empty = self._empty or load_file(self.folder / EMPTY)
             texts, place = self._empty, 0
         else:
-            texts, place = unit, int(self.index["caption_row"][self._caption(i, pick)])
+            texts, place = unit, int(self.index["caption_row"][self._choose_caption(i, pick)])
         pooled = texts["pooled"][place].float() if "pooled" in texts else None
         ids = texts["ids"][place].long() if "ids" in texts else None
         std = (0.5 * unit[f"logvar.{bucket}"][row].float()).exp()
         return CachedSample(
-            unit[f"mean.{bucket}"][row].float(),
-            std,
-            texts["text"][place].float(),
-            pooled,
-            ids,
-            unit[f"time_ids.{bucket}"][row].float(),
+            mean=unit[f"mean.{bucket}"][row].float(),
+            std=std,
+            text=texts["text"][place].float(),
+            pooled=pooled,
+            ids=ids,
+            time_ids=unit[f"time_ids.{bucket}"][row].float(),
         )
 
-    def _caption(self, i: int, pick: float) -> int:
+    def _choose_caption(self, i: int, pick: float) -> int:
+        """Returns the index, over the captions of all pictures, of the caption of picture `i` that `pick` falls on."""
         first, count = int(self.index["first"][i]), int(self.index["count"][i])
         reached = 0.0
         for place in range(first, first + count):
@@ -137,68 +138,100 @@ class LatentCache:
         size_px: int | None = None,
         config: DataConfig | None = None,
     ) -> LatentCache:
-        """Open a cache, made with the teacher of this hash, from this data, at this size and so cut, as far as they are
-        given.
+        """Open a cache and check that it fits. What is None is not checked.
+
+        Args:
+            folder: of the cache.
+            teacher_sha256: of the teacher that must have encoded it.
+            source: the data that it must hold, unchanged since.
+            size_px: side of the pictures, see `LatentCache`.
+            config: how the pictures must have been chosen and cropped.
 
         Raises:
-            DataError: damaged, no cache, or made from something else.
+            DataError: the folder is damaged or no cache, or the cache does not fit.
         """
-        found = faults(folder, "cache", contents=False)
-        if found:
-            raise DataError(f"is no whole cache: {found[0]}", where=folder, hint="delete it and let it be made again")
-        manifest = read_manifest(folder)
-        if manifest is None or "data" not in manifest.config:
-            raise DataError("was made by an earlier version", where=folder, hint="delete it and let it be made again")
-        if teacher_sha256 and manifest.inputs["teacher"] != teacher_sha256:
-            raise DataError(
-                f"was made with the teacher {manifest.inputs['teacher'][:12]}",
-                where=folder,
-                expected=f"{teacher_sha256[:12]}, the one given",
-                hint="delete it and let it be made again",
-            )
-        if source and manifest.config["files"] != source.fingerprint():
-            raise DataError(
-                f"was made from other data ({manifest.config['source']})",
-                where=folder,
-                expected=f"{source.name} as it is now",
-                hint="delete it and let it be made again",
-            )
-        if size_px and manifest.config["size_px"] != size_px:
-            raise DataError(
-                f"holds latents of {manifest.config['size_px']} px pictures",
-                where=folder,
-                expected=f"{size_px} px",
-                hint="another --cache",
-            )
-        if config is not None:
-            theirs, ours = manifest.config["data"], _cut(config)
-            differing = "; ".join(
-                f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in ours if theirs.get(k) != ours[k]
-            )
-            if differing:
-                raise DataError(
-                    f"was made with other data settings ({differing})",
-                    where=folder,
-                    hint="another --cache, or delete it and let it be made again",
-                )
-        made = manifest.config
+        manifest = _read_cache_manifest(folder)
+        _check_origin(folder, manifest, teacher_sha256, source)
+        _check_cut(folder, manifest, size_px, config)
+        recorded = manifest.config
         return cls(
-            folder,
-            load_file(folder / INDEX),
-            made["views"],
-            manifest.inputs["data"],
-            manifest.inputs["teacher"],
-            made["size_px"],
-            made["source"],
-            made.get("precision", "fp32"),
-            made.get("tile_px"),
+            folder=folder,
+            index=load_file(folder / INDEX),
+            views=recorded["views"],
+            sha256=manifest.inputs["data"],
+            teacher_sha256=manifest.inputs["teacher"],
+            size_px=recorded["size_px"],
+            source=recorded["source"],
+            precision=recorded.get("precision", "fp32"),
+            tile_px=recorded.get("tile_px"),
+        )
+
+
+def _read_cache_manifest(folder: Path) -> Manifest:
+    """Returns the manifest of a whole cache.
+
+    Raises:
+        DataError: a file is missing or cut, or this is no cache that can be opened.
+    """
+    found = faults(folder, "cache", contents=False)
+    if found:
+        raise DataError(f"is no whole cache: {found[0]}", where=folder, hint=REBUILD_HINT)
+    manifest = read_manifest(folder)
+    if manifest is None or "data" not in manifest.config:
+        raise DataError("was made by an earlier version", where=folder, hint=REBUILD_HINT)
+    return manifest
+
+
+def _check_origin(folder: Path, manifest: Manifest, teacher_sha256: str | None, source: Source | None) -> None:
+    """Refuse a cache of another teacher or of other data; arguments as of `LatentCache.open`."""
+    encoded_by = manifest.inputs["teacher"]
+    if teacher_sha256 and encoded_by != teacher_sha256:
+        raise DataError(
+            f"was made with the teacher {encoded_by[:12]}",
+            where=folder,
+            expected=f"{teacher_sha256[:12]}, the one given",
+            hint=REBUILD_HINT,
+        )
+    if source and manifest.config["files"] != source.fingerprint():
+        raise DataError(
+            f"was made from other data ({manifest.config['source']})",
+            where=folder,
+            expected=f"{source.name} as it is now",
+            hint=REBUILD_HINT,
+        )
+
+
+def _check_cut(folder: Path, manifest: Manifest, size_px: int | None, config: DataConfig | None) -> None:
+    """Refuse a cache whose pictures were chosen or cropped in another way; arguments as of `LatentCache.open`."""
+    if size_px and manifest.config["size_px"] != size_px:
+        raise DataError(
+            f"holds latents of {manifest.config['size_px']} px pictures",
+            where=folder,
+            expected=f"{size_px} px",
+            hint="choose another --cache",
+        )
+    if config is None:
+        return
+    recorded, wanted = manifest.config["data"], select_content_settings(config)
+    differing = "; ".join(
+        f"{name}: {recorded.get(name)} in the cache, {value} now"
+        for name, value in wanted.items()
+        if recorded.get(name) != value
+    )
+    if differing:
+        raise DataError(
+            f"was made with other data settings ({differing})",
+            where=folder,
+            hint=f"choose another --cache, or {REBUILD_HINT}",
         )
 
 
 def unit_name(number: int) -> str:
+    """Returns the file name of a unit."""
     return f"unit-{number:05d}.safetensors"
 
 
-def _cut(config: DataConfig) -> dict[str, Any]:
-    """What decides a cache's content besides teacher, data and size."""
-    return json.loads(config.model_dump_json(exclude={"size_px", "max_unusable"}))
+def select_content_settings(config: DataConfig) -> dict[str, Any]:
+    """Returns the settings that decide a cache's content, besides teacher, data and size."""
+    settings: dict[str, Any] = json.loads(config.model_dump_json(exclude={"size_px", "max_unusable"}))
+    return settings

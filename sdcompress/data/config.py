@@ -8,46 +8,56 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class DataConfig(BaseModel):
-    """The `data` section of a recipe. Unknown keys are refused."""
+    """The `data` section of a recipe. Unknown keys are refused.
+
+    The descriptions of the fields are also the help texts of the command line.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size_px: int | None = Field(
-        None, ge=64, multiple_of=8, description="Side of the training pictures; none is what the UNet was made for."
+        None,
+        ge=64,
+        multiple_of=8,
+        description="Side of the training pictures in pixels; by default the side that the UNet was made for.",
     )
     where: tuple[str, ...] = Field(
-        (), description='Conditions on numeric metadata, all of which must hold, such as "aesthetic >= 7.5".'
+        (), description='Use only pictures whose metadata meets every condition, such as "aesthetic >= 7.5".'
     )
     min_size_px: int = Field(
-        0, ge=0, description="Pictures whose short side is smaller are left out; 0 takes all and enlarges."
+        0,
+        ge=0,
+        description="Use only pictures whose short side has at least this many pixels; with 0, small pictures are"
+        " enlarged.",
     )
     max_aspect: float | None = Field(
-        None, ge=1, description="Pictures longer than this many times their width (or the other way) are left out."
+        None, ge=1, description="Use only pictures whose long side is at most this many times their short side."
     )
     captions: dict[str, float] = Field(
         default_factory=dict,
-        description="Metadata columns that hold captions, with the share each is drawn at; none is the usual one.",
+        description="Metadata columns that hold captions, each with the share at which it is drawn; by default the"
+        " first of text, caption and prompt.",
     )
     buckets: bool = Field(
         False,
-        description=(
-            "Keep each picture's aspect ratio, to the nearest of a set of shapes of equal area, where a square would"
-            " crop it."
-        ),
+        description="Keep aspect ratios, to the nearest of a set of shapes of equal area, where a square would crop.",
     )
     crop: Literal["center", "random"] = Field(
-        "center", description="Where the crop is taken when a picture is longer than its shape."
+        "center", description="Where a picture that is longer than its shape is cropped."
     )
     views: int = Field(
         1,
         ge=1,
         le=16,
-        description="Crops kept of each picture in the cache; with crop: random, more is more variety and more disk.",
+        description="With random crops: crops of each picture in the cache; more give more variety and take more disk.",
     )
     flip: bool = Field(
         False,
-        description="Cache the mirrored picture too, and draw one of the two each time; not for pictures with writing.",
+        description="Cache the mirrored pictures too and draw one of the two each time; not for pictures with writing.",
     )
     max_unusable: float = Field(
-        0.05, ge=0, le=1, description="Share of broken or captionless pictures above which the run stops."
+        0.05,
+        ge=0,
+        le=1,
+        description="Stop where a larger share of the pictures is broken or has no caption.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -18,12 +19,18 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_CONDITION = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
+_CONDITION = re.compile(rf"\s*([^\s<>=!]+)\s*({'|'.join(_OPERATORS)})\s*(\S+)\s*")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A numeric field of the metadata against a number."""
+    """A comparison of a numeric metadata field with a number.
+
+    Attributes:
+        field: name of the metadata field.
+        sign: one of >= <= == != > <.
+        value: the number on the right.
+    """
 
     field: str
     sign: str
@@ -31,32 +38,33 @@ class Condition:
 
     @property
     def text(self) -> str:
+        """The condition as it is typed."""
         return f"{self.field} {self.sign} {self.value:g}"
 
     def holds(self, meta: dict[str, Any]) -> bool | None:
-        """Whether it holds; None where the field is missing or no number."""
+        """Returns whether the metadata meets the condition; None where the field is missing or no number."""
         number = as_number(meta.get(self.field))
         return None if number is None else _OPERATORS[self.sign](number, self.value)
 
 
 def as_number(value: Any) -> float | None:
-    """A number, or a string that spells one (CSV has no other), as a float; None for anything else, NaN too."""
+    """Returns a number, or text that spells one, as a float; None for anything else, NaN too. CSV has only text."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if number == number else None
+    return None if math.isnan(number) else number
 
 
 def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
-    """Conditions from what was typed.
+    """Returns the conditions that were typed with `--where`.
 
     Raises:
-        UsageError: not of the form FIELD OPERATOR NUMBER.
+        UsageError: a text is not of the form FIELD OPERATOR NUMBER.
     """
-    found = []
+    conditions = []
     for text in texts:
         match = _CONDITION.fullmatch(text)
         number = as_number(match[3]) if match else None
@@ -64,5 +72,5 @@ def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
             raise UsageError(
                 f"--where {text!r}", expected='FIELD, one of >= <= > < == !=, and a number, such as "aesthetic >= 7.5"'
             )
-        found.append(Condition(match[1], match[2], number))
-    return tuple(found)
+        conditions.append(Condition(match[1], match[2], number))
+    return tuple(conditions)

@@ -14,22 +14,29 @@ from sdcompress_engines.manifest import by_parts
 
 from sdcompress.data.config import DataConfig
 from sdcompress.data.records import (
-    CAPTION_COLUMNS,
-    PICTURES,
+    PICTURE_SUFFIXES,
     UNIT_PICTURES,
     Record,
-    Skipped,
     Source,
-    _files_fingerprint,
-    _text,
+    choose_caption,
+    decode_text,
+    fingerprint_files,
     read_object,
 )
+from sdcompress.data.skipped import Skipped
 
 
 class FolderSource(Source):
-    """Pictures of a folder; captions in `metadata.jsonl`, `metadata.csv` (columns `file_name` and `text`, `caption` or
-    `prompt`), or in
-    `.txt` or `.json` beside each picture."""
+    """The pictures of a folder and its subfolders.
+
+    Captions and metadata are in `metadata.jsonl` or `metadata.csv` of the folder, with the column `file_name` and one
+    of `CAPTION_COLUMNS`, or in a `.json` or `.txt` file beside each picture.
+
+    Args:
+        name: for reports and manifests.
+        root: the folder.
+        config: which pictures are used, and which columns hold their captions.
+    """
 
     def __init__(self, name: str, root: Path, config: DataConfig) -> None:
         super().__init__(name, config)
@@ -37,11 +44,12 @@ class FolderSource(Source):
 
     @cached_property
     def _pictures(self) -> list[Path]:
-        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
+        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
         return sorted(found, key=by_parts)
 
     @cached_property
     def _table(self) -> dict[str, dict[str, Any]]:
+        """File name → its row of the metadata file."""
         rows: list[Any] = []
         if (path := self.root / "metadata.jsonl").is_file():
             for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8-sig").split("\n"), 1):
@@ -59,22 +67,22 @@ class FolderSource(Source):
             if isinstance(row, dict) and "file_name" in row
         }
 
-    def units(self) -> int:
+    def count_units(self) -> int:
         return -(-len(self._pictures) // UNIT_PICTURES)
 
     def fingerprint(self) -> str:
-        return _files_fingerprint(f for f in self.root.rglob("*") if f.is_file())
+        return fingerprint_files(f for f in self.root.rglob("*") if f.is_file())
 
-    def _unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
+    def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:
             key = path.relative_to(self.root).as_posix()
             meta = self._table.get(key, {})
             if (beside := path.with_suffix(".json")).is_file():
                 meta = read_object(beside.read_bytes()) | meta
-            caption = next((meta[column] for column in CAPTION_COLUMNS if meta.get(column)), None)
+            caption = choose_caption(meta)
             if caption is None and (beside := path.with_suffix(".txt")).is_file():
-                caption = _text(beside.read_bytes())
+                caption = decode_text(beside.read_bytes())
                 if caption is None:
                     skipped.add("caption is no text", key)
                     continue
-            yield from self._record(key, path.read_bytes(), caption, meta, skipped)
+            yield from self._build_records(key, path.read_bytes(), caption, meta, skipped)

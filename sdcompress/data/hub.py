@@ -8,13 +8,23 @@ from collections.abc import Iterator
 from sdcompress_engines.errors import BackendMissing, DataError
 
 from sdcompress.data.config import DataConfig
-from sdcompress.data.records import CAPTION_COLUMNS, Record, Skipped, Source
+from sdcompress.data.records import Record, Source, choose_caption
+from sdcompress.data.skipped import Skipped
 
-HUB = "hub:"
+HUB_PREFIX = "hub:"
 
 
 class HubSource(Source):
-    """A dataset of the hub, or a local folder of Parquet files, streamed by `datasets`."""
+    """A data set of the Hub, or a local folder of Parquet files, streamed by the package `datasets`.
+
+    Args:
+        name: `owner/name[@revision][:split]`.
+        config: which pictures are used, and which columns hold their captions.
+
+    Raises:
+        BackendMissing: `datasets` is not installed.
+        DataError: the Hub has no such data set, or it has no column of pictures.
+    """
 
     def __init__(self, name: str, config: DataConfig) -> None:
         super().__init__(name, config)
@@ -23,7 +33,7 @@ class HubSource(Source):
         except ImportError as error:
             raise BackendMissing(
                 "a hub dataset is read by the package datasets, which is not installed",
-                where=f"{HUB}{name}",
+                where=f"{HUB_PREFIX}{name}",
                 hint="pip install datasets",
             ) from error
         repository, _, split = name.partition(":")
@@ -33,38 +43,40 @@ class HubSource(Source):
                 repository, split=split or "train", revision=revision or None, streaming=True
             )
         except Exception as error:
-            told = (str(error).splitlines() or [""])[0]
+            first_line = (str(error).splitlines() or [""])[0]
             raise DataError(
-                f"is no dataset the hub gives ({type(error).__name__}: {told})",
-                where=f"{HUB}{name}",
+                f"is no dataset the hub gives ({type(error).__name__}: {first_line})",
+                where=f"{HUB_PREFIX}{name}",
                 expected="hub:owner/name[@revision][:split]",
             ) from error
         images = [column for column, kind in (stream.features or {}).items() if isinstance(kind, datasets.Image)]
         if not images:
             raise DataError(
                 "has no picture column",
-                where=f"{HUB}{name}",
+                where=f"{HUB_PREFIX}{name}",
                 expected=f"one among {', '.join(stream.features or ()) or 'its columns'}",
             )
         self.column = images[0]
         self.stream = stream.cast_column(self.column, datasets.Image(decode=False))
 
-    def units(self) -> int:
+    def count_units(self) -> int:
         return int(self.stream.num_shards)
 
     def fingerprint(self) -> str:
-        return hashlib.sha256(f"{self.name} {self.units()} {self.stream.info.dataset_size}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.name} {self.count_units()} {self.stream.info.dataset_size}".encode()).hexdigest()
 
-    def _unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
-        for place, row in enumerate(self.stream.shard(self.units(), number)):
+    def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
+        for place, row in enumerate(self.stream.shard(self.count_units(), number)):
             picture = row.pop(self.column) or {}
-            encoded = picture.get("bytes") or self._fetched(str(picture.get("path") or ""))
-            caption = next((row[column] for column in CAPTION_COLUMNS if row.get(column)), None)
-            yield from self._record(f"{number}:{place}", encoded, caption, row, skipped)
+            encoded = picture.get("bytes") or self._download(str(picture.get("path") or ""))
+            yield from self._build_records(f"{number}:{place}", encoded, choose_caption(row), row, skipped)
 
     @staticmethod
-    def _fetched(path: str) -> bytes:
-        """A picture beside the tables of a hub dataset; never a file of this machine, whatever a row says."""
+    def _download(path: str) -> bytes:
+        """Returns a picture that lies on the Hub beside the tables. Any other path gives no bytes.
+
+        A row may name a file of this machine; it is never read.
+        """
         if not path.startswith("hf://"):
             return b""
         import fsspec

@@ -1,4 +1,4 @@
-"""A picture with its caption and metadata, and what a source of them promises."""
+"""A picture with its caption and metadata, and the source that yields such records."""
 
 from __future__ import annotations
 
@@ -18,26 +18,18 @@ from sdcompress_engines.manifest import by_parts
 
 from sdcompress.data.config import DataConfig
 from sdcompress.data.filters import parse_conditions
+from sdcompress.data.skipped import Skipped
 
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "GIF",
-)  # what files of those names turn out to be; never EPS, which runs a program
-
+PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+"""What files with those suffixes may hold. Never EPS: Pillow reads it with an external program."""
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-
+"""Metadata columns that hold a caption, in the order in which they are tried."""
 MAX_PIXELS = 64_000_000
-
-MAX_BROKEN_SHARE = 0.05
-
 UNIT_PICTURES = 1000
-
+"""Pictures in one unit of a folder."""
 MAX_FIELDS = 40
+"""Metadata names from which on no more are collected for an error message."""
 
 _BROKEN = (
     UnidentifiedImageError,
@@ -47,17 +39,19 @@ _BROKEN = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-
 _WARNINGS = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Record:
-    """One picture, still encoded, with its captions and whatever metadata came with it.
+    """One picture, still encoded, with its captions and metadata.
 
     Attributes:
+        key: names the picture in messages.
+        encoded: the bytes of the picture's file.
         caption: the first of `captions`.
-        captions: each with the share of the time it is drawn; the shares add up to 1.
+        meta: the metadata that came with the picture, name → value.
+        captions: each caption with the share of the time that it is drawn; the shares add up to 1.
     """
 
     key: str
@@ -71,24 +65,24 @@ class Record:
             object.__setattr__(self, "captions", ((self.caption, 1.0),))
 
     def size(self) -> tuple[int, int]:
-        """Width and height, from the file's header.
+        """Returns width and height in pixels, from the file's header.
 
         Raises:
             DataError: the bytes are no picture.
         """
         try:
-            return self._opened().size
+            return self._open().size
         except _BROKEN as error:
             raise DataError(f"is no readable picture ({type(error).__name__})", where=self.key) from error
 
     def picture(self) -> Image.Image:
-        """The decoded picture, upright, RGB, transparency on white.
+        """Returns the decoded picture: upright, RGB, with transparency replaced by white.
 
         Raises:
             DataError: the bytes are no picture, or one of more than `MAX_PIXELS`.
         """
         try:
-            picture = self._opened()
+            picture = self._open()
             if picture.width * picture.height > MAX_PIXELS:
                 raise DataError(
                     f"has {picture.width} x {picture.height} pixels", where=self.key, expected=f"at most {MAX_PIXELS:,}"
@@ -104,114 +98,71 @@ class Record:
         except _BROKEN as error:
             raise DataError(f"is no readable picture ({type(error).__name__})", where=self.key) from error
 
-    def _opened(self) -> Image.Image:
-        # Pillow's warning about many pixels becomes an error here; filters of warnings belong to the process, hence the
-        # lock.
+    def _open(self) -> Image.Image:
+        # Pillow only warns about many pixels; here the warning becomes an error. Warning filters belong to the whole
+        # process, hence the lock.
         with _WARNINGS, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(self.encoded), formats=FORMATS)
-
-
-@dataclass
-class Skipped:
-    """What a pass over a source left out.
-
-    Attributes:
-        read: usable pictures.
-        reasons: why a picture could not be used → the keys of those.
-        filtered: which condition left pictures out → how many; nothing is wrong with them.
-        fields: names of the metadata that pictures have, where a condition asked for one they have not.
-    """
-
-    read: int = 0
-    reasons: dict[str, list[str]] = field(default_factory=dict)
-    filtered: dict[str, int] = field(default_factory=dict)
-    fields: set[str] = field(default_factory=set)
-
-    @property
-    def count(self) -> int:
-        """Pictures that could not be used."""
-        return sum(len(keys) for keys in self.reasons.values())
-
-    def add(self, reason: str, key: str) -> None:
-        self.reasons.setdefault(reason, []).append(key)
-
-    def merge(self, other: Skipped) -> None:
-        self.read += other.read
-        for reason, keys in other.reasons.items():
-            self.reasons.setdefault(reason, []).extend(keys)
-        for reason, count in other.filtered.items():
-            self.filtered[reason] = self.filtered.get(reason, 0) + count
-        self.fields |= other.fields
-
-    def check(self, where: object, limit: float = MAX_BROKEN_SHARE) -> None:
-        """Stop where too much was left out, or everything.
-
-        Raises:
-            DataError: nothing usable was found, or more than `limit` of it could not be used.
-        """
-        examples = "; ".join(f"{reason}: {len(keys)} ({', '.join(keys[:3])})" for reason, keys in self.reasons.items())
-        if self.read == 0 and self.filtered:
-            told = "; ".join(f"{reason}: {count}" for reason, count in self.filtered.items())
-            raise DataError(
-                f"has no picture left after filtering ({told})",
-                where=str(where),
-                hint=(
-                    f"other conditions; the fields are {', '.join(sorted(self.fields))}"
-                    if self.fields
-                    else "weaker conditions"
-                ),
-            )
-        if self.read == 0:
-            raise DataError(
-                f"holds no captioned picture{f' ({examples})' if examples else ''}",
-                where=str(where),
-                expected=(
-                    "pictures with captions: a .txt beside each, metadata.jsonl / metadata.csv, or webdataset shards"
-                ),
-            )
-        if self.count > limit * (self.read + self.count):
-            raise DataError(
-                f"{self.count} of {self.read + self.count} pictures cannot be used: {examples}",
-                where=str(where),
-                expected=f"at most {limit:.0%}",
-                hint="--max-unusable SHARE, if that is fine",
-            )
+            return Image.open(io.BytesIO(self.encoded), formats=PICTURE_FORMATS)
 
 
 class Source:
-    """Captioned pictures in units that can be read in any order, by any process."""
+    """Captioned pictures in units. Any process can read any unit, in any order.
+
+    A subclass implements `count_units`, `fingerprint` and `_read_all`.
+
+    Args:
+        name: for reports and manifests.
+        config: which pictures are used, and which columns hold their captions.
+
+    Attributes:
+        skipped: what the last iteration over the source left out.
+
+    Raises:
+        UsageError: a condition in `config.where` is malformed.
+    """
 
     def __init__(self, name: str, config: DataConfig) -> None:
         self.name, self.config, self.skipped = name, config, Skipped()
         self.conditions = parse_conditions(config.where)
 
-    def units(self) -> int:
-        """How many pieces there are."""
+    def count_units(self) -> int:
+        """Returns the number of units."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Tells without reading the data that it is no longer the same."""
+        """Returns a hash that changes when the data does, computed without reading the data."""
         raise NotImplementedError
 
-    def _unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
-        """Every picture of a piece with its caption, or an empty one."""
+    def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
+        """Yields every picture of unit `number` with its caption, which may be empty.
+
+        Args:
+            number: of the unit, from 0.
+            skipped: collects what is no record.
+        """
         raise NotImplementedError
 
-    def unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
-        """The usable records of piece `number`, always in the same order; what is left out goes to `skipped`."""
-        for record in self._unit(number, skipped):
+    def read_unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
+        """Yields the usable records of unit `number`, always in the same order.
+
+        Args:
+            number: of the unit, from 0.
+            skipped: collects what is left out.
+        """
+        for record in self._read_all(number, skipped):
             if not record.caption.strip():
                 skipped.add("no caption", record.key)
                 continue
-            reason = self._filtered(record, skipped)
-            if reason:
-                skipped.filtered[reason] = skipped.filtered.get(reason, 0) + 1
+            failed = self._find_failed_condition(record, skipped)
+            if failed:
+                skipped.add_filtered(failed)
                 continue
             skipped.read += 1
             yield record
 
-    def _filtered(self, record: Record, skipped: Skipped) -> str | None:
+    def _find_failed_condition(self, record: Record, skipped: Skipped) -> str | None:
+        """Returns the first condition that a record does not meet, in words; None where it meets all."""
         for condition in self.conditions:
             holds = condition.holds(record.meta)
             if holds is None:
@@ -224,17 +175,23 @@ class Source:
             try:
                 width, height = record.size()
             except DataError:
-                return None  # told, and counted, when it is decoded
+                return None  # counted as unusable when it is decoded
             if min(width, height) < self.config.min_size_px:
                 return f"smaller than {self.config.min_size_px} px"
             if self.config.max_aspect and max(width, height) > self.config.max_aspect * min(width, height):
                 return f"aspect over {self.config.max_aspect:g}"
         return None
 
-    def _record(
+    def _build_records(
         self, key: str, encoded: bytes, caption: Any, meta: dict[str, Any], skipped: Skipped
     ) -> Iterator[Record]:
-        """One record, its captions chosen by the config's columns if it names any."""
+        """Yields one record, or none where a caption is no text.
+
+        Args:
+            key, encoded, meta: as of `Record`.
+            caption: the caption where the config names no columns; of any type, as it was read.
+            skipped: counts a caption that is no text.
+        """
         found = (
             [(meta.get(column), share) for column, share in self.config.captions.items() if meta.get(column)]
             if self.config.captions
@@ -252,26 +209,35 @@ class Source:
 
     def __iter__(self) -> Iterator[Record]:
         self.skipped = Skipped()
-        for number in range(self.units()):
-            yield from self.unit(number, self.skipped)
+        for number in range(self.count_units()):
+            yield from self.read_unit(number, self.skipped)
 
 
-def _files_fingerprint(files: Iterable[Path]) -> str:
+def choose_caption(meta: dict[str, Any]) -> Any:
+    """Returns the value of the first of `CAPTION_COLUMNS` that is not empty, or None. It may be no text."""
+    return next((meta[column] for column in CAPTION_COLUMNS if meta.get(column)), None)
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """Returns a hash of the names and sizes of files, in any order."""
     return hashlib.sha256(
         "\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files, key=by_parts)).encode()
     ).hexdigest()
 
 
 def is_text(value: object) -> bool:
-    """Whether a value is text that can be written: JSON lets half a surrogate pair through."""
+    """Returns whether a value is text that UTF-8 can hold. JSON may bring half of a surrogate pair, which it cannot."""
+    if not isinstance(value, str):
+        return False
     try:
-        return isinstance(value, str) and bool(value.encode() or True)
+        value.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def read_object(payload: bytes | str) -> dict[str, Any]:
-    """A JSON object; an empty one where the text is anything else."""
+    """Returns a JSON object, or an empty one where the text is anything else."""
     try:
         content = json.loads(payload)
     except (ValueError, RecursionError):
@@ -279,8 +245,8 @@ def read_object(payload: bytes | str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _text(payload: bytes) -> str | None:
-    """UTF-8 text, None where it is not."""
+def decode_text(payload: bytes) -> str | None:
+    """Returns UTF-8 text without its byte order mark, or None where the bytes are something else."""
     try:
         return payload.decode("utf-8-sig")
     except UnicodeDecodeError:

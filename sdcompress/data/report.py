@@ -1,6 +1,4 @@
-"""What is in a data set: figures of one pass over it, and a sheet of its pictures, in memory that does not grow with
-the data.
-"""
+"""Figures of a data set from one pass over it, and a sheet of its pictures, in memory that does not grow with it."""
 
 from __future__ import annotations
 
@@ -9,39 +7,44 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+import numpy as np
+from PIL import Image
 from sdcompress_engines.errors import DataError
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.data.filters import as_number
 from sdcompress.data.records import Record, Source
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-SAMPLE = 10_000
-BINS = 10
-FIELDS = 64
-EXAMPLES = 3
-CAPTIONS = 8
+SAMPLE_SIZE = 10_000
+"""Numbers from which medians and histograms are computed, at most."""
+HISTOGRAM_BINS = 10
+NUMERIC_FIELDS = 64
+"""Metadata fields with figures, at most."""
+EXAMPLE_KEYS = 3
+EXAMPLE_CAPTIONS = 8
 SHEET_PICTURES = 64
 SHEET_COLUMNS = 8
 TILE_PX = 160
 MARGIN_PX = 6
 SMALL_PX = 512
-LARGEST = 1e300  # beyond it the width of a histogram overflows
+LARGEST_NUMBER = 1e300
+"""Above it the width of a histogram overflows."""
 
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Numbers, summed up.
+    """The distribution of numbers.
 
-    Count, least and most are exact; median and histogram are those of a sample of `SAMPLE` where there are more.
+    Count, least and most are exact. Median and histogram are those of a random sample of `SAMPLE_SIZE` where there are
+    more numbers.
 
     Attributes:
+        count: how many numbers there are.
+        least, median, most: of the numbers.
         histogram: (from, to, share) of equal bins; the shares add up to 1.
     """
 
@@ -54,7 +57,12 @@ class Spread:
 
 @dataclass(frozen=True)
 class Unusable:
-    """Pictures that cannot be used for one reason, and the keys of the first of them."""
+    """Pictures that cannot be used for one reason.
+
+    Attributes:
+        count: how many there are.
+        examples: keys of the first of them.
+    """
 
     count: int
     examples: tuple[str, ...]
@@ -62,20 +70,21 @@ class Unusable:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one pass over a source found.
+    """The figures of one pass over a source.
 
     Attributes:
         name: of the source.
-        usable: pictures with a caption and a readable header that the conditions let through.
-        unusable: by reason.
-        filtered: condition → pictures it left out; nothing is wrong with them.
-        width_px, height_px: of the usable pictures; None where there is none, as with all spreads.
-        aspect: width over height.
-        small_px, small: the share of usable pictures whose short side is under `small_px`.
-        fields: numeric metadata.
-        caption_words: words of the first caption of each picture.
-        captions: some of them, drawn at random.
-        fault: why training on it would stop; None where it would not.
+        usable: number of pictures that have a caption and a readable header and meet all conditions.
+        unusable: reason → the pictures that cannot be used for it.
+        filtered: condition → number of pictures that do not meet it. Nothing is wrong with these pictures.
+        width_px, height_px: of the usable pictures. Every `Spread` is None where there is no usable picture.
+        aspect: width over height of the usable pictures.
+        small_px: limit of `small`.
+        small: share of the usable pictures whose short side is below `small_px`.
+        fields: numeric metadata field → its values.
+        caption_words: number of words in the first caption of each usable picture.
+        captions: some first captions, drawn at random.
+        fault: why training on this source would stop; None where it would not.
     """
 
     name: str
@@ -94,16 +103,21 @@ class Figures:
 
 
 class Reservoir(Generic[Item]):
-    """A uniform sample of at most `size` of the items offered (Vitter 1985, algorithm R), the same for the same items
-    and seed.
+    """A uniform random sample of a stream (Vitter 1985, algorithm R).
+
+    The same items and the same seed give the same sample.
+
+    Args:
+        size: items in the sample, at most.
+        seed: of the random numbers.
     """
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size, self.seen, self._random = size, 0, random.Random(seed)
         self._kept: list[tuple[int, Item]] = []
 
-    def place(self) -> int | None:
-        """Count one more item: the place it has in the sample, None where it is not drawn."""
+    def draw_place(self) -> int | None:
+        """Count one more item. Returns its place in the sample, or None where it is not drawn."""
         self.seen += 1
         if self.seen <= self.size:
             return self.seen - 1
@@ -111,44 +125,44 @@ class Reservoir(Generic[Item]):
         return place if place < self.size else None
 
     def put(self, place: int, item: Item) -> None:
-        """Keep the item just counted at the place it was given."""
+        """Keep the item counted last, at the place that `draw_place` returned for it."""
         if place < len(self._kept):
             self._kept[place] = (self.seen, item)
         else:
             self._kept.append((self.seen, item))
 
     def offer(self, item: Item) -> None:
-        place = self.place()
+        """Count one more item, and keep it where it is drawn."""
+        place = self.draw_place()
         if place is not None:
             self.put(place, item)
 
     def items(self) -> list[Item]:
-        """The sample, in the order it was offered."""
+        """Returns the sample in the order of the stream."""
         return [item for _, item in sorted(self._kept, key=lambda kept: kept[0])]
 
 
 @dataclass
 class _Numbers:
-    """Numbers on their way to a `Spread`."""
+    """Collects numbers for a `Spread`."""
 
     least: float = math.inf
     most: float = -math.inf
-    sample: Reservoir[float] = field(default_factory=lambda: Reservoir(SAMPLE))
+    sample: Reservoir[float] = field(default_factory=lambda: Reservoir(SAMPLE_SIZE))
 
     def add(self, number: float) -> None:
         self.least, self.most = min(self.least, number), max(self.most, number)
         self.sample.offer(number)
 
     def spread(self) -> Spread | None:
-        import numpy as np
-
+        """Returns the distribution of the numbers so far, or None where there is none."""
         numbers = np.array(self.sample.items())
         if not len(numbers):
             return None
         if self.least == self.most:
             histogram: tuple[tuple[float, float, float], ...] = ((self.least, self.most, 1.0),)
         else:
-            counts, edges = np.histogram(numbers, bins=BINS, range=(self.least, self.most))
+            counts, edges = np.histogram(numbers, bins=HISTOGRAM_BINS, range=(self.least, self.most))
             histogram = tuple(
                 (float(low), float(high), float(count) / len(numbers))
                 for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
@@ -157,8 +171,9 @@ class _Numbers:
 
 
 class _Fields:
-    """The numeric fields of metadata, `FIELDS` at most: those that are numbers in at least half of the pictures that
-    have them.
+    """Collects the numeric fields of metadata, at most `NUMERIC_FIELDS`.
+
+    A field counts as numeric if it is a number in at least half of the pictures that have it.
     """
 
     def __init__(self) -> None:
@@ -168,13 +183,14 @@ class _Fields:
     def add(self, meta: Mapping[str, Any]) -> None:
         for name, value in meta.items():
             number = as_number(value)
-            if number is not None and abs(number) <= LARGEST:
-                if name in self.numbers or len(self.numbers) < FIELDS:
+            if number is not None and abs(number) <= LARGEST_NUMBER:
+                if name in self.numbers or len(self.numbers) < NUMERIC_FIELDS:
                     self.numbers.setdefault(name, _Numbers()).add(number)
-            elif value is not None and (name in self.others or len(self.others) < FIELDS):
+            elif value is not None and (name in self.others or len(self.others) < NUMERIC_FIELDS):
                 self.others[name] = self.others.get(name, 0) + 1
 
     def spreads(self) -> dict[str, Spread]:
+        """Returns the distribution of each numeric field."""
         return {
             name: spread
             for name, numbers in self.numbers.items()
@@ -184,7 +200,64 @@ class _Fields:
         }
 
 
-def look(
+class _Survey:
+    """Collects the figures of a source, picture by picture.
+
+    Args:
+        small_px: see `Figures`.
+    """
+
+    def __init__(self, small_px: int) -> None:
+        self.small_px = small_px
+        self.width, self.height, self.aspect, self.words = _Numbers(), _Numbers(), _Numbers(), _Numbers()
+        self.fields = _Fields()
+        self.captions = Reservoir[str](EXAMPLE_CAPTIONS)
+        self.usable = self.small = 0
+
+    def add(self, record: Record, width: int, height: int) -> None:
+        """Count a usable picture.
+
+        Args:
+            record: the picture.
+            width, height: in pixels.
+        """
+        self.usable += 1
+        self.small += min(width, height) < self.small_px
+        self.width.add(float(width))
+        self.height.add(float(height))
+        self.aspect.add(width / height)
+        self.words.add(float(len(record.caption.split())))
+        self.fields.add(record.meta)
+        self.captions.offer(record.caption)
+
+    def figures(self, source: Source) -> Figures:
+        """Returns the figures, with what `source.skipped` left out."""
+        skipped = source.skipped
+        fault = None
+        try:
+            skipped.check(source.name, source.config.max_unusable)
+        except DataError as error:
+            fault = str(error)
+        return Figures(
+            name=source.name,
+            usable=self.usable,
+            unusable={
+                reason: Unusable(len(keys), tuple(keys[:EXAMPLE_KEYS])) for reason, keys in skipped.reasons.items()
+            },
+            filtered=dict(skipped.filtered),
+            width_px=self.width.spread(),
+            height_px=self.height.spread(),
+            aspect=self.aspect.spread(),
+            small_px=self.small_px,
+            small=self.small / self.usable if self.usable else 0.0,
+            fields=self.fields.spreads(),
+            caption_words=self.words.spread(),
+            captions=tuple(self.captions.items()),
+            fault=fault,
+        )
+
+
+def inspect_source(
     source: Source,
     *,
     limit: int | None = None,
@@ -193,23 +266,23 @@ def look(
     small_px: int = SMALL_PX,
     report: Reporter = SILENT,
 ) -> tuple[Figures, Image.Image | None]:
-    """Go through a source once: its figures and, with `sheet`, up to `SHEET_PICTURES` of its pictures side by side on
-    white.
+    """Read a source once. Returns its figures and, with `sheet`, some of its pictures side by side.
 
     Args:
-        limit: stop after this many pictures with a caption; None is all.
-        decode: decode every picture, which finds those cut in the middle and takes long; else only headers are read.
-        small_px: see `Figures.small`.
+        source: the data set.
+        limit: stop after this many pictures with a caption; None reads all.
+        decode: decode every picture. That finds pictures that were cut, and takes long. Otherwise only headers are
+            read.
+        sheet: return a sheet of at most `SHEET_PICTURES` pictures, drawn at random. It is None where none is usable.
+        small_px: see `Figures`.
+        report: shows the progress.
 
     Raises:
-        DataError: a condition names a field that no picture has.
+        DataError: the metadata file of a folder is malformed.
     """
     unreadable: list[str] = []
-    sides, aspect, words = (_Numbers(), _Numbers()), _Numbers(), _Numbers()
-    fields = _Fields()
-    captions, tiles = Reservoir[str](CAPTIONS), Reservoir["Image.Image"](SHEET_PICTURES)
-    usable = small = 0
-    with report.task("look at pictures", limit) as advance:
+    survey, tiles = _Survey(small_px), Reservoir[Image.Image](SHEET_PICTURES)
+    with report.task("inspect pictures", limit) as advance:
         for record in islice(source, limit):
             advance()
             try:
@@ -217,46 +290,18 @@ def look(
             except DataError:
                 unreadable.append(record.key)
                 continue
-            usable += 1
-            small += min(width, height) < small_px
-            for numbers, number in zip(
-                (*sides, aspect, words), (width, height, width / height, len(record.caption.split())), strict=True
-            ):
-                numbers.add(float(number))
-            fields.add(record.meta)
-            captions.offer(record.caption)
+            survey.add(record, width, height)
             if sheet:
                 _offer_tile(tiles, record)
-    skipped = source.skipped
     if unreadable:
-        skipped.read -= len(unreadable)
-        skipped.reasons.setdefault("unreadable picture", []).extend(unreadable)
-    fault = None
-    try:
-        skipped.check(source.name, source.config.max_unusable)
-    except DataError as error:
-        fault = str(error)
-    figures = Figures(
-        source.name,
-        usable,
-        {reason: Unusable(len(keys), tuple(keys[:EXAMPLES])) for reason, keys in skipped.reasons.items()},
-        dict(skipped.filtered),
-        sides[0].spread(),
-        sides[1].spread(),
-        aspect.spread(),
-        small_px,
-        small / usable if usable else 0.0,
-        fields.spreads(),
-        words.spread(),
-        tuple(captions.items()),
-        fault,
-    )
-    return figures, contact_sheet(tiles.items()) if sheet and tiles.items() else None
+        source.skipped.read -= len(unreadable)
+        source.skipped.reasons.setdefault("unreadable picture", []).extend(unreadable)
+    return survey.figures(source), draw_contact_sheet(tiles.items()) if sheet and tiles.items() else None
 
 
 def _offer_tile(tiles: Reservoir[Image.Image], record: Record) -> None:
-    """Decode a picture only if the sample takes it; a broken one is not shown."""
-    place = tiles.place()
+    """Offer a thumbnail to the sample. The picture is decoded only if it is drawn; a broken one is not shown."""
+    place = tiles.draw_place()
     if place is None:
         return
     try:
@@ -267,10 +312,8 @@ def _offer_tile(tiles: Reservoir[Image.Image], record: Record) -> None:
     tiles.put(place, picture)
 
 
-def contact_sheet(thumbnails: Sequence[Image.Image]) -> Image.Image:
-    """Thumbnails of at most `TILE_PX`, each in the middle of a white square, `SHEET_COLUMNS` in a row."""
-    from PIL import Image
-
+def draw_contact_sheet(thumbnails: Sequence[Image.Image]) -> Image.Image:
+    """Returns thumbnails of at most `TILE_PX`, each in the middle of a white square, `SHEET_COLUMNS` in a row."""
     side = TILE_PX + 2 * MARGIN_PX
     columns = min(SHEET_COLUMNS, len(thumbnails))
     sheet = Image.new("RGB", (columns * side, math.ceil(len(thumbnails) / columns) * side), "white")

@@ -10,28 +10,44 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress.data.config import DataConfig
-from sdcompress.data.records import PICTURES, Record, Skipped, Source, _files_fingerprint, _text, read_object
+from sdcompress.data.records import (
+    PICTURE_SUFFIXES,
+    Record,
+    Source,
+    choose_caption,
+    decode_text,
+    fingerprint_files,
+    read_object,
+)
+from sdcompress.data.skipped import Skipped
 from sdcompress.data.tar import open_tar, read_tar
 
-SHARDS = (".tar", ".tar.gz", ".tgz")
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 class ShardSource(Source):
-    """Webdataset shards, as img2dataset writes them: members of one key follow each other, `.json` may carry a caption
-    too.
+    """webdataset shards, as img2dataset writes them. Each shard is a unit.
+
+    The members of one record have the same name but for the extension and follow each other. The caption is in `.txt`,
+    or in `.json` under one of `CAPTION_COLUMNS`; the metadata is in `.json`.
+
+    Args:
+        name: for reports and manifests.
+        paths: the shards, in order.
+        config: which pictures are used, and which columns hold their captions.
     """
 
     def __init__(self, name: str, paths: list[Path], config: DataConfig) -> None:
         super().__init__(name, config)
         self.paths = paths
 
-    def units(self) -> int:
+    def count_units(self) -> int:
         return len(self.paths)
 
     def fingerprint(self) -> str:
-        return _files_fingerprint(self.paths)
+        return fingerprint_files(self.paths)
 
-    def _unit(self, number: int, skipped: Skipped) -> Iterator[Record]:
+    def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         path = self.paths[number]
         key, parts = "", dict[str, bytes]()
         try:
@@ -43,37 +59,44 @@ class ShardSource(Source):
                     folder, slash, name = member.rpartition("/")
                     stem, _, extension = name.partition(".")
                     if folder + slash + stem != key:
-                        yield from self._group(f"{path.name}:{key}", parts, skipped)
+                        yield from self._join_parts(f"{path.name}:{key}", parts, skipped)
                         key, parts = folder + slash + stem, {}
                     parts[extension.lower()] = payload
         except EOFError:
             skipped.add("shard cut short", path.name)
-            if not any(f".{e}" in PICTURES for e in parts) or not parts.keys() & {"txt", "json"}:
-                return  # the record the cut went through
+            if not any(f".{e}" in PICTURE_SUFFIXES for e in parts) or not parts.keys() & {"txt", "json"}:
+                return  # the shard ends within this record
         except (tarfile.TarError, OSError, zlib.error) as error:
             skipped.add(f"shard damaged ({type(error).__name__})", path.name)
             return
-        yield from self._group(f"{path.name}:{key}", parts, skipped)
+        yield from self._join_parts(f"{path.name}:{key}", parts, skipped)
 
-    def _group(self, key: str, parts: dict[str, bytes], skipped: Skipped) -> Iterator[Record]:
-        encoded = next((parts[e] for e in parts if f".{e}" in PICTURES), None)
+    def _join_parts(self, key: str, parts: dict[str, bytes], skipped: Skipped) -> Iterator[Record]:
+        """Yields the record of members with one name; nothing where there is no picture among them.
+
+        Args:
+            key: of the record.
+            parts: extension without its dot → content.
+            skipped: counts a caption without a picture, and one that is no text.
+        """
+        encoded = next((parts[e] for e in parts if f".{e}" in PICTURE_SUFFIXES), None)
         if encoded is None:
             if "txt" in parts:
                 skipped.add("caption without a picture", key)
             return
         meta = read_object(parts.get("json", b"{}"))
         if "txt" in parts:
-            caption: Any = _text(parts["txt"])
+            caption: Any = decode_text(parts["txt"])
             if caption is None:
                 skipped.add("caption is no text", key)
                 return
         else:
-            caption = next((meta[column] for column in ("caption", "text", "prompt") if meta.get(column)), None)
-        yield from self._record(key, encoded, caption, meta, skipped)
+            caption = choose_caption(meta)
+        yield from self._build_records(key, encoded, caption, meta, skipped)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a{00..02}b` and `a{x,y}b` written out, as a shell does it; anything else as it is."""
+    """Returns the names that a shell makes of `a{00..02}b` and `a{x,y}b`; other patterns are returned as they are."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}", pattern)
     if match is None:
         return [pattern]
@@ -82,6 +105,5 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         first, last = int(match[1]), int(match[2])
         middles = [str(n).zfill(len(match[1])) for n in range(first, last + 1)]
-    return [
-        made for middle in middles for made in expand_braces(pattern[: match.start()] + middle + pattern[match.end() :])
-    ]
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for middle in middles for name in expand_braces(before + middle + after)]

@@ -10,55 +10,62 @@ from sdcompress_engines.errors import DataError, UsageError
 
 from sdcompress.data.config import DataConfig
 from sdcompress.data.folder import FolderSource
-from sdcompress.data.hub import HUB, HubSource
-from sdcompress.data.records import PICTURES, Source
-from sdcompress.data.shards import SHARDS, ShardSource, expand_braces
+from sdcompress.data.hub import HUB_PREFIX, HubSource
+from sdcompress.data.records import PICTURE_SUFFIXES, Source
+from sdcompress.data.shards import SHARD_SUFFIXES, ShardSource, expand_braces
+from sdcompress.models import nano
 
 
 def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = None) -> Source:
-    """A source for a folder of pictures; a folder, glob or brace list of shards, or a list of their files;
-    `hub:owner/name`; or nano.
+    """Returns the source of a data set.
+
+    Args:
+        data: a folder of pictures or shards, a shard, a glob or brace list of shards, a list of their files,
+            `hub:owner/name`, or `nano`.
+        config: which pictures are used; by default all with a caption.
 
     Raises:
-        UsageError: nothing is there, or a condition that cannot be read. DataError: a folder with neither pictures nor
-            shards.
-        BackendMissing: a hub dataset, and no package to read it.
+        UsageError: nothing is there, or a condition is malformed.
+        DataError: a folder with neither pictures nor shards, a file that is no shard, or no such hub data set.
+        BackendMissing: a hub data set, and no package to read it.
     """
     config = config or DataConfig()
     if not isinstance(data, str | Path):
         return ShardSource("shards", list(data), config)
     if str(data) == "nano":
-        from sdcompress.models import nano
-
         return ShardSource("nano", nano.shards("train"), config)
-    if str(data).startswith(HUB):
-        return HubSource(str(data).removeprefix(HUB), config)
+    if str(data).startswith(HUB_PREFIX):
+        return HubSource(str(data).removeprefix(HUB_PREFIX), config)
     path = Path(data).expanduser()
     if path.is_dir():
-        shards = sorted(p for p in path.iterdir() if p.name.endswith(SHARDS))
-        if shards:
-            return ShardSource(path.name, shards, config)
-        if not any(p.suffix.lower() in PICTURES for p in path.rglob("*")):
-            raise DataError(
-                "holds no picture and no shard",
-                where=path,
-                expected="pictures (.jpg, .png, .webp) or webdataset shards (.tar)",
-            )
-        return FolderSource(path.name, path, config)
-    files = (
-        [path]
-        if path.is_file()
-        else [f for pattern in expand_braces(str(path)) for f in sorted(Path(p) for p in glob.glob(pattern))]
-    )
+        return _open_folder(path, config)
+    files = [path] if path.is_file() else _match_files(str(path))
     if not files:
         raise UsageError(
             "does not exist",
             where=str(data),
-            expected=(
-                "a folder of captioned pictures, webdataset shards (a folder, a glob, a list such as"
-                " data/{00000..00099}.tar), hub:owner/name, or nano"
-            ),
+            expected="a folder of captioned pictures, webdataset shards (a folder, a glob, a list such as"
+            " data/{00000..00099}.tar), hub:owner/name, or nano",
         )
-    if not all(p.name.endswith(SHARDS) for p in files):
+    if not all(p.name.endswith(SHARD_SUFFIXES) for p in files):
         raise DataError("is no webdataset shard", where=files[0], expected="a .tar file, or a folder")
     return ShardSource(path.name, files, config)
+
+
+def _open_folder(folder: Path, config: DataConfig) -> Source:
+    """Returns the source of a folder: of its shards where it has any, else of its pictures."""
+    shards = sorted(p for p in folder.iterdir() if p.name.endswith(SHARD_SUFFIXES))
+    if shards:
+        return ShardSource(folder.name, shards, config)
+    if not any(p.suffix.lower() in PICTURE_SUFFIXES for p in folder.rglob("*")):
+        raise DataError(
+            "holds no picture and no shard",
+            where=folder,
+            expected="pictures (.jpg, .png, .webp) or webdataset shards (.tar)",
+        )
+    return FolderSource(folder.name, folder, config)
+
+
+def _match_files(pattern: str) -> list[Path]:
+    """Returns the files of a glob or brace list: in the order of the list, and sorted within each glob."""
+    return [file for each in expand_braces(pattern) for file in sorted(Path(name) for name in glob.glob(each))]

@@ -1,4 +1,7 @@
-"""Units of a source (a shard, or a thousand pictures of a folder), each encoded into what one file of a cache holds."""
+"""Units of a source, each encoded into the content of one file of a cache.
+
+A unit is a shard, or a thousand pictures of a folder.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,27 @@ import torch
 from sdcompress_engines.errors import DataError
 
 from sdcompress.data.config import DataConfig
-from sdcompress.data.encode import LatentEncoder, embed_in_batches
-from sdcompress.data.records import Record, Skipped, Source
-from sdcompress.data.views import View, bucket_shapes, nearest_bucket, to_view
+from sdcompress.data.embed import embed_in_batches
+from sdcompress.data.encode import LatentEncoder
+from sdcompress.data.records import Record, Source
+from sdcompress.data.skipped import Skipped
+from sdcompress.data.views import CENTER, View, bucket_shapes, nearest_bucket, to_view
+from sdcompress.support.pipeline import TextToImagePipeline
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """`map` with `workers` threads, in order, never more than a few items ahead."""
+def map_in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Yields the results of `work` in the order of `items`.
+
+    It reads at most four items a thread ahead. `Executor.map` reads all of them at once before Python 3.14.
+
+    Args:
+        work: called once for each item, in a thread.
+        items: read in the calling thread.
+        workers: number of threads.
+    """
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future[Result]] = deque()
         for item in items:
@@ -38,14 +52,14 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], workers: int
 
 @dataclass(frozen=True)
 class EncodedUnit:
-    """What a unit becomes.
+    """An encoded unit.
 
     Attributes:
-        tensors: `mean`, `logvar` and `time_ids` of each shape of its views, the embeddings of its captions, and columns
-            that say which rows are whose, named `pictures.*`.
+        tensors: `mean`, `logvar` and `time_ids` of each shape of its views, the embeddings of its captions, and the
+            columns `pictures.*`, which give the rows of each picture.
         skipped: what was read, and what was left out and why.
-        tiled: views that were encoded in tiles.
-        tile_px: side of the smallest of those tiles; None where there were none.
+        tiled: number of views that were encoded in tiles.
+        tile_px: side of the smallest of those tiles, in pixels; None where there are none.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -58,22 +72,33 @@ class UnitEncoder:
     """Encodes units of a source with one pipeline.
 
     Args:
-        pipeline: its text encoders are used where they are.
-        latents: its VAE.
+        pipeline: its text encoders embed the captions, on their present device.
+        latents: encodes pictures with the pipeline's VAE.
         size_px: side of the square pictures, or the root of the buckets' area.
+        config: how pictures are cropped, and which share of them may be unusable.
+
+    Attributes:
+        shapes: of the views, as (width, height) in pixels.
+        views: number of views of each picture; mirrored views count.
+        skipped: what all units so far left out.
     """
 
-    CHECK_FROM = 1000  # pictures after which too large a share of unusable ones stops the build before its end
+    CHECK_FROM = 1000  # pictures from which on too large a share of unusable ones stops the build before its end
 
-    def __init__(self, pipeline: Any, latents: LatentEncoder, size_px: int, config: DataConfig) -> None:
+    def __init__(self, pipeline: TextToImagePipeline, latents: LatentEncoder, size_px: int, config: DataConfig) -> None:
         self.pipeline, self.latents, self.config = pipeline, latents, config
         step = max(latents.factor, min(64, size_px // 8))
         self.shapes = bucket_shapes(size_px, step) if config.buckets else [(size_px, size_px)]
-        self.views = (config.views if config.crop == "random" else 1) * (2 if config.flip else 1)
+        self.crops = config.views if config.crop == "random" else 1
+        self.views = self.crops * (2 if config.flip else 1)
         self.threads = max(1, (os.cpu_count() or 1) // 2)
-        self.met = Skipped()
+        self.skipped = Skipped()
 
-    def _views(self, record: Record) -> tuple[Record, int, list[View]] | tuple[Record, DataError]:
+    def _cut_views(self, record: Record) -> tuple[Record, int, list[View]] | tuple[Record, DataError]:
+        """Returns a record with its bucket and its views, or with the fault that makes its picture unusable.
+
+        Random crops depend only on the picture's bytes, so that every build takes the same.
+        """
         try:
             picture = record.picture()
         except DataError as error:
@@ -81,21 +106,23 @@ class UnitEncoder:
         bucket = nearest_bucket(*picture.size, self.shapes)
         width, height = self.shapes[bucket]
         random = np.random.default_rng(list(hashlib.sha256(record.encoded).digest()[:8]))
+        flips = (False, True) if self.config.flip else (False,)
         views = []
-        for _ in range(self.config.views if self.config.crop == "random" else 1):
-            place = (float(random.random()), float(random.random())) if self.config.crop == "random" else (0.5, 0.5)
-            flips = (False, True) if self.config.flip else (False,)
+        for _ in range(self.crops):
+            place = (float(random.random()), float(random.random())) if self.config.crop == "random" else CENTER
             views += [to_view(picture, width, height, place, flip) for flip in flips]
         return record, bucket, views
 
     def encode(self, source: Source, number: int, advance: Callable[..., None]) -> EncodedUnit:
-        """Returns unit `number` of a source, encoded.
+        """Returns an encoded unit.
 
         Args:
+            source: the data set.
+            number: of the unit, from 0.
             advance: called once for each picture.
 
         Raises:
-            DataError: too large a share of what was read so far is unusable; a picture that the memory does not hold.
+            DataError: too large a share of the pictures so far is unusable, or there is too little memory for one.
         """
         skipped = Skipped()
         tiled_before = self.latents.tiled
@@ -103,7 +130,7 @@ class UnitEncoder:
         captions: dict[str, int] = {}
         names = ("bucket", "row", "first", "count", "caption_row", "caption_share", "digest")
         columns: dict[str, list[Any]] = {name: [] for name in names}
-        for found in in_order(self._views, source.unit(number, skipped), self.threads):
+        for found in map_in_order(self._cut_views, source.read_unit(number, skipped), self.threads):
             advance()
             if len(found) == 2:
                 skipped.read -= 1
@@ -120,16 +147,22 @@ class UnitEncoder:
             content = record.encoded + json.dumps(record.captions).encode()
             columns["digest"].append(list(hashlib.sha256(content).digest()[:16]))
         encoded = batches.finish()
-        self.met.merge(skipped)
-        if self.met.read + self.met.count + sum(self.met.filtered.values()) >= self.CHECK_FROM:
-            self.met.check(source.name, self.config.max_unusable)
+        total = self.skipped
+        total.merge(skipped)
+        if total.read + total.count + sum(total.filtered.values()) >= self.CHECK_FROM:
+            total.check(source.name, self.config.max_unusable)
         tensors = encoded | embed_in_batches(self.pipeline, list(captions)) | _picture_columns(columns)
         tiled = self.latents.tiled - tiled_before
         return EncodedUnit(tensors, skipped, tiled, self.latents.tile_px if tiled else None)
 
 
 class _Batches:
-    """Collects the views of a unit, each shape for itself, and encodes them as soon as a batch is full."""
+    """Collects the views of a unit by shape, and encodes them as soon as a batch is full.
+
+    Args:
+        latents: encodes them.
+        shapes: (width, height) of each bucket, in pixels.
+    """
 
     def __init__(self, latents: LatentEncoder, shapes: list[tuple[int, int]]) -> None:
         self.latents, self.shapes = latents, shapes
@@ -138,7 +171,7 @@ class _Batches:
         self.done: dict[str, list[torch.Tensor]] = {}
 
     def add(self, bucket: int, views: list[View]) -> int:
-        """Take the views of one picture; returns the row of the first among those of its shape."""
+        """Take the views of one picture. Returns the row of the first one among the views of its shape."""
         row = self.rows.get(bucket, 0)
         self.rows[bucket] = row + len(views)
         waiting = self.waiting.setdefault(bucket, [])
@@ -149,7 +182,7 @@ class _Batches:
         return row
 
     def finish(self) -> dict[str, torch.Tensor]:
-        """Encode what waits; returns `mean`, `logvar` and `time_ids` of each shape."""
+        """Encode what is left. Returns `mean`, `logvar` and `time_ids` of each shape."""
         for bucket, views in self.waiting.items():
             if views:
                 self._encode(bucket, views)
@@ -163,11 +196,11 @@ class _Batches:
 
 
 def _picture_columns(columns: dict[str, list[Any]]) -> dict[str, torch.Tensor]:
-    """What is known of a unit's pictures, as tensors."""
-    kinds = {"caption_share": torch.float32, "digest": torch.uint8}
+    """Returns the columns of a unit's pictures as tensors named `pictures.*`."""
+    dtypes = {"caption_share": torch.float32, "digest": torch.uint8}
     return {
         f"pictures.{name}": (
-            torch.tensor(values, dtype=kinds.get(name, torch.int32)).reshape(
+            torch.tensor(values, dtype=dtypes.get(name, torch.int32)).reshape(
                 len(values), *((16,) if name == "digest" else ())
             )
         )

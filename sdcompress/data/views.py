@@ -1,4 +1,4 @@
-"""From a picture to what the VAE takes: buckets of aspect ratios, crops and mirrors."""
+"""From a picture to the input of the VAE: buckets of aspect ratios, crops and mirrored pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 MAX_BUCKET_ASPECT = 2.0
+CENTER = (0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class View:
     """One crop of one picture.
 
     Attributes:
-        pixels: float32 in [-1, 1], (3, h, w).
+        pixels: (3, H, W), float32 in [-1, 1], on the CPU.
         time_ids: height and width of the original, top and left of the crop in the resized picture, height and width of
-            the crop; SDXL is conditioned on them (arXiv 2307.01952, section 2.2).
+            the crop, all in pixels. SDXL is conditioned on them (arXiv 2307.01952, section 2.2).
     """
 
     pixels: torch.Tensor
@@ -27,9 +28,13 @@ class View:
 
 
 def bucket_shapes(size_px: int, step_px: int) -> list[tuple[int, int]]:
-    """Returns (width, height) of equal area, about `size_px` squared, in multiples of `step_px`, the square first.
+    """Returns shapes of nearly equal area as (width, height) in pixels, sorted by aspect ratio, the square first.
 
-    The longest is `MAX_BUCKET_ASPECT` times as long as wide.
+    Their long side is at most `MAX_BUCKET_ASPECT` times their short side.
+
+    Args:
+        size_px: side of the square; no other shape has a larger area.
+        step_px: all sides are multiples of it.
     """
     shapes = {(size_px, size_px)}
     for width in range(step_px, 2 * size_px, step_px):
@@ -40,18 +45,25 @@ def bucket_shapes(size_px: int, step_px: int) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(width: int, height: int, shapes: list[tuple[int, int]]) -> int:
-    """Returns the index of the shape whose aspect ratio is nearest."""
+    """Returns the index of the shape whose aspect ratio is nearest to that of a picture.
+
+    Args:
+        width, height: of the picture, in pixels.
+        shapes: (width, height) of each bucket, in pixels.
+    """
     aspect = math.log(width / height)
     return min(range(len(shapes)), key=lambda i: (abs(aspect - math.log(shapes[i][0] / shapes[i][1])), i))
 
 
 def to_view(
-    picture: Image.Image, width: int, height: int, place: tuple[float, float] = (0.5, 0.5), flip: bool = False
+    picture: Image.Image, width: int, height: int, place: tuple[float, float] = CENTER, flip: bool = False
 ) -> View:
-    """Returns the picture resized to cover (width, height) and cropped to it.
+    """Returns a picture resized to cover a shape, and cropped to it.
 
     Args:
-        place: where the crop lies in what is left over: 0 is left or top, 0.5 the center.
+        picture: in RGB.
+        width, height: of the crop, in pixels.
+        place: position of the crop in what the shape does not cover, across and down: 0 is left or top, 0.5 the center.
         flip: mirror the crop.
     """
     original = picture.size
@@ -60,7 +72,7 @@ def to_view(
         size = max(width, round(picture.width * scale)), max(height, round(picture.height * scale))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = round((picture.width - width) * place[0]), round((picture.height - height) * place[1])
-    if place == (0.5, 0.5):
+    if place == CENTER:  # rounded down, where `round` would go to the even number
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
     picture = picture.crop((left, top, left + width, top + height))
     array = np.asarray(ImageOps.mirror(picture) if flip else picture, dtype=np.float32) / np.float32(127.5) - 1
@@ -68,5 +80,5 @@ def to_view(
 
 
 def to_pixels(picture: Image.Image, size_px: int) -> torch.Tensor:
-    """Returns the center crop of a picture whose short side is `size_px`: float32 in [-1, 1], (3, size_px, size_px)."""
+    """Returns the center square of a picture, resized: (3, size_px, size_px), float32 in [-1, 1], on the CPU."""
     return to_view(picture, size_px, size_px).pixels

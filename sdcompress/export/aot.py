@@ -43,7 +43,7 @@ def compile_unet(
         BackendMissing: no C++ compiler. ExportError: torch could not capture or compile it. ArtifactError,
             StorageError: the output.
     """
-    from sdcompress_engines.runners.aot_inductor import compile_package
+    from sdcompress_engines.runners.aot_compiler import compile_package
 
     pipeline: Any = loaded.pipeline
     wanted = signature_of("unet", pipeline.unet, precision)

@@ -1,4 +1,4 @@
-"""A pipeline's components as graphs: a frozen copy with a host's inputs and outputs, and inputs to trace it with."""
+"""A pipeline's components as graphs: a frozen copy with the inputs and outputs of a host, and inputs to trace it with."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from sdcompress_engines.errors import ModelError
 from sdcompress_engines.runners import TensorSpec
 from sdcompress_engines.signature import COMPONENTS, CONTEXT_TOKENS, HOSTS, Signature, signature
 
+from sdcompress.support.pipeline import TextToImagePipeline
 from sdcompress.support.quiet import quiet
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
 Runtime = Literal["any", "onnxruntime"]
-"""Whose kernels a graph is written for: `any` keeps `GroupNormalization`, which TensorRT has a kernel for; see
-`onnxruntime_ops`.
+"""The runtime that a graph is written for. `any` keeps `GroupNormalization`, for which TensorRT has a kernel;
+`onnxruntime` replaces it, see `onnxruntime_ops`.
 """
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,14 +35,14 @@ PARTS = {
     "vae_decoder": "vae",
     "vae_encoder": "vae",
 }
-"""Component → what a pipeline calls the module it is a part of."""
+"""Component → the name that a pipeline has for the module it is a part of."""
 
 
-def part_of(pipeline: Any, component: str) -> torch.nn.Module:
-    """The module a component is exported from.
+def part_of(pipeline: TextToImagePipeline, component: str) -> torch.nn.Module:
+    """Returns the module that a component is exported from.
 
     Raises:
-        ModelError: the pipeline has none.
+        ModelError: the pipeline has no such module.
     """
     part = getattr(pipeline, PARTS[component], None)
     if not isinstance(part, torch.nn.Module):
@@ -49,9 +50,10 @@ def part_of(pipeline: Any, component: str) -> torch.nn.Module:
     return part
 
 
-def default_components(pipeline: Any, host: str = "diffusers") -> tuple[str, ...]:
-    """What text-to-image needs of a pipeline in a host: all it has but the VAE's encoder; a WebUI runs its own but the
-    UNet.
+def default_components(pipeline: TextToImagePipeline, host: str = "diffusers") -> tuple[str, ...]:
+    """Returns the components that a host needs for text-to-image: all but the VAE's encoder.
+
+    A WebUI needs the UNet only, as it runs its own text encoder and VAE.
     """
     return tuple(
         name
@@ -63,15 +65,20 @@ def default_components(pipeline: Any, host: str = "diffusers") -> tuple[str, ...
 
 
 def config_of(part: Any) -> dict[str, Any]:
-    """The diffusers or transformers config of a module, as a dict."""
+    """Returns the diffusers or transformers config of a module as a dict."""
     return part.config.to_dict() if hasattr(part.config, "to_dict") else dict(part.config)
 
 
-def stable_precision(pipeline: Any, component: str, precision: Precision) -> Precision:
-    """The precision a component is exported in where `precision` is asked for.
+def stable_precision(pipeline: TextToImagePipeline, component: str, precision: Precision) -> Precision:
+    """Returns the precision that a component is exported in.
 
-    SDXL's VAE overflows in half precision and makes black pictures; its config says so (`force_upcast`), and it stays
-    fp32. A VAE that was mended for half precision says the contrary.
+    SDXL's VAE overflows in fp16 and draws black pictures. Its config has `force_upcast` then, and it stays fp32. The
+    config of a VAE that was repaired for fp16 has `force_upcast` turned off.
+
+    Args:
+        pipeline: in torch.
+        component: a key of `PARTS`.
+        precision: the requested one.
     """
     is_xl = getattr(pipeline, "text_encoder_2", None) is not None
     overflows = (
@@ -84,13 +91,15 @@ def stable_precision(pipeline: Any, component: str, precision: Precision) -> Pre
 
 
 class ComponentGraph(torch.nn.Module):
-    """A frozen copy of a component on the CPU, with the graph's inputs as arguments and its outputs as a tuple, both in
-    the order of the signature.
+    """A frozen copy of a component on the CPU.
 
-    Weights that are in `dtype` already are shared with the component, not copied.
+    It takes the inputs of the graph as arguments and returns its outputs as a tuple, both in the order of the
+    signature. Weights that are in `dtype` already are shared with the component, not copied.
 
     Args:
-        stable: in half precision, compute what loses most in fp32. Without it the graph is what torch computes in
+        part: the module that the component is a part of.
+        dtype: of the weights.
+        stable: in half precision, compute in fp32 what loses most. Without it the graph computes what torch computes in
             `dtype`.
     """
 
@@ -117,9 +126,8 @@ class ComponentGraph(torch.nn.Module):
         if hasattr(copied, "set_attn_processor"):
             from diffusers.models.attention_processor import AttnProcessor2_0
 
-            copied.set_attn_processor(
-                AttnProcessor2_0()
-            )  # torch's own attention, one node in the graph; slicing or xformers would be traced
+            # torch's own attention is one node in the graph. Slicing or xformers would be traced.
+            copied.set_attn_processor(AttnProcessor2_0())
         self.part: Any = copied
         self.eval()
 
@@ -138,7 +146,8 @@ class _Cast(torch.nn.Module):
 class UNetGraph(ComponentGraph):
     """The UNet.
 
-    The embeddings of timestep and sizes stay fp32: sines of large arguments, two small layers, added to every block.
+    The embeddings of timestep and sizes stay fp32: they are sines of large arguments through two small layers, and
+    every block adds them.
     """
 
     fp32_parts = ("time_embedding", "add_embedding")
@@ -155,7 +164,13 @@ class UNetGraph(ComponentGraph):
     def _added(
         self, emb: torch.Tensor, encoder_hidden_states: torch.Tensor, added_cond_kwargs: Mapping[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The embedding of SDXL's text and sizes, in `emb`'s dtype; `y` is their concatenation, ready made."""
+        """Returns the embedding of SDXL's text and sizes, (B, C), in the dtype of `emb`.
+
+        Args:
+            emb: embedding of the timestep, (B, C).
+            encoder_hidden_states: not used.
+            added_cond_kwargs: `text_embeds` (B, P) and `time_ids` (B, 6), or `y`: both, embedded and concatenated.
+        """
         added = added_cond_kwargs.get("y")
         if added is None:
             ids = added_cond_kwargs["time_ids"]
@@ -176,32 +191,34 @@ class UNetGraph(ComponentGraph):
 
 
 class TextEncoderGraph(ComponentGraph):
-    """CLIP's text model: the last state after its norm, the embedding of the end token, and the state before the last
-    layer (SDXL, "clip skip 2").
+    """CLIP's text model.
+
+    Its outputs are the last state after its norm, the embedding of the end token, and the state before the last layer
+    (for SDXL and "clip skip 2").
     """
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = self.part(input_ids, output_hidden_states=True)
-        return found.last_hidden_state, found.pooler_output, found.hidden_states[-2]
+        states = self.part(input_ids, output_hidden_states=True)
+        return states.last_hidden_state, states.pooler_output, states.hidden_states[-2]
 
 
 class ProjectingTextEncoderGraph(ComponentGraph):
-    """SDXL's second text model, whose end token's embedding is projected."""
+    """SDXL's second text model, which projects the embedding of the end token."""
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = self.part(input_ids, output_hidden_states=True)
-        return found.text_embeds, found.last_hidden_state, found.hidden_states[-2]
+        states = self.part(input_ids, output_hidden_states=True)
+        return states.text_embeds, states.last_hidden_state, states.hidden_states[-2]
 
 
 class VaeDecoderGraph(ComponentGraph):
-    """Latents, divided by the scaling factor already, to pictures."""
+    """The VAE's decoder: latents, already divided by the scaling factor, to pictures."""
 
     def forward(self, latent_sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(self.part.decode(latent_sample, return_dict=False))
 
 
 class VaeEncoderGraph(ComponentGraph):
-    """Pictures to mean and log-variance of their latents, which are not scaled yet."""
+    """The VAE's encoder: pictures to the mean and log-variance of their latents, not scaled yet."""
 
     def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (self.part.encode(sample).latent_dist.parameters,)
@@ -219,7 +236,13 @@ _GRAPHS: dict[str, type[ComponentGraph]] = {
 def component_graph(
     component: str, part: torch.nn.Module, dtype: torch.dtype, *, stable: bool = True
 ) -> ComponentGraph:
-    """The component as a module that takes the inputs of any host's signature in order; see `ComponentGraph`."""
+    """Returns the component as a module that takes the inputs of any host's signature in order.
+
+    Args:
+        component: a key of `PARTS`.
+        part: the module that the component is a part of.
+        dtype, stable: see `ComponentGraph`.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return _GRAPHS[component](part, dtype, stable=stable)
@@ -227,16 +250,26 @@ def component_graph(
 
 @dataclass(frozen=True)
 class Example:
-    """What a component is traced with: its inputs, and by input the free axes."""
+    """What a component is traced with.
+
+    Attributes:
+        inputs: by name, in the order of the signature.
+        dynamic_shapes: input → axis → its symbolic size, for the free axes.
+    """
 
     inputs: dict[str, torch.Tensor]
     dynamic_shapes: dict[str, dict[int, Any]]
 
 
 def example_of(wanted: Signature, config: Any) -> Example:
-    """Inputs to trace with.
+    """Returns inputs to trace a component with.
 
-    One `Dim` a free axis; a picture's sizes are multiples, or a UNet's skip connections would not fit.
+    Each free axis is one `Dim`. The sizes of a picture are multiples, because the skip connections of a UNet fit no
+    others.
+
+    Args:
+        wanted: the signature of the component.
+        config: of the component, from diffusers or transformers.
     """
     grown = {
         name: size * max(1, wanted.multiple)
@@ -245,8 +278,8 @@ def example_of(wanted: Signature, config: Any) -> Example:
     sizes = {"batch": 2, "tokens": 2 * CONTEXT_TOKENS} | grown
     if wanted.component == "vae_decoder":
         sizes |= {"height": 16, "width": 24}
-    # diffusers makes batches of 64 and more contiguous before it upsamples: a branch without effect on the graph, which
-    # would have torch capture the model a second time were the example's side of it not promised.
+    # diffusers makes batches of 64 and more contiguous before it upsamples. That branch has no effect on the graph, but
+    # torch would capture the model a second time without the promise of a smaller batch.
     dims = {name: torch.export.Dim(name, max=63 if name == "batch" else None) for name in sizes}
 
     def axis(size: str) -> Any:
@@ -260,10 +293,13 @@ def example_of(wanted: Signature, config: Any) -> Example:
 
 
 def random_inputs(wanted: Signature, config: Any, sizes: Mapping[str, int], timestep: float) -> dict[str, torch.Tensor]:
-    """Random inputs of a component by the host's names, the same for the same timestep and sizes.
+    """Returns random inputs of a component by name, on the CPU. Equal timesteps and sizes give equal inputs.
 
     Args:
-        sizes: free axis → size. timestep: of the first sample; each further one is half a step earlier.
+        wanted: the signature of the component; its names, shapes and dtypes are those of the inputs.
+        config: of the component, from diffusers or transformers.
+        sizes: free axis → size.
+        timestep: of the first sample; each further sample is half a step earlier.
     """
     generator = torch.Generator().manual_seed(int(timestep))
     canonical = {given: name for name, given in wanted.names.items()}
@@ -286,7 +322,7 @@ def random_inputs(wanted: Signature, config: Any, sizes: Mapping[str, int], time
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Silence what exporting prints, warns and logs; a failure still raises."""
+    """Hide what torch's exporter prints, warns and logs within the block. A failure still raises."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -300,11 +336,23 @@ def silence() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def weights_of(part: torch.nn.Module) -> int:
-    """How many parameters a module has."""
-    return sum(p.numel() for p in part.parameters())
+def latent_side(unet_config: Any) -> int:
+    """Returns the side of the latents that a UNet is for, in latent pixels: the longer one where they differ.
+
+    Args:
+        unet_config: the UNet's diffusers config, or one as a dict.
+    """
+    size = unet_config["sample_size"] if isinstance(unet_config, Mapping) else unet_config.sample_size
+    return int(size if isinstance(size, int) else max(size))
 
 
 def signature_of(component: str, part: torch.nn.Module, precision: Precision, host: str = "diffusers") -> Signature:
-    """The signature of a module in a precision."""
+    """Returns the signature of a component.
+
+    Args:
+        component: a key of `PARTS`.
+        part: the module that it is a part of.
+        precision: of its weights, inputs and outputs.
+        host: whose names they have, a key of `HOSTS`.
+    """
     return signature(component, config_of(part), DTYPES[precision], host)

@@ -1,55 +1,38 @@
-"""A pipeline → ONNX graphs, checked against torch."""
+"""The export of a pipeline to ONNX graphs, each compared with torch."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-from sdcompress_engines.errors import BackendMissing, GateFailed, UsageError
+from sdcompress_engines.errors import GateFailed
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import Manifest, read_manifest, require_space, staged, write_manifest
+from sdcompress_engines.manifest import Manifest, require_space, staged, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
-from sdcompress_engines.runners import TorchRunner
-from sdcompress_engines.runners.onnxruntime import missing as onnxruntime_missing
-from sdcompress_engines.signature import COMPONENTS, HOSTS
 
-from sdcompress.export.components import (
-    DTYPES,
-    Precision,
-    Runtime,
-    component_graph,
-    config_of,
-    default_components,
-    part_of,
-    signature_of,
-    stable_precision,
-    weights_of,
-)
-from sdcompress.export.onnx_file import OPSET, write_onnx
-from sdcompress.export.parity import Parity, check_parity, compare_onnx
-from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, named_for
-from sdcompress.export.quantize.check import check_accuracy, check_quantized
-from sdcompress.export.quantize.precisions import INSTALL, Quantized, missing
-from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
-from sdcompress.export.quantize.quantize import quantize_graph
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-
-__all__ = ["ExportResult", "Parity", "export_onnx", "save_small_parts", "sha256_weights"]
+from sdcompress.export.components import DTYPES, Precision, Runtime, part_of
+from sdcompress.export.layers import find_first_layer
+from sdcompress.export.onnx_component import ComponentExporter, ExportedComponent
+from sdcompress.export.parity import Parity, check_parity
+from sdcompress.export.pipeline_files import save_small_parts, sha256_weights
+from sdcompress.export.quantize.check import check_accuracy
+from sdcompress.export.quantize.precisions import Quantized
+from sdcompress.export.settings import ExportSettings, choose_settings
+from sdcompress.support.pipeline import TextToImagePipeline
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An `onnx` folder: its manifest, and by component the parity (None where it was not checked) and the seconds of
-    export and check.
+    """An `onnx` folder.
+
+    Attributes:
+        folder: with `<component>.onnx` and `pipeline/`.
+        manifest: of the folder.
+        parity: component → its error against torch; None where it was not compared.
+        seconds: component → seconds of its export and comparison.
     """
 
     folder: Path
@@ -59,7 +42,7 @@ class ExportResult:
 
 
 def export_onnx(
-    pipeline: DiffusionPipeline,
+    pipeline: TextToImagePipeline,
     output: Path,
     *,
     precision: Precision | Quantized = "fp32",
@@ -75,224 +58,111 @@ def export_onnx(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> ExportResult:
-    """Write `<component>.onnx`, and in `pipeline/` all a pipeline needs besides weights; the pipeline itself is not
-    touched.
+    """Write `<component>.onnx`, and in `pipeline/` all that a pipeline needs besides weights.
 
     Batch, height, width and the UNet's context tokens are free; text encoders take 77 tokens. With ONNX Runtime
-    installed every graph is compared with torch fp32: relative L2 at most 1e-4, in a lower precision at most twice what
-    torch is off by in it at the same inputs.
+    installed, every graph is compared with torch fp32: relative L2 at most 1e-4, in a lower precision at most twice
+    torch's own error in it. What fails leaves nothing on disk.
 
     Args:
-        precision: of the weights and of the inputs and outputs (`timestep` stays float32). SDXL's VAE stays fp32 where
-            fp16 makes it overflow. `int8` and `fp8` quantize the UNet of an fp16 export, see `sdcompress.export.quantize`;
-            that takes a pipeline that can draw.
-        components: by default all that text-to-image needs in `host`.
-        host: whose names the inputs and outputs have, a key of `HOSTS`; a WebUI takes a UNet only.
-        runtime: whose kernels the graphs are written for. `onnxruntime` is faster and more exact there; `any` is what
-            TensorRT engines are built of.
+        pipeline: in torch; it stays unchanged. For `int8` and `fp8` it has to be able to draw.
+        output: the folder to write.
+        precision, components, host, opset, runtime: see `choose_settings`. `timestep` stays float32, and SDXL's VAE
+            stays fp32 where it would overflow. `int8` and `fp8` quantize the UNet: see `sdcompress.export.quantize`.
+            The runtime `onnxruntime` is faster and more exact there; TensorRT engines are built from `any`.
         source: name → sha256 of what the pipeline came from, for the manifest. name: the model's, likewise.
-        reuse: an `onnx` folder whose graphs of components with equal weights, precision and opset are taken over: a
-            student has its teacher's text encoder and VAE.
-        calibration_prompts: what a quantized UNet is calibrated with; None is `default_prompts`.
-        keep_failed: leave graphs that are too far from torch in `<output>.failed` to be looked at.
+        reuse: an `onnx` folder, from which equal graphs are copied: a student has its teacher's text encoder and VAE.
+        calibration_prompts: for a quantized UNet; None takes `default_prompts`.
+        keep_failed: leave graphs that are too far from torch in `<output>.failed`.
+        force: replace an existing output.
+        report: gets the progress.
 
     Raises:
-        UsageError: an unknown component, precision or host. ModelError: the pipeline lacks one. ExportError: the
-            exporter failed.
-        GateFailed: a graph is too far from torch. ArtifactError, StorageError: the output. In every case nothing else
-            is left on disk.
+        UsageError, ModelError, BackendMissing: as `choose_settings`. ExportError: torch's exporter or modelopt failed.
+            GateFailed: a graph is too far from torch. ArtifactError, StorageError: the output.
     """
-    if runtime not in get_args(Runtime):
-        raise UsageError(f"no runtime {runtime!r}", expected=" or ".join(get_args(Runtime)))
-    if precision not in (*DTYPES, *QUANTIZED):
-        raise UsageError(f"no precision {precision!r}", expected=" or ".join((*DTYPES, *QUANTIZED)))
-    quantized: Quantized | None = precision if precision in QUANTIZED else None
-    if quantized and (reason := missing()) is not None:
-        raise BackendMissing(reason, hint=INSTALL)
-    chosen = checked_components(default_components(pipeline, host) if components is None else components, host)
-    parts = {component: part_of(pipeline, component) for component in chosen}
-    base: Precision = "fp16" if quantized else precision  # type: ignore[assignment]
-    precisions = {component: stable_precision(pipeline, component, base) for component in chosen}
-    for component in (name for name in chosen if precisions[name] != base):
-        report.say(f"{component} stays {precisions[component]}: in {base} this VAE overflows and makes black pictures")
-    require_space(
-        output.parent,
-        int(1.1 * sum(weights_of(part) * DTYPES[precisions[name]].itemsize for name, part in parts.items())) + 2**24,
-        "the ONNX export",
-    )
-    parity: dict[str, Parity | None] = {}
-    seconds: dict[str, float] = {}
+    settings = choose_settings(pipeline, precision, components, host, runtime, opset)
+    _report_kept_precisions(settings, report)
+    require_space(output.parent, _needed_bytes(pipeline, settings), "the ONNX export")
     with staged(output, force) as folder:
         save_small_parts(pipeline, folder / "pipeline")
-        final = precisions | ({"unet": quantized} if quantized and "unet" in chosen else {})
-        config: dict[str, Any] = {
-            "precision": precision,
-            "opset": opset or OPSET,
-            "runtime": runtime,
-            "signature": host,
-            "components": list(chosen),
-            "precisions": final,
-            "model_name": name,
-        }
-        accuracy: dict[str, Any] = {}
-        weights_sha256 = {component: sha256_weights(part) for component, part in parts.items()}
-        ready = read_manifest(reuse) if reuse else None
-        for component, part in parts.items():
-            started = time.monotonic()
-            if reuse and ready and _same_graph(ready, component, config, weights_sha256):
-                for file in reuse.glob(f"{component}.onnx*"):
-                    shutil.copy(file, folder / file.name)
-                known = ready.figures[component]["parity"]
-                parity[component] = Parity(**known) if isinstance(known, dict) else None
-                seconds[component] = time.monotonic() - started
-                continue
-            path = folder / f"{component}.onnx"
-            written = folder / "half" / path.name if quantized and component == "unet" else path
-            written.parent.mkdir(exist_ok=True)
-            with report.task(f"exporting {component}", total=2) as advance:
-                wanted = signature_of(component, part, precisions[component], host)
-                write_onnx(
-                    component_graph(component, part, DTYPES[precisions[component]]),
-                    wanted,
-                    written,
-                    opset or OPSET,
-                    runtime,
-                )
-                advance(note="comparing with torch")
-                parity[component] = (
-                    None
-                    if onnxruntime_missing()
-                    else compare_onnx(component, part, precisions[component], written, host)
-                )
-                advance()
-            if quantized and written != path:
-                accuracy = _quantize(pipeline, quantized, written, path, host, calibration_prompts, report)
-                shutil.rmtree(written.parent)
-            seconds[component] = time.monotonic() - started
-        figures: dict[str, Any] = {
-            name: {
-                "parity": "skipped: onnxruntime is not installed" if found is None else asdict(found),
-                "seconds": round(seconds[name], 2),
-            }
-            for name, found in parity.items()
-        }
-        if accuracy:
-            figures["unet"] |= {key: asdict(value) for key, value in accuracy.items()}
-        manifest = write_manifest(
-            folder, "onnx", config=config | {"weights_sha256": weights_sha256}, inputs=source, figures=figures
-        )
-        try:
-            check_parity(parity, precisions)
-            if accuracy:
-                check_accuracy(accuracy["accuracy"])
-        except GateFailed as error:
-            if not keep_failed:
-                raise
-            kept = output.absolute().with_name(f"{output.name}.failed")
-            shutil.rmtree(kept, ignore_errors=True)
-            replace_file(folder, kept)
-            raise GateFailed(error.what, expected=error.expected, hint=f"the graphs are kept in {kept}") from error
-    return ExportResult(output, manifest, parity, seconds)
+        sha256 = {component: sha256_weights(part_of(pipeline, component)) for component in settings.precisions}
+        exporter = ComponentExporter(pipeline, settings, sha256, folder, reuse, calibration_prompts, report)
+        exported = exporter.export_all()
+        config = settings.to_config() | {"model_name": name, "weights_sha256": sha256}
+        figures = {component: each.to_figures() for component, each in exported.items()}
+        manifest = write_manifest(folder, "onnx", config=config, inputs=source, figures=figures)
+        with _kept_where_failed(folder, output, keep_failed):
+            _check_gates(pipeline, settings, folder, exported, report)
+    parity = {component: each.parity for component, each in exported.items()}
+    return ExportResult(output, manifest, parity, {component: each.seconds for component, each in exported.items()})
 
 
-def _quantize(
-    pipeline: Any,
-    precision: Quantized,
-    half: Path,
-    path: Path,
-    host: str,
-    prompts: Sequence[str] | None,
-    report: Reporter,
-) -> dict[str, Any]:
-    """Quantize the fp16 graph `half` to `path`; what was done, and how far it is from fp32 on trajectories of other
-    prompts.
-    """
-    usual, held_out = default_prompts(pipeline)
-    where = pipeline.unet.device
-    if torch.cuda.is_available():
-        pipeline.to("cuda")
-    rows = collect_calibration(pipeline, prompts or usual, report=report)
-    feeds = collect_calibration(pipeline, held_out, samples=4 * len(held_out), seed=1000, report=report)
-    pipeline.to(where)
-    exact = signature_of("unet", pipeline.unet, "fp32", host)
-    done = quantize_graph(
-        half,
-        path,
-        precision,
-        named_for(rows, exact.names, pipeline.unet),
-        high_precision="fp16",
-        report=report,
+def _report_kept_precisions(settings: ExportSettings, report: Reporter) -> None:
+    """Report the components that stay fp32 because they overflow in half precision."""
+    if settings.precision == "fp32":
+        return
+    for component, precision in settings.precisions.items():
+        if precision == "fp32":
+            report.say(f"{component} stays fp32: in fp16 this VAE overflows and draws black pictures")
+
+
+def _needed_bytes(pipeline: TextToImagePipeline, settings: ExportSettings) -> int:
+    weights = (
+        DTYPES[precision].itemsize * sum(weight.numel() for weight in part_of(pipeline, component).parameters())
+        for component, precision in settings.precisions.items()
     )
-    reference = TorchRunner(component_graph("unet", pipeline.unet, torch.float32), exact.inputs, exact.outputs)
-    return {
-        "quantized": done,
-        "accuracy": check_quantized(path, reference, named_for(feeds, exact.names, pipeline.unet), report=report),
-    }
+    return int(1.1 * sum(weights)) + 2**24
 
 
-def checked_components(components: Iterable[str], host: str = "diffusers") -> tuple[str, ...]:
-    """The components, each once.
+def _check_gates(
+    pipeline: TextToImagePipeline,
+    settings: ExportSettings,
+    folder: Path,
+    exported: Mapping[str, ExportedComponent],
+    report: Reporter,
+) -> None:
+    """Refuse graphs that are too far from torch, and a quantized UNet that is too far from fp32.
+
+    Args:
+        pipeline, settings: of the export.
+        folder: with the graphs.
+        exported: by component.
+        report: gets a line before a failed graph is examined.
 
     Raises:
-        UsageError: none, an unknown one, or one the host runs itself.
+        GateFailed: the message names the first layer that differs, where it can be found.
     """
-    chosen = tuple(dict.fromkeys(components))
-    if host not in HOSTS:
-        raise UsageError(f"no signature {host!r}", expected=" or ".join(HOSTS))
-    if not chosen or set(chosen) - set(COMPONENTS):
-        raise UsageError(
-            f"no component {', '.join(sorted(set(chosen) - set(COMPONENTS))) or 'given'}",
-            expected=f"some of {', '.join(COMPONENTS)}",
-        )
-    if theirs := set(chosen) - set(HOSTS[host]):
-        raise UsageError(
-            f"{', '.join(sorted(theirs))} with the signature {host}, which runs its own",
-            expected=", ".join(HOSTS[host]),
-        )
-    return chosen
+
+    def find_layer(component: str) -> str | None:
+        parity = exported[component].parity
+        if parity is None or exported[component].quantized is not None:  # its fp16 graph is gone
+            return None
+        report.say(f"{component} is too far from torch: looking for the first layer that differs")
+        graph = folder / f"{component}.onnx"
+        try:
+            layer = find_first_layer(component, part_of(pipeline, component), settings, graph, parity.limit)
+        except Exception as error:  # the search must not hide the gate's error, whatever Polygraphy raises
+            report.say(f"the search failed ({type(error).__name__})")
+            return None
+        return None if layer is None else str(layer)
+
+    parity = {component: each.parity for component, each in exported.items()}
+    check_parity(parity, settings.precisions, find_layer)
+    for each in exported.values():
+        if each.quantized is not None:
+            check_accuracy(each.quantized.accuracy)
 
 
-def sha256_weights(part: torch.nn.Module) -> str:
-    """Of a component's config and weights, whatever file they came from."""
-    digest = hashlib.sha256(
-        json.dumps(
-            {k: v for k, v in config_of(part).items() if not k.startswith("_")}, sort_keys=True, default=str
-        ).encode()
-    )
-    for name, value in part.state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _same_graph(ready: Manifest, component: str, config: Mapping[str, Any], weights_sha256: Mapping[str, str]) -> bool:
-    same = (
-        all(ready.config.get(key, "any") == config[key] for key in ("opset", "runtime", "signature"))
-        and ready.config.get("precisions", {}).get(component) == config["precisions"][component]
-    )
-    return same and ready.config.get("weights_sha256", {}).get(component) == weights_sha256[component]
-
-
-def save_small_parts(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Everything a pipeline needs besides the weights: `model_index.json`, configs, scheduler, tokenizer.
-
-    No safety checker.
-    """
-    pipeline.save_config(folder)
-    index_path = folder / "model_index.json"
-    index = json.loads(index_path.read_text(encoding="utf-8"))
-    for name in ("safety_checker", "feature_extractor", "image_encoder"):
-        if name in index:
-            index[name] = [None, None]
-    if "requires_safety_checker" in index:
-        index["requires_safety_checker"] = False
-    index_path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    parts: dict[str, Any] = pipeline.components
-    for name, part in parts.items():
-        if index.get(name, [None])[0] is None or part is None:
-            continue
-        is_module = isinstance(part, torch.nn.Module)
-        save = (
-            part.save_pretrained if not is_module else getattr(part, "save_config", None) or part.config.save_pretrained
-        )
-        save(folder / name)
+@contextmanager
+def _kept_where_failed(folder: Path, output: Path, keep: bool) -> Iterator[None]:
+    """Keep the folder as `<output>.failed` where a gate in the block fails and `keep` is true."""
+    try:
+        yield
+    except GateFailed as error:
+        if not keep:
+            raise
+        kept = output.absolute().with_name(f"{output.name}.failed")
+        shutil.rmtree(kept, ignore_errors=True)
+        replace_file(folder, kept)
+        raise GateFailed(error.what, expected=error.expected, hint=f"the graphs are kept in {kept}") from error

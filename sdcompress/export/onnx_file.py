@@ -1,4 +1,4 @@
-"""A component's graph as an ONNX file."""
+"""Writing the graph of a component to an ONNX file."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import ExportError
+from sdcompress_engines.errors import ExportError, shorten
 from sdcompress_engines.signature import Signature
 
 from sdcompress.export.components import ComponentGraph, Runtime, example_of, silence
 from sdcompress.export.onnxruntime_ops import use_onnxruntime_ops
 
 OPSET = 23
-"""Keeps `Attention` and `GroupNormalization` as one node each.
+"""The default opset. `Attention` and `GroupNormalization` are one node each in it.
 
-ONNX Runtime ≥ 1.23 (on CUDA ≥ 1.25) and TensorRT ≥ 10.14 read it.
+ONNX Runtime ≥ 1.23 (on CUDA ≥ 1.25) and TensorRT ≥ 10.14 read it. Older ones need opset 20, in which attention is
+several nodes.
 """
-
-OLDER_OPSET = 20
-"""For TensorRT before 10.14: attention in its parts."""
 
 _ONE_FILE_BYTES = int(1.9e9)  # protobuf ends at 2 GiB
 
@@ -27,11 +25,14 @@ _ONE_FILE_BYTES = int(1.9e9)  # protobuf ends at 2 GiB
 def write_onnx(
     graph: ComponentGraph, wanted: Signature, path: Path, opset: int = OPSET, runtime: Runtime = "any"
 ) -> None:
-    """Trace `graph` and write it with the names, order and free axes of `wanted`; weights over 2 GB go to
-    `<path>.data`.
+    """Trace a component and write its graph. Weights over 2 GB go to `<path>.data`.
 
     Args:
-        runtime: whose kernels it is written for.
+        graph: the component.
+        wanted: names, order and free axes of the inputs and outputs.
+        path: the file to write.
+        opset: of the standard operators.
+        runtime: the one that the graph is written for.
 
     Raises:
         ExportError: torch could not export it.
@@ -52,21 +53,26 @@ def write_onnx(
     except Exception as error:
         raise ExportError(
             f"torch could not export the {wanted.component} at opset {opset} ({type(error).__name__}:"
-            f" {_first_lines(error)})",
+            f" {shorten(error.__cause__ or error)})",
             hint="--opset 23, or another torch version",
         ) from error
     if program is None:
         raise ExportError(f"torch exported nothing for the {wanted.component}")
     if runtime == "onnxruntime":
         use_onnxruntime_ops(program.model)
-    _tidy(program.model, wanted)
+    _remove_traces(program.model, wanted)
     large = sum(p.numel() * p.element_size() for p in graph.parameters()) > _ONE_FILE_BYTES
     program.save(str(path), external_data=large)
 
 
-def _tidy(model: Any, wanted: Signature) -> None:
-    """The signature's axis names, and none of the traces that the exporter leaves: paths of this machine, and half of a
-    small file.
+def _remove_traces(model: Any, wanted: Signature) -> None:
+    """Name the free axes as the signature does, and remove what the exporter adds.
+
+    That is paths of this machine, and half of a small file.
+
+    Args:
+        model: an `onnx_ir.Model`.
+        wanted: the signature.
     """
     for value, spec in zip((*model.graph.inputs, *model.graph.outputs), (*wanted.inputs, *wanted.outputs), strict=True):
         value.shape = type(value.shape)(spec.shape)
@@ -78,20 +84,20 @@ def _tidy(model: Any, wanted: Signature) -> None:
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if id(value) not in kept:  # written in the axis names of the trace; every runtime infers them again
+            if id(value) not in kept:  # shapes with the axis names of the trace; every runtime infers them again
                 value.shape = None
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()
 
 
-def _first_lines(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(error.__cause__ or error).split())
-    return text if len(text) <= limit else text[:limit] + " ..."
-
-
 def upcast_onnx(path: Path, target: Path) -> None:
-    """A bfloat16 graph with every bfloat16 made float32, values kept: ONNX Runtime's CPU computes no bfloat16, so this
-    is what can be compared there.
+    """Write a bfloat16 graph with float32 in the place of bfloat16 and equal values.
+
+    ONNX Runtime computes no bfloat16 on a CPU, so this graph is compared there instead.
+
+    Args:
+        path: of the bfloat16 graph.
+        target: the file to write; its weights go to `<target>.data`.
     """
     import onnx
     from sdcompress_engines.graph import tensors

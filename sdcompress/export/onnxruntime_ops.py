@@ -1,11 +1,11 @@
-"""Operators of an exported graph that ONNX Runtime has no CUDA kernel for, written in those that it has kernels for.
+"""Replacement of operators that ONNX Runtime has no CUDA kernel for.
 
-`GroupNormalization` has no kernel in ONNX Runtime, which computes it as 22 operators: about eight passes over the
-tensor in fp32, and a variance that is the mean of the squares less the square of the mean, which loses digits where the
-mean is large. `InstanceNormalization` has a CUDA kernel up to opset 21 only, while attention is one operator from opset
+`GroupNormalization` has no kernel in ONNX Runtime, which computes it as 22 operators. They are about eight passes over
+the tensor in fp32. Their variance is the mean of the squares minus the square of the mean, which loses digits if the
+mean is large. `InstanceNormalization` has a CUDA kernel up to opset 21 only, but attention is one operator from opset
 23 on. `LayerNormalization` has a CUDA kernel in every precision.
 
-`ArgMax` has no CUDA kernel for integers, and `Resize` none for bfloat16, on the CPU neither.
+`ArgMax` has no CUDA kernel for integers. `Resize` has no kernel for bfloat16, on CUDA or on the CPU.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 _WITHOUT_KERNEL = {"ArgMax": ("INT32", "INT64"), "Resize": ("BFLOAT16",)}
-"""Operator → types of its first input that it is computed in fp32 for."""
+"""Operator → types of its first input for which it is computed in fp32."""
 
 
 def use_onnxruntime_ops(model: Any) -> None:
-    """Rewrite in place what ONNX Runtime's CUDA provider would compute in many small operators, or on the CPU.
+    """Replace in place what ONNX Runtime's CUDA provider would compute in many small operators, or on the CPU.
 
-    Other runtimes compute the result too, TensorRT without its kernel for group norms.
+    Other runtimes can run the result too, but TensorRT then does not use its kernel for group norms.
 
     Args:
         model: an `onnx_ir.Model` with the shapes and types of its values.
@@ -39,9 +39,9 @@ def use_onnxruntime_ops(model: Any) -> None:
 
 
 def _split_group_norm(graph: Any, node: Any) -> None:
-    """A layer norm over the channels and places of each group, whose scale is one; then each channel's scale and bias.
+    """Replace a group norm by a layer norm over each group, followed by the scale and bias of each channel.
 
-    The norm is `y = scale · (x - mean) / sqrt(variance + epsilon) + bias`, with the mean and variance of a group
+    The group norm is `y = scale · (x - mean) / sqrt(variance + epsilon) + bias`, with the mean and variance of a group
     (Wu and He 2018, arXiv 1803.08494).
     """
     x, scale, bias = node.inputs
@@ -60,7 +60,7 @@ def _split_group_norm(graph: Any, node: Any) -> None:
 
 
 def _compute_in_fp32(graph: Any, node: Any) -> None:
-    """The same operator between two casts. fp32 holds every bfloat16, and integers up to 2²⁴: flags and token ids."""
+    """Put an operator between two casts. fp32 represents every bfloat16, and integers up to 2²⁴: flags and token ids."""
     import onnx_ir as ir
 
     x, *others = node.inputs
@@ -72,7 +72,7 @@ def _compute_in_fp32(graph: Any, node: Any) -> None:
 
 
 class _Parts:
-    """New nodes in the place of one, named after it."""
+    """New nodes that replace a node; their names begin with its name."""
 
     def __init__(self, graph: Any, node: Any) -> None:
         self._graph, self._node = graph, node
@@ -88,7 +88,7 @@ class _Parts:
         return node.outputs[0]
 
     def replace_node(self, output: Any) -> None:
-        """Put the new nodes into the graph; `output` takes the place, name and type of the old node's output."""
+        """Put the new nodes into the graph. `output` takes the place, name and type of the old node's output."""
         import onnx_ir as ir
 
         old = self._node.outputs
@@ -96,7 +96,7 @@ class _Parts:
 
 
 def _constant(graph: Any, name: str, array: np.ndarray[Any, Any]) -> Any:
-    """Returns an initializer, which nodes of one graph share by its name."""
+    """Returns the initializer of that name, which all nodes of a graph share."""
     import onnx_ir as ir
 
     if name not in graph.initializers:

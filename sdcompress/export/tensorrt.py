@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.builder import BuildOptions, build_engine, targets
+from sdcompress_engines.build_options import BuildOptions
+from sdcompress_engines.builder import build_engine, targets
 from sdcompress_engines.errors import ArtifactError
 from sdcompress_engines.flavour import Flavour, choose_flavour, platform_name, present_card
 from sdcompress_engines.graph import sha256_files

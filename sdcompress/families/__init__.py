@@ -1,1 +1,1 @@
-"""The kinds of Stable Diffusion: what each is made of and how it is recognized."""
+"""The kinds of Stable Diffusion: the components of each and how its UNets are recognized."""

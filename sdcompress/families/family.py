@@ -1,4 +1,4 @@
-"""What the rest of the project asks about a kind of Stable Diffusion."""
+"""`Family`: what the rest of the project asks about a kind of Stable Diffusion."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ class Family:
         name: as it is typed and stored. title: as people write it.
         recognizes: returns whether a UNet config is of this kind, for whole UNets and for students.
         student_of: returns which block removal led to a UNet config, or None for a whole UNet.
-        base: the published family whose layout this one has; empty for a published family.
+        base: the published family whose layout and configs this one shares; empty for a family with its own layout.
         native_size_px: side of the pictures it was trained on.
-        guidance_scale: of classifier-free guidance, where nobody asks for another.
+        guidance_scale: default scale of classifier-free guidance.
         pipeline_class: diffusers' class. pipeline_options: what its constructor takes beside the components.
         text_encoders: components that encode the caption, in order; each has a tokenizer.
+        projected_text_encoders: those of `text_encoders` that end in a projection (`CLIPTextModelWithProjection`).
         latent_channels: of the VAE's latents. vae_scale_factor: side of a picture over the side of its latents.
         bf16_vae: whether the VAE keeps its precision in bf16.
         captions: the captions it draws well: of photographs and art, or nano's own.
         text_prefixes: in a single file, the key prefix of a text encoder of OpenAI's (`openai`) or of OpenCLIP's
             (`openclip`) layout.
         attention_heads: of every attention; None where `attention_head_width` is fixed instead.
-        v_prediction_config: what differs in the UNet's config of a checkpoint trained for v-prediction.
+        v_prediction_config: how the UNet's config of a checkpoint trained for v-prediction differs; empty where all
+            checkpoints predict noise.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Family:
     pipeline_class: str = "StableDiffusionPipeline"
     pipeline_options: Mapping[str, Any] = field(default_factory=dict)
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    projected_text_encoders: tuple[str, ...] = ()
     latent_channels: int = 4
     vae_scale_factor: int = 8
     bf16_vae: bool = True
@@ -56,7 +59,7 @@ class Family:
 
     @property
     def layout(self) -> str:
-        """The name of the published family whose layout, configs and presets it has."""
+        """The name of the family whose layout, configs and presets it has: its base's or its own."""
         return self.base or self.name
 
     @property
@@ -65,13 +68,19 @@ class Family:
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoders)
 
     @property
+    def checkpoint_prefixes(self) -> dict[str, str]:
+        """Text encoder → the prefix of all its keys in a single file, such as `conditioner.embedders.0.`."""
+        stems = dict.fromkeys(prefix[: prefix[:-1].rindex(".") + 1] for prefix in self.text_prefixes.values())
+        return dict(zip(self.text_encoders, stems, strict=True)) if stems else {}
+
+    @property
     def config_folder(self) -> Path:
         """The folder of the published configs; it may not exist."""
         return configs.CONFIGS / self.layout
 
     @property
     def published(self) -> bool:
-        """Whether the package holds its configs, so that it can be made with random weights."""
+        """Whether the package holds its configs, so that a random pipeline of it can be built."""
         return not self.base and self.config_folder.is_dir()
 
     def read_config(self, path: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The families, one `Family` each. To add one, write it in a file of its own and name it in `_BUILT_IN`."""
+"""The families, one `Family` each. To add one, write it in a file of its own and add it to `_BUILT_IN`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from sdcompress.families.sdxl import SDXL
 from sdcompress.families.stable_diffusion import NANO, SD1, SD2
 
 OTHER = Family("other", "another UNet", recognizes=lambda config: True, bf16_vae=False)
-"""What no family recognizes: it runs, and nothing is known about it."""
-_BUILT_IN = (NANO, SD1, SD2, SDXL)  # the first that recognizes a config has it
+"""The family of a UNet that no other family recognizes: it runs, but nothing is known about it."""
+_BUILT_IN = (NANO, SD1, SD2, SDXL)  # the first that recognizes a config is its family
 _REGISTERED: dict[str, Family] = {family.name: family for family in _BUILT_IN}
 
 
@@ -25,13 +25,15 @@ def published_families() -> dict[str, Family]:
 
 
 def register(family: Family) -> Family:
-    """Add a family for this process, as a plugin or a test does, before all others; returns it.
+    """Add a family for this process, as a plugin or a test does; returns it.
+
+    It is asked before all others whether it recognizes a UNet.
 
     Raises:
         UsageError: its name is taken.
     """
     if family.name in (*_REGISTERED, OTHER.name):
-        raise UsageError(f"a family {family.name!r} is there already", hint="give it another name")
+        raise UsageError(f"the family {family.name!r} exists already", hint="give it another name")
     others = dict(_REGISTERED)
     _REGISTERED.clear()
     _REGISTERED.update({family.name: family, **others})
@@ -39,7 +41,7 @@ def register(family: Family) -> Family:
 
 
 def unregister(name: str) -> None:
-    """Remove a family that `register` added; one that is not there is no error."""
+    """Remove a family that `register` added; does nothing for an unknown name."""
     if name not in {family.name for family in _BUILT_IN}:
         _REGISTERED.pop(name, None)
 
@@ -49,11 +51,18 @@ def family_of(unet_config: UNetConfig) -> Family:
     return next((family for family in _REGISTERED.values() if family.recognizes(unet_config)), OTHER)
 
 
-def family_of_pipeline(class_name: str) -> Family:
-    """Returns the published family of a diffusers pipeline class, the first where several share it; else `OTHER`."""
-    return next(
-        (family for family in _REGISTERED.values() if family.pipeline_class == class_name and not family.base), OTHER
-    )
+def family_of_pipeline(class_name: str, unet_config: UNetConfig) -> Family:
+    """Returns the family of a diffusers pipeline, by its UNet; else the first published family of its class; else
+    `OTHER`.
+
+    Args:
+        class_name: of the pipeline, such as `StableDiffusionPipeline`.
+        unet_config: decides where several families share the class.
+    """
+    recognized = family_of(unet_config)
+    if recognized.pipeline_class == class_name and recognized is not OTHER:
+        return recognized
+    return next((family for family in published_families().values() if family.pipeline_class == class_name), OTHER)
 
 
 def find_family(name: str) -> Family:
@@ -69,5 +78,5 @@ def find_family(name: str) -> Family:
 
 
 def student_of(unet_config: UNetConfig) -> str | None:
-    """Returns which block removal led to a UNet: a preset, a published student, `custom`, or None for a whole UNet."""
+    """Returns which block removal led to a UNet: a preset, a published student, `custom`; None for a whole UNet."""
     return family_of(unet_config).student_of(unet_config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sdcompress.families.family import Family, UNetConfig
 from sdcompress.families.unet_blocks import PLAIN, has_plain_conditioning, transformer_depths
 
-# Transformer blocks of each attention: on the way down (outermost first), on the way up (innermost first), mid block.
+# Transformer blocks of each attention: down blocks (outermost first), up blocks (innermost first), mid block.
 # Sources: the configs of stabilityai/stable-diffusion-xl-base-1.0, segmind/SSD-1B and segmind/Segmind-Vega;
 # KOALA (arXiv 2312.04005, table 2).
 _TEACHER = ([[2, 2], [10, 10]], [[10, 10, 10], [2, 2, 2]], 10)
@@ -20,7 +20,7 @@ _STUDENTS = {
 
 
 def _is_sdxl(config: UNetConfig) -> bool:
-    """Three levels, none of the attention in the outer one, and the picture's size beside the text."""
+    """Returns whether the UNet has three levels, no attention in the outermost, and the picture size as an input."""
     return (
         has_plain_conditioning(config)
         and config.get("addition_embed_type") == "text_time"
@@ -30,6 +30,7 @@ def _is_sdxl(config: UNetConfig) -> bool:
 
 
 def _student_of(config: UNetConfig) -> str | None:
+    """Returns the published student or preset with this number of transformer blocks; `custom` where none has it."""
     depths = transformer_depths(config)
     if depths == _TEACHER:
         return None
@@ -45,6 +46,7 @@ SDXL = Family(
     pipeline_class="StableDiffusionXLPipeline",
     pipeline_options={"add_watermarker": False},
     text_encoders=("text_encoder", "text_encoder_2"),
+    projected_text_encoders=("text_encoder_2",),
     bf16_vae=False,
     text_prefixes={
         "openai": "conditioner.embedders.0.transformer.",

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and nano, which has the layout of 1.x at a fraction of its widths."""
+"""Stable Diffusion 1.x and 2.x, and nano, which has the layout of 1.x with smaller widths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NANO_CHANNELS, _NANO_CONTEXT = [48, 80, 96], 96
 
 
 def _is_sd(config: UNetConfig) -> bool:
-    """Both have four levels, attention in the outer ones, and take nothing but the text."""
+    """Returns whether the UNet has attention in its outermost level and no input beside the text."""
     return (
         has_plain_conditioning(config)
         and config.get("addition_embed_type") is None
@@ -20,7 +20,7 @@ def _is_sd(config: UNetConfig) -> bool:
 
 
 def _student_of(config: UNetConfig) -> str | None:
-    """The BK-SDM preset by its blocks. `segmind/small-sd` is bk-base, and `segmind/tiny-sd` is bk-tiny."""
+    """Returns the BK-SDM preset with these blocks; `segmind/small-sd` is bk-base and `segmind/tiny-sd` is bk-tiny."""
     pairs = resnet_pairs(config)
     has_mid = has_mid_block(config)
     lost_level = config["down_block_types"][-1] == ATTENTION

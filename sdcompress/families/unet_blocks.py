@@ -11,7 +11,7 @@ _OTHER_CONDITIONS = ("encoder_hid_dim_type", "class_embed_type", "num_class_embe
 
 
 def has_plain_conditioning(config: Mapping[str, Any]) -> bool:
-    """Returns whether the UNet takes text by cross-attention, has no other inputs than SDXL's, and known blocks."""
+    """Returns whether the UNet takes text by cross-attention, and has only known blocks and SDXL's inputs at most."""
     return (
         all(config.get(key) is None for key in _OTHER_CONDITIONS)
         and set(config.get("down_block_types", [""])) <= {PLAIN, ATTENTION}
@@ -20,7 +20,7 @@ def has_plain_conditioning(config: Mapping[str, Any]) -> bool:
 
 
 def has_mid_block(config: Mapping[str, Any]) -> bool:
-    """Returns whether the UNet has a block between the way down and the way up."""
+    """Returns whether the UNet has a mid block."""
     return config.get("mid_block_type", _MID_BLOCK) is not None
 
 
@@ -31,17 +31,15 @@ def resnet_pairs(config: Mapping[str, Any]) -> list[int]:
 
 
 def transformer_depths(config: Mapping[str, Any]) -> tuple[list[list[int]], list[list[int]], int | None]:
-    """Returns the transformer blocks of each attention.
-
-    Levels without attention are left out.
+    """Returns the number of transformer blocks of each attention; levels without attention are left out.
 
     Returns:
-        On the way down, outermost level first; on the way up, innermost level first; in the mid block (0 without
+        Of the down blocks, outermost level first; of the up blocks, innermost level first; of the mid block (0 without
         attention, None without a mid block).
     """
     pairs, levels = resnet_pairs(config), len(config["block_out_channels"])
-    given = config.get("transformer_layers_per_block", 1)
-    down = list(given) if isinstance(given, list | tuple) else [given] * levels
+    layers = config.get("transformer_layers_per_block", 1)
+    down = list(layers) if isinstance(layers, list | tuple) else [layers] * levels
     reverse = config.get("reverse_transformer_layers_per_block")
     up = (
         list(reverse)

@@ -8,15 +8,12 @@ from functools import cache
 
 from sdcompress.families.configs import CONFIGS
 
-VOCABULARY = "sd1/tokenizer"  # CLIP's, which all families share
+VOCABULARY = "sd1/tokenizer"
+"""Its folder in `CONFIGS`, with `vocab.json` and `merges.txt`."""
 
 
 @cache
-def _vocabulary() -> dict[str, int]:
+def shared_vocabulary() -> Mapping[str, int]:
+    """Returns token → number, as the package ships it."""
     vocabulary: dict[str, int] = json.loads((CONFIGS / VOCABULARY / "vocab.json").read_text(encoding="utf-8"))
     return vocabulary
-
-
-def shared_vocabulary() -> Mapping[str, int]:
-    """CLIP's vocabulary, token → number, as the package carries it."""
-    return _vocabulary()

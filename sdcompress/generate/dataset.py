@@ -1,8 +1,8 @@
-"""A data set made by a teacher itself: pictures of a list of prompts, in a folder that `distill` takes.
+"""Draw a data set with the teacher itself: pictures of a list of prompts, in a folder that `distill` takes.
 
-Pictures are drawn in batches at fixed places (0 to B-1, B to 2B-1, ...), each written whole or not at all. A stopped
-run started again with the same settings draws the batches that lack a picture and so ends with the same bytes as one
-that was never stopped.
+Pictures are drawn in batches at fixed places (0 to B-1, B to 2B-1, ...), and each is written whole or not at all. A
+stopped run that is started again with the same settings draws the batches that lack a picture. So it ends with the same
+bytes as a run that was never stopped.
 """
 
 from __future__ import annotations
@@ -10,21 +10,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
-from sdcompress_engines.errors import ArtifactError, DataError, UsageError
-from sdcompress_engines.files import replace_file
+from PIL import Image
+from sdcompress_engines.errors import DataError
 from sdcompress_engines.manifest import (
     FileEntry,
     Manifest,
-    check_free,
-    faults,
     read_manifest,
     sha256_file,
     sha256_tree,
@@ -33,71 +29,11 @@ from sdcompress_engines.manifest import (
 )
 from sdcompress_engines.progress import SILENT, Reporter
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-KIND = "dataset"
-SETTINGS = "settings.json"
-METADATA = "metadata.jsonl"
-_TEMPORARY = ".part"
-_SAVE: dict[str, dict[str, Any]] = {"webp": {"quality": 95}, "png": {}}
-
-
-@dataclass(frozen=True)
-class GenerateSettings:
-    """What decides every byte of a made data set, besides the teacher, the prompts and the device.
-
-    Attributes:
-        count: pictures; picture i shows prompt i % len(prompts) and is drawn from seed + i.
-        batch_size: pictures drawn at once. More is faster and takes more memory; sums in another order may change last
-            bits.
-        steps: denoising steps.
-        guidance_scale: of classifier-free guidance; 1 is none.
-        size_px: side of the pictures, a multiple of 8; None is what the UNet was made for.
-        seed: of the first picture.
-        backend: torch, onnxruntime (ort) or tensorrt (trt).
-        picture_format: webp (quality 95, a fifth of the disk) or png (lossless).
-    """
-
-    count: int
-    batch_size: int = 16
-    steps: int = 25
-    guidance_scale: float = 7.5
-    size_px: int | None = None
-    seed: int = 0
-    backend: str = "torch"
-    picture_format: Literal["webp", "png"] = "webp"
-
-    def check(self) -> None:
-        """Refuse what cannot be drawn; every fault in one message.
-
-        Raises:
-            UsageError: a count, batch, size, seed or number of steps that cannot be; an unknown format or backend.
-        """
-        from sdcompress.backends.registry import backend_name
-
-        backend_name(self.backend)
-        wrong = [
-            text
-            for bad, text in (
-                (self.count < 1, f"{self.count} pictures, at least 1 is needed"),
-                (self.batch_size < 1, f"batches of {self.batch_size}, at least 1 is needed"),
-                (not 1 <= self.steps <= 1000, f"{self.steps} steps, 1 to 1000 are possible"),
-                (
-                    not math.isfinite(self.guidance_scale) or self.guidance_scale < 0,
-                    f"guidance {self.guidance_scale:g}, 0 or more is needed",
-                ),
-                (
-                    self.size_px is not None and (self.size_px < 64 or self.size_px % 8 != 0),
-                    f"{self.size_px} px, a multiple of 8 from 64 up is needed",
-                ),
-                (not 0 <= self.seed < 2**62, f"seed {self.seed}, 0 or more is needed"),
-                (self.picture_format not in _SAVE, f"format {self.picture_format!r}, {' or '.join(_SAVE)} is needed"),
-            )
-            if bad
-        ]
-        if wrong:
-            raise UsageError(f"cannot draw: {'; '.join(wrong)}")
+from sdcompress.backends.registry import backend_name
+from sdcompress.generate.output_folder import KIND, METADATA, claim_folder, list_missing, write_file
+from sdcompress.generate.settings import SAVE_OPTIONS, GenerateSettings
+from sdcompress.models.locate import locate_pipeline
+from sdcompress.support.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -105,10 +41,11 @@ class GeneratedSet:
     """A finished data set.
 
     Attributes:
-        manifest: figures `pictures`, `prompts`, `width_px`, `height_px`, `bytes` and `bytes_per_picture` (of the
-            pictures).
-        drawn: pictures this run wrote; the others were there.
-        seconds: of loading the teacher, drawing and writing.
+        folder: of the pictures.
+        manifest: with the figures `pictures`, `prompts`, `width_px`, `height_px`, and of the pictures `bytes` and
+            `bytes_per_picture`.
+        drawn: number of pictures that this run wrote; the others were there before.
+        seconds: for loading the teacher, drawing and writing.
     """
 
     folder: Path
@@ -117,43 +54,17 @@ class GeneratedSet:
     seconds: float
 
 
-def read_prompts(file: Path) -> list[str]:
-    """The prompts of a text file, one a line; empty lines are left out.
+def hash_teacher(teacher: str | Path) -> str:
+    """Returns the sha256 that names a teacher in results; for an export folder, the hash of its files.
 
     Raises:
-        UsageError: there is no such file. DataError: it is no UTF-8 text, cannot be read, or holds no prompt.
+        UsageError, ModelError: as `locate_pipeline`.
     """
-    if not file.is_file():
-        raise UsageError(
-            "is a folder" if file.is_dir() else "does not exist",
-            where=file,
-            expected="a text file of prompts, one a line",
-        )
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot be read ({type(error).__name__})", where=file, expected="a UTF-8 text file of prompts, one a line"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise DataError("holds no prompt", where=file, expected="prompts, one a line")
-    return prompts
-
-
-def teacher_sha256(teacher: str | Path) -> str:
-    """The sha256 that names a teacher in results; of an export folder, that of its files.
-
-    Raises:
-        UsageError, ModelError: as `resolve`.
-    """
-    from sdcompress.models.locate import resolve
-
-    return sha256_tree(Path(teacher) if is_export(teacher) else resolve(teacher))
+    return sha256_tree(Path(teacher) if is_export(teacher) else locate_pipeline(teacher))
 
 
 def is_export(teacher: str | Path) -> bool:
-    """Whether this is a folder written by `sdcompress export`."""
+    """Returns whether a path is a folder that `sdcompress export` wrote."""
     manifest = read_manifest(Path(teacher)) if Path(teacher).is_dir() else None
     return manifest is not None and manifest.kind in ("onnx", "engine")
 
@@ -167,40 +78,42 @@ def generate_dataset(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> GeneratedSet:
-    """Draw `settings.count` pictures with the teacher into `output`: picture files, `metadata.jsonl`, the settings and
-    a manifest.
+    """Draw a data set: picture files, `metadata.jsonl`, the settings and, last, a manifest.
 
-    An unfinished or damaged set of the same settings is completed, a whole one is left as it is; the manifest comes
-    last.
+    An unfinished or damaged set of the same settings is completed. A whole one is left as it is.
 
     Args:
         teacher: what `open_pipeline` takes.
+        prompts: what the pictures show, in turn.
+        output: folder of the data set.
+        settings: of the pictures.
         force: replace what is in `output` where it is something else, or a set of other settings.
+        report: shows the progress.
 
     Raises:
-        DataError: no prompts. UsageError: settings that cannot be, no such teacher. ArtifactError: something else is in
-            `output`, or a set
-        of other settings. ModelError, BackendMissing: as `open_pipeline`. StorageError: `output` cannot be written.
+        DataError: there are no prompts.
+        UsageError: invalid settings, or no such teacher.
+        ArtifactError: something else is in `output`, or a set of other settings.
+        ModelError, BackendMissing: as `open_pipeline`.
+        StorageError: `output` cannot be written.
     """
-    from sdcompress.backends.registry import backend_name
-
     settings.check()
     if not prompts:
         raise DataError("no prompt to draw", expected="at least one")
     output = output.absolute()
     identity = asdict(settings) | {
         "backend": backend_name(settings.backend),
-        "device": _device(),
-        "teacher": teacher_sha256(teacher),
+        "device": _find_device(),
+        "teacher": hash_teacher(teacher),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
     }
     names = [f"{i:06d}.{settings.picture_format}" for i in range(settings.count)]
-    manifest = _claim(output, identity, names, force)
+    manifest = claim_folder(output, identity, names, force)
     if manifest is not None:
-        report.say(f"{output}: there already, and whole")
+        report.say(f"data set: {output} is complete already")
         return GeneratedSet(output, manifest, 0, 0.0)
     started = time.monotonic()
-    drawn = _draw(teacher, prompts, output, names, settings, report)
+    drawn = _draw_missing(teacher, prompts, output, names, settings, report)
     rows = (
         {
             "file_name": name,
@@ -213,91 +126,18 @@ def generate_dataset(
         for i, name in enumerate(names)
     )
     with storage_errors(output):
-        _write(output / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        manifest = _finish(output, identity, names, min(len(prompts), settings.count))
+        write_file(output / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        manifest = _write_manifest(output, identity, names, min(len(prompts), settings.count))
     return GeneratedSet(output, manifest, drawn, time.monotonic() - started)
 
 
-def _device() -> str:
+def _find_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _claim(output: Path, identity: dict[str, Any], names: list[str], force: bool) -> Manifest | None:
-    """Make `output` this run's own, empty or with whole pictures of the same settings; its manifest where nothing is
-    left to do.
-    """
-    if not force or output.is_file():
-        _refuse_other(output, identity)
-    theirs = _settings(output)
-    with storage_errors(output):
-        if theirs != identity:
-            if output.exists():
-                shutil.rmtree(output)
-            output.mkdir(parents=True)
-            _write(output / SETTINGS, json.dumps(identity, indent=1).encode())
-            return None
-        for stray in output.glob(f"*{_TEMPORARY}"):
-            stray.unlink()
-        manifest = _manifest(output)
-        if manifest is None:
-            return None
-        if not faults(output, KIND):
-            return manifest
-        for name in names:
-            path, entry = output / name, manifest.files.get(name)
-            if path.is_file() and (
-                entry is None or path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256
-            ):
-                path.unlink()
-    return None
-
-
-def _refuse_other(output: Path, identity: dict[str, Any]) -> None:
-    begun = output.is_dir() and any(
-        path.name != SETTINGS and not path.name.endswith(_TEMPORARY) for path in output.iterdir()
-    )
-    theirs = _settings(output)
-    if theirs is None:
-        if begun or not output.is_dir():
-            check_free(output)
-        return
-    differing = [
-        f"{key}: {_shown(theirs.get(key))} there, {_shown(value)} here"
-        for key, value in identity.items()
-        if theirs.get(key) != value
-    ]
-    if differing and begun:
-        raise ArtifactError(
-            f"holds a data set of other settings ({'; '.join(differing)})",
-            where=output,
-            hint="the same settings to go on with it, --force to begin anew, or another -o",
-        )
-
-
-def _shown(value: object) -> str:
-    text = "the default" if value is None else str(value)
-    return text[:12] if len(text) == 64 else text
-
-
-def _settings(output: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "prompts" in found and "picture_format" in found else None
-
-
-def _manifest(output: Path) -> Manifest | None:
-    """The manifest, None where there is none yet or a stop cut it short."""
-    try:
-        return read_manifest(output)
-    except ArtifactError:
-        return None
-
-
-def _draw(
+def _draw_missing(
     teacher: str | Path,
     prompts: Sequence[str],
     output: Path,
@@ -305,18 +145,20 @@ def _draw(
     settings: GenerateSettings,
     report: Reporter,
 ) -> int:
-    """Draw every batch that lacks a picture and write those it lacks; returns how many."""
+    """Draw every batch that lacks a picture, and write the missing pictures. Returns their number.
+
+    Args:
+        teacher, prompts, output, settings, report: as of `generate_dataset`.
+        names: file names of all pictures.
+    """
     from sdcompress.backends.assemble import open_pipeline
     from sdcompress.sampling import generate
-    from sdcompress.support.quiet import quiet
 
-    with storage_errors(output):
-        there = {path.name for path in output.iterdir() if path.stat().st_size}
-    missing = [i for i, name in enumerate(names) if name not in there]
+    missing = list_missing(output, names)
     if not missing:
         return 0
     if len(missing) < len(names):
-        report.say(f"data set: going on after {len(names) - len(missing):,} of {len(names):,} pictures")
+        report.say(f"data set: continuing after {len(names) - len(missing):,} of {len(names):,} pictures")
     pipeline = open_pipeline(teacher, settings.backend, report=report)
     lacking = set(missing)
     with report.task("draw pictures", len(missing)) as advance:
@@ -335,36 +177,33 @@ def _draw(
             written = [i for i in batch if i in lacking]
             with storage_errors(output):
                 for i in written:
-                    _write(output / names[i], _encoded(pictures[i - first], settings.picture_format))
+                    write_file(output / names[i], _encode_picture(pictures[i - first], settings.picture_format))
             advance(len(written))
     return len(missing)
 
 
-def _encoded(picture: Image.Image, picture_format: str) -> bytes:
+def _encode_picture(picture: Image.Image, picture_format: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, picture_format, **_SAVE[picture_format])
+    picture.save(buffer, picture_format, **SAVE_OPTIONS[picture_format])
     return buffer.getvalue()
 
 
-def _write(path: Path, payload: bytes) -> None:
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        temporary.write_bytes(payload)
-        replace_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _write_manifest(output: Path, identity: dict[str, Any], names: list[str], prompt_count: int) -> Manifest:
+    """Write the manifest of a complete set. Returns it.
 
-
-def _finish(output: Path, identity: dict[str, Any], names: list[str], shown_prompts: int) -> Manifest:
-    from PIL import Image
-
+    Args:
+        output: folder of the set.
+        identity: what decides the pictures.
+        names: file names of all pictures.
+        prompt_count: number of prompts that pictures show.
+    """
     hashed = {name: FileEntry(sha256_file(output / name), (output / name).stat().st_size) for name in names}
     with Image.open(output / names[0]) as picture:
         width, height = picture.size
     size = sum(entry.bytes for entry in hashed.values())
     figures = {
         "pictures": len(names),
-        "prompts": shown_prompts,
+        "prompts": prompt_count,
         "width_px": width,
         "height_px": height,
         "bytes": size,

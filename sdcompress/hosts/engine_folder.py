@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdcompress_engines.engine_files import engine_faults
 from sdcompress_engines.errors import ArtifactError, EngineMismatch, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest
-from sdcompress_engines.engine_files import engine_faults
 
 from sdcompress.hosts.entry import Entry
 from sdcompress.hosts.host import Host

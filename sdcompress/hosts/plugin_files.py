@@ -36,7 +36,7 @@ def plugin_items(host: Host, *, link: bool) -> dict[str, Item]:
     Raises:
         ArtifactError: this installation lacks the plugin.
     """
-    items = {}
+    items: dict[str, Item] = {}
     for source, inside in (
         (plugin_folder(host.plugin), host.extension),
         (Path(sdcompress_engines.__file__).parent, f"{host.extension}/sdcompress_engines"),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import canonical, is_plain_path
 
 from sdcompress.hosts.entry import Entry
@@ -86,7 +87,7 @@ def write_record(path: Path, record: Record) -> None:
     partial = create_partial(path)
     try:
         partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        replace_file(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

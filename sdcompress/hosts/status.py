@@ -11,7 +11,7 @@ from typing import Any
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
-from sdcompress_engines.runners.onnxruntime import missing as onnxruntime_missing
+from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
 
 from sdcompress.hosts.engine_folder import engine_names, find_manifest_folder, folder_faults
 from sdcompress.hosts.environment import read_packages

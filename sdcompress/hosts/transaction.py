@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import MANIFEST_NAME, require_space
 from sdcompress_engines.progress import Reporter
 
@@ -173,7 +174,7 @@ def _write(host: Host, root: Path, change: _Change, record: Record, report: Repo
                 copies.append((copy_beside(item, root / path), root / path))
                 advance(item.entry.bytes >> 20, note=PurePosixPath(path).name)
         for copy, target in sorted(copies, key=lambda pair: pair[1].name in _LAST):
-            os.replace(copy, target)
+            replace_file(copy, target)
     except BaseException:
         _roll_back(
             host, root, [copy for copy, _ in copies], Record(both, tuple(folders), record.version, record.created)

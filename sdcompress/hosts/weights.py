@@ -32,12 +32,12 @@ def prepare_weights(model: str | Path, engines: Sequence[Engine], stack: ExitSta
     """
     from sdcompress.checkpoints.write import export_ldm
     from sdcompress.models.load import load_pipeline
-    from sdcompress.models.locate import resolve, sha256_of
+    from sdcompress.models.locate import hash_pipeline, locate_pipeline
 
     if not engines:
         raise UsageError("--with-weights without an engine", expected="the engines that were exported from this model")
-    path = resolve(Path(model) if Path(model).exists() else model)
-    digest = sha256_of(path)
+    path = locate_pipeline(Path(model) if Path(model).exists() else model)
+    digest = hash_pipeline(path)
     for engine in engines:
         inputs = engine.manifest.inputs
         if inputs.get("pipeline") != digest or any(source.startswith("lora ") for source in inputs):

@@ -1,1 +1,1 @@
-"""LoRA files: key names, reading and writing, remapping to a student, fusing into weights."""
+"""LoRA files: their key names, reading and writing, remapping to a student, fusing into weights."""

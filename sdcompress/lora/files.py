@@ -1,4 +1,4 @@
-"""LoRA files, read and written."""
+"""Read and write LoRA files."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import storage_errors
 
-from sdcompress.lora.names import _ENDS, _KEY, KOHYA, _place, clip_modules
+from sdcompress.lora.names import clip_modules, find_layer, kohya_prefix, split_key
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """What is added to one layer's weight: `up @ down · alpha / rank`.
+    """The change of one layer's weight: `up @ down · alpha / rank`.
 
     Attributes:
         down: (rank, in) or, of a convolution, (rank, in, k, k). up: (out, rank) or (out, rank, 1, 1).
+        alpha: scales the change.
     """
 
     down: torch.Tensor
@@ -30,26 +31,29 @@ class LoraLayer:
 
     @property
     def rank(self) -> int:
+        """The inner dimension of the two matrices."""
         return len(self.down)
 
     def delta(self, shape: torch.Size) -> torch.Tensor:
-        """The change of a weight of this shape, float32."""
+        """Returns the change of a weight of this shape, float32."""
         return (self.up.float().flatten(1) @ self.down.float().flatten(1)).view(shape) * (self.alpha / self.rank)
 
 
 Layers = dict[tuple[str, str], LoraLayer]
+"""(component, module name) → layer."""
 
 
 def read_lora(path: Path, modules: Iterable[str]) -> Layers:
-    """(component, layer name) → layer, from a file in either naming.
+    """Returns the layers of a LoRA file in either naming.
 
     Args:
-        modules: of the UNet the file was made for; kohya's names, where every dot is an underscore, are told apart by
-            them.
+        path: a `.safetensors` file.
+        modules: the layers of the UNet that the file was made for. kohya's names have an underscore for every dot, and
+            are matched against these.
 
     Raises:
-        UsageError: no such file. ModelError: no LoRA, a kind of adapter that is not one (LoHa, LoKr, DoRA), or made for
-            another UNet.
+        UsageError: there is no such file.
+        ModelError: the file is no LoRA, is another kind of adapter (LoHa, LoKr, DoRA), or was made for another UNet.
     """
     if not path.is_file():
         raise UsageError("does not exist", where=path, expected="a LoRA, .safetensors")
@@ -61,48 +65,67 @@ def read_lora(path: Path, modules: Iterable[str]) -> Layers:
             where=path,
             hint="copy or download it again",
         ) from error
+    parts = _group_by_layer(tensors, modules, path)
+    broken = next((name for name, layer in parts.items() if not {"down", "up"} <= layer.keys()), None)
+    if broken:
+        raise ModelError(f"has only one half of the layer {broken[1]}", where=path, hint="copy or download it again")
+    return {
+        name: LoraLayer(layer["down"], layer["up"], float(layer["alpha"] if "alpha" in layer else len(layer["down"])))
+        for name, layer in parts.items()
+    }
+
+
+def _group_by_layer(
+    tensors: Mapping[str, torch.Tensor], modules: Iterable[str], path: Path
+) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """Returns (component, module name) → role → tensor.
+
+    Raises:
+        ModelError: no tensor, or not every one, belongs to a layer of the model.
+    """
     known = {"unet": {name.replace(".", "_"): name for name in modules}}
     known["text_encoder"] = known["text_encoder_2"] = {name.replace(".", "_"): name for name in clip_modules()}
     parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
-    strange: list[str] = []
+    unknown: list[str] = []
     for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        name = _place(match[1], known) if match else None
-        if match is None or name is None:
-            strange.append(key)
+        split = split_key(key)
+        layer = find_layer(split[0], known) if split else None
+        if split is None or layer is None:
+            unknown.append(key)
         else:
-            parts.setdefault(name, {})[_ENDS[match[2]]] = tensor
+            parts.setdefault(layer, {})[split[1]] = tensor
     if not parts:
         raise ModelError(
             "is no LoRA" if tensors else "is empty",
             where=path,
             expected="layers named as diffusers or kohya's scripts name them",
         )
-    if strange:
+    if unknown:
         raise ModelError(
-            f"has {len(strange)} of {len(tensors)} tensors that belong to no layer here, such as {strange[0]}",
+            f"has {len(unknown)} of {len(tensors)} tensors that belong to no layer here, such as {unknown[0]}",
             where=path,
             expected="a plain LoRA made for this UNet's family",
         )
-    broken = next((name for name, found in parts.items() if not {"down", "up"} <= found.keys()), None)
-    if broken:
-        raise ModelError(f"has only one half of the layer {broken[1]}", where=path, hint="copy or download it again")
-    return {
-        name: LoraLayer(
-            found["down"], found["up"], float(found["alpha"]) if "alpha" in found else float(len(found["down"]))
-        )
-        for name, found in parts.items()
-    }
+    return parts
 
 
 def write_lora(layers: Layers, path: Path, naming: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Write layers as `diffusers` or `kohya` name them, by one rename. diffusers' form has no alpha: it is multiplied
-    in.
+    """Write a LoRA file; it appears by one rename.
+
+    Args:
+        layers: of the LoRA.
+        path: of the file.
+        naming: `diffusers` or `kohya`. diffusers' has no alpha, so it is multiplied into the `up` matrix.
+        metadata: further entries for the file; values are text.
+
+    Raises:
+        StorageError: there is no space or no permission.
     """
     tensors: dict[str, torch.Tensor] = {}
+    components = {component for component, _ in layers}
     for (component, name), layer in layers.items():
         if naming == "kohya":
-            prefix = KOHYA[component] + name.replace(".", "_")
+            prefix = kohya_prefix(component, components) + name.replace(".", "_")
             tensors |= {
                 f"{prefix}.lora_down.weight": layer.down,
                 f"{prefix}.lora_up.weight": layer.up,

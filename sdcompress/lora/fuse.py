@@ -1,4 +1,4 @@
-"""LoRAs fused into a pipeline's weights."""
+"""Fuse LoRAs into a pipeline's weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from sdcompress_engines.errors import ModelError, UsageError
 
 from sdcompress.lora.files import Layers
+from sdcompress.support.pipeline import TextToImagePipeline
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """`FILE` or `FILE:WEIGHT` as typed.
+    """Returns the file and the weight of a LoRA option, `FILE` or `FILE:WEIGHT`; the default weight is 1.
 
     Raises:
         UsageError: the weight is no number.
@@ -28,11 +29,16 @@ def parse_lora(text: str) -> tuple[Path, float]:
 
 
 @torch.no_grad()
-def fuse_lora(pipeline: Any, layers: Layers, weight: float = 1.0) -> None:
-    """Add a LoRA to the pipeline's weights, in place, `weight` times.
+def fuse_lora(pipeline: TextToImagePipeline, layers: Layers, weight: float = 1.0) -> None:
+    """Add a LoRA to the pipeline's weights in place.
+
+    Args:
+        pipeline: in torch.
+        layers: of the LoRA.
+        weight: factor of the change.
 
     Raises:
-        ModelError: a layer the pipeline does not have, or has in another shape.
+        ModelError: the pipeline does not have one of the layers, or has it in another shape.
     """
     for (component, name), layer in layers.items():
         network = getattr(pipeline, component, None)
@@ -41,13 +47,13 @@ def fuse_lora(pipeline: Any, layers: Layers, weight: float = 1.0) -> None:
         if module is None:
             raise ModelError(
                 f"the LoRA changes {name}, which the {component} does not have",
-                expected="a LoRA made for this model",
-                hint="sdcompress lora remap LORA --plan PLAN, for one made for the teacher",
+                expected="a LoRA for this model",
+                hint="sdcompress lora remap LORA --plan PLAN, for a LoRA of the teacher",
             )
         target: Any = module.weight
         if layer.up.shape[0] != target.shape[0] or layer.down.flatten(1).shape[1] != target.flatten(1).shape[1]:
             raise ModelError(
-                f"the LoRA's {name} is made for a layer of {layer.up.shape[0]} x {layer.down.flatten(1).shape[1]}",
+                f"the LoRA's {name} fits a layer of {layer.up.shape[0]} x {layer.down.flatten(1).shape[1]}",
                 expected=f"{target.shape[0]} x {target.flatten(1).shape[1]}, as the {component} has",
             )
         target += (weight * layer.delta(target.shape)).to(target)

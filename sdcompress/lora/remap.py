@@ -1,4 +1,4 @@
-"""A teacher's LoRA for a block-pruned student."""
+"""Carry a teacher's LoRA over to a block-pruned student."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ from sdcompress.prune.plan import BlockPlan
 
 
 @dataclass(frozen=True)
-class Remapped:
-    """A LoRA for a student: its layers, and the names of the teacher's layers that have no place in it."""
+class RemappedLora:
+    """A LoRA for a student.
+
+    Attributes:
+        layers: by the student's module names.
+        dropped: the teacher's layers that the student does not have.
+    """
 
     layers: Layers
     dropped: list[str]
 
 
-def remap_lora(layers: Layers, plan: BlockPlan, student_modules: Iterable[str]) -> Remapped:
-    """A LoRA made for the plan's teacher as one for its student.
+def remap_lora(layers: Layers, plan: BlockPlan, student_modules: Iterable[str]) -> RemappedLora:
+    """Returns a LoRA for the student from one for its teacher; layers of removed blocks are dropped.
 
-    Layers of blocks that are gone are dropped and named.
+    Args:
+        layers: of the teacher's LoRA.
+        plan: from the teacher to the student.
+        student_modules: the layers of the student's UNet.
     """
     places = {plan.teacher_key(name): name for name in student_modules}
     kept: Layers = {}
@@ -32,4 +40,4 @@ def remap_lora(layers: Layers, plan: BlockPlan, student_modules: Iterable[str]) 
             kept[component, places[name]] = layer
         else:
             dropped.append(name)
-    return Remapped(kept, dropped)
+    return RemappedLora(kept, dropped)

@@ -1,1 +1,1 @@
-"""Where a pipeline comes from: found, loaded, drawn at random, or built in."""
+"""Pipelines: located, described, loaded, built with random weights, or built in."""

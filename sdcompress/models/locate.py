@@ -6,33 +6,37 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.manifest import sha256_file, sha256_tree
-
-if TYPE_CHECKING:
-    pass
 
 BUILT_IN = ("nano", "nano-tiny")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(name_or_path: str | Path) -> Path:
-    """The folder of a pipeline given by a built-in's name, a path or a hub id; of a single-file checkpoint, the file.
+def locate_pipeline(name_or_path: str | Path) -> Path:
+    """Returns the folder of a pipeline, or the file of a single-file checkpoint.
+
+    A hub id that is not in the local cache is downloaded.
+
+    Args:
+        name_or_path: the name of a built-in model, a path, or a hub id. Of a training folder, the student in its
+            `pipeline/` is taken.
 
     Raises:
-        UsageError: no such path. ModelError: no pipeline there.
+        UsageError: the path does not exist.
+        ModelError: the folder or the hub repository holds no pipeline.
     """
     name = str(name_or_path)
     if name in BUILT_IN:
         from sdcompress.models import nano
 
-        return nano.folder(name)
+        return nano.pipeline_folder(name)
     path = Path(name).expanduser()
     if path.is_dir():
-        for candidate in (path, path / "pipeline"):  # a training folder holds its student under pipeline/
+        for candidate in (path, path / "pipeline"):
             if (candidate / "model_index.json").is_file():
                 return candidate
         raise ModelError(
@@ -58,20 +62,22 @@ def _download(repository: str) -> Path:
         return Path(DiffusionPipeline.download(repository, safety_checker=None))
     except Exception as error:
         raise ModelError(
-            f"is neither a folder here nor a pipeline the hub gives ({type(error).__name__})",
+            f"is neither a local folder nor a pipeline that the hub provides ({type(error).__name__})",
             where=repository,
             hint="check the path, or the network and the name on the hub",
         ) from error
 
 
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a pipeline: over all files of a folder, or of the single file."""
+def hash_pipeline(path: Path) -> str:
+    """Returns the hex sha256 of a pipeline: over all files of a folder, or of the single file."""
     return sha256_file(path) if path.is_file() else sha256_tree(path)
 
 
 def display_name(folder: Path) -> str:
-    """The folder's name; for a training folder's `pipeline/`, the training folder's; a single file's without its
-    ending.
+    """Returns the name of a pipeline for reports.
+
+    It is the name of the folder, or of the single file without its suffix. For the `pipeline/` of a training folder it
+    is the name of the training folder.
     """
     folder = folder.resolve()
     if folder.is_file():
@@ -79,18 +85,18 @@ def display_name(folder: Path) -> str:
     return folder.parent.name if folder.name == "pipeline" else folder.name
 
 
-def model_index(folder: Path) -> dict[str, Any]:
-    """The pipeline's `model_index.json`; of a single file, the one its weights stand for.
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """Returns a pipeline's `model_index.json`; for a single file, the one that its weights imply.
 
     Raises:
-        ModelError: it is not JSON, or the file is no checkpoint.
+        ModelError: the index is not JSON, or the file is no checkpoint.
     """
     if folder.is_file():
-        return dict(_file_configs(folder)["model_index.json"])
-    return _json(folder / "model_index.json", "a pipeline's index")
+        return dict(_read_file_configs(folder)["model_index.json"])
+    return _read_json(folder / "model_index.json", "a pipeline's index")
 
 
-def _json(path: Path, what: str) -> dict[str, Any]:
+def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -100,24 +106,28 @@ def _json(path: Path, what: str) -> dict[str, Any]:
     return content
 
 
-def _file_configs(path: Path) -> dict[str, Any]:
-    from sdcompress.checkpoints.identify import configs_of
+def _read_file_configs(path: Path) -> dict[str, Any]:
+    from sdcompress.checkpoints.configs import derive_configs
     from sdcompress.checkpoints.weights import open_weights
 
-    return configs_of(open_weights(path))
+    return derive_configs(open_weights(path))
 
 
-def component_config(name_or_path: str | Path, component: str) -> dict[str, Any]:
-    """The config of `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`, without loading weights; of a
-    single file, from its header.
+def read_component_config(name_or_path: str | Path, component: str) -> dict[str, Any]:
+    """Returns the config of one component without loading weights; for a single file, from its header.
+
+    Args:
+        name_or_path: as for `locate_pipeline`.
+        component: `unet`, `vae`, `text_encoder`, `text_encoder_2` or `scheduler`.
 
     Raises:
-        UsageError, ModelError: as `load_pipeline`; the pipeline has no such component.
+        UsageError: the path does not exist.
+        ModelError: there is no pipeline, or it has no such component.
     """
-    folder = resolve(name_or_path)
+    folder = locate_pipeline(name_or_path)
     name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
     if folder.is_file():
-        configs = _file_configs(folder)
+        configs = _read_file_configs(folder)
         if name not in configs:
             raise ModelError(f"has no {component}", where=folder, expected="a whole Stable Diffusion checkpoint")
         return dict(configs[name])
@@ -125,34 +135,39 @@ def component_config(name_or_path: str | Path, component: str) -> dict[str, Any]
         raise ModelError(
             f"has no {name}", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel"
         )
-    return _json(folder / name, "a config")
+    return _read_json(folder / name, "a config")
 
 
-def unet_config(name_or_path: str | Path) -> dict[str, Any]:
-    """A pipeline's UNet config, without loading weights.
+def read_unet_config(name_or_path: str | Path) -> dict[str, Any]:
+    """Returns the config of a pipeline's UNet without loading weights.
 
     Raises:
-        UsageError, ModelError: as `load_pipeline`.
+        UsageError: the path does not exist.
+        ModelError: there is no pipeline, or its UNet is no `UNet2DConditionModel`.
     """
-    config = component_config(name_or_path, "unet")
+    config = read_component_config(name_or_path, "unet")
     if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
         raise ModelError(f"is a {config['_class_name']}", where=name_or_path, expected="a UNet2DConditionModel")
     return config
 
 
 def refuse_student(unet_config: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse a block-removed student where a whole teacher is needed.
+    """Refuse a block-pruned student where a whole teacher is needed.
+
+    Args:
+        unet_config: of the model in question.
+        where: the model's name or path, for the message.
 
     Raises:
-        ModelError: the UNet is a student; says which and of what.
+        ModelError: the UNet is a student; the message names the removal and the family.
     """
     from sdcompress.families.registry import family_of
 
     family = family_of(unet_config)
-    kind = family.student_of(unet_config)
-    if kind is not None:
+    removal = family.student_of(unet_config)
+    if removal is not None:
         raise ModelError(
-            f"is a student already ({kind} of {family.title}): blocks are missing that a teacher must have",
+            f"is a student already ({removal} of {family.title}): it lacks blocks that a teacher must have",
             where=where,
             expected="a whole teacher",
             hint="sdcompress finetune trains a student further as it is",

@@ -1,5 +1,5 @@
-"""Nano, the built-in teacher: a real, small text-to-image model that comes with the package, with its data and its
-metric.
+"""Nano, the built-in teacher: a small but real text-to-image model that ships in the package, with its data and its
+metric model.
 """
 
 from __future__ import annotations
@@ -16,25 +16,28 @@ ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 
 
 def teacher_folder() -> Path:
-    """The teacher, a diffusers pipeline folder."""
+    """Returns the diffusers pipeline folder of the teacher."""
     return ASSETS / "teacher"
 
 
 def metric_folder() -> Path:
-    """nano-CLIP (a transformers `CLIPModel` with its tokenizer): measures alignment, never conditions."""
+    """Returns the folder of nano-CLIP, a transformers `CLIPModel` with its tokenizer.
+
+    It measures how well a picture fits its prompt, and conditions no model.
+    """
     return ASSETS / "clip"
 
 
 def data_folder() -> Path:
-    """The training pictures, webdataset shards."""
+    """Returns the folder of the training pictures, in webdataset shards."""
     return ASSETS / "data"
 
 
-def folder(name: str) -> Path:
-    """The pipeline folder of `nano` or `nano-tiny`.
+def pipeline_folder(name: str) -> Path:
+    """Returns the pipeline folder of `nano` or `nano-tiny`.
 
-    The package holds only the UNet of `nano-tiny`; the folder with the teacher's other parts is put together on first
-    use in the user's cache.
+    The package holds only the UNet of `nano-tiny`. The folder that joins it to the teacher's other components is
+    written to the user's cache on first use.
     """
     if name == "nano":
         return teacher_folder()
@@ -48,16 +51,16 @@ def folder(name: str) -> Path:
 
 
 @cache
-def _index() -> dict[str, Any]:
+def _read_index() -> dict[str, Any]:
     index: dict[str, Any] = json.loads((data_folder() / "index.json").read_text(encoding="utf-8"))
     return index
 
 
 def styles() -> dict[str, str]:
-    """Style → the phrase captions open with."""
-    return {name: entry["phrase"] for name, entry in _index()["styles"].items()}
+    """Returns style → the phrase that opens its captions."""
+    return {name: entry["phrase"] for name, entry in _read_index()["styles"].items()}
 
 
 def shards(split: str) -> list[Path]:
-    """The shard files of `train` or `heldout`."""
-    return [data_folder() / name for name in _index()["shards"][split]]
+    """Returns the shard files of the split `train` or `heldout`."""
+    return [data_folder() / name for name in _read_index()["shards"][split]]

@@ -1,11 +1,10 @@
 """Pipelines of a published shape with random weights, to measure what does not depend on the weights.
 
-Nothing is downloaded.
+No file is downloaded.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,48 +24,48 @@ def random_pipeline(
 ) -> TextToImagePipeline:
     """Returns a diffusers pipeline of a family's full size, or a student of it, with random weights.
 
-    Weights are drawn as torch draws new layers'. Biases and norms, which would be zeros and ones, are moved away from
-    that, so that each of them changes the output.
+    Weights are drawn as torch initializes new layers. Biases would be zeros and norm weights ones; noise is added to
+    them, so that each of them changes the output.
 
     Args:
         family: `sd1` (512 px), `sd2` (768 px, v-prediction) or `sdxl` (1024 px).
         plan: of block removal: `bk-base`, `bk-small`, `bk-tiny` or a plan file; None is the whole UNet.
         dtype: of the weights.
         seed: two seeds give different weights.
-        device: where the weights are drawn and stay: seconds on a GPU, half a minute on a CPU. One seed gives different
+        device: draws and holds the weights; takes seconds on a GPU and half a minute on a CPU. One seed gives different
             weights on different kinds of device.
 
     Raises:
-        UsageError: an unknown family. PlanError: a plan that the family does not allow.
+        UsageError: the family is unknown.
+        PlanError: the family does not allow the plan.
     """
     import diffusers
 
     from sdcompress.support.quiet import quiet
 
     configs = family_configs(family, plan)
-    folder = find_family(family).config_folder
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    known = find_family(family)
+    index = known.read_config("model_index.json")
     torch.manual_seed(seed)
     parts: dict[str, Any] = {}
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
             continue
         with quiet():
-            parts[name] = _random_part(entry[0], entry[1], folder / name, configs.get(name), device)
+            parts[name] = _random_component(entry[0], entry[1], known.config_folder / name, configs.get(name), device)
             if isinstance(parts[name], torch.nn.Module):
-                _shake(parts[name])
+                _add_noise_to_vectors(parts[name])
                 parts[name] = parts[name].to(dtype).eval()
-    options = find_family(family).pipeline_options if index["_class_name"] == "StableDiffusionPipeline" else {}
     with quiet():
-        pipeline: TextToImagePipeline = getattr(diffusers, index["_class_name"])(**parts, **options)
+        pipeline: TextToImagePipeline = getattr(diffusers, known.pipeline_class)(**parts, **known.pipeline_options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def _random_part(
+def _random_component(
     library: str, class_name: str, folder: Path, config: dict[str, Any] | None, device: torch.device | str
 ) -> Any:
-    """Returns a component: a module with random weights, or what its folder holds where it has none."""
+    """Returns a module with random weights; for a component without weights, the one that `folder` holds."""
     import diffusers
     import transformers
 
@@ -82,22 +81,24 @@ def _random_part(
 
 
 def family_configs(family: str, plan: str | None = None) -> dict[str, dict[str, Any]]:
-    """Returns the configs of a family's components by component, the UNet's as a plan leaves it. No module is built.
+    """Returns component → config for a family; the UNet's is the student's config where a plan is given.
 
     Raises:
-        UsageError: an unknown family. PlanError: a plan that the family does not allow.
+        UsageError: the family is unknown.
+        PlanError: the family does not allow the plan.
     """
-    from sdcompress.prune.plan import read_plan
+    from sdcompress.prune.presets import read_plan
 
-    found = find_family(family)
-    configs = {name: found.read_config(f"{name}/config.json") for name in ("unet", "vae", *found.text_encoders)}
+    known = find_family(family)
+    configs = {name: known.read_config(f"{name}/config.json") for name in ("unet", "vae", *known.text_encoders)}
     if plan is not None:
         configs["unet"] = dict(read_plan(plan, configs["unet"]).student_config())
     return configs
 
 
 @torch.no_grad()
-def _shake(module: torch.nn.Module) -> None:
+def _add_noise_to_vectors(module: torch.nn.Module) -> None:
+    """Add Gaussian noise of standard deviation 0.1 to the biases and norm weights."""
     for weight in module.parameters():
         if weight.ndim == 1:
             weight.add_(0.1 * torch.randn_like(weight))

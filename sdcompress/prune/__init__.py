@@ -1,0 +1,1 @@
+"""Block pruning: the plan, the student that it builds, and its cost."""

@@ -1,1 +1,1 @@
-"""What several rooms share that is about no model: settings files and quiet libraries."""
+"""What several rooms share and no model owns: settings files, the pipeline type, and silence for libraries."""

@@ -34,8 +34,16 @@ class TextToImagePipeline(Protocol):
         """Draw pictures; the arguments are diffusers'."""
         ...
 
+    def encode_prompt(self, *args: Any, **options: Any) -> Any:
+        """Compute the text embeddings that the UNet is conditioned on."""
+        ...
+
     def to(self, *args: Any, **options: Any) -> Any:
         """Move or convert the components in place; returns the pipeline."""
+        ...
+
+    def save_config(self, *args: Any, **options: Any) -> None:
+        """Write `model_index.json` alone."""
         ...
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
@@ -45,3 +53,8 @@ class TextToImagePipeline(Protocol):
     def set_progress_bar_config(self, **options: Any) -> None:
         """Set the options of the progress bar over the denoising steps."""
         ...
+
+
+def native_size_px(pipeline: TextToImagePipeline) -> int:
+    """Returns the side of the pictures that the pipeline's UNet was made for."""
+    return int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor

@@ -1,18 +1,14 @@
-"""diffusers and transformers without their own progress bars and notices."""
+"""Silence diffusers and transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """diffusers and transformers without their own bars and notices, for the block."""
+    """Turn off the progress bars and notices of diffusers and transformers within the block."""
     import diffusers
     import transformers
 

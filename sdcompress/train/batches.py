@@ -1,37 +1,46 @@
-"""What a training step sees: a function of (seed, step, place in the batch) alone."""
+"""Noisy training batches. A batch is a function of (seed, step, position in the batch) alone."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sdcompress.data.cache import LatentCache
 from sdcompress.train.config import TrainConfig
 
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
 
-def generator_for(seed: int, kind: str, number: int) -> torch.Generator:
-    """A CPU generator of its own for each (seed, kind, number), by hash: torch's takes only the low 32 bits of what it
-    is given.
+
+def make_generator(seed: int, stream: str, index: int) -> torch.Generator:
+    """Returns a CPU generator of its own for each (seed, stream, index).
+
+    The three are hashed to 32 bits, because torch uses only the low 32 bits of a seed.
+
+    Args:
+        seed: the run's.
+        stream: what the random numbers are for, such as "epoch" or "sample".
+        index: within the stream.
     """
-    digest = hashlib.blake2b(f"{seed} {kind} {number}".encode(), digest_size=4).digest()
+    digest = hashlib.blake2b(f"{seed} {stream} {index}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """One step's input, everything on the training device.
+    """The input of one forward pass. `Batches` makes it on the CPU, the training loop moves it to the device.
 
     Attributes:
         sample: noisy latents, (B, C, h, w) float32.
         timesteps: (B,) int64.
         encoder_hidden_states: text embeddings, (B, 77, D) float32; token ids, (B, 77) int64, where the text encoder is
             trained.
-        target: noise or velocity, as the prediction type asks, (B, C, h, w) float32.
-        weight: of each picture's loss, (B,) float32; ones without Min-SNR.
+        target: the noise or the velocity, by the scheduler's prediction type, (B, C, h, w) float32.
+        weight: weight of each picture's loss, (B,) float32; ones without Min-SNR.
         added: SDXL's `text_embeds`, (B, P), and `time_ids`, (B, 6), float32; None elsewhere.
     """
 
@@ -42,29 +51,34 @@ class NoisyBatch:
     weight: torch.Tensor
     added: dict[str, torch.Tensor] | None = None
 
-    def arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
-        """What a UNet is called with."""
+    def unet_arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+        """Returns the positional and the keyword arguments of a UNet's forward pass on this batch."""
         added = {} if self.added is None else {"added_cond_kwargs": self.added}
         return (self.sample, self.timesteps, self.encoder_hidden_states), {"return_dict": False} | added
 
-    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> NoisyBatch:
-        """The batch with every tensor put through `change`."""
-        added = None if self.added is None else {name: change(tensor) for name, tensor in self.added.items()}
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> NoisyBatch:
+        """Returns the batch with `function` applied to every tensor."""
+        added = None if self.added is None else {name: function(tensor) for name, tensor in self.added.items()}
         return NoisyBatch(
-            change(self.sample),
-            change(self.timesteps),
-            change(self.encoder_hidden_states),
-            change(self.target),
-            change(self.weight),
+            function(self.sample),
+            function(self.timesteps),
+            function(self.encoder_hidden_states),
+            function(self.target),
+            function(self.weight),
             added,
         )
 
 
-class Order:
-    """Which picture stands at each place of the endless stream of samples; a fresh permutation each epoch.
+class SampleOrder:
+    """The order of pictures in the endless stream of samples: a fresh permutation each epoch.
 
-    Where pictures have several shapes, the stream is made of whole batches of one shape, and the few of each shape that
-    fill no batch in an epoch wait for another one's permutation.
+    Where pictures have several shapes, the stream consists of whole batches of one shape. The few pictures of a shape
+    that fill no batch are left out of that epoch; the next epoch has another permutation.
+
+    Args:
+        buckets: the shape number of each picture, (N,) int64, on the CPU.
+        batch_size: pictures per batch.
+        seed: the run's.
     """
 
     def __init__(self, buckets: torch.Tensor, batch_size: int, seed: int) -> None:
@@ -72,75 +86,91 @@ class Order:
         shapes, counts = buckets.unique(return_counts=True)
         self.shapes = shapes.tolist()
         self.length = len(buckets) if len(shapes) == 1 else int((counts // batch_size).sum()) * batch_size
-        if self.length == 0:  # too few of every shape: the commonest alone, over and over
+        if self.length == 0:  # no shape fills a batch: repeat the most common shape
             self.shapes = [int(shapes[counts.argmax()])]
             self.length = int(counts.max())
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def __getitem__(self, position: int) -> int:
+        """Returns the picture's number at a position of the stream."""
         epoch, offset = divmod(position, self.length)
         if epoch != self._epoch:
-            generator = generator_for(self.seed, "epoch", epoch)
-            permutation = torch.randperm(len(self.buckets), generator=generator)
-            if len(self.shapes) == 1:
-                order = permutation[self.buckets[permutation] == self.shapes[0]]
-            else:
-                batches = []
-                for shape in self.shapes:
-                    members = permutation[self.buckets[permutation] == shape]
-                    batches += list(members[: len(members) // self.batch_size * self.batch_size].split(self.batch_size))
-                order = torch.cat([batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()])
-            self._epoch, self._order = epoch, order
+            self._epoch, self._order = epoch, self._permute(epoch)
         return int(self._order[offset])
+
+    def _permute(self, epoch: int) -> torch.Tensor:
+        """Returns the picture numbers of one epoch, in order, (length,) int64."""
+        generator = make_generator(self.seed, "epoch", epoch)
+        permutation = torch.randperm(len(self.buckets), generator=generator)
+        if len(self.shapes) == 1:
+            return permutation[self.buckets[permutation] == self.shapes[0]]
+        batches: list[torch.Tensor] = []
+        for shape in self.shapes:
+            members = permutation[self.buckets[permutation] == shape]
+            batches += list(members[: len(members) // self.batch_size * self.batch_size].split(self.batch_size))
+        return torch.cat([batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()])
 
 
 class Batches:
-    """Noisy batches from a cache, each a function of (seed, position) alone: never of rank, worker or history.
+    """Noisy batches from a cache. Each is a function of (seed, position), independent of rank, worker and history.
 
     Args:
         cache: latents and text embeddings.
-        scheduler: the teacher's, for the noise schedule and prediction type.
+        scheduler: the teacher's noise schedule and prediction type, see `make_training_scheduler`.
         scaling_factor: the VAE's.
-        tokens: give token ids in the place of text embeddings, for a text encoder in training.
+        config: seed, batch size, Min-SNR, noise offset and caption dropout.
+        tokens: put token ids in place of text embeddings, for a text encoder in training.
     """
 
     def __init__(
-        self, cache: LatentCache, scheduler: Any, scaling_factor: float, config: TrainConfig, *, tokens: bool = False
+        self,
+        cache: LatentCache,
+        scheduler: DDPMScheduler,
+        scaling_factor: float,
+        config: TrainConfig,
+        *,
+        tokens: bool = False,
     ) -> None:
         self.cache, self.config, self.scaling_factor, self.tokens = cache, config, scaling_factor, tokens
+        self.scheduler: Any = scheduler  # its stubs ask for a subclass of int tensors that torch does not have
         self.alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
-        self.prediction_type = scheduler.config.prediction_type
-        self.order = Order(cache.buckets, config.batch_size, config.seed)
+        self.predicts_noise = self.scheduler.config.prediction_type == "epsilon"
+        self.order = SampleOrder(cache.buckets, config.batch_size, config.seed)
 
-    def noisy(self, positions: range) -> NoisyBatch:
-        """The batch for these positions in the stream of samples (position = step × batch size + place in the batch),
-        on the CPU.
+    def make_batch(self, positions: range) -> NoisyBatch:
+        """Returns the batch for these positions in the stream of samples, on the CPU.
+
+        A position is step × batch size + place in the batch.
         """
-        rows = [self._sample(position) for position in positions]
+        rows = [self._draw_sample(position) for position in positions]
         latents, noise, text = (torch.stack(part) for part in list(zip(*rows, strict=True))[:3])
         timesteps = torch.tensor([row[3] for row in rows])
-        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
-        sample = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        target = noise if self.prediction_type == "epsilon" else alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
-        weight = torch.ones(len(rows))
-        if self.config.snr_gamma is not None:
-            snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
-            weight = snr.clamp(max=self.config.snr_gamma) / (snr if self.prediction_type == "epsilon" else snr + 1)
+        sample = self.scheduler.add_noise(latents, noise, timesteps)
+        target = noise if self.predicts_noise else self.scheduler.get_velocity(latents, noise, timesteps)
         added = (
             None if rows[0][4] is None else {name: torch.stack([row[4][name] for row in rows]) for name in rows[0][4]}
         )
-        batch = NoisyBatch(sample, timesteps, text, target, weight, added)
-        return batch.each(torch.Tensor.pin_memory) if torch.cuda.is_available() else batch
+        batch = NoisyBatch(sample, timesteps, text, target, self._weigh(timesteps), added)
+        return batch.map_tensors(torch.Tensor.pin_memory) if torch.cuda.is_available() else batch
 
-    def _sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, Any]:
-        generator = generator_for(self.config.seed, "sample", position)
+    def _weigh(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns the Min-SNR weights of the losses (arXiv 2303.09556), (B,) float32; ones where Min-SNR is off."""
+        if self.config.snr_gamma is None:
+            return torch.ones(len(timesteps))
+        # diffusers' compute_snr differs in the last bits, by up to 3.4e-7 relative: resumed runs would not be equal.
+        snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
+        return snr.clamp(max=self.config.snr_gamma) / (snr if self.predicts_noise else snr + 1)
+
+    def _draw_sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, Any]:
+        """Returns latents, noise, text, timestep and SDXL's added conditions (or None) for a position."""
+        generator = make_generator(self.config.seed, "sample", position)
         view, timestep = (int(torch.randint(n, (), generator=generator)) for n in (self.cache.views, len(self.alphas)))
         dropout, pick = torch.rand(2, generator=generator).tolist()
-        found = self.cache.sample(self.order[position], view, pick, drop_caption=dropout < self.config.caption_dropout)
-        latents = (found.mean + found.std * torch.randn(found.mean.shape, generator=generator)) * self.scaling_factor
-        noise = torch.randn(found.mean.shape, generator=generator)
+        cached = self.cache.sample(self.order[position], view, pick, drop_caption=dropout < self.config.caption_dropout)
+        latents = (cached.mean + cached.std * torch.randn(cached.mean.shape, generator=generator)) * self.scaling_factor
+        noise = torch.randn(cached.mean.shape, generator=generator)
         if self.config.noise_offset:
             noise = noise + self.config.noise_offset * torch.randn(noise.shape[0], 1, 1, generator=generator)
-        added = None if found.pooled is None else {"text_embeds": found.pooled, "time_ids": found.time_ids}
-        text = found.ids if self.tokens and found.ids is not None else found.text
+        added = None if cached.pooled is None else {"text_embeds": cached.pooled, "time_ids": cached.time_ids}
+        text = cached.ids if self.tokens and cached.ids is not None else cached.text
         return latents, noise, text, timestep, added

@@ -1,4 +1,4 @@
-"""Checkpoints that are either whole or not there, and the newest of them."""
+"""The checkpoints of a run: written whole or not at all, found and loaded again."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from torch import nn
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+CHECKPOINTS = "checkpoints"
 PREFIX = "step-"
 STATE = "state.pt"
 SHARDED = "sharded"
+DIFFERENCES_SHOWN = 5
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, oldest first, whole or not."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Returns the checkpoint folders, oldest first, damaged ones included."""
     return sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a checkpoint folder is all there and unaltered, its manifest too."""
+def is_intact(path: Path) -> bool:
+    """Returns whether every file of a checkpoint folder, its manifest included, is there and unchanged."""
     try:
         return not faults(path, "checkpoint")
     except ArtifactError:
@@ -37,14 +39,17 @@ def is_whole(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run, under `folder`.
+    """The checkpoints of one run.
 
     A checkpoint holds the trained weights, their average, the optimizer's and the gradient scaler's state. Under FSDP
-    and DeepSpeed, where no process has the whole, accelerate writes what each one has. Everything random in a run is a
-    function of (seed, step, sample), so no generator's state is needed.
+    and DeepSpeed, where no process has all weights, accelerate writes what each process has. Everything random in a run
+    is a function of (seed, step, sample), so no generator state is needed.
 
     Attributes:
-        identity: what makes the run itself; a checkpoint of another one is refused.
+        folder: holds one folder per checkpoint.
+        accelerator: the run's.
+        identity: what makes the run itself; a checkpoint of another run is refused.
+        keep: number of newest checkpoints to keep.
     """
 
     folder: Path
@@ -58,52 +63,58 @@ class Checkpoints:
         return str(self.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
     def save(self, step: int, trained: nn.Module, optimizer: Any, average: dict[str, torch.Tensor] | None) -> None:
-        """Write `step-<n>/` by one rename and drop all but the newest; every process calls it.
+        """Write `step-<n>/` by one rename and delete all but the newest checkpoints; every process calls it.
+
+        Args:
+            step: steps done.
+            trained: the bare network, without accelerate's wrapper.
+            optimizer: as `Accelerator.prepare` returned it.
+            average: weight averages by parameter name, shapes as in `trained`; None without averaging.
 
         Raises:
-            StorageError: no space, no permission; the older checkpoints are still there.
+            StorageError: no space or no permission; the older checkpoints remain.
         """
         target = self.folder / f"{PREFIX}{step:08d}"
         staging = self.folder / f".{PREFIX}{step:08d}.partial"
-        main = self.accelerator.is_main_process
         with storage_errors(target):
-            if main:
+            if self.accelerator.is_main_process:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             if self.sharded:
                 self.accelerator.save_state(str(staging / SHARDED))
-            elif main:
+            elif self.accelerator.is_main_process:
                 scaler = self.accelerator.scaler
-                torch.save(
-                    {
-                        "trained": trainable_state(trained),
-                        "optimizer": optimizer.state_dict(),
-                        "average": average,
-                        "scaler": scaler.state_dict() if scaler else None,
-                    },
-                    staging / STATE,
-                )
+                state = {
+                    "trained": trainable_state(trained),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average,
+                    "scaler": scaler.state_dict() if scaler else None,
+                }
+                torch.save(state, staging / STATE)
             self.accelerator.wait_for_everyone()
-            if main:
-                write_manifest(
-                    staging, "checkpoint", config={"step": step, "identity": json.loads(json.dumps(self.identity))}
-                )
-                if target.exists():
-                    shutil.rmtree(target)
-                replace_file(staging, target)
-                for old in checkpoints(self.folder)[: -self.keep]:
-                    shutil.rmtree(old, ignore_errors=True)
+            if self.accelerator.is_main_process:
+                self._publish(step, staging, target)
         self.accelerator.wait_for_everyone()
 
-    def newest(self) -> tuple[int, Path] | None:
-        """Step and folder of the newest whole checkpoint; cut or altered ones are passed over.
+    def _publish(self, step: int, staging: Path, target: Path) -> None:
+        """Write the manifest, rename `staging` to `target` and delete the checkpoints that are not kept."""
+        identity = json.loads(json.dumps(self.identity))
+        write_manifest(staging, "checkpoint", config={"step": step, "identity": identity})
+        if target.exists():
+            shutil.rmtree(target)
+        replace_file(staging, target)
+        for old in list_checkpoints(self.folder)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def find_newest(self) -> tuple[int, Path] | None:
+        """Returns step and folder of the newest intact checkpoint, or None; damaged ones are passed over.
 
         Raises:
-            TrainingError: it is of another run; names what differs.
+            TrainingError: the checkpoint is of another run; the message names the differences.
         """
-        for path in reversed(checkpoints(self.folder)):
-            if is_whole(path):
+        for path in reversed(list_checkpoints(self.folder)):
+            if is_intact(path):
                 manifest = read_manifest(path)
                 if manifest is not None:
                     check_identity(manifest.config["identity"], self.identity, self.folder.parent)
@@ -111,10 +122,15 @@ class Checkpoints:
         return None
 
     def load(self, path: Path, trained: nn.Module, optimizer: Any) -> dict[str, torch.Tensor] | None:
-        """Put a checkpoint's state in place; returns the average.
+        """Load a checkpoint into the network, the optimizer and the gradient scaler; returns the weight average.
+
+        Args:
+            path: the checkpoint's folder.
+            trained: the bare network, without accelerate's wrapper.
+            optimizer: of the trained parameters.
 
         Raises:
-            TrainingError: whole but unreadable.
+            TrainingError: the checkpoint is intact but cannot be read.
         """
         try:
             if self.sharded:
@@ -131,38 +147,43 @@ class Checkpoints:
             raise TrainingError(
                 f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})",
                 where=path,
-                hint="delete it; the one before is used then",
+                hint="delete it; the run then resumes from the checkpoint before it",
             ) from error
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that are trained, by name."""
+    """Returns the parameters that are trained, by name, detached but not copied."""
     return {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def check_identity(theirs: dict[str, Any], ours: dict[str, Any], output: Path) -> None:
-    """Refuse a checkpoint of another run.
+def check_identity(saved: dict[str, Any], current: dict[str, Any], output: Path) -> None:
+    """Refuse the checkpoint of another run.
+
+    Args:
+        saved: the identity in the checkpoint's manifest.
+        current: the identity of this run.
+        output: the training folder, named in the message.
 
     Raises:
-        TrainingError: names what differs.
+        TrainingError: the two differ; the message names the differences.
     """
-    theirs, mine = flat(theirs), flat(json.loads(json.dumps(ours)))
+    before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
     differing = [
-        f"{k}: {theirs.get(k)!r:.60} there, {mine.get(k)!r:.60} here"
-        for k in sorted(theirs | mine)
-        if theirs.get(k) != mine.get(k)
+        f"{k}: {before.get(k)!r:.60} in the checkpoint, {now.get(k)!r:.60} in this run"
+        for k in sorted(before | now)
+        if before.get(k) != now.get(k)
     ]
     if differing:
         raise TrainingError(
-            "holds the checkpoints of another run: " + "; ".join(differing[:5]),
+            "holds the checkpoints of another run: " + "; ".join(differing[:DIFFERENCES_SHOWN]),
             where=output,
             hint="--force to start over, or another -o",
         )
 
 
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted names."""
-    found: dict[str, Any] = {}
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested mappings as one mapping with dotted names."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

@@ -1,10 +1,8 @@
-"""From a teacher, a plan and a cache to a trained student on disk."""
+"""Block distillation: from a teacher, a plan and a cache to a trained student on disk."""
 
 from __future__ import annotations
 
-import copy
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ import torch
 from accelerate import PartialState
 from sdcompress_engines.manifest import storage_errors
 from sdcompress_engines.progress import SILENT, Reporter
+from torch import nn
 
 from sdcompress.data.cache import LatentCache
 from sdcompress.prune.plan import BlockPlan
@@ -20,22 +19,19 @@ from sdcompress.train.batches import Batches
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.objectives.block_distillation import BlockDistillation
-from sdcompress.train.optim import choose_precision
-from sdcompress.train.run_folder import (
+from sdcompress.train.pipelines import (
     PIPELINE,
-    recipe_text,
-    run_folder,
-    sampler,
+    describe_training,
+    make_sampler,
+    make_training_scheduler,
     save_pipeline,
-    training_scheduler,
     with_unet,
-    write_once,
 )
+from sdcompress.train.precision import copy_frozen
+from sdcompress.train.run_folder import run_folder, write_once, write_recipe
 
 if TYPE_CHECKING:
     from sdcompress.models.load import LoadedPipeline
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def distill(
@@ -49,79 +45,74 @@ def distill(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> TrainResult:
-    """Train a student of `teacher` as `plan` says; the finished pipeline lands in `output/pipeline`.
+    """Train the student that `plan` makes of `teacher`; the finished pipeline is saved in `output/pipeline`.
 
-    The teacher's weights are never touched, never handed to the optimizer and never saved as the student's.
+    The teacher's weights are never changed, never handed to the optimizer and never saved as the student's.
+
+    Args:
+        teacher: the pipeline to learn from.
+        plan: the block-removal plan.
+        cache: the data, encoded with the teacher's VAE and text encoder.
+        config: loss weights, steps and the rest.
+        output: the training folder.
+        resume: continue the run in `output`.
+        force: replace what is in `output`.
+        report: shows the progress.
 
     Raises:
-        ArtifactError: `output` is in the way (neither `resume` nor `force`), or in use. TrainingError: divergence, or a
-            resume of another run.
+        ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
+        TrainingError: divergence, or a resume of another run.
     """
     pipeline: Any = teacher.pipeline
     with run_folder(output, resume=resume, force=force), storage_errors(output):
         write_once(output / "plan.json", plan.to_json())
-        write_once(output / "recipe.json", recipe_text(config))
+        write_recipe(config, output)
         torch.manual_seed(config.seed)
         student = build_student(pipeline.unet, plan).float()
-        weights = {
-            "task_loss": config.task_weight,
-            "output_kd_loss": config.output_kd_weight,
-            "feature_kd_loss": config.feature_kd_weight,
-            "attention_kd_loss": config.attention_kd_weight,
-        }
-        frozen = (
-            frozen_copy(pipeline.unet, config.precision)
-            if any(weight > 0 for name, weight in weights.items() if name != "task_loss")
-            else None
-        )
-        objective = BlockDistillation(
-            frozen,
-            plan.feature_pairs(config.feature_pairs),
-            weights,
-            config.feature_norm,
-            attention_pairs(student, plan),
-        )
-        batches = Batches(cache, training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config)
+        objective = make_objective(pipeline.unet, student, plan, config)
         identity = {
             "teacher": teacher.sha256,
             "plan": json.loads(plan.to_json()),
             "data": cache.sha256,
             "config": config.model_dump(mode="json"),
         }
-        draw = sampler(lambda unet: with_unet(pipeline, unet), config, output, cache.size_px)
         result = train(
             student,
             objective,
-            batches,
+            Batches(cache, make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config),
             config,
             output,
             identity,
-            frozen=frozen,
-            sampler=draw,
+            frozen=objective.teacher,
+            sampler=make_sampler(lambda unet: with_unet(pipeline, unet), config, output, cache.size_px),
             label="distill",
             report=report,
         )
         if PartialState().is_main_process:
-            save_pipeline(
-                with_unet(pipeline, student.cpu().eval()),
-                output / PIPELINE,
-                "student",
-                precision=config.save_precision,
-                force=True,
-                config={
-                    "plan": identity["plan"],
-                    "train": identity["config"],
-                    "teacher_name": teacher.name,
-                    "data": cache.about(),
-                },
-                inputs={"teacher": teacher.sha256, "data": cache.sha256},
-                figures=asdict(result),
-                seed=config.seed,
-            )
+            manifest = describe_training(teacher, cache, config, result, role="teacher")
+            manifest["config"] = {"plan": identity["plan"]} | manifest["config"]
+            finished, folder = with_unet(pipeline, student.cpu().eval()), output / PIPELINE
+            save_pipeline(finished, folder, "student", precision=config.save_precision, force=True, **manifest)
     return result
 
 
-def frozen_copy(unet: Any, precision: str) -> Any:
-    """The teacher for training: a copy in the precision it computes in, without gradients, in eval mode."""
-    dtype = DTYPES[choose_precision(precision, "cuda" if torch.cuda.is_available() else "cpu")]
-    return copy.deepcopy(unet).to(dtype).requires_grad_(False).eval()
+def make_objective(
+    teacher_unet: nn.Module, student: nn.Module, plan: BlockPlan, config: DistillConfig
+) -> BlockDistillation:
+    """Returns the losses of a distillation, with a frozen copy of the teacher where a weight asks for one.
+
+    Args:
+        teacher_unet: stays unchanged.
+        student: the network that `plan` makes of it.
+        plan: pairs the student's modules with the teacher's.
+        config: the loss weights, the feature pairs and the precision.
+    """
+    weights = config.loss_weights()
+    needs_teacher = any(weight > 0 for name, weight in weights.items() if name != "task_loss")
+    return BlockDistillation(
+        copy_frozen(teacher_unet, config.precision) if needs_teacher else None,
+        plan.feature_pairs(config.feature_pairs),
+        weights,
+        config.feature_norm,
+        attention_pairs(student, plan),
+    )

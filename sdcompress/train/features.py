@@ -1,4 +1,4 @@
-"""Forward hooks that collect named modules' outputs, and are gone when the block ends."""
+"""Forward hooks that collect the outputs of named modules."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from torch import nn
 
 @contextmanager
 def collect_features(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Name → output of that submodule in the latest forward pass, (B, C, h, w) in the pass's dtype.
+    """Yield a mapping of name → output of that submodule in the latest forward pass, (B, C, h, w) in the pass's dtype.
 
-    A down block returns its hidden states first and its skip tensors second; the hidden states are kept.
+    A down block returns its hidden states first and its skip tensors second; the hidden states are kept. The hooks are
+    removed when the block ends.
     """
     features: dict[str, torch.Tensor] = {}
 
-    def keep(name: str) -> Any:
+    def make_hook(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             features[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [module.get_submodule(name).register_forward_hook(make_hook(name)) for name in names]
     try:
         yield features
     finally:

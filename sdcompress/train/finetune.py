@@ -1,9 +1,8 @@
-"""Full finetuning: every weight of a UNet, teacher's or student's, on new data."""
+"""Full finetuning: every weight of a teacher's or a student's UNet, on new data."""
 
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,16 +16,15 @@ from sdcompress.train.batches import Batches
 from sdcompress.train.config import FinetuneConfig
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.objectives.denoising import Denoising
-from sdcompress.train.run_folder import (
+from sdcompress.train.pipelines import (
     PIPELINE,
-    recipe_text,
-    run_folder,
-    sampler,
+    describe_training,
+    make_sampler,
+    make_training_scheduler,
     save_pipeline,
-    training_scheduler,
     with_unet,
-    write_once,
 )
+from sdcompress.train.run_folder import run_folder, write_recipe
 
 if TYPE_CHECKING:
     from sdcompress.models.load import LoadedPipeline
@@ -42,22 +40,36 @@ def finetune(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> TrainResult:
-    """Train a copy of `model`'s UNet by the diffusion loss; the finished pipeline lands in `output/pipeline`.
+    """Train a copy of `model`'s UNet by the diffusion loss; the finished pipeline is saved in `output/pipeline`.
+
+    Args:
+        model: the pipeline to start from; it stays unchanged.
+        cache: the data, encoded with the model's VAE and text encoder.
+        config: steps, learning rate and the rest.
+        output: the training folder.
+        resume: continue the run in `output`.
+        force: replace what is in `output`.
+        report: shows the progress.
 
     Raises:
-        ArtifactError: `output` is in the way (neither `resume` nor `force`), or in use. TrainingError: divergence, or a
-            resume of another run.
+        ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
+        TrainingError: divergence, or a resume of another run.
     """
     pipeline: Any = model.pipeline
     with run_folder(output, resume=resume, force=force), storage_errors(output):
-        write_once(output / "recipe.json", recipe_text(config))
+        write_recipe(config, output)
         torch.manual_seed(config.seed)
         unet = copy.deepcopy(pipeline.unet).float().requires_grad_(True)
-        batches = Batches(cache, training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config)
-        identity = {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")}
-        draw = sampler(lambda trained: with_unet(pipeline, trained), config, output, cache.size_px)
         result = train(
-            unet, Denoising(), batches, config, output, identity, sampler=draw, label="finetune", report=report
+            unet,
+            Denoising(),
+            Batches(cache, make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config),
+            config,
+            output,
+            {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")},
+            sampler=make_sampler(lambda trained: with_unet(pipeline, trained), config, output, cache.size_px),
+            label="finetune",
+            report=report,
         )
         if PartialState().is_main_process:
             save_pipeline(
@@ -66,9 +78,6 @@ def finetune(
                 "finetuned",
                 precision=config.save_precision,
                 force=True,
-                config={"train": identity["config"], "model_name": model.name, "data": cache.about()},
-                inputs={"model": model.sha256, "data": cache.sha256},
-                figures=asdict(result),
-                seed=config.seed,
+                **describe_training(model, cache, config, result),
             )
     return result

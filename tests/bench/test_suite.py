@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sdcompress_bench import latency, suite
 from sdcompress_bench.results import Results, read_results
-from sdcompress_bench.scenario import Gate, ModelUnderTest, Prompt, Random, Suite, Way
+from sdcompress_bench.scenario import Gate, ModelUnderTest, Prompt, Random, Suite, BackendSetup
 from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError
 from sdcompress_engines.manifest import faults
 
@@ -45,7 +45,7 @@ def student_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFacto
 def settings(pipeline_folder: Path, student_folder: Path, clip_folder: Path) -> Suite:
     return Suite(
         models=(ModelUnderTest("teacher", pipeline_folder), ModelUnderTest("student", student_folder)),
-        ways=(Way("torch"), Way("torch", "bf16"), Way("onnxruntime")),
+        setups=(BackendSetup("torch"), BackendSetup("torch", "bf16"), BackendSetup("onnxruntime")),
         sizes_px=(64,),
         steps=1,
         guidance_scale=1.0,
@@ -134,7 +134,7 @@ def test_gates_are_judged_and_the_failed_ones_told(measured: tuple[Path, Results
 
 def test_a_stopped_suite_goes_on_where_it_was(settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = dataclasses.replace(
-        settings, ways=(Way("torch"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
+        settings, setups=(BackendSetup("torch"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
     )
     asked: list[str] = []
 
@@ -172,7 +172,7 @@ def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its
     short = dataclasses.replace(
         settings,
         models=models,
-        ways=(Way("torch"), Way("torch", "fp16")),
+        setups=(BackendSetup("torch"), BackendSetup("torch", "fp16")),
         quality_pictures=0,
         pictures=0,
         metric=None,
@@ -197,7 +197,7 @@ def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(
 
     monkeypatch.setattr(suite, "Journal", TooLarge)
     half = dataclasses.replace(
-        settings, ways=(Way("torch", "bf16"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
+        settings, setups=(BackendSetup("torch", "bf16"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
     )
     results = suite.run_suite(half, tmp_path / "report")
     assert [run.failed for run in results.latency] == [None, None]
@@ -213,13 +213,13 @@ def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(
 
 def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(settings: Suite, tmp_path: Path) -> None:
     short = dataclasses.replace(
-        settings, models=(ModelUnderTest("gone", tmp_path / "gone", sha256="0"),), ways=(Way("torch"),), metric=None
+        settings, models=(ModelUnderTest("gone", tmp_path / "gone", sha256="0"),), setups=(BackendSetup("torch"),), metric=None
     )
     with pytest.raises(ModelError, match="the teacher does not run in PyTorch"):
         suite.run_suite(short, tmp_path / "report")
     assert not (tmp_path / "report").exists()
     with pytest.raises(BackendMissing, match="no backend to measure"):
-        suite.run_suite(dataclasses.replace(short, ways=()), tmp_path / "report")
+        suite.run_suite(dataclasses.replace(short, setups=()), tmp_path / "report")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("mine")
     with pytest.raises(ArtifactError, match="not empty"):
@@ -234,7 +234,7 @@ def test_sdxl_is_measured_with_both_its_encoders_and_its_sizes(
         dataclasses.replace(
             settings,
             models=models,
-            ways=(Way("torch"),),
+            setups=(BackendSetup("torch"),),
             sizes_px=(128,),
             guidance_scale=5.0,
             quality_pictures=0,
@@ -273,7 +273,7 @@ def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) 
 
 
 def test_random_weights_are_told_and_not_judged() -> None:
-    random = Suite(models=(ModelUnderTest("x", "nowhere", random=Random("sd1")),), ways=(Way("torch"),))
+    random = Suite(models=(ModelUnderTest("x", "nowhere", random=Random("sd1")),), setups=(BackendSetup("torch"),))
     assert random.settings()["random"] == {"x": "sd1"}
     (told,) = suite._warnings(random, {"load_average": 0.0, "cores": 2}, latency.Journal())
     assert "weights of x are random" in told

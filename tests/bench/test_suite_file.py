@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sdcompress_bench.scenario import Way
-from sdcompress_bench.suite_file import read_suite, read_way, suite_names, suite_path
+from sdcompress_bench.scenario import BackendSetup
+from sdcompress_bench.suite_file import read_suite, read_setup, suite_names, suite_path
 from sdcompress_engines.errors import UsageError
 
 
@@ -28,7 +28,7 @@ def test_suites_that_come_along_are_sound_and_open_with_their_command(name: str)
         *(suite.gpu_backends or ()),
         *(gate.backend for gate in suite.gates if gate.backend),
     ):
-        assert read_way(text, "fp32").backend
+        assert read_setup(text, "fp32").backend
 
 
 def test_names_needed_are_there() -> None:
@@ -72,7 +72,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         ("models: [{path: a, random: sd1}]", "needs a path, or random with a family"),
         ("models: [{path: a, plan: bk-tiny}]", "plan stands with random alone"),
         ("models: [{random: sd3}]", "random"),
-        ("- a\n- b", "no mapping"),
+        ("- a\n- b", "not a mapping"),
         ("models: [nano", "not YAML"),
         ("1: 2", "1: unknown setting"),
     ],
@@ -88,12 +88,12 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_way_is_a_backend_with_or_without_a_precision() -> None:
-    assert read_way("ort", "fp16") == Way("onnxruntime", "fp16")
-    assert read_way(" aot:bf16 ", "fp32") == Way("aot", "bf16")
+    assert read_setup("ort", "fp16") == BackendSetup("onnxruntime", "fp16")
+    assert read_setup(" aot:bf16 ", "fp32") == BackendSetup("aot", "bf16")
     for text, fault in (
         ("tpu", "no backend 'tpu'"),
         ("torch:int3", "no precision 'int3'"),
         ("auto", "auto is no backend"),
     ):
         with pytest.raises(UsageError, match=fault):
-            read_way(text, "fp32")
+            read_setup(text, "fp32")

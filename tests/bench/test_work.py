@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from sdcompress_bench.work import BYTES, Peaks, Work, count_pipeline, count_work, measure_peaks, roofline
+from sdcompress_bench.peaks import Peaks, measure_peaks, roofline
+from sdcompress_bench.work import BYTES, Work, count_pipeline, count_work
 from sdcompress_engines.errors import BackendMissing, ModelError, UsageError
 
 from sdcompress.families.configs import CONFIGS
-from sdcompress.models.locate import component_config
-from sdcompress.prune.plan import make_plan
+from sdcompress.models.locate import read_component_config
+from sdcompress.prune.presets import make_plan
 
 PUBLISHED_GMACS = {None: 338.83, "bk-base": 223.81, "bk-small": 217.78, "bk-tiny": 205.09}
 """SD1.x at 64×64 latents: DeepCache (arXiv 2312.00858), table 3; BK-SDM (arXiv 2305.15798) has the same models.
@@ -33,7 +34,7 @@ class Attention(torch.nn.Module):
 
 
 def sd1_configs(plan: str | None = None) -> dict[str, Any]:
-    configs = {name: component_config(CONFIGS / "sd1", name) for name in ("unet", "vae", "text_encoder")}
+    configs = {name: read_component_config(CONFIGS / "sd1", name) for name in ("unet", "vae", "text_encoder")}
     return configs if plan is None else configs | {"unet": make_plan(configs["unet"], plan).student_config()}
 
 

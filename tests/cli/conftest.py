@@ -1,4 +1,4 @@
-"""The command line as it is typed, in this process."""
+"""Runs the command line in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Run `sdcompress ARGS` in this process: exit code, stdout, stderr."""
+    """Runs `sdcompress ARGS` in this process; returns the exit code, stdout and stderr."""
 
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, args)])
@@ -27,7 +27,7 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
 
 
 def one_line(err: str) -> str:
-    """The one line a mistake gets on stderr."""
+    """Returns the one line that a user's mistake prints on stderr."""
     lines = [line for line in err.splitlines() if line.startswith("sdcompress: ")]
     assert len(lines) == 1, err
     assert "Traceback" not in err

@@ -1,4 +1,4 @@
-"""The command line: fast help, one clear line for every mistake, and whole stages on a small model."""
+"""The command line: help without heavy imports, one line for every mistake, and whole stages on a small model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import errno
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,49 +14,47 @@ from sdcompress.cli import COMMANDS
 
 from .conftest import Cli, one_line
 
+HEAVY = {"torch", "numpy", "diffusers", "transformers", "onnx", "onnxruntime", "pydantic", "scipy", "PIL", "rich"}
 
-def test_help_answers_at_once_and_loads_no_torch() -> None:
+
+def test_help_lists_every_command_and_imports_no_heavy_library() -> None:
     script = (
-        "import sys\nfrom sdcompress.cli import cli\ntry:\n    cli(['--help'])\nfinally:\n    assert not {'torch',"
-        " 'numpy', 'diffusers'} & set(sys.modules), 'heavy import'\n"
+        "import sys\nfrom sdcompress.cli import cli\ntry:\n    cli(['--help'])\nfinally:\n"
+        "    print('modules', *{name.partition('.')[0] for name in sys.modules})\n"
     )
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-        assert all(name in done.stdout for name in COMMANDS)
-    assert min(seconds) < 0.3
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    help_text, modules = done.stdout.rsplit("modules ", 1)
+    assert not HEAVY & set(modules.split())
+    assert [name for name in COMMANDS if f"\n  {name} " not in help_text] == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_teaches_with_an_example(cli: Cli, name: str) -> None:
+def test_the_help_of_every_command_has_an_example(cli: Cli, name: str) -> None:
     code, out, _ = cli(name, "--help")
     assert code == 0
     assert f"sdcompress {name}" in out
 
 
-def test_a_path_that_is_not_there(cli: Cli, tmp_path: Path) -> None:
+def test_a_missing_path_is_a_usage_error(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("plan", tmp_path / "nowhere")
     assert code == 2
     assert "does not exist" in one_line(err)
 
 
-def test_a_folder_that_is_no_pipeline(cli: Cli, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_pipeline_is_refused(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("plan", tmp_path)
     assert code == 1
     assert "model_index.json" in one_line(err)
 
 
-def test_an_unknown_preset_lists_the_known_and_names_the_nearest(cli: Cli, random_folder: Path) -> None:
+def test_an_unknown_preset_lists_the_known_ones_and_names_the_nearest(cli: Cli, random_folder: Path) -> None:
     code, _, err = cli("plan", random_folder, "--preset", "bk-smal")
     assert code == 2
     assert "bk-base" in one_line(err)
     assert "--preset bk-small" in one_line(err)
 
 
-def test_a_unet_whose_levels_cannot_be_pruned_so(cli: Cli, tmp_path: Path, random_folder: Path) -> None:
+def test_a_plan_that_the_unets_levels_do_not_allow_is_refused(cli: Cli, tmp_path: Path, random_folder: Path) -> None:
     import shutil
 
     shutil.copytree(random_folder, tmp_path / "model")
@@ -65,11 +62,11 @@ def test_a_unet_whose_levels_cannot_be_pruned_so(cli: Cli, tmp_path: Path, rando
     config.write_text(json.dumps(json.loads(config.read_text()) | {"block_out_channels": [48, 80, 96, 112]}))
     code, _, err = cli("plan", tmp_path / "model", "--preset", "bk-tiny")
     assert code == 1
-    assert "112 channels and its neighbour 96" in one_line(err)
+    assert "112 channels and its neighbor 96" in one_line(err)
 
 
 @pytest.mark.parametrize("captions", [False, True])
-def test_a_data_folder_without_pictures_or_captions(
+def test_a_data_folder_without_pictures_or_captions_is_refused(
     cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, captions: bool
 ) -> None:
     data = tmp_path / "data"
@@ -100,7 +97,7 @@ def test_an_output_folder_in_the_way_is_left_as_it_is(
     assert [p.name for p in out.iterdir()] == ["precious"]
 
 
-def test_a_place_where_nothing_can_be_written(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path) -> None:
+def test_an_output_below_a_file_is_refused(cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path) -> None:
     (tmp_path / "file").write_text("x")
     code, _, err = cli("distill", random_folder, "--data", pictures, "-o", tmp_path / "file/out")
     assert code == 1
@@ -134,7 +131,7 @@ def test_wrong_options_are_usage_errors(cli: Cli, random_folder: Path, pictures:
     assert "onnxruntime" in one_line(err)
 
 
-def test_trt_without_tensorrt_says_what_to_install(
+def test_trt_without_tensorrt_names_what_to_install(
     cli: Cli, tmp_path: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("tensorrt", "tensorrt_rtx"):

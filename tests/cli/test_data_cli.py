@@ -1,4 +1,4 @@
-"""`sdcompress data` as it is typed."""
+"""The `sdcompress data` commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .conftest import Cli, one_line
 
 
 @pytest.mark.parametrize("name", ["inspect", "cache", "generate"])
-def test_every_subcommand_teaches_with_an_example(cli: Cli, name: str) -> None:
+def test_the_help_of_every_subcommand_has_an_example(cli: Cli, name: str) -> None:
     code, out, _ = cli("data", name, "--help")
     assert code == 0
     assert f"sdcompress data {name}" in out
@@ -32,7 +32,7 @@ def test_inspect_for_people_and_for_programs(cli: Cli, pictures: Path, tmp_path:
     assert figures["fault"] is None
 
 
-def test_inspect_says_when_training_would_stop(cli: Cli, tmp_path: Path) -> None:
+def test_inspect_reports_when_training_would_stop(cli: Cli, tmp_path: Path) -> None:
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
     code, out, _ = cli("data", "inspect", tmp_path)
     assert code == 0
@@ -40,9 +40,7 @@ def test_inspect_says_when_training_would_stop(cli: Cli, tmp_path: Path) -> None
     assert "next:" not in out
 
 
-def test_cache_is_made_counted_and_taken_by_distill(
-    cli: Cli, pictures: Path, random_folder: Path, tmp_path: Path
-) -> None:
+def test_a_cache_is_built_and_distill_takes_it(cli: Cli, pictures: Path, random_folder: Path, tmp_path: Path) -> None:
     import shutil
 
     data = shutil.copytree(pictures, tmp_path / "data")
@@ -62,7 +60,7 @@ def test_cache_is_made_counted_and_taken_by_distill(
     assert "--force" in one_line(err)
 
 
-def test_generate_makes_what_inspect_reads(cli: Cli, random_folder: Path, tmp_path: Path) -> None:
+def test_inspect_reads_what_generate_makes(cli: Cli, random_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     command = [
         "data",
@@ -86,20 +84,20 @@ def test_generate_makes_what_inspect_reads(cli: Cli, random_folder: Path, tmp_pa
     assert out.splitlines()[-1] == f"next: sdcompress distill {random_folder} --data {tmp_path / 'made'} -o student"
     code, out, err = cli(*command)
     assert code == 0
-    assert "there already" in err
+    assert "complete already" in err
     code, out, _ = cli("data", "inspect", tmp_path / "made", "--json")
     assert json.loads(out)["usable"] == 3
     assert json.loads(out)["fields"]["seed"]["most"] == 2
     code, _, err = cli(*command, "--seed", 5)
     assert code == 1
-    assert "seed: 0 there, 5 here" in one_line(err)
+    assert "seed: 0 in the folder, 5 now" in one_line(err)
 
 
 def test_mistakes_are_one_line(cli: Cli, random_folder: Path, pictures: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n")
     generate = ["data", "generate", random_folder, "-o", tmp_path / "out", "--prompts"]
-    for arguments, code, told in (
+    for arguments, code, message in (
         ([*generate, prompts, "-n", 1], 1, "holds no prompt"),
         ([*generate, tmp_path / "gone", "-n", 1], 2, "does not exist"),
         ([*generate, prompts, "-n", 0], 2, "0 pictures"),
@@ -107,12 +105,12 @@ def test_mistakes_are_one_line(cli: Cli, random_folder: Path, pictures: Path, tm
         ([*generate, prompts, "-n", 1, "--backend", "coreml"], 2, "onnxruntime"),
         (["data", "inspect", pictures, "--size", 65], 2, "data.size_px"),
         (["data", "inspect", pictures, "--where", "score is 3"], 2, "--where"),
-        (["data", "inspect", pictures, "--sheet", "a.txt"], 2, "no picture's name"),
+        (["data", "inspect", pictures, "--sheet", "a.txt"], 2, "name of a picture"),
         (["data", "inspect", pictures, "--limit", 0], 2, "--limit"),
         (["data", "inspect", tmp_path / "gone"], 2, "does not exist"),
         (["data", "cache", pictures, tmp_path / "gone", "-o", tmp_path / "out"], 2, "does not exist"),
     ):
-        found, _, err = cli(*arguments)
-        assert found == code, (arguments, err)
-        assert told in one_line(err)
+        exit_code, _, err = cli(*arguments)
+        assert exit_code == code, (arguments, err)
+        assert message in one_line(err)
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]

@@ -1,4 +1,4 @@
-"""`sdcompress doctor` as a person types it: its text, its exit code, and what it says of what is broken."""
+"""`sdcompress doctor` as a person types it: its text, its exit code, and the reason and command for each fault."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ importlib.machinery.PathFinder.find_spec = find_spec
 
 @pytest.fixture
 def doctor(tmp_path: Path) -> Doctor:
-    """Run `sdcompress doctor ARGS` in a process, as a user zaphod whose home is not this one's.
+    """Runs `sdcompress doctor ARGS` in a process of its own, as the user zaphod with another home folder.
 
-    `broken` is (package, statement): what importing that package does instead, in every process of it; without a
-    statement it is as if it were not installed.
+    `broken` is (package, statement): in every process, an import of the package runs the statement instead. With an
+    empty statement the package is not installed.
     """
     home = tmp_path / "zaphod"
     home.mkdir()
@@ -66,7 +66,7 @@ def doctor(tmp_path: Path) -> Doctor:
     return run
 
 
-def test_a_working_backend_is_shown_with_its_time_and_exit_0(doctor: Doctor, tmp_path: Path) -> None:
+def test_a_working_backend_is_shown_with_its_time_and_exits_with_0(doctor: Doctor, tmp_path: Path) -> None:
     done = doctor("--backend", "torch", SDCOMPRESS_CACHE=str(tmp_path / "zaphod" / "cache"))
     assert done.returncode == 0, done.stderr
     assert re.search(r"works +torch .*\d ms a UNet step", done.stdout)
@@ -74,18 +74,18 @@ def test_a_working_backend_is_shown_with_its_time_and_exit_0(doctor: Doctor, tmp
     assert f"torch {torch.__version__}" in done.stdout
 
 
-def test_without_onnxruntime_the_one_command_is_given_and_exit_1(doctor: Doctor) -> None:
+def test_without_onnxruntime_doctor_prints_the_command_and_exits_with_1(doctor: Doctor) -> None:
     done = doctor("--backend", "ort", "--json", broken=("onnxruntime", ""))
     assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout, parse_constant=pytest.fail)
-    torch_result, ort = found["backends"]
+    diagnosis = json.loads(done.stdout, parse_constant=pytest.fail)
+    torch_result, ort = diagnosis["backends"]
     assert torch_result["status"] == "works"
     assert (ort["status"], ort["reason"]) == ("fails", "onnxruntime is not installed")
     assert ort["command"] == "pip install 'sdcompress[cpu]'"
-    assert found["healthy"] is False
+    assert diagnosis["healthy"] is False
 
 
-def test_a_text_to_paste_names_nobody_even_where_an_error_does(doctor: Doctor, tmp_path: Path) -> None:
+def test_the_text_names_nobody_even_if_an_error_does(doctor: Doctor, tmp_path: Path) -> None:
     fault = f"raise ImportError('{tmp_path}/zaphod/lib/libonnx.so and /srv/zaphod/x.so of zaphod: cannot open')"
     done = doctor("--backend", "ort", broken=("onnxruntime", fault))
     assert done.returncode == 1, done.stderr
@@ -96,6 +96,7 @@ def test_a_text_to_paste_names_nobody_even_where_an_error_does(doctor: Doctor, t
     assert done.stdout.splitlines()[-1] == "next: pip install --force-reinstall onnxruntime"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_a_backend_that_crashes_costs_one_line(doctor: Doctor) -> None:
     done = doctor("--backend", "ort", broken=("onnxruntime", "import os; os.kill(os.getpid(), 11)"))
@@ -106,7 +107,7 @@ def test_a_backend_that_crashes_costs_one_line(doctor: Doctor) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_torch_that_does_not_import_is_one_line(doctor: Doctor) -> None:
+def test_a_torch_that_does_not_import_is_reported_in_one_line(doctor: Doctor) -> None:
     done = doctor(broken=("torch", "raise OSError('[WinError 126] Error loading \"C:/zaphod/c10.dll\"')"))
     assert done.returncode == 1
     assert one_line(done.stderr).startswith("sdcompress: torch cannot be imported ([WinError 126]")
@@ -115,7 +116,7 @@ def test_a_torch_that_does_not_import_is_one_line(doctor: Doctor) -> None:
 
 
 @pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
-def test_a_damaged_engine_is_an_exit_1_until_its_command_was_typed(
+def test_a_damaged_engine_exits_with_1_and_the_printed_command_removes_it(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sdcompress_engines.store import EngineStore
@@ -130,19 +131,23 @@ def test_a_damaged_engine_is_an_exit_1_until_its_command_was_typed(
     assert re.search(r"fails +engines +1 of 1 in the store are damaged", out)
     last = out.splitlines()[-1]
     assert last.startswith("next: sdcompress engines prune ")
+    assert cli("engines", "verify")[0] == 3
     assert cli(*last.removeprefix("next: sdcompress ").split())[0] == 0
-    assert cli("doctor", "--backend", "torch")[0] == 0
+    assert cli("engines", "verify")[0] == 0
 
 
-def test_a_cache_that_cannot_be_written_to_is_the_only_fault(doctor: Doctor, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_to_is_the_only_fault(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
-    done = doctor("--backend", "torch", SDCOMPRESS_CACHE=str(tmp_path / "file" / "cache"))
-    assert done.returncode == 1
-    assert re.search(r"fails +cache +\$SDCOMPRESS_CACHE cannot be written to", done.stdout)
-    assert re.search(r"works +torch", done.stdout)
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path / "file" / "cache"))
+    code, out, _ = cli("doctor", "--backend", "torch")
+    assert code == 1
+    assert re.search(r"fails +cache +\$SDCOMPRESS_CACHE cannot be written to", out)
+    assert re.search(r"works +torch", out)
 
 
-def test_what_does_not_exist_is_one_line(cli: Cli, tmp_path: Path) -> None:
+def test_an_unknown_backend_or_model_is_refused_in_one_line(cli: Cli, tmp_path: Path) -> None:
     code, out, err = cli("doctor", "--backend", "cuda")
     assert (code, out) == (2, "")
     assert "tensorrt-rtx" in one_line(err)
@@ -151,25 +156,27 @@ def test_what_does_not_exist_is_one_line(cli: Cli, tmp_path: Path) -> None:
     assert "does not exist" in one_line(err)
 
 
-def test_a_model_of_ones_own_is_proved_at_its_own_size(cli: Cli, random_folder: Path) -> None:
+def test_a_users_own_model_is_tested_at_its_own_size(cli: Cli, random_folder: Path) -> None:
     code, out, err = cli("doctor", "--model", random_folder, "--backend", "torch", "--json")
-    found = json.loads(out)
+    diagnosis = json.loads(out)
     assert code == 0, err
-    assert found["model"] == "random"
-    assert found["backends"][0]["subject"] == "whole"
+    assert diagnosis["model"] == "random"
+    assert diagnosis["backends"][0]["subject"] == "whole"
     assert "at most 60 minutes" in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
-def test_an_interrupt_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
+def test_an_interrupt_ends_doctor_and_all_its_processes(tmp_path: Path) -> None:
     cache = {"SDCOMPRESS_CACHE": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     command = [sys.executable, "-m", "sdcompress", "doctor", "--backend", "compile", "--backend", "ort"]
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background of a shell ignores it
+    # In the background of a shell the test suite ignores SIGINT, and its children would inherit that.
+    restore_signal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | cache, preexec_fn=heed
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | cache, preexec_fn=restore_signal
     ) as process:
         started, children = time.monotonic(), list[psutil.Process]()
-        while len(children) < 2 and time.monotonic() - started < 60:  # torch is done, and the others prepare
+        while len(children) < 2 and time.monotonic() - started < 60:  # torch is done, and the others have started
             time.sleep(0.5)
             children = psutil.Process(process.pid).children()
         process.send_signal(signal.SIGINT)
@@ -180,17 +187,17 @@ def test_an_interrupt_ends_it_and_all_that_it_started(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_backend_of_this_machine_is_proved_in_two_minutes_with_empty_caches(
+def test_every_backend_of_this_machine_is_tested_in_two_minutes_with_empty_caches(
     doctor: Doctor, tmp_path: Path
 ) -> None:
     caches = {"SDCOMPRESS_CACHE": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     started = time.monotonic()
     done = doctor("--json", **caches)
     assert time.monotonic() - started < 120
-    found = json.loads(done.stdout)
+    diagnosis = json.loads(done.stdout)
     assert done.returncode == 0, done.stdout
-    assert found["healthy"]
-    results = {result["backend"]: result for result in found["backends"] if result["device"] == "cpu"}
+    assert diagnosis["healthy"]
+    results = {result["backend"]: result for result in diagnosis["backends"] if result["device"] == "cpu"}
     for name in ("torch", "compile", "aot", "onnxruntime"):
         assert results[name]["unet_step_ms"] > 0
         assert results[name]["relative_l2"] <= results[name]["limit"]

@@ -1,4 +1,4 @@
-"""`sdcompress engines`: what it says of a store and of an exported folder, what it removes, and how it says no."""
+"""`sdcompress engines`: what it shows of a store and of an exported folder, what it removes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.flavour import TENSORRT_RTX, platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME, write_manifest
-from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import StoredEngine
 
-from sdcompress.cli.engines import profile_text
+from sdcompress.export.engine_facts import format_profiles
 
 from .conftest import Cli, one_line
 
@@ -70,7 +70,7 @@ def builder(key: EngineKey) -> Callable[[Path], tuple[dict[str, Any], dict[str, 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineStore:
-    """The user's store, with a UNet for here and a decoder of another version."""
+    """The user's store, with a UNet for this machine and a decoder of another version."""
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path / "cache"))
     store = EngineStore()
     for key in (UNET, DECODER):
@@ -80,7 +80,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineStore:
 
 @pytest.fixture
 def exported(store: EngineStore, tmp_path: Path) -> Path:
-    """A folder as `export --trt` writes it: `engine/` with both components."""
+    """A folder as `export --trt` writes it: `engine/` holds both components."""
     folder = tmp_path / "out/engine"
     decoder = replace(DECODER, version=UNET.version, options=UNET.options)
     entries = [store.get_or_build(key, builder(key))[0] for key in (UNET, decoder)]
@@ -96,12 +96,14 @@ def exported(store: EngineStore, tmp_path: Path) -> Path:
 
 
 def entry_of(store: EngineStore, key: EngineKey) -> StoredEngine:
-    found = store.find(key)
-    assert found is not None
-    return found
+    entry = store.find(key)
+    assert entry is not None
+    return entry
 
 
-def test_an_empty_store_says_what_fills_it(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_store_names_the_command_that_fills_it(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
     code, out, _ = cli("engines", "list")
     assert code == 0
@@ -111,10 +113,10 @@ def test_an_empty_store_says_what_fills_it(cli: Cli, tmp_path: Path, monkeypatch
     assert cli("engines", "verify")[0] == 0
     assert cli("engines", "prune", "--all")[0] == 0
     assert cli("engines", "path")[1].strip() == str(tmp_path / "engines")
-    assert list(tmp_path.iterdir()) == []  # looking makes nothing
+    assert list(tmp_path.iterdir()) == []  # the commands that read make nothing
 
 
-def test_list_says_what_each_engine_is_and_whether_it_loads_here(cli: Cli, store: EngineStore) -> None:
+def test_list_shows_what_each_engine_is_and_whether_it_loads_here(cli: Cli, store: EngineStore) -> None:
     code, out, _ = cli("engines", "list")
     assert code == 0
     rows = {line.split()[1]: line for line in out.splitlines()[1:-1]}
@@ -150,7 +152,7 @@ def test_list_as_json_holds_the_same_facts(cli: Cli, store: EngineStore) -> None
     assert facts["vae_decoder"]["why_not"]
 
 
-def test_a_damaged_entry_is_listed_as_such(cli: Cli, store: EngineStore) -> None:
+def test_a_damaged_entry_is_listed_with_its_fault(cli: Cli, store: EngineStore) -> None:
     entry_of(store, UNET).path.write_bytes(b"cut")
     code, out, _ = cli("engines", "list")
     assert code == 0
@@ -163,7 +165,7 @@ def test_a_damaged_entry_is_listed_as_such(cli: Cli, store: EngineStore) -> None
     assert "damaged" in one_line(err)
 
 
-def test_show_by_the_beginning_of_a_key_and_by_a_path(cli: Cli, store: EngineStore, exported: Path) -> None:
+def test_show_takes_the_beginning_of_a_key_or_a_path(cli: Cli, store: EngineStore, exported: Path) -> None:
     code, out, _ = cli("engines", "show", UNET.digest[:6].upper())
     assert code == 0
     shown = dict(line.split("  ", 1) for line in out.splitlines()[3:])
@@ -178,7 +180,7 @@ def test_show_by_the_beginning_of_a_key_and_by_a_path(cli: Cli, store: EngineSto
         assert len(facts) == (2 if path.is_dir() else 1)
 
 
-def test_keys_that_name_none_or_two(cli: Cli, store: EngineStore) -> None:
+def test_a_key_that_fits_no_engine_or_two_is_refused(cli: Cli, store: EngineStore) -> None:
     for arguments in (("show", "zz"), ("path", "zz"), ("prune", "zz"), ("show", "")):
         code, _, err = cli("engines", *arguments)
         assert code == (2 if arguments[1] else 1), arguments
@@ -219,17 +221,17 @@ def test_an_exported_folder_is_listed_and_verified(cli: Cli, exported: Path) -> 
     assert "sdcompress export" in one_line(err)
 
 
-def test_folders_without_engines(cli: Cli, store: EngineStore, tmp_path: Path) -> None:
+def test_a_folder_without_engines_is_refused(cli: Cli, store: EngineStore, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, code in (("empty", 1), ("nowhere", 2)):
         for verb in ("list", "verify"):
-            found, _, err = cli("engines", verb, tmp_path / name)
-            assert found == code
+            exit_code, _, err = cli("engines", verb, tmp_path / name)
+            assert exit_code == code
             assert "sdcompress export --trt" in one_line(err)
     assert cli("engines", "list", "--store", tmp_path / "nowhere")[0] == 2
 
 
-def test_verify_ends_with_3_and_names_each_fault(cli: Cli, store: EngineStore) -> None:
+def test_verify_exits_with_3_and_names_each_fault(cli: Cli, store: EngineStore) -> None:
     code, out, _ = cli("engines", "verify")
     assert code == 0
     assert out.count("whole") == 3
@@ -244,12 +246,12 @@ def test_verify_ends_with_3_and_names_each_fault(cli: Cli, store: EngineStore) -
     assert UNET.digest in one_line(err)
     code, out, _ = cli("engines", "verify", "--json", "--store", store.root)
     assert code == 3
-    found = {Path(finding["path"]).name: finding["faults"] for finding in json.loads(out)["findings"]}
-    assert found[DECODER.digest] == []
-    assert len(found[UNET.digest]) == 1
+    faults = {Path(finding["path"]).name: finding["faults"] for finding in json.loads(out)["findings"]}
+    assert faults[DECODER.digest] == []
+    assert len(faults[UNET.digest]) == 1
 
 
-def test_prune_needs_to_be_told_and_says_what_it_frees(cli: Cli, store: EngineStore) -> None:
+def test_prune_needs_a_choice_and_prints_what_it_frees(cli: Cli, store: EngineStore) -> None:
     code, _, err = cli("engines", "prune")
     assert code == 2
     assert "--older-than DAYS" in one_line(err)
@@ -268,7 +270,7 @@ def test_prune_needs_to_be_told_and_says_what_it_frees(cli: Cli, store: EngineSt
 
 
 @pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
-def test_prune_unusable_keeps_what_loads_elsewhere_only_for_want_of_a_gpu(cli: Cli, store: EngineStore) -> None:
+def test_prune_unusable_keeps_an_engine_that_only_lacks_a_gpu(cli: Cli, store: EngineStore) -> None:
     key = replace(UNET, compute_capabilities=())
     store.get_or_build(key, builder(key))
     code, out, _ = cli("engines", "prune", "--unusable")
@@ -277,16 +279,18 @@ def test_prune_unusable_keeps_what_loads_elsewhere_only_for_want_of_a_gpu(cli: C
     assert key.digest in {entry.digest for entry in store.entries()}
 
 
-def test_path_is_something_to_paste(cli: Cli, store: EngineStore) -> None:
+def test_path_prints_only_the_path(cli: Cli, store: EngineStore) -> None:
     assert cli("engines", "path")[1] == f"{store.root}\n"
     assert cli("engines", "path", UNET.digest[:7])[1] == f"{entry_of(store, UNET).path}\n"
     other = shutil.copytree(store.root, store.root.parent / "other")
     assert cli("engines", "path", UNET.digest, "--store", other)[1].startswith(str(other))
 
 
-def test_a_profile_is_written_as_the_options_take_it() -> None:
+def test_a_profile_is_formatted_as_the_options_take_it() -> None:
     def text(profiles: Any, component: str = "unet", **config: Any) -> str:
-        return profile_text({"profiles": {component: profiles}, "inputs": INPUTS, "vae_scale": 8, **config}, component)
+        return format_profiles(
+            {"profiles": {component: profiles}, "inputs": INPUTS, "vae_scale": 8, **config}, component
+        )
 
     square = {"sample": [[2, 4, 64, 64]] * 3}
     wide = {"sample": [[1, 4, 64, 64], [1, 4, 64, 96], [1, 4, 64, 128]]}

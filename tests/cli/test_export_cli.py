@@ -1,11 +1,14 @@
-"""`export` says what cannot be built before it works on it, and `generate` runs what was exported."""
+"""`export` reports what cannot be built before it starts, and `generate` refuses what a graph folder cannot do."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sdcompress_engines.flavour import TENSORRT_RTX
+from sdcompress_engines.manifest import write_manifest
 
 from .conftest import Cli, one_line
 
@@ -13,7 +16,7 @@ needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tenso
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--profile", "webui"], "--profile without --trt. Try: add --trt"),
         (["--batch", "1:2:8"], "--batch without --trt"),
@@ -22,7 +25,7 @@ needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tenso
         (["--calibration-prompts", "p.txt"], "add --precision fp8 or int8"),
         (["--trt", "--profile", "webui", "--profile", "sd15-512", "--batch", "2"], "the sizes in each of them"),
         (["--trt", "--profile", "sd15"], "profile 'sd15'"),
-        (["--trt", "--batch", "8:2:1"], "MIN:OPT:MAX that do not fall"),
+        (["--trt", "--batch", "8:2:1"], "MIN:OPT:MAX with MIN ≤ OPT ≤ MAX"),
         (["--trt", "--height", "100"], "--height 128"),
         (["--trt", "--tokens", "100"], "expected multiples of 77"),
         (
@@ -32,29 +35,31 @@ needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tenso
     ],
 )
 @needs_rtx
-def test_what_cannot_be_is_said_in_one_line(cli: Cli, tmp_path: Path, options: list[str], said: str) -> None:
+def test_options_that_do_not_fit_are_refused_in_one_line(
+    cli: Cli, tmp_path: Path, options: list[str], message: str
+) -> None:
     code, _, err = cli("export", "nano", "-o", tmp_path / "out", *options)
     assert code == 2
-    assert said in one_line(err)
+    assert message in one_line(err)
     assert list(tmp_path.iterdir()) == []
 
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "exit_code", "message"),
     [
-        (["--compute-capability", "3.5"], "builds for no compute capability 3.5"),
-        (["--optimization-level", "5"], "--optimization-level with tensorrt-rtx"),
-        (["--hardware-compatible", "ampere_plus"], "--hardware-compatible with tensorrt-rtx"),
-        (["--precision", "fp8", "--compute-capability", "8.6"], "fp8 needs compute capability 8.9"),
+        (["--compute-capability", "3.5"], 1, "builds for no compute capability 3.5"),
+        (["--optimization-level", "5"], 2, "--optimization-level with tensorrt-rtx"),
+        (["--hardware-compatible", "ampere_plus"], 2, "--hardware-compatible with tensorrt-rtx"),
+        (["--precision", "fp8", "--compute-capability", "8.6"], 2, "fp8 needs compute capability 8.9"),
     ],
 )
-def test_what_the_library_does_not_build_is_said_before_the_export(
-    cli: Cli, tmp_path: Path, options: list[str], said: str
+def test_what_the_library_does_not_build_is_refused_before_the_export(
+    cli: Cli, tmp_path: Path, options: list[str], exit_code: int, message: str
 ) -> None:
     code, _, err = cli("export", "nano", "-o", tmp_path / "out", "--trt", "--flavour", "tensorrt-rtx", *options)
-    assert code in (1, 2)
-    assert said in one_line(err)
+    assert code == exit_code
+    assert message in one_line(err)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -103,18 +108,33 @@ def test_a_checkpoint_in_ldm_layout_is_one_file_that_loads_again(cli: Cli, tmp_p
     assert "--ldm" in one_line(err)
 
 
-def test_generate_refuses_what_a_graph_folder_cannot_do(cli: Cli, tmp_path: Path, fp16_small: object) -> None:
-    folder = getattr(fp16_small, "folder")  # noqa: B009
-    for options, said in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["--backend", "torch"], "--backend ort"),
         (["--backend", "ort", "--fallback", "torch"], "no torch weights"),
         (["--backend", "nonsense"], "no backend 'nonsense'"),
-    ):
-        code, _, err = cli("generate", folder, "a cat", "-o", tmp_path / "out.png", *options)
-        assert code == 2
-        assert said in one_line(err)
-    code, _, err = cli(
-        "generate", "nano", "a cat", "-o", tmp_path / "out.png", "--backend", "ort", "--artifacts", folder
-    )
+    ],
+)
+def test_generate_refuses_options_that_a_graph_folder_cannot_take(
+    cli: Cli, tmp_path: Path, fp16_small: Any, options: list[str], message: str
+) -> None:
+    code, _, err = cli("generate", fp16_small.folder, "a cat", "-o", tmp_path / "out.png", *options)
+    assert code == 2
+    assert message in one_line(err)
+
+
+def test_generate_refuses_graphs_of_another_model(cli: Cli, tmp_path: Path, fp16_small: Any) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(fp16_small.folder, folder)
+    write_manifest(folder, "onnx", config=fp16_small.manifest.config, inputs={"pipeline": "0" * 64})
+    code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "a.png", "--backend", "ort", "--artifacts", folder)
     assert code == 1
-    assert "was made from another model" in one_line(err) or "has no graph of the unet" in one_line(err)
+    assert "was made from another model (000000000000)" in one_line(err)
+
+
+def test_generate_refuses_a_folder_without_a_graph_of_the_unet(cli: Cli, tmp_path: Path, fp16_small: Any) -> None:
+    folder = fp16_small.folder
+    code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "a.png", "--backend", "ort", "--artifacts", folder)
+    assert code == 1
+    assert "has no graph of the unet" in one_line(err)

@@ -1,4 +1,4 @@
-"""`run`: every stage once, and only what is missing the next time."""
+"""`run` runs every stage once, and the next time only those whose artifact is missing or damaged."""
 
 from __future__ import annotations
 
@@ -64,5 +64,5 @@ def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
     (tmp_path / "out/report/report.html").write_text("cut")
     _, err = run()
     assert err.count("there already") == len(kinds) - 2
-    now = {folder: (tmp_path / "out" / folder / "sdcompress.json").stat().st_mtime_ns for folder in kinds}
-    assert {folder for folder in kinds if now[folder] != stamps[folder]} == {"random/onnx", "report"}
+    stamps_now = {folder: (tmp_path / "out" / folder / "sdcompress.json").stat().st_mtime_ns for folder in kinds}
+    assert {folder for folder in kinds if stamps_now[folder] != stamps[folder]} == {"random/onnx", "report"}

@@ -19,7 +19,7 @@ from sdcompress_engines.errors import ArtifactError, EngineError, EngineMismatch
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.runners import AotInductorRunner, TensorSpec, compile_package, open_runner
-from sdcompress_engines.runners.aot_inductor import Facts, Range, check_fits, read_facts
+from sdcompress_engines.runners.aot_package import Facts, Range, check_fits, read_facts
 
 DTYPE = torch.bfloat16
 
@@ -215,7 +215,7 @@ def test_code_for_instructions_that_this_processor_lacks_is_refused() -> None:
     lacking = [name for name, there in torch.cpu.get_capabilities().items() if there is False]
     if not lacking:
         pytest.skip("this processor has them all")
-    with pytest.raises(EngineMismatch, match=f"a processor with {lacking[0].upper()}, which this one has not"):
+    with pytest.raises(EngineMismatch, match=f"a processor with {lacking[0].upper()}, which this one does not have"):
         check_fits(replace(facts_here(), isa=(lacking[0].upper(),)), torch.device("cpu"), "unet.pt2")
 
 

@@ -1,4 +1,4 @@
-"""Engines are built whole or not at all, and what went wrong is said in full."""
+"""Engines are built whole or not at all, and an error gives the full reason."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from sdcompress_engines import builder
-from sdcompress_engines.builder import BuildOptions, build_engine
+from sdcompress_engines import build_worker, builder
+from sdcompress_engines.build_options import BuildOptions
+from sdcompress_engines.builder import build_engine
 from sdcompress_engines.errors import BackendMissing, EngineError, StorageError, UsageError
 from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, choose_flavour, platform_name, why_not_here
 from sdcompress_engines.profiles import Profile
@@ -172,13 +173,13 @@ def test_options_a_flavour_has_no_use_for_are_refused(tmp_path: Path, option: di
 
 
 @pytest.mark.parametrize("option", [{"refit": "all"}, {"optimization_level": 6}, {"hardware_compatible": "turing"}])
-def test_options_are_checked_when_made(option: dict[str, Any]) -> None:
+def test_unknown_option_values_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="expected"):
         BuildOptions(**option)
 
 
 @needs_rtx
-def test_engines_for_chosen_cards_say_so(tmp_path: Path) -> None:
+def test_the_result_names_the_chosen_cards(tmp_path: Path) -> None:
     result = build_engine(
         write_linear(tmp_path / "linear.onnx"), tmp_path / "x.engine", LINEAR, TENSORRT_RTX, [(12, 0), (8, 9), (8, 9)]
     )
@@ -193,7 +194,7 @@ def test_a_build_without_the_memory_for_it_does_not_start(tmp_path: Path, monkey
     assert not (tmp_path / "x.engine").exists()
 
 
-def test_profiles_are_checked_when_made() -> None:
+def test_profiles_with_falling_sizes_are_refused() -> None:
     with pytest.raises(UsageError, match="min ≤ opt ≤ max"):
         Profile({"sample": ((2, 4), (1, 4), (3, 4))})
     with pytest.raises(UsageError, match="min ≤ opt ≤ max"):
@@ -225,7 +226,7 @@ def test_a_card_that_the_library_does_not_list_is_refused_before_anything_is_bui
 
 
 @needs_rtx
-def test_an_engine_for_every_card_is_said_not_to_run_on_one_the_library_does_not_list(
+def test_an_engine_for_every_card_does_not_fit_a_card_that_the_library_does_not_list(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = {
@@ -264,20 +265,20 @@ def test_a_build_asks_for_the_memory_of_the_shapes_at_hand() -> None:
     config = trt.Builder(trt.Logger()).create_builder_config()
     feature = trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10
     config.set_preview_feature(feature, False)  # the default of some versions
-    builder._ask_for_exact_memory(trt, config)
+    build_worker.request_exact_memory(trt, config)
     assert config.get_preview_feature(feature)
-    builder._ask_for_exact_memory(object(), None)  # a library without such a feature
+    build_worker.request_exact_memory(object(), None)  # a library without such a feature
 
 
 @needs_rtx
 def test_the_installed_library_has_every_name_the_builder_uses() -> None:
     trt = TENSORRT_RTX.load()
     used = [
-        *builder.USED_API.items(),
-        *builder.USED_API_AHEAD.items(),
-        *builder.USED_API_ATTENTION.items(),
-        *builder.USED_API_STREAM.items(),
-        *builder.USED_API_MEMORY.items(),
+        *build_worker.USED_API.items(),
+        *build_worker.USED_API_AHEAD.items(),
+        *build_worker.USED_API_ATTENTION.items(),
+        *build_worker.USED_API_STREAM.items(),
+        *build_worker.USED_API_MEMORY.items(),
     ]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 

@@ -1,4 +1,4 @@
-"""Capture and replay keep their promises over stand-ins of CUDA's streams and graphs; with a GPU, over the real ones."""
+"""Capture and replay over stand-ins of CUDA's streams and graphs; with a GPU, over the real ones."""
 
 from __future__ import annotations
 

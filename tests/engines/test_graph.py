@@ -116,7 +116,8 @@ for seed in range(int(sys.argv[3]), int(sys.argv[4])):
             build_engine(folder / "small.onnx", folder / "out" / "small.engine", profile, TENSORRT_RTX)
         else:
             with open_runner(folder / "small.onnx") as runner:
-                runner.infer({spec.name: torch.ones([2 if isinstance(size, str) else size for size in spec.shape], dtype=spec.dtype) for spec in runner.inputs})
+                shapes = {s.name: [2 if isinstance(size, str) else size for size in s.shape] for s in runner.inputs}
+                runner.infer({s.name: torch.ones(shapes[s.name], dtype=s.dtype) for s in runner.inputs})
         counts["taken"] += 1
     except SdCompressError as error:
         assert "\\n" not in str(error) and len(str(error)) < 3000, (seed, str(error))

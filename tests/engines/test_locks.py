@@ -151,7 +151,7 @@ def test_a_resumed_run_that_could_not_begin_leaves_the_folder(tmp_path: Path) ->
         (5, errno.EACCES, "no permission"),
     ],
 )
-def test_what_windows_says_of_a_file_is_told_in_our_words(winerror: int, number: int, words: str) -> None:
+def test_errors_of_windows_become_messages_of_ours(winerror: int, number: int, words: str) -> None:
     error = OSError(number, "as Windows words it", "C:\\out\\unet.engine")
     error.winerror = winerror  # type: ignore[attr-defined]
     told = storage_error(error, "C:\\out")

@@ -6,8 +6,6 @@ and refuses was recorded from onnxruntime-gpu 1.24.4, 1.25.1 and 1.31.1 over emp
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,9 +19,10 @@ import torch
 from onnx import TensorProto, helper
 from sdcompress_engines.errors import BackendMissing, EngineError
 from sdcompress_engines.exactness import relative_l2
-from sdcompress_engines.runners import OnnxRuntimeRunner, open_runner
-from sdcompress_engines.runners import onnxruntime as ort_module
-from sdcompress_engines.runners.onnxruntime import GRAPHS, left_out, message_of, missing, start_session
+from sdcompress_engines.runners import OnnxRuntimeRunner, onnxruntime_session, open_runner
+from sdcompress_engines.runners.onnxruntime import GRAPHS
+from sdcompress_engines.runners.onnxruntime_install import missing
+from sdcompress_engines.runners.onnxruntime_session import left_out, message_of, start_session
 
 from .fake_cuda import FakeCuda, fake_cuda  # noqa: F401 (a fixture)
 
@@ -144,58 +143,6 @@ def expected(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.gelu(2 * x)
 
 
-# --- is it usable
-
-
-def test_onnxruntime_for_the_cpu_is_missing_on_cuda_with_the_command_that_replaces_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
-    assert missing() is None
-    assert missing("cpu") is None
-    reason = missing("cuda:1") or ""
-    assert "runs on the CPU only" in reason
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'sdcompress[gpu]'" in reason
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    assert missing("cuda") is None
-
-
-def test_without_onnxruntime_each_device_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "sdcompress[cpu]" in (missing() or "")
-    assert "sdcompress[gpu]" in (missing("cuda") or "")
-
-
-@pytest.mark.parametrize(
-    ("onnxruntimes", "torchs", "command"),
-    [
-        ("13.0", "12.8", "onnxruntime-gpu<1.27"),
-        ("12.8", "13.0", "pip install --upgrade onnxruntime-gpu"),
-        ("13.0", "13.2", None),
-        ("", "13.0", None),
-        ("13.0", None, None),
-    ],
-)
-def test_another_cuda_than_torchs_is_said_before_a_session_fails(
-    monkeypatch: pytest.MonkeyPatch, onnxruntimes: str, torchs: str | None, command: str | None
-) -> None:
-    def load(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
-
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
-    monkeypatch.setattr(onnxruntime, "cuda_version", onnxruntimes, raising=False)
-    monkeypatch.setattr(torch.version, "cuda", torchs)
-    monkeypatch.setattr(ctypes, "CDLL", load)
-    reason = missing("cuda")
-    if command is None:
-        assert reason is None
-        return
-    assert command in (reason or "")
-    assert f"needs CUDA {onnxruntimes[:2]}" in (reason or "")
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)  # that CUDA is installed, too
-    assert missing("cuda") is None
-
-
 # --- where the graph runs
 
 # Operators on the CPU, as each version reports of nano's UNet at opset 23, and of one with instance norms.
@@ -273,7 +220,7 @@ def test_the_warning_names_operators_that_are_not_on_the_gpu(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, _ = make(refuses=True, on_cpu=["Gelu"])
-    monkeypatch.setattr(ort_module, "_WORK", frozenset())
+    monkeypatch.setattr(onnxruntime_session, "WORK", frozenset())
     with pytest.warns(RuntimeWarning, match="elsewhere: Gelu"):
         runner.open()
 
@@ -341,51 +288,6 @@ def test_messages_leave_out_types_files_and_host_names() -> None:
         == "CUDA failure 900: operation not permitted when stream is capturing in cudaStreamEndCapture(stream_, &graph)"
     )
     assert message_of(RuntimeError(REFUSAL)).startswith("This session cannot use the graph capture feature")
-
-
-# --- TensorRT inside ONNX Runtime
-
-
-def write_manifest(folder: Path, precision: str) -> None:
-    from sdcompress_engines.manifest import write_manifest
-
-    write_manifest(folder, "onnx", config={"precision": precision})
-
-
-@pytest.mark.parametrize(
-    ("flags", "precision", "announced"),
-    [
-        (("FP16", "BF16"), "fp16", {"trt_fp16_enable": "1"}),
-        (("FP16", "BF16"), "bf16", {"trt_bf16_enable": "1"}),
-        (("FP16", "BF16"), "fp32", {}),
-        (("REFIT",), "fp16", {}),  # TensorRT 11
-        (None, "fp16", {"trt_fp16_enable": "1"}),  # TensorRT's libraries without its Python package
-    ],
-)
-def test_half_precision_is_announced_where_tensorrt_knows_the_flag(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    flags: tuple[str, ...] | None,
-    precision: str,
-    announced: dict[str, str],
-) -> None:
-    library = (
-        None if flags is None else SimpleNamespace(BuilderFlag=SimpleNamespace(**dict.fromkeys(flags)), __version__="0")
-    )
-    monkeypatch.setitem(sys.modules, "tensorrt", library)
-    runner = OnnxRuntimeRunner(write_graph(tmp_path / "unet.onnx"), provider="tensorrt")
-    write_manifest(tmp_path, precision)
-    assert runner._precision() == announced
-
-
-@pytest.mark.parametrize(("version", "said"), [("11.4.0.106", "installed is 11.4.0.106"), (None, "installed is none")])
-def test_a_tensorrt_provider_that_does_not_start_names_the_tensorrt_it_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, said: str
-) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None if version is None else SimpleNamespace(__version__=version))
-    runner = OnnxRuntimeRunner(tmp_path / "unet.onnx", provider="tensorrt")
-    with pytest.raises(BackendMissing, match=rf"did not start.*pip install 'tensorrt<11'.*{said}"):
-        runner._check_provider({"TensorrtExecutionProvider"}, [CUDA, CPU], {})
 
 
 # --- on a card

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from sdcompress_engines import builder
+from sdcompress_engines.builder import require_memory
 from sdcompress_engines.errors import StorageError
 from sdcompress_engines.resources import available_memory_bytes, peak_rss_mib
 
@@ -60,5 +60,5 @@ def test_the_free_memory_is_the_systems_with_and_without_psutil(monkeypatch: pyt
 
 def test_a_build_that_needs_more_memory_than_there_is_is_refused() -> None:
     with pytest.raises(StorageError, match=r"needs about 1048576\.0 GiB of memory"):
-        builder._require_memory(2**50, "unet.engine")
-    builder._require_memory(2**20, "unet.engine")
+        require_memory(2**50, "unet.engine")
+    require_memory(2**20, "unet.engine")

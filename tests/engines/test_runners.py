@@ -21,7 +21,8 @@ from sdcompress_engines.runners import (
     available,
     open_runner,
 )
-from sdcompress_engines.runners import onnxruntime as ort_module
+from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
+from sdcompress_engines.runners.onnxruntime_session import SessionRequest, check_provider, left_out, profile_options
 
 DTYPES = {
     "float32": TensorProto.FLOAT,
@@ -102,7 +103,7 @@ def test_wrong_feeds_are_one_clear_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_closed_runner_says_so_and_opens_again(adder: OnnxRuntimeRunner | TorchRunner) -> None:
+def test_a_closed_runner_is_an_error_and_opens_again(adder: OnnxRuntimeRunner | TorchRunner) -> None:
     feeds = {"left": torch.ones(2, 3), "right": torch.ones(2, 3)}
     with pytest.raises(EngineError, match="not open"):
         adder.infer(feeds)
@@ -138,7 +139,7 @@ def write_split(folder: Path) -> Path:
     return folder / "unet.onnx"
 
 
-def test_missing_and_cut_weights_each_say_so(tmp_path: Path) -> None:
+def test_missing_and_cut_weights_have_messages_of_their_own(tmp_path: Path) -> None:
     path, weights = write_split(tmp_path), tmp_path / "unet.onnx.data"
     with open_runner(path) as runner:
         assert runner.infer({"x": torch.ones(2, 64)})["y"].unique().tolist() == [64.0]
@@ -206,19 +207,20 @@ def test_work_left_to_another_provider_is_found_in_what_onnxruntime_reports(tmp_
             for part in runner._session.get_provider_graph_assignment_info()
         ]
     assert assigned == [("CPUExecutionProvider", ["MatMul"])]
-    assert ort_module.left_out(assigned, {"CPUExecutionProvider"}) == {}
-    assert ort_module.left_out(assigned, {"CUDAExecutionProvider"}) == {"MatMul": "CPUExecutionProvider"}
-    assert ort_module.left_out([("CPUExecutionProvider", ["Shape", "Gather"])], {"CUDAExecutionProvider"}) == {}
+    assert left_out(assigned, {"CPUExecutionProvider"}) == {}
+    assert left_out(assigned, {"CUDAExecutionProvider"}) == {"MatMul": "CPUExecutionProvider"}
+    assert left_out([("CPUExecutionProvider", ["Shape", "Gather"])], {"CUDAExecutionProvider"}) == {}
+    request = SessionRequest(tmp_path / "unet.onnx", "cpu")
     with pytest.raises(EngineError, match="does not take the whole graph: MatMul on CPUExecutionProvider"):
-        runner._check_provider({"CPUExecutionProvider"}, ["CPUExecutionProvider"], {"MatMul": "CPUExecutionProvider"})
+        check_provider(request, {"CPUExecutionProvider"}, ["CPUExecutionProvider"], {"MatMul": "CPUExecutionProvider"})
     with pytest.raises(BackendMissing, match="would have used CPUExecutionProvider"):
-        runner._check_provider({"CUDAExecutionProvider"}, ["CPUExecutionProvider"], {})
+        check_provider(request, {"CUDAExecutionProvider"}, ["CPUExecutionProvider"], {})
 
 
-def test_shapes_to_build_for_are_told_as_the_providers_read_them(tmp_path: Path) -> None:
+def test_shapes_to_build_for_are_given_in_the_form_that_the_providers_read(tmp_path: Path) -> None:
     profile = {"sample": ((1, 4, 32, 32), (2, 4, 64, 64), (8, 4, 96, 96)), "timestep": ((1,), (2,), (8,))}
-    runner = OnnxRuntimeRunner(tmp_path / "unet.onnx", provider="tensorrt", profile=profile)
-    assert runner._shapes("trt") == {
+    request = SessionRequest(tmp_path / "unet.onnx", "tensorrt", profile=profile)
+    assert profile_options(request, "trt") == {
         "trt_profile_min_shapes": "sample:1x4x32x32,timestep:1",
         "trt_profile_opt_shapes": "sample:2x4x64x64,timestep:2",
         "trt_profile_max_shapes": "sample:8x4x96x96,timestep:8",
@@ -287,11 +289,11 @@ def test_missing_onnxruntime_names_the_extra(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendMissing, match=r"pip install 'sdcompress\[cpu\]'"):
         open_runner(write_graph(tmp_path / "sum.onnx"))
-    assert "sdcompress[cpu]" in str(ort_module.missing())
+    assert "sdcompress[cpu]" in str(onnxruntime_missing())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is what a machine without a GPU says")
-def test_without_a_gpu_an_engine_says_so(tmp_path: Path) -> None:
+def test_without_a_gpu_an_engine_does_not_open(tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     (tmp_path / "unet.engine").write_bytes(b"x")
     with pytest.raises(BackendMissing, match="NVIDIA GPU"):

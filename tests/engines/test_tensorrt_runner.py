@@ -18,9 +18,8 @@ from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, platform_name
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.profiles import Profile
-from sdcompress_engines.runners import OnnxRuntimeRunner, SharedMemory, TensorRTRunner, TensorSpec
-from sdcompress_engines.runners import tensorrt as trt_module
-from sdcompress_engines.runners.kept import read_sealed, write_sealed
+from sdcompress_engines.runners import OnnxRuntimeRunner, SharedMemory, TensorRTRunner, TensorSpec, tensorrt_library
+from sdcompress_engines.runners.sealed_files import read_sealed, write_sealed
 from sdcompress_engines.runners.shapes import Ranges, axis_names, choose_profile, no_profile
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
@@ -69,7 +68,7 @@ def test_the_tightest_profile_that_fits_is_chosen_and_a_tuned_one_before_it(
     assert choose_profile(ranges(*batches, height=(64, 64, 64)), call(batch)) == chosen
 
 
-def test_a_chosen_profile_always_contains_the_shapes_and_none_is_said_only_where_none_does() -> None:
+def test_a_chosen_profile_contains_the_shapes_and_is_none_only_where_no_profile_does() -> None:
     random = np.random.default_rng(0)
     seen = set()
     for _ in range(400):
@@ -130,7 +129,7 @@ def test_the_flags_for_a_vae_count_calls_of_the_unet_and_pixels_as_they_are() ->
     assert said.endswith("--batch 2:2:10 --height 256:512:1024")
 
 
-def test_axes_without_a_name_are_told_as_they_are() -> None:
+def test_axes_without_a_name_are_reported_by_tensor_and_index() -> None:
     profile = {"x": ((1, 2), (1, 2), (1, 8))}
     said = str(no_profile([profile], {"x": (1, 9)}, (TensorSpec("x", (1, "x.1"), torch.float32),), "sum", 8, None))
     assert "x.1 9" in said
@@ -191,19 +190,23 @@ def test_unknown_options_are_refused(tmp_path: Path) -> None:
 @needs_rtx
 def test_the_installed_library_has_every_name_the_runner_uses() -> None:
     trt = TENSORRT_RTX.load()
-    used = [*trt_module.USED_API.items(), *trt_module.USED_API_RTX.items(), *trt_module.USED_API_REFIT.items()]
+    used = [
+        *tensorrt_library.USED_API.items(),
+        *tensorrt_library.USED_API_RTX.items(),
+        *tensorrt_library.USED_API_REFIT.items(),
+    ]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 
 
 @needs_rtx
 def test_the_runtime_judges_damaged_headers_before_engines_are_loaded(tmp_path: Path) -> None:
     trt = TENSORRT_RTX.load()
-    runtime = trt.Runtime(trt_module._log_of(trt))
+    runtime = trt.Runtime(tensorrt_library.create_log(trt))
     whole = build(tmp_path, TENSORRT_RTX).read_bytes()
     random = np.random.default_rng(0)
     for content in (random.bytes(1000), b"\0" * 64 + whole[64:], whole[:63], b"x", b""):
-        assert trt_module.invalid(trt, runtime, content) == "malformed engine"
-    assert "malformed" not in str(trt_module.invalid(trt, runtime, whole))
+        assert tensorrt_library.explain_invalid(trt, runtime, content) == "malformed engine"
+    assert "malformed" not in str(tensorrt_library.explain_invalid(trt, runtime, whole))
 
 
 # What follows runs engines.

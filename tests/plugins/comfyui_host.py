@@ -1,15 +1,12 @@
-"""ComfyUI as a custom node sees it: a small stand-in written from its contracts, and ComfyUI itself where a checkout of
-it is given.
+"""ComfyUI as a custom node sees it: a small stand-in written from its contracts, or ComfyUI itself.
 
-`SDCOMPRESS_COMFYUI=~/ComfyUI pytest tests/plugins/test_comfyui_plugin.py`, in a Python that has ComfyUI's requirements,
-runs the same tests against it.
+`SDCOMPRESS_COMFYUI=~/ComfyUI pytest tests/plugins -k comfyui`, in a Python that has ComfyUI's requirements, runs the
+same tests against a checkout of it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import enum
 import importlib.util
 import itertools
 import math
@@ -22,265 +19,27 @@ from typing import Any
 
 import torch
 
+from .comfyui_model import (
+    SD15,
+    SD20,
+    SDXL,
+    BaseModel,
+    ModelPatcher,
+    ModelType,
+    SDXLModel,
+    WrapperExecutor,
+    get_all_wrappers,
+    unet_to_diffusers,
+)
+
 REAL = os.environ.get("SDCOMPRESS_COMFYUI")
+
+
 GIB = 2**30
 
 
-class ModelType(enum.Enum):
-    EPS = 1
-    V_PREDICTION = 2
-
-
-class ModelSampling(torch.nn.Module):
-    """The discrete noise schedule, with σ for t, and how a prediction is taken."""
-
-    def __init__(self, config: Any, kind: ModelType) -> None:
-        super().__init__()
-        given = config.sampling_settings
-        first, last, count = (
-            given.get("linear_start", 0.00085),
-            given.get("linear_end", 0.012),
-            given.get("timesteps", 1000),
-        )
-        root = {"linear": 0.5, "sqrt_linear": 1.0}[given.get("beta_schedule", "linear")]
-        betas = torch.linspace(first**root, last**root, count, dtype=torch.float64) ** (1 / root)
-        alphas = torch.cumprod(1 - betas, 0)
-        if given.get("zsnr", False):
-            roots = alphas.sqrt()
-            roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
-            alphas = roots**2
-            alphas[-1] = 4.8973451890853435e-08
-        self.register_buffer("sigmas", ((1 - alphas) / alphas).sqrt().float())
-        self.kind = kind
-
-    @property
-    def sigma_max(self) -> torch.Tensor:
-        return self.sigmas[-1]
-
-    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(dim=0)
-
-    def calculate_input(self, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        return noise / (sigma.view(-1, 1, 1, 1) ** 2 + 1) ** 0.5
-
-    def calculate_denoised(self, sigma: torch.Tensor, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-        sigma = sigma.view(-1, 1, 1, 1)
-        if self.kind is ModelType.EPS:
-            return given - output * sigma
-        return given / (sigma**2 + 1) - output * sigma / (sigma**2 + 1) ** 0.5
-
-
-class LatentFormat:
-    def __init__(self, scale_factor: float) -> None:
-        self.scale_factor = scale_factor
-
-
-class Config:
-    """A model class of `supported_models`; settings belong to the class until somebody gives the object its own, as
-    before 2025.
-    """
-
-    scale_factor = 0.18215
-    sampling_settings: dict[str, Any] = {}  # noqa: RUF012
-
-    def __init__(self, unet_config: dict[str, Any]) -> None:
-        self.unet_config = dict(unet_config)
-        self.latent_format = LatentFormat(self.scale_factor)
-
-
-class SD15(Config): ...
-
-
-class SD20(Config): ...
-
-
-class SDXL(Config):
-    scale_factor = 0.13025
-
-
-class BaseModel(torch.nn.Module):
-    def __init__(self, model_config: Any, model_type: ModelType = ModelType.EPS, device: Any = None) -> None:
-        super().__init__()
-        assert model_config.unet_config["disable_unet_model_creation"]
-        self.model_config, self.latent_format, self.device = model_config, model_config.latent_format, device
-        self.model_sampling = ModelSampling(model_config, model_type)
-        self.adm_channels = model_config.unet_config.get("adm_in_channels") or 0
-        self.diffusion_model: Any
-
-    def get_dtype(self) -> torch.dtype:
-        return self.diffusion_model.dtype
-
-    def encode_adm(self, **kwargs: Any) -> torch.Tensor | None:
-        return None
-
-    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        return float(input_shape[0] * math.prod(input_shape[2:]) * 0.15 * 2**20)
-
-    def apply_model(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        c_crossattn: torch.Tensor,
-        control: Any = None,
-        transformer_options: Any = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        dtype = self.get_dtype()
-        given = self.model_sampling.calculate_input(t, x).to(dtype)
-        more = {name: value.to(dtype) for name, value in kwargs.items()}
-        output = self.diffusion_model(
-            given,
-            self.model_sampling.timestep(t).float(),
-            context=c_crossattn.to(dtype),
-            control=control,
-            transformer_options=transformer_options,
-            **more,
-        ).float()
-        return self.model_sampling.calculate_denoised(t, output, x)
-
-    def state_dict_for_saving(self, *others: Any) -> dict[str, Any]:
-        return {f"model.diffusion_model.{key}": value for key, value in self.diffusion_model.state_dict().items()}
-
-
-class SDXLModel(BaseModel):
-    def encode_adm(self, **kwargs: Any) -> torch.Tensor:
-        pooled = kwargs["pooled_output"]
-        width = (self.adm_channels - pooled.shape[1]) // 6
-        frequencies = torch.exp(-math.log(10000) * torch.arange(width // 2) / (width // 2))
-        sizes = torch.tensor(
-            [kwargs[name] for name in ("height", "width", "crop_h", "crop_w", "target_height", "target_width")],
-            dtype=torch.float32,
-        )
-        angles = sizes[:, None] * frequencies
-        return torch.cat([pooled, torch.cat([angles.cos(), angles.sin()], 1).reshape(1, -1).expand(len(pooled), -1)], 1)
-
-
-class ModelPatcher:
-    def __init__(self, model: Any, load_device: Any, offload_device: Any, size: int = 0) -> None:
-        self.model, self.load_device, self.offload_device, self.size = model, load_device, offload_device, size
-        self.patches: dict[str, list[Any]] = {}
-        self.model_options: dict[str, Any] = {"transformer_options": {}}
-        self.model.model_loaded_weight_memory = getattr(model, "model_loaded_weight_memory", 0)
-
-    def model_size(self) -> int:
-        return self.size or sum(value.nelement() * value.element_size() for value in self.model.state_dict().values())
-
-    def clone(self) -> ModelPatcher:
-        copied = ModelPatcher(
-            self.model, self.load_device, self.offload_device, self.size
-        )  # by this name, as before December 2024
-        copied.patches = {key: list(found) for key, found in self.patches.items()}
-        copied.model_options = copy.deepcopy(self.model_options)
-        return copied
-
-    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
-        known = self.model.state_dict()
-        for key in (found := [key for key in patches if key in known]):
-            self.patches.setdefault(key, []).append((strength_patch, patches[key], strength_model))
-        return found
-
-    def add_hook_patches(
-        self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0
-    ) -> list[Any]:
-        return self.add_patches(patches, strength_patch, strength_model)
-
-    def get_key_patches(self, filter_prefix: str | None = None) -> dict[str, Any]:
-        return {key: [value] for key, value in self.model.state_dict().items() if key.startswith(filter_prefix or "")}
-
-    def set_patch(self, name: str, patch: Any) -> None:
-        self.model_options["transformer_options"].setdefault("patches", {}).setdefault(name, []).append(patch)
-
-    def load(
-        self,
-        device_to: Any = None,
-        lowvram_model_memory: float = 0,
-        force_patch_weights: bool = False,
-        full_load: bool = False,
-    ) -> None:
-        for key in self.patches:
-            raise AttributeError(f"no weight {key} to patch")
-        if full_load:
-            self.model.to(device_to)
-        self.model.model_loaded_weight_memory = self.model_size() if full_load else 0
-
-    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
-        if unpatch_weights:
-            self.model.to(device_to)
-            self.model.model_loaded_weight_memory = 0
-
-    def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> None:
-        self.unpatch_model(self.offload_device, unpatch_weights=False)
-        if self.model.model_loaded_weight_memory == 0:
-            self.load(
-                device_to,
-                lowvram_model_memory=extra_memory,
-                force_patch_weights=force_patch_weights,
-                full_load=extra_memory > self.model_size(),
-            )
-
-    def detach(self, unpatch_all: bool = True) -> None:
-        if unpatch_all:
-            self.unpatch_model(self.offload_device, unpatch_weights=unpatch_all)
-
-
-class WrapperExecutor:
-    def __init__(self, original: Any, owner: Any, wrappers: list[Any], at: int = 0) -> None:
-        self.original, self.class_obj, self.wrappers, self.at = original, owner, wrappers, at
-
-    @classmethod
-    def new_class_executor(cls, original: Any, owner: Any, wrappers: list[Any]) -> WrapperExecutor:
-        return cls(original, owner, wrappers)
-
-    def execute(self, *args: Any, **kwargs: Any) -> Any:
-        if self.at == len(self.wrappers):
-            return self.original(*args, **kwargs)
-        return self.wrappers[self.at](
-            WrapperExecutor(self.original, self.class_obj, self.wrappers, self.at + 1), *args, **kwargs
-        )
-
-    __call__ = execute
-
-
-def get_all_wrappers(kind: str, options: dict[str, Any]) -> list[Any]:
-    return [wrapper for group in options.get("wrappers", {}).get(kind, {}).values() for wrapper in group]
-
-
-def unet_to_diffusers(config: dict[str, Any]) -> dict[str, str]:
-    """diffusers' name → LDM's, of each attention's query: enough to tell where a LoRA goes."""
-    found: dict[str, str] = {}
-
-    def add(theirs: str, ours: str, depth: int) -> None:
-        found.update(
-            {
-                f"{theirs}.transformer_blocks.{t}.attn1.to_q.weight": (
-                    f"{ours}.1.transformer_blocks.{t}.attn1.to_q.weight"
-                )
-                for t in range(depth)
-            }
-        )
-
-    pairs, down, up = (
-        config["num_res_blocks"],
-        iter(config["transformer_depth"]),
-        list(config["transformer_depth_output"]),
-    )
-    at = 1
-    for level, count in enumerate(pairs):
-        for pair in range(count):
-            add(f"down_blocks.{level}.attentions.{pair}", f"input_blocks.{at}", next(down))
-            at += 1
-        at += 1
-    add("mid_block.attentions.0", "middle_block", max(config["transformer_depth_middle"], 0))
-    at = 0
-    for level, count in enumerate(reversed(pairs)):
-        for pair in range(count + 1):
-            add(f"up_blocks.{level}.attentions.{pair}", f"output_blocks.{at}", up.pop())
-            at += 1
-    return found
-
-
 class Harness:
-    """The stand-in.
+    """The stand-in for ComfyUI.
 
     A condition is `(text (1, T, D), extras)`; extras are what a CLIP node adds, such as `pooled_output`.
     """
@@ -342,7 +101,7 @@ class Harness:
     def sample(
         self, patcher: Any, positive: Any, negative: Any, shape: tuple[int, ...], steps: int, cfg: float, seed: int
     ) -> torch.Tensor:
-        """Final latents by Euler, unscaled as a VAE takes them."""
+        """Returns the final latents of Euler's method, unscaled as a VAE takes them."""
         if patcher not in self.loaded:
             patcher.partially_load(patcher.load_device, 1e32)
             self.loaded.append(patcher)
@@ -354,8 +113,9 @@ class Harness:
         return x / patcher.model.latent_format.scale_factor
 
     def _denoised(self, patcher: Any, conds: list[Any], x: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
-        """Together in one call where memory allows and lengths have a small common multiple, to which the shorter text
-        is repeated; else one by one.
+        """Run the conditions in one call if the memory suffices and the lengths have a small common multiple.
+
+        The shorter text is repeated to that length. Otherwise each condition runs alone.
         """
         model, times = patcher.model, sigma.expand(len(x))
         lengths = [cond[0].shape[1] for cond in conds]
@@ -397,11 +157,11 @@ class Harness:
         return results
 
     def lora(self, patcher: Any, keys: list[str], strength: float) -> Any:
-        """As the node *Load LoRA*: a LoRA's layers, by kohya's or diffusers' names, on a copy of the model."""
+        """Apply a LoRA's layers, by kohya's or diffusers' names, to a copy of the model, as *Load LoRA* does."""
         known = patcher.model.state_dict()
         named = {
-            f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": f"diffusion_model.{ours}"
-            for key, ours in unet_to_diffusers(patcher.model.model_config.unet_config).items()
+            f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": f"diffusion_model.{name}"
+            for key, name in unet_to_diffusers(patcher.model.model_config.unet_config).items()
         }
         named |= {
             f"lora_unet_{key.removeprefix('diffusion_model.').removesuffix('.weight').replace('.', '_')}": key
@@ -424,7 +184,7 @@ class Harness:
 
 
 class Real:
-    """ComfyUI itself, by the same calls; the latest and that of October 2025 were tried."""
+    """ComfyUI itself, with the same methods. The latest one and that of October 2025 were tried."""
 
     def __init__(self, models_dir: Path) -> None:
         assert REAL is not None
@@ -460,7 +220,7 @@ class Real:
 
     @free_memory.setter
     def free_memory(self, value: int) -> None:
-        raise NotImplementedError("ComfyUI asks the machine")
+        raise NotImplementedError("ComfyUI reads it from the machine")
 
     def noise(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         found: torch.Tensor = self.comfy.sample.prepare_noise(torch.zeros(shape), seed, None)
@@ -508,7 +268,7 @@ class Real:
 
 
 def load_custom_node(folder: Path) -> Any:
-    """A custom node's module, imported as ComfyUI does it: by its path, under a name made of it."""
+    """Import a custom node as ComfyUI does: by its path, under a name derived from it."""
     name = str(folder).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     assert spec

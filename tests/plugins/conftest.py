@@ -1,6 +1,4 @@
-"""Shared by the plugins' tests: a small Stable Diffusion, a student of it, a small SDXL, and their graphs for each
-host.
-"""
+"""Fixtures of the plugins' tests: small pipelines, their graphs for each host, and the hosts themselves."""
 
 from __future__ import annotations
 
@@ -8,28 +6,32 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import pytest
 import torch
-from sdcompress_engines.manifest import read_manifest, save_manifest, write_manifest
+from sdcompress_engines.manifest import read_manifest, write_manifest
 from sdcompress_engines.signature import HOSTS
 
 from sdcompress.export.onnx import export_onnx
-from sdcompress.prune.plan import make_plan
+from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 
 from ..conftest import BETAS, make_tokenizer
+from .comfyui_host import REAL, Harness, Real, load_custom_node
+from .places import COMFYUI_PLUGIN, WEBUI_PLUGIN
+from .webui_cases import read_only_artifact
+from .webui_host import WebUI, running
 
-PLUGINS = Path(__file__).parents[2] / "plugins"
-WEBUI_PLUGIN = PLUGINS / "sd_webui_sdcompress"
-sys.path.insert(0, str(WEBUI_PLUGIN))  # as its script does in the host
+if TYPE_CHECKING:
+    from sdcompress_webui.engine_folders import Artifact
 
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Graphs as small as these lose more to threads that wait for one another than they gain."""
+    """Use one thread: graphs as small as these lose more by waiting threads than they gain."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,9 +40,9 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def student(random_pipeline: Any) -> Any:
-    """`random_pipeline` with a bk-tiny student in its UNet's place: three levels, one pair each, no middle.
+    """Returns `random_pipeline` with a bk-tiny student in its UNet's place: three levels, one pair each, no middle.
 
-    Its weights are shaken, so that it is another model than its teacher's remains.
+    Noise is added to its weights, so that it differs from its teacher.
     """
     torch.manual_seed(11)
     unet = (
@@ -60,7 +62,7 @@ def student_unet(student: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """SDXL's parts, each as small as it can be: two levels, two text encoders."""
+    """Returns an SDXL pipeline whose parts are as small as possible: two levels, two text encoders."""
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -111,11 +113,11 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def export_unet(
     request: pytest.FixtureRequest, random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """(host, pipeline, name) → the `onnx` folder of its UNet in the host's signature, fp32.
+    """Returns a function (host, pipeline, name) → the `onnx` folder of its UNet in the host's signature, fp32.
 
-    Tracing is what takes time, so each UNet is traced once a run; a second host, whose graph differs in names only, has
-    them changed. `random_pipeline`'s is traced for other tests too. That an export names them so is held in
-    `test_export`.
+    Tracing takes the time, so each UNet is traced once. The graph of a second host differs in names only, and these are
+    changed. The one of `random_pipeline` is shared with other tests. `test_export` holds that an export uses these
+    names.
     """
     made: dict[tuple[str, int, str], Path] = {}
 
@@ -126,7 +128,7 @@ def export_unet(
             return made[key]
         source = {"pipeline": f"{id(pipeline):064x}"}
         if pipeline is random_pipeline:
-            made[key] = renamed(
+            made[key] = rename_graph(
                 request.getfixturevalue("fp32_export").folder,
                 "diffusers",
                 tmp_path_factory.mktemp("plugins") / name,
@@ -135,7 +137,9 @@ def export_unet(
                 source,
             )
         elif traced is not None:
-            made[key] = renamed(made[traced], traced[0], tmp_path_factory.mktemp("plugins") / name, host, name, source)
+            made[key] = rename_graph(
+                made[traced], traced[0], tmp_path_factory.mktemp("plugins") / name, host, name, source
+            )
         else:
             made[key] = export_onnx(
                 pipeline, tmp_path_factory.mktemp("plugins") / name, host=host, source=source, name=name
@@ -145,8 +149,8 @@ def export_unet(
     return export
 
 
-def renamed(graphs: Path, before: str, folder: Path, host: str, name: str, source: dict[str, str]) -> Path:
-    """A folder of the UNet in `graphs`, which has the names of `before`, with those of `host`."""
+def rename_graph(graphs: Path, before: str, folder: Path, host: str, name: str, source: dict[str, str]) -> Path:
+    """Create a copy of the UNet's folder `graphs` with the names of `host` instead of `before`."""
     folder.mkdir()
     shutil.copytree(graphs / "pipeline", folder / "pipeline")
     model, manifest = onnx.load(graphs / "unet.onnx"), read_manifest(graphs)
@@ -178,9 +182,100 @@ def renamed(graphs: Path, before: str, folder: Path, host: str, name: str, sourc
     return folder
 
 
-def change_manifest(folder: Path, **config: Any) -> None:
-    """Change entries of a manifest's config, and seal it again."""
-    manifest = read_manifest(folder)
-    assert manifest is not None
-    manifest.config.update(config)
-    save_manifest(folder, manifest)
+@pytest.fixture(scope="session")
+def tiny_graph(export_unet: Callable[..., Path], student: Any) -> Path:
+    return export_unet("webui", student, "tiny")
+
+
+@pytest.fixture(scope="session")
+def whole_graph(export_unet: Callable[..., Path], random_pipeline: Any) -> Path:
+    return export_unet("webui", random_pipeline, "teacher")
+
+
+@pytest.fixture
+def installed(tmp_path: Path, tiny_graph: Path) -> Path:
+    """Returns a WebUI's folder with the student's graph in it. Its name has a space and letters beyond ASCII."""
+    root = tmp_path / "Web UI – größer"
+    shutil.copytree(tiny_graph, root / "models" / "sdcompress" / "tiny")
+    return root
+
+
+@pytest.fixture
+def webui(installed: Path, random_pipeline: Any) -> Iterator[WebUI]:
+    """Yields A1111 with the teacher as its checkpoint, and the extension loaded."""
+    with running(WebUI(installed, random_pipeline.unet)) as host:
+        host.load_extension(WEBUI_PLUGIN)
+        yield host
+
+
+@pytest.fixture
+def forge(installed: Path, random_pipeline: Any) -> Iterator[WebUI]:
+    with running(WebUI(installed, random_pipeline.unet, forge=True)) as host:
+        host.load_extension(WEBUI_PLUGIN)
+        yield host
+
+
+@pytest.fixture
+def tiny(installed: Path) -> Artifact:
+    return read_only_artifact(installed / "models" / "sdcompress")
+
+
+@pytest.fixture(scope="session")
+def xl_unet() -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(5)
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 48, 64),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=(2, 3, 4),
+        use_linear_projection=True,
+        norm_num_groups=16,
+        transformer_layers_per_block=(1, 1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=80,
+    ).eval()
+
+
+@pytest.fixture(scope="session")
+def graph(export_unet: Callable[..., Path], student: Any) -> Path:
+    """Returns the student's UNet in ComfyUI's signature."""
+    return export_unet("comfyui", student, "tiny")
+
+
+@pytest.fixture(params=[Harness, Real] if REAL else [Harness], ids=lambda kind: kind.__name__.lower())
+def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    with request.param(tmp_path / "models").running() as running:
+        yield running
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[Harness]:
+    with Harness(tmp_path / "models").running() as running:
+        yield running
+
+
+@pytest.fixture
+def models(graph: Path, tmp_path: Path) -> Path:
+    """Returns `models/sdcompress` with one engine, `tiny`."""
+    shutil.copytree(graph, tmp_path / "models/sdcompress/tiny")
+    return tmp_path / "models/sdcompress"
+
+
+@pytest.fixture(scope="session")
+def node() -> Any:
+    return load_custom_node(COMFYUI_PLUGIN).NODE_CLASS_MAPPINGS["LoadSdcompressEngine"]
+
+
+@pytest.fixture
+def parts(node: Any) -> Any:
+    """Returns the plugin's modules, as they were imported with the node."""
+    package = node.__module__.rpartition(".")[0]
+    return SimpleNamespace(
+        **{name: sys.modules[f"{package}.{name}"] for name in ("calls", "folders", "layout", "model", "node")}
+    )

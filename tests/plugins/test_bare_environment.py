@@ -1,6 +1,4 @@
-"""What is carried into a host's Python: 3.10 syntax, and nothing to import but torch, numpy, the standard library and
-one runtime.
-"""
+"""What is carried into a host's Python has 3.10 syntax and imports only torch, numpy and one runtime."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import PLUGINS
+from .places import PLUGINS
 
 ROOT = PLUGINS.parent
 ENGINES = ROOT / "engines"
@@ -28,9 +26,9 @@ WHERE_USED = {
     "tensorrt",
     "tensorrt_rtx",
     "polygraphy",
-    "typing_extensions",  # of an engine: looked for, and their absence told
+    "typing_extensions",  # of an engine: looked for, and their absence reported
     "filelock",  # of torch
-    "psutil",  # looked for, with another way where it is missing
+    "psutil",  # looked for, with a substitute if it is missing
     "modules",
     "backend",
     "gradio",
@@ -42,7 +40,12 @@ HOSTS = {"modules", "backend", "gradio", "comfy", "folder_paths", "nodes"}
 
 
 def imports(path: Path, *, top_only: bool = False) -> set[str]:
-    """First names of what a file imports; with `top_only` without what its functions and `TYPE_CHECKING` blocks do."""
+    """Returns the top-level names that a file imports.
+
+    Args:
+        path: the file.
+        top_only: leave out the imports in functions and `TYPE_CHECKING` blocks.
+    """
     found = set()
     waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
     while waiting:
@@ -60,8 +63,8 @@ def imports(path: Path, *, top_only: bool = False) -> set[str]:
     return found
 
 
-def hosted(path: Path) -> bool:
-    """A file that only a host loads."""
+def needs_host(path: Path) -> bool:
+    """Returns whether a file imports a host, so that only the host can load it."""
     return bool(imports(path, top_only=True) & HOSTS)
 
 
@@ -76,7 +79,7 @@ BARE = """
 import importlib, importlib.abc, sys
 
 class Bare(importlib.abc.MetaPathFinder):
-    # Installed here and not in a host's environment; what torch, numpy and the runtime themselves need is theirs.
+    # Installed here, but not in a host's environment. What torch, numpy and the runtime need stays.
     absent = set({absent!r})
 
     def find_spec(self, name, path=None, target=None):
@@ -88,15 +91,14 @@ sys.meta_path.insert(0, Bare())
 sys.path[:0] = {paths!r}
 for name in {modules!r}:
     importlib.import_module(name)
-print("imported", len({modules!r}), "loaded", sorted(set(sys.modules) & {{"onnxruntime", "tensorrt", "tensorrt_rtx", "gradio"}}))
+heavy = {{"onnxruntime", "tensorrt", "tensorrt_rtx", "gradio"}}
+print("imported", len({modules!r}), "loaded", sorted(set(sys.modules) & heavy))
 {then}
 """
 
 
 def absent() -> set[str]:
-    """Import names of everything the project depends on but torch, numpy and ONNX Runtime, and the project's own
-    packages.
-    """
+    """Returns the import names of the project's packages and of all its dependencies but torch, numpy, ONNX Runtime."""
     from importlib.metadata import packages_distributions
 
     import tomllib
@@ -141,8 +143,8 @@ def run_bare(modules: list[str], paths: list[Path], then: str = "") -> str:
 
 
 def names_in(folder: Path, package: Path) -> list[str]:
-    """The importable names of a package's files that need no host."""
-    files = [path for path in sorted(package.rglob("*.py")) if not hosted(path)]
+    """Returns the importable names of a package's files that need no host."""
+    files = [path for path in sorted(package.rglob("*.py")) if not needs_host(path)]
     return [".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__") for path in files]
 
 
@@ -150,16 +152,16 @@ def test_the_engines_and_the_webui_plugin_import_with_torch_numpy_and_one_runtim
     plugin = PLUGINS / "sd_webui_sdcompress"
     modules = names_in(ENGINES, ENGINES / "sdcompress_engines") + names_in(plugin, plugin / "sdcompress_webui")
     assert {"sdcompress_engines.store", "sdcompress_webui.a1111", "sdcompress_webui.forge"} <= set(modules)
-    said = run_bare(
+    output = run_bare(
         modules,
         [ENGINES, plugin],
         "from sdcompress_engines.runners import available\nprint(available()['onnxruntime'])",
     )
-    assert "loaded []" in said  # no runtime is loaded before an engine is
-    assert said.splitlines()[-1] == "None"
+    assert "loaded []" in output  # no runtime is loaded before an engine is
+    assert output.splitlines()[-1] == "None"
 
 
-def test_the_comfyui_plugin_imports_likewise() -> None:
+def test_the_comfyui_plugin_imports_with_torch_numpy_and_one_runtime() -> None:
     plugin = PLUGINS / "comfyui_sdcompress"
     modules = [name for name in names_in(PLUGINS, plugin) if name != "comfyui_sdcompress"]
     assert modules
@@ -167,7 +169,7 @@ def test_the_comfyui_plugin_imports_likewise() -> None:
 
 
 def test_a_graph_runs_in_the_webui_plugin_with_nothing_else_installed(tmp_path: Path) -> None:
-    """The installed form: the plugin's folder with the engine package inside it, and a graph."""
+    """The plugin is laid out as installed: its folder has the engine package inside."""
     import shutil
 
     import onnx
@@ -212,10 +214,13 @@ def test_a_graph_runs_in_the_webui_plugin_with_nothing_else_installed(tmp_path: 
     import torch
     from pathlib import Path
     from types import SimpleNamespace
-    from sdcompress_webui.library import Traits, find, models
+    from sdcompress_webui.engine_folders import find_artifacts
+    from sdcompress_webui.menu import group_models
+    from sdcompress_webui.traits import Traits
     from sdcompress_webui.unet import HostedUNet
-    host = SimpleNamespace(device=torch.device("cpu"), checkpoint=lambda: (None, Traits()), changes=lambda: [], warn=print)
-    unet = HostedUNet(models(find(Path({str(folder.parent)!r})))[0], host)
+    cpu = torch.device("cpu")
+    host = SimpleNamespace(device=cpu, checkpoint=lambda: (None, Traits()), changes=lambda: [], warn=print)
+    unet = HostedUNet(group_models(find_artifacts(Path({str(folder.parent)!r})))[0], host)
     unet.activate()
     x = torch.ones(3, 4, 8, 8)
     assert torch.equal(unet.forward(x, torch.ones(3), torch.ones(3, 77, 8)), x / 2)

@@ -1,17 +1,14 @@
-"""A1111's WebUI and Forge as an extension sees them: small, and written from what the two promise, in their order of
-calls.
+"""A1111's WebUI and Forge as an extension sees them: a small stand-in, written from their contracts.
 
 `WebUI` puts `modules`, `gradio` and, for Forge, `modules_forge` into `sys.modules`, loads an extension's scripts, and
-samples with k-diffusion's Euler method.
+calls them in the host's order.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib.util
-import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -22,15 +19,19 @@ import torch
 
 from sdcompress.checkpoints.ldm_keys import unet_keys
 
+from .webui_forge import forge_model
+from .webui_sampling import reference
+
 
 class UNetModel(torch.nn.Module):
-    """The checkpoint's UNet: LDM's names for its parameters, diffusers' arithmetic; A1111 patches `forward` of the
-    class.
+    """The checkpoint's UNet, with LDM's names for its parameters and diffusers' arithmetic.
+
+    A1111 patches the `forward` of its class.
     """
 
     def __init__(self, unet: Any) -> None:
         super().__init__()
-        self._run = [unet]  # a list, so that its parameters have LDM's names only
+        self._run = [unet]  # in a list, so that it is no submodule and its parameters have LDM's names only
         state = unet.state_dict()
         for key, name in unet_keys(state).items():
             place: torch.nn.Module = self
@@ -47,137 +48,21 @@ class UNetModel(torch.nn.Module):
         return reference(self._run[0])(x, timesteps, context, y)
 
 
-def reference(unet: Any) -> Callable[..., torch.Tensor]:
-    """The same call by diffusers: `y` is SDXL's embedding and sizes in one vector."""
-
-    @torch.no_grad()
-    def run(
-        x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        if y is None:
-            return unet(x, timesteps, context).sample
-        unet.get_aug_embed = lambda **_: unet.add_embedding(y)
-        try:
-            return unet(x, timesteps, context, added_cond_kwargs={}).sample
-        finally:
-            del unet.get_aug_embed
-
-    return run
-
-
-SIGMAS = (
-    (
-        (
-            1
-            - (
-                cumulative := torch.cumprod(
-                    1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
-                )
-            )
-        )
-        / cumulative
-    )
-    .sqrt()
-    .float()
-)
-
-
-def schedule(steps: int) -> torch.Tensor:
-    """Sigmas from the largest down to zero, between the model's own, as k-diffusion's Karras-free schedule has them."""
-    times = torch.linspace(999, 0, steps)
-    low = times.floor().long()
-    logs = SIGMAS.log()
-    return torch.cat([torch.lerp(logs[low], logs[times.ceil().long()], times - low).exp(), torch.zeros(1)])
-
-
-def timestep_of(sigma: torch.Tensor) -> torch.Tensor:
-    """A timestep that may lie between two of the model's, float32, (B,)."""
-    logs, wanted = SIGMAS.log(), sigma.log()
-    low = (torch.searchsorted(logs, wanted.contiguous()) - 1).clamp(0, 998)
-    share = ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clamp(0, 1)
-    return low + share
-
-
-Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
-
-
-def denoise(
-    predict: Predict, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None
-) -> torch.Tensor:
-    """What the picture would be without its noise, by a UNet that predicts the noise."""
-    scaled = x / (sigma**2 + 1).sqrt()[:, None, None, None]
-    return x - sigma[:, None, None, None] * predict(scaled, timestep_of(sigma), context, y)
-
-
-class Guidance:
-    """Classifier-free guidance as A1111 arranges it: cond and uncond in one call or in two, or cond alone."""
-
-    def __init__(
-        self, predict: Predict, together: bool = True, skip_uncond: Callable[[int], bool] = lambda step: False
-    ) -> None:
-        self.predict, self.together, self.skip = predict, together, skip_uncond
-        self.steps: list[torch.Tensor] = []
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        cond: torch.Tensor,
-        uncond: torch.Tensor,
-        y: torch.Tensor | None,
-        scale: float,
-    ) -> torch.Tensor:
-        sigmas = sigma.expand(len(x))
-        if self.skip(len(self.steps)):
-            found = denoise(self.predict, x, sigmas, cond, y)
-        elif self.together and cond.shape[1] == uncond.shape[1]:
-            both = denoise(
-                self.predict,
-                torch.cat([x, x]),
-                torch.cat([sigmas, sigmas]),
-                torch.cat([cond, uncond]),
-                None if y is None else torch.cat([y, y]),
-            )
-            with_prompt, without = both.chunk(2)
-            found = without + (with_prompt - without) * scale
-        else:
-            with_prompt, without = (denoise(self.predict, x, sigmas, each, y) for each in (cond, uncond))
-            found = without + (with_prompt - without) * scale
-        self.steps.append(found)
-        return found
-
-
-def euler(
-    guidance: Guidance,
-    x: torch.Tensor,
-    sigmas: torch.Tensor,
-    cond: torch.Tensor,
-    uncond: torch.Tensor,
-    y: torch.Tensor | None = None,
-    scale: float = 4.0,
-) -> torch.Tensor:
-    """Final latents; `guidance.steps` has the denoised ones of each step."""
-    for sigma, following in itertools.pairwise(sigmas):
-        denoised = guidance(x, sigma, cond, uncond, y, scale)
-        x = x + (x - denoised) / sigma * (following - sigma)
-    return x
-
-
 class Job(SimpleNamespace):
-    """A picture in the making."""
+    """A picture in progress."""
 
     def comment(self, text: str) -> None:
         self.comments.append(text)
 
 
 class Widget:
-    """A gradio component: what it was made with, and what a click would do."""
+    """A gradio component: its arguments, and what a click would do."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.args, self.kwargs, self.clicked = args, kwargs, None
-        Widget.made.append(self)
+        Widget.created.append(self)
 
-    made: ClassVar[list[Widget]] = []
+    created: ClassVar[list[Widget]] = []
 
     def click(self, fn: Any, inputs: Any, outputs: Any) -> None:
         self.clicked = fn
@@ -189,8 +74,54 @@ class Widget:
         return None
 
 
+class SdUnetOption:
+    """The base of a menu entry, as A1111 has it."""
+
+    model_name: Any = None
+    label: Any = None
+
+    def create_unet(self) -> Any:
+        raise NotImplementedError
+
+
+class SdUnet(torch.nn.Module):
+    """The base of a UNet of the menu, as A1111 has it."""
+
+    def activate(self) -> None:
+        return None
+
+    def deactivate(self) -> None:
+        return None
+
+
+class Script:
+    """The base of an extension's script."""
+
+    sorting_priority = 0
+
+    def ui(self, is_img2img: bool) -> Any:
+        return None
+
+
+class OptionInfo:
+    """An entry of the settings page."""
+
+    def __init__(
+        self,
+        default: Any = None,
+        label: str = "",
+        component: Any = None,
+        component_args: Any = None,
+        section: Any = None,
+    ) -> None:
+        self.default, self.label, self.component_args, self.section = default, label, component_args, section
+
+    def info(self, text: str) -> Any:
+        return self
+
+
 class WebUI:
-    """One start of a WebUI in `root`, with a checkpoint of which only the UNet is there. Use `running`."""
+    """A started WebUI in `root`. Its checkpoint has only a UNet. Use it with `running`."""
 
     def __init__(
         self, root: Path, unet: Any, *, name: str = "teacher", parameterization: str = "eps", forge: bool = False
@@ -211,7 +142,7 @@ class WebUI:
         self.load(unet, name=name, parameterization=parameterization)
 
     def load(self, unet: Any, *, name: str, parameterization: str = "eps") -> None:
-        """Another checkpoint, kept in memory beside the first: A1111 then leaves the chosen UNet active."""
+        """Load another checkpoint, and keep the first in memory: A1111 then leaves the chosen UNet active."""
 
         class Own(UNetModel):  # each checkpoint's class is patched on its own, as LDM's and SDXL's are
             pass
@@ -251,42 +182,7 @@ class WebUI:
             kind.forward = forward  # type: ignore[method-assign]
 
     def modules(self) -> dict[str, ModuleType]:
-        """What an extension imports."""
-
-        class SdUnetOption:
-            model_name: Any = None
-            label: Any = None
-
-            def create_unet(self) -> Any:
-                raise NotImplementedError
-
-        class SdUnet(torch.nn.Module):
-            def activate(self) -> None:
-                return None
-
-            def deactivate(self) -> None:
-                return None
-
-        class Script:
-            sorting_priority = 0
-
-            def ui(self, is_img2img: bool) -> Any:
-                return None
-
-        class OptionInfo:
-            def __init__(
-                self,
-                default: Any = None,
-                label: str = "",
-                component: Any = None,
-                component_args: Any = None,
-                section: Any = None,
-            ) -> None:
-                self.default, self.label, self.component_args, self.section = default, label, component_args, section
-
-            def info(self, text: str) -> Any:
-                return self
-
+        """Returns the modules that an extension imports, by name."""
         self.sd_unet = _module(
             "modules.sd_unet",
             SdUnetOption=SdUnetOption,
@@ -309,22 +205,19 @@ class WebUI:
             "sd_models": _module("modules.sd_models", model_data=SimpleNamespace(sd_model=self.sd_model)),
             "sd_hijack": _module("modules.sd_hijack", model_hijack=self.hijack),
         }
-        found = {"modules": _module("modules", **parts), **{f"modules.{name}": part for name, part in parts.items()}}
-        found["gradio"] = _module(
-            "gradio",
-            **{
-                name: type(name, (Widget,), {})
-                for name in ("Accordion", "Blocks", "Button", "Dropdown", "HTML", "Radio")
-            },
-            update=dict,
-        )
-        found["networks"] = _module("networks", loaded_networks=[])
+        widgets = ("Accordion", "Blocks", "Button", "Dropdown", "HTML", "Radio")
+        gradio = _module("gradio", **{name: type(name, (Widget,), {}) for name in widgets}, update=dict)
+        others = {"gradio": gradio, "networks": _module("networks", loaded_networks=[])}
         if self.is_forge:
-            found["modules_forge"] = _module("modules_forge")
-        return found
+            others["modules_forge"] = _module("modules_forge")
+        return {
+            "modules": _module("modules", **parts),
+            **{f"modules.{name}": part for name, part in parts.items()},
+            **others,
+        }
 
     def load_extension(self, folder: Path) -> None:
-        """Its scripts, each by its file and with the folder first on the path meanwhile."""
+        """Load an extension's scripts by their files, with the folder first on the path."""
         kind = sys.modules["modules.scripts"].Script  # type: ignore[attr-defined]
         for path in sorted((folder / "scripts").glob("*.py")):
             before, sys.path = sys.path, [str(folder), *sys.path]
@@ -347,7 +240,7 @@ class WebUI:
         self.list_unets()
 
     def _guarded(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
-        """A callback's error is written down, and the host goes on."""
+        """Call a callback. Its error is noted, and the host continues."""
         try:
             return fn(*args, **kwargs)
         except Exception as error:
@@ -362,15 +255,16 @@ class WebUI:
         return ["Automatic", *(option.label for option in found), "None"]
 
     def tab(self) -> str:
-        """The HTML of the extension's tab."""
-        Widget.made.clear()
+        """Returns the HTML of the extension's tab."""
+        Widget.created.clear()
         for fn in self.callbacks.get("ui_tabs", []):
             fn()
-        return next(str(widget.kwargs["value"]) for widget in Widget.made if type(widget).__name__ == "HTML")
+        return next(str(widget.kwargs["value"]) for widget in Widget.created if type(widget).__name__ == "HTML")
 
     def apply_unet(self, choice: str | None = None) -> None:
-        """A1111's order: the old one deactivated, the checkpoint's UNet to the CPU, the new one made, named, activated;
-        nothing where it is the same.
+        """Change the UNet in A1111's order: deactivate the old one, create the new one, name it and activate it.
+
+        The same choice again changes nothing.
         """
         choice = choice or self.opts.sd_unet
         if choice == "Automatic":
@@ -399,7 +293,7 @@ class WebUI:
 
     @contextmanager
     def job(self, *args: Any) -> Iterator[Job]:
-        """A picture: scripts before and after, the chosen UNet between. It knows the checkpoint it was begun with."""
+        """Begin a picture: the scripts run before and after it. It knows the checkpoint that it was begun with."""
         job = Job(
             comments=[],
             extra_generation_params={},
@@ -419,14 +313,14 @@ class WebUI:
     def predict(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The host's call of its UNet, as LDM's wrapper makes it."""
+        """Call the UNet as LDM's wrapper does."""
         module = self.sd_model.model.diffusion_model
         return (
             module(x, timesteps, context=context) if y is None else module(x, timesteps=timesteps, context=context, y=y)
         )
 
     def before_sampling(self, job: Job, *args: Any) -> None:
-        """Forge, before each of a picture's samplings: the patchers as they were after the LoRAs, then the scripts."""
+        """Prepare one of a picture's samplings in Forge: restore the patchers with LoRAs, then run the scripts."""
         job.sd_model = self.sd_model
         self.sd_model.forge_objects = SimpleNamespace(unet=self.sd_model.after_lora)
         for script in sorted(self.scripts, key=lambda script: script.sorting_priority):
@@ -435,7 +329,7 @@ class WebUI:
     def forge_denoise(
         self, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, control: Any = None
     ) -> torch.Tensor:
-        """One call of Forge's sampling function: by the wrapper where there is one."""
+        """Call Forge's sampling function once, through the wrapper if there is one."""
         patcher = self.sd_model.forge_objects.unet
         options = patcher.model_options
         c = {"c_crossattn": context, "transformer_options": dict(options["transformer_options"], cond_or_uncond=[0])}
@@ -448,68 +342,16 @@ class WebUI:
         return patcher.model.apply_model(x, sigma, **c)
 
 
-class KModel(torch.nn.Module):
-    """Forge's arithmetic around the UNet: sigmas in, denoised latents out."""
-
-    def __init__(self, unet: torch.nn.Module, prediction: str) -> None:
-        super().__init__()
-        self.diffusion_model = unet
-        self.predictor = SimpleNamespace(prediction_type=prediction)
-
-    def apply_model(
-        self,
-        x: torch.Tensor,
-        t: torch.Tensor,
-        c_concat: Any = None,
-        c_crossattn: Any = None,
-        control: Any = None,
-        transformer_options: Any = None,
-        **extra: Any,
-    ) -> torch.Tensor:
-        scaled = x / (t**2 + 1).sqrt()[:, None, None, None]
-        out = self.diffusion_model(
-            scaled,
-            timestep_of(t),
-            context=c_crossattn,
-            control=control,
-            transformer_options=transformer_options,
-            **extra,
-        ).float()
-        return x - out * t[:, None, None, None]
-
-
-class Patcher:
-    """Forge's model patcher, whose options are copied deeply with it."""
-
-    def __init__(self, model: KModel) -> None:
-        self.model, self.lora_patches, self.controlnet_linked_list = model, {}, None
-        self.model_options: dict[str, Any] = {"transformer_options": {}}
-
-    def clone(self) -> Patcher:
-        made = Patcher(self.model)
-        made.lora_patches, made.controlnet_linked_list = dict(self.lora_patches), self.controlnet_linked_list
-        made.model_options = copy.deepcopy(self.model_options)
-        return made
-
-    def set_model_unet_function_wrapper(self, wrapper: Any) -> None:
-        self.model_options["model_function_wrapper"] = wrapper
-
-
-def forge_model(unet: torch.nn.Module, prediction: str) -> SimpleNamespace:
-    patcher = Patcher(KModel(unet, prediction))
-    return SimpleNamespace(after_lora=patcher, forge_objects=SimpleNamespace(unet=patcher))
-
-
 def _module(name: str, **content: Any) -> ModuleType:
-    made = ModuleType(name)
-    made.__spec__ = ModuleSpec(name, None)
-    made.__dict__.update(content)
-    return made
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    module.__dict__.update(content)
+    return module
 
 
 @contextmanager
 def running(webui: WebUI) -> Iterator[WebUI]:
-    """The host's modules are importable within; afterwards everything is as it was."""
+    """Make the host's modules importable within the block, and restore `sys.modules` after it."""
     kept = dict(sys.modules)
     sys.modules.update(webui.modules())
     webui._patch()
@@ -521,7 +363,7 @@ def running(webui: WebUI) -> Iterator[WebUI]:
                 gone, (parent, _, leaf) = sys.modules.pop(name), name.rpartition(".")
                 if (
                     getattr(sys.modules.get(parent), leaf, None) is gone
-                ):  # or an import from the package would find it still
+                ):  # an import from the package would still find it
                     delattr(sys.modules[parent], leaf)
         for name in webui.modules():
             if name in kept:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from sdcompress_bench.build_suite import choose_backends
 from sdcompress_engines.errors import BackendMissing
 
 from sdcompress.backends import fastest as fastest_module
 from sdcompress.backends.fastest import Candidate, Measured, candidates, find_fastest, has_fast_bf16, measure_backends
 from sdcompress.backends.fastest_worker import _child
-from sdcompress.cli import bench as bench_cli
 
 TORCH, ORT, HALF = Candidate("torch", "fp32"), Candidate("onnxruntime", "fp32"), Candidate("torch", "bf16")
 
@@ -34,7 +34,7 @@ def test_onnxruntime_is_a_candidate_on_a_gpu_only_where_it_has_cuda(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     has_cuda = len(providers) == 2
     assert ("onnxruntime" in [candidate.backend for candidate in candidates("cuda")]) == has_cuda
-    ways, skipped = bench_cli._ways(("torch", "ort"), "cuda", "fp16")
+    ways, skipped = choose_backends(("torch", "ort"), "cuda", "fp16")
     assert [way.backend for way in ways] == (["torch", "onnxruntime"] if has_cuda else ["torch"])
     reason = skipped.get("ONNX Runtime", "")
     assert ("runs on the CPU only" in reason and "sdcompress[gpu]" in reason) != has_cuda

@@ -1,4 +1,4 @@
-"""The cache: what is in it is what the pipeline would compute, and a build that was stopped ends the same."""
+"""The cache holds what the pipeline computes, and a stopped build ends with the same cache."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def teacher(random_folder: Path) -> LoadedPipeline:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Nine pictures of three shapes, one of them there twice."""
+    """Nine pictures of three shapes, and a copy of one of them."""
     folder = tmp_path / "mixed"
     folder.mkdir()
     for i in range(9):
@@ -43,7 +43,7 @@ def mixed(tmp_path: Path) -> Path:
     return folder
 
 
-def stored(cache: LatentCache) -> list[torch.Tensor]:
+def stored_tensors(cache: LatentCache) -> list[torch.Tensor]:
     samples = [cache.sample(i, view, 0.0) for i in range(len(cache)) for view in range(cache.views)]
     return [t for s in samples for t in (s.mean, s.std, s.text, s.time_ids)]
 
@@ -59,18 +59,18 @@ class Lines(Reporter):
 
 
 def stop_at(patch: pytest.MonkeyPatch, stop: int) -> list[int]:
-    """Make the next build stop before unit `stop`, once; returns a list that fills with the units met, -1 for the stop."""
-    genuine, met = UnitEncoder.encode, list[int]()
+    """Stop the next build once before unit `stop`. Returns a list that fills with the encoded units, -1 at the stop."""
+    genuine, encoded = UnitEncoder.encode, list[int]()
 
     def encode(self: UnitEncoder, source: Any, number: int, advance: Any) -> Any:
-        if number == stop and -1 not in met:
-            met.append(-1)
+        if number == stop and -1 not in encoded:
+            encoded.append(-1)
             raise KeyboardInterrupt
-        met.append(number)
+        encoded.append(number)
         return genuine(self, source, number, advance)
 
     patch.setattr(UnitEncoder, "encode", encode)
-    return met
+    return encoded
 
 
 def test_a_sample_is_what_the_vae_gives_for_the_cropped_picture(
@@ -107,7 +107,7 @@ def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mix
     assert len(cache.buckets.unique()) == 3
 
 
-def test_a_stopped_build_goes_on_and_ends_the_same(
+def test_a_stopped_build_continues_and_ends_the_same(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
@@ -119,13 +119,15 @@ def test_a_stopped_build_goes_on_and_ends_the_same(
     again = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
     assert encoded == [0, 1, -1, 2, 3]
     assert again.sha256 == whole.sha256
-    assert all(torch.equal(a, b) for a, b in zip(stored(again), stored(whole), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stored_tensors(again), stored_tensors(whole), strict=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "mixed", "whole"]
 
 
-def test_a_cache_cut_otherwise_is_refused_and_told(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+def test_a_cache_of_other_settings_or_cut_short_is_refused_with_the_reason(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path
+) -> None:
     build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
-    with pytest.raises(DataError, match="flip: False there, True here"):
+    with pytest.raises(DataError, match="flip: False in the cache, True now"):
         LatentCache.open(tmp_path / "cache", config=DataConfig(flip=True))
     unit = tmp_path / "cache/unit-00000.safetensors"
     unit.write_bytes(unit.read_bytes()[:-1])
@@ -156,7 +158,7 @@ def test_random_crops_are_the_same_every_time(teacher: LoadedPipeline, mixed: Pa
     assert len(crops) > 1
 
 
-def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(
+def test_too_many_unreadable_pictures_stop_the_build_unless_the_limit_is_higher(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path
 ) -> None:
     (mixed / "0.png").write_bytes(b"no picture")
@@ -166,18 +168,18 @@ def test_too_many_unreadable_pictures_stop_the_build_and_a_higher_limit_goes_on(
     assert len(build_cache(open_source(mixed, config), teacher, tmp_path / "cache", 64, config=config)) == 8
 
 
-def test_a_resumed_build_goes_on_with_pieces_of_another_batch_size(
+def test_a_resumed_build_keeps_units_of_another_batch_size(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
     whole = build_cache(open_source(mixed), teacher, tmp_path / "whole", 64)
-    met = stop_at(monkeypatch, 2)
+    encoded = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
     monkeypatch.setattr("sdcompress.data.encode.CPU_BATCH_BYTES", 1)
     again = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
-    assert met == [0, 1, -1, 2, 3]
-    for a, b in zip(stored(again), stored(whole), strict=True):
+    assert encoded == [0, 1, -1, 2, 3]
+    for a, b in zip(stored_tensors(again), stored_tensors(whole), strict=True):
         assert torch.all((a - b).abs() <= 2e-5 * a.abs().max() + 2**-10 * a.abs())
 
 
@@ -185,21 +187,21 @@ def test_a_stopped_build_of_another_precision_starts_over_and_is_reported(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
-    met = stop_at(monkeypatch, 2)
+    encoded = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
     lines = Lines()
     cache = build_cache(open_source(mixed), teacher, tmp_path / "cache", 64, precision="bf16", report=lines)
-    assert met == [0, 1, -1, 0, 1, 2, 3]
-    assert lines.lines[0] == "cache: starting over: its 2 pieces were encoded in fp32, this build encodes in bf16"
+    assert encoded == [0, 1, -1, 0, 1, 2, 3]
+    assert lines.lines[0] == "cache: starting over: its 2 units were encoded in fp32, this build encodes in bf16"
     assert cache.precision == "bf16"
 
 
-def test_a_stopped_build_of_before_precision_was_recorded_goes_on_as_fp32(
+def test_a_stopped_build_from_before_precision_was_recorded_continues_as_fp32(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
-    met = stop_at(monkeypatch, 2)
+    encoded = stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
     marker = tmp_path / ".cache.partial/build.json"
@@ -208,10 +210,10 @@ def test_a_stopped_build_of_before_precision_was_recorded_goes_on_as_fp32(
         facts = json.loads(sidecar.read_text())
         sidecar.write_text(json.dumps({k: v for k, v in facts.items() if k not in ("tiled", "tile_px")}))
     assert build_cache(open_source(mixed), teacher, tmp_path / "cache", 64).precision == "fp32"
-    assert met == [0, 1, -1, 2, 3]
+    assert encoded == [0, 1, -1, 2, 3]
 
 
-def test_a_cache_of_before_precision_was_recorded_is_fp32(
+def test_a_cache_from_before_precision_was_recorded_is_fp32(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     genuine = build_cache_module.write_manifest
@@ -227,10 +229,10 @@ def test_a_cache_of_before_precision_was_recorded_is_fp32(
     assert "precision" not in manifest.config
     opened = LatentCache.open(tmp_path / "cache", teacher.sha256, source, 64, DataConfig())
     assert (opened.precision, opened.tile_px) == ("fp32", None)
-    assert all(torch.equal(a, b) for a, b in zip(stored(opened), stored(built), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stored_tensors(opened), stored_tensors(built), strict=True))
 
 
-def test_precision_is_recorded_and_bf16_is_other_content(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
+def test_precision_is_recorded_and_changes_the_content(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:
     exact, half = (build_cache(open_source(mixed), teacher, tmp_path / p, 64, precision=p) for p in ("fp32", "bf16"))
     assert exact.sha256 != half.sha256
     for name in ("fp32", "bf16"):
@@ -245,7 +247,7 @@ def test_precision_is_recorded_and_bf16_is_other_content(teacher: LoadedPipeline
 def test_tiling_is_recorded(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sdcompress.data.encode.free_bytes", lambda *_: 24 * 2**20)  # stand-in for a small memory
+    monkeypatch.setattr("sdcompress.data.encode.count_free_bytes", lambda *_: 24 * 2**20)  # stand-in for a small memory
     lines = Lines()
     cache = build_cache(open_source(mixed), teacher, tmp_path / "cache", 512, report=lines)
     manifest = read_manifest(tmp_path / "cache")

@@ -1,32 +1,33 @@
-"""Data sets a teacher makes, and what is said about any data set."""
+"""Data sets that a teacher draws: stopped, resumed, repaired and refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from sdcompress_engines.errors import ArtifactError, DataError, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME, faults
-from sdcompress_engines.progress import Reporter
+from sdcompress_engines.progress import Advance, Reporter
 
-from sdcompress.data.config import DataConfig
-from sdcompress.data.report import SHEET_PICTURES, Reservoir, look
 from sdcompress.data.sources import open_source
-from sdcompress.generate.dataset import METADATA, GenerateSettings, generate_dataset, read_prompts
+from sdcompress.generate.dataset import generate_dataset
+from sdcompress.generate.output_folder import METADATA
+from sdcompress.generate.settings import GenerateSettings, read_prompts
 
 PROMPTS = ["a flat icon of a cat", "a 3d render of a tree", "a cartoon of a scroll"]
 SETTINGS = GenerateSettings(count=7, batch_size=3, steps=2, size_px=64, seed=11)
 
 
 @pytest.fixture(scope="module")
-def made(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def drawn(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven 64 px pictures of three prompts."""
-    return generate_dataset(random_folder, PROMPTS, tmp_path_factory.mktemp("made") / "set", SETTINGS).folder
+    return generate_dataset(random_folder, PROMPTS, tmp_path_factory.mktemp("drawn") / "set", SETTINGS).folder
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -35,7 +36,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 class Stop(Exception):
-    """The plug is pulled."""
+    """Stands for the end of the process."""
 
 
 class StopAfter(Reporter):
@@ -44,34 +45,29 @@ class StopAfter(Reporter):
     def __init__(self, batches: int) -> None:
         self.left = batches
 
-    def task(self, label: str, total: int | None = None):  # type: ignore[no-untyped-def]
-        from contextlib import contextmanager
+    @contextmanager
+    def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        def advance(n: int = 1, note: str = "") -> None:
+            self.left -= 1
+            if self.left == 0:
+                raise Stop
 
-        @contextmanager
-        def run():  # type: ignore[no-untyped-def]
-            def advance(n: int = 1, note: str = "") -> None:
-                self.left -= 1
-                if self.left == 0:
-                    raise Stop
-
-            yield advance
-
-        return run()
+        yield advance
 
 
-def test_a_finished_set_is_whole_and_is_data(made: Path) -> None:
-    assert faults(made, "dataset") == []
-    rows = [json.loads(line) for line in (made / METADATA).read_text().splitlines()]
+def test_a_finished_set_is_complete_and_a_data_set(drawn: Path) -> None:
+    assert faults(drawn, "dataset") == []
+    rows = [json.loads(line) for line in (drawn / METADATA).read_text().splitlines()]
     assert [row["seed"] for row in rows] == list(range(11, 18))
     assert [row["prompt_index"] for row in rows] == [0, 1, 2, 0, 1, 2, 0]
-    source = open_source(made)
+    source = open_source(drawn)
     assert [record.caption for record in source] == [PROMPTS[i % 3] for i in range(7)]
     assert source.skipped.count == 0
     assert {record.picture().size for record in source} == {(64, 64)}
 
 
-def test_a_stopped_run_goes_on_and_equals_one_that_was_not_stopped(
-    made: Path, random_folder: Path, tmp_path: Path
+def test_a_stopped_run_continues_and_equals_one_that_was_not_stopped(
+    drawn: Path, random_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(Stop):
         generate_dataset(random_folder, PROMPTS, tmp_path / "set", SETTINGS, report=StopAfter(2))
@@ -80,16 +76,14 @@ def test_a_stopped_run_goes_on_and_equals_one_that_was_not_stopped(
     (tmp_path / "set" / "000006.webp.part").write_bytes(b"half a pic")
     result = generate_dataset(random_folder, PROMPTS, tmp_path / "set", SETTINGS)
     assert result.drawn == 2
-    assert contents(result.folder) == contents(made)
+    assert contents(result.folder) == contents(drawn)
     assert faults(result.folder, "dataset") == []
 
 
-def test_a_finished_set_is_left_alone_and_a_damaged_one_repaired(
-    made: Path, random_folder: Path, tmp_path: Path
+def test_a_finished_set_is_not_changed_and_a_damaged_one_is_repaired(
+    drawn: Path, random_folder: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
-    copy = shutil.copytree(made, tmp_path / "copy")
+    copy = shutil.copytree(drawn, tmp_path / "copy")
     before = (copy / MANIFEST_NAME).read_bytes()
     assert generate_dataset(random_folder, PROMPTS, copy, SETTINGS).drawn == 0
     assert (copy / MANIFEST_NAME).read_bytes() == before
@@ -97,23 +91,21 @@ def test_a_finished_set_is_left_alone_and_a_damaged_one_repaired(
     (copy / "000005.webp").write_bytes(b"altered")
     (copy / MANIFEST_NAME).write_bytes(before)
     assert generate_dataset(random_folder, PROMPTS, copy, SETTINGS).drawn == 2
-    assert contents(copy) == contents(made)
+    assert contents(copy) == contents(drawn)
     (copy / MANIFEST_NAME).write_bytes(before[:100])
     assert generate_dataset(random_folder, PROMPTS, copy, SETTINGS).drawn == 0
     assert faults(copy, "dataset") == []
 
 
-def test_other_settings_are_refused_by_name_and_force_begins_anew(
-    made: Path, random_folder: Path, tmp_path: Path
+def test_other_settings_are_refused_by_name_and_force_replaces_the_set(
+    drawn: Path, random_folder: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
-    copy = shutil.copytree(made, tmp_path / "copy")
-    with pytest.raises(ArtifactError, match=r"steps: 2 there, 3 here.*--force"):
+    copy = shutil.copytree(drawn, tmp_path / "copy")
+    with pytest.raises(ArtifactError, match=r"steps: 2 in the folder, 3 now.*--force"):
         generate_dataset(random_folder, PROMPTS, copy, replace(SETTINGS, steps=3))
     with pytest.raises(ArtifactError, match="prompts: "):
         generate_dataset(random_folder, PROMPTS[:2], copy, SETTINGS)
-    assert contents(copy) == contents(made)
+    assert contents(copy) == contents(drawn)
     again = generate_dataset(random_folder, PROMPTS, copy, replace(SETTINGS, count=2, picture_format="png"), force=True)
     assert sorted(p.name for p in copy.iterdir()) == [
         "000000.png",
@@ -125,7 +117,7 @@ def test_other_settings_are_refused_by_name_and_force_begins_anew(
     assert again.manifest.figures["pictures"] == 2
 
 
-def test_a_stop_before_the_first_picture_binds_to_nothing(random_folder: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_before_its_first_picture_allows_other_settings(random_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "settings.json.part").write_text("{")
@@ -134,7 +126,7 @@ def test_a_stop_before_the_first_picture_binds_to_nothing(random_folder: Path, t
     assert generate_dataset(random_folder, PROMPTS, folder, replace(SETTINGS, count=1)).drawn == 1
 
 
-def test_what_is_not_ours_is_not_touched(random_folder: Path, tmp_path: Path) -> None:
+def test_foreign_files_are_not_touched(random_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ArtifactError, match="not empty"):
         generate_dataset(random_folder, PROMPTS, tmp_path, SETTINGS)
@@ -143,7 +135,7 @@ def test_what_is_not_ours_is_not_touched(random_folder: Path, tmp_path: Path) ->
     assert [p.name for p in tmp_path.iterdir()] == ["precious"]
 
 
-def test_prompts_are_lines_that_are_not_empty(tmp_path: Path) -> None:
+def test_prompts_are_the_lines_that_are_not_empty(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeff a cat \r\n\n\t\n\u00e9t\u00e9\n".encode())
     assert read_prompts(file) == ["a cat", "\u00e9t\u00e9"]
@@ -155,81 +147,3 @@ def test_prompts_are_lines_that_are_not_empty(tmp_path: Path) -> None:
         read_prompts(file)
     with pytest.raises(UsageError, match="does not exist"):
         read_prompts(tmp_path / "gone")
-
-
-@pytest.fixture
-def known(tmp_path: Path) -> Path:
-    """Ten pictures of known sizes and scores; one more without a caption and one that is no picture."""
-    rows = []
-    for i in range(10):
-        Image.new("RGB", (400 + 100 * i, 600), (25 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        rows.append(
-            {
-                "file_name": f"{i}.png",
-                "text": "one two three" + " four" * (i % 2),
-                "score": float(i),
-                "name": f"n{i}",
-                "same": "3",
-            }
-        )
-    Image.new("RGB", (8, 8)).save(tmp_path / "empty.png")
-    (tmp_path / "junk.png").write_bytes(b"junk")
-    rows.append({"file_name": "junk.png", "text": "junk"})
-    (tmp_path / METADATA).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
-
-
-def test_figures_of_a_known_folder(known: Path) -> None:
-    figures, sheet = look(open_source(known), sheet=True)
-    assert figures.usable == 10
-    assert sum(found.count for found in figures.unusable.values()) == 2
-    assert {example for found in figures.unusable.values() for example in found.examples} == {"empty.png", "junk.png"}
-    assert figures.width_px
-    assert (figures.width_px.least, figures.width_px.median, figures.width_px.most) == (400, 850, 1300)
-    assert figures.aspect
-    assert figures.aspect.least == pytest.approx(2 / 3)
-    assert figures.small == pytest.approx(0.2)
-    assert set(figures.fields) == {"score", "same"}
-    assert figures.fields["score"].median == 4.5
-    assert sum(share for _, _, share in figures.fields["score"].histogram) == pytest.approx(1)
-    assert len(figures.fields["same"].histogram) == 1
-    assert figures.caption_words
-    assert figures.caption_words.median == 3.5
-    assert figures.fault
-    assert sheet
-    assert sheet.size == (8 * 172, 2 * 172)
-
-
-def test_conditions_limit_and_a_cut_picture(known: Path) -> None:
-    figures, sheet = look(open_source(known, DataConfig(where=("score >= 7",))))
-    assert figures.usable == 3
-    assert sum(figures.filtered.values()) == 8
-    assert sheet is None
-    assert look(open_source(known), limit=4)[0].usable == 4
-    whole = (known / "3.png").read_bytes()
-    (known / "3.png").write_bytes(whole[: len(whole) // 2])
-    assert look(open_source(known))[0].usable == 10
-    assert look(open_source(known), decode=True)[0].usable == 9
-
-
-def test_a_sample_is_bounded_uniform_and_repeatable() -> None:
-    def draw() -> list[int]:
-        sample = Reservoir[int](1000)
-        for number in range(50_000):
-            sample.offer(number)
-        return sample.items()
-
-    drawn = draw()
-    assert drawn == draw() == sorted(drawn)
-    assert len(drawn) == 1000
-    assert sum(drawn) / 1000 == pytest.approx(25_000, rel=0.06)
-
-
-def test_the_sheet_is_bounded(tmp_path: Path) -> None:
-    for i in range(SHEET_PICTURES + 20):
-        Image.new("RGB", (10, 20), tuple(random.Random(i).randbytes(3))).save(tmp_path / f"{i:03}.png")
-        (tmp_path / f"{i:03}.txt").write_text("a colour")
-    _, sheet = look(open_source(tmp_path), sheet=True)
-    assert sheet
-    assert sheet.size == (8 * 172, 8 * 172)
-    assert sheet.getpixel((0, 0)) == (255, 255, 255)

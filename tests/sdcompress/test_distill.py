@@ -1,4 +1,4 @@
-"""The training loop: what it changes, what it leaves, and that a killed run goes on as if nothing had been."""
+"""Distillation: what a run changes and what it leaves unchanged, and that a stopped run resumes to the same weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
 from sdcompress.models.load import LoadedPipeline, load_pipeline
-from sdcompress.prune.plan import make_plan
+from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import attention_pairs, build_student
-from sdcompress.train.batches import Batches, NoisyBatch, Order
-from sdcompress.train.checkpoint import checkpoints
+from sdcompress.train.batches import Batches, NoisyBatch, SampleOrder
+from sdcompress.train.checkpoint import list_checkpoints
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.objectives.block_distillation import BlockDistillation
 from sdcompress.train.objectives.denoising import Denoising
+from sdcompress.train.pipelines import make_training_scheduler
 from sdcompress.train.recipes import load_config
 
 SHORT = DistillConfig(
@@ -81,7 +82,7 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     teacher: LoadedPipeline, cache: LatentCache, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
-    genuine = BlockDistillation.losses
+    genuine = BlockDistillation.compute_losses
 
     def stops(self, *args):  # type: ignore[no-untyped-def]
         nonlocal calls
@@ -91,12 +92,12 @@ def test_a_stopped_run_resumes_to_the_same_weights(
         return genuine(self, *args)
 
     plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
-    monkeypatch.setattr(BlockDistillation, "losses", stops)
+    monkeypatch.setattr(BlockDistillation, "compute_losses", stops)
     with pytest.raises(KeyboardInterrupt):
         distill(teacher, plan, cache, SHORT, tmp_path / "run")
     assert not (tmp_path / "run/pipeline").exists()
-    newest = checkpoints(tmp_path / "run/checkpoints")[-1]
-    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-100])  # cut: the one before is to be used
+    newest = list_checkpoints(tmp_path / "run/checkpoints")[-1]
+    (newest / "state.pt").write_bytes((newest / "state.pt").read_bytes()[:-100])  # cut: the one before is used
     result = distill(teacher, plan, cache, SHORT, tmp_path / "run", resume=True)
     assert result.resumed_from == 2
     resumed, whole = weights(tmp_path / "run"), weights(finished)
@@ -135,7 +136,7 @@ def test_a_diverged_run_stops_and_says_so(teacher: LoadedPipeline, cache: Latent
 
 def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(positions: range) -> NoisyBatch:
-        return Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT).noisy(positions)
+        return Batches(cache, make_training_scheduler(teacher.pipeline.scheduler), 0.18, SHORT).make_batch(positions)
 
     whole, first, second = at(range(20, 28)), at(range(20, 24)), at(range(24, 28))
     for name in ("sample", "timesteps", "encoder_hidden_states", "target"):
@@ -144,7 +145,8 @@ def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, ca
 
 def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(seed: int) -> NoisyBatch:
-        return Batches(cache, teacher.pipeline.scheduler, 0.18, SHORT.model_copy(update={"seed": seed})).noisy(range(8))
+        config = SHORT.model_copy(update={"seed": seed})
+        return Batches(cache, make_training_scheduler(teacher.pipeline.scheduler), 0.18, config).make_batch(range(8))
 
     one, other = at(0), at(1)
     assert not torch.equal(one.timesteps, other.timesteps)
@@ -154,9 +156,7 @@ def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache
 
 
 def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipeline) -> None:
-    """BK-SDM's equations 1 to 4, computed apart in float64 from the modules' outputs, with and without the teacher's
-    norm.
-    """
+    """BK-SDM's equations 1 to 4, computed in float64 from the modules' outputs, with and without the teacher's norm."""
     import copy
 
     unet = copy.deepcopy(teacher.pipeline.unet).double()
@@ -181,10 +181,14 @@ def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipe
     handles = [student.get_submodule(s).register_forward_hook(see("student", s)) for s, _ in pairs + attentions]
     handles += [unet.get_submodule(t).register_forward_hook(see("teacher", t)) for _, t in pairs + attentions]
     with torch.no_grad():
-        ours, theirs = student(sample, batch.timesteps, text).sample, unet(sample, batch.timesteps, text).sample
+        predicted = student(sample, batch.timesteps, text).sample
+        teacher_predicted = unet(sample, batch.timesteps, text).sample
     for handle in handles:
         handle.remove()
-    expected = {"task_loss": ((ours - target) ** 2).mean(), "output_kd_loss": ((ours - theirs) ** 2).mean()}
+    expected = {
+        "task_loss": ((predicted - target) ** 2).mean(),
+        "output_kd_loss": ((predicted - teacher_predicted) ** 2).mean(),
+    }
     weights = {"task_loss": 1.0, "output_kd_loss": 0.5, "feature_kd_loss": 0.25, "attention_kd_loss": 0.125}
     for norm in ("none", "teacher"):
         for name, named in (("feature_kd_loss", pairs), ("attention_kd_loss", attentions)):
@@ -195,21 +199,21 @@ def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipe
             ]
             expected[name] = torch.stack(squares).sum()
         objective = BlockDistillation(unet, pairs, weights, norm, attentions)
-        with torch.no_grad(), objective.attached(student):
-            found = objective.losses(student, batch)
+        with torch.no_grad(), objective.attach_hooks(student):
+            losses = objective.compute_losses(student, batch)
         for name, value in expected.items():
-            assert float(found[name]) == pytest.approx(float(value), rel=1e-6), (norm, name)
-        assert float(found["loss"]) == pytest.approx(float(sum(w * expected[k] for k, w in weights.items())), rel=1e-6)
+            assert float(losses[name]) == pytest.approx(float(value), rel=1e-6), (norm, name)
+        assert float(losses["loss"]) == pytest.approx(float(sum(w * expected[k] for k, w in weights.items())), rel=1e-6)
     assert not any(m._forward_hooks for network in (unet, student) for m in network.modules())
     with torch.no_grad():
-        assert float(Denoising().losses(student, batch)["loss"]) == pytest.approx(
+        assert float(Denoising().compute_losses(student, batch)["loss"]) == pytest.approx(
             float(expected["task_loss"]), rel=1e-6
         )
 
 
 def test_batches_hold_one_shape_each_and_every_picture_of_it_once_an_epoch() -> None:
     buckets = torch.tensor([0] * 10 + [1] * 7 + [2] * 3)
-    order = Order(buckets, 4, seed=5)
+    order = SampleOrder(buckets, 4, seed=5)
     assert order.length == 12
     batches = [[order[step * 4 + i] for i in range(4)] for step in range(30)]
     assert all(len({int(buckets[i]) for i in batch}) == 1 for batch in batches)
@@ -217,7 +221,7 @@ def test_batches_hold_one_shape_each_and_every_picture_of_it_once_an_epoch() -> 
         drawn = [i for batch in batches[epoch * 3 : epoch * 3 + 3] for i in batch]
         assert len(set(drawn)) == 12
     assert {i for batch in batches for i in batch} == set(range(17))  # the three of the last shape never fill a batch
-    assert [Order(buckets, 4, seed=5)[i] for i in range(40)] == [i for batch in batches[:10] for i in batch]
+    assert [SampleOrder(buckets, 4, seed=5)[i] for i in range(40)] == [i for batch in batches[:10] for i in batch]
 
 
 def test_a_cache_of_another_teacher_is_refused(
@@ -243,7 +247,7 @@ def test_cached_text_is_what_the_pipeline_encodes(teacher: LoadedPipeline, cache
     assert torch.allclose(cache.sample(0, 0, 0.0, drop_caption=True).text, empty[0], atol=2e-3)
 
 
-def test_recipes_load_and_faults_come_all_at_once(tmp_path: Path) -> None:
+def test_recipes_load_and_all_errors_are_named_at_once(tmp_path: Path) -> None:
     assert load_config(DistillConfig, "nano", {"steps": 7}).steps == 7
     bad = tmp_path / "bad.yaml"
     bad.write_text("steps: many\nbatchsize: 3\n")

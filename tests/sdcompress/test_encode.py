@@ -1,6 +1,6 @@
-"""Encoding within the memory: the batch does not show in the latents, and tiling and precision are chosen and recorded.
+"""Encoding within the memory: batches change no latents, and tiling and precision are chosen and recorded.
 
-`Scarce` is a stand-in for a device that runs out of memory: a real VAE whose encoder refuses inputs over a limit.
+`ScarceMemory` is a stand-in for a device that runs out of memory: a real VAE whose encoder refuses inputs over a limit.
 """
 
 from __future__ import annotations
@@ -22,15 +22,11 @@ from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import encode as module
-from sdcompress.data.build_cache import _agree
-from sdcompress.data.encode import (
-    LatentEncoder,
-    choose_precision,
-    copy_encoder,
-    count_picture_bytes,
-    embed_in_batches,
-    text_encoders_on,
-)
+from sdcompress.data.build_cache import agree_on_precision
+from sdcompress.data.embed import embed_in_batches, text_encoders_on
+from sdcompress.data.encode import LatentEncoder
+from sdcompress.data.memory import count_picture_bytes
+from sdcompress.data.precision import DTYPES, choose_precision, copy_encoder
 from sdcompress.data.sources import open_source
 from sdcompress.data.views import to_pixels
 from sdcompress.models.load import load_pipeline
@@ -50,8 +46,11 @@ class Lines(Reporter):
         self.lines.append(text)
 
 
-class Scarce:
-    """Stand-in for a small memory: `Encoder.forward` raises for inputs of over `limit_px` pixels, and notes all."""
+class ScarceMemory:
+    """Stand-in for a small memory: `Encoder.forward` raises for inputs of over `limit_px` pixels.
+
+    `refused` and `done` list the inputs as (batch, side).
+    """
 
     def __init__(self, patch: pytest.MonkeyPatch, limit_px: int, error: Any = None) -> None:
         self.refused: list[tuple[int, int]] = []
@@ -61,13 +60,13 @@ class Scarce:
         def forward(encoder: Any, sample: torch.Tensor) -> torch.Tensor:
             if sample.device.type == "meta":  # counted, not computed
                 return genuine(encoder, sample)
-            met = (sample.shape[0], max(sample.shape[2:]))
+            given = (sample.shape[0], max(sample.shape[2:]))
             if sample.shape[0] * sample.shape[2] * sample.shape[3] > limit_px:
-                self.refused.append(met)
+                self.refused.append(given)
                 if error is None:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
                 error()
-            self.done.append(met)
+            self.done.append(given)
             return genuine(encoder, sample)
 
         patch.setattr(Encoder, "forward", forward)
@@ -87,15 +86,15 @@ def nano_pixels() -> torch.Tensor:
     return torch.stack([to_pixels(record.picture(), 128) for _, record in found])
 
 
-def batches_of(vae: Any, size: int, patch: pytest.MonkeyPatch) -> LatentEncoder:
-    """An encoder of 128 px pictures on the CPU whose memory holds `size` of them."""
+def encoder_with_batch(vae: Any, size: int, patch: pytest.MonkeyPatch) -> LatentEncoder:
+    """Returns an encoder on the CPU whose memory holds `size` pictures of 128 px."""
     patch.setattr(module, "CPU_BATCH_BYTES", 2**40)
     patch.setattr(module, "CPU_BATCH", 2**40)
     return LatentEncoder(vae, CPU, "fp32", budget_bytes=size * count_picture_bytes(vae, 128, 128, "fp32"))
 
 
 def assert_equal_but_for_rounding(a: torch.Tensor, b: torch.Tensor) -> None:
-    """Equal within what `LatentEncoder` states: 2e-5 of the largest value, then one rounding to fp16."""
+    """Check for the differences that `LatentEncoder` states: 2e-5 of the largest value, then one rounding to fp16."""
     a, b = a.float(), b.float()
     assert torch.all((a - b).abs() <= 2e-5 * a.abs().max() + ULP * a.abs())
 
@@ -104,10 +103,10 @@ def assert_equal_but_for_rounding(a: torch.Tensor, b: torch.Tensor) -> None:
 def test_latents_do_not_depend_on_the_batch(
     vae: Any, nano_pixels: torch.Tensor, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = batches_of(vae, 13, monkeypatch).encode(nano_pixels)
-    met = Scarce(monkeypatch, 2**40)
-    found = batches_of(vae, size, monkeypatch).encode(nano_pixels)
-    assert {batch for batch, _ in met.done[:-1]} == {size}
+    whole = encoder_with_batch(vae, 13, monkeypatch).encode(nano_pixels)
+    memory = ScarceMemory(monkeypatch, 2**40)
+    found = encoder_with_batch(vae, size, monkeypatch).encode(nano_pixels)
+    assert {batch for batch, _ in memory.done[:-1]} == {size}
     for a, b in zip(found, whole, strict=True):
         assert a.dtype == torch.float16
         assert_equal_but_for_rounding(a, b)
@@ -132,9 +131,9 @@ def test_a_cpu_batch_stays_in_the_last_cache(vae: Any) -> None:
 def test_a_batch_that_runs_out_of_memory_is_halved_until_it_fits(
     vae: Any, nano_pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = batches_of(vae, 2, monkeypatch).encode(nano_pixels)
-    scarce = Scarce(monkeypatch, 3 * 128 * 128)
-    encoder = batches_of(vae, 8, monkeypatch)
+    expected = encoder_with_batch(vae, 2, monkeypatch).encode(nano_pixels)
+    scarce = ScarceMemory(monkeypatch, 3 * 128 * 128)
+    encoder = encoder_with_batch(vae, 8, monkeypatch)
     found = encoder.encode(nano_pixels)
     assert scarce.refused == [(8, 128), (4, 128)]
     assert [batch for batch, _ in scarce.done] == [2, 2, 2, 2, 2, 2, 1]
@@ -143,11 +142,11 @@ def test_a_batch_that_runs_out_of_memory_is_halved_until_it_fits(
         assert torch.equal(a, b)
 
 
-def test_the_cpu_allocators_own_error_halves_the_batch(
+def test_an_error_of_the_cpu_allocator_halves_the_batch(
     vae: Any, nano_pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scarce = Scarce(monkeypatch, 4 * 128 * 128, error=lambda: torch.empty(2**58))
-    batches_of(vae, 8, monkeypatch).encode(nano_pixels)
+    scarce = ScarceMemory(monkeypatch, 4 * 128 * 128, error=lambda: torch.empty(2**58))
+    encoder_with_batch(vae, 8, monkeypatch).encode(nano_pixels)
     assert scarce.refused == [(8, 128)]
 
 
@@ -160,9 +159,9 @@ def test_other_errors_are_raised(
     def fail() -> None:
         raise error
 
-    scarce = Scarce(monkeypatch, 4 * 128 * 128, fail)
+    scarce = ScarceMemory(monkeypatch, 4 * 128 * 128, fail)
     with pytest.raises(type(error)) as raised:
-        batches_of(vae, 8, monkeypatch).encode(nano_pixels)
+        encoder_with_batch(vae, 8, monkeypatch).encode(nano_pixels)
     assert raised.value is error
     assert len(scarce.refused) == 1
 
@@ -172,7 +171,7 @@ def test_a_picture_that_does_not_fit_is_tiled_and_reported(
 ) -> None:
     large = torch.nn.functional.interpolate(nano_pixels[:2], size=(512, 512), mode="bilinear")
     whole, _ = LatentEncoder(vae, CPU, "fp32").encode(large)
-    scarce, lines = Scarce(monkeypatch, 256 * 256), Lines()
+    scarce, lines = ScarceMemory(monkeypatch, 256 * 256), Lines()
     before = dict(vars(vae))
     encoder = LatentEncoder(vae, CPU, "fp32", report=lines)
     found, _ = encoder.encode(large)
@@ -193,30 +192,30 @@ def test_a_picture_that_does_not_fit_is_tiled_and_reported(
     assert all(vars(vae)[name] is value for name, value in before.items())
 
 
-def test_a_picture_that_a_cpu_cannot_hold_is_tiled_before_it_is_tried(
+def test_a_picture_too_large_for_a_cpu_is_tiled_at_once(
     vae: Any, nano_pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = torch.nn.functional.interpolate(nano_pixels[:1], size=(1024, 1024), mode="bilinear")
     need = count_picture_bytes(vae, 1024, 1024, "fp32")
-    met = Scarce(monkeypatch, 2**40)
+    memory = ScarceMemory(monkeypatch, 2**40)
     encoder = LatentEncoder(vae, CPU, "fp32", budget_bytes=need // 2)
     encoder.encode(large)
     assert encoder.tile_px == 512
-    assert {side for _, side in met.done} <= {512, 256}
+    assert {side for _, side in memory.done} <= {512, 256}
 
 
 def test_a_tile_that_does_not_fit_is_an_error(
     vae: Any, nano_pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = torch.nn.functional.interpolate(nano_pixels[:1], size=(512, 512), mode="bilinear")
-    Scarce(monkeypatch, 0)
-    with pytest.raises(DataError, match=r"one picture of 512 x 512 px, not even in tiles of 256 px.* a smaller --size"):
+    ScarceMemory(monkeypatch, 0)
+    with pytest.raises(DataError, match=r"one picture of 512 x 512 px, even in tiles of 256 px.* a smaller --size"):
         LatentEncoder(vae, CPU, "fp32").encode(large)
 
 
 @pytest.mark.parametrize(("family", "size_px", "gib"), [("sd1", 512, 20), ("sdxl", 1024, 80)])
 def test_counted_bytes_are_those_of_the_published_vaes(family: str, size_px: int, gib: int) -> None:
-    """32 pictures in fp32 need what the fixed batch of 32 took: 20 GiB, and 80 GiB for SDXL."""
+    """32 pictures in fp32 need what a batch of 32 was measured to take: 20 GiB, and 80 GiB with SDXL."""
     config = json.loads((CONFIGS / family / "vae/config.json").read_text())
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(config)
@@ -227,27 +226,24 @@ def test_counted_bytes_are_those_of_the_published_vaes(family: str, size_px: int
 
 GROWTH = """
 import sys, torch
-from pathlib import Path
-from sdcompress.data.encode import copy_encoder, count_picture_bytes
-from sdcompress.teacher import load_pipeline
-
-def peak_bytes():
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+from sdcompress.data.memory import count_picture_bytes
+from sdcompress.data.precision import copy_encoder
+from sdcompress.models.load import load_pipeline
+from sdcompress_engines.resources import peak_rss_mib
 
 vae = load_pipeline(sys.argv[1]).pipeline.vae
 counted = count_picture_bytes(vae, 1024, 1024, "fp32")
 encoder = copy_encoder(vae, torch.device("cpu"), "fp32")
 with torch.no_grad():
     encoder.encode(torch.zeros(1, 3, 64, 64))
-    before = peak_bytes()
+    before_mib = peak_rss_mib()
     encoder.encode(torch.zeros(1, 3, 1024, 1024))
-print((peak_bytes() - before) / counted)
+print((peak_rss_mib() - before_mib) * 2**20 / counted)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_cpu_takes_the_counted_bytes(random_folder: Path) -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="allocators of other systems keep more")
+def test_encoding_on_a_cpu_takes_the_counted_bytes(random_folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", GROWTH, random_folder], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(1, abs=0.15)
 
@@ -272,24 +268,26 @@ def test_bf16_is_refused_where_it_would_be_emulated(random_pipeline: Any, monkey
 def test_sdxl_is_never_encoded_in_fp16(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline: Any = load_pipeline(sdxl_folder).pipeline
     for capability in ((7, 5), (8, 0), (9, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, version=capability: version)
         assert choose_precision(pipeline, torch.device("cuda", 0)) == "fp32"
     half = copy.deepcopy(pipeline.vae).half()  # a checkpoint that was loaded in the precision it is stored in
     for precision in ("fp32", "bf16"):
         encoder = copy_encoder(half, CPU, precision)
-        met: set[torch.dtype] = set()
+        dtypes: set[torch.dtype] = set()
         for part in encoder.modules():
-            part.register_forward_hook(lambda _, __, out, met=met: met.add(out.dtype) if torch.is_tensor(out) else None)
+            part.register_forward_hook(
+                lambda _, __, out, dtypes=dtypes: dtypes.add(out.dtype) if torch.is_tensor(out) else None
+            )
         with torch.no_grad():
-            encoder.encode(torch.zeros(1, 3, 64, 64, dtype=module.DTYPES[precision]))
-        assert met == {torch.float32, module.DTYPES[precision]}
+            encoder.encode(torch.zeros(1, 3, 64, 64, dtype=DTYPES[precision]))
+        assert dtypes == {torch.float32, DTYPES[precision]}
 
 
-def test_processes_of_unlike_cards_encode_in_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_on_different_cards_encode_in_one_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.utils.gather_object", lambda _: ["bf16", "fp32"])  # stand-in for two processes
-    assert _agree("bf16") == "fp32"
+    assert agree_on_precision("bf16") == "fp32"
     monkeypatch.setattr("accelerate.utils.gather_object", operations.gather_object)
-    assert _agree("bf16") == "bf16"
+    assert agree_on_precision("bf16") == "bf16"
 
 
 def test_bf16_moves_nanos_latents_by_less_than_one_percent(nano_pixels: torch.Tensor) -> None:
@@ -322,7 +320,7 @@ def test_text_encoders_are_put_back_after_an_error() -> None:
     assert moves == ["cuda:0", "cuda:0", "cpu", "cpu"]
 
 
-def test_no_captions_are_no_embeddings(random_pipeline: Any) -> None:
+def test_no_captions_give_no_embeddings(random_pipeline: Any) -> None:
     assert embed_in_batches(random_pipeline, []) == {}
 
 
@@ -338,8 +336,8 @@ def test_a_gpu_batch_stays_within_the_budget(precision: Any) -> None:
     cuda, budget, count = torch.device("cuda"), 6 * 2**30, 24
     vae = published_vae("sd1")
     encoder = LatentEncoder(vae, cuda, precision, budget_bytes=budget)
-    met: list[int] = []
-    encoder.vae.encoder.register_forward_pre_hook(lambda _, given: met.append(len(given[0])))
+    batches: list[int] = []
+    encoder.vae.encoder.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated()
     pixels = torch.rand(count, 3, 512, 512) * 2 - 1
@@ -347,12 +345,12 @@ def test_a_gpu_batch_stays_within_the_budget(precision: Any) -> None:
     torch.cuda.reset_peak_memory_stats()
     encoder.encode(pixels[1:])
     assert torch.cuda.max_memory_allocated() - held <= budget
-    assert max(met) > 1
+    assert max(batches) > 1
 
 
 @pytest.mark.gpu
-def test_bf16_on_a_gpu_is_as_near_to_fp32_as_on_a_cpu(nano_pixels: torch.Tensor) -> None:
-    """Channels last and a card's kernels change the rounding, not more."""
+def test_bf16_on_a_gpu_stays_within_one_percent_of_fp32(nano_pixels: torch.Tensor) -> None:
+    """Channels last and the kernels of a card change only the rounding."""
     vae: Any = load_pipeline("nano").pipeline.vae
     exact, _ = LatentEncoder(vae, CPU, "fp32").encode(nano_pixels)
     found, _ = LatentEncoder(vae, torch.device("cuda"), "bf16").encode(nano_pixels)

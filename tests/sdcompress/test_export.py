@@ -17,6 +17,7 @@ from sdcompress_engines.manifest import faults, read_manifest
 from sdcompress_engines.runners import open_runner
 from sdcompress_engines.signature import COMPONENTS
 
+from sdcompress.cli import _export_options as export_options
 from sdcompress.cli import export as cli_export
 from sdcompress.export import onnx as onnx_export
 from sdcompress.export import tensorrt as engines
@@ -195,7 +196,7 @@ def test_the_command_refuses_a_full_folder_before_it_loads(tmp_path: Path) -> No
 
 
 def test_the_command_offers_every_component() -> None:
-    assert cli_export.COMPONENTS == COMPONENTS
+    assert export_options.COMPONENTS == COMPONENTS
 
 
 def test_the_command_ends_in_a_card(random_pipeline: Any, tmp_path: Path) -> None:

@@ -1,20 +1,21 @@
-"""What a UNet is, told by its shapes: families, students, and the published students as inputs like any other."""
+"""The family and the block removal of a UNet are recognized by its config, for published students too."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sdcompress.families.identify import family_of, student_of
 from sdcompress_engines.errors import ModelError
 
 from sdcompress.families.configs import CONFIGS
+from sdcompress.families.registry import OTHER, family_of, student_of
 from sdcompress.models import nano
-from sdcompress.models.locate import refuse_student, unet_config
-from sdcompress.prune.plan import LevelPlan, make_plan
-from sdcompress.prune.student import count_parameters, meta_unet
+from sdcompress.models.locate import read_unet_config, refuse_student
+from sdcompress.prune.cost import count_parameters
+from sdcompress.prune.plan import LevelPlan
+from sdcompress.prune.presets import make_plan
+from sdcompress.prune.student import meta_unet
 
 DOWN, PLAIN_DOWN, UP, PLAIN_UP, MID = (
     "CrossAttnDownBlock2D",
@@ -24,7 +25,7 @@ DOWN, PLAIN_DOWN, UP, PLAIN_UP, MID = (
     "UNetMidBlock2DCrossAttn",
 )
 
-# Facts of published configs. BK-SDM: src/unet_config*/bk_*/config.json of Nota-NetsPresso/BK-SDM, which its models on
+# Entries of published configs. BK-SDM: src/unet_config*/bk_*/config.json of Nota-NetsPresso/BK-SDM, which its models on
 # the hub carry. Segmind small and tiny: what `prepare_unet` of segmind/distill-sd leaves, counted there in the README.
 # SSD-1B, Vega and KOALA: the block tables by which ComfyUI knows them (transformer_depth, transformer_depth_output,
 # transformer_depth_middle).
@@ -111,16 +112,16 @@ def public(config: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_student_is_known_by_its_blocks(name: str) -> None:
+def test_a_published_student_is_recognized_by_its_blocks(name: str) -> None:
     config, family, kind, parameters = PUBLISHED[name]
-    assert family_of(config) == family
+    assert family_of(config).name == family
     assert student_of(config) == kind
-    # Counts given to the last digit are published so; SDXL's students are published in billions.
+    # The counts of SD1 and SD2 are published to the last digit, those of SDXL's students in billions.
     assert count_parameters(meta_unet(config)) == pytest.approx(parameters, rel=0.005 if family == "sdxl" else 0)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_student_is_refused_as_a_teacher_and_the_line_says_what_it_is(name: str) -> None:
+def test_a_published_student_is_refused_as_a_teacher_by_its_name(name: str) -> None:
     config, _, kind, _ = PUBLISHED[name]
     with pytest.raises(ModelError, match=f"student already.*{kind}") as refusal:
         refuse_student(config, name)
@@ -132,7 +133,7 @@ def test_a_published_student_is_refused_as_a_teacher_and_the_line_says_what_it_i
 )
 def test_a_whole_model_is_no_student(family: str, parameters: int) -> None:
     config = whole(family)
-    assert family_of(config) == family
+    assert family_of(config).name == family
     assert student_of(config) is None
     refuse_student(config, "teacher")
     assert count_parameters(meta_unet(public(config))) == parameters
@@ -150,10 +151,10 @@ def test_a_whole_model_is_no_student(family: str, parameters: int) -> None:
 )
 def test_a_plans_student_config_is_the_published_one(name: str, teacher: str, change: dict[str, Any]) -> None:
     published, _, kind, parameters = PUBLISHED[name]
-    made = make_plan(whole(teacher) | change, kind).student_config()
+    student = make_plan(whole(teacher) | change, kind).student_config()
     expected = published | change
-    assert {key: made.get(key) for key in expected} == expected
-    assert count_parameters(meta_unet(made)) == parameters
+    assert {key: student.get(key) for key in expected} == expected
+    assert count_parameters(meta_unet(student)) == parameters
 
 
 @pytest.mark.parametrize(
@@ -165,23 +166,23 @@ def test_a_plans_student_config_is_the_published_one(name: str, teacher: str, ch
         if (f, k) != ("sdxl", "bk-tiny")
     ],
 )
-def test_a_preset_is_recognised_in_what_it_makes(family: str, kind: str) -> None:
+def test_a_preset_is_recognized_in_its_student(family: str, kind: str) -> None:
     assert student_of(make_plan(whole(family), kind).student_config()) == kind
 
 
-def test_other_removed_blocks_are_a_student_too() -> None:
+def test_another_block_removal_is_recognized_as_custom() -> None:
     whole_level, pruned = LevelPlan((0, 1), (0, 1, 2)), LevelPlan((0,), (0, 2))
     plan = make_plan(whole("sd1"), levels=[whole_level, pruned, pruned, pruned])
     assert student_of(plan.student_config()) == "custom"
 
 
-def test_nanos_teacher_is_whole_and_its_student_is_one() -> None:
-    assert student_of(unet_config("nano")) is None
+def test_the_student_of_nano_is_recognized_and_its_teacher_is_whole() -> None:
+    assert student_of(read_unet_config("nano")) is None
     tiny = json.loads((nano.ASSETS / "tiny/config.json").read_text())
     assert student_of(tiny) == "bk-tiny"
 
 
-def test_a_unet_of_another_kind_is_of_no_family(tmp_path: Path) -> None:
+def test_a_unet_of_another_kind_has_no_family() -> None:
     refiner = XL | {
         "block_out_channels": [384, 768, 1536, 1536],
         "down_block_types": [PLAIN_DOWN, DOWN, DOWN, PLAIN_DOWN],
@@ -198,5 +199,5 @@ def test_a_unet_of_another_kind_is_of_no_family(tmp_path: Path) -> None:
             "num_class_embeds": 1000,
         }
     )
-    assert family_of(refiner) == family_of(upscaler) == "other"
+    assert family_of(refiner) is family_of(upscaler) is OTHER
     assert student_of(refiner) is None

@@ -1,4 +1,4 @@
-"""LoRA: trained, written in both namings, read back, remapped to a student, fused; each with equal outputs."""
+"""LoRAs are trained, written in both namings, read, remapped to a student and fused, with equal outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.names import unet_modules
 from sdcompress.lora.remap import remap_lora
 from sdcompress.models.load import LoadedPipeline, load_pipeline
-from sdcompress.prune.plan import make_plan
+from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 from sdcompress.train.config import FinetuneConfig, LoraConfig
 from sdcompress.train.finetune import finetune
@@ -65,7 +65,7 @@ def outputs(pipeline: Any) -> torch.Tensor:
         ).sample
 
 
-def test_diffusers_and_our_loader_draw_the_same_from_either_file(
+def test_diffusers_and_sdcompress_give_equal_output_from_either_file(
     model: LoadedPipeline, trained: Path, random_folder: Path
 ) -> None:
     plain = outputs(model.pipeline)
@@ -74,25 +74,25 @@ def test_diffusers_and_our_loader_draw_the_same_from_either_file(
     expected = outputs(by_diffusers)
     assert relative_l2(expected, plain) > 1e-2
     for file in (FILE, KOHYA_FILE):
-        ours = load_pipeline(random_folder).pipeline
-        layers = read_lora(trained / file, unet_modules(ours.unet))
+        fused = load_pipeline(random_folder).pipeline
+        layers = read_lora(trained / file, unet_modules(fused.unet))
         assert {component for component, _ in layers} == {"unet", "text_encoder"}
-        fuse_lora(ours, layers)
-        assert relative_l2(outputs(ours), expected) < 1e-5
+        fuse_lora(fused, layers)
+        assert relative_l2(outputs(fused), expected) < 1e-5
     kohya = load_pipeline(random_folder).pipeline
     kohya.load_lora_weights(trained, weight_name=KOHYA_FILE)
     assert relative_l2(outputs(kohya), expected) < 1e-5
-    half = load_pipeline(random_folder).pipeline
-    fuse_lora(half, read_lora(trained / FILE, unet_modules(half.unet)), weight=0.0)
-    assert torch.equal(outputs(half), plain)
+    without_weight = load_pipeline(random_folder).pipeline
+    fuse_lora(without_weight, read_lora(trained / FILE, unet_modules(without_weight.unet)), weight=0.0)
+    assert torch.equal(outputs(without_weight), plain)
 
 
-def test_training_leaves_the_model_as_it_was(model: LoadedPipeline, trained: Path, random_folder: Path) -> None:
+def test_training_does_not_change_the_model(model: LoadedPipeline, trained: Path, random_folder: Path) -> None:
     fresh = load_pipeline(random_folder)
     for name in ("unet", "text_encoder"):
-        ours, theirs = getattr(model.pipeline, name).state_dict(), getattr(fresh.pipeline, name).state_dict()
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+        used, stored = getattr(model.pipeline, name).state_dict(), getattr(fresh.pipeline, name).state_dict()
+        assert used.keys() == stored.keys()
+        assert all(torch.equal(used[k], stored[k]) for k in stored)
 
 
 def test_a_lora_for_the_teacher_becomes_one_for_the_student(
@@ -120,7 +120,25 @@ def test_a_lora_for_the_teacher_becomes_one_for_the_student(
     assert relative_l2(outputs(pruned), outputs(whole)) < 1e-5
 
 
-def test_what_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPipeline, tmp_path: Path) -> None:
+def test_a_kohya_lora_for_sdxl_changes_both_text_encoders(sdxl_folder: Path, tmp_path: Path) -> None:
+    """kohya's scripts name SDXL's first text encoder `lora_te1_`, and the only one of SD1 `lora_te_`."""
+    plain, fused = load_pipeline(sdxl_folder).pipeline, load_pipeline(sdxl_folder).pipeline
+    tensors = {}
+    for prefix in ("lora_te1_", "lora_te2_"):
+        layer = f"{prefix}text_model_encoder_layers_0_mlp_fc1"
+        tensors |= {f"{layer}.lora_down.weight": torch.ones(1, 32), f"{layer}.lora_up.weight": torch.ones(64, 1)}
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    layers = read_lora(tmp_path / "kohya.safetensors", unet_modules(fused.unet))
+    fuse_lora(fused, layers)
+    for name in ("text_encoder", "text_encoder_2"):
+        before, after = getattr(plain, name).state_dict(), getattr(fused, name).state_dict()
+        (changed,) = [key for key in before if not torch.equal(before[key], after[key])]
+        assert torch.allclose(after[changed], before[changed] + 1)
+    write_lora(layers, tmp_path / "written.safetensors", "kohya")
+    assert load_file(tmp_path / "written.safetensors").keys() >= tensors.keys()
+
+
+def test_a_file_that_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPipeline, tmp_path: Path) -> None:
     modules = unet_modules(model.pipeline.unet)
     with pytest.raises(UsageError, match="does not exist"):
         read_lora(tmp_path / "gone.safetensors", modules)
@@ -148,8 +166,8 @@ def test_what_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPi
         fuse_lora(student, read_lora(trained / FILE, modules))
 
 
-def test_targets_that_name_no_layer_are_told(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="to_nowhere name no layer"):
+def test_targets_that_name_no_layer_are_refused(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="to_nowhere match no layer"):
         train_lora(model, cache, SHORT.model_copy(update={"targets": ("to_nowhere",)}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -167,7 +185,7 @@ def test_finetuning_trains_every_weight_and_saves_an_ordinary_pipeline(
         snr_gamma=5,
     )
     finetune(model, cache, config, tmp_path / "run")
-    found = load_pipeline(tmp_path / "run").pipeline.unet.state_dict()
+    after = load_pipeline(tmp_path / "run").pipeline.unet.state_dict()
     before = model.pipeline.unet.state_dict()
-    assert found.keys() == before.keys()
-    assert sum(not torch.equal(found[k], before[k]) for k in found) > 0.95 * len(found)
+    assert after.keys() == before.keys()
+    assert sum(not torch.equal(after[k], before[k]) for k in after) > 0.95 * len(after)

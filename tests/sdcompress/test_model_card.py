@@ -1,6 +1,4 @@
-"""The model card says what the manifest says: teacher, plan, counts, data, losses, licence, and code that names the
-repository.
-"""
+"""The model card agrees with the manifest, and its code runs."""
 
 from __future__ import annotations
 
@@ -19,9 +17,10 @@ from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, save_manif
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
 from sdcompress.models.load import load_pipeline
-from sdcompress.prune.plan import make_plan
-from sdcompress.prune.student import count_parameters
-from sdcompress.publish.model_card import finished, model_card
+from sdcompress.prune.cost import count_parameters
+from sdcompress.prune.presets import make_plan
+from sdcompress.publish.finished_model import find_finished_model
+from sdcompress.publish.model_card import model_card
 from sdcompress.train.config import DistillConfig, FinetuneConfig, LoraConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.finetune import finetune
@@ -33,7 +32,7 @@ PROMPT = "a flat icon of a wine glass"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictures: Path) -> dict[str, Path]:
-    """What one step each of distill, finetune and lora train leaves on disk."""
+    """The folders of one training step each of distill, finetune and lora train."""
     folder = tmp_path_factory.mktemp("trained")
     data = folder / "data"
     data.mkdir()
@@ -41,17 +40,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
         shutil.copyfile(pictures / name, data / name)
     teacher = load_pipeline(random_folder)
     cache = build_cache(open_source(str(data)), teacher, folder / "cache")
-    given: dict[str, Any] = {"steps": 1, "batch_size": 2, "validation_prompts": (PROMPT,), "sample_every": 0}
+    options: dict[str, Any] = {"steps": 1, "batch_size": 2, "validation_prompts": (PROMPT,), "sample_every": 0}
     plan = make_plan(dict(teacher.pipeline.unet.config), "bk-tiny")
     distill(
         teacher,
         plan,
         cache,
-        load_config(DistillConfig, None, given | {"output_kd_weight": 0.5, "ema_decay": 0.9}),
+        load_config(DistillConfig, None, options | {"output_kd_weight": 0.5, "ema_decay": 0.9}),
         folder / "student",
     )
-    finetune(teacher, cache, load_config(FinetuneConfig, None, given), folder / "finetuned")
-    train_lora(teacher, cache, load_config(LoraConfig, None, given | {"rank": 3}), folder / "style")
+    finetune(teacher, cache, load_config(FinetuneConfig, None, options), folder / "finetuned")
+    train_lora(teacher, cache, load_config(LoraConfig, None, options | {"rank": 3}), folder / "style")
     return {
         "student": folder / "student/pipeline",
         "finetuned": folder / "finetuned/pipeline",
@@ -61,12 +60,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
 
 def front_matter(card: str) -> dict[str, Any]:
     _, matter, _ = card.split("---\n", 2)
-    found = yaml.safe_load(matter)
-    assert isinstance(found, dict)
-    return found
+    values = yaml.safe_load(matter)
+    assert isinstance(values, dict)
+    return values
 
 
-def test_a_student_card_says_what_was_removed_and_what_it_was_made_from(
+def test_the_card_of_a_student_names_the_removed_blocks_and_its_sources(
     trained: dict[str, Path], random_pipeline: Any
 ) -> None:
     from diffusers import UNet2DConditionModel
@@ -94,7 +93,7 @@ def test_a_student_card_says_what_was_removed_and_what_it_was_made_from(
 
 
 @pytest.mark.parametrize("kind", ["student", "finetuned", "lora"])
-def test_the_front_matter_is_what_the_hub_reads(trained: dict[str, Path], kind: str) -> None:
+def test_the_front_matter_has_the_entries_of_the_hub(trained: dict[str, Path], kind: str) -> None:
     matter = front_matter(model_card(trained[kind], "me/thing", "creativeml-openrail-m", base_model="org/teacher"))
     assert matter["license"] == "creativeml-openrail-m"
     assert matter["base_model"] == "org/teacher"
@@ -108,7 +107,7 @@ def test_a_teacher_that_is_a_folder_is_no_base_model_on_the_hub(trained: dict[st
     assert "base_model" not in front_matter(model_card(trained["student"], "me/thing"))
 
 
-def test_a_licence_that_was_not_given_has_to_be_checked(trained: dict[str, Path]) -> None:
+def test_a_license_that_was_not_given_has_to_be_checked(trained: dict[str, Path]) -> None:
     card = model_card(trained["student"], "me/thing")
     assert front_matter(card)["license"] == "other"
     assert "To be checked" in card
@@ -140,13 +139,13 @@ def test_the_newest_samples_are_shown_with_their_prompts(trained: dict[str, Path
     (tmp_path / "run/samples").mkdir()
     for step in (90, 180):
         Image.new("RGB", (8, 8)).save(tmp_path / f"run/samples/step-{step:06d}.webp")
-    assert finished(folder).samples == tmp_path / "run/samples/step-000180.webp"
+    assert find_finished_model(folder).samples == tmp_path / "run/samples/step-000180.webp"
     card = model_card(folder, "me/thing")
     assert "![samples](samples.webp)" in card
     assert f"- {PROMPT}" in card
 
 
-def test_what_was_not_trained_here_gets_no_card(random_folder: Path) -> None:
+def test_a_model_without_a_manifest_gets_no_card(random_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"no sdcompress\.json"):
         model_card(random_folder, "me/thing")
 
@@ -154,7 +153,7 @@ def test_what_was_not_trained_here_gets_no_card(random_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error"), [({"plan": {}}, PlanError), ({"train": None}, ArtifactError), ({"plan": None}, PlanError)]
 )
-def test_a_manifest_that_does_not_say_what_was_done_is_refused(
+def test_a_manifest_without_the_training_is_refused(
     trained: dict[str, Path], tmp_path: Path, change: dict[str, Any], error: type[Exception]
 ) -> None:
     folder = tmp_path / "pipeline"

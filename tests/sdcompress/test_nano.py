@@ -1,4 +1,4 @@
-"""Nano: what ships is what the issue of it promised, and every result names the teacher that ships."""
+"""Nano: its data, its topology and its student; and every stored result is of the teacher that ships."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from sdcompress_engines.manifest import sha256_tree
 from sdcompress.data.sources import open_source
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline
-from sdcompress.prune.plan import BlockPlan, make_plan
-from sdcompress.prune.student import build_student, count_parameters
+from sdcompress.prune.cost import count_parameters
+from sdcompress.prune.plan import BlockPlan
+from sdcompress.prune.presets import make_plan
+from sdcompress.prune.student import build_student
 
 RESULTS = Path(__file__).parents[2] / "bench/results"
 
@@ -24,7 +26,7 @@ def records() -> dict[str, list]:
     return {split: [(r.caption, r.meta) for r in open_source(nano.shards(split))] for split in ("train", "heldout")}
 
 
-def test_held_out_pairs_are_new_but_their_concept_and_style_are_seen(records: dict[str, list]) -> None:
+def test_held_out_pairs_are_new_but_their_concepts_and_styles_are_in_training(records: dict[str, list]) -> None:
     pairs = {split: {(meta["style"], meta["concept"]) for _, meta in rows} for split, rows in records.items()}
     assert len(records["train"]) + len(records["heldout"]) >= 5000
     assert len(pairs["heldout"]) >= 500
@@ -33,7 +35,7 @@ def test_held_out_pairs_are_new_but_their_concept_and_style_are_seen(records: di
     assert {s for s, _ in pairs["heldout"]} == {s for s, _ in pairs["train"]} == set(nano.styles())
 
 
-def test_every_picture_names_its_source_and_an_open_licence(records: dict[str, list]) -> None:
+def test_every_picture_names_its_source_and_an_open_license(records: dict[str, list]) -> None:
     metas = [meta for rows in records.values() for _, meta in rows]
     assert {meta["licence"] for meta in metas} == {"MIT", "Apache-2.0"}
     notice = (nano.data_folder() / "NOTICE").read_text()
@@ -82,7 +84,7 @@ def test_nano_tiny_is_a_trained_bk_tiny_of_nano(tmp_path: Path, monkeypatch: pyt
     assert len(changed) > 0.9 * len(trained)
 
 
-def test_the_judge_is_not_what_conditions() -> None:
+def test_the_metric_model_shares_no_weights_with_the_text_encoder() -> None:
     from transformers import CLIPModel
 
     judge = CLIPModel.from_pretrained(nano.metric_folder()).text_model.state_dict()

@@ -1,6 +1,8 @@
-"""Plans and students: by count, by key, by shape, by output."""
+"""Plans and their students: parameter counts, keys, shapes and outputs."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from sdcompress_engines.errors import PlanError, UsageError
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdcompress.prune.plan import ALIASES, PRESETS, BlockPlan, LevelPlan, make_plan
-from sdcompress.prune.student import build_student, count_parameters, meta_unet, unet_cost
-from sdcompress.train.run_folder import save_pipeline, with_unet
+from sdcompress.prune.cost import count_parameters, unet_cost
+from sdcompress.prune.plan import BlockPlan, LevelPlan
+from sdcompress.prune.presets import ALIASES, PRESETS, make_plan
+from sdcompress.prune.student import build_student, meta_unet
+from sdcompress.train.pipelines import save_pipeline, with_unet
 
 SD = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD2 = {
@@ -53,10 +57,11 @@ def test_parameter_counts_are_the_published_ones(family: str, preset: str | None
     assert count_parameters(meta_unet(config)) == COUNTS[family][preset]
 
 
-def test_the_shares_the_readme_names() -> None:
-    """SD-Small's and SD-Tiny's UNets are 32.6% and 62.4% smaller; with SD1.5's text encoder and VAE around them, 26%
-    and 50%.
-    """
+def test_students_are_smaller_by_the_shares_in_the_readme() -> None:
+    """The UNets of SD-Small and SD-Tiny are 32.6% and 62.4% smaller; with SD1.5's text encoder and VAE, 26% and 50%."""
+    config = config_of("sd1")
+    configs = [config, *(make_plan(config, preset).student_config() for preset in ("bk-base", "bk-tiny"))]
+    whole, small, tiny = (count_parameters(meta_unet(each)) for each in configs)
     with torch.device("meta"):
         text = CLIPTextModel(
             CLIPTextConfig(
@@ -69,7 +74,6 @@ def test_the_shares_the_readme_names() -> None:
             block_out_channels=(128, 256, 512, 512),
             layers_per_block=2,
         )
-    whole, small, tiny = (COUNTS["sd1"][name] for name in (None, "bk-base", "bk-tiny"))
     rest = count_parameters(text) + count_parameters(vae)
     assert [f"{1 - n / whole:.1%}" for n in (small, tiny)] == ["32.6%", "62.4%"]
     assert [f"{1 - (n + rest) / (whole + rest):.0%}" for n in (small, tiny)] == ["26%", "50%"]
@@ -123,7 +127,7 @@ def test_a_plan_survives_its_json(preset: str) -> None:
 
 
 def test_sdxl_has_no_tiny_and_says_why() -> None:
-    with pytest.raises(PlanError, match="1280 channels and its neighbour 640"):
+    with pytest.raises(PlanError, match="1280 channels and its neighbor 640"):
         make_plan(config_of("sdxl"), "bk-tiny")
 
 
@@ -174,8 +178,9 @@ def test_a_student_holds_the_teachers_values_and_leaves_the_teacher_alone(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-# type: ignore[no-untyped-def]
-def test_a_student_reloads_with_equal_output(random_pipeline: StableDiffusionPipeline, preset: str, tmp_path) -> None:
+def test_a_student_reloads_with_equal_output(
+    random_pipeline: StableDiffusionPipeline, preset: str, tmp_path: Path
+) -> None:
     student = build_student(random_pipeline.unet, make_plan(random_pipeline.unet.config, preset)).eval()
     save_pipeline(with_unet(random_pipeline, student), tmp_path / "student", "student")
     again = DiffusionPipeline.from_pretrained(tmp_path / "student").unet.eval()
@@ -195,10 +200,10 @@ def test_feature_pairs_have_equal_shapes(random_pipeline: StableDiffusionPipelin
     pairs = plan.feature_pairs()
     with (
         torch.no_grad(),
-        collect_features(student, [s for s, _ in pairs]) as ours,
-        collect_features(teacher, [t for _, t in pairs]) as theirs,
+        collect_features(student, [s for s, _ in pairs]) as student_features,
+        collect_features(teacher, [t for _, t in pairs]) as teacher_features,
     ):
         for unet in (student, teacher):
             unet(torch.randn(1, 4, 16, 16), 500, torch.randn(1, 77, 96))
-        assert [ours[s].shape for s, _ in pairs] == [theirs[t].shape for _, t in pairs]
+        assert [student_features[s].shape for s, _ in pairs] == [teacher_features[t].shape for _, t in pairs]
     assert not any(m._forward_hooks for unet in (student, teacher) for m in unet.modules())

@@ -24,7 +24,7 @@ from sdcompress_engines.manifest import read_manifest
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
 from sdcompress.models.load import load_pipeline
-from sdcompress.train.checkpoint import checkpoints, is_whole
+from sdcompress.train.checkpoint import is_intact, list_checkpoints
 
 STEPS = 24
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -84,7 +84,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts."""
+    """A run without interruption."""
     output = tmp_path_factory.mktemp("whole") / "run"
     done = run(ALONE, arguments, output)
     assert done.returncode == 0, done.stderr
@@ -92,9 +92,9 @@ def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def killed_until_it_ends(command: list[str], arguments: list[str], output: Path, kills: int, seed: int) -> list[int]:
-    """Start, kill after a random number of further steps, resume; `kills` times, then let it end.
+    """Start a run, kill it after a random number of further steps and resume it, `kills` times; then let it end.
 
-    The steps it was killed at.
+    Returns the steps at which it was killed.
     """
     draw = random.Random(seed)
     killed = []
@@ -123,8 +123,8 @@ def killed_until_it_ends(command: list[str], arguments: list[str], output: Path,
 def test_a_run_killed_five_times_ends_with_the_same_bits(arguments: list[str], whole: Path, tmp_path: Path) -> None:
     killed = killed_until_it_ends(ALONE, arguments, tmp_path / "run", 5, seed=1)
     assert len(set(killed)) > 1
-    ours, theirs = weights(tmp_path / "run"), weights(whole)
-    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    resumed, expected = weights(tmp_path / "run"), weights(whole)
+    assert all(torch.equal(resumed[k], expected[k]) for k in expected)
     assert [line["step"] for line in metrics(tmp_path / "run")] == list(range(1, STEPS + 1))
 
 
@@ -138,9 +138,9 @@ def test_two_processes_are_two_and_give_the_losses_of_one(arguments: list[str], 
     for one, two in zip(metrics(whole), metrics(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
     killed_until_it_ends(TORCHRUN, arguments, tmp_path / "killed", 1, seed=2)
-    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "two")
-    for name, tensor in theirs.items():
-        assert torch.allclose(ours[name], tensor, atol=1e-5, rtol=1e-5), name
+    resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "two")
+    for name, tensor in expected.items():
+        assert torch.allclose(resumed[name], tensor, atol=1e-5, rtol=1e-5), name
 
 
 def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(arguments: list[str], tmp_path: Path) -> None:
@@ -158,21 +158,21 @@ def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(arguments: list[
     assert second.returncode == 1
     assert "another run is at work" in second.stderr
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == 130, told
-    (line,) = [line for line in told.splitlines() if line.startswith("sdcompress: ")]
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    (line,) = [line for line in err.splitlines() if line.startswith("sdcompress: ")]
     assert "--resume" in line
-    (written,) = checkpoints(output / "checkpoints")
+    (written,) = list_checkpoints(output / "checkpoints")
     assert f"stopped at step {int(written.name.removeprefix('step-'))} of 2000" in line
 
 
-def test_a_checkpoint_cut_at_any_tenth_is_never_taken_for_whole(whole: Path, tmp_path: Path) -> None:
-    newest = checkpoints(whole / "checkpoints")[-1]
-    assert is_whole(newest)
+def test_a_checkpoint_cut_at_any_tenth_is_never_taken_for_intact(whole: Path, tmp_path: Path) -> None:
+    newest = list_checkpoints(whole / "checkpoints")[-1]
+    assert is_intact(newest)
     for file in ("state.pt", "sdcompress.json"):
         payload = (newest / file).read_bytes()
         for tenth in range(10):
             cut = tmp_path / f"{file}-{tenth}"
             shutil.copytree(newest, cut)
             (cut / file).write_bytes(payload[: len(payload) * tenth // 10])
-            assert not is_whole(cut), (file, tenth)
+            assert not is_intact(cut), (file, tenth)

@@ -20,12 +20,12 @@ from sdcompress_engines.profiles import Profile
 from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import OnnxRuntimeRunner, TorchRunner
 
-from sdcompress.export.quantize import quantize as quantize_module
+from sdcompress.export.quantize import quantize_graph as quantize_module
 from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, named_for
 from sdcompress.export.quantize.check import LIMITS, Accuracy, check_accuracy, check_quantized
 from sdcompress.export.quantize.nodes import KEPT, choose_nodes
 from sdcompress.export.quantize.precisions import PRECISIONS, missing, supported
-from sdcompress.export.quantize.quantize import quantize_graph
+from sdcompress.export.quantize.quantize_graph import quantize_graph
 
 needs_modelopt = pytest.mark.skipif(missing() is not None, reason="nvidia-modelopt is not installed")
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from sdcompress.families.identify import family_of
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import open_runner
 
@@ -20,8 +19,9 @@ from sdcompress.data.build_cache import build_cache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
 from sdcompress.export.onnx import export_onnx
+from sdcompress.families.registry import family_of
 from sdcompress.models.load import LoadedPipeline, load_pipeline
-from sdcompress.prune.plan import make_plan
+from sdcompress.prune.presets import make_plan
 from sdcompress.sampling import generate
 from sdcompress.train.config import DistillConfig, LoraConfig
 from sdcompress.train.distill import distill
@@ -37,7 +37,7 @@ def teacher(sdxl_folder: Path) -> LoadedPipeline:
 
 def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures: Path, tmp_path: Path) -> None:
     pipeline: Any = teacher.pipeline
-    assert family_of(pipeline.unet.config) == "sdxl"
+    assert family_of(pipeline.unet.config).name == "sdxl"
     cache = build_cache(open_source(pictures), teacher, tmp_path / "cache", config=DataConfig(buckets=True))
     sample = cache.sample(0, 0, 0.0)
     text, _, pooled, _ = pipeline.encode_prompt(

@@ -1,11 +1,10 @@
-"""Data as people have it: folders, tables, shards, and all that can be wrong with them."""
+"""Data sets as users have them: folders, tables, shards, hub data sets, and their faults."""
 
 from __future__ import annotations
 
 import gzip
 import io
 import json
-import resource
 import tarfile
 from pathlib import Path
 
@@ -13,12 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.resources import peak_rss_mib
 
-from sdcompress.data.cache import to_pixels
 from sdcompress.data.config import DataConfig
-from sdcompress.data.records import Record, Skipped
+from sdcompress.data.records import CAPTION_COLUMNS, Record
 from sdcompress.data.shards import expand_braces
+from sdcompress.data.skipped import Skipped
 from sdcompress.data.sources import open_source
+from sdcompress.data.views import to_pixels
 
 
 def png(color: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
@@ -27,7 +28,7 @@ def png(color: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
     return buffer.getvalue()
 
 
-def shard(path: Path, members: dict[str, bytes]) -> Path:
+def write_shard(path: Path, members: dict[str, bytes]) -> Path:
     with tarfile.open(path, "w") as tar:
         for name, payload in members.items():
             info = tarfile.TarInfo(name)
@@ -55,7 +56,7 @@ def test_captions_of_a_folder_in_each_form(tmp_path: Path, form: str) -> None:
 
 
 def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
-    shard(
+    write_shard(
         tmp_path / "00000.tar",
         {
             "000.png": png(),
@@ -65,13 +66,13 @@ def test_shards_as_img2dataset_writes_them(tmp_path: Path) -> None:
             "001.json": b'{"caption": "second"}',
         },
     )
-    shard(tmp_path / "00001.tar", {"002.json": b"not json", "002.png": png(), "002.txt": b"third"})
+    write_shard(tmp_path / "00001.tar", {"002.json": b"not json", "002.png": png(), "002.txt": b"third"})
     assert [r.caption for r in open_source(tmp_path)] == ["first", "second", "third"]
     assert [r.meta for r in open_source(str(tmp_path / "*0.tar"))] == [{"aesthetic": 8}, {"caption": "second"}]
 
 
 def test_a_cut_shard_gives_what_it_has_and_is_counted(tmp_path: Path) -> None:
-    path = shard(
+    path = write_shard(
         tmp_path / "0.tar", {f"{i:03}.{e}": png() if e == "png" else b"x" for i in range(30) for e in ("png", "txt")}
     )
     path.write_bytes(path.read_bytes()[: 20 * 1024 + 540])  # inside a picture
@@ -84,7 +85,9 @@ def test_a_cut_shard_gives_what_it_has_and_is_counted(tmp_path: Path) -> None:
 def test_members_that_point_outside_write_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    shard(folder / "0.tar", {"../../evil.png": png(), "../../evil.txt": b"x", "good.png": png(), "good.txt": b"fine"})
+    write_shard(
+        folder / "0.tar", {"../../evil.png": png(), "../../evil.txt": b"x", "good.png": png(), "good.txt": b"fine"}
+    )
     source = open_source(folder)
     assert [r.caption for r in source] == ["fine"]
     assert len(source.skipped.reasons["member points outside the shard"]) == 2
@@ -102,14 +105,14 @@ def test_a_header_that_claims_to_be_huge_is_not_read_into_memory(tmp_path: Path)
         picture.size = len(png())
         file.write(picture.tobuf() + png() + bytes(-len(png()) % 512) + bytes(1024))
     source = open_source(tmp_path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before_mib = peak_rss_mib()
     assert list(source) == []
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+    assert peak_rss_mib() - before_mib < 200
     assert source.skipped.reasons == {"no caption": ["0.tar.gz:a"]}
 
 
-def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
-    path = shard(
+def test_a_damaged_shard_is_reported(tmp_path: Path) -> None:
+    path = write_shard(
         tmp_path / "0.tar", {f"{i}.{e}": png() if e == "png" else b"x" for i in range(9) for e in ("png", "txt")}
     )
     payload = bytearray(path.read_bytes())
@@ -120,8 +123,8 @@ def test_a_damaged_shard_is_told(tmp_path: Path) -> None:
     assert [reason for reason in source.skipped.reasons if reason.startswith("shard damaged")]
 
 
-def test_json_that_is_odd_is_no_caption_and_no_crash(tmp_path: Path) -> None:
-    shard(
+def test_malformed_json_gives_no_caption_and_no_crash(tmp_path: Path) -> None:
+    write_shard(
         tmp_path / "0.tar",
         {
             "0.png": png(),
@@ -163,10 +166,10 @@ def test_too_many_unusable_pictures_stop_with_examples(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert len(list(source)) == 7
     with pytest.raises(DataError, match=r"3 of 10 .*0\.png"):
-        source.skipped.check(source.name)
+        source.skipped.check(source.name, source.config.max_unusable)
 
 
-def test_what_is_no_data_says_so(tmp_path: Path) -> None:
+def test_paths_without_data_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         open_source(tmp_path / "gone")
     (tmp_path / "a.zip").write_bytes(b"x")
@@ -177,7 +180,7 @@ def test_what_is_no_data_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (200, 100), (100, 333), (64, 65)])
-def test_pixels_are_the_centre_square(size: tuple[int, int]) -> None:
+def test_pixels_are_the_center_square(size: tuple[int, int]) -> None:
     picture = Image.new("RGB", size, "black")
     picture.paste("white", (size[0] // 2 - 2, size[1] // 2 - 2, size[0] // 2 + 2, size[1] // 2 + 2))
     pixels = to_pixels(picture, 64)
@@ -188,20 +191,22 @@ def test_pixels_are_the_centre_square(size: tuple[int, int]) -> None:
 
 
 def test_a_thousand_pictures_with_broken_ones_a_cut_shard_and_hostile_members(tmp_path: Path) -> None:
-    """1,000 pictures in ten shards, 30 of them broken, 10 lost by a cut, and 20 hostile members, two behind the cut:
-    every count is right, nothing is written.
+    """Every count is right and nothing is written.
+
+    There are 1,000 pictures in ten shards, 30 of them broken, 10 lost by a cut, and 20 hostile members, two of them
+    behind the cut.
     """
     folder = tmp_path / "in"
     folder.mkdir()
-    sound = png(size=(8, 8))
+    whole = png(size=(8, 8))
     for number in range(10):
         with tarfile.open(folder / f"{number:05}.tar", "w") as tar:
             for i in range(100):
                 broken = i < 3
-                for extension, payload in (("png", sound[:40] if broken else sound), ("txt", b"a picture")):
-                    add(tar, f"{i:05}.{extension}", payload)
+                for extension, payload in (("png", whole[:40] if broken else whole), ("txt", b"a picture")):
+                    add_member(tar, f"{i:05}.{extension}", payload)
             for name, kind in (("link.png", tarfile.SYMTYPE), ("/etc/evil.png", tarfile.REGTYPE)):
-                add(tar, name, b"" if kind == tarfile.SYMTYPE else sound, kind)
+                add_member(tar, name, b"" if kind == tarfile.SYMTYPE else whole, kind)
     last = folder / "00009.tar"
     cut = 90 * 2048 + 700  # each picture with its caption takes 2048 bytes; this is inside the 91st picture
     last.write_bytes(last.read_bytes()[:cut])
@@ -223,14 +228,14 @@ def test_a_thousand_pictures_with_broken_ones_a_cut_shard_and_hostile_members(tm
     assert len(list(folder.iterdir())) == 10
 
 
-def add(tar: tarfile.TarFile, name: str, payload: bytes, kind: bytes = tarfile.REGTYPE) -> None:
+def add_member(tar: tarfile.TarFile, name: str, payload: bytes, kind: bytes = tarfile.REGTYPE) -> None:
     member = tarfile.TarInfo(name)
     member.type, member.size, member.linkname = kind, len(payload), "/etc/passwd" if kind == tarfile.SYMTYPE else ""
     tar.addfile(member, io.BytesIO(payload))
 
 
-def test_a_shard_cut_exactly_between_two_members_is_told(tmp_path: Path) -> None:
-    path = shard(
+def test_a_shard_cut_exactly_between_two_members_is_reported(tmp_path: Path) -> None:
+    path = write_shard(
         tmp_path / "0.tar", {f"{i}.{e}": png() if e == "png" else b"x" for i in range(4) for e in ("png", "txt")}
     )
     path.write_bytes(path.read_bytes()[: 2 * 2048])
@@ -244,16 +249,16 @@ def test_a_shard_cut_exactly_between_two_members_is_told(tmp_path: Path) -> None
     assert zipped.skipped.reasons == {"shard cut short": ["1.tar.gz"]}
 
 
-def test_brace_lists_are_written_out(tmp_path: Path) -> None:
+def test_brace_lists_are_expanded(tmp_path: Path) -> None:
     assert expand_braces("a/{08..11}.tar") == ["a/08.tar", "a/09.tar", "a/10.tar", "a/11.tar"]
     assert expand_braces("{a,b}{0..1}") == ["a0", "a1", "b0", "b1"]
     for number in range(3):
-        shard(tmp_path / f"{number:05}.tar", {"0.png": png(), "0.txt": f"shard {number}".encode()})
+        write_shard(tmp_path / f"{number:05}.tar", {"0.png": png(), "0.txt": f"shard {number}".encode()})
     assert [r.caption for r in open_source(f"{tmp_path}/{{00001..00002}}.tar")] == ["shard 1", "shard 2"]
-    assert open_source(f"{tmp_path}/{{00001..00002}}.tar").units() == 2
+    assert open_source(f"{tmp_path}/{{00001..00002}}.tar").count_units() == 2
 
 
-def table(folder: Path, rows: list[dict[str, object]], size: tuple[int, int] = (40, 30)) -> Path:
+def write_table(folder: Path, rows: list[dict[str, object]], size: tuple[int, int] = (40, 30)) -> Path:
     for number, row in enumerate(rows):
         (folder / f"{number}.png").write_bytes(png(size=size))
         row["file_name"] = f"{number}.png"
@@ -261,8 +266,8 @@ def table(folder: Path, rows: list[dict[str, object]], size: tuple[int, int] = (
     return folder
 
 
-def test_conditions_choose_and_are_counted_apart_from_faults(tmp_path: Path) -> None:
-    table(
+def test_conditions_filter_and_are_counted_apart_from_faults(tmp_path: Path) -> None:
+    write_table(
         tmp_path,
         [
             {"text": "a", "aesthetic": 8},
@@ -279,7 +284,7 @@ def test_conditions_choose_and_are_counted_apart_from_faults(tmp_path: Path) -> 
     none = open_source(tmp_path, DataConfig(where=("esthetic > 1",)))
     assert list(none) == []
     with pytest.raises(DataError, match="the fields are aesthetic, file_name, text"):
-        none.skipped.check(none.name)
+        none.skipped.check(none.name, none.config.max_unusable)
     with pytest.raises(UsageError, match="FIELD"):
         open_source(tmp_path, DataConfig(where=("aesthetic about 7",)))
     small = open_source(tmp_path, DataConfig(min_size_px=31))
@@ -290,13 +295,43 @@ def test_conditions_choose_and_are_counted_apart_from_faults(tmp_path: Path) -> 
 
 
 def test_several_caption_columns_with_shares(tmp_path: Path) -> None:
-    table(tmp_path, [{"short": "cat", "long": "a cat on a mat"}, {"short": "dog"}, {"short": 5, "long": "x"}])
+    write_table(tmp_path, [{"short": "cat", "long": "a cat on a mat"}, {"short": "dog"}, {"short": 5, "long": "x"}])
     source = open_source(tmp_path, DataConfig(captions={"short": 1, "long": 3}))
     assert [r.captions for r in source] == [(("cat", 0.25), ("a cat on a mat", 0.75)), (("dog", 1.0),)]
     assert source.skipped.reasons == {"caption is no text": ["2.png"]}
 
 
-def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv", "shard", "hub"])
+def test_every_source_takes_the_first_caption_column_that_is_not_empty(tmp_path: Path, form: str) -> None:
+    empty = dict.fromkeys(reversed(CAPTION_COLUMNS), "")  # the order in the data is not the order of the choice
+    rows = [empty | {column: f"from {column}" for column in CAPTION_COLUMNS[first:]} for first in range(3)]
+    data: Path | str = tmp_path
+    if form == "jsonl":
+        write_table(tmp_path, rows)
+    elif form == "csv":
+        write_table(tmp_path, rows)
+        (tmp_path / "metadata.jsonl").unlink()
+        lines = [",".join(str(row[column]) for column in rows[0]) for row in rows]
+        (tmp_path / "metadata.csv").write_text("\n".join([",".join(rows[0]), *lines]))
+    elif form == "hub":
+        datasets = pytest.importorskip("datasets")
+        columns = {"image": [{"bytes": png(), "path": None}] * 3} | {c: [row[c] for row in rows] for c in empty}
+        features = {"image": datasets.Image()} | dict.fromkeys(empty, datasets.Value("string"))
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        table.to_parquet(tmp_path / "train.parquet")
+        data = f"hub:{tmp_path}"
+    else:
+        members = {f"{i}.json": json.dumps(row).encode() for i, row in enumerate(rows)}
+        members = dict(sorted((members | {f"{i}.png": png() for i in range(3)}).items()))
+        if form == "shard":
+            write_shard(tmp_path / "0.tar", members)
+        else:
+            for name, payload in members.items():
+                (tmp_path / name).write_bytes(payload)
+    assert [r.caption for r in open_source(data)] == ["from text", "from caption", "from prompt"]
+
+
+def test_captions_that_are_no_text_are_reported(tmp_path: Path) -> None:
     for name, caption in (("a", b"\xff\xfe\x00"), ("b", b"fine")):
         (tmp_path / f"{name}.png").write_bytes(png())
         (tmp_path / f"{name}.txt").write_bytes(caption)
@@ -305,12 +340,12 @@ def test_captions_that_are_no_text_are_named(tmp_path: Path) -> None:
     assert source.skipped.reasons == {"caption is no text": ["a.png"]}
 
 
-def test_units_are_the_whole_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_read_in_any_order_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
-    table(tmp_path, [{"text": f"picture {i}"} for i in range(8)])
+    write_table(tmp_path, [{"text": f"picture {i}"} for i in range(8)])
     source = open_source(tmp_path)
-    assert source.units() == 3
-    apart = {i: [r.caption for r in source.unit(i, Skipped())] for i in (2, 0, 1)}
+    assert source.count_units() == 3
+    apart = {i: [r.caption for r in source.read_unit(i, Skipped())] for i in (2, 0, 1)}
     assert [c for i in range(3) for c in apart[i]] == [r.caption for r in source]
 
 
@@ -339,7 +374,7 @@ def test_a_hub_dataset_is_streamed_by_its_own_shards(tmp_path: Path) -> None:
         )
         datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"train-{number}.parquet")
     source = open_source(f"hub:{tmp_path}", DataConfig(where=("aesthetic > 6",)))
-    assert source.units() == 2
+    assert source.count_units() == 2
     records = list(source)
     assert [r.caption for r in records] == ["0 1", "1 1"]
     assert records[0].picture().size == (40, 30)

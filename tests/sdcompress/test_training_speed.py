@@ -1,6 +1,4 @@
-"""What makes a training step fast changes no result: the teacher's precision, compiled blocks, checks that wait for the
-device.
-"""
+"""What makes a training step fast does not change its result: the teacher's precision, compiled blocks, rare checks."""
 
 from __future__ import annotations
 
@@ -12,14 +10,13 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from sdcompress.prune.plan import make_plan
+from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.train.batches import NoisyBatch
-from sdcompress.train.distill import frozen_copy
-from sdcompress.train.faster import compiled_blocks
+from sdcompress.train.kernels import compile_blocks
 from sdcompress.train.objectives.block_distillation import BlockDistillation
-from sdcompress.train.optim import choose_precision
-from sdcompress.train.stopping import _agree
+from sdcompress.train.precision import choose_precision, copy_frozen
+from sdcompress.train.stopping import any_process_stops
 
 WEIGHTS = {"task_loss": 1.0, "output_kd_loss": 1.0, "feature_kd_loss": 1.0}
 
@@ -40,7 +37,7 @@ def make_pair(pipeline: Any, precision: str, attention: bool = False) -> tuple[A
     weights = WEIGHTS | ({"attention_kd_loss": 1.0} if attention else {})
     pairs = attention_pairs(student, plan)
     return student, BlockDistillation(
-        frozen_copy(pipeline.unet, precision), plan.feature_pairs(), weights, "none", pairs
+        copy_frozen(pipeline.unet, precision), plan.feature_pairs(), weights, "none", pairs
     )
 
 
@@ -54,8 +51,8 @@ def test_the_teacher_computes_in_its_own_precision_inside_the_students_autocast(
 
     for name, network in (("teacher", objective.teacher), ("student", student)):
         network.conv_in.register_forward_pre_hook(lambda module, inputs, name=name: look(name, inputs))
-    with objective.attached(student), torch.autocast("cpu", torch.bfloat16):
-        found = objective.losses(student, make_batch())
+    with objective.attach_hooks(student), torch.autocast("cpu", torch.bfloat16):
+        found = objective.compute_losses(student, make_batch())
     assert seen == {"teacher": (torch.bfloat16, False), "student": (torch.float32, True)}
     assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in found.values())
 
@@ -64,8 +61,10 @@ def test_losses_in_bf16_stay_near_those_in_fp32(random_pipeline: Any) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
         student, objective = make_pair(random_pipeline, precision)
-        with objective.attached(student), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            losses[precision] = {name: value.item() for name, value in objective.losses(student, make_batch()).items()}
+        with objective.attach_hooks(student), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            losses[precision] = {
+                name: value.item() for name, value in objective.compute_losses(student, make_batch()).items()
+            }
     for name, value in losses["fp32"].items():
         assert losses["bf16"][name] == pytest.approx(value, rel=0.02), name
 
@@ -78,16 +77,16 @@ def test_compiled_blocks_give_the_losses_and_gradients_of_the_network(random_pip
         student, objective = make_pair(random_pipeline, "fp32", attention)
         torch._dynamo.reset()
         with ExitStack() as stack:
-            stack.enter_context(objective.attached(student))
+            stack.enter_context(objective.attach_hooks(student))
             if compiled:
                 counters = [CompileCounter() for _ in range(2)]
                 for network, hooked, counter in zip(
-                    (student, objective.teacher), objective.hooked, counters, strict=True
+                    (student, objective.teacher), objective.hooked_modules, counters, strict=True
                 ):
-                    assert stack.enter_context(compiled_blocks(network, hooked, backend=counter)) > 8
+                    assert stack.enter_context(compile_blocks(network, hooked, backend=counter)) > 8
                 stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
             for _ in range(2):  # the second time what was compiled is used
-                losses = objective.losses(student, make_batch())
+                losses = objective.compute_losses(student, make_batch())
             losses["loss"].backward()
             if compiled:
                 assert min(counter.frame_count for counter in counters) > 4
@@ -109,7 +108,7 @@ def test_bf16_is_chosen_only_where_the_card_computes_it(
     assert choose_precision("auto", "cuda") == precision
 
 
-def test_processes_ask_one_another_now_and_then_and_a_single_one_never() -> None:
+def test_processes_exchange_stop_signals_every_tenth_step_and_a_single_process_never() -> None:
     asked: list[float] = []
 
     def reduce(value: torch.Tensor, _kind: str) -> torch.Tensor:
@@ -119,8 +118,8 @@ def test_processes_ask_one_another_now_and_then_and_a_single_one_never() -> None
     def accelerator(processes: int) -> Any:
         return SimpleNamespace(num_processes=processes, device="cpu", reduce=reduce)
 
-    assert [_agree(accelerator(1), True, step) for step in (1, 2)] == [True, True]
+    assert [any_process_stops(accelerator(1), True, step) for step in (1, 2)] == [True, True]
     assert asked == []
-    answers = [_agree(accelerator(2), True, step) for step in range(1, 31)]
+    answers = [any_process_stops(accelerator(2), True, step) for step in range(1, 31)]
     assert [step for step, answer in enumerate(answers, 1) if answer] == [10, 20, 30]
     assert len(asked) == 3

@@ -64,7 +64,7 @@ def main() -> None:
     }
     shown = []
     for split, shards in (("seen", nano.shards("train")), ("heldout", nano.shards("heldout"))):
-        prompts = [Prompt(p.caption, p.style) for p in nano_prompts.prompts(split, args.count)]
+        prompts = [Prompt(p.caption, p.style) for p in nano_prompts.draw_prompts(split, args.count)]
         with (
             torch.inference_mode(),
             torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),

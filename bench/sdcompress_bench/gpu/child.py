@@ -1,4 +1,4 @@
-"""What a part of the program sees in its own process: its device, what earlier parts found, and where its rows go."""
+"""A part's view of the program in its own process: its device, the rows of earlier parts, and where its rows go."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import BackendMissing, SdCompressError
-from sdcompress_engines.runners.cuda_graphs import short
+from sdcompress_engines.errors import BackendMissing, SdCompressError, shorten
 
 Row = dict[str, Any]
 BEGUN = "begun"
-"""Key of a line that says which row is being measured, so that a crash can be told by its row."""
+"""Key of a line with the name of the row being measured, so that a crash can be attributed to that row."""
 
 
 class DeviceLost(RuntimeError):
-    """The CUDA context is broken: every further call in this process fails."""
+    """The CUDA context is broken. Every further call in this process fails."""
 
 
 class PartRun:
@@ -32,10 +31,14 @@ class PartRun:
         argument: see `Program.argument_of`; plain values.
 
     Attributes:
-        device: `cpu`, or a CUDA device with its index. smoke: measure small models, a few samples each.
-        earlier: rows of other parts, and of this one from an earlier attempt.
-        precision: what models run in.
-        folder: of the results. scratch: for large files, gone when the program ends.
+        part: its number.
+        device: `cpu`, or a CUDA device with its index.
+        smoke: measure small models, a few samples each.
+        earlier: rows of other parts, and of this part from an earlier attempt.
+        precision: of the models.
+        folder: of the results.
+        scratch: for large files; it is removed when the program ends.
+        facts: what the program knows about the machine.
     """
 
     def __init__(self, argument: Mapping[str, Any]) -> None:
@@ -65,7 +68,7 @@ class PartRun:
         return next((each for each in found if "failed" not in each and "skipped" not in each), None)
 
     def row(self, name: str, **figures: Any) -> Row:
-        """Write a row now; a figure that is not finite makes it a failed one."""
+        """Write a row now and return it; a figure that is not finite marks it as failed."""
         found: Row = {"part": self.part, "row": name} | figures
         for key, value in figures.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -76,13 +79,17 @@ class PartRun:
         return found
 
     def measure(self, name: str, function: Callable[[], Mapping[str, Any]], **labels: Any) -> Row:
-        """Write the row of what `function` returns, unless an earlier attempt has it; what it raises is the reason.
+        """Write the row with the figures of `function`, unless an earlier attempt has it; returns the row.
+
+        If the function raises, the row is marked as skipped or failed, with the reason.
 
         Args:
+            name: of the row, unique in the part.
+            function: measures and returns the figures.
             labels: plain values that the row has in any case.
 
         Raises:
-            DeviceLost: the device does not answer any more.
+            DeviceLost: the device does not answer anymore.
         """
         if name in self._done:
             return self._done[name]
@@ -92,17 +99,23 @@ class PartRun:
             found = {**labels, **function()}
         except BackendMissing as error:
             found = {**labels, "skipped": str(error)}
-        except Exception as error:  # a row that fails costs only itself
+        except Exception as error:  # a failed row must not stop the part
             self.log(f"part {self.part}, {name}\n{traceback.format_exc()}")
             kind = "" if isinstance(error, SdCompressError) else f"{type(error).__name__}: "
-            found = {**labels, "failed": short(f"{kind}{error}").replace(str(Path.home()), "~")}
+            found = {**labels, "failed": shorten(f"{kind}{error}").replace(str(Path.home()), "~")}
         row = self.row(name, **found, took_s=round(time.monotonic() - began, 2))
         if "failed" in row:
             self._recover(name)
         return row
 
     def skip(self, name: str, reason: str, **labels: Any) -> Row:
-        """Write a row that this machine cannot measure."""
+        """Write a row that this machine cannot measure; returns it.
+
+        Args:
+            name: of the row, unique in the part.
+            reason: why.
+            labels: plain values of the row.
+        """
         return self.row(name, **labels, skipped=reason)
 
     def log(self, text: str) -> None:
@@ -115,18 +128,18 @@ class PartRun:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _recover(self, name: str) -> None:
-        """Free what a failed row left behind."""
+        """Free the memory that a failed row left behind."""
         gc.collect()
         if self.is_cuda:
             try:
                 torch.cuda.synchronize(self.device)
                 torch.cuda.empty_cache()
             except RuntimeError as error:
-                raise DeviceLost(f"the device was lost in row {name!r} ({short(error)})") from error
+                raise DeviceLost(f"the device was lost in row {name!r} ({shorten(error)})") from error
 
 
 def run_part(argument: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the part that `argument` names, in this process; its rows are in rows.jsonl."""
+    """Run the part that `argument` names, in this process; it writes its rows to rows.jsonl."""
     run = PartRun(argument)
     if run.is_cuda:
         torch.cuda.set_device(run.device)
@@ -136,10 +149,10 @@ def run_part(argument: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(argument: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the environment, and on CUDA proves that the device computes in this process.
+    """Returns the environment; on CUDA it checks that the device computes in this process.
 
     Raises:
-        RuntimeError: the device does not answer, or answers wrongly.
+        RuntimeError: the device does not answer, or its result is wrong.
     """
     from ..environment import environment
 

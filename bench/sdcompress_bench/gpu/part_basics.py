@@ -1,4 +1,4 @@
-"""Parts 0 and 1: what is on this machine, and what it can do at best."""
+"""Parts 0 and 1: what this machine has installed, and the limits of its device."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from sdcompress_engines.exactness import ieee_fp32, relative_l2
 
-from ..work import measure_peaks
+from ..peaks import measure_peaks
 from .child import PartRun
 from .models import peak_options
 
 PRODUCT = 96
-"""Side of the product that proves a device: large enough for its matrix units."""
+"""Side of the product that tests a device: large enough for its matrix units."""
 
 
 def environment(run: PartRun) -> None:
-    """Write what works and what is there; each row is one fact."""
+    """Write what works and what is installed, one fact a row."""
     forked = run.facts["forked"]
     if run.is_cuda:
         run.row("CUDA in a forked process", **forked, value="works" if "failed" not in forked else "does not work")
@@ -34,13 +34,13 @@ def environment(run: PartRun) -> None:
         found = tool_version(tool, version)
         run.row(f"tool {tool}", value=found) if found else run.skip(f"tool {tool}", "not on the PATH")
     for name in ("triton", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "pytest"):
-        there = importlib.util.find_spec(name) is not None
-        run.row(f"package {name}", value="installed") if there else run.skip(f"package {name}", "not installed")
+        installed = importlib.util.find_spec(name) is not None
+        run.row(f"package {name}", value="installed") if installed else run.skip(f"package {name}", "not installed")
     run.measure("backends", lambda: backends(run))
 
 
 def check_product(run: PartRun, dtype: torch.dtype) -> dict[str, Any]:
-    """Returns the error of a matrix product on the device to one in double precision.
+    """Returns the error of a matrix product on the device against one in double precision.
 
     Raises:
         RuntimeError: it is too large.
@@ -57,20 +57,20 @@ def check_product(run: PartRun, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def tool_version(tool: str, option: str) -> str | None:
-    """Returns the line of a tool's version that has a number in it, or None where the tool is not there."""
+    """Returns the line with a tool's version, or None if the tool is not installed."""
     path = shutil.which(tool)
     if path is None:
         return None
     try:
-        said = subprocess.run([path, option], capture_output=True, text=True, timeout=10, check=False).stdout
+        output = subprocess.run([path, option], capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = [line.strip() for line in said.splitlines() if any(letter.isdigit() for letter in line)]
+    lines = [line.strip() for line in output.splitlines() if any(letter.isdigit() for letter in line)]
     return next((line for line in lines if "release" in line), lines[0] if lines else "there")[:80]
 
 
 def backends(run: PartRun) -> dict[str, Any]:
-    """Returns which backends could run here, and of the others the reason."""
+    """Returns the backends that can run here, and the reasons of the others."""
     from sdcompress_engines.runners import available
 
     found = available(run.device.type)
@@ -79,7 +79,7 @@ def backends(run: PartRun) -> dict[str, Any]:
 
 
 def peaks(run: PartRun) -> None:
-    """Write the best matrix product of each precision, and the best copy: what shares of the peak refer to."""
+    """Write the fastest matrix product of each precision and the fastest copy; shares of the peak refer to them."""
     options = peak_options(run.smoke)
     for precision in ("fp16", "bf16", "fp32"):
         with ieee_fp32():
@@ -92,6 +92,13 @@ def peaks(run: PartRun) -> None:
 
 
 def peak(run: PartRun, precision: str, options: Any) -> dict[str, Any]:
+    """Returns the limits of the device in a precision.
+
+    Args:
+        run: has the device.
+        precision: fp32, fp16 or bf16.
+        options: of `measure_peaks`.
+    """
     found = measure_peaks(str(run.device), precision, **options)
     return {"matmul_tflops": found.matmul_flops_per_s / 1e12, "copy_gb_per_s": found.bandwidth_bytes_per_s / 1e9}
 
@@ -99,6 +106,6 @@ def peak(run: PartRun, precision: str, options: Any) -> dict[str, Any]:
 @contextmanager
 def tf32() -> Iterator[None]:
     """Compute fp32 matrix products in TF32 inside the block."""
-    with ieee_fp32():  # puts back what was set before
+    with ieee_fp32():  # restores the previous settings
         torch.backends.cuda.matmul.allow_tf32 = True
         yield

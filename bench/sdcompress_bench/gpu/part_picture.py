@@ -16,8 +16,7 @@ from PIL import Image
 from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.unet import EngineUNet
 
-from sdcompress.sampling import keep_timesteps_on_host
-from sdcompress.sampling import generate
+from sdcompress.sampling import generate, keep_timesteps_on_host
 
 from .child import PartRun
 from .models import TEACHER, Models

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from sdcompress_engines.runners.cuda_graphs import short
+from sdcompress_engines.errors import shorten
 
 from .child import PartRun
 
@@ -74,7 +74,7 @@ def read_outcomes(run: PartRun, lines: Iterator[str]) -> Iterator[tuple[str, str
         if found := _OUTCOME.match(line):
             yield found[1], found[2], None
         elif found := _SUMMARY.match(line.rstrip()):
-            yield found[2], found[1], short(found[3] or errors.get(found[2], "see gpu.log"))
+            yield found[2], found[1], shorten(found[3] or errors.get(found[2], "see gpu.log"))
         elif found := _SECTION.match(line.rstrip()):
             at = found[1]
         elif line.startswith("E  "):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from sdcompress_engines.errors import BackendMissing
 
-from sdcompress.models.locate import unet_config
+from sdcompress.models.locate import read_unet_config
 from sdcompress.models.random import family_configs
 
 from .child import PartRun
@@ -70,7 +70,7 @@ def nano_rows(run: PartRun) -> None:
 
 
 def nano_setup(batch: int) -> Setup:
-    return Setup("nano", 128, batch, unet_config("nano"))
+    return Setup("nano", 128, batch, read_unet_config("nano"))
 
 
 def train_rows(run: PartRun, setup: Setup, prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""Parts 3 and 4: a step of the teacher's UNet and of its students', each way that torch runs it."""
+"""Parts 3 and 4: a step of the teacher's UNet and of its students', in each mode of torch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ from .models import CHECKED_AT, MODELS, ONE_LEVEL, TEACHER, TIMED_AT, Models
 from .timing import synchronize, time_call
 
 BATCHES = (2, 16, 4)
-"""UNet batches, in the order of their worth: one picture with guidance, eight, two."""
+"""UNet batches, the most important first: one picture with guidance, eight, two."""
 NEEDS_CUDA = "needs CUDA graphs"
 OUTPUT = "out_sample"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to run a UNet in torch.
+    """How torch runs a UNet.
 
     Attributes:
+        name: in the rows.
         mode: of `TorchRunner`.
-        tuned: cuDNN measures its convolutions and takes the quickest (`torch.backends.cudnn.benchmark`).
+        cuda_graph: replay calls from a CUDA graph.
+        tuned: cuDNN measures its convolutions and takes the fastest (`torch.backends.cudnn.benchmark`).
     """
 
     name: str
@@ -51,7 +53,7 @@ COMPILED = (Variant("compile", "compile"), Variant("compile graph", "compile", c
 
 
 def unet_step(run: PartRun) -> None:
-    """Write a row for each model, batch and variant, the most wanted first."""
+    """Write a row for each model, batch and variant, the most important first."""
     models = Models(run)
     for batch in BATCHES[:1] if run.smoke else BATCHES:
         for name in MODELS:
@@ -60,7 +62,7 @@ def unet_step(run: PartRun) -> None:
 
 
 def compiled_step(run: PartRun) -> None:
-    """Write the rows of torch's compilers at one picture with guidance; the student, which compiles sooner, first."""
+    """Write the rows of torch's compilers for one picture with guidance; the student first, as it compiles faster."""
     models = Models(run)
     names = (ONE_LEVEL,) if run.smoke else ("bk-tiny", TEACHER)
     for name in names:
@@ -71,7 +73,15 @@ def compiled_step(run: PartRun) -> None:
 
 
 def step_row(run: PartRun, models: Models, name: str, batch: int, variant: Variant) -> None:
-    """Write one row."""
+    """Write the row of a variant.
+
+    Args:
+        run: the part.
+        models: has the UNet.
+        name: of the UNet.
+        batch: of the UNet.
+        variant: how torch runs it.
+    """
     label = f"{name} b{batch} {variant.name}"
     labels = {
         "model": name,
@@ -87,7 +97,15 @@ def step_row(run: PartRun, models: Models, name: str, batch: int, variant: Varia
 
 
 def package_row(run: PartRun, models: Models, name: str, batch: int, cuda_graph: bool) -> None:
-    """Write the row of a UNet that AOTInductor compiled."""
+    """Write the row of a UNet that AOTInductor compiled.
+
+    Args:
+        run: the part.
+        models: has the UNet.
+        name: of the UNet.
+        batch: of the UNet.
+        cuda_graph: replay calls from a CUDA graph.
+    """
     label = f"{name} b{batch} AOTInductor" + (" graph" if cuda_graph else "")
     labels = {"model": name, "batch": batch, "mode": "aot", "cuda_graph": cuda_graph}
     if cuda_graph and not run.is_cuda:
@@ -97,7 +115,15 @@ def package_row(run: PartRun, models: Models, name: str, batch: int, cuda_graph:
 
 
 def measure_variant(run: PartRun, models: Models, name: str, batch: int, variant: Variant) -> dict[str, Any]:
-    """Returns the figures of a variant. A failed capture raises, as the row would be another's."""
+    """Returns the figures of a variant. A failed capture raises, because the row would be that of another variant.
+
+    Args:
+        run: the part.
+        models: has the UNet.
+        name: of the UNet.
+        batch: of the UNet.
+        variant: how torch runs it.
+    """
     with models.runner(name, variant.mode, variant.cuda_graph) as runner, tuned(variant.tuned):
         figures = measure_runner(run, models, name, batch, runner)
     first_s = figures.pop("first_s")
@@ -105,7 +131,15 @@ def measure_variant(run: PartRun, models: Models, name: str, batch: int, variant
 
 
 def measure_runner(run: PartRun, models: Models, name: str, batch: int, runner: Runner) -> dict[str, Any]:
-    """Returns the time, the error and the share of the peak of a UNet's runner, and `first_s` of its first call."""
+    """Returns the time, the error and the share of the peak of a UNet's runner, and `first_s` of its first call.
+
+    Args:
+        run: the part.
+        models: has the reference output.
+        name: of the UNet.
+        batch: of the UNet.
+        runner: an open runner.
+    """
     dtypes = {spec.name: spec.dtype for spec in runner.inputs}
     feeds, checked = (
         {key: tensor.to(dtypes[key]) for key, tensor in models.feeds(name, batch, timestep).items()}
@@ -118,23 +152,26 @@ def measure_runner(run: PartRun, models: Models, name: str, batch: int, runner: 
     synchronize(run.device)
     first_s = time.perf_counter() - began
     figures = time_call(lambda: runner.infer(feeds), run.device, 0.1 if run.smoke else 0.7)
-    found = runner.infer(checked)[OUTPUT]
-    return (
-        figures
-        | models.judge(name, batch, found, figures["step_ms"], noise_floor(run, name, batch))
-        | {"first_s": first_s}
-    )
+    floor = noise_floor(run, name, batch)
+    judged = models.judge(name, batch, runner.infer(checked)[OUTPUT], figures["step_ms"], floor)
+    return figures | judged | {"first_s": first_s}
 
 
 def noise_floor(run: PartRun, name: str, batch: int) -> float | None:
-    """Returns torch's own error in this precision, or None before it is measured."""
+    """Returns torch's own error in this precision, or None before it is measured.
+
+    Args:
+        run: has the rows of part 3.
+        name: of the UNet.
+        batch: of the UNet.
+    """
     row = run.find(3, f"{name} b{batch} eager")
     return None if row is None else row["relative_l2"]
 
 
 @contextmanager
 def failed_captures_raise() -> Iterator[None]:
-    """Turn the warning of a runner that goes on without a CUDA graph into an error."""
+    """Turn the warning of a runner that continues without a CUDA graph into an error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*no CUDA graph could be captured")
         yield
@@ -142,7 +179,7 @@ def failed_captures_raise() -> Iterator[None]:
 
 @contextmanager
 def tuned(wanted: bool) -> Iterator[None]:
-    """Let cuDNN measure convolutions inside the block, where wanted."""
+    """Let cuDNN measure convolutions inside the block, if wanted."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = wanted
     try:
@@ -152,7 +189,17 @@ def tuned(wanted: bool) -> Iterator[None]:
 
 
 def measure_package(run: PartRun, models: Models, name: str, batch: int, cuda_graph: bool) -> dict[str, Any]:
-    """Returns the figures of AOTInductor's package, compiled where it is not there, as `sdcompress export` does it."""
+    """Returns the figures of AOTInductor's package, which is compiled first if it does not exist.
+
+    It is compiled as `sdcompress export` does it.
+
+    Args:
+        run: the part.
+        models: has the UNet.
+        name: of the UNet.
+        batch: of the UNet.
+        cuda_graph: replay calls from a CUDA graph.
+    """
     from sdcompress.export.aot import compile_unet
 
     package = run.scratch / "aot" / "unet.pt2"

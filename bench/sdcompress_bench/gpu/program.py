@@ -1,4 +1,4 @@
-"""Runs the parts one after the other inside some minutes: each in a process of its own that is killed at its cap."""
+"""Runs the parts one after the other within some minutes, each in its own process that is killed at its cap."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .child import Row, describe, run_part
 from .results import ResultFile, format_row, headline
 
 RESERVE_S = 4.0
-"""Kept for ending the last process and writing the file."""
+"""Reserved for ending the last process and writing the file."""
 LEAST_S = 10.0
-"""A part is not begun with less time than this."""
+"""A part does not begin with less time than this."""
 POLL_S, WRITE_S = 0.2, 5.0
 RESTARTS = 2
-"""How often a part whose process died goes on in a new one, behind the row that killed it."""
+"""How often a part whose process died continues in a new one, after the row that killed it."""
 CARD_S = 90.0
 
 
@@ -32,9 +32,11 @@ class Part:
     """A part of the program.
 
     Attributes:
+        number: as in `--parts` and in the rows.
+        title: for people.
         function: `module:name`, called with a `PartRun` in the part's own process.
         cap_s: seconds after which that process is killed.
-        kept_s: of all the time, seconds that no earlier part may take from it.
+        kept_s: seconds that earlier parts must leave for it.
     """
 
     number: int
@@ -59,7 +61,13 @@ PARTS = (
 
 
 def cap_seconds(part: Part, later: Sequence[Part], left_s: float) -> float:
-    """Returns how long a part may take of the time that is left, with what is kept for later parts taken off."""
+    """Returns how many seconds a part may take.
+
+    Args:
+        part: the part.
+        later: parts that come after it, whose `kept_s` is not available.
+        left_s: seconds that are left for all of them.
+    """
     return min(part.cap_s, left_s - sum(each.kept_s for each in later))
 
 
@@ -68,12 +76,15 @@ class Program:
 
     Args:
         folder: of the results; parts that ended in an earlier run are not repeated.
-        device: `cuda` or `cpu`. smoke: small models, a few samples each.
+        device: `cuda` or `cpu`.
+        smoke: small models, a few samples each.
         minutes: after which everything has ended.
+        parts: what can be run.
         say: prints a line.
 
     Raises:
-        UsageError: the folder has results of other settings. ArtifactError, StorageError: as `ResultFile`.
+        UsageError: the folder has results of other settings.
+        ArtifactError, StorageError: as in `ResultFile`.
     """
 
     def __init__(
@@ -144,10 +155,10 @@ class Program:
         return self._end - time.monotonic() - RESERVE_S
 
     def _find_card(self, replaced: bool) -> None:
-        """Describe the machine in a forked process; where CUDA does not work in one, all parts are spawned.
+        """Describe the machine in a forked process; if CUDA does not work in one, all parts are spawned.
 
         Args:
-            replaced: nothing that is in the folder stays, so it may be another card's.
+            replaced: the folder's rows are all replaced, so they may be of another card.
         """
         question, limit_s = {"device": self._device}, min(CARD_S, max(1.0, self._seconds_left()))
         began = time.monotonic()
@@ -196,7 +207,7 @@ class Program:
         self._say(f"== {part.number} {state} after {entry['seconds']:.0f} s{f': {reason}' if reason else ''}")
 
     def _attempts(self, part: Part, end: float) -> tuple[str, str | None]:
-        """Run a part and return its state and the reason; behind a row at which its process dies, a new one goes on."""
+        """Run a part and return its state and the reason; if its process dies, a new one continues after that row."""
         done = {row["row"] for row in self.results.of_part(part.number) if "failed" not in row}
         reason = None
         for _ in range(1 + RESTARTS):
@@ -217,15 +228,17 @@ class Program:
                 self._show_new()
             rows = self.results.of_part(part.number)
             done |= {row["row"] for row in rows}
-            if len(rows) == before:  # it dies outside of its rows
+            if len(rows) == before:  # it died outside of its rows
                 break
         return "failed", reason
 
     def argument_of(self, part: Part, limit_s: float, done: Collection[str]) -> dict[str, Any]:
-        """Returns what the part's process is given: plain values.
+        """Returns the argument of the part's process: plain values.
 
         Args:
-            done: rows of this part that are not to be measured again.
+            part: the part.
+            limit_s: seconds that it may take.
+            done: rows of this part that are not measured again.
         """
         return {
             "part": part.number,
@@ -241,7 +254,7 @@ class Program:
         }
 
     def _call(self, part: Part, limit_s: float, done: Collection[str]) -> dict[str, Any]:
-        """Returns what `isolated.call` returns; meanwhile shows rows as they come."""
+        """Returns the result of `isolated.call`; meanwhile it shows the rows as they are written."""
         ended = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(ended,), daemon=True)
         watcher.start()

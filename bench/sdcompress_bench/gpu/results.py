@@ -1,4 +1,4 @@
-"""gpu.json, put together from rows.jsonl; the lines that people read; the few figures that the project aims at."""
+"""Builds gpu.json from rows.jsonl, formats rows for people, and extracts the headline figures."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ _FORMS: dict[str, tuple[str, float]] = {
     "not_passed": ("{} not", 1),
     "value": ("{}", 1),
 }
-"""Figure → how a line shows it, and its factor; other figures are in gpu.json only."""
+"""Figure → its form in a line, and its factor; other figures are only in gpu.json."""
 
 
 def format_row(row: Row) -> str:
-    """Returns one line of a row for people."""
+    """Returns a row as one line for people."""
     parts = [
         form.format(row[key] * factor if factor != 1 else row[key])
         for key, (form, factor) in _FORMS.items()
@@ -49,13 +49,15 @@ def format_row(row: Row) -> str:
 
 
 class ResultFile:
-    """gpu.json of a folder, with what an earlier run left there.
+    """gpu.json of a folder, with the results of an earlier run there.
 
     Args:
+        folder: of the results.
         settings: `device` and `smoke`.
 
     Raises:
-        UsageError: the folder has results of other settings. ArtifactError: its gpu.json is damaged.
+        UsageError: the folder has results of other settings.
+        ArtifactError: its gpu.json is damaged.
         StorageError: it cannot be written.
     """
 
@@ -126,12 +128,12 @@ class ResultFile:
                 yield row
 
     def add(self, row: Row) -> None:
-        """Write a row of the program's own."""
+        """Write a row from the program itself."""
         with self.rows_path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def drop(self, parts: Sequence[int]) -> None:
-        """Forget parts and their rows."""
+        """Remove parts and their rows."""
         list(self.read_new())
         self._rows = {key: row for key, row in self._rows.items() if key[0] not in parts}
         self.parts = {number: part for number, part in self.parts.items() if number not in parts}
@@ -162,7 +164,13 @@ def measured(rows: Sequence[Row]) -> list[Row]:
 
 
 def best_step(rows: Sequence[Row], model: str, batch: int) -> Row | None:
-    """Returns the fastest UNet step of a model at a batch, whatever it runs on, or None where none was measured."""
+    """Returns the fastest UNet step of a model at a batch, on any backend, or None if none was measured.
+
+    Args:
+        rows: of all parts.
+        model: its name in the rows.
+        batch: of the UNet.
+    """
     found = [
         row
         for row in measured(rows)
@@ -172,11 +180,12 @@ def best_step(rows: Sequence[Row], model: str, batch: int) -> Row | None:
 
 
 def headline(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns the figures that the project aims at, those that were measured.
+    """Returns the figures that the project aims at, if they were measured.
 
-    unet_step_speedup   the teacher in eager mode over bk-tiny at its best, at UNet batch 2; the row, its share of peak
+    unet_step_speedup   time of the teacher in eager mode over bk-tiny in its fastest row, at UNet batch 2; with that
+                        row and its share of the peak
     picture_speedup     the same for a whole picture
-    training_speedup    our loop over the public scripts' manner; our best's share of peak
+    training_speedup    our loop over a loop in the public scripts' manner; with the share of the peak of our fastest
     tests_passed, tests_not_passed
     """
     by_name = {(row["part"], row["row"]): row for row in measured(rows)}

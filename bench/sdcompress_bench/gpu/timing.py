@@ -1,4 +1,4 @@
-"""How long a call takes: blocks of calls between two events on a GPU, or two readings of the clock on a CPU."""
+"""Times calls: in blocks between two CUDA events on a GPU, or between two readings of the clock on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 BLOCK_S = 0.03
-"""Length of a block of calls, so that the first launch after an idle moment does not count."""
+"""Length of a block of calls. In a block this long, the first launch after an idle moment does not count."""
 WARM_UP_S = 0.25
 """A GPU raises its clocks within this time."""
 LEAST_BLOCKS = 7
@@ -23,11 +23,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_call(call: Callable[[], Any], device: torch.device, budget_s: float = 1.0) -> dict[str, Any]:
-    """Returns `step_ms` (median of the blocks, a call), its 10th and 90th percentile, `blocks`, `calls`, `host_ms`.
+    """Returns `step_ms` (time of a call, median of the blocks), its 10th and 90th percentile, and `host_ms`.
+
+    It also returns the numbers of `blocks` and of `calls` in each.
 
     Args:
-        call: enqueues the same work each time; it has run before, so nothing is compiled or captured in it.
-        budget_s: for the blocks; warming up and `host_ms` take a little more.
+        call: enqueues the same work each time. It has run before, so it compiles and captures nothing.
+        device: that the call runs on.
+        budget_s: seconds for the blocks; warming up and `host_ms` take a little more.
     """
     each_s = _warm_up(call, device, min(WARM_UP_S, budget_s))
     calls = max(1, round(min(BLOCK_S, budget_s) / each_s))
@@ -50,7 +53,7 @@ def time_call(call: Callable[[], Any], device: torch.device, budget_s: float = 1
 
 
 def _warm_up(call: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Returns the seconds of a call, roughly, after calls for some seconds."""
+    """Call for some seconds; returns the rough time of a call in seconds."""
     call()
     synchronize(device)
     count, began = 0, time.perf_counter()
@@ -79,7 +82,7 @@ def _block_of_clock(call: Callable[[], Any], calls: int) -> float:
 
 
 def _host_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Returns how long a call keeps the host of an idle device, ms: if that is the step's time, launches limit it."""
+    """Returns how long a call occupies the host while the device is idle, ms. If that is the step's time, launches limit it."""
     found = []
     for _ in range(5):
         synchronize(device)

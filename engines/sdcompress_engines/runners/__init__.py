@@ -11,8 +11,9 @@ import torch
 
 from ..errors import UsageError
 from ..flavour import FLAVOURS
-from . import aot_inductor, onnxruntime, tensorrt
-from .aot_inductor import AotInductorRunner, compile_package
+from . import aot_package, onnxruntime_install, tensorrt
+from .aot_compiler import compile_package
+from .aot_inductor import AotInductorRunner
 from .base import Runner, TensorSpec
 from .memory import SharedMemory
 from .onnxruntime import OnnxRuntimeRunner
@@ -40,15 +41,16 @@ _BY_SUFFIX: dict[str, type[OnnxRuntimeRunner] | type[TensorRTRunner] | type[AotI
 
 
 def open_runner(path: str | PathLike[str], device: torch.device | str | None = None, **options: Any) -> Runner:
-    """An open runner for a graph, chosen by its suffix: `.onnx` runs on the CPU unless told otherwise, `.engine` on the
-    GPU, `.pt2` where it was made for.
+    """Returns an open runner for a graph, chosen by the suffix of its file.
 
     Args:
+        path: ends in `.onnx`, `.engine` or `.pt2`.
+        device: by default the CPU for `.onnx`, a GPU for `.engine`, and for `.pt2` the device it was compiled for.
         options: of the runner's own, such as `cuda_graph=True`.
 
     Raises:
-        UsageError: another suffix, no such file, or an option that runner has not. BackendMissing, EngineError,
-            EngineMismatch: as `Runner.open`.
+        UsageError: another suffix, no such file, or an option that the runner does not have. BackendMissing,
+            EngineError, EngineMismatch: as `Runner.open`.
     """
     kind = _BY_SUFFIX.get(Path(path).suffix)
     if kind is None:
@@ -71,12 +73,12 @@ def available(device: str = "cpu") -> dict[str, str | None]:
     """Returns backend → None where it is usable here, else the reason.
 
     Args:
-        device: `cpu` or `cuda`, where ONNX Runtime is to run; the engines of TensorRT run on a GPU whatever it says.
+        device: `cpu` or `cuda`, for ONNX Runtime; engines of TensorRT always run on a GPU.
     """
     engines = {name: tensorrt.missing(flavour) for name, flavour in FLAVOURS.items()}
     return {
         "torch": None,
-        "aot-inductor": aot_inductor.missing(),
-        "onnxruntime": onnxruntime.missing(device),
+        "aot-inductor": aot_package.missing(),
+        "onnxruntime": onnxruntime_install.missing(device),
         **engines,
     }

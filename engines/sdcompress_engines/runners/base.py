@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output: an int is a fixed size, a name a free one (the same name is the same size on every input)."""
+    """One input or output.
+
+    Attributes:
+        name: as in the graph.
+        shape: an int is a fixed size, a name a free one. The same name is the same size on every input.
+        dtype: of the tensor.
+    """
 
     name: str
     shape: tuple[int | str, ...]
@@ -33,12 +39,13 @@ class TensorSpec:
 class Runner(ABC):
     """One backend session over one graph.
 
-    `inputs` and `outputs` are known once it is open; opening twice is opening once.
+    `inputs` and `outputs` are known once it is open. To open it twice has no further effect.
 
     Attributes:
         backend: `torch`, `aot-inductor`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
         path: the graph's file; None for a module in memory.
-        device: where `infer` takes and gives its tensors.
+        device: of the tensors that `infer` takes and returns.
+        inputs, outputs: in the order of the graph.
     """
 
     backend: str
@@ -51,11 +58,11 @@ class Runner(ABC):
         self._is_open = False
 
     def open(self) -> Self:
-        """Load the graph.
+        """Load the graph. Returns the runner itself.
 
         Raises:
             UsageError: there is no such file. BackendMissing: the runtime or its device is not there.
-            EngineError: the file is damaged. EngineMismatch: it was made for another card, version or platform.
+            EngineError: the file is damaged. EngineMismatch: it was built for another card, version or platform.
         """
         if not self._is_open:
             if self.path is not None and not self.path.is_file():
@@ -65,25 +72,25 @@ class Runner(ABC):
         return self
 
     def infer(self, feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Every output by name, fresh tensors on `device` that belong to the caller.
+        """Returns every output by name: fresh tensors on `device` that belong to the caller.
 
         Args:
-            feeds: every input by name, with the dtype and a shape its spec allows, on `device`.
+            feeds: every input by name, with the dtype and a shape that its spec allows, on `device`.
 
         Raises:
-            EngineMismatch: a name, dtype, shape or device that the graph does not take. EngineError: it is closed, or
-                it failed.
+            EngineMismatch: a name, dtype, shape or device that the graph does not take. EngineError: the runner is
+                closed, or the graph failed.
         """
         if not self._is_open:
             raise EngineError("the runner is not open", where=self.path, hint="with open_runner(path) as runner: ...")
         self._check(feeds)
-        # Not in inference mode, whatever the caller is in: a scheduler may not change such tensors in place, and a CUDA
-        # graph's static tensors could not be written to from a later call outside of it.
+        # Outside of inference mode, even when the caller is in it: a scheduler could not change such tensors in place,
+        # and a later call outside of that mode could not write to a CUDA graph's static tensors.
         with torch.inference_mode(False), torch.no_grad():
             return self._run({spec.name: feeds[spec.name].detach().contiguous() for spec in self.inputs})
 
     def close(self) -> None:
-        """Free the session and its memory; it can be opened again."""
+        """Free the session and its memory. The runner can be opened again."""
         if self._is_open:
             self._release()
             self._is_open = False
@@ -126,7 +133,7 @@ class Runner(ABC):
 
     @abstractmethod
     def _load(self) -> None:
-        """Make the session and set `inputs` and `outputs`."""
+        """Create the session and set `inputs` and `outputs`."""
 
     @abstractmethod
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,3 +142,19 @@ class Runner(ABC):
     @abstractmethod
     def _release(self) -> None:
         """Drop the session."""
+
+
+def cuda_device(index: int | None) -> torch.device:
+    """Returns a CUDA device with its index; None is the current device."""
+    return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+
+
+def name_outputs(outputs: Iterable[TensorSpec], results: Any) -> dict[str, torch.Tensor]:
+    """Returns what a module returned, by name.
+
+    Args:
+        outputs: of the module, in order.
+        results: one tensor, or a tuple or list of tensors in that order.
+    """
+    tensors = results if isinstance(results, (tuple, list)) else (results,)
+    return dict(zip((spec.name for spec in outputs), tensors, strict=True))

@@ -1,4 +1,4 @@
-"""CUDA graphs: capture the work of a call once for each input shape, then replay it over tensors whose addresses stay."""
+"""CUDA graphs: the work of a call, captured once for each input shape and replayed over tensors that stay in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import EngineError, UsageError
+from ..errors import EngineError, UsageError, shorten
 from .memory import StreamOrder
 
 Tensors = dict[str, torch.Tensor]
@@ -27,7 +27,7 @@ def check_graph_device(wanted: bool, device: torch.device) -> None:
     """Refuse a CUDA graph on a device that has none.
 
     Raises:
-        UsageError: `wanted`, and the device is no GPU.
+        UsageError: one is wanted, and the device is no GPU.
     """
     if wanted and device.type != "cuda":
         raise UsageError(f"a CUDA graph on {device}", expected="a CUDA device", hint="cuda_graph=False")
@@ -41,6 +41,7 @@ def capture_graph(
     The caller's stream is current again, also after an error.
 
     Args:
+        call: enqueues work; it must not wait for the device.
         stream: a stream other than the default one, idle; `call` runs with it as the current stream.
         pool: the memory pool of the tensors that `call` makes, from `torch.cuda.graph_pool_handle`.
 
@@ -65,7 +66,7 @@ class StaticCall:
     """A call on tensors whose addresses stay: feeds are copied in, `launch` enqueues the work, results are copied out.
 
     Attributes:
-        feeds, results: static tensors by name.
+        feeds, results: static tensors by name, on one CUDA device.
         launch: enqueues the work on the current stream; the replay of a graph, or a library's own launch.
     """
 
@@ -94,6 +95,7 @@ class GraphedCall:
         function: input tensors by name → output tensors by name, all on `device`. It must not wait for the device.
         device: a CUDA device with its index.
         where: the file that runs, for the warning.
+        limit: how many graphs are kept.
     """
 
     def __init__(
@@ -143,7 +145,7 @@ class GraphedCall:
         try:
             graph, results = capture_graph(lambda: self._function(static), self._stream, self._pool)
         except (RuntimeError, EngineError) as error:
-            self.failure = short(error)
+            self.failure = shorten(error)
             warn_without_graph(self._where, self.failure)
             return None
         return StaticCall(static, results, graph.replay)
@@ -161,9 +163,3 @@ def warn_without_graph(where: str | PathLike[str] | None, reason: str) -> None:
         RuntimeWarning,
         stacklevel=6,
     )
-
-
-def short(error: object, length: int = 300) -> str:
-    """Returns one line of a library's message, cut to `length` characters."""
-    line = " ".join(str(error).split())
-    return line if len(line) <= length else f"{line[:length]} ..."

@@ -1,5 +1,5 @@
-"""Run calls on a TensorRT engine: one context for each profile, activations in our memory, in the order of torch's
-stream, as CUDA graphs if wanted.
+"""Calls on a TensorRT engine: one context for each profile, activations in memory of the runner's, in the order of
+torch's stream, as CUDA graphs if wanted.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from ..errors import EngineError, EngineMismatch
+from ..errors import EngineError, EngineMismatch, shorten
 from .base import TensorSpec
-from .cuda_graphs import GRAPHS, StaticCall, capture_graph, short, warn_without_graph
+from .cuda_graphs import GRAPHS, StaticCall, capture_graph, warn_without_graph
 from .memory import SharedMemory
 from .shapes import Shape
 
 
 @dataclass
 class _Context:
-    """An execution context on one profile, and what was last set on it."""
+    """An execution context on one profile, and what was set on it last."""
 
     native: Any
     profile: int
@@ -33,8 +33,11 @@ class _Context:
 
 @dataclass
 class _Captured:
-    """A static call, the context it runs on, and whether a CUDA graph of ours holds the addresses of that context's
-    memory.
+    """A static call.
+
+    Attributes:
+        context: that it runs on.
+        holds_addresses: whether a CUDA graph of this module holds the addresses of that context's memory.
     """
 
     context: _Context
@@ -43,16 +46,19 @@ class _Captured:
 
 
 class Execution:
-    """The runs of one engine. One thread at a time.
+    """The runs of one engine. Only one thread at a time may use it.
 
     Args:
-        native, how: the engine, and what its contexts are made with: a runtime configuration, or the strategy of who
-            allocates memory (it is us).
+        native: the engine.
+        how: what its contexts are created with: a runtime configuration, or the strategy that the caller allocates
+            memory.
         outputs: with their dtypes.
         device: a CUDA device with its index.
         memory: for activations; contexts of this engine share it, and other engines' may.
-        graphs: whether shapes that come again are replayed; `itself`: whether the library captures them.
-        log: the library's; `said()` is what it complained about last.
+        log: the library's; `said()` returns its last errors.
+        where: the engine's path, for messages.
+        graphs: whether repeated shapes are replayed as CUDA graphs.
+        itself: whether the library captures and replays them itself.
     """
 
     def __init__(
@@ -78,8 +84,12 @@ class Execution:
     def run(
         self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The outputs, fresh tensors of torch's current stream, for contiguous feeds whose shapes `profile` takes; the
-        device is the current one.
+        """Returns the outputs, fresh tensors of torch's current stream.
+
+        Args:
+            profile: index of an optimization profile that fits `shapes`.
+            shapes: of the inputs, by name.
+            feeds: contiguous tensors on the device, which is the current one.
 
         Raises:
             EngineError: no memory, or the engine failed. EngineMismatch: the engine refuses the shapes.
@@ -96,8 +106,13 @@ class Execution:
             return results
 
     def reserve(self, profile: int, shapes: Mapping[str, Shape]) -> None:
-        """Make the activation memory large enough for these shapes now, so that it need not grow, and graphs be
-        captured again, later.
+        """Make the activation memory large enough for these shapes now.
+
+        Otherwise it would grow later, and graphs would be captured again.
+
+        Args:
+            profile: index of an optimization profile.
+            shapes: of the inputs, by name.
 
         Raises:
             EngineError: no memory. EngineMismatch: the profile does not take these shapes.
@@ -107,11 +122,10 @@ class Execution:
 
     @contextmanager
     def _stream(self) -> Iterator[torch.cuda.Stream]:
-        """The stream to enqueue on: torch's current one; for the default one, where TensorRT would wait for the whole
-        device, a stream of our own.
+        """Yield the stream to enqueue on: torch's current one, or instead of the default one a stream of our own.
 
-        That one forks from the current stream and joins it again, so tensors of the current stream can be freed and
-        used as if they had never left it.
+        On the default stream TensorRT would wait for the whole device. The own stream forks from the current one and
+        joins it again, so tensors of the current stream can be freed and used as usual.
         """
         current = torch.cuda.current_stream(self._device)
         if current != torch.cuda.default_stream(self._device):
@@ -129,7 +143,7 @@ class Execution:
         return self._contexts[profile]
 
     def _separate_context(self, profile: int, shapes: Mapping[str, Shape], stream: torch.cuda.Stream) -> _Context:
-        """Returns a context for these shapes alone: the one that `reserve` has prepared for them, else a new one."""
+        """Returns a context for these shapes alone: the one that `reserve` prepared for them, else a new one."""
         held = self._contexts.get(profile)
         if held is not None and held.shapes == shapes:
             return self._contexts.pop(profile)
@@ -146,7 +160,7 @@ class Execution:
         return _Context(native, profile)
 
     def _prepare(self, context: _Context, shapes: Mapping[str, Shape]) -> None:
-        """Set shapes and memory where they are not what they were."""
+        """Set shapes and memory where they differ from those set before."""
         native = context.native
         if context.shapes != shapes:
             context.shapes, context.memory = None, None
@@ -161,7 +175,7 @@ class Execution:
                         f"the shape of {', '.join(lacking)} is not known from the inputs", where=self._where
                     )
             context.results = {spec.name: tuple(native.get_tensor_shape(spec.name)) for spec in self._outputs}
-            # What these shapes need; 0 is none, or no answer, so the profile's upper bound stands in for it.
+            # What these shapes need. 0 is none or unknown, and the profile's upper bound is used instead.
             context.need = int(native.update_device_memory_size_for_shapes()) or int(
                 self._engine.get_device_memory_size_for_profile_v2(context.profile)
             )
@@ -187,8 +201,9 @@ class Execution:
     def _find_or_capture(
         self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream
     ) -> _Captured | None:
-        """Returns the static call for these shapes, captured now if it is new or its memory has moved; None where a
-        capture has failed.
+        """Returns the static call for these shapes; None where a capture has failed.
+
+        It is captured now if it is new or its memory has moved.
         """
         key = (profile, tuple(shapes.values()))
         captured = self._captured.pop(key, None)
@@ -206,8 +221,8 @@ class Execution:
     def _capture(
         self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream
     ) -> _Captured | None:
-        # A captured context keeps to its shape: what kernels read of sizes may lie in the context's memory, where
-        # another shape would change it.
+        # A captured context keeps its shape: kernels may read sizes from the context's memory, where another shape
+        # would change them.
         context = self._context(profile, stream) if self._itself else self._separate_context(profile, shapes, stream)
         self._prepare(context, shapes)
         inputs, results = {name: tensor.clone() for name, tensor in feeds.items()}, self._fresh(context)
@@ -220,15 +235,14 @@ class Execution:
 
             return _Captured(context, StaticCall(inputs, results, launch), holds_addresses=False)
         torch.cuda.synchronize(self._device)
-        self._execute(
-            context, tensors, self._own_stream
-        )  # the first run of a shape sets up what a capture must not contain
+        # The first run of a shape sets up what a capture must not contain.
+        self._execute(context, tensors, self._own_stream)
         self._own_stream.synchronize()
         try:
             graph, _ = capture_graph(lambda: self._execute(context, tensors, self._own_stream), self._own_stream)
         except (RuntimeError, EngineError) as error:
             self._graphs = False
-            warn_without_graph(self._where, short(error))
+            warn_without_graph(self._where, shorten(error))
             return None
         return _Captured(context, StaticCall(inputs, results, graph.replay), holds_addresses=True)
 
@@ -238,5 +252,5 @@ class Execution:
             yield
         except RuntimeError as error:
             raise EngineError(
-                f"the engine does not take {what} ({short(error)}; {self._log.said()})", where=self._where
+                f"the engine does not take {what} ({shorten(error)}; {self._log.said()})", where=self._where
             ) from error

@@ -1,4 +1,4 @@
-"""One block of GPU memory for the activations of every engine of a pipeline, and the order of the calls that use it."""
+"""One block of GPU memory for the activations of all engines of a pipeline, and the order of the calls that use it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..errors import EngineError
 
 
 class StreamOrder:
-    """Keeps calls on shared buffers in order on the device, whichever streams they come on.
+    """Keeps calls on shared buffers in order on the device, whichever streams they use.
 
-    They are enqueued from one thread at a time.
+    Only one thread at a time may enqueue them.
     """
 
     def __init__(self) -> None:
@@ -21,10 +21,9 @@ class StreamOrder:
 
     @contextmanager
     def lease(self, stream: torch.cuda.Stream) -> Iterator[None]:
-        """What is enqueued on `stream` inside the block waits for the call before it, and the next call waits for it."""
-        if (
-            torch.cuda.is_current_stream_capturing()
-        ):  # an outer graph takes no events from outside; its owner keeps the order
+        """Let work that the block enqueues on `stream` wait for the call before, and the next call wait for it."""
+        if torch.cuda.is_current_stream_capturing():
+            # An outer graph takes no events from outside; its owner keeps the order.
             yield
             return
         if self._last is not None:
@@ -37,11 +36,13 @@ class StreamOrder:
 
 
 class SharedMemory(StreamOrder):
-    """Activation memory of engines that run one after another: as large as the largest needs, instead of a block for
-    each.
+    """Activation memory of engines that run one after another: one block, as large as the largest engine needs.
 
     A CUDA graph keeps the addresses it was captured with, so runners capture their graphs again after the memory has
     grown.
+
+    Args:
+        device: where the memory is.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -51,14 +52,14 @@ class SharedMemory(StreamOrder):
 
     @property
     def block(self) -> tuple[int, int]:
-        """Address and size in bytes of what was reserved so far."""
+        """Address and size in bytes of what is reserved."""
         return (0, 0) if self._tensor is None else (self._tensor.data_ptr(), self._tensor.numel())
 
     def reserve(self, size: int) -> tuple[int, int]:
-        """Returns `block`, of at least `size` bytes. It moves only to grow, and then waits for what runs on the device.
+        """Returns `block`, of at least `size` bytes. It moves only to grow, and then waits for all work on the device.
 
         Raises:
-            EngineError: the device has no room for it.
+            EngineError: the device has too little memory.
         """
         if size > self.block[1]:
             if self.device.type == "cuda":

@@ -1,6 +1,4 @@
-"""Which optimization profile of an engine takes the shapes of a call; and where none does, what a person types to get
-one that would.
-"""
+"""Which optimization profile of an engine fits a call; where none does, an error that names the build flags."""
 
 from __future__ import annotations
 
@@ -28,8 +26,13 @@ _UNITS = {
 
 
 def choose_profile(profiles: Sequence[Ranges], shapes: Mapping[str, Shape]) -> int | None:
-    """The profile to run `shapes` with: one tuned for exactly them, else the tightest that contains them, else None;
-    the first of equals.
+    """Returns the index of the profile that fits these shapes best, or None.
+
+    That is one tuned for exactly these shapes, else the narrowest that contains them; the first of several equal ones.
+
+    Args:
+        profiles: of the engine.
+        shapes: of the inputs, by name.
     """
     fitting = [index for index, profile in enumerate(profiles) if _contains(profile, shapes)]
     return min(
@@ -50,37 +53,44 @@ def no_profile(
     vae_scale: int,
     where: str | PathLike[str] | None,
 ) -> EngineMismatch:
-    """The error for shapes outside every profile: the nearest one, in pictures' units, and the flags that widen it.
+    """Returns the error for shapes outside every profile: the nearest profile in pixels, and the flags that widen it.
 
     Args:
-        inputs: with the axis names of the graph; an axis without one is told as it is.
-        component: `--batch` counts calls of the UNet: a VAE, which sees a picture where guidance shows the UNet two, is
+        profiles: of the engine.
+        shapes: of the inputs, by name.
+        inputs: with the axis names of the graph; an axis without a name gets no flag.
+        component: the engine's. `--batch` counts samples of the UNet, and guidance makes two of a picture, so a VAE is
             built for half of it.
-        vae_scale: pixels a latent pixel.
+        vae_scale: pixels for each latent pixel.
+        where: the engine's path, for the message.
     """
     calls = 2 if component.startswith("vae") else 1
     nearest = min(profiles, key=lambda profile: _distance(profile, shapes))
-    asked, taken, flags = [], [], []
+    requested, accepted, flags = [], [], []
     for label, flag, scale, size, (least, best, most) in _axes(nearest, shapes, inputs, vae_scale):
         unit = " px" if label in ("height", "width") else ""
-        asked.append(f"{label} {size * scale}{unit}")
-        taken.append(f"{label} {least * scale}" + (f" to {most * scale}" if most != least else "") + unit)
+        requested.append(f"{label} {size * scale}{unit}")
+        accepted.append(f"{label} {least * scale}" + (f" to {most * scale}" if most != least else "") + unit)
         if flag and not least <= size <= most:
             factor = calls if label == "batch" else scale
             flags.append(f"{flag} {min(least, size) * factor}:{best * factor}:{max(most, size) * factor}")
     which = "the engine's profile" if len(profiles) == 1 else f"each of the engine's {len(profiles)} profiles"
     hint = f"build it with {' '.join(flags)}" if flags else "build it with a wider profile"
     return EngineMismatch(
-        f"{', '.join(asked)} is outside {which}",
+        f"{', '.join(requested)} is outside {which}",
         where=where,
-        expected=", ".join(taken) + ("" if len(profiles) == 1 else ", as in the nearest"),
+        expected=", ".join(accepted) + ("" if len(profiles) == 1 else ", as in the nearest"),
         hint=hint,
     )
 
 
 def axis_names(name: str, sizes: Sequence[int], known: Any) -> tuple[int | str, ...]:
-    """The shape of a tensor whose free sizes are negative: these get the names `known` (a manifest's shape) has for
-    them, else `name.axis`.
+    """Returns the shape of a tensor with names for its free axes.
+
+    Args:
+        name: of the tensor; an axis that `known` does not name is `name.axis`.
+        sizes: negative for a free axis.
+        known: the shape in the manifest; ignored where it does not fit.
     """
     named: Sequence[Any] = (
         known if isinstance(known, (list, tuple)) and len(known) == len(sizes) else [None] * len(sizes)
@@ -102,7 +112,7 @@ def _contains(profile: Ranges, shapes: Mapping[str, Shape]) -> bool:
 
 
 def _spread(profile: Ranges) -> float:
-    """How wide a profile is: the sum over its axes of log(max / min)."""
+    """Returns how wide a profile is: the sum over its axes of log(max / min)."""
     return sum(
         math.log(high / max(low, 1))
         for least, _, most in profile.values()
@@ -112,9 +122,7 @@ def _spread(profile: Ranges) -> float:
 
 
 def _distance(profile: Ranges, shapes: Mapping[str, Shape]) -> float:
-    """How far outside a profile the shapes are: the sum of the factors, in logarithms, by which sizes miss their
-    ranges.
-    """
+    """Returns how far outside a profile the shapes are: the sum of the logarithms of the factors to their ranges."""
     axes = (
         (least, size, most)
         for name, shape in shapes.items()
@@ -126,8 +134,9 @@ def _distance(profile: Ranges, shapes: Mapping[str, Shape]) -> float:
 def _axes(
     profile: Ranges, shapes: Mapping[str, Shape], inputs: Iterable[TensorSpec], vae_scale: int
 ) -> list[tuple[str, str | None, int, int, tuple[int, int, int]]]:
-    """Each free axis once: its label, build flag, scale to the label's unit, size asked for, and range, in the graph's
-    units.
+    """Returns each free axis once: label, build flag, scale to the label's unit, size of the call, range.
+
+    Size and range are in the graph's units.
     """
     found: dict[str, tuple[str, str | None, int, int, tuple[int, int, int]]] = {}
     for spec in inputs:

@@ -1,15 +1,14 @@
-"""TensorRT and TensorRT-RTX engines on torch CUDA tensors: bound by address, run in the order of torch's stream, never
-over the host.
+"""TensorRT and TensorRT-RTX engines on torch CUDA tensors.
 
-Activation memory is ours, not the library's: contexts of one engine, and with `SharedMemory` the engines of a whole
-pipeline, use one block.
+Tensors are bound by address, calls run in the order of torch's stream, and nothing is copied over the host. The runner
+allocates the activation memory, not the library: the contexts of one engine, and with `SharedMemory` the engines of a
+whole pipeline, use one block.
 """
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import deque
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -17,85 +16,17 @@ from typing import Any
 
 import torch
 
-from ..errors import BackendMissing, EngineError, EngineMismatch, UsageError
-from ..flavour import FLAVOURS, Flavour, check_fits_here, present_card
+from ..engine_files import read_engine
+from ..errors import BackendMissing, EngineError, EngineMismatch, UsageError, shorten
+from ..flavour import FLAVOURS, REBUILD, Flavour, check_fits_here, present_card
 from ..graph import sha256_graph
 from ..manifest import cache_folder, read_manifest
-from .base import Runner, TensorSpec
-from .cuda_graphs import short
+from .base import Runner, TensorSpec, cuda_device
 from .execution import Execution
-from .kept import read_sealed, write_sealed
 from .memory import SharedMemory
+from .sealed_files import read_sealed, write_sealed
 from .shapes import Ranges, axis_names, choose_profile, no_profile
-
-_DTYPES = {
-    "FLOAT": torch.float32,
-    "HALF": torch.float16,
-    "BF16": torch.bfloat16,
-    "INT8": torch.int8,
-    "UINT8": torch.uint8,
-    "INT32": torch.int32,
-    "INT64": torch.int64,
-    "BOOL": torch.bool,
-}
-KERNELS = ("lazy", "eager", "none")
-# What this file and `execution` take from both libraries, besides constructors; a test holds each name against the one
-# that is installed.
-USED_API = {
-    "Runtime": ("deserialize_cuda_engine",),
-    "ICudaEngine": (
-        "num_io_tensors",
-        "get_tensor_name",
-        "get_tensor_mode",
-        "get_tensor_dtype",
-        "get_tensor_shape",
-        "get_tensor_profile_shape",
-        "num_optimization_profiles",
-        "create_execution_context",
-        "get_device_memory_size_for_profile_v2",
-        "streamable_weights_size",
-        "weight_streaming_budget_v2",
-        "get_weight_streaming_automatic_budget",
-    ),
-    "IExecutionContext": (
-        "set_optimization_profile_async",
-        "set_input_shape",
-        "set_tensor_address",
-        "infer_shapes",
-        "get_tensor_shape",
-        "update_device_memory_size_for_shapes",
-        "set_device_memory",
-        "execute_async_v3",
-    ),
-    "ExecutionContextAllocationStrategy": ("USER_MANAGED",),
-    "TensorIOMode": ("INPUT", "OUTPUT"),
-    "ILogger": ("log", "ERROR", "INTERNAL_ERROR"),
-    "DataType": tuple(_DTYPES),
-}
-# For engines that were built without their weights.
-USED_API_REFIT = {
-    "Refitter": ("refit_cuda_engine",),
-    "OnnxParserRefitter": ("refit_from_file", "num_errors", "get_error"),
-    "ParserError": ("desc",),
-}
-# What only some have, looked for before it is used: a runtime configuration from TensorRT 10.11 on, the rest in
-# TensorRT-RTX.
-USED_API_RTX = {
-    "Runtime": ("get_engine_validity",),
-    "ICudaEngine": ("create_runtime_config",),
-    "IRuntimeConfig": (
-        "set_execution_context_allocation_strategy",
-        "create_runtime_cache",
-        "set_runtime_cache",
-        "cuda_graph_strategy",
-        "dynamic_shapes_kernel_specialization_strategy",
-    ),
-    "IRuntimeCache": ("serialize", "deserialize"),
-    "CudaGraphStrategy": ("WHOLE_GRAPH_CAPTURE",),
-    "DynamicShapesKernelSpecializationStrategy": tuple(name.upper() for name in KERNELS),
-    "EngineValidity": ("INVALID",),
-    "EngineInvalidityDiagnostics": ("VERSION_MISMATCH", "UNSUPPORTED_CC", "MALFORMED_ENGINE"),
-}
+from .tensorrt_library import DTYPES, KERNELS, create_log, explain_invalid
 
 
 def missing(flavour: Flavour) -> str | None:
@@ -109,20 +40,26 @@ def missing(flavour: Flavour) -> str | None:
 class TensorRTRunner(Runner):
     """An `.engine` file on a GPU. Its flavour is the one its manifest names, else the one installed.
 
-    Free sizes carry the graph's axis names where a manifest tells them, else `input.axis`. Each call runs on the
-    optimization profile that fits it best. One thread at a time.
+    Free sizes have the graph's axis names where a manifest gives them, else `input.axis`. Each call runs on the
+    optimization profile that fits it best. Only one thread at a time may use it.
 
     Args:
+        path: the engine.
+        device: a CUDA device; by default the current one.
+        flavour: the library, instead of the manifest's.
         cuda_graph: replay a captured graph for each shape, over buffers of the runner's own that inputs are copied into
-            and results out of. TensorRT-RTX captures by its own means, which know when a kernel compiled for the shape
+            and results out of. TensorRT-RTX captures by itself, because it knows when a kernel compiled for the shape
             has replaced the first one.
         memory: activation memory to share with other runners; by default the runner has its own.
-        kernels: when TensorRT-RTX compiles kernels for the very shape at hand: `lazy` (beside the first runs), `eager`
-            (before them), `none`.
+        kernels: when TensorRT-RTX compiles kernels for the exact shape of a call: `lazy` (during the first runs),
+            `eager` (before them), `none`.
         weights: the ONNX graph that an engine built with `--strip-plan` takes its weights from; by default the one
             `export` put in `onnx/` beside `engine/`.
         runtime_cache: keep the kernels that TensorRT-RTX compiles, in the cache folder, from `close` to the next
             `open`.
+
+    Raises:
+        UsageError: an unknown value of `kernels`. ArtifactError: the manifest cannot be read.
     """
 
     def __init__(
@@ -142,10 +79,10 @@ class TensorRTRunner(Runner):
         if kernels not in KERNELS:
             raise UsageError(f"kernels {kernels!r}", expected=" or ".join(KERNELS))
         manifest = read_manifest(self.path.parent)
-        self._made: Mapping[str, Any] | None = None if manifest is None else manifest.config
+        self._built: Mapping[str, Any] | None = None if manifest is None else manifest.config
         self.flavour = (
             flavour
-            or FLAVOURS.get(str((self._made or {}).get("flavour")))
+            or FLAVOURS.get(str((self._built or {}).get("flavour")))
             or next((f for f in FLAVOURS.values() if f.missing() is None), FLAVOURS["tensorrt-rtx"])
         )
         self.backend = self.flavour.name
@@ -157,7 +94,7 @@ class TensorRTRunner(Runner):
         self._forget()
 
     def _forget(self) -> None:
-        """As it was made; contexts go before their engine, and the log last."""
+        """Drop everything that `_load` sets. Contexts go before their engine, and the log last."""
         self._execution: Any = None
         self._config: Any = None
         self._cache: Any = None
@@ -175,25 +112,23 @@ class TensorRTRunner(Runner):
                 where=self.path,
                 hint="run the ONNX graph instead: it needs no GPU",
             )
-        self.device = torch.device(
-            "cuda", torch.cuda.current_device() if self.device.index is None else self.device.index
-        )
+        self.device = cuda_device(self.device.index)
         self._forget()
         content, digest = self._read()
-        self._log = _log_of(trt)
+        self._log = create_log(trt)
         with torch.cuda.device(self.device):
             self._runtime = trt.Runtime(self._log)
-            reason = invalid(trt, self._runtime, content)
+            reason = explain_invalid(trt, self._runtime, content)
             self._engine = None if reason else self._runtime.deserialize_cuda_engine(content)
             if self._engine is None:
                 raise self._mismatch(reason)
-            if ((self._made or {}).get("options") or {}).get("strip_plan"):
+            if ((self._built or {}).get("options") or {}).get("strip_plan"):
                 self._take_weights()
             if int(self._engine.streamable_weights_size) > 0:
                 self._engine.weight_streaming_budget_v2 = self._engine.get_weight_streaming_automatic_budget()
             self._configure(digest)
             self._describe()
-            obstacle = self._no_graph() if self.cuda_graph else None
+            obstacle = self._graph_obstacle() if self.cuda_graph else None
             if obstacle:
                 warnings.warn(f"{self.path}: runs without CUDA graphs, as {obstacle}", RuntimeWarning, stacklevel=4)
             self._execution = Execution(
@@ -207,30 +142,28 @@ class TensorRTRunner(Runner):
                 graphs=self.cuda_graph and obstacle is None,
                 itself=self._graphs_itself,
             )
-            if (
-                self._memory is not None and not self._compiles
-            ):  # which would compile kernels for shapes that may never come
+            # With TensorRT-RTX this would compile kernels for shapes that may never come.
+            if self._memory is not None and not self._compiles:
                 for index, ranges in enumerate(self._profiles):
                     self._execution.reserve(index, {name: best for name, (_, best, _) in ranges.items()})
 
     def _read(self) -> tuple[bytes, str]:
-        """The engine's bytes and their sha256, held against its manifest; a bare engine has none, and the runtime is
-        the first to judge it.
+        """Returns the engine's bytes and their sha256, checked against its manifest.
+
+        An engine without a manifest is first checked by the runtime.
         """
         assert self.path is not None
-        if self._made is None:
+        if self._built is None:
             content = self.path.read_bytes()
             return content, hashlib.sha256(content).hexdigest()
-        from ..engine_files import read_engine
-
         content, manifest = read_engine(self.path)
         check_fits_here(manifest.config, self.path, self.device)
         return content, manifest.files[self.path.name].sha256
 
     def _take_weights(self) -> None:
-        """Put the weights into an engine that was built without them, from the very graph it was built of."""
+        """Put the weights into an engine that was built without them, from the graph that it was built from."""
         assert self.path is not None
-        made_of = ((self._made or {}).get("model") or {}).get(self.path.stem)
+        graph_sha256 = ((self._built or {}).get("model") or {}).get(self.path.stem)
         if not self._weights.is_file():
             raise EngineError(
                 "the engine has no weights, and its graph is not there",
@@ -238,25 +171,27 @@ class TensorRTRunner(Runner):
                 expected=str(self._weights),
                 hint="keep the onnx folder beside the engine folder, or build without --strip-plan",
             )
-        if sha256_graph(self._weights) != made_of:
+        if sha256_graph(self._weights) != graph_sha256:
             raise EngineMismatch(
                 "the engine has no weights, and the graph is another model's",
                 where=self._weights,
-                expected=f"the graph {str(made_of)[:12]}",
+                expected=f"the graph {str(graph_sha256)[:12]}",
                 hint="export and build again",
             )
         refitter = self._trt.Refitter(self._engine, self._log)
         parser = self._trt.OnnxParserRefitter(refitter, self._log)
         if not parser.refit_from_file(str(self._weights)) or not refitter.refit_cuda_engine():
-            told = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)) or self._log.said()
+            reasons = (
+                "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)) or self._log.said()
+            )
             raise EngineError(
-                f"the engine did not take the graph's weights ({short(told)})",
+                f"the engine did not take the graph's weights ({shorten(reasons)})",
                 where=self._weights,
                 hint="build again without --strip-plan",
             )
 
     def _configure(self, digest: str) -> None:
-        """What every execution context is made with, where the library has such a thing."""
+        """Create the configuration of every execution context, where the library has one."""
         trt = self._trt
         if not hasattr(self._engine, "create_runtime_config"):
             return
@@ -276,20 +211,20 @@ class TensorRTRunner(Runner):
             )
             self._cache = self._config.create_runtime_cache()
             if (kept := read_sealed(self._cache_file)) is not None:
-                self._cache.deserialize(kept)  # False where it is another card's or version's: then it is filled anew
+                self._cache.deserialize(kept)  # False for another card's or version's, and it is filled again
             self._config.set_runtime_cache(self._cache)
 
     @property
     def _compiles(self) -> bool:
-        """Whether kernels are compiled for the shape at hand, as in TensorRT-RTX."""
+        """Whether kernels are compiled for the shape of a call, as in TensorRT-RTX."""
         return hasattr(self._config, "dynamic_shapes_kernel_specialization_strategy")
 
     @property
     def _graphs_itself(self) -> bool:
         return hasattr(self._config, "cuda_graph_strategy")
 
-    def _no_graph(self) -> str | None:
-        """Why no CUDA graph can hold a run of this engine, or None."""
+    def _graph_obstacle(self) -> str | None:
+        """Returns why no CUDA graph can hold a run of this engine, or None."""
         if int(self._engine.streamable_weights_size) > 0:
             return "its weights are streamed from the host"
         if self._compiles and not self._graphs_itself and self.kernels == "lazy":
@@ -300,15 +235,15 @@ class TensorRTRunner(Runner):
         assert self.path is not None
         trt, names = self._trt, {}
         for side in ("inputs", "outputs"):
-            for entry in ((self._made or {}).get(side) or {}).get(self.path.stem) or []:
+            for entry in ((self._built or {}).get(side) or {}).get(self.path.stem) or []:
                 names[entry["name"]] = entry["shape"]
         specs: dict[Any, list[TensorSpec]] = {trt.TensorIOMode.INPUT: [], trt.TensorIOMode.OUTPUT: []}
         for name in (self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)):
             kind = self._engine.get_tensor_dtype(name).name
-            if kind not in _DTYPES:
-                raise EngineError(f"{name} is a {kind}", where=self.path, expected=f"a tensor of {', '.join(_DTYPES)}")
+            if kind not in DTYPES:
+                raise EngineError(f"{name} is a {kind}", where=self.path, expected=f"a tensor of {', '.join(DTYPES)}")
             shape = axis_names(name, tuple(self._engine.get_tensor_shape(name)), names.get(name))
-            specs[self._engine.get_tensor_mode(name)].append(TensorSpec(name, shape, _DTYPES[kind]))
+            specs[self._engine.get_tensor_mode(name)].append(TensorSpec(name, shape, DTYPES[kind]))
         self.inputs, self.outputs = tuple(specs[trt.TensorIOMode.INPUT]), tuple(specs[trt.TensorIOMode.OUTPUT])
         for index in range(self._engine.num_optimization_profiles):
             ranges = {
@@ -318,11 +253,11 @@ class TensorRTRunner(Runner):
             self._profiles.append({name: (least, best, most) for name, (least, best, most) in ranges.items()})
 
     def _mismatch(self, reason: str | None) -> EngineMismatch:
-        made = self._made
+        built = self._built
         origin = (
-            f"it was built with {made.get('flavour')} {made.get('version')} for compute capability"
-            f" {made.get('compute_capabilities')}"
-            if made
+            f"it was built with {built.get('flavour')} {built.get('version')} for compute capability"
+            f" {built.get('compute_capabilities')}"
+            if built
             else "it has no manifest that says what built it"
         )
         here = (
@@ -332,7 +267,7 @@ class TensorRTRunner(Runner):
         return EngineMismatch(
             f"the engine does not load: {origin}, and here is {here} ({reason or self._log.said()})",
             where=self.path,
-            hint="build it again here: sdcompress export MODEL --trt -o DIR",
+            hint=f"here, {REBUILD}",
         )
 
     def _run(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -345,7 +280,7 @@ class TensorRTRunner(Runner):
                 shapes,
                 self.inputs,
                 self.path.stem,
-                int((self._made or {}).get("vae_scale", 8)),
+                int((self._built or {}).get("vae_scale", 8)),
                 self.path,
             )
         with torch.cuda.device(self.device):
@@ -357,40 +292,3 @@ class TensorRTRunner(Runner):
             if self._cache is not None and self._cache_file is not None:
                 write_sealed(self._cache_file, bytes(self._cache.serialize()))
             self._forget()
-
-
-def invalid(trt: Any, runtime: Any, content: bytes) -> str | None:
-    """Why this runtime will not take these bytes, by its own judgement of their header, or None: it takes them, or
-    cannot tell.
-    """
-    if not hasattr(runtime, "get_engine_validity"):
-        return None
-    validity, bits = runtime.get_engine_validity(content)
-    if validity != trt.EngineValidity.INVALID:
-        return None
-    return (
-        ", ".join(
-            name.lower().replace("_", " ")
-            for name, bit in trt.EngineInvalidityDiagnostics.__members__.items()
-            if int(bits) & int(bit)
-        )
-        or None
-    )
-
-
-def _log_of(trt: Any) -> Any:
-    """A TensorRT logger that keeps its last errors for the message instead of printing them."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: deque[str] = deque(maxlen=3)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(short(message))
-
-        def said(self) -> str:
-            return "; ".join(self.errors) or "it gave no reason"
-
-    return Log()

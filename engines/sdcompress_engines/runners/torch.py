@@ -1,4 +1,4 @@
-"""A module in memory as a runner, so that what compares backends treats torch as one of them."""
+"""A torch module in memory as a runner, so that torch is compared as one of the backends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendMissing, UsageError
-from .base import Runner, TensorSpec
+from .base import Runner, TensorSpec, name_outputs
 from .cuda_graphs import GraphedCall, check_graph_device
 
 MODES = ("eager", "channels_last", "compile")
@@ -16,17 +16,20 @@ COMPILER = "a C++ compiler: apt-get install g++"
 
 
 class TorchRunner(Runner):
-    """`module` called with its inputs in the order of `inputs`; it answers with a tensor or a tuple in the order of
-    `outputs`. Its dtype is what it has.
+    """A module that takes tensors in the order of `inputs` and returns a tensor, or a tuple in the order of `outputs`.
+
+    It runs in its own dtype and on its own device.
 
     Args:
-        mode: `eager`; `channels_last`, where convolutions keep pixels together, which most processors and cards are
-            faster at; or `compile`, by `torch.compile` at the first call of a shape, over channels-last weights too.
-            The last two change the module's memory layout, not its values. On CUDA, GroupNorm returns its result
-            channels first (`native_group_norm` in ATen's group_norm.cpp), so in eager mode every convolution after one
-            converts its input, and `channels_last` gains little there; `compile` keeps the layout.
-        cuda_graph: replay a captured graph for each shape, which takes the launches of single kernels off the host; on
-            a GPU only. The module must stay where it is: its weights may change in place, not move.
+        module: in memory; it belongs to the caller.
+        inputs, outputs: names, shapes and dtypes, in the order of the call.
+        mode: `eager`; `channels_last`, a memory layout with which convolutions are faster on most processors and cards;
+            or `compile`, `torch.compile` at the first call of a shape, in the same layout. The last two change the
+            layout of the module's weights, not their values. On CUDA, GroupNorm returns its result channels first
+            (`native_group_norm` in ATen's group_norm.cpp). So in eager mode every convolution after one converts its
+            input, and `channels_last` gains little there; `compile` keeps the layout.
+        cuda_graph: replay a captured graph for each shape, so that the host launches no single kernels; on a GPU only.
+            The module's weights may change in place, but must not move.
 
     Raises:
         UsageError: an unknown mode, or a CUDA graph of a module that is on no GPU.
@@ -43,8 +46,8 @@ class TorchRunner(Runner):
         *,
         cuda_graph: bool = False,
     ) -> None:
-        held = next(module.parameters(), None)
-        super().__init__(None, torch.device("cpu") if held is None else held.device)
+        weight = next(module.parameters(), None)
+        super().__init__(None, torch.device("cpu") if weight is None else weight.device)
         if mode not in MODES:
             raise UsageError(f"no torch mode {mode!r}", expected=" or ".join(MODES))
         self.module, self.inputs, self.outputs, self.mode = module, tuple(inputs), tuple(outputs), mode
@@ -65,7 +68,7 @@ class TorchRunner(Runner):
         return self._compute(feeds) if self._graphed is None else self._graphed(feeds)
 
     def _compute(self, feeds: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors = [self._laid_out(tensor) for tensor in feeds.values()]
+        tensors = [self._convert(tensor) for tensor in feeds.values()]
         try:
             results = self._call(*tensors)
         except RuntimeError as error:
@@ -74,27 +77,22 @@ class TorchRunner(Runner):
                     "torch.compile finds no C++ compiler", hint=f"{COMPILER}, or mode 'channels_last'"
                 ) from error
             raise
-        return dict(
-            zip(
-                (spec.name for spec in self.outputs),
-                results if isinstance(results, (tuple, list)) else (results,),
-                strict=True,
-            )
-        )
+        return name_outputs(self.outputs, results)
 
-    def _laid_out(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the tensor as the mode wants it: channels last, and for a compiled module no inference tensor, for
-        which it would compile again.
+    def _convert(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the tensor as the mode needs it: channels last.
+
+        A compiled module would compile again for an inference tensor, so it gets a copy.
         """
         if self.mode != "eager" and tensor.ndim == 4:
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor.clone() if self.mode == "compile" and tensor.is_inference() else tensor
 
     def _release(self) -> None:
-        """The module belongs to the caller and stays."""
+        """Drop what was compiled and captured. The module stays with the caller."""
         self._call, self._graphed = self.module, None
 
 
 def no_compiler(error: BaseException) -> bool:
-    """Whether torch's compiler gave up for want of a C++ compiler."""
+    """Returns whether torch's compiler failed because there is no C++ compiler."""
     return any(sign in f"{type(error).__name__} {error}" for sign in ("InvalidCxxCompiler", "No working C++ compiler"))

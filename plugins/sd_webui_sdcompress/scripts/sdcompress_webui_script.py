@@ -1,6 +1,6 @@
-"""What A1111 and Forge load at start: this extension's callbacks.
+"""The extension's callbacks, which A1111 and Forge load at start.
 
-Nothing heavy happens here, and nothing is installed.
+Nothing heavy is imported, and nothing is installed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ except ImportError as error:
     )
     print(f"*** {problem}")
 finally:
-    sys.path.remove(str(_HERE))  # the packages are loaded; the folder's other names are no business of the host's
+    sys.path.remove(str(_HERE))  # the packages are loaded, and the host must not import the folder's other files
 
 
 if problem is None:
@@ -31,7 +31,7 @@ if problem is None:
 
     class Script(scripts.Script):  # type: ignore[misc, name-defined]
         sorting_priority = 1000
-        """On Forge the last one, so that no other script takes the wrapper away."""
+        """Last on Forge, so that no other script replaces the wrapper."""
 
         def title(self) -> str:
             return "sdcompress"
@@ -69,9 +69,8 @@ if problem is None:
         from modules import shared
 
         host = a1111.HOST if _FORGE is None else _FORGE.host
-        return pages.tab(
-            getattr(shared.opts, "sd_unet", None) if _FORGE is None else None, lambda: host.checkpoint()[1]
-        )
+        chosen = getattr(shared.opts, "sd_unet", None) if _FORGE is None else None
+        return pages.create_tab(chosen, lambda: host.checkpoint()[1])
 
     script_callbacks.on_ui_settings(pages.add_settings)
     script_callbacks.on_ui_tabs(_tab)

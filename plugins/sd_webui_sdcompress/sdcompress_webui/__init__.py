@@ -1,5 +1,6 @@
-"""A WebUI's UNet out of sdcompress's engines: which there are, which serves a call, and what happens where none does.
+"""The UNet of a WebUI, run by sdcompress's engines.
 
-`library`, `calls`, `unet`, `torch_unet`, `weights` and `panel` know of no host; `a1111`, `forge` and `pages` are what
-they are to one.
+`engine_folders` finds the engines, `menu` groups them, `calls` chooses the one that serves a call, `unet` runs it, and
+`fallback` runs the same weights in torch. These modules do not depend on a host. `a1111`, `forge` and `pages` connect
+them to one.
 """

@@ -1,6 +1,6 @@
-"""AUTOMATIC1111's WebUI: its UNet menu, and what it asks of a UNet besides the inputs.
+"""AUTOMATIC1111's WebUI: its UNet menu, and what its pictures ask of a UNet besides the inputs.
 
-The host is imported where it is used.
+The host is imported inside the functions that use it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ import torch
 from sdcompress_engines.errors import EngineError
 
 from . import pages
-from .library import Model, Traits, traits_of_parameters
-from .unet import Change, HostedUNet
+from .host import Change
+from .menu import Model
+from .torch_unet import Deltas
+from .traits import Traits, read_traits
+from .unet import HostedUNet
 
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 
 
 class A1111Host:
-    """What a `HostedUNet` asks of A1111."""
+    """A1111 as a `Host`.
+
+    Attributes:
+        job: the picture in progress, which takes comments for the page, or None.
+    """
 
     def __init__(self) -> None:
         self.job: Any = None
-        """The processing that runs, which takes comments for the page."""
         self._known: tuple[Hashable, Traits] | None = None
 
     @property
@@ -36,32 +42,28 @@ class A1111Host:
     def checkpoint(self) -> tuple[Hashable, Traits]:
         from modules import sd_models
 
-        model = sd_models.model_data.sd_model  # `shared.sd_model` would load one
+        model = sd_models.model_data.sd_model  # `shared.sd_model` would load a checkpoint
         unet = diffusion_model(model)
         if unet is None:
             return None, Traits()
         key = id(unet), str(getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""))
         if self._known is None or self._known[0] != key:
-            self._known = (
-                key,
-                traits_of_parameters(
-                    unet.named_parameters(), _PREDICTIONS.get(str(getattr(model, "parameterization", "")))
-                ),
-            )
+            prediction = _PREDICTIONS.get(str(getattr(model, "parameterization", "")))
+            self._known = key, read_traits(unet.named_parameters(), prediction)
         return self._known
 
     def changes(self) -> Sequence[Change]:
         from modules import sd_models, shared
 
-        found = lora_changes() + other_checkpoint(self.job, sd_models.model_data.sd_model)
-        found += [
+        changes = find_loras() + find_other_checkpoint(self.job, sd_models.model_data.sd_model)
+        changes += [
             Change(f"the hypernetwork {getattr(each, 'name', '')}", "remove it from the prompt")
             for each in getattr(shared, "loaded_hypernetworks", None) or ()
         ]
         hijack = getattr(sys.modules.get("modules.sd_hijack"), "model_hijack", None)
         if getattr(hijack, "circular_enabled", False):
-            found.append(Change("tiling", "it changes the UNet's convolutions; turn it off, or set SD Unet to None"))
-        return found
+            changes.append(Change("tiling", "it changes the UNet's convolutions; turn it off, or set SD Unet to None"))
+        return changes
 
     def warn(self, text: str) -> None:
         print(f"*** {text}")
@@ -70,18 +72,21 @@ class A1111Host:
 
 
 def diffusion_model(sd_model: Any) -> Any:
-    """The checkpoint's UNet, or None where none is loaded."""
+    """Returns the checkpoint's UNet, or None if no checkpoint is loaded."""
     return getattr(getattr(sd_model, "model", None), "diffusion_model", None)
 
 
-def other_checkpoint(job: Any, model: Any) -> list[Change]:
-    """A checkpoint that the host has loaded in the midst of a picture, as the refiner and that of hires fix are: an
-    engine stands in for the one the picture was begun with.
+def find_other_checkpoint(job: Any, model: Any) -> list[Change]:
+    """Returns a change if the host has loaded another checkpoint during a picture, such as a refiner.
+
+    An engine replaces the UNet of the checkpoint that the picture was begun with.
+
+    Args:
+        job: the picture in progress, or None.
+        model: the loaded checkpoint.
     """
-    begun, now = (
-        getattr(job, "sd_model_name", None),
-        getattr(getattr(model, "sd_checkpoint_info", None), "name_for_extra", None),
-    )
+    begun = getattr(job, "sd_model_name", None)
+    now = getattr(getattr(model, "sd_checkpoint_info", None), "name_for_extra", None)
     if begun is None or now is None or begun == now:
         return []
     return [
@@ -92,10 +97,10 @@ def other_checkpoint(job: Any, model: Any) -> list[Change]:
     ]
 
 
-def lora_changes() -> list[Change]:
-    """The LoRAs of the prompt that change the UNet; those of the text encoder alone are the host's."""
-    networks = sys.modules.get("networks")  # the built-in extension's, under the name it gives itself
-    found = []
+def find_loras() -> list[Change]:
+    """Returns the LoRAs of the prompt that change the UNet. The host applies those of the text encoder itself."""
+    networks = sys.modules.get("networks")  # the module of A1111's built-in LoRA extension
+    changes = []
     for net in getattr(networks, "loaded_networks", None) or ():
         layers = {
             name: layer for name, layer in getattr(net, "modules", {}).items() if name.startswith("diffusion_model_")
@@ -105,28 +110,29 @@ def lora_changes() -> list[Change]:
             continue
         key = net.name, strength, getattr(net, "te_multiplier", None), getattr(net, "dyn_dim", None)
         file = getattr(getattr(net, "network_on_disk", None), "filename", f"{net.name}.safetensors")
-        found.append(
+        changes.append(
             Change(
                 f"the LoRA {net.name} ({strength:g})", "bake it in", _lora_deltas(layers), key, f"{file}:{strength:g}"
             )
         )
-    return found
+    return changes
 
 
-def _lora_deltas(layers: dict[str, Any]) -> Any:
+def _lora_deltas(layers: dict[str, Any]) -> Deltas:
     def deltas(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         network = layers.get(f"diffusion_model_{layer.replace('.', '_')}")
         if network is None:
             return None, None
-        made = network.calc_updown(weight)
-        return made if isinstance(made, tuple) else (made, None)  # without a bias before A1111 1.6
+        result = network.calc_updown(weight)
+        return result if isinstance(result, tuple) else (result, None)  # A1111 before 1.6 has no bias
 
     return deltas
 
 
 class Watch:
-    """Sees that a call of the checkpoint's UNet comes to the engine: an extension that has put its own function in the
-    way would make the picture with the checkpoint's weights.
+    """Checks that each call of the checkpoint's UNet reaches the engine.
+
+    An extension that has replaced the UNet's `forward` would draw the picture with the checkpoint's weights.
     """
 
     def __init__(self) -> None:
@@ -136,7 +142,12 @@ class Watch:
         self._before = 0
 
     def put(self, module: Any, unet: HostedUNet) -> None:
-        """Watch `module` for `unet`, and nothing else."""
+        """Watch `module` for `unet`, and stop watching any other.
+
+        Args:
+            module: the checkpoint's UNet, or None.
+            unet: the engine that its calls must reach.
+        """
         if module is self._module and unet is self._unet:
             return
         self.lift()
@@ -148,6 +159,7 @@ class Watch:
             ]
 
     def lift(self) -> None:
+        """Stop watching."""
         for handle in self._handles:
             handle.remove()
         self._module, self._unet, self._handles = None, None, []
@@ -157,34 +169,33 @@ class Watch:
         self._before = self._unet.calls
         own = vars(module).get("forward")
         if own is not None and getattr(own, "__func__", None) is not type(module).forward:
-            raise self._astray(
-                f"{getattr(own, '__qualname__', own)} of {getattr(own, '__module__', 'an extension')} stands in its way"
-            )
+            name, owner = getattr(own, "__qualname__", own), getattr(own, "__module__", "an extension")
+            raise self._missed(f"{name} of {owner} replaces the UNet")
 
     def _on_return(self, module: Any, inputs: Any, output: Any) -> None:
         if self._unet is not None and self._unet.calls == self._before:
-            raise self._astray("something ran the checkpoint's own UNet instead")
+            raise self._missed("something ran the checkpoint's own UNet instead")
 
-    def _astray(self, why: str) -> EngineError:
+    def _missed(self, reason: str) -> EngineError:
         assert self._unet is not None
         return EngineError(
-            f"the engine cannot serve this picture: {why}",
+            f"the engine cannot serve this picture: {reason}",
             where=self._unet.model.title,
-            hint="turn ControlNet and the like off for it, or set SD Unet to None",
+            hint="turn off ControlNet and similar extensions for it, or set SD Unet to None",
         )
 
 
 HOST, WATCH = A1111Host(), Watch()
 
 
-def option_of(model: Model) -> Any:
-    """A menu entry as A1111 takes it."""
+def create_option(model: Model) -> Any:
+    """Returns a menu entry as A1111 takes it."""
     from modules import sd_models, sd_unet
 
     class Unet(sd_unet.SdUnet):
         def __init__(self) -> None:
             super().__init__()
-            self.hosted = HostedUNet(model, HOST, pages.settings)
+            self.hosted = HostedUNet(model, HOST, pages.read_settings)
 
         def activate(self) -> None:
             WATCH.put(diffusion_model(sd_models.model_data.sd_model), self.hosted)
@@ -210,7 +221,7 @@ def option_of(model: Model) -> Any:
             return Unet()
 
         def __eq__(self, other: object) -> bool:
-            """The same engines, so that looking at the folder again does not load them again."""
+            """Compare the engines, so that reading the folder again does not load them again."""
             return (
                 isinstance(other, sd_unet.SdUnetOption)
                 and other.label == self.label
@@ -224,15 +235,17 @@ def option_of(model: Model) -> Any:
 
 
 def list_unets(options: list[Any]) -> None:
-    """Callback of `on_list_unets`."""
+    """Callback of `on_list_unets`: add the menu's entries."""
     from modules import shared
 
-    options.extend(option_of(model) for model in pages.look(getattr(shared.opts, "sd_unet", None))[1])
+    options.extend(create_option(model) for model in pages.list_models(getattr(shared.opts, "sd_unet", None)))
 
 
 def before_batch(job: Any) -> None:
-    """Callback of a script before each batch: remember the job, say in the picture's parameters which UNet makes it,
-    and watch the checkpoint that is loaded now.
+    """Callback of a script before each batch: note the engine in the picture's parameters, and watch the checkpoint.
+
+    Args:
+        job: the picture in progress.
     """
     from modules import sd_models, sd_unet
 
@@ -244,7 +257,7 @@ def before_batch(job: Any) -> None:
 
 
 def unloaded() -> None:
-    """Callback when the scripts are unloaded: the watch goes, and with the engine its memory; the host makes both anew."""
+    """Callback when the scripts are unloaded: stop watching, and free the engine. The host creates both again."""
     from modules import sd_unet
 
     WATCH.lift()

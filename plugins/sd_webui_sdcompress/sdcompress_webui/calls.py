@@ -1,26 +1,31 @@
-"""Which engine and profile serve a call of the UNet, and in how many parts."""
+"""Choose the engine profile that serves a call of the UNet, and the parts that the call is split into."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sdcompress_engines.calls import Part, cut_batch, even_size
 from sdcompress_engines.runners.shapes import Ranges, Shape, choose_profile
+from sdcompress_engines.signature import HOSTS
 
-SAMPLE, CONTEXT = "sample", "encoder_hidden_states"
+SIGNATURE = "webui"
+_NAMES = HOSTS[SIGNATURE]["unet"][0]
+SAMPLE, TIMESTEPS, CONTEXT, ADDED = (_NAMES[name] for name in ("sample", "timestep", "encoder_hidden_states", "y"))
+"""The inputs of the UNet in the `webui` signature."""
+_MOST_REPEATS = 8
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call runs.
+    """How to run a call.
 
     Attributes:
-        profile: index of the one to run on.
-        batch: samples of each part; the last may have fewer. least: what the profile needs; a part with fewer is filled
-            up.
-        repeats: how often the context is laid end to end. Attention over a context and over copies of it gives the
-            same, as softmax shares the weight among them.
+        profile: index of the profile to run on.
+        batch: samples of each part. The last one may have fewer.
+        least: samples that the profile needs. A part with fewer is padded.
+        repeats: how often the context is repeated. That does not change the result, see `sdcompress_engines.calls`.
     """
 
     profile: int
@@ -28,46 +33,46 @@ class Plan:
     least: int
     repeats: int = 1
 
-    def parts(self, total: int) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, samples to run) of each part."""
-        for start in range(0, total, self.batch):
-            stop = min(start + self.batch, total)
-            yield start, stop, max(stop - start, self.least)
+    def parts(self, total: int) -> list[Part]:
+        """Returns the parts of a call with `total` samples."""
+        return cut_batch(total, self.batch, self.least)
 
 
 def plan_call(profiles: Sequence[Ranges], shapes: Mapping[str, Shape]) -> Plan | None:
-    """The way to run a call of these shapes, or None: whole where a profile takes it, else with the context repeated,
-    else in the fewest parts with the least filling.
+    """Returns how to run a call of these shapes, or None if no profile can serve it.
 
-    A call of cond and uncond together that exceeds a profile is so run apart, and one of cond alone on an engine for
-    two is filled up.
+    The plan with the fewest parts wins, then the one that repeats the context least, then the one with the least
+    padding. So cond and uncond run apart where they exceed a profile together, and cond alone is padded on an engine
+    that was built for both.
+
+    Args:
+        profiles: of all engines, input → (min, opt, max).
+        shapes: of the call, by input.
     """
     total, tokens = shapes[SAMPLE][0], shapes[CONTEXT][1]
     longest = max((profile[CONTEXT][2][1] for profile in profiles), default=tokens)
-    found: list[tuple[tuple[int, int, int], Plan]] = []
-    for batch in _batches(profiles, total):
-        for repeats in range(1, min(longest // max(tokens, 1), 8) + 1):
-            asked = {
-                name: (batch, shape[1] * repeats, *shape[2:]) if name == CONTEXT else (batch, *shape[1:])
-                for name, shape in shapes.items()
-            }
-            index = choose_profile(profiles, asked)
+    candidates: list[tuple[tuple[int, int, int], Plan]] = []
+    for batch in _batch_sizes(profiles, total):
+        for repeats in range(1, min(longest // max(tokens, 1), _MOST_REPEATS) + 1):
+            index = choose_profile(profiles, _call_shapes(shapes, batch, repeats))
             if index is not None:
-                calls = math.ceil(total / batch)
-                found.append(
-                    (
-                        (calls, repeats, max(0, batch - total)),
-                        Plan(index, min(batch, total), profiles[index][SAMPLE][0][0], repeats),
-                    )
-                )
+                cost = math.ceil(total / batch), repeats, max(0, batch - total)
+                candidates.append((cost, Plan(index, min(batch, total), profiles[index][SAMPLE][0][0], repeats)))
                 break
-    return min(found, key=lambda entry: entry[0])[1] if found else None
+    return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 
-def _batches(profiles: Sequence[Ranges], total: int) -> list[int]:
-    """Sizes of a part worth trying: the whole, and for each profile even parts that it takes."""
+def _call_shapes(shapes: Mapping[str, Shape], batch: int, repeats: int) -> dict[str, Shape]:
+    return {
+        name: (batch, shape[1] * repeats, *shape[2:]) if name == CONTEXT else (batch, *shape[1:])
+        for name, shape in shapes.items()
+    }
+
+
+def _batch_sizes(profiles: Sequence[Ranges], total: int) -> list[int]:
+    """Returns the sizes of a part to try, largest first: the whole call, and for each profile equal parts."""
     sizes = {total}
     for profile in profiles:
         least, most = profile[SAMPLE][0][0], profile[SAMPLE][2][0]
-        sizes.add(max(math.ceil(total / math.ceil(total / most)), least))
+        sizes.add(max(even_size(total, most), least))
     return sorted(sizes, reverse=True)

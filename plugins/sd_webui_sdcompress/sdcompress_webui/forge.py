@@ -1,4 +1,7 @@
-"""Forge: no UNet menu, but a model patcher that takes a wrapper. The host is imported where it is used."""
+"""Forge: it has no UNet menu, but a model patcher that takes a wrapper.
+
+The host is imported inside the functions that use it.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +14,28 @@ import torch
 from sdcompress_engines.errors import SdCompressError, UsageError
 
 from . import pages
-from .a1111 import other_checkpoint
-from .library import REASON, Traits, traits_of_parameters
-from .unet import Change, HostedUNet
+from .a1111 import find_other_checkpoint
+from .host import Change
+from .menu import REASON
+from .traits import Traits, read_traits
+from .unet import HostedUNet
 
 NONE = "None"
 _PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v_prediction": "v_prediction"}
 
 
 def is_forge() -> bool:
+    """Returns whether the host is Forge, not A1111."""
     return util.find_spec("modules_forge") is not None
 
 
 class ForgeHost:
-    """What a `HostedUNet` asks of Forge, for the job that runs."""
+    """Forge as a `Host`.
+
+    Attributes:
+        job: the picture in progress, which takes comments for the page, or None.
+        patcher: the model patcher of its sampling, or None.
+    """
 
     def __init__(self) -> None:
         self.job: Any = None
@@ -44,30 +55,26 @@ class ForgeHost:
         key = id(unet)
         if self._known is None or self._known[0] != key:
             predictor = getattr(self.patcher.model, "predictor", None)
-            self._known = (
-                key,
-                traits_of_parameters(
-                    unet.named_parameters(), _PREDICTIONS.get(str(getattr(predictor, "prediction_type", "")))
-                ),
-            )
+            prediction = _PREDICTIONS.get(str(getattr(predictor, "prediction_type", "")))
+            self._known = key, read_traits(unet.named_parameters(), prediction)
         return self._known
 
     def changes(self) -> Sequence[Change]:
-        found = other_checkpoint(self.job, getattr(self.job, "sd_model", None))
+        changes = find_other_checkpoint(self.job, getattr(self.job, "sd_model", None))
         for patches in (getattr(self.patcher, "lora_patches", None), getattr(self.patcher, "patches", None)):
             if patches:
                 names = sorted({str(key[0]) for key in patches if isinstance(key, tuple)})
-                found.append(
+                changes.append(
                     Change(
                         f"LoRA {', '.join(names)}".strip(),
                         "bake it in: sdcompress export MODEL --trt --signature webui --lora FILE:WEIGHT -o DIR",
                     )
                 )
         if getattr(self.patcher, "controlnet_linked_list", None) is not None:
-            found.append(
+            changes.append(
                 Change("ControlNet", "it acts inside the UNet; turn it off, or choose no engine for this picture")
             )
-        return found
+        return changes
 
     def warn(self, text: str) -> None:
         print(f"*** {text}")
@@ -76,20 +83,30 @@ class ForgeHost:
 
 
 class Forge:
-    """The engine that is chosen, from one picture to the next."""
+    """The chosen engine, from one picture to the next.
+
+    Attributes:
+        host: Forge.
+        unet: the engine, or None.
+    """
 
     def __init__(self) -> None:
         self.host = ForgeHost()
         self.unet: HostedUNet | None = None
 
     def choices(self) -> list[str]:
-        return [NONE, *(str(model.label()) for model in pages.look()[1])]
+        """Returns the entries of the box below the prompt."""
+        return [NONE, *(str(model.label()) for model in pages.list_models())]
 
     def before_sampling(self, job: Any, choice: str | None) -> None:
-        """Put the chosen engine before the sampling that follows; with hires fix this comes twice.
+        """Make the sampling that follows use the chosen engine. With hires fix this is called twice.
 
-        Forge goes on after a script's error, with the checkpoint's UNet. So the wrapper is in place before anything can
-        fail, and what fails is raised from it.
+        After an error in a script, Forge continues with the checkpoint's UNet. So the wrapper is set before anything
+        can fail, and it raises the error.
+
+        Args:
+            job: the picture in progress.
+            choice: an entry of `choices`, or None.
         """
         self.host.job = job
         if not choice or choice == NONE:
@@ -106,17 +123,21 @@ class Forge:
         patcher.set_model_unet_function_wrapper(_wrapper(patcher.model_options.get("model_function_wrapper"), choose))
         job.sd_model.forge_objects.unet = self.host.patcher = patcher
         job.extra_generation_params["sdcompress"] = choice.partition(REASON)[0]
-        with suppress(SdCompressError):  # the first call tries again, and there it is heard
+        with suppress(SdCompressError):  # the first call tries again, and its error reaches the user
             choose().activate_once()
 
     def after(self, job: Any, processed: Any, choice: str | None) -> None:
-        """Say so where the picture was made without the engine after all, as when another extension took its wrapper
-        away.
+        """Report a picture that was drawn without the engine, because another extension has replaced its wrapper.
+
+        Args:
+            job: the picture in progress.
+            processed: its result, which takes comments for the page.
+            choice: an entry of `choices`, or None.
         """
         if choice and choice != NONE and self.unet is not None and not self.unet.calls:
             text = (
-                f"{self.unet.model.title} has not made this picture: another extension replaced the UNet's wrapper, and"
-                " the checkpoint's own UNet was used."
+                f"{self.unet.model.title} has not drawn this picture: another extension replaced the UNet's wrapper,"
+                " and the checkpoint's own UNet was used."
             )
             print(f"*** {text}")
             processed.comments = f"{getattr(processed, 'comments', '')}\n{text}".strip()
@@ -124,30 +145,36 @@ class Forge:
             self.unet.calls = 0
 
     def leave(self) -> None:
-        """Give the engine's memory back."""
+        """Free the engine's memory."""
         if self.unet is not None:
             self.unet.deactivate()
         self.unet = self.host.patcher = None
 
     def _choose(self, choice: str) -> HostedUNet:
-        """The UNet of `choice`: the one there is, where nothing about it has changed."""
-        model = next((model for model in pages.look(choice)[1] if model.label() == choice), None)
+        """Returns the UNet of an entry, the current one if its engines have not changed."""
+        model = next((model for model in pages.list_models(choice) if model.label() == choice), None)
         if model is None:
             raise UsageError(
-                f"no engine {choice!r}", where=pages.folder(), hint="press Look again in the box sdcompress, and choose"
+                f"no engine {choice!r}",
+                where=pages.engine_folder(),
+                hint="press Look again in the box sdcompress, and choose",
             )
         if self.unet is None or self.unet.model != model:
             if self.unet is not None:
                 self.unet.deactivate()
-            self.unet = HostedUNet(model, self.host, pages.settings)
+            self.unet = HostedUNet(model, self.host, pages.read_settings)
         return self.unet
 
 
 def _wrapper(inner: Any, choose: Callable[[], HostedUNet]) -> Callable[..., torch.Tensor]:
-    """A function, not an object: patchers copy deeply what is in their options, and functions are not copied.
+    """Returns a wrapper for a model patcher.
 
-    Forge's own arithmetic around the UNet stays: its `apply_model` runs with the engine in the UNet's place. `inner` is
-    another extension's wrapper, which goes on deciding what it calls, and how often.
+    It is a function, not an object: patchers deep-copy their options, and functions are not copied. Forge's own
+    `apply_model` runs, with the engine in the UNet's place.
+
+    Args:
+        inner: another extension's wrapper, which still decides what it calls and how often, or None.
+        choose: returns the engine. It may raise.
     """
     inner = getattr(inner, "sdcompress_inner", inner)
 
@@ -158,8 +185,9 @@ def _wrapper(inner: Any, choose: Callable[[], HostedUNet]) -> Callable[..., torc
                 return result
 
         call.__self__ = apply_model.__self__  # type: ignore[attr-defined]
-        made: torch.Tensor = call(args["input"], args["timestep"], **args["c"]) if inner is None else inner(call, args)
-        return made
+        denoised: torch.Tensor
+        denoised = call(args["input"], args["timestep"], **args["c"]) if inner is None else inner(call, args)
+        return denoised
 
     wrapper.sdcompress_inner = inner  # type: ignore[attr-defined]
     return wrapper
@@ -167,7 +195,7 @@ def _wrapper(inner: Any, choose: Callable[[], HostedUNet]) -> Callable[..., torc
 
 @contextmanager
 def _in_place(module: Any, unet: HostedUNet) -> Iterator[None]:
-    """Calls of `module` come to `unet` within the block."""
+    """Send calls of `module` to `unet` within the block."""
 
     def forward(
         x: torch.Tensor,

@@ -1,20 +1,23 @@
 """The settings page and the tab: what a WebUI shows of the plugin.
 
-Gradio and the host are imported where they are used.
+Gradio and the host are imported inside the functions that use them.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import SdCompressError
 
-from .library import Artifact, Model, Traits, Unreadable, find, models
-from .panel import page
-from .unet import Settings
+from .engine_folders import Artifact, Unreadable, find_artifacts
+from .host import Settings
+from .menu import Model, group_models
+from .panel import tab_html
+from .traits import Traits
 
 SECTION = ("sdcompress", "sdcompress")
 FOLDER, FALLBACK, CUDA_GRAPH = "sdcompress_folder", "sdcompress_fallback", "sdcompress_cuda_graph"
@@ -22,73 +25,78 @@ FALLBACKS = ("error", "torch")
 
 
 def default_folder() -> Path:
-    """`models/sdcompress` of the host."""
+    """Returns `models/sdcompress` of the host."""
     from modules import paths
 
     return Path(paths.models_path) / "sdcompress"
 
 
 def add_settings() -> None:
-    """Settings → sdcompress."""
+    """Add the page Settings → sdcompress."""
     import gradio
     from modules import shared
 
     shared.opts.add_option(
         FOLDER, shared.OptionInfo("", f"Folder of the engines (empty: {default_folder()})", section=SECTION)
     )
-    told = (
+    explanation = (
         "error: the picture is refused, with the command that builds what is missing; torch: the engine's own weights"
-        " run in torch, where they lie beside it, and a comment under the picture says so"
+        " run in torch, if they lie beside it, and a comment under the picture says so"
     )
     shared.opts.add_option(
         FALLBACK,
         shared.OptionInfo(
             "error",
-            "Where no engine serves: a size, a prompt length, a LoRA",
+            "If no engine can serve a size, a prompt length or a LoRA",
             gradio.Radio,
             {"choices": list(FALLBACKS)},
             section=SECTION,
-        ).info(told),
+        ).info(explanation),
     )
     shared.opts.add_option(
         CUDA_GRAPH,
-        shared.OptionInfo(True, "Replay CUDA graphs for sizes that come again", section=SECTION).info(
-            "faster; takes effect when an engine is chosen anew"
+        shared.OptionInfo(True, "Replay CUDA graphs for sizes that repeat", section=SECTION).info(
+            "faster; takes effect when an engine is chosen again"
         ),
     )
 
 
-def settings() -> Settings:
-    """As they are now."""
+def read_settings() -> Settings:
+    """Returns the current settings."""
     from modules import shared
 
     fallback = getattr(shared.opts, FALLBACK, None)
     return Settings(fallback if fallback in FALLBACKS else "error", bool(getattr(shared.opts, CUDA_GRAPH, True)))
 
 
-def folder() -> Path:
-    """Where engines are looked for."""
+def engine_folder() -> Path:
+    """Returns the folder of the engines, as the settings have it."""
     from modules import shared
 
     chosen = str(getattr(shared.opts, FOLDER, None) or "").strip()
     return Path(chosen).expanduser() if chosen else default_folder()
 
 
-def look(wanted: str | None = None) -> tuple[list[Artifact | Unreadable], list[Model], list[str]]:
-    """What is in the folder, as the menu's entries, and what is amiss with the folder itself.
+def list_models(chosen: str | None = None) -> list[Model]:
+    """Returns the entries of the menu.
 
     Args:
-        wanted: what the settings have chosen.
+        chosen: the entry that the settings have kept.
     """
+    return _read_folder(chosen)[1]
+
+
+def _read_folder(chosen: str | None) -> tuple[list[Artifact | Unreadable], list[Model], list[str]]:
+    """Returns what the engine folder holds, the menu's entries, and what is wrong with the folder itself."""
     try:
-        found = find(folder())
+        artifacts = find_artifacts(engine_folder())
     except SdCompressError as error:
-        return [], models([], wanted), [str(error)]
-    return found, models(found, wanted), []
+        return [], group_models([], chosen), [str(error)]
+    return artifacts, group_models(artifacts, chosen), []
 
 
 def missing_runtimes() -> list[str]:
-    """A line where the host has nothing at all to run an engine with; nothing is imported to find out."""
+    """Returns a message if the host has no runtime at all. None of them is imported."""
     if any(util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx", "onnxruntime")):
         return []
     return [
@@ -97,18 +105,18 @@ def missing_runtimes() -> list[str]:
     ]
 
 
-def tab(wanted: str | None, traits: Any) -> list[Any]:
-    """The tab: the table, and a button that reads the folder anew.
+def create_tab(chosen: str | None, read_traits: Callable[[], Traits | None]) -> list[Any]:
+    """Returns the tab as `on_ui_tabs` takes it: the table, and a button that reads the folder again.
 
     Args:
-        traits: gives the loaded checkpoint's `Traits`, or None.
+        chosen: the entry that the settings have kept.
+        read_traits: returns the traits of the loaded checkpoint, or None.
     """
     import gradio
 
     def show() -> str:
-        found, entries, amiss = look(wanted)
-        loaded: Traits | None = traits()
-        return page(folder(), found, entries, loaded, [*amiss, *missing_runtimes()])
+        artifacts, entries, problems = _read_folder(chosen)
+        return tab_html(engine_folder(), artifacts, entries, read_traits(), [*problems, *missing_runtimes()])
 
     with gradio.Blocks(analytics_enabled=False) as blocks:
         table = gradio.HTML(value=show())

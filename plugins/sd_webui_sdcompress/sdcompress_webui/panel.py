@@ -1,6 +1,4 @@
-"""What a person is told: the table of engines, why one cannot run, the command that makes it anew, and what an engine
-leaves out.
-"""
+"""The tab's content: the table of engines, why one cannot run, and the command that builds it again."""
 
 from __future__ import annotations
 
@@ -16,64 +14,19 @@ from sdcompress_engines.profiles import ShapeRanges, format_range
 from sdcompress_engines.runners.shapes import Ranges, Shape
 
 from .calls import CONTEXT, SAMPLE
-from .library import Artifact, Model, Traits, Unreadable
-
-LIMITS = (
-    (
-        "LoRA",
-        (
-            'An engine has its weights inside, so a LoRA in the prompt cannot change it. With the setting "error" the'
-            ' picture is refused, with the command that bakes the LoRA in; with "torch" it is made by the engine\'s own'
-            " weights in torch, with the LoRA, where no block of the model has been removed. A student's layers are"
-            " not the checkpoint's, so there it is refused in both; bake it in. A LoRA that changes the text encoder"
-            " only works as ever."
-        ),
-    ),
-    (
-        "ControlNet, IP-Adapter, reference",
-        (
-            "They work inside the checkpoint's own UNet: refused with the reason, whatever the settings say. Set SD"
-            " Unet to None for such pictures."
-        ),
-    ),
-    ("Hypernetworks, tiling", "Refused likewise: both change layers inside the UNet."),
-    (
-        "Refiner, another checkpoint for hires fix",
-        (
-            "An engine stands in for the UNet of the checkpoint that a picture was begun with. From the step on at"
-            " which another is loaded the picture is refused (on Forge the refiner runs with its own UNet)."
-        ),
-    ),
-    (
-        "AnimateDiff, FreeU and other extensions that rebuild the UNet",
-        (
-            "They have no effect on an engine. On Forge, which says what they patch, they are refused; A1111 does not"
-            " say so: set SD Unet to None for them."
-        ),
-    ),
-    ("Token merging, HyperTile", "They make the checkpoint's UNet faster and less exact, and do nothing to an engine."),
-    (
-        "Prompts",
-        (
-            "Any number of 77-token parts the engine was built for. A prompt and a negative prompt of different length"
-            " run one after the other."
-        ),
-    ),
-    (
-        "Sizes",
-        (
-            "Those the engine was built for, in steps that its levels allow: 64 px, 32 px for bk-tiny. Hires fix needs"
-            " an engine, or several of one model, that take both sizes."
-        ),
-    ),
-)
+from .engine_folders import Artifact, Unreadable
+from .limits import limits_html
+from .menu import Model
+from .traits import Traits
 
 
 def build_command(manifest: Manifest | None, widen: Mapping[str, Shape] | None = None, lora: Sequence[str] = ()) -> str:
-    """What to type where the model is, to make this engine again.
+    """Returns the command that builds an engine again, to be typed where the model is.
 
     Args:
-        widen: the shapes of a call that it should take too. lora: further ones to bake in, as `FILE:WEIGHT`.
+        manifest: the engine's, or None if it cannot be read.
+        widen: input → shape of a call that the engine should take too.
+        lora: further LoRAs to bake in, as `FILE:WEIGHT`.
     """
     if manifest is None:
         return "sdcompress export MODEL --trt --signature webui --profile webui -o DIR"
@@ -95,135 +48,137 @@ def build_command(manifest: Manifest | None, widen: Mapping[str, Shape] | None =
             flag = f"--{'workspace' if option == 'workspace_mib' else option.replace('_', '-')}"
             words += [flag] if value is True else [flag, str(value)]
     words += ["--signature", "webui"] + (["--precision", precision] if precision else [])
-    for baked in [*(name.removeprefix("lora ") for name in manifest.inputs if name.startswith("lora ")), *lora]:
-        words += ["--lora", baked]
+    baked = [name.removeprefix("lora ") for name in manifest.inputs if name.startswith("lora ")]
+    for each in [*baked, *lora]:
+        words += ["--lora", each]
     return command_line([*words, "-o", "DIR"])
 
 
 def profile_ranges(manifest: Manifest, widen: Mapping[str, Shape] | None = None) -> list[ShapeRanges]:
-    """An engine's profiles in a person's units; with `widen` a single one is widened to take the shapes, and to several
-    one that does is added.
+    """Returns an engine's profiles in calls, pixels and tokens.
+
+    Args:
+        manifest: the engine's.
+        widen: input → shape of a call. A single profile is widened to take it. To several, one for it is added.
     """
     scale = int(manifest.config.get("vae_scale", 8))
-    found = [_person(profile, scale) for profile in (manifest.config.get("profiles") or {}).get("unet", ())]
-    if widen is None or not found:
-        return found
-    asked = {
+    profiles = (manifest.config.get("profiles") or {}).get("unet", ())
+    ranges = [_to_ranges(profile, scale) for profile in profiles]
+    if widen is None or not ranges:
+        return ranges
+    sizes = {
         "batch": widen[SAMPLE][0],
         "height": widen[SAMPLE][2] * scale,
         "width": widen[SAMPLE][3] * scale,
         "tokens": widen[CONTEXT][1],
     }
-    if len(found) > 1:
-        return [*found, ShapeRanges(**{name: (size, size, size) for name, size in asked.items()})]
-    old = found[0]
-
-    def wider(name: str) -> tuple[int, int, int]:
-        least, best, most = getattr(old, name)
-        return min(least, asked[name]), best, max(most, asked[name])
-
-    return [ShapeRanges(**{name: wider(name) for name in asked})]
+    if len(ranges) > 1:
+        return [*ranges, ShapeRanges(**{name: (size, size, size) for name, size in sizes.items()})]
+    widened = {}
+    for name, size in sizes.items():
+        least, best, most = getattr(ranges[0], name)
+        widened[name] = min(least, size), best, max(most, size)
+    return [ShapeRanges(**widened)]
 
 
-def _person(profile: Ranges, scale: int) -> ShapeRanges:
+def _to_ranges(profile: Ranges, scale: int) -> ShapeRanges:
     samples, contexts = profile[SAMPLE], profile[CONTEXT]
 
-    def of(axis: int, factor: int = 1) -> tuple[int, int, int]:
+    def axis_range(axis: int, factor: int = 1) -> tuple[int, int, int]:
         least, best, most = (shape[axis] * factor for shape in samples)
         return least, best, most
 
     tokens = contexts[0][1], contexts[1][1], contexts[2][1]
-    return ShapeRanges(of(0), of(2, scale), of(3, scale), tokens)
+    return ShapeRanges(axis_range(0), axis_range(2, scale), axis_range(3, scale), tokens)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One folder of the table: what is in it, whether it is fit here and now, and how to make it anew."""
+    """One folder of the table.
+
+    Attributes:
+        folder: the engine's.
+        model: name, kind and family.
+        built: backend, precision and card.
+        shapes: that the engine takes.
+        fault: why the engine cannot run, or None.
+        command: that builds it again.
+    """
 
     folder: Path
     model: str
-    made: str
+    built: str
     shapes: str
-    verdict: str | None
+    fault: str | None
     command: str
 
 
-def rows(found: Iterable[Artifact | Unreadable], checkpoint: Traits | None) -> list[Row]:
-    """The table; `verdict` is why a folder's engine cannot run, None where it can."""
-    table = []
-    for each in found:
+def table_rows(artifacts: Iterable[Artifact | Unreadable], checkpoint: Traits | None) -> list[Row]:
+    """Returns one row for each folder.
+
+    Args:
+        artifacts: what `find_artifacts` has found.
+        checkpoint: the traits of the loaded checkpoint, or None.
+    """
+    rows = []
+    for each in artifacts:
         command = build_command(each.manifest)
         if isinstance(each, Unreadable):
-            table.append(Row(each.folder, "", "", "", each.fault, command))
+            rows.append(Row(each.folder, "", "", "", each.fault, command))
             continue
         config: Mapping[str, Any] = each.manifest.config
         cards = ", ".join(f"{major}.{minor}" for major, minor in config.get("compute_capabilities") or ())
-        made = f"{each.backend} {each.precision}" + (
-            f", {config['version']} for {cards or '8.0 and newer'}" if each.manifest.kind == "engine" else ""
-        )
-        shapes = (
-            "; ".join(map(str, profile_ranges(each.manifest)))
-            or f"any, in steps of {each.multiple * each.vae_scale} px"
-        )
-        kind = "whole" if each.whole else "student"
-        verdict = each.why_not_here() or (each.traits.why_not(checkpoint) if checkpoint else None)
-        table.append(Row(each.folder, f"{each.name} ({kind}, {each.traits.family})", made, shapes, verdict, command))
-    return table
+        built = f"{each.backend} {each.precision}"
+        if each.manifest.kind == "engine":
+            built += f", {config['version']} for {cards or '8.0 and newer'}"
+        ranges = profile_ranges(each.manifest)
+        shapes = "; ".join(map(str, ranges)) or f"any, in steps of {each.multiple * each.vae_scale} px"
+        model = f"{each.name} ({'whole' if each.whole else 'student'}, {each.traits.family})"
+        fault = each.find_obstacle() or (each.traits.find_mismatch(checkpoint) if checkpoint else None)
+        rows.append(Row(each.folder, model, built, shapes, fault, command))
+    return rows
 
 
-def page(
+def tab_html(
     root: Path,
-    found: Sequence[Artifact | Unreadable],
+    artifacts: Sequence[Artifact | Unreadable],
     entries: Sequence[Model],
     checkpoint: Traits | None,
     notes: Sequence[str] = (),
 ) -> str:
-    """The tab, as HTML: where engines are looked for, the table, and what an engine leaves out.
+    """Returns the tab's HTML: the engine folder, the table of engines, and what an engine leaves out.
 
     Args:
-        notes: what is amiss besides, such as a runtime that is not there.
+        root: the engine folder.
+        artifacts: what `find_artifacts` has found there.
+        entries: of the menu.
+        checkpoint: the traits of the loaded checkpoint, or None.
+        notes: further problems, such as a missing runtime.
     """
     head = "".join(f"<p><b>{escape(note)}</b></p>" for note in notes)
     head += (
-        f"<p>Engines are looked for in <code>{escape(str(root))}</code>. Choose one under Settings → Stable Diffusion →"
-        " SD Unet, or on Forge in the box below the prompt.</p>"
+        f"<p>The engine folder is <code>{escape(str(root))}</code>. Choose an engine under Settings → Stable Diffusion"
+        " → SD Unet, or on Forge in the box below the prompt.</p>"
     )
-    if not found:
-        return (
-            head
-            + "<p>There are none yet: <code>sdcompress install webui WEBUI ENGINE</code> brings one here.</p>"
-            + _limits()
-        )
-    lines = []
-    for row in rows(found, checkpoint):
-        verdict = "ready" if row.verdict is None else f"cannot run: {row.verdict}"
-        shown = row.folder.relative_to(root) if row.folder.is_relative_to(root) else row.folder
-        cells = (
-            escape(str(shown)),
-            escape(row.model),
-            escape(row.made),
-            escape(row.shapes),
-            escape(verdict),
-            f"<code>{escape(row.command)}</code>",
-        )
-        lines.append(
-            f"<tr{'' if row.verdict is None else ' style=&quot;opacity: 0.6&quot;'.replace('&quot;', chr(34))}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-        )
-    titles = "".join(
-        f"<th>{title}</th>"
-        for title in ("folder", "model", "made with", "shapes", "state", "make it again (MODEL is its folder or file)")
-    )
+    if not artifacts:
+        install = "<code>sdcompress install webui WEBUI ENGINE</code>"
+        return f"{head}<p>There are no engines yet: {install} puts one here.</p>{limits_html()}"
+    columns = ("folder", "model", "built with", "shapes", "state", "build it again (MODEL is its folder or file)")
+    titles = "".join(f"<th>{title}</th>" for title in columns)
+    body = "".join(_row_html(root, row) for row in table_rows(artifacts, checkpoint))
+    folders = {each.folder for each in artifacts}
     gone = "".join(
         f"<p>{escape(str(entry.label()))}</p>"
         for entry in entries
-        if not entry.usable and not any(path in {each.folder for each in found} for path, _ in entry.faults)
+        if not entry.usable and not any(path in folders for path, _ in entry.faults)
     )
-    return f"{head}<table><tr>{titles}</tr>{''.join(lines)}</table>{gone}{_limits()}"
+    return f"{head}<table><tr>{titles}</tr>{body}</table>{gone}{limits_html()}"
 
 
-def _limits() -> str:
-    return (
-        "<h3>What an engine leaves out</h3><ul>"
-        + "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in LIMITS)
-        + "</ul>"
-    )
+def _row_html(root: Path, row: Row) -> str:
+    folder = row.folder.relative_to(root) if row.folder.is_relative_to(root) else row.folder
+    state = "ready" if row.fault is None else f"cannot run: {row.fault}"
+    cells = [escape(str(text)) for text in (folder, row.model, row.built, row.shapes, state)]
+    cells.append(f"<code>{escape(row.command)}</code>")
+    style = "" if row.fault is None else ' style="opacity: 0.6"'
+    return f"<tr{style}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"

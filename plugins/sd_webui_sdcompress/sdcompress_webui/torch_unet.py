@@ -1,8 +1,7 @@
-"""A Stable Diffusion UNet in plain torch, whole or with blocks removed: its structure is read from the names of its
-weights.
+"""A Stable Diffusion UNet in plain torch, whole or with blocks removed. Its structure follows from its weights' names.
 
-What runs where an engine cannot. It needs nothing of the host, whose own UNet has the checkpoint's blocks and not a
-student's.
+It runs the calls that an engine cannot serve. The host's own UNet cannot do that for a student, because it has the
+checkpoint's blocks.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from sdcompress_engines.errors import ModelError
 from torch.nn import functional
 
 Deltas = Callable[[str, torch.Tensor], "tuple[torch.Tensor | None, torch.Tensor | None]"]
-"""Layer name (LDM's) and weight → what a LoRA adds to weight and bias, in the weight's dtype and on its device; None is
-nothing.
-"""
+"""LDM's layer name and weight → what a LoRA adds to weight and bias, in any dtype, on the weight's device, or None."""
 
 
 class TorchUNet:
-    """Noise (or velocity) predictions of a UNet.
+    """A UNet that predicts noise or velocity.
 
     Args:
-        weights: LDM name → tensor.
-        config: diffusers' of this UNet: heads and norm groups do not show in the weights.
+        weights: LDM name → tensor, in any float dtype.
+        config: diffusers' config of this UNet, for heads and norm groups, which the weights do not show.
+        device: where it runs.
+        dtype: of the weights and of the arithmetic. Group norms run in float32.
 
     Raises:
-        ModelError: weights that are not those of a UNet with this config.
+        ModelError: the weights are not those of a UNet with this config.
     """
 
     def __init__(
@@ -69,7 +68,12 @@ class TorchUNet:
 
     @torch.no_grad()
     def patch(self, key: Hashable, deltas: Deltas | None) -> None:
-        """Run with what `deltas` adds to the weights from now on; the same `key` is the same change, and None is none."""
+        """Add changes to the original weights for the calls that follow.
+
+        Args:
+            key: equal for equal changes. With the current key nothing is done.
+            deltas: what to add to each layer, or None for the original weights.
+        """
         if self._patched[0] == key:
             return
         changed: dict[str, torch.Tensor] = {}
@@ -90,17 +94,19 @@ class TorchUNet:
     def __call__(
         self, x: torch.Tensor, timesteps: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """The prediction, (B, 4, H/8, W/8), on the UNet's device in its dtype.
+        """Returns the prediction, (B, 4, H/8, W/8), on the UNet's device in its dtype.
 
         Args:
-            x: noisy latents, (B, C, H/8, W/8), of any size. timesteps: (B,). context: (B, tokens, width). y: SDXL's
-                added vector, (B, width).
+            x: noisy latents, (B, C, H/8, W/8), of any size.
+            timesteps: (B,).
+            context: text embeddings, (B, tokens, width).
+            y: SDXL's added vector, (B, width).
         """
-        with torch.autocast(self.device.type, enabled=False):  # a host's would change the precision
+        with torch.autocast(self.device.type, enabled=False):  # a host's autocast would change the precision
             x, context = x.to(self.device, self.dtype), context.to(self.device, self.dtype)
             embedding = self._embed(
                 "time_embed",
-                _sinusoid(timesteps.to(self.device).expand(len(x)), self._of("time_embed.0.weight").shape[1]).to(
+                _sinusoid(timesteps.to(self.device).expand(len(x)), self._weight("time_embed.0.weight").shape[1]).to(
                     self.dtype
                 ),
             )
@@ -117,14 +123,14 @@ class TorchUNet:
                 x = self._block("middle_block", x, embedding, context, level)
             for number in self._outputs:
                 base, skip = f"output_blocks.{number}", skips.pop()
-                if x.shape[-2:] != skip.shape[-2:]:  # sizes that do not halve evenly, which WebUIs allow in this way
+                if x.shape[-2:] != skip.shape[-2:]:  # a size that does not halve evenly: the WebUIs resize it so too
                     x = functional.interpolate(x, skip.shape[-2:], mode="nearest")
                 x = self._block(base, torch.cat([x, skip], dim=1), embedding, context, level)
                 if any(f"{base}.{at}.conv.weight" in self._weights for at in (1, 2)):
                     level -= 1
             return self._conv("out.2", functional.silu(self._norm("out.0", x, self._eps)), padding=1)
 
-    def _of(self, name: str) -> torch.Tensor:
+    def _weight(self, name: str) -> torch.Tensor:
         return self._patched[1].get(name, self._weights[name])
 
     def _bias(self, name: str) -> torch.Tensor | None:
@@ -132,20 +138,20 @@ class TorchUNet:
         return self._patched[1].get(key, self._weights.get(key))
 
     def _linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._of(f"{name}.weight"), self._bias(name))
+        return functional.linear(x, self._weight(f"{name}.weight"), self._bias(name))
 
     def _conv(self, name: str, x: torch.Tensor, padding: int, stride: int = 1) -> torch.Tensor:
-        return functional.conv2d(x, self._of(f"{name}.weight"), self._bias(name), stride, padding)
+        return functional.conv2d(x, self._weight(f"{name}.weight"), self._bias(name), stride, padding)
 
     def _norm(self, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
-        """Group norm, in fp32 as LDM has it."""
+        """Group norm in float32, as in LDM."""
         bias = self._bias(name)
         return functional.group_norm(
-            x.float(), self._groups, self._of(f"{name}.weight").float(), None if bias is None else bias.float(), eps
+            x.float(), self._groups, self._weight(f"{name}.weight").float(), None if bias is None else bias.float(), eps
         ).to(x.dtype)
 
     def _layer_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, x.shape[-1:], self._of(f"{name}.weight"), self._bias(name))
+        return functional.layer_norm(x, x.shape[-1:], self._weight(f"{name}.weight"), self._bias(name))
 
     def _embed(self, name: str, x: torch.Tensor) -> torch.Tensor:
         return self._linear(f"{name}.2", functional.silu(self._linear(f"{name}.0", x)))
@@ -153,7 +159,7 @@ class TorchUNet:
     def _block(
         self, base: str, x: torch.Tensor, embedding: torch.Tensor, context: torch.Tensor, level: int
     ) -> torch.Tensor:
-        """One numbered block: its parts in their order, whichever they are."""
+        """Run the parts of one numbered block in their order."""
         for part in self._numbered[base]:
             name = f"{base}.{part}"
             if f"{name}.in_layers.0.weight" in self._weights:
@@ -183,9 +189,9 @@ class TorchUNet:
         )
 
     def _attentions(self, name: str, x: torch.Tensor, context: torch.Tensor, level: int) -> torch.Tensor:
-        """A spatial transformer; SD1 projects into it by 1×1 convolutions, later ones by linear layers."""
+        """Run a spatial transformer. SD1 projects into it by 1×1 convolutions, SD2 and SDXL by linear layers."""
         batch, _, height, width = x.shape
-        inner, by_conv = self._norm(f"{name}.norm", x, 1e-6), self._of(f"{name}.proj_in.weight").ndim == 4
+        inner, by_conv = self._norm(f"{name}.norm", x, 1e-6), self._weight(f"{name}.proj_in.weight").ndim == 4
         if by_conv:
             inner = self._conv(f"{name}.proj_in", inner, padding=0)
         inner = inner.flatten(2).transpose(1, 2)
@@ -218,7 +224,7 @@ class TorchUNet:
 
 
 def _sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
-    """Cosines, then sines, of the timesteps at `width`/2 frequencies, float32."""
+    """Returns cosines, then sines, of the timesteps at `width`/2 frequencies, (B, width), float32."""
     frequencies = torch.exp(
         -math.log(10000) * torch.arange(width // 2, device=timesteps.device, dtype=torch.float32) / (width // 2)
     )
@@ -227,9 +233,9 @@ def _sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _numbered(weights: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    """Prefix of a name that a number follows → those numbers, in order."""
-    found: dict[str, set[int]] = {}
+    """Returns each prefix of a name that a number follows → those numbers, in order."""
+    numbered: dict[str, set[int]] = {}
     for name in weights:
         for match in re.finditer(r"\.(\d+)(?=\.)", name):
-            found.setdefault(name[: match.start()], set()).add(int(match[1]))
-    return {base: sorted(numbers) for base, numbers in found.items()}
+            numbered.setdefault(name[: match.start()], set()).add(int(match[1]))
+    return {base: sorted(numbers) for base, numbers in numbered.items()}

@@ -1,17 +1,20 @@
-"""Calibration data: what the UNet meets while the pipeline draws prompts."""
+"""Calibration data: the inputs of the UNet while the pipeline draws prompts."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from sdcompress_engines.errors import DataError
-from sdcompress_engines.progress import SILENT, Advance, Reporter
+from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.export.quantize.recorder import InputRecorder
 from sdcompress.families.registry import family_of
+from sdcompress.sampling import initial_latents
+from sdcompress.support.pipeline import TextToImagePipeline, native_size_px
 
 PROMPTS = (
     "a portrait of an old fisherman with a white beard, natural light, 85mm photograph",
@@ -23,7 +26,7 @@ PROMPTS = (
     "the interior of a gothic cathedral, rays of light through stained glass",
     "a flat vector illustration of a small wooden house in a snowy forest",
 )
-"""What a model is calibrated with where no prompts are given: people, things, places, styles."""
+"""The prompts to calibrate with where none are given: people, things, places, styles."""
 
 HELD_OUT_PROMPTS = (
     "a young woman with curly hair laughing in a cafe, candid photograph",
@@ -32,29 +35,24 @@ HELD_OUT_PROMPTS = (
     "a futuristic city skyline with flying cars, digital art",
 )
 
+_PROMPTS_AT_ONCE = 2  # with guidance, each is two rows of a batch
 
-def default_prompts(pipeline: Any) -> tuple[list[str], list[str]]:
-    """Prompts to calibrate with and others to check with; for nano and its students, told by their size, captions of
-    nano's own kind.
+
+def default_prompts(pipeline: TextToImagePipeline) -> tuple[list[str], list[str]]:
+    """Returns prompts to calibrate with and others to check with.
+
+    For nano and its students, which are recognized by their UNet, they are captions of nano's own kind.
     """
     if family_of(pipeline.unet.config).captions != "nano":
         return list(PROMPTS), list(HELD_OUT_PROMPTS)
-    from sdcompress.data import nano_prompts
+    from sdcompress.data.nano_prompts import draw_prompts
 
-    return [each.caption for each in nano_prompts.prompts("seen", 8)], [
-        each.caption for each in nano_prompts.prompts("heldout", 4)
-    ]
-
-
-# Calibration
-
-_INPUTS = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
-
-_AT_ONCE = 2  # prompts of one run; each is two rows under guidance
+    calibration, held_out = draw_prompts("seen", 8), draw_prompts("heldout", 4)
+    return [prompt.caption for prompt in calibration], [prompt.caption for prompt in held_out]
 
 
 def collect_calibration(
-    pipeline: Any,
+    pipeline: TextToImagePipeline,
     prompts: Sequence[str],
     *,
     steps: int = 20,
@@ -64,84 +62,67 @@ def collect_calibration(
     seed: int = 0,
     report: Reporter = SILENT,
 ) -> dict[str, np.ndarray]:
-    """What the UNet meets while `pipeline` draws the prompts: `samples` rows by canonical input name, float32.
+    """Returns inputs of the UNet while `pipeline` draws the prompts: rows by canonical input name, float32.
 
-    `sample` (N, C, H/8, W/8), `timestep` (N,), `encoder_hidden_states` (N, 77·k, D), of SDXL `text_embeds` (N, P) and
-    `time_ids` (N, 6). The rows are spread evenly over the UNet's calls, over the prompts, and with guidance over its
-    unconditional and conditional half.
+    They are `sample` (N, C, H/8, W/8), `timestep` (N,) and `encoder_hidden_states` (N, 77·k, D), and for SDXL
+    `text_embeds` (N, P) and `time_ids` (N, 6). The rows are spread evenly over the UNet's calls and over the prompts,
+    and with guidance over its unconditional and conditional half.
 
     Args:
-        pipeline: a diffusers pipeline in torch; it is left as it was. Nothing is decoded.
-        guidance_scale: None is the family's; at 1 or less there is no unconditional half.
+        pipeline: in torch. It stays unchanged, and nothing is decoded.
+        prompts: at least one.
+        steps: denoising steps.
+        samples: rows to return, N.
+        guidance_scale: None is the family's. At 1 or less there is no unconditional half.
         size_px: side of the picture; None is what the UNet was made for.
+        seed: of the first prompt's noise; each further prompt has the next one.
+        report: gets the progress.
 
     Raises:
         DataError: no prompts, or fewer UNet calls times prompts than `samples`.
     """
-    import torch
-
-    from sdcompress.sampling import initial_latents, native_size_px
-
     if not prompts or samples < 1 or steps < 1:
         raise DataError(f"{len(prompts)} prompts, {samples} samples, {steps} steps", expected="at least one of each")
-    size_px = size_px or native_size_px(pipeline)
     guidance_scale = family_of(pipeline.unet.config).guidance_scale if guidance_scale is None else guidance_scale
     used = list(prompts[: samples if guidance_scale <= 1 else -(-samples // 2)])
-    rows: dict[str, list[torch.Tensor]] = {}
+    label = f"drawing {len(used)} prompts to calibrate with"
+    with report.task(label) as advance, torch.no_grad(), _hidden_progress_bar(pipeline):
+        recorder = InputRecorder(pipeline, samples, len(used), advance)
+        for start in range(0, len(used), _PROMPTS_AT_ONCE):
+            part = used[start : start + _PROMPTS_AT_ONCE]
+            with recorder.recording(start, len(part)):
+                _draw(pipeline, part, seed + start, size_px, num_inference_steps=steps, guidance_scale=guidance_scale)
+    return recorder.rows()
 
-    def draw(start: int, advance: Advance) -> None:
-        """Draw the prompts from `start` on, and keep those rows of theirs whose turn it is."""
-        part = used[start : start + _AT_ONCE]
-        calls = itertools.count()
 
-        def keep(module: torch.nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            inputs = dict(zip(("sample", "timestep"), arguments, strict=False)) | options
-            inputs |= inputs.pop("added_cond_kwargs", None) or {}
-            batch, call, total = inputs["sample"].shape[0], next(calls), len(pipeline.scheduler.timesteps)
-            halves = batch // len(part)
-            if samples > total * halves * len(used):
-                raise DataError(
-                    f"{samples} samples of {total} UNet calls for {len(used)} prompts",
-                    expected=f"at most {total * halves * len(used)}",
-                    hint="more prompts",
-                )
-            # A sample's number decides its call, and in turn its half of the guided batch and its prompt.
-            places = [
-                (number % halves, number // halves % len(used) - start)
-                for number in range(-(-call * samples // total), -(-(call + 1) * samples // total))
-            ]
-            chosen = [half * len(part) + prompt for half, prompt in places if 0 <= prompt < len(part)]
-            inputs["timestep"] = torch.as_tensor(inputs["timestep"], dtype=torch.float32).reshape(-1).expand(batch)
-            for name in _INPUTS:
-                if chosen and inputs.get(name) is not None:
-                    rows.setdefault(name, []).append(inputs[name][chosen].detach().float().cpu())
-            advance()
+def _draw(
+    pipeline: TextToImagePipeline, prompts: list[str], seed: int, size_px: int | None, **options: float
+) -> None:
+    """Draw latents of prompts.
 
-        latents, generators = initial_latents(pipeline, [seed + start + index for index in range(len(part))], size_px)
-        handle = pipeline.unet.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
-            pipeline(
-                part,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                height=size_px,
-                width=size_px,
-                latents=latents.to(pipeline.unet.device, pipeline.unet.dtype),
-                generator=generators,
-                output_type="latent",
-            )
-        finally:
-            handle.remove()
-
-    with report.task(f"drawing {len(used)} prompts to calibrate with") as advance, torch.no_grad(), _still(pipeline):
-        for start in range(0, len(used), _AT_ONCE):
-            draw(start, advance)
-    return {name: torch.cat(parts).numpy() for name, parts in rows.items()}
+    Args:
+        pipeline: in torch.
+        prompts: drawn in one batch.
+        seed: of the first one's noise.
+        size_px: side of the picture; None is what the UNet was made for.
+        options: others of the pipeline's call.
+    """
+    size_px = size_px or native_size_px(pipeline)
+    latents, generators = initial_latents(pipeline, [seed + index for index in range(len(prompts))], size_px)
+    pipeline(
+        prompts,
+        height=size_px,
+        width=size_px,
+        latents=latents.to(pipeline.unet.device, pipeline.unet.dtype),
+        generator=generators,
+        output_type="latent",
+        **options,
+    )
 
 
 @contextlib.contextmanager
-def _still(pipeline: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar."""
+def _hidden_progress_bar(pipeline: TextToImagePipeline) -> Iterator[None]:
+    """Hide the pipeline's own progress bar within the block."""
     before = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(**{**before, "disable": True})
     try:
@@ -150,10 +131,18 @@ def _still(pipeline: Any) -> Iterator[None]:
         pipeline.set_progress_bar_config(**before)
 
 
-def named_for(calibration: Mapping[str, np.ndarray], names: Mapping[str, str], unet: Any) -> dict[str, np.ndarray]:
-    """The rows by a host's input names (`Signature.names`); its `y` is SDXL's text embedding beside its embedded sizes."""
-    import torch
+def rename_for_host(
+    calibration: Mapping[str, np.ndarray], names: Mapping[str, str], unet: Any
+) -> dict[str, np.ndarray]:
+    """Returns calibration rows by the input names of a host.
 
+    The input `y` of a host is SDXL's text embedding and embedded sizes, concatenated.
+
+    Args:
+        calibration: rows by canonical input name, float32.
+        names: canonical name → the host's name, as in `Signature.names`.
+        unet: SDXL's UNet in diffusers, which embeds the sizes; not used where `names` has no `y`.
+    """
     rows = dict(calibration)
     if "y" in names and "time_ids" in rows:
         ids = torch.from_numpy(rows.pop("time_ids"))

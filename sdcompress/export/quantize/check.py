@@ -1,48 +1,46 @@
-"""How far a quantized UNet is from fp32, and how far it may be."""
+"""The error of a quantized UNet against fp32, and its limits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 from sdcompress_engines.errors import DataError, GateFailed, UsageError
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.progress import SILENT, Reporter
+from sdcompress_engines.runners import OnnxRuntimeRunner, Runner
 
 CHECK_TIMESTEPS = 4
-"""A check over fewer moments of a trajectory says little: the error grows towards the clean end."""
+"""The least number of timesteps to check at. Fewer show little, because the error grows towards timestep 0."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How far a quantized UNet may be from fp32, relative L2 of its prediction: on average over the timesteps, and at
-    the worst of them.
-    """
+    """The largest relative L2 of a quantized UNet's prediction: on average over the timesteps, and at the worst one."""
 
     mean: float
     worst: float
 
 
 LIMITS: dict[str, Limit] = {"int8": Limit(0.035, 0.16), "fp8": Limit(0.06, 0.25)}
-"""Twice what was measured on nano (docs/quantization.md). int8 is over it where nothing with weights is left in high
-precision.
-"""
+"""Twice the errors of nano (docs/quantization.md). int8 is over its limits if no layer stays in high precision."""
 
-
-# Check
+_ROWS = 4
+"""Of one call."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far a quantized UNet's prediction is from fp32's.
+    """The error of a quantized UNet's prediction against fp32.
 
     Attributes:
         precision: `int8` or `fp8`.
         relative_l2: timestep → ‖quantized − fp32‖ / ‖fp32‖ over all rows of that timestep.
-        mean, worst: of those. rows: how many there were in all.
+        mean, worst: of these.
+        rows: how many were compared.
     """
 
     precision: str
@@ -53,71 +51,77 @@ class Accuracy:
 
 
 def check_quantized(
-    quantized: Path, reference: Any, feeds: Mapping[str, np.ndarray], *, report: Reporter = SILENT
+    quantized: Path, reference: Runner | Path, feeds: Mapping[str, np.ndarray], *, report: Reporter = SILENT
 ) -> Accuracy:
-    """Run a quantized graph in ONNX Runtime on the CPU beside its fp32 original; the figures, which `check_accuracy`
-    judges.
+    """Returns the error of a quantized graph against fp32, in ONNX Runtime on the CPU; `check_accuracy` judges it.
 
     Args:
-        reference: a `Runner` with the same input names in fp32, or the path of an fp32 `.onnx` graph. It answers all
-            rows before the quantized graph is loaded.
-        feeds: rows by input name of trajectories that were not calibrated with, of at least four timesteps, as
-            `collect_calibration` gives them.
+        quantized: the graph's file.
+        reference: a runner with the same input names in fp32, or the path of an fp32 `.onnx` graph. It runs all rows
+            before the quantized graph is loaded.
+        feeds: rows by input name, at four timesteps or more, of trajectories that were not calibrated with; see
+            `collect_calibration`.
+        report: gets the progress.
 
     Raises:
         DataError: fewer than four timesteps. UsageError: a graph that is not quantized. EngineError, EngineMismatch: as
             `Runner.infer`.
     """
-    import torch
-    from sdcompress_engines.runners import OnnxRuntimeRunner, Runner
-
-    precision = _precision_of(Path(quantized))
+    precision = _read_precision(Path(quantized))
     times = next(values for values in feeds.values() if values.ndim == 1)
     moments = {float(time): np.flatnonzero(times == time) for time in sorted(set(times.tolist()), reverse=True)}
     if len(moments) < CHECK_TIMESTEPS:
         raise DataError(f"{len(moments)} timesteps to check at", expected=f"at least {CHECK_TIMESTEPS}")
 
-    def answers(runner: Runner) -> list[torch.Tensor]:
-        found = []
+    def predict(runner: Runner) -> list[torch.Tensor]:
         with runner, report.task(f"checking {precision}: {runner.backend}", total=len(moments)) as advance:
+            predictions = []
             for rows in moments.values():
-                chunks = [
-                    {
-                        spec.name: torch.from_numpy(feeds[spec.name][rows[at : at + 4]]).to(runner.device, spec.dtype)
-                        for spec in runner.inputs
-                    }
-                    for at in range(0, len(rows), 4)
-                ]
-                found.append(
-                    torch.cat([runner.infer(chunk)[runner.outputs[0].name].double().cpu() for chunk in chunks])
-                )
+                predictions.append(_predict(runner, feeds, rows))
                 advance()
-        return found
+        return predictions
 
-    truths = answers(reference if isinstance(reference, Runner) else OnnxRuntimeRunner(reference))
-    found = answers(OnnxRuntimeRunner(quantized))
-    errors = [relative_l2(a, b) for a, b in zip(found, truths, strict=True)]
+    references = predict(reference if isinstance(reference, Runner) else OnnxRuntimeRunner(reference))
+    predictions = predict(OnnxRuntimeRunner(quantized))
+    errors = [relative_l2(output, exact) for output, exact in zip(predictions, references, strict=True)]
     errors = [error if error == error else float("inf") for error in errors]
-    return Accuracy(
-        precision, dict(zip(moments, errors, strict=True)), sum(errors) / len(errors), max(errors), len(times)
-    )
+    by_time = dict(zip(moments, errors, strict=True))
+    return Accuracy(precision, by_time, sum(errors) / len(errors), max(errors), len(times))
 
 
-def _precision_of(path: Path) -> str:
+def _predict(runner: Runner, feeds: Mapping[str, np.ndarray], rows: np.ndarray) -> torch.Tensor:
+    """Returns the prediction for some rows, (N, 4, H/8, W/8), float64, on the CPU.
+
+    Args:
+        runner: open.
+        feeds: all rows by input name.
+        rows: the indices of those to run.
+    """
+    parts = []
+    for start in range(0, len(rows), _ROWS):
+        chunk = {
+            spec.name: torch.from_numpy(feeds[spec.name][rows[start : start + _ROWS]]).to(runner.device, spec.dtype)
+            for spec in runner.inputs
+        }
+        parts.append(runner.infer(chunk)[runner.outputs[0].name].double().cpu())
+    return torch.cat(parts)
+
+
+def _read_precision(path: Path) -> str:
     from onnx import TensorProto
     from sdcompress_engines.graph import load_structure
 
-    held = {tensor.data_type for tensor in load_structure(path).graph.initializer}
-    if not held & {TensorProto.INT8, TensorProto.FLOAT8E4M3FN}:
+    types = {tensor.data_type for tensor in load_structure(path).graph.initializer}
+    if not types & {TensorProto.INT8, TensorProto.FLOAT8E4M3FN}:
         raise UsageError("is not quantized", where=path, expected="a graph written by quantize_graph")
-    return "fp8" if TensorProto.FLOAT8E4M3FN in held else "int8"
+    return "fp8" if TensorProto.FLOAT8E4M3FN in types else "int8"
 
 
 def check_accuracy(accuracy: Accuracy) -> None:
     """Refuse a quantized UNet that is too far from fp32.
 
     Raises:
-        GateFailed: by how much, and the limit.
+        GateFailed: the error is over a limit; the message has both.
     """
     limit = LIMITS[accuracy.precision]
     if not (accuracy.mean <= limit.mean and accuracy.worst <= limit.worst):

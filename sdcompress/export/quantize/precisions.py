@@ -1,8 +1,7 @@
-"""The quantized precisions, and what they need."""
+"""The quantized precisions, and the packages and cards that they need."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from typing import Literal
 
@@ -19,7 +18,7 @@ FP8_CAPABILITY = (8, 9)
 
 
 def missing() -> str | None:
-    """Why nothing can be quantized here, or None."""
+    """Returns why nothing can be quantized here, or None."""
     lacking = [
         name
         for name in ("modelopt", "onnx_graphsurgeon", "onnxslim", "lief", "onnxruntime")
@@ -28,10 +27,14 @@ def missing() -> str | None:
     return f"quantization needs {', '.join(lacking)}, not installed" if lacking else None
 
 
-def supported(precision: str, compute_capability: tuple[int, int]) -> str | None:
-    """Why a card of this (major, minor) has no use for the precision, or None.
+def unsupported(precision: str, compute_capability: tuple[int, int]) -> str | None:
+    """Returns why a card does not compute in a precision, or None where it does.
 
     Every card that TensorRT serves computes int8.
+
+    Args:
+        precision: of a graph.
+        compute_capability: (major, minor) of the card.
     """
     if precision != "fp8" or compute_capability >= FP8_CAPABILITY:
         return None

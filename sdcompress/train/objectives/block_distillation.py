@@ -12,10 +12,10 @@ from torch import nn
 
 from sdcompress.train.batches import NoisyBatch
 from sdcompress.train.features import collect_features
-from sdcompress.train.objectives.objective import weighted_mse
+from sdcompress.train.objectives.objective import HookedModules, Objective, weighted_mse
 
 
-class BlockDistillation:
+class BlockDistillation(Objective):
     """Task, output and feature losses of BK-SDM (arXiv 2305.15798, equations 1 to 4).
 
     `task_loss` is the MSE of the student's prediction against the true target, `output_kd_loss` against the teacher's
@@ -26,8 +26,9 @@ class BlockDistillation:
     Args:
         teacher: the frozen UNet, in eval mode; None where all distillation weights are 0.
         pairs: (student module, teacher module) names with outputs of equal shape.
-        weights: of the losses, by name; a loss without a weight is not computed.
-        attention_pairs: the same for self-attentions.
+        weights: weight of each loss, by name; a feature or attention loss with weight 0 is not computed.
+        feature_norm: "none" or "teacher".
+        attention_pairs: (student module, teacher module) names of self-attentions.
     """
 
     def __init__(
@@ -39,60 +40,62 @@ class BlockDistillation:
         attention_pairs: list[tuple[str, str]] | None = None,
     ) -> None:
         self.teacher, self.weights, self.feature_norm = teacher, weights, feature_norm
-        self.kinds = {
-            name: found
-            for name, found in (("feature_kd_loss", pairs), ("attention_kd_loss", attention_pairs or []))
+        self.compared_pairs = {
+            name: named
+            for name, named in (("feature_kd_loss", pairs), ("attention_kd_loss", attention_pairs or []))
             if weights.get(name, 0) > 0
         }
-        self._ours: dict[str, torch.Tensor] = {}
-        self._theirs: dict[str, torch.Tensor] = {}
-
-    @property
-    def hooked(self) -> tuple[list[str], list[str]]:
-        """Names of the student's and of the teacher's modules whose outputs are compared."""
-        pairs = [pair for kind in self.kinds.values() for pair in kind]
-        return [student for student, _ in pairs], [teacher for _, teacher in pairs]
+        self._student_features: dict[str, torch.Tensor] = {}
+        self._teacher_features: dict[str, torch.Tensor] = {}
+        every_pair = [pair for named in self.compared_pairs.values() for pair in named]
+        self.hooked_modules: HookedModules = [s for s, _ in every_pair], [t for _, t in every_pair]
 
     @contextmanager
-    def attached(self, trained: nn.Module) -> Iterator[None]:
-        """Hooks on the student's and the teacher's modules of the pairs; gone when the block ends."""
-        ours, theirs = self.hooked
+    def attach_hooks(self, trained: nn.Module) -> Iterator[None]:
+        """Attach hooks to the compared modules of student and teacher; they are removed when the block ends."""
+        student_names, teacher_names = self.hooked_modules
         with (
-            collect_features(trained, ours) as self._ours,
-            collect_features(self.teacher or trained, theirs if self.teacher is not None else []) as self._theirs,
+            collect_features(trained, student_names) as self._student_features,
+            collect_features(
+                self.teacher or trained, teacher_names if self.teacher is not None else []
+            ) as self._teacher_features,
         ):
             yield
 
-    def losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
-        """`loss` (the weighted sum) and each loss apart, scalars; inside `attached`."""
-        arguments, options = batch.arguments()
+    def compute_losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        """Returns `loss` (the weighted sum) and each loss by name, scalars. Call it inside `attach_hooks`."""
+        arguments, options = batch.unet_arguments()
         predicted = trained(*arguments, **options)[0]
-        found = {"task_loss": weighted_mse(predicted, batch.target, batch.weight)}
+        losses = {"task_loss": weighted_mse(predicted, batch.target, batch.weight)}
         if self.teacher is not None:
-            ours = dict(self._ours)
-            expected = self._ask_teacher(batch)
-            found["output_kd_loss"] = weighted_mse(predicted, expected, batch.weight)
-            for name, pairs in self.kinds.items():
-                found[name] = torch.stack([self._feature_loss(ours[s], self._theirs[t]) for s, t in pairs]).sum()
-            self._ours.clear()
-            self._theirs.clear()
-        return {"loss": torch.stack([self.weights[name] * value for name, value in found.items()]).sum()} | found
+            student_features = dict(self._student_features)
+            expected = self._predict_with_teacher(batch)
+            losses["output_kd_loss"] = weighted_mse(predicted, expected, batch.weight)
+            for name, pairs in self.compared_pairs.items():
+                losses[name] = torch.stack(
+                    [self._compare(student_features[s], self._teacher_features[t]) for s, t in pairs]
+                ).sum()
+            self._student_features.clear()
+            self._teacher_features.clear()
+        return {"loss": torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()} | losses
 
     @torch.no_grad()
-    def _ask_teacher(self, batch: NoisyBatch) -> torch.Tensor:
-        """Returns the teacher's prediction, (B, C, h, w), computed in its own precision: autocast would keep its norms
-        in float32 and cast its
-        inputs at every layer."""
+    def _predict_with_teacher(self, batch: NoisyBatch) -> torch.Tensor:
+        """Returns the teacher's prediction, (B, C, h, w), computed in the teacher's own precision.
+
+        Autocast would keep its norms in float32 and cast its inputs at every layer.
+        """
         assert self.teacher is not None
         dtype = next(self.teacher.parameters()).dtype
-        arguments, options = batch.each(
+        arguments, options = batch.map_tensors(
             lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        ).arguments()
+        ).unet_arguments()
         with torch.autocast(batch.sample.device.type, enabled=False):
             expected: torch.Tensor = self.teacher(*arguments, **options)[0]
         return expected
 
-    def _feature_loss(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        theirs = theirs.float()
-        loss = F.mse_loss(ours.float(), theirs)
-        return loss / theirs.square().mean().clamp_min(1e-8) if self.feature_norm == "teacher" else loss
+    def _compare(self, student_feature: torch.Tensor, teacher_feature: torch.Tensor) -> torch.Tensor:
+        """Returns the MSE between two outputs in float32, divided by the teacher's mean square if so configured."""
+        teacher_feature = teacher_feature.float()
+        loss = F.mse_loss(student_feature.float(), teacher_feature)
+        return loss / teacher_feature.square().mean().clamp_min(1e-8) if self.feature_norm == "teacher" else loss

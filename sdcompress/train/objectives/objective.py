@@ -1,8 +1,8 @@
-"""What the training loop asks of an objective."""
+"""The interface between the training loop and a loss."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -10,28 +10,38 @@ from torch import nn
 
 from sdcompress.train.batches import NoisyBatch
 
+HookedModules = tuple[list[str], list[str]]
+
 
 class Objective(Protocol):
-    """One kind of training: how a batch becomes losses.
+    """A training objective: how a batch becomes losses. A subclass needs `compute_losses` only.
 
     Attributes:
-        hooked: names of the modules whose outputs the losses read: of the trained network, and of the teacher.
+        hooked_modules: names of the modules whose outputs the losses read: of the trained network, and of the teacher.
+            With `compile: true` these modules are left out of compilation.
     """
 
-    @property
-    def hooked(self) -> tuple[list[str], list[str]]: ...
+    hooked_modules: HookedModules = ([], [])
 
-    def attached(self, trained: nn.Module) -> AbstractContextManager[None]:
-        """Whatever hooks the losses need on the trained network, for the length of a run."""
+    def attach_hooks(self, trained: nn.Module) -> AbstractContextManager[None]:
+        """Attach the hooks that the losses need to the trained network, for the length of a run."""
+        return nullcontext()
 
-    def losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
-        """`loss`, the sum that is minimised, and each of its parts, scalars.
+    def compute_losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        """Returns `loss`, the sum to minimize, and each of its parts by name; scalars on the training device.
 
         Args:
-            trained: what is called: the network, or a wrapper of it.
+            trained: the network to call, or accelerate's wrapper of it.
+            batch: on the training device.
         """
+        ...
 
 
 def weighted_mse(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Mean over the batch of weight × mean squared error, in float32; a scalar."""
+    """Returns the mean over the batch of weight × mean squared error, computed in float32; a scalar.
+
+    Args:
+        a, b: (B, ...), of equal shape, any dtype.
+        weight: (B,) float32.
+    """
     return (weight * (a.float() - b.float()).square().flatten(1).mean(1)).mean()

@@ -12,7 +12,7 @@ from sdcompress.checkpoints.read import load_single_file
 from sdcompress.checkpoints.write import export_ldm
 from sdcompress.hosts.install import install, uninstall
 from sdcompress.hosts.weights import WEIGHTS
-from sdcompress.models.locate import sha256_of
+from sdcompress.models.locate import hash_pipeline
 
 from .trees import make_engine, snapshot
 
@@ -22,7 +22,7 @@ def test_the_model_is_put_beside_its_engine_as_one_file_on_request(
 ) -> None:
     host, root = webui
     before = snapshot(root)
-    made = make_engine(tmp_path / "made", inputs={"pipeline": sha256_of(random_folder)})
+    made = make_engine(tmp_path / "made", inputs={"pipeline": hash_pipeline(random_folder)})
     install(host, root, [made], weights=random_folder)
     stored: Any = load_single_file(root / host.models / "sd-tiny" / WEIGHTS)
     for name, weight in random_pipeline.unet.state_dict().items():
@@ -40,7 +40,7 @@ def test_a_model_that_is_one_file_is_copied_unchanged(
 ) -> None:
     host, root = webui
     file = export_ldm(random_pipeline, tmp_path / "model.safetensors")
-    install(host, root, [make_engine(tmp_path / "made", inputs={"pipeline": sha256_of(file)})], weights=file)
+    install(host, root, [make_engine(tmp_path / "made", inputs={"pipeline": hash_pipeline(file)})], weights=file)
     assert (root / host.models / "sd-tiny" / WEIGHTS).read_bytes() == file.read_bytes()
 
 
@@ -57,7 +57,7 @@ def test_weights_of_another_model_are_refused(
 ) -> None:
     host, root = webui
     before = snapshot(root)
-    given = {name: value or sha256_of(random_folder) for name, value in inputs.items()}
+    given = {name: value or hash_pipeline(random_folder) for name, value in inputs.items()}
     with pytest.raises(EngineMismatch, match=words):
         install(host, root, [make_engine(tmp_path / "made", inputs=given)], weights=random_folder)
     assert snapshot(root) == before

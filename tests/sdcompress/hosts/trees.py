@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import write_manifest
-from sdcompress_engines.engine_key import EngineKey
 
 HOSTS = ("webui", "forge", "comfyui")
 

@@ -1,0 +1,262 @@
+"""Builds a `Suite` from settings: this machine's backends, the models, the prompts and what judges the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdcompress_engines.errors import BackendMissing, UsageError
+
+from sdcompress.backends.registry import find_backend
+
+from .models import random_folder
+from .prompts import read_prompts
+from .scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
+from .suite_file import GateEntry, ModelEntry, SuiteFile, check_suite, read_setup
+
+DEFAULT_PROMPTS = (
+    "a photo of a lighthouse on a cliff at dusk",
+    "portrait photo of an old fisherman, natural light",
+    "a bowl of ramen on a wooden table, top view",
+    "a red fox in a snowy forest",
+    "a quiet street in Lisbon after rain, film photo",
+    "a glass bottle with a ship inside, studio light",
+    "a watercolour painting of a mountain village",
+    "macro photo of a dew-covered dragonfly",
+)
+"""The captions for a model that is not nano, where no file of prompts is given."""
+QUICK: dict[str, Any] = {
+    "rounds": 1,
+    "samples": 6,
+    "end_to_end_samples": 3,
+    "stage_budget_s": 2.0,
+    "pictures": 4,
+    "probes": 2,
+    "sensitivity": 0,
+}
+"""The settings of `--quick`."""
+NANO_PROMPTS, QUICK_NANO_PROMPTS = 200, 40
+"""How many held-out prompts of nano the quality figures take."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """The prompts of a suite, and what judges the pictures of them.
+
+    Attributes:
+        prompts: the captions.
+        metric: the folder of a CLIP, or None.
+        styles: (style, phrase) pairs; see `Suite.styles`.
+        real: a shard or folder of real pictures, or None.
+    """
+
+    prompts: tuple[Prompt, ...]
+    metric: Path | None = None
+    styles: tuple[tuple[str, str], ...] = ()
+    real: Path | None = None
+
+
+def build_suite(
+    settings: Mapping[str, Any],
+    *,
+    quick: bool = False,
+    where: Path | None = None,
+    models: tuple[ModelUnderTest, ...] | None = None,
+) -> tuple[Suite, dict[str, str]]:
+    """Returns the suite for this machine, and backend → reason for the backends that are left out.
+
+    Args:
+        settings: fields of `SuiteFile`.
+        quick: take fewer of nano's prompts.
+        where: the suite's file, for messages.
+        models: used in place of the `models` in the settings.
+
+    Raises:
+        UsageError: a wrong setting, or a model or file that does not exist.
+        BackendMissing: the suite is for a GPU, and there is none.
+    """
+    file = check_suite(dict(settings), where or "the options")
+    device = _choose_device(file, where)
+    precision = file.precision or ("fp16" if device == "cuda" else "fp32")
+    names = (file.gpu_backends if device == "cuda" else None) or file.backends
+    measured, skipped = choose_backends(names, device, precision)
+    chosen = models or tuple(find_model(entry) for entry in file.models)
+    native_size_px = _native_size_px(chosen[0])
+    prompts = _choose_prompts(chosen[0], file, quick)
+    suite = Suite(
+        models=chosen,
+        setups=measured,
+        name=file.title,
+        device=device,
+        sizes_px=file.size_px or (native_size_px,),
+        batch=file.batch,
+        steps=file.steps,
+        guidance_scale=_choose_guidance_scale(chosen[0], file),
+        prompts=prompts.prompts,
+        seed=file.seed,
+        rounds=file.rounds,
+        samples=file.samples,
+        end_to_end_samples=file.end_to_end_samples,
+        stage_budget_s=file.stage_budget_s,
+        scenario_timeout_s=file.scenario_timeout_s,
+        pictures=file.pictures,
+        quality_pictures=_count_quality_pictures(chosen, file, prompts),
+        timesteps=file.timesteps,
+        probes=file.probes,
+        sensitivity=file.sensitivity,
+        metric=prompts.metric,
+        styles=prompts.styles,
+        real=prompts.real,
+        threads=file.threads,
+        gates=tuple(_read_gate(entry, precision) for entry in file.gates if _is_measured(entry, skipped)),
+    )
+    return suite, skipped
+
+
+def _choose_device(file: SuiteFile, where: Path | None) -> str:
+    import torch
+
+    gpu = torch.cuda.is_available()
+    if file.device == "cuda" and not gpu:
+        hint = f"sdcompress bench {where.stem}-cpu, or --device cpu" if where else "--device cpu"
+        raise BackendMissing("this is to be measured on an NVIDIA GPU and none is here", where=where, hint=hint)
+    if file.device == "auto":
+        return "cuda" if gpu else "cpu"
+    return file.device
+
+
+def choose_backends(
+    names: tuple[str, ...] | None, device: str, precision: str
+) -> tuple[tuple[BackendSetup, ...], dict[str, str]]:
+    """Returns the backends to measure, each with its precision, and backend → reason for those that do not run here.
+
+    Args:
+        names: as they are typed, such as `ort` or `aot:bf16`; None takes the usual ones of the device.
+        device: `cpu` or `cuda`.
+        precision: of the names that have none.
+
+    Raises:
+        UsageError: no such backend or precision.
+    """
+    usual = ("torch", "compile", "ort", "trt") if device == "cuda" else ("torch", "ort")
+    wanted = list(dict.fromkeys(read_setup(name, precision) for name in names or usual))
+    skipped: dict[str, str] = {}
+    for setup in wanted:
+        backend = find_backend(setup.backend)
+        if reason := backend.missing(device):
+            skipped[backend.title] = reason
+        elif reason := backend.lacks.get(device, {}).get(setup.precision):
+            skipped[str(setup)] = reason
+    measured = tuple(setup for setup in wanted if not {find_backend(setup.backend).title, str(setup)} & set(skipped))
+    return measured, skipped
+
+
+def find_model(entry: ModelEntry) -> ModelUnderTest:
+    """Returns the model of an entry, with its hash and the `metrics.jsonl` of its training folder.
+
+    A model with random weights has no hash yet: `models.made` makes it later.
+
+    Raises:
+        UsageError, ModelError: there is no such model.
+    """
+    from sdcompress.models.locate import BUILT_IN, display_name, hash_pipeline, locate_pipeline
+
+    if entry.random:
+        random = Random(entry.random, entry.plan)
+        name = entry.name or f"{entry.random} {entry.plan or ''}".strip()
+        return ModelUnderTest(name, random_folder(random), random=random)
+    folder = locate_pipeline(str(entry.path))
+    metrics = folder.parent / "metrics.jsonl"
+    name = entry.name or (str(entry.path) if entry.path in BUILT_IN else display_name(folder))
+    return ModelUnderTest(name, folder, sha256=hash_pipeline(folder), metrics=metrics if metrics.is_file() else None)
+
+
+def read_configs(model: ModelUnderTest) -> dict[str, Any]:
+    """Returns the configs of a model's `unet` and `vae`.
+
+    A model with random weights has those of its family, before it is made, and more components.
+
+    Args:
+        model: a pipeline folder or file, or a model with random weights.
+    """
+    from sdcompress.models.locate import read_component_config, read_unet_config
+    from sdcompress.models.random import family_configs
+
+    if model.random:
+        return family_configs(model.random.family, model.random.plan)
+    return {"unet": read_unet_config(model.path), "vae": read_component_config(model.path, "vae")}
+
+
+def _native_size_px(model: ModelUnderTest) -> int:
+    """Returns the side that the model was trained on: its UNet's `sample_size` times its VAE's reduction."""
+    configs = read_configs(model)
+    return int(configs["unet"]["sample_size"]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+
+
+def _choose_guidance_scale(teacher: ModelUnderTest, file: SuiteFile) -> float:
+    from sdcompress.families.registry import family_of
+
+    if file.guidance_scale is not None:
+        return file.guidance_scale
+    return family_of(read_configs(teacher)["unet"]).guidance_scale
+
+
+def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> PromptSet:
+    """Returns the prompts, and what judges the pictures: the files in the settings, else what nano has of its own.
+
+    Raises:
+        UsageError: a file or folder in the settings does not exist.
+    """
+    usual = _usual_prompts(teacher, file, quick)
+    metric = Path(file.clip) if file.clip else usual.metric
+    real = Path(file.reference) if file.reference else usual.real
+    for path, option in ((metric, "--clip"), (real, "--reference")):
+        if path is not None and not path.exists():
+            raise UsageError(f"{option} does not exist", where=path)
+    return PromptSet(usual.prompts, metric, usual.styles, real)
+
+
+def _usual_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> PromptSet:
+    from sdcompress.data import nano_prompts
+    from sdcompress.models import nano
+    from sdcompress.models.locate import locate_pipeline
+
+    if file.prompts is not None:
+        return PromptSet(tuple(read_prompts(file.prompts)))
+    if teacher.random or locate_pipeline(teacher.path) != nano.teacher_folder():
+        return PromptSet(tuple(Prompt(caption) for caption in DEFAULT_PROMPTS))
+    wanted = file.quality_pictures
+    if wanted is None:
+        wanted = QUICK_NANO_PROMPTS if quick else NANO_PROMPTS
+    count = min(max(wanted, file.pictures, 1), NANO_PROMPTS)
+    prompts = (
+        Prompt(prompt.caption, prompt.style) for prompt in nano_prompts.draw_prompts("heldout", count, file.seed)
+    )
+    return PromptSet(tuple(prompts), nano.metric_folder(), tuple(nano.styles().items()), nano.shards("heldout")[0])
+
+
+def _count_quality_pictures(models: tuple[ModelUnderTest, ...], file: SuiteFile, prompts: PromptSet) -> int:
+    """Returns how many pictures the quality figures take; 0 where nothing judges them or weights are random."""
+    if any(model.random for model in models):
+        return 0
+    available = len(prompts.prompts)
+    if file.quality_pictures is not None:
+        return min(file.quality_pictures, available)
+    return available if prompts.metric or prompts.real else 0
+
+
+def _read_gate(entry: GateEntry, precision: str) -> Gate:
+    setup = read_setup(entry.backend, precision) if entry.backend else None
+    return Gate(entry.figure, entry.model, setup, entry.at_least, entry.at_most)
+
+
+def _is_measured(entry: GateEntry, skipped: Mapping[str, str]) -> bool:
+    """Returns whether a gate's backend runs here.
+
+    A gate on a backend that is left out is left out too; the report names the backend and the reason.
+    """
+    if entry.backend is None:
+        return True
+    return find_backend(read_setup(entry.backend, "fp32").backend).title not in skipped

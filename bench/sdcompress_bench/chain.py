@@ -1,0 +1,345 @@
+"""The chain behind `sdcompress run` and `sdcompress demo`: encode, export, distill, build engines, measure.
+
+Every stage leaves one artifact in the run's folder. A stage is skipped if its artifact is complete and was made from
+the same inputs, so a run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sdcompress_engines.errors import BackendMissing
+from sdcompress_engines.manifest import MANIFEST_NAME, check_free, sha256_file, sha256_tree, storage_errors
+from sdcompress_engines.progress import SILENT, Reporter
+
+from .build_suite import QUICK, build_suite
+from .chain_stages import Stage, StageRunner
+from .results import Results, read_results
+from .scenario import ModelUnderTest
+from .suite import run_suite
+
+if TYPE_CHECKING:
+    from sdcompress.data.cache import LatentCache
+    from sdcompress.data.sources import Source
+    from sdcompress.models.load import LoadedPipeline
+    from sdcompress.prune.plan import BlockPlan
+    from sdcompress.train.config import DistillConfig
+
+MARKER = "run.json"
+"""The file that marks a folder as one of a run."""
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """What a run does.
+
+    Attributes:
+        teacher: a name, a path or a hub id.
+        data: a folder of captioned pictures, shards, or `nano`.
+        plans: presets or plan files, one for each student.
+        recipe: the training settings, a name or a file; None takes the defaults.
+        overrides: training settings that go before the recipe's; None values are ignored.
+        output: the run's folder.
+        compute_capabilities: (major, minor) of the cards to build engines for; None takes the usual ones.
+        prompts_file: captions for the report; None takes the usual ones.
+        quick: measure less.
+        force: replace the output folder.
+    """
+
+    teacher: str
+    data: str
+    plans: tuple[str, ...]
+    recipe: str | None
+    overrides: Mapping[str, Any]
+    output: Path
+    compute_capabilities: Sequence[tuple[int, int]] | None = None
+    prompts_file: Path | None = None
+    quick: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ChainResult:
+    """What a run made.
+
+    Attributes:
+        teacher: its name.
+        students: student → its pipeline folder.
+        graphs: model → the size of its UNet's ONNX graph, in bytes.
+        engines: model → the size of its UNet's engine, in bytes.
+        no_engine: why no engine was built, or None.
+        results: the measurements.
+        report: the report's page.
+        seconds: of wall clock.
+    """
+
+    teacher: str
+    students: Mapping[str, Path]
+    graphs: Mapping[str, int]
+    engines: Mapping[str, int]
+    no_engine: str | None
+    results: Results
+    report: Path
+    seconds: float
+
+
+def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str | None = None) -> ChainResult:
+    """Take a teacher through every stage: data, graphs, students, engines and the report.
+
+    Args:
+        settings: what to do.
+        report: gets the progress.
+        command: what the report names as the command to type again; None takes this process's own.
+
+    Raises:
+        UsageError, PlanError, ModelError, DataError: the teacher, the plans, the data or the training settings are
+            wrong. ArtifactError: the output is in the way. What a stage raises passes through.
+    """
+    from sdcompress.models.load import load_pipeline
+
+    inputs = _read_inputs(settings)
+    _prepare_output(settings)
+    started = time.monotonic()
+    machine = _read_machine()
+    graphs = 1 + len(inputs.plans) if machine.onnxruntime else 0
+    engines = 2 * (len(inputs.plans) + machine.gpu) if machine.no_engine is None else 0
+    stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
+    teacher = load_pipeline(settings.teacher)
+    cache = _encode_data(stages, teacher, inputs, settings.output)
+    exporter = _Exporter(stages, settings, machine, teacher.name)
+    models = [ModelUnderTest(teacher.name, settings.teacher, sha256=teacher.sha256)]
+    exporter.export(models[0])
+    for name, plan in inputs.plans.items():
+        models.append(_distill_student(stages, teacher, name, plan, cache, inputs.config, settings.output / name))
+        exporter.export(models[-1])
+    results = _measure(stages, settings, [exporter.with_artifacts(model) for model in models], cache.size_px, command)
+    return ChainResult(
+        teacher.name,
+        {model.name: Path(model.path) for model in models[1:]},
+        {name: (folder / "unet.onnx").stat().st_size for name, folder in exporter.graphs.items()},
+        {name: (folder / "unet.engine").stat().st_size for name, folder in exporter.engines.items()},
+        machine.no_engine,
+        results,
+        settings.output / "report" / "report.html",
+        time.monotonic() - started,
+    )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The run's inputs, read and checked."""
+
+    config: DistillConfig
+    plans: Mapping[str, BlockPlan]
+    source: Source
+
+
+def _read_inputs(settings: ChainSettings) -> _Inputs:
+    from sdcompress.data.sources import open_source
+    from sdcompress.models.locate import read_unet_config, refuse_student
+    from sdcompress.prune.presets import read_plan
+    from sdcompress.train.config import DistillConfig
+    from sdcompress.train.recipes import load_config
+
+    config = load_config(DistillConfig, settings.recipe, dict(settings.overrides))
+    unet_config = read_unet_config(settings.teacher)
+    refuse_student(unet_config, settings.teacher)
+    plans = {}
+    for name in settings.plans:
+        plan = read_plan(name, unet_config)
+        plans[plan.name if plan.name != "custom" else Path(name).stem] = plan
+    return _Inputs(config, plans, open_source(settings.data, config.data))
+
+
+def _prepare_output(settings: ChainSettings) -> None:
+    """Make the run's folder and mark it as one; an earlier run's is kept, unless `force`."""
+    output = settings.output
+    if settings.force or not (output / MARKER).is_file():
+        check_free(output, settings.force)
+    with storage_errors(output):
+        if settings.force and output.is_dir():
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        marker = {
+            "teacher": settings.teacher,
+            "data": settings.data,
+            "plans": list(settings.plans),
+            "recipe": settings.recipe,
+        }
+        (output / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """What this machine can do.
+
+    Attributes:
+        gpu: whether there is a CUDA device.
+        onnxruntime: whether ONNX Runtime runs on the device.
+        no_engine: why no TensorRT flavor can build here, or None. TensorRT for RTX builds without a GPU.
+    """
+
+    gpu: bool
+    onnxruntime: bool
+    no_engine: str | None
+
+
+def _read_machine() -> _Machine:
+    import torch
+    from sdcompress_engines.flavour import choose_flavour, present_card
+    from sdcompress_engines.runners import available
+
+    gpu = torch.cuda.is_available()
+    no_engine = None
+    try:
+        choose_flavour(None, present_card())
+    except BackendMissing as error:
+        no_engine = str(error)
+    return _Machine(gpu, not available("cuda" if gpu else "cpu")["onnxruntime"], no_engine)
+
+
+def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: _Inputs, output: Path) -> LatentCache:
+    from sdcompress.data.build_cache import build_cache
+    from sdcompress.data.cache import LatentCache
+    from sdcompress.support.pipeline import native_size_px
+
+    config, folder = inputs.config.data, output / "cache"
+    size_px = config.size_px or native_size_px(teacher.pipeline)
+    stage = Stage(
+        "encode the data",
+        folder,
+        "cache",
+        {"teacher": teacher.sha256},
+        {"files": inputs.source.fingerprint(), "size_px": size_px},
+    )
+    stages.run(
+        stage,
+        lambda: build_cache(inputs.source, teacher, folder, size_px, config=config, force=True, report=stages.report),
+    )
+    return LatentCache.open(folder, teacher.sha256)
+
+
+def _distill_student(
+    stages: StageRunner,
+    teacher: LoadedPipeline,
+    name: str,
+    plan: BlockPlan,
+    cache: LatentCache,
+    config: DistillConfig,
+    folder: Path,
+) -> ModelUnderTest:
+    """Train the student of a plan in `folder`; a training that was stopped is resumed."""
+    from sdcompress.train.distill import distill
+    from sdcompress.train.pipelines import PIPELINE
+
+    def train() -> None:
+        resume = (folder / "checkpoints").is_dir()
+        distill(teacher, plan, cache, config, folder, resume=resume, force=not resume, report=stages.report)
+
+    pipeline = folder / PIPELINE
+    inputs = {"teacher": teacher.sha256, "data": cache.sha256}
+    stages.run(
+        Stage(f"distill {name}", pipeline, "student", inputs, {"train": config.model_dump(mode="json")}),
+        train,
+    )
+    return ModelUnderTest(name, str(pipeline), sha256=sha256_tree(pipeline), metrics=folder / "metrics.jsonl")
+
+
+@dataclass
+class _Exporter:
+    """Exports the models of a run, and builds their engines.
+
+    Attributes:
+        teacher: its name.
+        first_exports: precision → the first export in it. Later ones take its equal components.
+        graphs: model → its ONNX folder in fp32.
+        engines: model → its engine folder.
+    """
+
+    stages: StageRunner
+    settings: ChainSettings
+    machine: _Machine
+    teacher: str
+    first_exports: dict[str, Path] = field(default_factory=dict)
+    graphs: dict[str, Path] = field(default_factory=dict)
+    engines: dict[str, Path] = field(default_factory=dict)
+
+    def export(self, model: ModelUnderTest) -> None:
+        """Write a model's ONNX graphs and its engine, as far as this machine runs or builds them.
+
+        Without a GPU the teacher gets no engine: it would not be measured.
+        """
+        folder = self.settings.output / model.name
+        if self.machine.onnxruntime:
+            self.graphs[model.name] = folder / "onnx"
+            self._write_graphs(f"export {model.name} to ONNX", model, "fp32", folder / "onnx")
+        if self.machine.no_engine is None and (self.machine.gpu or model.name != self.teacher):
+            self.engines[model.name] = folder / "engine"
+            self._write_graphs(f"export {model.name} in fp16", model, "fp16", folder / "onnx-fp16")
+            self._build_engine(model.name, folder / "onnx-fp16", folder / "engine")
+
+    def with_artifacts(self, model: ModelUnderTest) -> ModelUnderTest:
+        """Returns a model with the folders that its backends run from."""
+        engine = self.engines.get(model.name) if self.machine.gpu else None
+        return dataclasses.replace(model, onnx=self.graphs.get(model.name), engine=engine)
+
+    def _write_graphs(
+        self, label: str, model: ModelUnderTest, precision: Literal["fp32", "fp16"], folder: Path
+    ) -> None:
+        from sdcompress.export.onnx import export_onnx
+        from sdcompress.models.load import load_pipeline
+
+        source = {"pipeline": model.sha256}
+        self.stages.run(
+            Stage(label, folder, "onnx", source),
+            lambda: export_onnx(
+                load_pipeline(model.path).pipeline,
+                folder,
+                precision=precision,
+                source=source,
+                reuse=self.first_exports.get(precision),
+                force=True,
+                report=self.stages.report,
+            ),
+        )
+        self.first_exports.setdefault(precision, folder)
+
+    def _build_engine(self, name: str, graphs: Path, folder: Path) -> None:
+        from sdcompress.export.tensorrt import build_engines
+
+        capabilities = self.settings.compute_capabilities
+        self.stages.run(
+            Stage(
+                f"build {name} as a TensorRT engine", folder, "engine", {"onnx": sha256_file(graphs / MANIFEST_NAME)}
+            ),
+            lambda: build_engines(
+                graphs, folder, compute_capabilities=capabilities, force=True, report=self.stages.report
+            ),
+        )
+
+
+def _measure(
+    stages: StageRunner,
+    settings: ChainSettings,
+    models: Sequence[ModelUnderTest],
+    size_px: int,
+    command: str | None,
+) -> Results:
+    described: dict[str, Any] = {"models": [str(model.path) for model in models], "size_px": size_px, "rounds": 3}
+    described |= QUICK if settings.quick else {}
+    if settings.prompts_file is not None:
+        described["prompts"] = str(settings.prompts_file)
+    suite, skipped = build_suite(described, quick=settings.quick, models=tuple(models))
+    folder = settings.output / "report"
+    stages.run(
+        Stage("measure and write the report", folder, "results", {model.name: model.sha256 for model in models}),
+        lambda: run_suite(suite, folder, stages.report, force=True, skipped=skipped, command=command),
+    )
+    return read_results(folder / "results.json")

@@ -1,0 +1,68 @@
+"""Stages of a run: each leaves one artifact, and is skipped where the artifact is complete."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdcompress_engines.manifest import faults, read_manifest
+from sdcompress_engines.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a run and its artifact.
+
+    Attributes:
+        label: for messages.
+        folder: the artifact.
+        kind: the kind in the artifact's manifest.
+        inputs: name → sha256 of what the artifact is made from.
+        config: settings that the artifact must have been made with.
+    """
+
+    label: str
+    folder: Path
+    kind: str
+    inputs: Mapping[str, str]
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def is_done(self) -> bool:
+        """Returns whether the artifact is complete and was made from these inputs with these settings."""
+        if not self.folder.is_dir() or faults(self.folder, self.kind):
+            return False
+        manifest = read_manifest(self.folder)
+        return (
+            manifest is not None
+            and self.inputs.items() <= manifest.inputs.items()
+            and self.config.items() <= manifest.config.items()
+        )
+
+
+@dataclass
+class StageRunner:
+    """Runs the stages in turn and reports which of how many it is at."""
+
+    report: Reporter
+    total: int
+    started: int = 0
+
+    def run(self, stage: Stage, make: Callable[[], Any]) -> None:
+        """Call `make`, unless the stage is done.
+
+        Args:
+            stage: the stage.
+            make: writes the stage's artifact.
+        """
+        self.started += 1
+        head = f"[{self.started}/{self.total}] {stage.label}"
+        if stage.is_done():
+            self.report.say(f"{head}: there already, {stage.folder}")
+            return
+        started = time.monotonic()
+        self.report.say(head)
+        make()
+        self.report.say(f"{head}: {time.monotonic() - started:.0f} s")

@@ -1,0 +1,58 @@
+"""What a suite would run, and the memory that it needs; nothing is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sdcompress_engines.progress import SILENT, Reporter
+
+from .build_suite import read_configs
+from .scenario import Scenario, Suite
+from .work import Work, count_pipeline
+
+
+def list_scenarios(suite: Suite, report: Reporter = SILENT) -> list[dict[str, Any]]:
+    """Returns a row for each scenario, as plain values.
+
+    `memory_bytes` is the weights of all components and the largest activations of one of them. The runtime's own
+    memory is not in it. `unet_macs` is of one UNet step.
+
+    Args:
+        suite: what would be measured.
+        report: gets the progress.
+
+    Raises:
+        UsageError: a size that the model has no latents for. ModelError: no Stable Diffusion pipeline.
+    """
+    scenarios = list(suite.scenarios())
+    counted: dict[tuple[Any, ...], Mapping[str, Work]] = {}
+    rows = []
+    with report.task("counting", len(scenarios)) as advance:
+        for scenario in scenarios:
+            case = scenario.model.name, scenario.size_px, scenario.batch, scenario.setup.precision
+            if case not in counted:
+                counted[case] = _count_work(scenario)
+            rows.append(_describe(scenario, counted[case]))
+            advance(note=scenario.model.name)
+    return rows
+
+
+def _count_work(scenario: Scenario) -> Mapping[str, Work]:
+    model: Any = read_configs(scenario.model) if scenario.model.random else scenario.model.path
+    guided = scenario.guidance_scale > 1
+    return count_pipeline(model, scenario.size_px, scenario.batch, guided, scenario.setup.precision)
+
+
+def _describe(scenario: Scenario, work: Mapping[str, Work]) -> dict[str, Any]:
+    held = sum(part.held_bytes for part in work.values()) + max(part.peak_bytes for part in work.values())
+    return {
+        "scenario": scenario.key,
+        "model": scenario.model.name,
+        "backend": scenario.setup.backend,
+        "precision": scenario.setup.precision,
+        "size_px": scenario.size_px,
+        "batch": scenario.batch,
+        "memory_bytes": held,
+        "unet_macs": work["unet"].macs,
+    }

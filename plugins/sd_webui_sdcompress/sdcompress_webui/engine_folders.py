@@ -1,0 +1,304 @@
+"""The engine folders of a WebUI: what each holds, and why one cannot serve."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from sdcompress_engines.engine_files import engine_faults
+from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError
+from sdcompress_engines.flavour import obstacle
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest, sha256_file
+from sdcompress_engines.runners.base import TensorSpec
+from sdcompress_engines.runners.shapes import Ranges
+from sdcompress_engines.signature import CONTEXT_TOKENS, signature
+
+from .calls import ADDED, CONTEXT, SAMPLE, SIGNATURE
+from .traits import Traits, is_whole
+
+_FILES = {"engine": "unet.engine", "onnx": "unet.onnx"}
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_ENDLESS = 2**20
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A UNet on disk that a runner can open: an engine, or an ONNX graph.
+
+    Attributes:
+        folder: that holds the manifest and the graph.
+        manifest: read from there.
+        name: of the model, with the LoRAs that are baked in.
+        source: sha256 of the model it was exported from.
+        precision: such as `fp16`.
+        profiles: the shapes it was built for. An ONNX graph takes all that its UNet takes.
+        inputs: in the `webui` signature.
+        multiple: what latent heights and widths must be divisible by.
+        vae_scale: pixels per latent pixel.
+        traits: what it needs from the checkpoint.
+        unet_config: diffusers' config.
+        whole: whether no block has been removed, so that its layers are the checkpoint's.
+    """
+
+    folder: Path
+    manifest: Manifest
+    name: str
+    source: str
+    precision: str
+    profiles: tuple[Ranges, ...]
+    inputs: tuple[TensorSpec, ...]
+    multiple: int
+    vae_scale: int
+    traits: Traits
+    unet_config: Mapping[str, Any]
+    whole: bool
+
+    @property
+    def file(self) -> Path:
+        """The engine or graph."""
+        return self.folder / _FILES[self.manifest.kind]
+
+    @property
+    def backend(self) -> str:
+        """`tensorrt`, `tensorrt-rtx` or `onnxruntime`."""
+        return identify(self.folder, self.manifest)[3]
+
+    @property
+    def loras(self) -> tuple[str, ...]:
+        """The LoRAs that are baked in, as `NAME:WEIGHT`."""
+        return baked_loras(self.manifest)
+
+    def find_obstacle(self) -> str | None:
+        """Returns why this machine cannot run it, or None. The file is not opened."""
+        if self.manifest.kind == "engine":
+            error = obstacle(self.manifest.config)
+            return None if error is None else _describe(error)
+        from sdcompress_engines.runners.onnxruntime_install import missing
+
+        return missing()
+
+    def check_contents(self) -> None:
+        """Compare every byte of the graph with the manifest. The runner of an engine does this itself.
+
+        Raises:
+            ArtifactError: a file is missing, cut or altered.
+        """
+        for name, entry in self.manifest.files.items():
+            if name.startswith(self.file.name) and sha256_file(self.folder / name) != entry.sha256:
+                raise ArtifactError(
+                    f"{name} does not match the manifest: its sha256 differs",
+                    where=self.folder,
+                    hint="install it again: sdcompress install webui WEBUI ENGINE",
+                )
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A folder whose engine cannot be offered.
+
+    Attributes:
+        folder: where it lies.
+        fault: why.
+        manifest: None if it cannot be read.
+    """
+
+    folder: Path
+    fault: str
+    manifest: Manifest | None = None
+
+
+def find_artifacts(root: Path) -> list[Artifact | Unreadable]:
+    """Returns what lies in the folders of `root`, two levels deep. Symbolic links are followed.
+
+    So a folder can be dropped in as `sdcompress export` has written it.
+
+    Raises:
+        UsageError: `root` cannot be listed.
+    """
+    if not root.is_dir():
+        return []
+    try:
+        folders = [
+            folder
+            for top in sorted(root.iterdir())
+            if top.is_dir() and not top.name.startswith(".")
+            for folder in [top, *sorted(sub for sub in top.iterdir() if sub.is_dir())]
+        ]
+    except OSError as error:
+        raise UsageError(
+            f"the engine folder cannot be listed ({error.strerror or error})",
+            where=root,
+            hint="Settings → sdcompress → folder of the engines",
+        ) from error
+    artifacts: list[Artifact | Unreadable] = []
+    for folder in folders:
+        if (folder / MANIFEST_NAME).is_file():
+            artifacts.append(_read_folder(folder))
+        elif stray := next((folder / name for name in _FILES.values() if (folder / name).is_file()), None):
+            fault = f"{stray.name} has no {MANIFEST_NAME} beside it, so it is unknown what it was built for"
+            artifacts.append(Unreadable(folder, fault))
+    return artifacts
+
+
+def _read_folder(folder: Path) -> Artifact | Unreadable:
+    manifest = None
+    try:
+        manifest = read_manifest(folder)
+        if manifest is None:  # deleted since it was listed
+            return Unreadable(folder, f"its {MANIFEST_NAME} is gone")
+        return read_artifact(folder, manifest)
+    except SdCompressError as error:
+        return Unreadable(folder, _describe(error), manifest)
+    # Whatever a strange manifest or config leads to: one folder must not hide the others from the menu.
+    except Exception as error:
+        return Unreadable(folder, f"cannot be read ({type(error).__name__}: {error})", manifest)
+
+
+def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
+    """Returns what a folder with this manifest holds. File sizes are checked, the engine's bytes are not read.
+
+    Raises:
+        ArtifactError: not an engine or graph of the `webui` signature, or one with missing or cut files.
+        ModelError: a UNet config that lacks shapes.
+    """
+    config = manifest.config
+    _check_kind(folder, manifest)
+    unet = _read_json(folder, manifest, "pipeline/unet/config.json")
+    scheduler = _read_json(folder, manifest, "pipeline/scheduler/scheduler_config.json", needed=False)
+    name, source, precision, _ = identify(folder, manifest)
+    graph = signature("unet", unet, _DTYPES.get(precision, torch.float32), host=SIGNATURE)
+    profiles: tuple[Ranges, ...] = (_any_shape(graph.inputs, graph.multiple),)
+    if manifest.kind == "engine":
+        profiles = tuple(_read_profile(folder, profile) for profile in config["profiles"]["unet"])
+    traits = Traits(
+        context_width=int(unet["cross_attention_dim"]),
+        added_width=next((int(spec.shape[1]) for spec in graph.inputs if spec.name == ADDED), 0),
+        channels=int(unet["in_channels"]),
+        prediction=scheduler.get("prediction_type"),
+    )
+    return Artifact(
+        folder=folder,
+        manifest=manifest,
+        name=name,
+        source=source,
+        precision=precision,
+        profiles=profiles,
+        inputs=graph.inputs,
+        multiple=graph.multiple,
+        vae_scale=int(config.get("vae_scale", 8)),
+        traits=traits,
+        unet_config=unet,
+        whole=is_whole(unet),
+    )
+
+
+def _check_kind(folder: Path, manifest: Manifest) -> None:
+    config = manifest.config
+    if manifest.kind not in _FILES:
+        raise ArtifactError(f"is a {manifest.kind}", where=folder, expected="an engine, or an ONNX graph")
+    if config.get("signature") != SIGNATURE:
+        raise ArtifactError(
+            f"was exported with the signature {config.get('signature')!r}", where=folder, expected=SIGNATURE
+        )
+    if "unet" not in (config.get("components") or ()):
+        raise ArtifactError("holds no UNet", where=folder)
+    is_engine = manifest.kind == "engine"
+    damage = engine_faults(folder, contents=False) if is_engine else faults(folder, "onnx", contents=False)
+    if damage:
+        raise ArtifactError(f"is damaged: {'; '.join(damage[:3])}", where=folder)
+    if _FILES[manifest.kind] not in manifest.files:
+        raise ArtifactError(f"the manifest names no {_FILES[manifest.kind]}", where=folder)
+
+
+def can_be_offered(manifest: Manifest | None) -> bool:
+    """Returns whether a manifest is one of an engine or of an ONNX graph."""
+    return manifest is not None and manifest.kind in _FILES
+
+
+def identify(folder: Path, manifest: Manifest) -> tuple[str, str, str, str]:
+    """Returns name, source, precision and backend.
+
+    Folders that agree in all four are one entry of the menu, intact or damaged.
+    """
+    config = manifest.config
+    precisions = config.get("precisions")
+    precision = (precisions.get("unet") if isinstance(precisions, dict) else None) or config.get("precision") or ""
+    name = " + ".join([str(config.get("model_name") or folder.name), *baked_loras(manifest)])
+    backend = str(config.get("flavour")) if manifest.kind == "engine" else "onnxruntime"
+    return name, str(manifest.inputs.get("pipeline", "")), str(precision), backend
+
+
+def baked_loras(manifest: Manifest) -> tuple[str, ...]:
+    """Returns the LoRAs that are baked in, as `NAME:WEIGHT`, in the order of their names."""
+    return tuple(sorted(name.removeprefix("lora ") for name in manifest.inputs if name.startswith("lora ")))
+
+
+def _read_json(folder: Path, manifest: Manifest, name: str, needed: bool = True) -> dict[str, Any]:
+    path = folder / name
+    if not path.is_file():
+        if not needed:
+            return {}
+        raise ArtifactError(f"has no {name}, which describes the UNet", where=folder)
+    entry = manifest.files.get(name)
+    if entry is not None and sha256_file(path) != entry.sha256:
+        raise ArtifactError(f"{name} does not match the manifest: its sha256 differs", where=folder)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArtifactError(f"{name} is not readable ({error})", where=folder) from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{name} is not a JSON object", where=folder)
+    return content
+
+
+def _read_profile(folder: Path, profile: Any) -> Ranges:
+    try:
+        ranges = {}
+        for name, (least, best, most) in profile.items():
+            ranges[str(name)] = _read_shape(least), _read_shape(best), _read_shape(most)
+        if not {SAMPLE, CONTEXT} <= set(ranges):
+            raise ValueError("it lacks an input")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"the manifest has no valid profile ({error})", where=folder) from error
+    return ranges
+
+
+def _read_shape(shape: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in shape)
+
+
+def _any_shape(inputs: Iterable[TensorSpec], multiple: int) -> Ranges:
+    """Returns the profile of an ONNX graph, which takes any size, as if tuned for two samples of 64×64 latents."""
+    sizes = {
+        "batch": (1, 2, 64),
+        "tokens": (CONTEXT_TOKENS, CONTEXT_TOKENS, _ENDLESS),
+        "height": (multiple, 64, _ENDLESS),
+        "width": (multiple, 64, _ENDLESS),
+    }
+
+    def shape(spec: TensorSpec, at: int) -> tuple[int, ...]:
+        return tuple(sizes[size][at] if isinstance(size, str) else size for size in spec.shape)
+
+    return {spec.name: (shape(spec, 0), shape(spec, 1), shape(spec, 2)) for spec in inputs}
+
+
+def nearest_sizes_px(latent: int, artifact: Artifact) -> tuple[int, int]:
+    """Returns the next smaller and next larger size in pixels that a UNet takes.
+
+    Args:
+        latent: the refused height or width, in latent pixels.
+        artifact: the UNet.
+    """
+    step = artifact.multiple
+    return max(1, latent // step) * step * artifact.vae_scale, math.ceil(latent / step) * step * artifact.vae_scale
+
+
+def _describe(error: SdCompressError) -> str:
+    """Returns an error without its path and hint, which the table shows in columns of their own."""
+    text = error.what if not error.expected else f"{error.what}; expected {error.expected}"
+    return " ".join(text.split())

@@ -1,0 +1,53 @@
+"""What an engine leaves out, for the tab."""
+
+from __future__ import annotations
+
+from html import escape
+
+LIMITS = (
+    (
+        "LoRA",
+        'An engine has its weights built in, so a LoRA in the prompt cannot change it. With the setting "error" the'
+        ' picture is refused, and the message has the command that bakes the LoRA in. With "torch" the engine\'s own'
+        " weights draw it in torch, with the LoRA, if no block of the model has been removed. A student's layers are"
+        " not the checkpoint's, so a student refuses it in both settings: bake it in. A LoRA that changes only the text"
+        " encoder works as usual.",
+    ),
+    (
+        "ControlNet, IP-Adapter, reference",
+        "They work inside the checkpoint's own UNet. They are refused with the reason, whatever the settings are. Set"
+        " SD Unet to None for such pictures.",
+    ),
+    ("Hypernetworks, tiling", "They are refused too, because both change layers inside the UNet."),
+    (
+        "Refiner, another checkpoint for hires fix",
+        "An engine replaces the UNet of the checkpoint that a picture was begun with. From the step at which another"
+        " checkpoint is loaded, the picture is refused (on Forge the refiner runs with its own UNet).",
+    ),
+    (
+        "AnimateDiff, FreeU and other extensions that rebuild the UNet",
+        "They have no effect on an engine. Forge lists what they patch, so there they are refused. A1111 does not: set"
+        " SD Unet to None for them.",
+    ),
+    (
+        "Token merging, HyperTile",
+        "They make the checkpoint's UNet faster and less exact, and have no effect on an engine.",
+    ),
+    (
+        "Prompts",
+        "Any number of 77-token parts that the engine was built for. A prompt and a negative prompt of different"
+        " lengths run one after the other.",
+    ),
+    (
+        "Sizes",
+        "Those that the engine was built for, in the steps that its levels allow: 64 px, or 32 px for bk-tiny. Hires"
+        " fix needs one engine, or several of one model, that take both sizes.",
+    ),
+)
+"""(feature, what happens to it)."""
+
+
+def limits_html() -> str:
+    """Returns the list as HTML."""
+    items = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in LIMITS)
+    return f"<h3>What an engine leaves out</h3><ul>{items}</ul>"

@@ -1,0 +1,130 @@
+"""click options made from the fields of a pydantic model, so that an option is declared once, where it is checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+import click
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+PIXELS = "_px"
+
+
+def field_options(
+    model: type[BaseModel], names: Iterable[str] | None = None, metavars: Mapping[str, str] | None = None
+) -> Callable[[Any], Any]:
+    """Returns the decorator that adds one option for each field, in the fields' order.
+
+    An option is None, or an empty tuple, where it is not given: the configuration then keeps its own value. Limits such
+    as `ge` stay with pydantic, which names all errors in one message.
+
+    Args:
+        model: the configuration's class.
+        names: the fields; None for all.
+        metavars: names of the values in the help, by field; by default click's own, and PX for pixels.
+    """
+    fields, metavars = model.model_fields, metavars or {}
+    options = [make_option(name, fields[name], metavars.get(name)) for name in (fields if names is None else names)]
+
+    def decorate(function: Any) -> Any:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def make_option(name: str, field: FieldInfo, metavar: str | None = None) -> Callable[[Any], Any]:
+    """Returns the decorator that adds the option of one field.
+
+    `size_px` becomes `--size PX`. A bool becomes a flag, a Literal a choice, a tuple or a mapping an option that can be
+    repeated and has its name in the singular.
+
+    Args:
+        name: of the field, and of the option's argument of the command.
+        field: its type, default and description.
+        metavar: name of the value in the help.
+    """
+    value_type = without_none(field.annotation)
+    settings: dict[str, Any] = {"default": None, "help": describe(field)}
+    option_name, unit = name.removesuffix(PIXELS), "PX" if name.endswith(PIXELS) else None
+    if value_type is bool:
+        settings["is_flag"] = True
+    elif get_origin(value_type) is Literal:
+        settings["type"] = click.Choice(get_args(value_type))
+    elif is_repeated(field):
+        option_name = option_name.removesuffix("s")
+        settings |= {"multiple": True, "type": str}
+    else:
+        settings["type"] = value_type
+    if metavar or unit:
+        settings["metavar"] = metavar or unit
+    return click.option(f"--{option_name.replace('_', '-')}", name, **settings)
+
+
+def pop_given(model: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:
+    """Remove the options of a model's fields from `options`; returns the values of those that were given.
+
+    Args:
+        model: the configuration's class.
+        options: values by argument name, as click passes them.
+
+    Raises:
+        UsageError: the value of a mapping is not NAME or NAME=NUMBER.
+    """
+    given = {}
+    for name, field in model.model_fields.items():
+        value = options.pop(name, None)
+        if value not in (None, ()):
+            given[name] = parse_shares(name, value) if get_origin(field.annotation) is dict else value
+    return given
+
+
+def parse_shares(name: str, texts: Iterable[str]) -> dict[str, float]:
+    """Returns texts such as ("text=0.7", "alt") as a mapping; a name without a number has the share 1.
+
+    Args:
+        name: of the field, for the message.
+        texts: the values of a repeated option.
+
+    Raises:
+        UsageError: a share is not a number.
+    """
+    from sdcompress_engines.errors import UsageError
+
+    shares = {}
+    for text in texts:
+        column, _, share = text.partition("=")
+        try:
+            shares[column] = float(share or 1)
+        except ValueError as error:
+            raise UsageError(
+                f"--{name.removesuffix('s')} {text!r}", expected="COLUMN or COLUMN=SHARE, such as caption=0.7"
+            ) from error
+    return shares
+
+
+def describe(field: FieldInfo) -> str:
+    """Returns the help text of a field's option: its description, how to repeat it, and its default."""
+    text = field.description or ""
+    if is_repeated(field):
+        text = f"{text.removesuffix('.')}; repeat for more."
+    default = field.get_default(call_default_factory=True)
+    if default is None or default is False or default in ((), {}):
+        return text
+    return f"{text}  [default: {default}]"
+
+
+def is_repeated(field: FieldInfo) -> bool:
+    """Returns whether the field holds several values."""
+    return get_origin(without_none(field.annotation)) in (tuple, dict)
+
+
+def without_none(annotation: Any) -> Any:
+    """Returns the type of an optional value: `int | None` gives int."""
+    if get_origin(annotation) in (Union, UnionType):
+        (annotation,) = (each for each in get_args(annotation) if each is not NoneType)
+    return annotation

@@ -1,0 +1,220 @@
+"""A model, as a name or path, to ONNX graphs and TensorRT engines, or to a checkpoint in LDM layout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompress_engines.build_options import BuildOptions, check_options
+from sdcompress_engines.builder import newest_opset, targets
+from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.flavour import Flavour, choose_flavour, present_card
+from sdcompress_engines.manifest import check_free, sha256_file, staged
+from sdcompress_engines.progress import SILENT, Reporter
+
+from sdcompress.export.components import DTYPES
+from sdcompress.export.onnx import ExportResult, export_onnx
+from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
+from sdcompress.export.quantize.precisions import unsupported
+from sdcompress.export.tensorrt import EnginesResult, build_engines, shape_ranges
+from sdcompress.lora.files import read_lora
+from sdcompress.lora.fuse import fuse_lora, parse_lora
+from sdcompress.lora.names import unet_modules
+from sdcompress.models.load import LoadedPipeline, load_pipeline
+from sdcompress.models.locate import read_unet_config
+
+if TYPE_CHECKING:
+    from sdcompress.export.components import Precision
+    from sdcompress.export.quantize.precisions import Quantized
+
+_LEAST_CARD = (8, 0)
+"""The oldest GPU that a portable engine is for."""
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Which engines to build.
+
+    Attributes:
+        flavour: `tensorrt` or `tensorrt-rtx`; None takes the one that serves this machine.
+        profiles: presets or texts with ranges; see `sdcompress_engines.profiles`.
+        compute_capabilities: (major, minor) of the GPUs to build for.
+        options: of the build.
+    """
+
+    flavour: str | None = None
+    profiles: Sequence[str] = ()
+    compute_capabilities: Sequence[tuple[int, int]] = ()
+    options: BuildOptions = field(default_factory=BuildOptions)
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export.
+
+    Attributes:
+        precision: of the weights; None is fp16 with engines and fp32 without.
+        host: whose names the inputs and outputs have.
+        components: by default all that text-to-image needs.
+        loras: LoRAs to add to the weights, `FILE` or `FILE:WEIGHT`.
+        opset: of ONNX; None is the newest that the target reads.
+        calibration_prompts: for fp8 and int8; None takes the built-in ones.
+        keep_failed: keep graphs that are too far from torch.
+        force: replace an existing output.
+        engines: build these too, in `engine` beside `onnx`.
+    """
+
+    precision: Precision | Quantized | None = None
+    host: str = "diffusers"
+    components: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+    opset: int | None = None
+    calibration_prompts: Sequence[str] | None = None
+    keep_failed: bool = False
+    force: bool = False
+    engines: EngineRequest | None = None
+
+
+@dataclass(frozen=True)
+class ModelExport:
+    """The result of `export_model`.
+
+    Attributes:
+        name: the model's.
+        graphs: the ONNX folder.
+        engines: the engine folder, if engines were requested.
+        seconds: of wall clock.
+    """
+
+    name: str
+    graphs: ExportResult
+    engines: EnginesResult | None
+    seconds: float
+
+
+def export_model(model: str, output: Path, request: ExportRequest, report: Reporter = SILENT) -> ModelExport:
+    """Write the ONNX graphs of a model, each checked against torch, and the requested engines.
+
+    Without engines, `output` is the ONNX folder. With engines it holds the folders `onnx` and `engine`. What cannot be
+    built is reported before the model is loaded.
+
+    Args:
+        model: a name, a path or a hub id.
+        output: the folder to write.
+        request: what to export.
+        report: gets the progress.
+
+    Raises:
+        UsageError, BackendMissing, EngineError: the request does not fit the model or this machine.
+        ArtifactError: `output` is in the way. What `export_onnx` and `build_engines` raise passes through.
+    """
+    check_free(output, request.force)
+    library = None if request.engines is None else _check_engines(model, request.engines, request.precision)
+    if request.components:
+        check_components(request.components, request.host)
+    loras = [parse_lora(text) for text in request.loras]
+    started = time.monotonic()
+    # A LoRA is added in fp32, and a calibration draws in fp32.
+    loaded = load_pipeline(model, as_stored=not loras and request.precision not in QUANTIZED)
+    name = loaded.name
+    settings: dict[str, Any] = {
+        "precision": request.precision or ("fp32" if library is None else "fp16"),
+        "components": request.components or None,
+        "host": request.host,
+        "opset": request.opset or (newest_opset(library) if library else None),
+        "source": {"pipeline": loaded.sha256} | _fuse_loras(loaded, loras),
+        "name": name,
+        "calibration_prompts": request.calibration_prompts,
+        "keep_failed": request.keep_failed,
+        "report": report,
+    }
+    if request.engines is None or library is None:
+        graphs = export_onnx(loaded.pipeline, output, force=request.force, **settings)
+        return ModelExport(name, graphs, None, time.monotonic() - started)
+    with staged(output, request.force) as folder:
+        graphs = export_onnx(loaded.pipeline, folder / "onnx", **settings)
+        del loaded  # the build needs the memory
+        engines = build_engines(
+            folder / "onnx",
+            folder / "engine",
+            profiles=request.engines.profiles,
+            flavour=library.name,
+            compute_capabilities=request.engines.compute_capabilities or None,
+            options=request.engines.options,
+            report=report,
+        )
+    return ModelExport(name, graphs, engines, time.monotonic() - started)
+
+
+def _check_engines(model: str, request: EngineRequest, precision: str | None) -> Flavour:
+    """Returns the library that builds the engines, after checking that it can build them for this model.
+
+    Raises:
+        BackendMissing: no library builds here. EngineError: it builds for none of the GPUs. UsageError: an option, the
+            precision or a profile is not possible.
+    """
+    cards = request.compute_capabilities
+    library = choose_flavour(request.flavour, present_card(), cards)
+    check_options(library, request.options)
+    for card in targets(library, cards) or (_LEAST_CARD,):
+        if reason := unsupported(precision or "fp16", card):
+            raise UsageError(
+                f"--precision {precision} for this card: {reason}",
+                hint="--compute-capability 8.9, or --precision int8",
+            )
+    shape_ranges(request.profiles, read_unet_config(model))
+    return library
+
+
+def export_checkpoint(
+    model: str, output: Path, precision: Precision = "fp16", loras: Sequence[str] = (), *, force: bool = False
+) -> tuple[str, Path]:
+    """Write one `.safetensors` file in LDM layout; returns the model's name and the file.
+
+    Args:
+        model: a name, a path or a hub id.
+        output: the file to write.
+        precision: of the weights.
+        loras: LoRAs to add to the weights, `FILE` or `FILE:WEIGHT`.
+        force: replace an existing file.
+
+    Raises:
+        UsageError, ArtifactError, ModelError, StorageError: as `sdcompress.checkpoints.write.export_ldm`.
+    """
+    from sdcompress.checkpoints.write import export_ldm
+
+    loaded = load_pipeline(model)
+    _fuse_loras(loaded, [parse_lora(text) for text in loras])
+    metadata = {"sdcompress.pipeline_sha256": loaded.sha256}
+    return loaded.name, export_ldm(loaded.pipeline, output, DTYPES[precision], metadata=metadata, force=force)
+
+
+def _fuse_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
+    """Add LoRAs to a pipeline's weights, in place.
+
+    Returns name → sha256 of the files, for the manifest.
+    """
+    pipeline: Any = loaded.pipeline
+    source = {}
+    for file, weight in loras:
+        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
+        source[f"lora {file.name}:{weight:g}"] = sha256_file(file)
+    return source
+
+
+def read_calibration_prompts(path: Path) -> list[str]:
+    """Returns the prompts in a file, one a line; blank lines are left out.
+
+    Raises:
+        DataError: the file cannot be read, or has no prompts.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read ({error})", where=path, expected="prompts, one a line") from error
+    if not any(lines):
+        raise DataError("has no prompts", where=path, expected="prompts, one a line")
+    return [line for line in lines if line]

@@ -1,0 +1,96 @@
+"""The settings of a drawn data set, and the prompts it shows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sdcompress_engines.errors import DataError, UsageError
+
+from sdcompress.backends.registry import backend_name
+
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {"webp": {"quality": 95}, "png": {}}
+"""Picture format → Pillow's options for it."""
+
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """What decides every byte of a drawn data set, besides the teacher, the prompts and the device.
+
+    Attributes:
+        count: number of pictures. Picture i shows prompt i % len(prompts) and is drawn from seed + i.
+        batch_size: pictures drawn at once. More is faster and takes more memory. It may change last bits, because sums
+            are computed in another order.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance; 1 turns it off.
+        size_px: side of the pictures, a multiple of 8; None is the side that the UNet was made for.
+        seed: of the first picture.
+        backend: torch, onnxruntime (ort) or tensorrt (trt).
+        picture_format: webp (quality 95, a fifth of the disk) or png (lossless).
+    """
+
+    count: int
+    batch_size: int = 16
+    steps: int = 25
+    guidance_scale: float = 7.5
+    size_px: int | None = None
+    seed: int = 0
+    backend: str = "torch"
+    picture_format: Literal["webp", "png"] = "webp"
+
+    def check(self) -> None:
+        """Refuse invalid settings. One message names all of them.
+
+        Raises:
+            UsageError: an invalid count, batch size, picture size, seed or number of steps, or an unknown format or
+                backend.
+        """
+        backend_name(self.backend)
+        checks = (
+            (self.count >= 1, f"{self.count} pictures, at least 1 is needed"),
+            (self.batch_size >= 1, f"batches of {self.batch_size}, at least 1 is needed"),
+            (1 <= self.steps <= 1000, f"{self.steps} steps, 1 to 1000 are possible"),
+            (
+                math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
+                f"guidance {self.guidance_scale:g}, 0 or more is needed",
+            ),
+            (
+                self.size_px is None or (self.size_px >= 64 and self.size_px % 8 == 0),
+                f"{self.size_px} px, a multiple of 8 from 64 up is needed",
+            ),
+            (0 <= self.seed < 2**62, f"seed {self.seed}, 0 or more is needed"),
+            (
+                self.picture_format in SAVE_OPTIONS,
+                f"format {self.picture_format!r}, {' or '.join(SAVE_OPTIONS)} is needed",
+            ),
+        )
+        faults = [text for is_valid, text in checks if not is_valid]
+        if faults:
+            raise UsageError(f"cannot draw: {'; '.join(faults)}")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Returns the prompts of a text file, one a line. Empty lines are left out.
+
+    Raises:
+        UsageError: there is no such file.
+        DataError: it cannot be read, is no UTF-8 text, or holds no prompt.
+    """
+    if not file.is_file():
+        raise UsageError(
+            "is a folder" if file.is_dir() else "does not exist",
+            where=file,
+            expected="a text file of prompts, one a line",
+        )
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"cannot be read ({type(error).__name__})", where=file, expected="a UTF-8 text file of prompts, one a line"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise DataError("holds no prompt", where=file, expected="prompts, one a line")
+    return prompts

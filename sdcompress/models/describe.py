@@ -1,0 +1,183 @@
+"""Facts about a pipeline, a checkpoint, a LoRA or another artifact, from headers and configs; no weights are loaded."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdcompress_engines.manifest import Manifest, faults, read_manifest
+
+from sdcompress.models.locate import locate_pipeline, read_model_index, read_unet_config
+
+_PIPELINES = ("student", "teacher", "finetuned")  # kinds of artifacts that are diffusers folders
+
+
+def describe_model(path: str) -> tuple[dict[str, Any], Manifest | None]:
+    """Returns facts by name, and the artifact's manifest where there is one.
+
+    Args:
+        path: of a file or folder, the name of a built-in model, or a hub id.
+
+    Raises:
+        UsageError: the path does not exist.
+        ModelError: the file or folder is broken or of an unknown kind.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None and (folder / "lora").is_dir():  # a training folder holds its LoRA under lora/
+        folder = folder / "lora"
+        manifest = read_manifest(folder)
+    facts: dict[str, Any] = {}
+    if manifest is None or manifest.kind in _PIPELINES:
+        folder = locate_pipeline(path)
+        if folder.is_file():
+            facts = _describe_file(folder)
+        else:
+            manifest = read_manifest(folder)
+            facts = _describe_folder(folder)
+            if manifest is not None and facts["student"]:
+                names = (manifest.config.get(key) for key in ("teacher_name", "model_name"))
+                facts["student_of"] = next((name for name in names if name), facts["student_of"])
+    elif manifest.kind == "lora" and (files := sorted(folder.glob("*.safetensors"))):
+        facts = _describe_file(files[0])
+    facts["bytes"] = _measure_size(folder)
+    if manifest is not None:
+        facts |= {
+            "kind": manifest.kind,
+            "created": manifest.created,
+            "inputs": manifest.inputs,
+            "faults": faults(folder),
+            "figures": manifest.figures,
+            "versions": manifest.versions,
+        }
+    return facts, manifest
+
+
+def _measure_size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    from sdcompress.checkpoints.configs import derive_configs
+    from sdcompress.checkpoints.identify import CHECKPOINT, LORA, count_component_parameters, identify_weights
+    from sdcompress.checkpoints.weights import open_weights
+    from sdcompress.families.registry import family_of_pipeline
+    from sdcompress.lora.describe import describe_lora
+
+    weights = open_weights(path)
+    kind = identify_weights(weights)
+    dtypes = ", ".join(sorted(set(weights.dtypes.values())))
+    facts = {"format": "single file", "holds": kind}
+    if kind == LORA:
+        return facts | describe_lora(weights) | {"dtype": dtypes}
+    if kind != CHECKPOINT:
+        return facts | {"tensors": len(weights.shapes), "dtype": dtypes}
+    configs = derive_configs(weights)
+    index, unet = configs["model_index.json"], configs["unet/config.json"]
+    return facts | _describe_pipeline(
+        index,
+        unet,
+        configs.get("scheduler/scheduler_config.json", {}).get("prediction_type", "epsilon"),
+        count_component_parameters(weights, family_of_pipeline(str(index.get("_class_name")), unet)),
+        dtypes,
+    )
+
+
+def _describe_folder(folder: Path) -> dict[str, Any]:
+    scheduler = folder / "scheduler/scheduler_config.json"
+    prediction_type = (
+        json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
+        if scheduler.is_file()
+        else None
+    )
+    parameters, dtypes = _describe_components(folder)
+    return {"format": "diffusers folder"} | _describe_pipeline(
+        read_model_index(folder),
+        read_unet_config(folder),
+        prediction_type,
+        parameters,
+        ", ".join(sorted(dtypes)) or "unknown",
+    )
+
+
+def _describe_pipeline(
+    index: Mapping[str, Any],
+    unet: Mapping[str, Any],
+    prediction_type: str | None,
+    parameters: dict[str, int],
+    dtype: str,
+) -> dict[str, Any]:
+    from sdcompress.families.registry import family_of
+    from sdcompress.prune.cost import count_unet_parameters
+
+    family = family_of(unet)
+    removal = family.student_of(unet)
+    return {
+        "class": index.get("_class_name"),
+        "family": family.layout,
+        "student": removal,
+        "student_of": None if removal is None else family.title,
+        "prediction_type": prediction_type,
+        "unet_parameters": count_unet_parameters(unet),
+        "parameters": parameters,
+        "dtype": dtype,
+        "levels": unet["block_out_channels"],
+        "cross_attention_dim": unet["cross_attention_dim"],
+        "in_channels": unet.get("in_channels", 4),
+    }
+
+
+def _describe_components(folder: Path) -> tuple[dict[str, int], set[str]]:
+    """Returns component → number of parameters, and the dtypes of a pipeline folder.
+
+    They come from the safetensors headers; for components in pickles, the number comes from the config.
+    """
+    from sdcompress.checkpoints.weights import open_weights
+
+    parameters: dict[str, int] = {}
+    dtypes: set[str] = set()
+    for component in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = sorted(component.glob("*.safetensors"))
+        # A variant (`model.fp16.safetensors`) lies beside the whole file or alone; it is counted only alone.
+        files = [file for file in files if "." not in file.name.removesuffix(".safetensors")] or files
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            weights = open_weights(file)
+            floating = {name: shape for name, shape in weights.shapes.items() if "float" in weights.dtypes[name]}
+            shapes |= floating
+            dtypes |= {weights.dtypes[name] for name in floating}
+        count = sum(math.prod(shape) for shape in shapes.values()) if files else _count_by_config(component)
+        if count:
+            parameters[component.name] = count
+    return parameters, dtypes
+
+
+def _count_by_config(component: Path) -> int | None:
+    """Returns the parameters of a UNet, VAE or text encoder from its config alone; None for another component."""
+    import torch
+
+    from sdcompress.prune.cost import count_parameters
+    from sdcompress.support.quiet import quiet
+
+    path = component / "config.json"
+    if not path.is_file():
+        return None
+    with torch.device("meta"), quiet():
+        if component.name.startswith("text_encoder"):
+            import transformers
+
+            config = transformers.CLIPTextConfig.from_pretrained(component)
+            projected = config.architectures == ["CLIPTextModelWithProjection"]
+            encoder_class = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+            return count_parameters(encoder_class(config))
+        if component.name not in ("unet", "vae"):
+            return None
+        import diffusers
+
+        module_class = diffusers.UNet2DConditionModel if component.name == "unet" else diffusers.AutoencoderKL
+        return count_parameters(module_class.from_config(json.loads(path.read_text(encoding="utf-8"))))

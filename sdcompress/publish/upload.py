@@ -1,0 +1,151 @@
+"""Upload a finished model to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdcompress_engines.errors import ArtifactError, UsageError
+from sdcompress_engines.manifest import staged
+
+from sdcompress.publish.finished_model import CARD, PICTURE
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+# huggingface_hub has changed its HTTP library more than once.
+_HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests")
+
+
+def write_card(output: Path, text: str, picture: Path | None) -> None:
+    """Write the card and the picture in it to a folder of their own.
+
+    Args:
+        output: the new folder.
+        text: of the card.
+        picture: None where the card shows none.
+
+    Raises:
+        ArtifactError: the folder exists and is not empty.
+        StorageError: there is no space or no permission.
+    """
+    with staged(output) as out:
+        (out / CARD).write_text(text, encoding="utf-8")
+        if picture:
+            shutil.copyfile(picture, out / PICTURE)
+
+
+def check_repo(repo: str) -> None:
+    """Refuse a repository name that the hub would refuse.
+
+    Raises:
+        UsageError: it is not OWNER/NAME, or has characters that the hub does not accept.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    expected = "OWNER/NAME of letters, digits, -, _ and ."
+    if repo.count("/") != 1:
+        raise UsageError("is no repository", where=repo, expected=expected)
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError("is no name the hub takes", where=repo, expected=expected) from error
+
+
+def require_token() -> str:
+    """Returns the token that `hf auth login` has stored, or HF_TOKEN.
+
+    Raises:
+        UsageError: there is none.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token is None:
+        raise UsageError(
+            "no token for the hub",
+            expected="one that may write",
+            hint="hf auth login, or set HF_TOKEN; --dry-run needs none",
+        )
+    return token
+
+
+@contextmanager
+def upload_folder(files: Mapping[str, Path], card: str) -> Iterator[Path]:
+    """Collect files and a card in a temporary folder, so that the finished folder does not change.
+
+    Args:
+        files: name in the repository → file.
+        card: text of the model card.
+    """
+    with tempfile.TemporaryDirectory(prefix="sdcompress-push-") as name:
+        folder = Path(name)
+        for target, source in files.items():
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(source.resolve(), folder / target)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        yield folder
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Link a file; copy it where links are not possible: on Windows, few users may create symbolic links."""
+    for link in (os.symlink, os.link):
+        try:
+            return link(source, target)
+        except OSError:
+            continue
+    shutil.copyfile(source, target)
+
+
+def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) -> str:
+    """Create the repository where it does not exist, and upload a folder in one commit; returns its address.
+
+    Args:
+        folder: all files of the new commit.
+        repo: OWNER/NAME.
+        token: one that may write.
+        private: whether a new repository is private.
+        message: of the commit.
+
+    Raises:
+        ArtifactError: the hub cannot be reached, or refuses; the message gives the reason.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+    except OfflineModeIsEnabled as error:
+        raise ArtifactError(
+            "was not uploaded: the hub is switched off", where=repo, hint="unset HF_HUB_OFFLINE"
+        ) from error
+    except HfHubHTTPError as error:
+        raise _explain_refusal(error, repo) from error
+    except ValueError as error:  # create_commit raises it for a card that the hub does not accept
+        raise ArtifactError(
+            f"was not uploaded: {error}", where=repo, hint="--license and --base-model must be names the hub knows"
+        ) from error
+    except Exception as error:
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _HTTP_LIBRARIES:
+            raise ArtifactError(
+                f"was not uploaded: the hub does not answer ({type(error).__name__})",
+                where=repo,
+                hint="check the network; --dry-run needs none",
+            ) from error
+        raise
+    return str(url)
+
+
+def _explain_refusal(error: HfHubHTTPError, repo: str) -> ArtifactError:
+    code = error.response.status_code
+    hint = "hf auth login with a token that may write there" if code in (401, 403, 404) else "try again later"
+    reason = error.server_message or f"status {code}"
+    return ArtifactError(f"was not uploaded: the hub refused ({reason})", where=repo, hint=hint)

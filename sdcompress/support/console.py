@@ -1,0 +1,78 @@
+"""Progress on stderr, for the command line and for studies."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+from sdcompress_engines.progress import Advance, Reporter
+
+
+def is_first_process() -> bool:
+    """Returns whether this process prints: of several that torchrun or accelerate started, only the first does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class ConsoleReporter(Reporter):
+    """Prints on stderr: progress bars on a terminal, elsewhere a plain line every few seconds."""
+
+    PLAIN_EVERY_S = 10.0
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+    def say(self, text: str) -> None:
+        if is_first_process():
+            click.echo(text, err=True)
+
+    @contextmanager
+    def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
+        show = self._show_bar if self.terminal and is_first_process() else self._show_lines
+        with show(label, total) as advance:
+            yield advance
+
+    @contextmanager
+    def _show_bar(self, label: str, total: int | None) -> Iterator[Advance]:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description:<34}"),
+            BarColumn(24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total, note="")
+            yield lambda n=1, note="": bar.update(task, advance=n, note=note)
+
+    @contextmanager
+    def _show_lines(self, label: str, total: int | None) -> Iterator[Advance]:
+        started = last = time.monotonic()
+        done = 0
+
+        def advance(n: int = 1, note: str = "") -> None:
+            nonlocal done, last
+            done += n
+            now = time.monotonic()
+            if now - last >= self.PLAIN_EVERY_S:
+                last = now
+                left = f", {(now - started) / done * (total - done):.0f} s left" if total and done else ""
+                self.say(f"{label}: {done}{f'/{total}' if total else ''}{left}{f', {note}' if note else ''}")
+
+        self.say(f"{label} ...")
+        yield advance
+        self.say(f"{label}: done in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,134 @@
+"""Pipelines around the network in training: those that draw validation pictures, and the finished one on disk."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompress_engines.manifest import staged, storage_errors, write_manifest
+from torch import nn
+
+from sdcompress.data.cache import LatentCache
+from sdcompress.support.quiet import quiet
+from sdcompress.train.config import TrainConfig
+from sdcompress.train.loop import Sampler, TrainResult
+
+if TYPE_CHECKING:
+    from sdcompress.models.load import LoadedPipeline
+
+PIPELINE = "pipeline"
+SAMPLES = "samples"
+
+
+def with_unet(pipeline: Any, unet: nn.Module) -> Any:
+    """Returns a pipeline with another UNet; every other component is shared, not copied."""
+    components = dict(pipeline.components) | {"unet": unet}
+    if "safety_checker" in components:
+        components["requires_safety_checker"] = False
+    other = type(pipeline)(**components)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def make_training_scheduler(scheduler: Any) -> Any:
+    """Returns a DDPM scheduler with the noise schedule of a pipeline's scheduler, whatever sampler that is."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(scheduler.config)
+
+
+def save_pipeline(
+    pipeline: Any, target: Path, kind: str, *, precision: str = "fp32", force: bool = False, **manifest: Any
+) -> None:
+    """Save a pipeline as an ordinary diffusers folder with a manifest, by one rename.
+
+    The pipeline itself stays unchanged.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        target: the folder to write.
+        kind: the artifact's kind in the manifest.
+        precision: fp32, or fp16 to save copies of the components in half precision.
+        force: replace `target` if it exists.
+        manifest: further arguments of `write_manifest`.
+    """
+    with staged(target, force) as out:
+        if precision == "fp16":
+            pipeline = with_unet(pipeline, copy.deepcopy(pipeline.unet).half())
+            for name in ("vae", "text_encoder", "text_encoder_2"):
+                if getattr(pipeline, name, None) is not None:
+                    pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)).half()})
+        with quiet():
+            pipeline.save_pretrained(out)
+        _remove_source_paths(out)
+        write_manifest(out, kind, **manifest)
+
+
+def describe_training(
+    model: LoadedPipeline, cache: LatentCache, config: TrainConfig, result: TrainResult, role: str = "model"
+) -> dict[str, Any]:
+    """Returns the manifest entries of everything that is trained: configuration, inputs, figures and seed.
+
+    Args:
+        model: what the training started from.
+        cache: the data.
+        config: the resolved configuration.
+        result: how the run ended.
+        role: the name of `model` in the entries: "teacher" or "model".
+    """
+    return {
+        "config": {
+            "train": config.model_dump(mode="json"),
+            f"{role}_name": model.name,
+            "data": cache.describe_data(),
+        },
+        "inputs": {role: model.sha256, "data": cache.sha256},
+        "figures": asdict(result),
+        "seed": config.seed,
+    }
+
+
+def _remove_source_paths(folder: Path) -> None:
+    """Remove from the JSON configs where each component was loaded from: diffusers writes a path of this machine."""
+    for config in folder.rglob("*.json"):
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+            config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def make_sampler(
+    make_pipeline: Callable[[nn.Module], Any], config: TrainConfig, output: Path, size_px: int
+) -> Sampler | None:
+    """Returns a function of (network, step) that draws the validation prompts into `output/samples`.
+
+    Returns None where the configuration has no validation prompts.
+
+    Args:
+        make_pipeline: returns a pipeline around the network in training.
+        config: holds the prompts.
+        output: the training folder.
+        size_px: side of the pictures.
+    """
+    if not config.validation_prompts:
+        return None
+    folder = output / SAMPLES
+
+    def draw_samples(trained: nn.Module, step: int) -> None:
+        from sdcompress.sampling import generate, grid
+
+        was_training = trained.training
+        trained.eval()
+        # The other components move to the device on which the network trains.
+        pipeline = make_pipeline(trained).to(next(trained.parameters()).device)
+        prompts = list(config.validation_prompts)
+        pictures = generate(pipeline, prompts, seeds=list(range(len(prompts))), size_px=size_px)
+        trained.train(was_training)
+        with storage_errors(folder):
+            folder.mkdir(exist_ok=True)
+            grid(pictures).save(folder / f"step-{step:06d}.webp", quality=90)
+
+    return draw_samples

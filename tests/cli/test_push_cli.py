@@ -1,0 +1,232 @@
+"""`sdcompress push`: what it prints, what it refuses, and what it sends to a hub."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from PIL import Image
+from sdcompress_engines.manifest import write_manifest
+
+from sdcompress.lora.files import LoraLayer, write_lora
+from sdcompress.train.config import LoraConfig
+from sdcompress.train.recipes import load_config
+
+from .conftest import Cli, one_line
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A training folder as `lora train` leaves it: a small LoRA under lora/ and a grid of samples."""
+    folder = tmp_path / "style"
+    layers = {("unet", "mid_block.attentions.0.proj_in"): LoraLayer(torch.randn(2, 8), torch.randn(8, 2), 2.0)}
+    write_lora(layers, folder / "lora/lora.safetensors", "diffusers")
+    write_lora(layers, folder / "lora/lora-kohya.safetensors", "kohya")
+    config = load_config(LoraConfig, "nano-lora", {}).model_dump(mode="json")
+    write_manifest(
+        folder / "lora",
+        "lora",
+        config={"train": config, "model_name": "nano"},
+        inputs={"model": "a" * 64, "data": "b" * 64},
+        figures={"steps": 200, "losses": {"task_loss": 0.1}},
+        seed=0,
+    )
+    (folder / "samples").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "samples/step-000200.webp")
+    return folder
+
+
+def test_a_dry_run_needs_neither_token_nor_network(
+    cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    before = sorted(trained.rglob("*"))
+    code, out, _ = cli("push", trained, "me/style", "--dry-run")
+    assert code == 0
+    assert out.startswith("---\nlicense: other\n")
+    assert sorted(line.split()[0] for line in out.splitlines()[-5:]) == [
+        "README.md",
+        "lora-kohya.safetensors",
+        "lora.safetensors",
+        "samples.webp",
+        "sdcompress.json",
+    ]
+    code, out, _ = cli("push", trained, "me/style", "--dry-run", "-o", tmp_path / "card")
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "card").iterdir()) == ["README.md", "samples.webp"]
+    assert "---" not in out
+    assert sorted(trained.rglob("*")) == before
+    assert cli("push", trained, "me/style", "--dry-run", "-o", tmp_path / "card")[0] == 1
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that an upload needs. It keeps the files it receives in `server.sent`."""
+
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        here = f"http://127.0.0.1:{server.server_port}/me/style"
+        if server.refusal:
+            self._answer(server.refusal, {"error": "no"})
+        elif self.path == "/api/repos/create":
+            server.created = json.loads(body)
+            self._answer(200, {"url": here})
+        elif self.path == "/api/validate-yaml":
+            server.checked = json.loads(body)["content"]
+            self._answer(200, {"warnings": [], "errors": []})
+        elif "/preupload/" in self.path:
+            self._answer(
+                200,
+                {
+                    "files": [
+                        {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for file in json.loads(body)["files"]
+                    ]
+                },
+            )
+        else:
+            lines = [json.loads(line) for line in body.splitlines()]
+            server.message = lines[0]["value"]["summary"]
+            server.sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines[1:]}
+            self._answer(200, {"commitUrl": f"{here}/commit/{'0' * 40}", "commitOid": "0" * 40})
+
+    def do_GET(self) -> None:
+        self._answer(401, {"error": "no"})
+
+    def _answer(self, status: int, values: dict[str, Any]) -> None:
+        body = json.dumps(values).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.refusal, server.sent = None, {}
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_push_sends_the_files_with_the_card_in_one_commit(cli: Cli, trained: Path, hub: Any) -> None:
+    (trained / "lora/notes.txt").write_text("mine")
+    code, out, err = cli("push", trained, "me/style", "--private", "--license", "apache-2.0", "--message", "first")
+    assert code == 0, err
+    assert hub.created["name"] == "style"
+    assert hub.created["organization"] == "me"
+    assert "private" in json.dumps(hub.created)
+    assert set(hub.sent) == {
+        "README.md",
+        "samples.webp",
+        "sdcompress.json",
+        "lora.safetensors",
+        "lora-kohya.safetensors",
+    }
+    for name in ("lora.safetensors", "sdcompress.json"):
+        assert hub.sent[name] == (trained / "lora" / name).read_bytes()
+    assert hub.sent["samples.webp"] == (trained / "samples/step-000200.webp").read_bytes()
+    assert hub.sent["README.md"].decode() == hub.checked
+    assert "license: apache-2.0" in hub.checked
+    assert hub.message == "first"
+    assert "127.0.0.1" in out
+    assert not (trained / "lora/README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "hf auth login"), (403, "hf auth login"), (500, "try again later")]
+)
+def test_a_refusal_of_the_hub_is_one_line(cli: Cli, trained: Path, hub: Any, status: int, message: str) -> None:
+    hub.refusal = status
+    code, _, err = cli("push", trained, "me/style")
+    assert code == 1
+    assert message in one_line(err)
+
+
+def test_no_token_and_no_network_are_one_line_each(
+    cli: Cli, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    code, _, err = cli("push", trained, "me/style")
+    assert code == 2
+    assert "HF_TOKEN" in one_line(err)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    code, _, err = cli("push", trained, "me/style")
+    assert code == 1
+    assert "check the network" in one_line(err)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    code, _, err = cli("push", trained, "me/style")
+    assert code == 1
+    assert "HF_HUB_OFFLINE" in one_line(err)
+
+
+def test_unfinished_and_unknown_folders_are_not_pushed(
+    cli: Cli, trained: Path, tmp_path: Path, random_folder: Path
+) -> None:
+    unfinished = tmp_path / "unfinished"
+    (unfinished / "checkpoints").mkdir(parents=True)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for folder, code, message in (
+        (tmp_path / "nowhere", 2, "does not exist"),
+        (empty, 1, "no pipeline and no LoRA"),
+        (unfinished, 1, "--resume"),
+        (random_folder, 1, "no sdcompress.json"),
+    ):
+        exit_code, _, err = cli("push", folder, "me/style", "--dry-run")
+        assert exit_code == code
+        assert message in one_line(err)
+
+
+def test_a_damaged_artifact_is_not_pushed(cli: Cli, trained: Path) -> None:
+    weights = trained / "lora/lora.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (trained / "lora/lora-kohya.safetensors").unlink()
+    code, _, err = cli("push", trained, "me/style", "--dry-run")
+    assert code == 1
+    assert "sha256 differs" in one_line(err)
+    assert "lora-kohya.safetensors is missing" in one_line(err)
+    (trained / "lora/sdcompress.json").write_text("{")
+    code, _, err = cli("push", trained, "me/style", "--dry-run")
+    assert code == 1
+    assert "broken manifest" in one_line(err)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("style",),
+        ("me/st yle",),
+        ("me/a/b",),
+        ("me/style", "--license", "My Own"),
+        ("me/style", "--base-model", "teacher"),
+        ("me/style", "-o", "card"),
+    ],
+)
+def test_invalid_names_are_refused(cli: Cli, trained: Path, arguments: tuple[str, ...]) -> None:
+    code, _, err = cli("push", trained, *arguments, *(() if "-o" in arguments else ("--dry-run",)))
+    assert code == 2
+    assert "Traceback" not in err

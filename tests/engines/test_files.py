@@ -1,0 +1,84 @@
+"""A file is replaced whole or not at all, also while another program has it open for a moment."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sdcompress_engines.files import replace_file, write_atomically
+
+
+def refuse_like_windows(patch: pytest.MonkeyPatch, times: int, winerror: int) -> list[str]:
+    """Let `os.replace` fail this often, as on Windows. Returns the list of its later calls."""
+    calls: list[str] = []
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        calls.append(str(target))
+        if len(calls) <= times:
+            error = PermissionError(errno.EACCES, "in use", str(target))
+            error.winerror = winerror  # type: ignore[attr-defined]
+            raise error
+        real(source, target)
+
+    patch.setattr(os, "replace", replace)
+    patch.setattr("time.sleep", lambda seconds: None)
+    return calls
+
+
+@pytest.mark.parametrize("winerror", [5, 32])
+def test_a_file_that_is_in_use_for_a_moment_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winerror: int
+) -> None:
+    (tmp_path / "target").write_text("old")
+    calls = refuse_like_windows(monkeypatch, 3, winerror)
+    write_atomically(tmp_path / "target", "new")
+    assert (tmp_path / "target").read_text() == "new"
+    assert len(calls) == 4
+
+
+def test_a_file_that_stays_in_use_is_an_error_and_keeps_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "target").write_text("old")
+    calls = refuse_like_windows(monkeypatch, 1000, 32)
+    with pytest.raises(PermissionError):
+        write_atomically(tmp_path / "target", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert (tmp_path / "target").read_text() == "old"
+    assert 2 < len(calls) < 20
+
+
+@pytest.mark.parametrize("winerror", [None, 1314])
+def test_other_refusals_are_not_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, winerror: int | None
+) -> None:
+    (tmp_path / "source").touch()
+    calls = refuse_like_windows(monkeypatch, 1, winerror or 0)
+    with pytest.raises(PermissionError):
+        replace_file(tmp_path / "source", tmp_path / "target")
+    assert len(calls) == 1
+
+
+def test_a_folder_in_the_place_of_a_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "source").touch()
+    calls = refuse_like_windows(monkeypatch, 1, 5)
+    with pytest.raises(PermissionError):
+        replace_file(tmp_path / "source", tmp_path / "target")
+    assert len(calls) == 1
+
+
+def test_text_is_written_in_utf8_with_its_line_ends(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "text", "é\n")
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\n"
+
+
+def test_an_error_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    with pytest.raises(OSError, match="target"):
+        write_atomically(tmp_path / "target", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]

@@ -1,0 +1,92 @@
+"""A loss is one class: what the training loop asks of it, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sdcompress.data.build_cache import build_cache
+from sdcompress.data.cache import LatentCache
+from sdcompress.data.sources import open_source
+from sdcompress.models.load import LoadedPipeline, load_pipeline
+from sdcompress.train.batches import Batches, NoisyBatch
+from sdcompress.train.config import TrainConfig
+from sdcompress.train.features import collect_features
+from sdcompress.train.loop import TrainResult, train
+from sdcompress.train.objectives.objective import Objective
+from sdcompress.train.pipelines import make_training_scheduler
+
+CONFIG = TrainConfig(steps=2, batch_size=2, learning_rate=1e-3, precision="fp32", log_every=1)
+
+
+class HuberLoss(Objective):
+    """A loss without hooks: it defines `compute_losses` alone."""
+
+    def compute_losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        arguments, options = batch.unet_arguments()
+        return {"loss": nn.functional.huber_loss(trained(*arguments, **options)[0], batch.target)}
+
+
+class QuietMidBlock(Objective):
+    """A loss that reads a module's output: the diffusion loss and the size of the mid block's features."""
+
+    hooked_modules = (["mid_block"], [])
+
+    @contextmanager
+    def attach_hooks(self, trained: nn.Module) -> Iterator[None]:
+        with collect_features(trained, self.hooked_modules[0]) as self.features:
+            yield
+
+    def compute_losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+        arguments, options = batch.unet_arguments()
+        task = nn.functional.mse_loss(trained(*arguments, **options)[0], batch.target)
+        size = self.features["mid_block"].square().mean()
+        return {"loss": task + size, "task_loss": task, "size_loss": size}
+
+
+@pytest.fixture(scope="module")
+def teacher(random_folder: Path) -> LoadedPipeline:
+    return load_pipeline(random_folder)
+
+
+@pytest.fixture(scope="module")
+def cache(teacher: LoadedPipeline, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> LatentCache:
+    return build_cache(open_source(pictures), teacher, tmp_path_factory.mktemp("cache") / "cache")
+
+
+def train_two_steps(objective: Objective, teacher: LoadedPipeline, cache: LatentCache, output: Path) -> TrainResult:
+    """Train the conv_in of a fresh UNet; everything else of it stays frozen."""
+    pipeline: Any = load_pipeline(teacher.folder).pipeline
+    unet = pipeline.unet.requires_grad_(False)
+    unet.conv_in.requires_grad_(True)
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    output.mkdir()
+    batches = Batches(cache, make_training_scheduler(pipeline.scheduler), 0.18, CONFIG)
+    result = train(unet, objective, batches, CONFIG, output, {})
+    changed = {name for name, weight in unet.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {"conv_in.weight", "conv_in.bias"}
+    assert not any(module._forward_hooks for module in unet.modules())
+    return result
+
+
+def test_a_loss_with_compute_losses_alone_trains(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+    result = train_two_steps(HuberLoss(), teacher, cache, tmp_path / "run")
+    assert result.steps == 2
+    assert set(result.losses) == {"loss"}
+    assert result.losses["loss"] > 0
+
+
+def test_the_parts_of_a_loss_with_hooks_are_logged(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
+    train_two_steps(QuietMidBlock(), teacher, cache, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["task_loss"] + line["size_loss"], rel=1e-4)
+        assert line["size_loss"] > 0
