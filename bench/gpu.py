@@ -1,14 +1,14 @@
-"""Ten minutes on a card: its peaks, what UNet steps, pictures and training take on it, whether our tests pass.
+"""Ten minutes on a card: its peaks, the time of UNet steps, pictures and training, and whether our tests pass.
 
-    python bench/gpu.py --minutes 9 -o build/gpu             all parts, in order of their worth, inside nine minutes
+    python bench/gpu.py --minutes 9 -o build/gpu             all parts within nine minutes, the most important first
     python bench/gpu.py --parts 3,4 -o build/gpu --again     the UNet steps once more
-    python bench/gpu.py --device cpu --smoke -o build/smoke  every part small on a CPU, to prove this program
+    python bench/gpu.py --device cpu --smoke -o build/smoke  every part small on a CPU, to test this program
 
-From a checkout with nothing installed: torch, diffusers, transformers, accelerate, onnx and pydantic are what it needs.
-Each part runs in a process of its own with a cap in seconds, and what it has found is kept row by row: a crash or a
-hang costs only itself, and the same command goes on where it was cut. Everything lands in DIR/gpu.json, whose schema is
-in `sdcompress_bench/gpu/__init__.py`. One line is printed for each row; the last line is JSON. Exit status 0 when every
-chosen part has ended, failed rows included; 1 when one was cut, died, or was not begun; 2 for a usage error.
+It runs from a checkout that is not installed; it needs torch, diffusers, transformers, accelerate, onnx and pydantic.
+Each part runs in its own process with a cap in seconds, and its results are kept row by row. So a crash or a hang costs
+only itself, and the same command continues where it was cut. Everything is in DIR/gpu.json, whose schema is in
+`sdcompress_bench/gpu/__init__.py`. One line is printed for each row, and the last line is JSON. Exit status: 0 if every
+chosen part has ended, failed rows included; 1 if one was cut, died, or did not begin; 2 for a usage error.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def use_checkout() -> None:
-    """Let this process, and those that it starts, import this checkout's packages."""
-    ours = [str(ROOT), str(ROOT / "engines"), str(ROOT / "bench")]
-    sys.path[:0] = [path for path in ours if path not in sys.path]
+    """Let this process and its children import this checkout's packages."""
+    packages = [str(ROOT), str(ROOT / "engines"), str(ROOT / "bench")]
+    sys.path[:0] = [path for path in packages if path not in sys.path]
     known = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*ours, *([known] if known else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join([*packages, *([known] if known else [])])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +66,7 @@ def parse_parts(text: str) -> list[int]:
 
 
 def stop(_signal: int, _frame: Any) -> NoReturn:
-    """End as an interrupt does, so that no part's process stays behind."""
+    """End as an interrupt does, so that no process of a part is left running."""
     raise KeyboardInterrupt
 
 
@@ -74,7 +74,7 @@ def main() -> int:
     args = parse_arguments()
     use_checkout()
     if args.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what picks its device itself picks the CPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # code that chooses its device itself chooses the CPU
     from sdcompress_bench.gpu.program import Program
     from sdcompress_engines.errors import SdCompressError
 

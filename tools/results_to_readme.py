@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdcompress_bench.report import estimate_text
+from sdcompress_bench.report import format_estimate
 from sdcompress_bench.results import Results, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,7 +232,7 @@ def bench_nano() -> str:
     pair, real = found.students[student], found.quality.get("real", {})
     lines += [
         f"{student} beside {found.teacher}, {found.settings['quality_pictures']} prompts: FID"
-        f" {estimate_text(pair['fid'])}, KID {estimate_text(pair['kid'])}, LPIPS {estimate_text(pair['lpips'])};"
+        f" {format_estimate(pair['fid'])}, KID {format_estimate(pair['kid'])}, LPIPS {format_estimate(pair['lpips'])};"
         " caption among the judge's first five "
         + ", ".join(
             f"{percent(figures['top5'])} ({name})"

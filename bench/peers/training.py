@@ -1,16 +1,16 @@
-"""Our training loop beside a loop in the public scripts' manner, on one machine in one run: samples a second and peak
-memory.
+"""Our training loop beside a loop in the public scripts' manner, on one machine in one run: samples a second, memory.
 
-    python bench/peers/training.py -o bench/results/training-peers-nano.json      nano, fp32 and bf16, one thread and
-    two python bench/peers/training.py --model sd15 --precision bf16 -o bench/results/training-peers-sd15.json     for a
-    GPU
+    python bench/peers/training.py -o bench/results/training-peers-nano.json
+    python bench/peers/training.py --model sd15 --precision bf16 -o bench/results/training-peers-sd15.json
+
+The first command measures nano, in fp32 and bf16, with one thread and with two. The second is for a GPU.
 
 The manner of the public distillation scripts (BK-SDM, distill-sd): the teacher in fp32, the VAE's encoder and the text
-encoder at every step, pictures decoded in the loop, fused attention as torch picks it. Both loops compute the same
+encoder at every step, pictures decoded in the loop, fused attention as torch chooses it. Both loops compute the same
 losses (bk-tiny, weights 1, 1, 1) on the same pictures with the same optimizer and the student under the same autocast.
-Each measurement is a process of its own, in turn A B A B; ours has its cache made before the clock starts, and the time
-that took is given apart. SD1.5 has random weights: how long a step takes does not depend on them. The share of the peak
-is that of the UNets' own operations in the best matrix product of this machine.
+Each measurement is a process of its own, in turn A B A B. Our loop has its cache before the clock starts; the time to
+build it is reported separately. SD1.5 has random weights, because the time of a step does not depend on them. The share
+of the peak is that of the UNets' own operations in the best matrix product of this machine.
 """
 
 from __future__ import annotations
@@ -64,10 +64,17 @@ class Case:
     """One measurement.
 
     Attributes:
-        model: `nano`, `sd15` (random weights) or a pipeline. data: what `open_source` takes.
-        pictures: of the data, at most; None is all. work: folder of the cache.
-        steps: that are timed; with `seconds`, at most as many as fit into that time.
-        threads: of the CPU; None is torch's own choice. compile: torch.compile in our loop.
+        model: `nano`, `sd15` (random weights) or a pipeline.
+        size_px: side of the pictures.
+        batch: pictures in a step.
+        work: folder of the cache.
+        data: what `open_source` takes.
+        pictures: at most this many of the data; None is all.
+        steps: number of timed steps.
+        seconds: the timed steps end after this time; None is no limit.
+        precision: of the training.
+        threads: of the CPU; None is torch's own choice.
+        compile: torch.compile in our loop.
     """
 
     model: str
@@ -84,14 +91,14 @@ class Case:
 
 
 def load(model: str) -> LoadedPipeline:
-    """The teacher; `sd15` in fp32 with random weights, made on the device."""
+    """Returns the teacher; `sd15` in fp32 has random weights, created on the device."""
     if model != "sd15":
         return load_pipeline(model)
     return LoadedPipeline("sd15-random", random_pipeline("sd1", device=DEVICE), "random", Path("."))
 
 
 class Clock:
-    """Seconds of each named part; on a GPU the device is waited for at both ends."""
+    """Adds up the seconds of each named part; on a GPU the device is idle at both ends."""
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = defaultdict(float)
@@ -110,75 +117,101 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+class PublicLoop:
+    """A distillation loop in the manner of the public scripts.
+
+    Args:
+        case: what is trained.
+
+    Attributes:
+        clock: seconds of each part of the steps.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.clock = case, Clock()
+        self.pipeline: Any = load(case.model).pipeline
+        plan = make_plan(self.pipeline.unet.config, PLAN)
+        self.pairs = plan.feature_pairs()
+        self.student = build_student(self.pipeline.unet, plan).float().to(DEVICE).train()
+        self.teacher = self.pipeline.unet.requires_grad_(False).to(DEVICE)
+        for part in (self.pipeline.vae, self.pipeline.text_encoder):
+            part.requires_grad_(False).to(DEVICE)
+        precision = choose_precision(case.precision, DEVICE.type)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
+        self.autocast = torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-5, foreach=True)
+        self.alphas = make_training_scheduler(self.pipeline.scheduler).alphas_cumprod.to(DEVICE)
+        self.records = [record for _, record in zip(range(case.batch * 8), open_source(case.data), strict=False)]
+
+    def step(self, number: int) -> None:
+        """Train one step, on the `number`-th batch."""
+        latents, text = self._encode(number)
+        noise = torch.randn_like(latents)
+        timesteps = torch.randint(1000, (self.case.batch,), device=DEVICE)
+        alpha = self.alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        with (
+            collect_features(self.student, [student for student, _ in self.pairs]) as student_features,
+            collect_features(self.teacher, [teacher for _, teacher in self.pairs]) as teacher_features,
+        ):
+            with self.clock.part("teacher"), torch.no_grad():
+                target = self.teacher(noisy, timesteps, text).sample
+            with self.clock.part("student forward"), self.autocast:
+                noise_pred = self.student(noisy, timesteps, text).sample
+                loss = F.mse_loss(noise_pred.float(), noise) + F.mse_loss(noise_pred.float(), target)
+                loss = loss + sum(
+                    F.mse_loss(student_features[student].float(), teacher_features[teacher].float())
+                    for student, teacher in self.pairs
+                )
+        with self.clock.part("student backward"):
+            loss.backward()
+        with self.clock.part("optimizer"):
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def _encode(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the latents and the text embeddings of a batch."""
+        batch, pipeline = self.case.batch, self.pipeline
+        with self.clock.part("pictures"):
+            chosen = [self.records[(number * batch + i) % len(self.records)] for i in range(batch)]
+            pixels = torch.stack([to_pixels(record.picture(), self.case.size_px) for record in chosen]).to(DEVICE)
+            captions = [record.caption for record in chosen]
+            options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
+            ids = pipeline.tokenizer(captions, **options).input_ids
+        with torch.no_grad():
+            with self.clock.part("vae"):
+                latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
+            with self.clock.part("text encoder"):
+                text = pipeline.text_encoder(ids.to(DEVICE))[0]
+        return latents, text
+
+
 def measure_public(case: Case) -> dict[str, Any]:
-    """Returns samples a second of the loop as the public scripts have it, where its time goes, and the peak memory."""
+    """Returns samples a second of a loop in the public scripts' manner, where its time goes, and the peak memory."""
     use_threads(case)
-    pipeline: Any = load(case.model).pipeline
-    plan = make_plan(pipeline.unet.config, PLAN)
-    student = build_student(pipeline.unet, plan).float().to(DEVICE).train()
-    teacher = pipeline.unet.requires_grad_(False).to(DEVICE)
-    for part in (pipeline.vae, pipeline.text_encoder):
-        part.requires_grad_(False).to(DEVICE)
-    precision = choose_precision(case.precision, DEVICE.type)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
-    autocast = torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
-    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5, foreach=True)
-    alphas = make_training_scheduler(pipeline.scheduler).alphas_cumprod.to(DEVICE)
-    records = [record for _, record in zip(range(case.batch * 8), open_source(case.data), strict=False)]
-    pairs, clock, started, step = plan.feature_pairs(), Clock(), 0.0, 0
+    loop, started, step = PublicLoop(case), 0.0, 0
     while step < WARMUP + case.steps:
         if step == WARMUP:
-            clock = Clock()
+            loop.clock = Clock()
             wait()
             started = time.perf_counter()
         if step > WARMUP and case.seconds is not None and time.perf_counter() - started > case.seconds:
             break
-        with clock.part("pictures"):
-            chosen = [records[(step * case.batch + i) % len(records)] for i in range(case.batch)]
-            pixels = torch.stack([to_pixels(record.picture(), case.size_px) for record in chosen]).to(DEVICE)
-            captions = [record.caption for record in chosen]
-            ids = pipeline.tokenizer(
-                captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
-            ).input_ids
-        with torch.no_grad():
-            with clock.part("vae"):
-                latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
-            with clock.part("text encoder"):
-                text = pipeline.text_encoder(ids.to(DEVICE))[0]
-        noise = torch.randn_like(latents)
-        timesteps = torch.randint(1000, (case.batch,), device=DEVICE)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        with (
-            collect_features(student, [s for s, _ in pairs]) as ours,
-            collect_features(teacher, [t for _, t in pairs]) as theirs,
-        ):
-            with clock.part("teacher"), torch.no_grad():
-                expected = teacher(noisy, timesteps, text).sample
-            with clock.part("student forward"), autocast:
-                predicted = student(noisy, timesteps, text).sample
-                loss = F.mse_loss(predicted.float(), noise) + F.mse_loss(predicted.float(), expected)
-                loss = loss + sum(F.mse_loss(ours[s].float(), theirs[t].float()) for s, t in pairs)
-        with clock.part("student backward"):
-            loss.backward()
-        with clock.part("optimizer"):
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+        loop.step(step)
         step += 1
     wait()
     timed, seconds = step - WARMUP, time.perf_counter() - started
-    parts = {name: value / timed for name, value in clock.spent.items()}
     return {
         "samples_per_s": timed * case.batch / seconds,
         "steps": timed,
-        "seconds": parts,
+        "seconds": {name: value / timed for name, value in loop.clock.spent.items()},
         "peak_memory_mib": peak_memory_mib(),
     }
 
 
-def measure_ours(case: Case) -> dict[str, Any]:
-    """Returns samples a second of `train` from a cache, and the peak memory of training."""
+def measure_sdcompress(case: Case) -> dict[str, Any]:
+    """Returns samples a second of our loop, which trains from a cache, and its peak memory."""
     use_threads(case)
     loaded = load(case.model)
     pipeline: Any = loaded.pipeline
@@ -222,7 +255,7 @@ def measure_ours(case: Case) -> dict[str, Any]:
 
 
 def open_cache(case: Case, loaded: LoadedPipeline) -> LatentCache:
-    """The latents of the case's pictures, made now where they are not there."""
+    """Returns the latents of the case's pictures; they are encoded now if there is no cache yet."""
     folder = case.work / "cache"
     if folder.is_dir():
         return LatentCache.open(folder)
@@ -237,18 +270,18 @@ def open_cache(case: Case, loaded: LoadedPipeline) -> LatentCache:
 
 
 def flops_per_sample(config: Mapping[str, Any]) -> int:
-    """Returns the operations of a sample: the teacher forward, the student forward, and twice that backward.
+    """Returns the operations of a sample: the teacher forward, the student forward, and twice as many backward.
 
     Args:
-        config: of the teacher's UNet. Left out are what attention computes beside its matrix products, the VAE and the
-            text encoder.
+        config: of the teacher's UNet. Attention counts by its matrix products alone; the VAE and the text encoder do
+            not count.
     """
     teacher, student = (unet_cost(each)["total"].macs for each in (config, make_plan(config, PLAN).student_config()))
     return 2 * (teacher + 3 * student)
 
 
 def measure_limit(case: Case) -> dict[str, Any]:
-    """Returns the samples a second that the best matrix product of this machine would give, were a step nothing else."""
+    """Returns the samples a second if a step took only its operations at this machine's best matrix product."""
     use_threads(case)
     precision = choose_precision(case.precision, DEVICE.type)
     peak = measure_peaks(str(DEVICE), precision).matmul_flops_per_s
@@ -265,7 +298,7 @@ def peak_memory_mib() -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if CUDA else peak_rss_mib()
 
 
-LOOPS = {"public manner": measure_public, "ours": measure_ours}
+LOOPS = {"public manner": measure_public, "ours": measure_sdcompress}
 LIMIT = "limit"
 MEASURES = LOOPS | {LIMIT: measure_limit}
 
@@ -287,9 +320,9 @@ def main() -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        given = json.loads(args.child)
-        loop, given["work"] = MEASURES[given.pop("loop")], Path(given["work"])
-        print(json.dumps(loop(Case(**given))))
+        values = json.loads(args.child)
+        loop, values["work"] = MEASURES[values.pop("loop")], Path(values["work"])
+        print(json.dumps(loop(Case(**values))))
         return
     threads = args.threads or ([None] if CUDA else [1, 2])
     size_px = args.size or (128 if args.model == "nano" else 512)
@@ -309,46 +342,38 @@ def main() -> None:
 
 
 def measure_row(case: Case, rounds: int) -> dict[str, Any]:
-    """Both loops in one precision with one number of threads, in turn; and the limit that the machine sets."""
+    """Returns the results of both loops in one case, run in turn, and of the machine's limit."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in LOOPS}
     for _ in range(rounds):
         for name in LOOPS:
             found[name].append(run_apart(case, name))
-            print(
-                case.precision,
-                case.threads,
-                name,
-                f"{found[name][-1]['samples_per_s']:.1f} samples/s",
-                file=sys.stderr,
-                flush=True,
-            )
-    speed = {name: statistics.median(each["samples_per_s"] for each in row) for name, row in found.items()}
+            speed = f"{found[name][-1]['samples_per_s']:.1f} samples/s"
+            print(case.precision, case.threads, name, speed, file=sys.stderr, flush=True)
+    medians = {name: statistics.median(each["samples_per_s"] for each in row) for name, row in found.items()}
     limit = run_apart(case, LIMIT)
     return {
         "precision": choose_precision(case.precision, DEVICE.type),
         "threads": case.threads,
-        "samples_per_s": speed,
-        "speedup": speed["ours"] / speed["public manner"],
+        "samples_per_s": medians,
+        "speedup": medians["ours"] / medians["public manner"],
         "limit": limit,
-        "share_of_peak": speed["ours"] / limit["samples_per_s"],
+        "share_of_peak": medians["ours"] / limit["samples_per_s"],
         "rounds": found,
     }
 
 
 def run_apart(case: Case, measure: str) -> dict[str, Any]:
-    """Returns what a function of `MEASURES` finds in a process of its own."""
-    given = asdict(case) | {"loop": measure, "work": str(case.work)}
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", json.dumps(given)], capture_output=True, text=True, check=False
-    )
+    """Returns the result of a function of `MEASURES` in a process of its own."""
+    argument = json.dumps(asdict(case) | {"loop": measure, "work": str(case.work)})
+    command = [sys.executable, __file__, "--child", argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """One line for each precision and number of threads; then where the time of the last one goes."""
+    """Returns a line for each precision and number of threads, and how the last case spends its time."""
     lines = [
         "| precision | threads | public manner, samples/s | ours | times as fast | ours, of peak |",
         "|---|---|---|---|---|---|",

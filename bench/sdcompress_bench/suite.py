@@ -47,8 +47,7 @@ def run_suite(
 ) -> Results:
     """Measure what the suite asks for; write `results.json`, `report.html`, `report.md`, `grid.webp` and pictures.
 
-    The first model is the teacher: its speed in PyTorch is speed-up 1.0, and students are compared with it. A scenario
-    that fails is a row with the reason. A suite that was stopped continues from a hidden folder beside `output`.
+    A scenario that fails is a row with the reason. A stopped suite continues from a hidden folder beside `output`.
 
     Args:
         suite: what is measured.
@@ -97,11 +96,15 @@ def run_suite(
             seconds=None if journal.continued else round(time.monotonic() - started, 1),
         )
         results = dataclasses.replace(results, gates=results.judge(suite.gates))
-        results.save(folder / "results.json")
-        write_report(results, folder)
-        write_manifest(folder, "results", config=results.settings, inputs=_input_hashes(suite), seed=suite.seed)
+        _write_results(results, suite, folder)
     shutil.rmtree(work, ignore_errors=True)
     return results
+
+
+def _write_results(results: Results, suite: Suite, folder: Path) -> None:
+    results.save(folder / "results.json")
+    write_report(results, folder)
+    write_manifest(folder, "results", config=results.settings, inputs=_input_hashes(suite), seed=suite.seed)
 
 
 def _settings(suite: Suite) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Text that can be pasted into an issue: no user name, no home folder, no host name, no absolute path."""
+"""Removing user names, host names and absolute paths from text, so that it can be pasted into an issue."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _COMMON = {"root", "user", "admin", "administrator", "localhost", "ubuntu"}
-"""Names of users and machines that name nobody."""
+"""Names of users and machines that identify nobody."""
 _SHORTEST = 3
 _PART = r"[^\s'\"<>|:;,()\[\]{}*?\\/]"
 _UNIX = re.compile(rf"(?<![\w.~$/:\\-])/(?:{_PART}+/)+({_PART}*)")
@@ -19,13 +19,14 @@ _QUOTED = re.compile(r"(['\"])((?:/|[A-Za-z]:[\\/]|\\\\)[^'\"\n]*[\\/])([^'\"\n]
 
 
 def anonymize(text: str, *, names: bool = True) -> str:
-    """Returns the text without what names a person or a machine.
+    """Returns a text without what names a person or a machine.
 
-    The cache folder becomes `$SDCOMPRESS_CACHE`, the home folder `~`; of every other absolute path only the last part
-    stays, as in `.../unet.onnx`. The names of the user and of the machine become USER and HOST.
+    The cache folder becomes `$SDCOMPRESS_CACHE`, and the home folder `~`. Every other absolute path keeps its last part
+    only, as in `.../unet.onnx`. The names of the user and of the machine become USER and HOST.
 
     Args:
-        names: replace the names too; False for a command, in which they can be words of another meaning.
+        text: to show.
+        names: replace the names too. False for a command, where the same word can have another meaning.
     """
     for folder, sign in _known_folders():
         text = re.sub(re.escape(folder) + r"(?![\w.-])", sign, text, flags=_case())
@@ -42,7 +43,7 @@ def _case() -> re.RegexFlag:
 
 
 def _known_folders() -> list[tuple[str, str]]:
-    """Folders that have a short name, as written and as they resolve, the longest first."""
+    """Returns the folders that have a short name, as written and as resolved, the longest first."""
     folders = {str(Path.home()): "~", str(Path.home().resolve()): "~"}
     if cache := os.environ.get("SDCOMPRESS_CACHE"):
         folders |= {str(Path(cache).absolute()): "$SDCOMPRESS_CACHE", str(Path(cache).resolve()): "$SDCOMPRESS_CACHE"}

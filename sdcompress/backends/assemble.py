@@ -1,8 +1,9 @@
-"""A diffusers pipeline that runs on a backend."""
+"""Opening a diffusers pipeline that runs on a backend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from sdcompress_engines.errors import BackendMissing, EngineMismatch, UsageError
 from sdcompress_engines.exactness import use_ieee_fp32
 from sdcompress_engines.manifest import read_manifest
 from sdcompress_engines.progress import SILENT, Reporter
+from sdcompress_engines.unet import EngineUNet
 
 from sdcompress.backends.backend import Backend, UNetRequest
 from sdcompress.backends.cached import cached_artifacts
@@ -52,18 +54,20 @@ def open_pipeline(
 
     Args:
         model: what `load_pipeline` takes, or a folder written by `sdcompress export`.
-        artifacts: the exported graphs or engines; without it they are made once and kept in the cache folder.
-        device: by default cuda where there is one.
+        backend: a name or alias of the registry, or `auto`.
+        artifacts: the exported graphs or engines. Without it they are made once and kept in the cache folder.
+        device: by default cuda where there is a GPU.
         precision: of what is computed in torch or exported now; by default fp16 on cuda, fp32 on the CPU. Given
             artifacts have their own. fp32 is IEEE fp32: TF32 is off in this process from then on.
-        fallback: `torch` runs the UNet in PyTorch where an engine does not take a shape, and reports it; without it
+        fallback: `torch` runs the UNet in PyTorch where an engine does not take a shape, and reports it. Without it
             such a shape is an error.
-        steady: with TensorRT-RTX, compile kernels for a shape before its first run, not beside it, so that the first
-            time measured is the final one.
+        steady: compile the kernels of TensorRT-RTX for a shape before its first run, not during it, so that the first
+            measured time is the final one.
+        report: gets the progress.
 
     Raises:
         UsageError: unknown backend or path. BackendMissing: the runtime is not installed, or has no device.
-        ModelError: not a pipeline. EngineMismatch: artifacts of another model.
+            ModelError: not a pipeline. EngineMismatch: artifacts of another model.
     """
     backend = backend_name(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,36 +81,34 @@ def open_pipeline(
         from sdcompress.backends.fastest import find_fastest
 
         backend, precision = find_fastest(model, device=device, report=report)
-    entry = find_backend(backend)
-    if backend == "tensorrt" and not torch.cuda.is_available():
-        raise BackendMissing(
-            "TensorRT engines run on an NVIDIA GPU and none is here", hint="--backend ort, or --backend torch"
-        )
-    precision = precision or ("fp16" if device.startswith("cuda") else "fp32")
-    if precision == "fp32":
-        use_ieee_fp32()
-    if entry.artifact is None:
-        pipeline = _open_in_torch(entry, model, device, precision, artifacts, report)
-    else:
-        if artifacts is not None:
-            _check_same_model(model, artifacts)
-        folder = artifacts or cached_artifacts(model, backend, precision, report)
-        make_unet = _fallback_unet(model, device, precision) if fallback else None
-        pipeline = open_exported(folder, device, make_unet=make_unet, steady=steady, report=report)
+    target = _Target(find_backend(backend), device, precision or default_precision(device), artifacts, report)
+    pipeline = _open_model(model, target, fallback, steady)
     if device.startswith("cuda"):
         keep_timesteps_on_host(pipeline)
     return pipeline
 
 
 def close_pipeline(pipeline: TextToImagePipeline) -> None:
-    """Free the runners of a pipeline. TensorRT-RTX stores the kernels it compiled only then."""
+    """Free the runners of a pipeline. TensorRT-RTX stores the kernels that it compiled only then."""
     for part in pipeline.components.values():
         if callable(close := getattr(part, "close", None)):
             close()
 
 
+def default_precision(device: str) -> Precision:
+    """Returns the precision to compute in where none is requested: fp16 on CUDA, fp32 on the CPU."""
+    return "fp16" if device.startswith("cuda") else "fp32"
+
+
 def _check_export_runs(model: str, kind: str, owner: Backend, backend: str, fallback: str | None) -> None:
-    """Refuse an export folder that the chosen backend or fallback cannot run."""
+    """Refuse an export folder that the chosen backend or fallback cannot run.
+
+    Args:
+        model: the folder.
+        kind: of its manifest.
+        owner: the backend that runs it.
+        backend, fallback: the chosen ones.
+    """
     if backend not in (owner.name, AUTO):
         raise UsageError(
             f"holds {kind} graphs, which {backend} does not run", where=model, hint=f"--backend {owner.short_name}"
@@ -119,10 +121,43 @@ def _check_export_runs(model: str, kind: str, owner: Backend, backend: str, fall
         )
 
 
-def _open_in_torch(
-    backend: Backend, model: str | Path, device: str, precision: Precision, artifacts: Path | None, report: Reporter
-) -> TextToImagePipeline:
+@dataclass(frozen=True)
+class _Target:
+    """What a pipeline is opened for; see `open_pipeline`."""
+
+    backend: Backend
+    device: str
+    precision: Precision
+    artifacts: Path | None
+    report: Reporter
+
+
+def _open_model(model: str | Path, target: _Target, fallback: str | None, steady: bool) -> TextToImagePipeline:
+    """Returns the pipeline of a model that is no export folder.
+
+    Args:
+        model, fallback, steady: see `open_pipeline`.
+        target: the rest of its arguments.
+    """
+    backend, device, precision = target.backend, target.device, target.precision
+    if "cpu" not in backend.devices and not torch.cuda.is_available():
+        raise BackendMissing(
+            f"{backend.title} runs on an NVIDIA GPU and none is here", hint="--backend ort, or --backend torch"
+        )
+    if precision == "fp32":
+        use_ieee_fp32()
+    if backend.artifact is None:
+        return _open_in_torch(model, target)
+    if target.artifacts is not None:
+        _check_same_model(model, target.artifacts)
+    folder = target.artifacts or cached_artifacts(model, backend.name, precision, target.report)
+    make_unet = _fallback_unet(model, device, precision) if fallback else None
+    return open_exported(folder, device, make_unet=make_unet, steady=steady, report=target.report)
+
+
+def _open_in_torch(model: str | Path, target: _Target) -> TextToImagePipeline:
     """Returns the pipeline in torch, with the backend's runner in the place of the UNet where it has one."""
+    backend, device, precision = target.backend, target.device, target.precision
     loaded = load_pipeline(model)
     pipeline = loaded.pipeline
     # No `dtype` for fp32: nothing changes, and diffusers refuses a dtype without a safety checker in half precision.
@@ -131,14 +166,14 @@ def _open_in_torch(
         for part in (pipeline.unet, pipeline.vae):
             part.to(memory_format=torch.channels_last)
     if backend.open_unet is not None:
-        from sdcompress_engines.unet import EngineUNet
-
-        runner = backend.open_unet(UNetRequest(loaded, device, precision, artifacts, report))
+        runner = backend.open_unet(UNetRequest(loaded, device, precision, target.artifacts, target.report))
         pipeline.unet = EngineUNet(runner, dict(pipeline.unet.config))
     return pipeline
 
 
 def _fallback_unet(model: str | Path, device: str, precision: Precision) -> Callable[[], torch.nn.Module]:
+    """Returns a function that loads the UNet in torch."""
+
     def make() -> torch.nn.Module:
         unet: torch.nn.Module = load_pipeline(model).pipeline.unet.to(device, DTYPES[precision])
         return unet.eval()

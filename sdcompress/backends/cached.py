@@ -1,4 +1,4 @@
-"""Graphs and engines of a model in the cache folder, made once."""
+"""Graphs and engines of a model in the cache folder, exported and built once."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from sdcompress_engines.manifest import cache_folder
 from sdcompress_engines.profiles import ShapeRanges
 from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.backends.backend import Backend
+from sdcompress.backends.registry import find_backend
 from sdcompress.export.components import Precision, Runtime
 
 
@@ -20,12 +23,18 @@ def cached_artifacts(
     report: Reporter = SILENT,
     profiles: Sequence[str | ShapeRanges] = (),
 ) -> Path:
-    """Returns the folder of a model's graphs (`onnxruntime`) or engines (`tensorrt`) in the cache, made now where it is
-    not there.
+    """Returns the folder of a model's graphs or engines in the cache. It is written now if it is not there.
 
     Args:
+        model: a name, a path or a hub id.
+        backend: one that runs graphs or engines, by its full name.
+        precision: of the graphs.
+        report: gets the progress.
         profiles: the shapes to build engines for; by default the `dynamic` preset. Each set of profiles has a folder of
             its own.
+
+    Raises:
+        UsageError, ModelError: the model. ExportError, GateFailed, StorageError: as `export_onnx` and `build_engines`.
     """
     from sdcompress.export.onnx import export_onnx
     from sdcompress.export.tensorrt import build_engines
@@ -33,7 +42,8 @@ def cached_artifacts(
     from sdcompress.models.locate import hash_pipeline, locate_pipeline
 
     sha256 = hash_pipeline(locate_pipeline(model))
-    runtime = graph_runtime(backend, "cuda" if torch.cuda.is_available() else "cpu")
+    entry = find_backend(backend)
+    runtime = graph_runtime(entry, "cuda" if torch.cuda.is_available() else "cpu")
     graphs = cached_graphs(sha256, precision, runtime)
     if not graphs.is_dir():
         loaded = load_pipeline(model)
@@ -47,7 +57,7 @@ def cached_artifacts(
             name=loaded.name,
             report=report,
         )
-    if backend == "onnxruntime":
+    if entry.artifact == "onnx":
         return graphs
     engines = graphs.parent / f"engine-{precision}{_profile_suffix(profiles)}"
     if not engines.is_dir():
@@ -55,24 +65,24 @@ def cached_artifacts(
     return engines
 
 
-def graph_runtime(backend: str, device_type: str) -> Runtime:
-    """Returns whose kernels a backend's graphs are written for: on CUDA, ONNX Runtime has none for group norms."""
-    return "onnxruntime" if (backend, device_type) == ("onnxruntime", "cuda") else "any"
+def graph_runtime(backend: Backend, device: str) -> Runtime:
+    """Returns the runtime that a backend's graphs are written for on a kind of device, `cpu` or `cuda`."""
+    return backend.graph_runtimes.get(device, "any")
 
 
 def cached_graphs(sha256: str, precision: Precision, runtime: Runtime = "any") -> Path:
     """Returns the folder in the cache for a model's graphs, whether it is there or not.
 
     Args:
-        sha256: of the model. runtime: see `graph_runtime`.
+        sha256: of the model.
+        precision: of the graphs.
+        runtime: see `graph_runtime`.
     """
-    from sdcompress_engines.manifest import cache_folder
-
     suffix = "" if runtime == "any" else f"-{runtime}"
     return cache_folder() / "models" / sha256[:16] / f"onnx-{precision}{suffix}"
 
 
 def _profile_suffix(profiles: Sequence[str | ShapeRanges]) -> str:
-    """Returns what tells the folders of different profiles apart; empty for the default ones."""
+    """Returns the end of a folder's name that depends on the profiles; empty for the default ones."""
     text = "; ".join(map(str, profiles))
     return f"-{hashlib.sha256(text.encode()).hexdigest()[:12]}" if text else ""

@@ -1,4 +1,4 @@
-"""An export folder as a diffusers pipeline: a runner in the place of each component."""
+"""Opening an export folder as a diffusers pipeline, with a runner in the place of each component."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def open_exported(
         folder: as `export_onnx` or `build_engines` writes it.
         device: `cpu`, `cuda` or `cuda:N`.
         make_unet: returns a UNet in torch for shapes that the engine does not take; None makes such a shape an error.
-        steady: compile TensorRT-RTX's kernels for a shape before its first run.
+        steady: compile the kernels of TensorRT-RTX for a shape before its first run.
+        report: gets a line when the UNet in torch is used.
 
     Raises:
         ModelError: a component's graph is missing. EngineError, EngineMismatch, BackendMissing: as `open_runner`.

@@ -1,4 +1,4 @@
-"""The process that times one backend for `find_fastest`: see `sdcompress_engines.child_process`."""
+"""The process that times one backend for `find_fastest`."""
 
 from __future__ import annotations
 
@@ -7,54 +7,50 @@ from typing import Any
 
 import torch
 from sdcompress_engines.child_process import receive_message, send_event
+from sdcompress_engines.errors import SdCompressError
 
 _LEAST_MS, _MOST_SAMPLES = 500.0, 200
 
 
-def _child(case: dict[str, Any]) -> dict[str, Any]:
-    from sdcompress_engines.errors import SdCompressError
+def time_candidate(case: dict[str, Any]) -> dict[str, Any]:
+    """Time a UNet step and save its output. Returns `ms`, the samples, or `failed`, the reason.
 
+    Args:
+        case: `model`, `backend`, `device` and `precision` as for `open_pipeline`; `batch`, samples of a call;
+            `samples`, the least number of timed calls; `answer`, the file for the output.
+    """
     from sdcompress.backends.assemble import open_pipeline
 
     try:
         pipeline = open_pipeline(
             case["model"], case["backend"], device=case["device"], precision=case["precision"], steady=True
         )
-        unet = pipeline.unet
-        side, generator = int(unet.config["sample_size"]), torch.Generator().manual_seed(0)
-        sample = torch.randn(case["batch"], unet.config["in_channels"], side, side, generator=generator).to(
-            unet.device, unet.dtype
-        )
-        context = torch.randn(case["batch"], 77, unet.config["cross_attention_dim"], generator=generator).to(
-            unet.device, unet.dtype
-        )
-        added = None
-        if unet.config.get("addition_embed_type") == "text_time":
-            width = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
-            embeds = torch.randn(case["batch"], width, generator=generator).to(unet.device, unet.dtype)
-            added = {
-                "text_embeds": embeds,
-                "time_ids": (
-                    torch.tensor([[8.0 * side, 8 * side, 0, 0, 8 * side, 8 * side]])
-                    .repeat(case["batch"], 1)
-                    .to(unet.device)
-                ),
-            }
-        moment = torch.tensor(501.0, device=unet.device)
-        times: list[float] = []
-        with torch.no_grad():
-            while len(times) <= case["samples"] or (sum(times[1:]) < _LEAST_MS and len(times) <= _MOST_SAMPLES):
-                started = time.perf_counter()
-                out = unet(sample, moment, encoder_hidden_states=context, added_cond_kwargs=added, return_dict=False)[0]
-                if out.is_cuda:
-                    torch.cuda.synchronize()
-                times.append(1000 * (time.perf_counter() - started))
+        times, output = _time_unet(pipeline.unet, case)
     except SdCompressError as error:
         return {"failed": str(error)}
-    torch.save(out.float().cpu(), case["answer"])
-    return {"ms": times[1:]}
+    torch.save(output.float().cpu(), case["answer"])
+    return {"ms": times}
+
+
+def _time_unet(unet: Any, case: dict[str, Any]) -> tuple[list[float], torch.Tensor]:
+    """Returns the times of the calls after the first, in ms, and the output, (B, 4, H/8, W/8)."""
+    from sdcompress.backends.subjects import unet_inputs
+
+    inputs = unet_inputs(unet, case["precision"], unet.device, case["batch"])
+    sample, timestep, context = (inputs.pop(name) for name in ("sample", "timestep", "encoder_hidden_states"))
+    times: list[float] = []
+    with torch.no_grad():
+        while len(times) <= case["samples"] or (sum(times[1:]) < _LEAST_MS and len(times) <= _MOST_SAMPLES):
+            started = time.perf_counter()
+            output = unet(
+                sample, timestep, encoder_hidden_states=context, added_cond_kwargs=inputs or None, return_dict=False
+            )[0]
+            if output.is_cuda:
+                torch.cuda.synchronize()
+            times.append(1000 * (time.perf_counter() - started))
+    return times[1:], output
 
 
 if __name__ == "__main__":
     if (message := receive_message()) is not None:
-        send_event(**_child(message))
+        send_event(**time_candidate(message))

@@ -1,4 +1,4 @@
-"""Faults that no single backend shows: packages that do not fit, a card that torch does not see, cache and store."""
+"""Checks of the installation: packages that do not fit, a card that torch does not see, the cache and the store."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import BrokenEngine
 
 NEEDED_BYTES = 512 * 2**20
-"""Space for what a check of nano leaves in the cache: its graph, a compiled package and engines."""
+"""Space for what a diagnosis of nano leaves in the cache: its graph, a compiled package and engines."""
 IMPORTED_BY_DIFFUSERS = "onnxruntime"
-"""An optional package with which no model loads while it is broken: see `diffusers.pipelines.onnx_utils`."""
+"""An optional package. While it is broken, no model loads: see `diffusers.pipelines.onnx_utils`."""
 _READ_S = 10.0
 
 
 @dataclass(frozen=True)
 class Check:
-    """One property of the installation.
+    """The check of one part of the installation.
 
     Attributes:
-        text: what was found.
-        command: what mends it; None where nothing has to be mended.
+        name: of the part.
+        ok: whether it is in order.
+        text: its state.
+        command: the command that repairs it; None where nothing has to be repaired.
     """
 
     name: str
@@ -47,20 +49,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Driver:
-    """An NVIDIA driver that answers: its version, and the names of its cards."""
+    """A working NVIDIA driver: its version, and the names of its cards."""
 
     version: str
     cards: tuple[str, ...]
 
 
 def find_driver() -> Driver | None:
-    """Returns what `nvidia-smi` says, or None where there is none or it finds no card."""
+    """Returns the driver that `nvidia-smi` reports, or None where there is none or it has no card."""
     command = ["nvidia-smi", "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    rows = [line.partition(",") for line in said.splitlines() if "," in line]
+    rows = [line.partition(",") for line in output.splitlines() if "," in line]
     return Driver(rows[0][0].strip(), tuple(name.strip() for _, _, name in rows)) if rows else None
 
 
@@ -69,7 +71,7 @@ def check_installation(driver: Driver | None, needed_bytes: int = NEEDED_BYTES) 
 
     Args:
         driver: see `find_driver`.
-        needed_bytes: that have to be free in the cache folder.
+        needed_bytes: the space that has to be free in the cache folder.
     """
     return [
         check_packages(driver is not None),
@@ -80,7 +82,11 @@ def check_installation(driver: Driver | None, needed_bytes: int = NEEDED_BYTES) 
 
 
 def check_packages(has_driver: bool) -> Check:
-    """Returns whether the packages are those that sdcompress asks for, and none overwrites another's files."""
+    """Returns the check of the packages: sdcompress has those that it requires, and none overwrites another's files.
+
+    Args:
+        has_driver: whether there is an NVIDIA driver, which decides between the two packages of ONNX Runtime.
+    """
     both = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
     if len(both) > 1:
         install = INSTALL_GPU if has_driver else INSTALL
@@ -110,7 +116,10 @@ def import_fault(module: str) -> str | None:
 
 
 def _unmet_requirements() -> list[tuple[str, str | None, str]]:
-    """(name, installed version, wanted versions) of each package that does not fit, optional ones only if installed."""
+    """Returns (name, installed version, required versions) of each package that does not fit.
+
+    Optional packages count only if they are installed.
+    """
     from packaging.requirements import Requirement
 
     try:
@@ -128,7 +137,7 @@ def _unmet_requirements() -> list[tuple[str, str | None, str]]:
 
 
 def check_card(driver: Driver | None) -> Check:
-    """Returns whether torch sees the NVIDIA cards that the driver sees."""
+    """Returns the check of the cards: torch sees the NVIDIA cards that the driver has."""
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
         return Check("card", True, f"torch sees {names}")
@@ -158,7 +167,7 @@ def _install_torch() -> str:
 
 
 def check_cache(needed_bytes: int) -> Check:
-    """Returns whether the cache folder can be written to and has room."""
+    """Returns the check of the cache folder: it can be written to and has enough space."""
     folder = cache_folder()
     other = "set SDCOMPRESS_CACHE=DIR" if sys.platform == "win32" else "export SDCOMPRESS_CACHE=DIR"
     try:
@@ -177,10 +186,11 @@ def check_cache(needed_bytes: int) -> Check:
 
 
 def check_store(store: EngineStore, read_s: float = _READ_S) -> Check:
-    """Returns whether the stored engines are whole. Nothing is removed, unlike by `EngineStore.verify`.
+    """Returns the check of the stored engines: none is damaged. Unlike `EngineStore.verify`, it removes nothing.
 
     Args:
-        read_s: for how long engines are read, the last used first; the sizes of all are checked.
+        store: of the engines.
+        read_s: time for reading engines, those used last first. The sizes of all are checked.
     """
     name, started = "engines", time.monotonic()
     try:
@@ -193,12 +203,12 @@ def check_store(store: EngineStore, read_s: float = _READ_S) -> Check:
             damaged[entry.digest] = entry.fault
         elif time.monotonic() - started < read_s:
             read += 1
-            if found := _faults(entry.folder):
-                damaged[entry.digest] = "; ".join(found)
+            if faults := _list_faults(entry.folder):
+                damaged[entry.digest] = "; ".join(faults)
     if damaged:
-        told = "; ".join(f"{digest[:8]}: {fault}" for digest, fault in damaged.items())
+        listed = "; ".join(f"{digest[:8]}: {fault}" for digest, fault in damaged.items())
         command = f"sdcompress engines prune {' '.join(digest[:8] for digest in damaged)}"
-        return Check(name, False, f"{len(damaged)} of {len(entries)} in the store are damaged ({told})", command)
+        return Check(name, False, f"{len(damaged)} of {len(entries)} in the store are damaged ({listed})", command)
     if not entries:
         return Check(name, True, "none in the store")
     if read < len(entries):
@@ -208,7 +218,7 @@ def check_store(store: EngineStore, read_s: float = _READ_S) -> Check:
     return Check(name, True, f"{len(entries)} in the store, whole")
 
 
-def _faults(folder: Path) -> list[str]:
+def _list_faults(folder: Path) -> list[str]:
     try:
         return engine_faults(folder)
     except SdCompressError as error:
@@ -225,5 +235,5 @@ def _version(name: str) -> str | None:
 
 
 def remove_command(folder: Path) -> str:
-    """Returns what a person types to remove a folder."""
+    """Returns the command that removes a folder."""
     return f'rmdir /s /q "{folder}"' if sys.platform == "win32" else f"rm -r {shlex.quote(str(folder))}"

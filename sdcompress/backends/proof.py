@@ -1,7 +1,7 @@
-"""One backend, one UNet, a process of its own: the case that goes in, the outcome that comes out, and its end.
+"""The proof of one backend on one UNet, in a process of its own.
 
-The process is `sdcompress.backends.worker`. It prepares and runs the backend, then waits for a word before it times the
-step: so several can prepare side by side, and each is timed alone.
+The process is `sdcompress.backends.worker`. It prepares and runs the backend, and waits for a message before it times
+the step. So several backends can prepare side by side, and each is timed alone.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from sdcompress_engines.child_process import ChildProcess, explain_exit
 
 from sdcompress.export.components import Precision
 
-WHOLE, SMALL = "whole", "small"
-"""The model's own UNet; and `worker.small_unet` of it, which compiles in a fraction of the time."""
 REFERENCE = "reference"
-"""Name of the answers of torch in IEEE fp32."""
+"""Name of the outputs of torch in IEEE fp32."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +26,12 @@ class Case:
 
     Attributes:
         model: what `load_pipeline` takes.
-        backend: `torch`, `compile`, `aot`, `onnxruntime`, `tensorrt` or `tensorrt-rtx`.
+        backend: a name of `proof_plan.provable`.
         device: `cpu` or `cuda`.
-        subjects: the UNets to run, `WHOLE` or `SMALL`; more than one for `torch` only.
-        folder: where the answers go.
-        hidden: modules that are kept from the process, because they would break others than the backend itself.
+        precision: of the UNet.
+        subjects: the UNets to run, of `sdcompress.backends.subjects`; more than one for `torch` only.
+        folder: for the outputs.
+        hidden: modules that the process must not import, because they are broken and the backend does not need them.
     """
 
     model: str
@@ -44,20 +43,30 @@ class Case:
     hidden: tuple[str, ...] = ()
 
     def answer(self, subject: str) -> Path:
-        """The file with the answer of this case."""
+        """Returns the file with the output of this case for a UNet."""
         return answer_file(self.folder, f"{self.backend}-{self.device}-{self.precision}", subject)
 
 
 def answer_file(folder: str, name: str, subject: str) -> Path:
-    """The file with an answer: a UNet's output as a float32 tensor on the CPU, (2, 4, H/8, W/8)."""
+    """Returns the file with the output of a UNet: a tensor (2, 4, H/8, W/8), float32, on the CPU.
+
+    Args:
+        folder: of the outputs.
+        name: of the backend, device and precision.
+        subject: the UNet.
+    """
     return Path(folder) / f"{name}-{subject}.pt"
 
 
 class Proof:
-    """A case in its process. What the process starts (compilers, builders) ends with it.
+    """A case and its process. What the process starts (compilers, builders) ends with it.
 
     Args:
-        deadline: on the clock of `time.monotonic`; the process is ended then.
+        case: to prove.
+        deadline: when the process is ended, on the clock of `time.monotonic`.
+
+    Attributes:
+        seconds: that the process took to prepare and to time the step.
     """
 
     def __init__(self, case: Case, deadline: float) -> None:
@@ -67,7 +76,7 @@ class Proof:
         self._outcome: dict[str, Any] | None = None
 
     def prepare(self) -> None:
-        """Start the process and wait until the backend has run once, or has failed. Without effect the second time."""
+        """Start the process and wait until the backend has run once or has failed; does nothing the second time."""
         if self._child is not None or self._outcome is not None:
             return
         if time.monotonic() >= self.deadline:
@@ -78,9 +87,10 @@ class Proof:
         self._exchange(self._child, asdict(self.case))
 
     def finish(self) -> dict[str, Any]:
-        """Time the step and end the process; returns the outcome.
+        """Time the step and end the process. Returns the outcome.
 
-        One of `ms` (subject → median of a step), `built_s`, `not_here`, `failed` (with `command`) and `unfinished`.
+        It has one of `ms` (subject → median time of a step), `built_s`, `not_here`, `failed` (with `command`) and
+        `unfinished`.
         """
         try:
             self.prepare()
@@ -88,7 +98,7 @@ class Proof:
                 self._exchange(self._child, {"go": True})
         finally:
             self.close()
-        return self._outcome or {"failed": "its process said nothing"}
+        return self._outcome or {"failed": "its process sent nothing"}
 
     def close(self) -> None:
         """End the process and all that it has started. Safe to call at any time."""
@@ -97,7 +107,7 @@ class Proof:
         self._child = None
 
     def _exchange(self, child: ChildProcess, message: dict[str, Any]) -> None:
-        """Send a message and read the answer to it; an answer other than `prepared` is the outcome."""
+        """Send a message and read the answer. An answer other than `prepared` is the outcome."""
         started = time.monotonic()
         try:
             with child.time_limit(self.deadline - started):
@@ -106,12 +116,12 @@ class Proof:
         finally:
             self.seconds += time.monotonic() - started
         if answer is None:
-            answer = self._cause(child)
+            answer = self._explain_end(child)
         if "prepared" not in answer:
             self._outcome = answer
 
-    def _cause(self, child: ChildProcess) -> dict[str, Any]:
-        """Returns why there is no answer."""
+    def _explain_end(self, child: ChildProcess) -> dict[str, Any]:
+        """Returns the outcome of a process that ended without an answer."""
         if child.timed_out:
             return {"unfinished": f"the time was over after it had run for {self.seconds:.0f} s"}
         status = child.wait()

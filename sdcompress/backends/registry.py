@@ -2,21 +2,29 @@
 
 To add one, write its entry in `_BUILT_IN` and, where it needs one, a runner in the engines package.
 Everything else (help texts, `--backend auto`, `doctor`, bench, reports) reads the entries.
+
+Help texts import this module, so it imports neither torch nor diffusers at its top.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompress_engines.errors import UsageError
+from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX
 
 from sdcompress.backends.backend import Backend, UNetRequest
 
 if TYPE_CHECKING:
     from sdcompress_engines.runners import Runner
 
+    from sdcompress.export.components import Precision
+
 AUTO = "auto"
+"""The choice of the fastest backend, by measurement."""
 FALLBACKS = ("torch",)
+"""What can run the shapes that an engine was not built for."""
 
 
 def _open_compiled(request: UNetRequest) -> Runner:
@@ -29,6 +37,12 @@ def _open_package(request: UNetRequest) -> Runner:
     from sdcompress.backends.torch_unet import open_packaged
 
     return open_packaged(request)
+
+
+def _cached_package(sha256: str, device: str, precision: Precision) -> Path:
+    from sdcompress.export.aot import PACKAGE, package_folder
+
+    return package_folder(sha256, device, precision) / PACKAGE
 
 
 def _missing_aot(device: str) -> str | None:
@@ -44,8 +58,7 @@ def _missing_onnxruntime(device: str) -> str | None:
 
 
 def _missing_tensorrt(device: str) -> str | None:
-    """Either flavor serves; without one, the reason of the last is given."""
-    from sdcompress_engines.flavour import FLAVOURS
+    """Returns why no library of TensorRT runs here, or None where one does."""
     from sdcompress_engines.runners import available
 
     if device != "cuda":
@@ -66,6 +79,7 @@ _BUILT_IN = (
         "torch.compile",
         colors=("#c2703a", "#dd9a68"),
         open_unet=_open_compiled,
+        compiles=True,
         auto={"cuda": ("fp16",)},
     ),
     Backend(
@@ -75,6 +89,8 @@ _BUILT_IN = (
         alias="aoti",
         suffix=".pt2",
         open_unet=_open_package,
+        compiles=True,
+        cached_unet=_cached_package,
         missing=_missing_aot,
         auto={"cuda": ("fp16",), "cpu": ("bf16",)},
     ),
@@ -88,7 +104,9 @@ _BUILT_IN = (
         missing=_missing_onnxruntime,
         auto={"cuda": ("fp16",), "cpu": ("fp32",)},
         lacks={"cpu": {"bf16": "ONNX Runtime computes no bf16 on a CPU"}},
+        graph_runtimes={"cuda": "onnxruntime"},  # it has no CUDA kernel for group norms
         package="onnxruntime",
+        gpu_package="onnxruntime-gpu",
     ),
     Backend(
         "tensorrt",
@@ -98,8 +116,10 @@ _BUILT_IN = (
         artifact="engine",
         suffix=".engine",
         missing=_missing_tensorrt,
+        devices=("cuda",),
         auto={"cuda": ("fp16",)},
         package="tensorrt",
+        libraries={TENSORRT.name: "tensorrt", TENSORRT_RTX.name: "tensorrt-rtx-cu13"},
     ),
 )
 _REGISTERED: dict[str, Backend] = {backend.name: backend for backend in _BUILT_IN}
@@ -111,19 +131,19 @@ def backends() -> dict[str, Backend]:
 
 
 def register(backend: Backend) -> Backend:
-    """Add a backend for this process, as a plugin or a test does; returns it.
+    """Add a backend for this process, as a plugin or a test does. Returns it.
 
     Raises:
         UsageError: its name or alias is taken.
     """
     if taken := {backend.name, backend.alias} & {AUTO, *_REGISTERED, *aliases()}:
-        raise UsageError(f"a backend {taken.pop()!r} is there already", hint="give it another name")
+        raise UsageError(f"the backend {taken.pop()!r} exists already", hint="give it another name")
     _REGISTERED[backend.name] = backend
     return backend
 
 
 def unregister(name: str) -> None:
-    """Remove a backend that `register` added; one that is not there is no error."""
+    """Remove a backend that `register` added; does nothing for another name."""
     if name not in {backend.name for backend in _BUILT_IN}:
         _REGISTERED.pop(name, None)
 
@@ -163,9 +183,11 @@ def backend_of_artifact(kind: str) -> Backend | None:
 
 
 def help_text() -> str:
-    """Returns the choices for a `--backend` option's help, in one sentence."""
+    """Returns the choices of a `--backend` option, in one sentence, for its help."""
     names = [
-        backend.name if backend.title.lower().endswith(backend.name) else f"{backend.short_name} ({backend.title})"
+        backend.short_name
+        if backend.title.lower().endswith(backend.short_name)
+        else f"{backend.short_name} ({backend.title})"
         for backend in _REGISTERED.values()
     ]
-    return f"{', '.join(names)}, or auto: the fastest here, by measurement."
+    return f"{', '.join(names)}, or {AUTO}: the fastest here, by measurement."

@@ -1,4 +1,4 @@
-"""A UNet that PyTorch compiles: at its first call (`compile`) or ahead of time (`aot`)."""
+"""The UNet compiled by PyTorch: at its first call (`compile`) or ahead of time (`aot`)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from sdcompress.export.components import signature_of
 
 
 class PositionalUNet(torch.nn.Module):
-    """A UNet that takes its inputs in the order of its signature and returns a tuple; its weights are those of `unet`.
+    """A UNet that takes its inputs in the order of its signature and returns a tuple.
 
-    Every caller reaches it with the same arguments in the same mode, so `torch.compile` compiles it once.
+    Every caller passes the same arguments in the same mode, so `torch.compile` compiles it once.
+
+    Args:
+        unet: in diffusers; its weights are shared.
     """
 
     def __init__(self, unet: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from sdcompress_engines.command import command_line
 
+from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib, output_option
 from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides
 from sdcompress.data.config import DataConfig
@@ -144,7 +145,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     loaded = load_pipeline(teacher)
     started = time.monotonic()
     report = ConsoleReporter()
-    made = build_cache(
+    built = build_cache(
         source, loaded, output, config.size_px, config=config, precision=vae_precision, force=force, report=report
     )
     manifest = read_manifest(output)
@@ -166,7 +167,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
                 for name, counts in left_out.items()
                 if counts
             ),
-            ("VAE precision", made.precision + (f", in tiles of {made.tile_px} px" if made.tile_px else "")),
+            ("VAE precision", built.precision + (f", in tiles of {built.tile_px} px" if built.tile_px else "")),
             ("time", f"{time.monotonic() - started:.0f} s"),
         ],
         f"sdcompress distill {command_line([teacher])} --data {command_line([data])} --cache"
@@ -215,7 +216,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     show_default=True,
     help="Seed of the first picture; the next picture has the next seed.",
 )
-@click.option("--backend", default="torch", show_default=True, help="torch, ort (ONNX Runtime) or trt (TensorRT).")
+@click.option("--backend", default="torch", show_default=True, help=help_text())
 @click.option(
     "--format",
     "picture_format",
@@ -255,10 +256,11 @@ def generate(
 
     settings = GenerateSettings(count, batch_size, steps, guidance, size_px, seed, backend, picture_format)
     settings.check()
-    made = generate_dataset(
+    generated = generate_dataset(
         teacher, read_prompts(prompts_file), output, settings, force=force, report=ConsoleReporter()
     )
-    figures = made.manifest.figures
+    figures = generated.manifest.figures
+    existing = figures["pictures"] - generated.drawn
     card(
         f"data set drawn by {teacher}",
         [
@@ -266,11 +268,15 @@ def generate(
             (
                 "pictures",
                 f"{figures['pictures']:,} of {figures['width_px']} x {figures['height_px']} px"
-                + (f" ({figures['pictures'] - made.drawn:,} were there)" if made.drawn < figures["pictures"] else ""),
+                + (
+                    f" ({figures['pictures'] - generated.drawn:,} existed)"
+                    if generated.drawn < figures["pictures"]
+                    else ""
+                ),
             ),
             ("prompts", f"{figures['prompts']:,}"),
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
-            ("time", f"{made.seconds:.0f} s"),
+            ("time", f"{generated.seconds:.0f} s"),
         ],
         f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([teacher])} --data"
         f" {command_line([str(output)])} -o student",

@@ -11,7 +11,7 @@ import click
 from sdcompress.cli._console import ConsoleReporter, card, json_option, mib
 
 if TYPE_CHECKING:
-    from sdcompress.backends.doctor import BackendResult, Diagnosis
+    from sdcompress.backends.diagnosis import BackendResult, Diagnosis
 
 
 Line = tuple[str, str, str, str, "str | None"]

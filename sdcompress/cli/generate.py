@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import ConsoleReporter, card
 
 if TYPE_CHECKING:
@@ -34,10 +35,7 @@ if TYPE_CHECKING:
     "--backend",
     default="torch",
     show_default=True,
-    help=(
-        "torch, compile, aot (AOTInductor), ort (ONNX Runtime), trt (TensorRT), or auto: the fastest here, by"
-        " measurement."
-    ),
+    help=help_text(),
 )
 @click.option(
     "--precision",

@@ -83,7 +83,7 @@ def build_cache(
     state = PartialState(cpu=not torch.cuda.is_available())
     check_free(output, force)
     chosen = agree_on_precision(choose_precision(pipeline, state.device, precision))
-    identity = identify_build(source, teacher, size_px, config, chosen)
+    identity = _identify_build(source, teacher, size_px, config, chosen)
     partial = output.with_name(f".{output.name}.partial")
     with storage_errors(output), text_encoders_on(pipeline, state.device):
         if state.is_main_process:
@@ -111,10 +111,16 @@ def agree_on_precision(precision: Precision) -> Precision:
     return "fp32" if "fp32" in gather_object([precision]) else precision
 
 
-def identify_build(
+def _identify_build(
     source: Source, teacher: LoadedPipeline, size_px: int, config: DataConfig, precision: Precision
 ) -> dict[str, Any]:
-    """Returns what decides the content of a cache, as JSON values; arguments as of `build_cache`."""
+    """Returns what decides the content of a cache, as JSON values.
+
+    Args:
+        source, teacher, config: as of `build_cache`.
+        size_px: side of the square pictures, or the root of the buckets' area.
+        precision: in which the VAE encodes.
+    """
     return {
         "teacher": teacher.sha256,
         "files": source.fingerprint(),

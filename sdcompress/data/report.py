@@ -151,6 +151,7 @@ class _Numbers:
     sample: Reservoir[float] = field(default_factory=lambda: Reservoir(SAMPLE_SIZE))
 
     def add(self, number: float) -> None:
+        """Count a number."""
         self.least, self.most = min(self.least, number), max(self.most, number)
         self.sample.offer(number)
 
@@ -181,6 +182,7 @@ class _Fields:
         self.others: dict[str, int] = {}
 
     def add(self, meta: Mapping[str, Any]) -> None:
+        """Count the fields of one picture."""
         for name, value in meta.items():
             number = as_number(value)
             if number is not None and abs(number) <= LARGEST_NUMBER:

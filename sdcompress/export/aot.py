@@ -1,6 +1,4 @@
-"""The UNet compiled ahead of time by AOTInductor: a `.pt2` package for this machine's device, which starts without
-compiling.
-"""
+"""The UNet as a package (`.pt2`) that AOTInductor compiled ahead of time for this machine's kind of device."""
 
 from __future__ import annotations
 
@@ -17,10 +15,12 @@ from sdcompress_engines.runners.base import Runner
 from sdcompress.export.components import DTYPES, Precision, component_graph, example_of, signature_of, silence
 from sdcompress.models.load import LoadedPipeline
 
+PACKAGE = "unet.pt2"
+
 
 @dataclass(frozen=True)
 class PackageResult:
-    """A folder with `unet.pt2`: its manifest, and the seconds it took to compile."""
+    """A folder with `unet.pt2`: its manifest, and the seconds that compiling took."""
 
     folder: Path
     manifest: Manifest
@@ -36,33 +36,24 @@ def compile_unet(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> PackageResult:
-    """Compile the UNet for this kind of device, with batch, height, width and tokens free; the pipeline is left as it
-    is.
+    """Compile the UNet of a pipeline, with batch, height, width and tokens free.
+
+    Args:
+        loaded: the pipeline in torch; it stays unchanged.
+        output: the folder to write.
+        device: the kind of device to compile for.
+        precision: of the weights.
+        force: replace an existing output.
+        report: gets the progress.
 
     Raises:
-        BackendMissing: no C++ compiler. ExportError: torch could not capture or compile it. ArtifactError,
-            StorageError: the output.
+        BackendMissing: there is no C++ compiler. ExportError: torch could not capture or compile the UNet.
+            ArtifactError, StorageError: the output.
     """
-    from sdcompress_engines.runners.aot_compiler import compile_package
-
-    pipeline: Any = loaded.pipeline
-    wanted = signature_of("unet", pipeline.unet, precision)
     started = time.monotonic()
     with staged(output, force) as folder:
         with report.task(f"compiling the UNet of {loaded.name} for {device}"), silence():
-            graph = component_graph("unet", pipeline.unet, DTYPES[precision], stable=False).to(device)
-            if precision != "fp32":
-                graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            example = example_of(wanted, pipeline.unet.config)
-            inputs = {name: value.to(device) for name, value in example.inputs.items()}
-            compile_package(
-                graph,
-                tuple(inputs.values()),
-                tuple(example.dynamic_shapes.values()),
-                folder / "unet.pt2",
-                wanted.inputs,
-                wanted.outputs,
-            )
+            _compile(loaded.pipeline.unet, folder / PACKAGE, device, precision)
         seconds = time.monotonic() - started
         manifest = write_manifest(
             folder,
@@ -74,25 +65,59 @@ def compile_unet(
     return PackageResult(output, manifest, seconds)
 
 
+def _compile(unet: Any, path: Path, device: str, precision: Precision) -> None:
+    """Compile a UNet in torch.
+
+    Args:
+        unet: in diffusers.
+        path: the package to write.
+        device, precision: see `compile_unet`.
+    """
+    from sdcompress_engines.runners.aot_compiler import compile_package
+
+    wanted = signature_of("unet", unet, precision)
+    graph = component_graph("unet", unet, DTYPES[precision], stable=False).to(device)
+    if precision != "fp32":
+        graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    example = example_of(wanted, unet.config)
+    inputs = tuple(value.to(device) for value in example.inputs.values())
+    compile_package(graph, inputs, tuple(example.dynamic_shapes.values()), path, wanted.inputs, wanted.outputs)
+
+
 def cached_package(loaded: LoadedPipeline, device: str, precision: Precision, report: Reporter = SILENT) -> Path:
-    """The package of a model in the cache folder, compiled now where it is not there."""
+    """Returns a model's package in the cache folder, compiled now if it is not there.
+
+    Args:
+        loaded: the pipeline in torch.
+        device: the kind of device to compile for.
+        precision: of the weights.
+        report: gets the progress.
+
+    Raises:
+        BackendMissing, ExportError, StorageError: as `compile_unet`.
+    """
     folder = package_folder(loaded.sha256, device, precision)
-    if not (folder / "unet.pt2").is_file():
+    if not (folder / PACKAGE).is_file():
         report.say(f"compiling {loaded.name} once to {folder}: this takes minutes")
         compile_unet(loaded, folder, device=device, precision=precision, force=True, report=report)
-    return folder / "unet.pt2"
+    return folder / PACKAGE
 
 
 def package_folder(sha256: str, device: str, precision: Precision) -> Path:
-    """Where `cached_package` keeps a model's package: by torch version, as a package is loaded by the version that made
-    it.
+    """Returns the folder of `cached_package`, whether it is there or not.
+
+    Its name has the version of torch, because only that version loads a package that it compiled.
+
+    Args:
+        sha256: of the model.
+        device, precision: see `cached_package`.
     """
     kind = torch.device(device).type
     return cache_folder() / "models" / sha256[:16] / f"aot-{kind}-{precision}-{torch.__version__.replace('+', '-')}"
 
 
 def open_package(path: Path, device: str) -> Runner:
-    """Returns an open runner of a package; on CUDA it replays CUDA graphs."""
+    """Returns an open runner of a package. On CUDA it replays CUDA graphs."""
     from sdcompress_engines.runners import open_runner
 
     return open_runner(path, device=device, cuda_graph=device.startswith("cuda"))

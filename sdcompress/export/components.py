@@ -1,4 +1,4 @@
-"""A pipeline's components as graphs: a frozen copy with the inputs and outputs of a host, and inputs to trace it with."""
+"""The components of a pipeline as graphs with the inputs and outputs of a host, and inputs to trace them with."""
 
 from __future__ import annotations
 

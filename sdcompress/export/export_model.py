@@ -19,6 +19,7 @@ from sdcompress.export.components import DTYPES
 from sdcompress.export.onnx import ExportResult, export_onnx
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 from sdcompress.export.quantize.precisions import unsupported
+from sdcompress.export.settings import check_components
 from sdcompress.export.tensorrt import EnginesResult, build_engines, shape_ranges
 from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import fuse_lora, parse_lora

@@ -60,7 +60,7 @@ def _split_group_norm(graph: Any, node: Any) -> None:
 
 
 def _compute_in_fp32(graph: Any, node: Any) -> None:
-    """Put an operator between two casts. fp32 represents every bfloat16, and integers up to 2²⁴: flags and token ids."""
+    """Put an operator between two casts. fp32 holds every bfloat16, and integers up to 2²⁴: flags and token ids."""
     import onnx_ir as ir
 
     x, *others = node.inputs

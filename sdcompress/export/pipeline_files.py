@@ -1,4 +1,4 @@
-"""What an export keeps of a pipeline besides its graphs: configs, scheduler and tokenizers, and a hash of each model."""
+"""What an export keeps of a pipeline besides graphs: configs, scheduler and tokenizers, and a hash of its weights."""
 
 from __future__ import annotations
 
@@ -38,13 +38,11 @@ def save_small_parts(pipeline: TextToImagePipeline, folder: Path) -> None:
 
 def _save_config(part: Any, folder: Path) -> None:
     """Write a component without its weights: a module's config, or all of a scheduler or tokenizer."""
-    if not isinstance(part, torch.nn.Module):
-        part.save_pretrained(folder)
-    elif hasattr(part, "save_config"):  # a diffusers module
+    is_module = isinstance(part, torch.nn.Module)
+    if is_module and hasattr(part, "save_config"):  # of diffusers
         part.save_config(folder)
     else:
-        config: Any = part.config
-        config.save_pretrained(folder)
+        (part.config if is_module else part).save_pretrained(folder)
 
 
 def sha256_weights(part: torch.nn.Module) -> str:

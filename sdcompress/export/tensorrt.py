@@ -1,5 +1,6 @@
-"""ONNX graphs → TensorRT engines: one profile in a person's units for all components, each engine built once and kept
-in the store.
+"""The TensorRT engines of an exported ONNX folder.
+
+One profile, in pixels, gives the shapes of all components. Each engine is built once and kept in the store.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.build_options import BuildOptions
-from sdcompress_engines.builder import build_engine, targets
+from sdcompress_engines.builder import targets
 from sdcompress_engines.errors import ArtifactError
-from sdcompress_engines.flavour import Flavour, choose_flavour, platform_name, present_card
-from sdcompress_engines.graph import sha256_files
+from sdcompress_engines.flavour import choose_flavour, present_card
 from sdcompress_engines.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -25,24 +25,25 @@ from sdcompress_engines.manifest import (
     staged,
     write_manifest,
 )
-from sdcompress_engines.profiles import PRESETS, Profile, ShapeRanges, check_ranges, component_profile, parse_profile
+from sdcompress_engines.profiles import PRESETS, ShapeRanges, check_ranges, parse_profile
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
-from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.store import EngineStore
 
-from sdcompress.export.components import DTYPES, PARTS
-from sdcompress.export.onnx import checked_components
-from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
+from sdcompress.export.components import PARTS, latent_side
+from sdcompress.export.engine_build import EngineBuilder
+from sdcompress.export.settings import check_components
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """One component's engine.
+    """The engine of one component.
 
     Attributes:
-        seconds, peak_mib: of the build, wall clock and resident memory; of the earlier one where it was in the store.
-        reused: it was in the store already.
+        seconds: of wall clock that its build took; of the earlier build where it was in the store.
+        bytes: of its file.
+        peak_mib: highest resident memory of that build.
+        reused: whether it was in the store already.
     """
 
     seconds: float
@@ -53,7 +54,14 @@ class BuiltEngine:
 
 @dataclass(frozen=True)
 class EnginesResult:
-    """An `engine` folder: its manifest, by component what was built, and for which shapes."""
+    """An `engine` folder.
+
+    Attributes:
+        folder: with `<component>.engine` and `pipeline/`.
+        manifest: of the folder.
+        builds: the engines by component.
+        ranges: the shapes that they were built for.
+    """
 
     folder: Path
     manifest: Manifest
@@ -76,143 +84,108 @@ def build_engines(
 ) -> EnginesResult:
     """Write `<component>.engine` for the graphs of an `onnx` folder, and `pipeline/` beside them.
 
-    What the store has is not built again.
+    An engine that the store has is not built again.
 
     Args:
-        profiles: presets, `batch=…,height=…` texts or ranges; several give engines that are tuned for each. By default
-            `dynamic`.
-        flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, the second, ahead of time, without.
+        onnx_folder: as `export_onnx` writes it.
+        output: the folder to write.
+        profiles: presets, texts such as `batch=...,height=...`, or ranges. Several of them give engines that are tuned
+            for each. By default `dynamic`.
+        flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second, which builds ahead of
+            time, without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
-        components: by default those the folder has.
+        options: of the build.
+        components: by default those in the folder.
+        store: by default the user's.
+        force: replace an existing output.
+        report: gets the progress.
 
     Raises:
-        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size the model has no latents for.
-        BackendMissing, EngineError, StorageError: as `build_engine`.
+        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size that the model has no latents for.
+            BackendMissing, EngineError, StorageError: as `build_engine`.
     """
-    manifest = read_manifest(onnx_folder)
-    if manifest is None or manifest.kind != "onnx":
-        raise ArtifactError("is not an exported ONNX folder", where=onnx_folder, hint="sdcompress export MODEL -o DIR")
-    if found := faults(onnx_folder, "onnx"):
-        raise ArtifactError(
-            f"is damaged: {'; '.join(found[:3])}",
-            where=onnx_folder,
-            hint="export it again: sdcompress export MODEL -o DIR",
-        )
+    manifest = _read_graphs(onnx_folder)
     host = manifest.config["signature"]
-    chosen = checked_components(components if components is not None else manifest.config["components"], host)
+    chosen = check_components(components if components is not None else manifest.config["components"], host)
     library = choose_flavour(flavour, present_card(), compute_capabilities)
-    cards = targets(library, compute_capabilities)
-    configs = {component: _config(onnx_folder, component) for component in {*chosen, "unet", "vae_decoder"}}
+    configs = {component: _read_config(onnx_folder, component) for component in {*chosen, "unet", "vae_decoder"}}
     scale = vae_scale(configs["vae_decoder"])
-    ranges = shape_ranges(profiles, configs["unet"], scale)
+    ranges = tuple(shape_ranges(profiles, configs["unet"], scale))
+    cards = targets(library, compute_capabilities)
+    builder = EngineBuilder(
+        onnx_folder, manifest, configs, ranges, scale, library, compute_capabilities, cards, options, report
+    )
     store = store or EngineStore()
     builds: dict[str, BuiltEngine] = {}
     parts: dict[str, Mapping[str, Any]] = {}
     with staged(output, force) as folder:
         for component in chosen:
-            # Of what is not a UNet one profile over all shapes is enough: it is called once a picture.
-            shapes = [
-                component_profile(component, configs[component], each, scale, host)
-                for each in (ranges if component == "unet" else [_hull(ranges)])
-            ]
-            precision = manifest.config["precisions"][component]
-            ports = signature(
-                component, configs[component], DTYPES["fp16" if precision in QUANTIZED else precision], host
-            )
-            key = EngineKey(
-                sha256_files(
-                    {
-                        name: entry.sha256
-                        for name, entry in manifest.files.items()
-                        if name.startswith(f"{component}.onnx")
-                    }
-                ),
-                component,
-                precision,
-                host,
-                library.name,
-                library.version,
-                cards,
-                platform_name(),
-                tuple(profile.shapes for profile in shapes),
-                options.chosen(),
-            )
-            said = {
-                "vae_scale": scale,
-                "inputs": {component: _ports(ports.inputs)},
-                "outputs": {component: _ports(ports.outputs)},
-                "model_name": manifest.config.get("model_name", ""),
-            }
-            stored, reused = store.get_or_build(
-                key,
-                _Build(onnx_folder, component, shapes, library, compute_capabilities, options, said, report),
-                report,
-            )
-            if reused:
-                report.say(f"{component}: the store has this engine already ({key.digest})")
+            stored, reused = builder.get_or_build(component, store)
             figures = stored.manifest.figures
             builds[component] = BuiltEngine(figures["seconds"], figures["bytes"], figures["peak_mib"], reused)
             parts[component] = stored.manifest.config
             store.adopt(stored, folder)
         shutil.copytree(onnx_folder / "pipeline", folder / "pipeline")
-        first = next(iter(parts.values()))
-        merged = {
-            name: {component: parts[component][name][component] for component in chosen}
-            for name in ("profiles", "inputs", "outputs", "keys", "model")
-        }
-        config = {
-            **first,
-            **merged,
-            "components": list(chosen),
-            "precision": manifest.config["precision"],
-            "precisions": {component: parts[component]["precision"] for component in chosen},
-        }
         written = write_manifest(
             folder,
             "engine",
-            config=config,
+            config=_merge_configs(parts, manifest.config["precision"]),
             inputs={"onnx": sha256_file(onnx_folder / MANIFEST_NAME)} | manifest.inputs,
             figures={component: asdict(built) for component, built in builds.items()},
         )
-    return EnginesResult(output, written, builds, tuple(ranges))
+    return EnginesResult(output, written, builds, ranges)
 
 
-@dataclass(frozen=True)
-class _Build:
-    """What the store calls where it has no engine of a key."""
+def _read_graphs(onnx_folder: Path) -> Manifest:
+    """Returns the manifest of an `onnx` folder whose files are whole.
 
-    onnx_folder: Path
-    component: str
-    profiles: Sequence[Profile]
-    flavour: Flavour
-    compute_capabilities: Sequence[tuple[int, int]] | None
-    options: BuildOptions
-    said: Mapping[str, Any]
-    report: Reporter
-
-    def __call__(self, folder: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        graph, engine = self.onnx_folder / f"{self.component}.onnx", folder / f"{self.component}.engine"
-        built = build_engine(
-            graph, engine, self.profiles, self.flavour, self.compute_capabilities, self.options, self.report
+    Raises:
+        ArtifactError: it is another folder, or a file is damaged.
+    """
+    manifest = read_manifest(onnx_folder)
+    if manifest is None or manifest.kind != "onnx":
+        raise ArtifactError("is not an exported ONNX folder", where=onnx_folder, hint="sdcompress export MODEL -o DIR")
+    if damaged := faults(onnx_folder, "onnx"):
+        raise ArtifactError(
+            f"is damaged: {'; '.join(damaged[:3])}",
+            where=onnx_folder,
+            hint="export it again: sdcompress export MODEL -o DIR",
         )
-        return self.said, {
-            "seconds": round(built.seconds, 2),
-            "bytes": built.bytes,
-            "peak_mib": round(built.peak_mib, 1),
-        }
+    return manifest
+
+
+def _merge_configs(parts: Mapping[str, Mapping[str, Any]], precision: str) -> dict[str, Any]:
+    """Returns the manifest config of an engine folder.
+
+    Args:
+        parts: component → the manifest config of its engine.
+        precision: of the export.
+    """
+    by_component = ("profiles", "inputs", "outputs", "keys", "model")
+    return {
+        **next(iter(parts.values())),
+        **{name: {component: part[name][component] for component, part in parts.items()} for name in by_component},
+        "components": list(parts),
+        "precision": precision,
+        "precisions": {component: part["precision"] for component, part in parts.items()},
+    }
 
 
 def shape_ranges(
     profiles: Sequence[str | ShapeRanges], unet_config: Mapping[str, Any], scale: int = 8
 ) -> list[ShapeRanges]:
-    """The ranges these profiles stand for with a UNet of this config.
+    """Returns the ranges of profiles for a UNet.
+
+    Args:
+        profiles: presets, texts or ranges; none is the preset `dynamic`.
+        unet_config: from diffusers.
+        scale: pixels in a latent pixel.
 
     Raises:
-        UsageError: no such preset, or sizes the UNet has no place for.
+        UsageError: there is no such preset, or the UNet does not take the sizes.
     """
     step = signature("unet", unet_config).multiple * scale
-    size = unet_config["sample_size"]
-    native = (size if isinstance(size, int) else max(size)) * scale
+    native = latent_side(unet_config) * scale
     ranges = [
         profile if isinstance(profile, ShapeRanges) else parse_profile(profile, native, step)
         for profile in profiles or [next(iter(PRESETS))]
@@ -223,27 +196,10 @@ def shape_ranges(
 
 
 def vae_scale(vae_config: Mapping[str, Any]) -> int:
-    """Pixels a latent pixel: 8 for Stable Diffusion."""
+    """Returns the pixels in a latent pixel; 8 for Stable Diffusion."""
     return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
-def _hull(ranges: Sequence[ShapeRanges]) -> ShapeRanges:
-    """The ranges that cover all of these, tuned for the first."""
-
-    def over(name: str) -> tuple[int, int, int]:
-        values = [getattr(each, name) for each in ranges]
-        return min(v[0] for v in values), values[0][1], max(v[2] for v in values)
-
-    return ShapeRanges(over("batch"), over("height"), over("width"), over("tokens"), over("vae_batch"))
-
-
-def _config(onnx_folder: Path, component: str) -> dict[str, Any]:
+def _read_config(onnx_folder: Path, component: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((onnx_folder / "pipeline" / PARTS[component] / "config.json").read_text())
     return config
-
-
-def _ports(specs: Iterable[Any]) -> list[dict[str, Any]]:
-    return [
-        {"name": spec.name, "shape": list(spec.shape), "dtype": str(spec.dtype).removeprefix("torch.")}
-        for spec in specs
-    ]

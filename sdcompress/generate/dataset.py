@@ -23,7 +23,6 @@ from sdcompress_engines.manifest import (
     Manifest,
     read_manifest,
     sha256_file,
-    sha256_tree,
     storage_errors,
     write_manifest,
 )
@@ -32,7 +31,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress.backends.registry import backend_name
 from sdcompress.generate.output_folder import KIND, METADATA, claim_folder, list_missing, write_file
 from sdcompress.generate.settings import SAVE_OPTIONS, GenerateSettings
-from sdcompress.models.locate import locate_pipeline
+from sdcompress.models.locate import hash_pipeline, locate_pipeline
 from sdcompress.support.quiet import quiet
 
 
@@ -60,7 +59,7 @@ def hash_teacher(teacher: str | Path) -> str:
     Raises:
         UsageError, ModelError: as `locate_pipeline`.
     """
-    return sha256_tree(Path(teacher) if is_export(teacher) else locate_pipeline(teacher))
+    return hash_pipeline(Path(teacher) if is_export(teacher) else locate_pipeline(teacher))
 
 
 def is_export(teacher: str | Path) -> bool:

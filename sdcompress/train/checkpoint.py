@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written whole or not at all, found and loaded again."""
+"""The checkpoints of a run: written completely or not at all, found and loaded again."""
 
 from __future__ import annotations
 

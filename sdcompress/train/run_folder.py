@@ -24,7 +24,7 @@ RECIPE = "recipe.json"
 def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
     """Create and lock the training folder, for the block; the processes of one run enter it together.
 
-    Where the run cannot begin, for a wrong option or a missing backend, a folder made here is removed again.
+    Where the run cannot begin, because of a wrong option or a missing backend, a new folder is removed again.
 
     Args:
         output: the training folder.

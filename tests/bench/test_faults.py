@@ -47,9 +47,7 @@ def predict(unet: Any, probe: Probe) -> torch.Tensor:
 
 
 def worst(unet: Any, probe: Probe, reference: torch.Tensor) -> float:
-    errors = [
-        relative_l2(output, expected) for output, expected in zip(predict(unet, probe), reference, strict=True)
-    ]
+    errors = [relative_l2(output, expected) for output, expected in zip(predict(unet, probe), reference, strict=True)]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 

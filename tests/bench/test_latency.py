@@ -15,20 +15,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdcompress_bench import latency
+from sdcompress_bench import scenario_timer
+from sdcompress_bench.artifacts import build_artifacts, picture_profile, prepare_artifacts, static_profile
 from sdcompress_bench.journal import Journal
-from sdcompress_bench.latency import (
-    STAGES,
-    Latency,
-    case_of,
-    make_artifacts,
-    measure,
-    picture_profile,
-    prepare,
-    static_profile,
-    time_case,
-)
-from sdcompress_bench.scenario import Gate, ModelUnderTest, Prompt, Suite, BackendSetup
+from sdcompress_bench.latency import STAGES, Latency, case_of, measure
+from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Suite
+from sdcompress_bench.scenario_timer import cuda_peak_mib, time_case
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.profiles import check_ranges, component_profile, parse_profile
 
@@ -56,7 +48,7 @@ def test_one_model_is_measured_and_one_that_is_not_there_is_recorded(pipeline_fo
         QUICK, models=(ModelUnderTest("missing", tmp_path / "missing"), ModelUnderTest("teacher", pipeline_folder))
     )
     journal = Journal()
-    missing, teacher = measure(suite, prepare(suite, journal), journal)
+    missing, teacher = measure(suite, prepare_artifacts(suite, journal), journal)
     assert missing.failed is not None
     assert "does not exist" in missing.failed
     assert missing.images_per_s is None
@@ -86,7 +78,7 @@ def test_values_that_are_not_finite_fail_the_case(pipeline_folder: Path, tmp_pat
     weights["conv_out.bias"][0] = float("nan")
     save_file(weights, file)
     suite = dataclasses.replace(QUICK, models=(ModelUnderTest("broken", broken),))
-    (run,) = measure(suite, prepare(suite, Journal()), Journal())
+    (run,) = measure(suite, prepare_artifacts(suite, Journal()), Journal())
     assert run.failed is not None
     assert "the unet step gives values that are not finite in fp32" in run.failed
 
@@ -161,7 +153,7 @@ def test_each_timed_shape_runs_on_the_engine_that_was_built_for_it_alone() -> No
 
     class Builds(Journal):
         def call(self, name: str, function: Any, argument: Any, timeout_s: float) -> dict[str, Any]:
-            if function is make_artifacts:
+            if function is build_artifacts:
                 built.append(argument["profiles"])
                 return {"artifacts": f"engine {len(built)}", "build_s": float(len(built))}
             assert function is time_case
@@ -171,7 +163,7 @@ def test_each_timed_shape_runs_on_the_engine_that_was_built_for_it_alone() -> No
                 else {"failed": f"on {argument['artifacts']}"}
             )
 
-    runs = measure(suite, prepare(suite, Builds()), Builds())
+    runs = measure(suite, prepare_artifacts(suite, Builds()), Builds())
     assert [run.failed for run in runs] == [None, None]
     assert [run.build_s for run in runs] == [2.0, 3.0]
     assert [len(profiles) for profiles in built] == [1, 1, 1]
@@ -193,7 +185,9 @@ def test_a_compiled_unet_is_compiled_once_for_pictures_and_steps(
 
     monkeypatch.setattr(sampling, "generate", generate_and_count)
     torch._dynamo.reset()
-    suite = dataclasses.replace(QUICK, models=(ModelUnderTest("teacher", pipeline_folder),), setups=(BackendSetup("compile"),))
+    suite = dataclasses.replace(
+        QUICK, models=(ModelUnderTest("teacher", pipeline_folder),), setups=(BackendSetup("compile"),)
+    )
     (scenario,) = suite.scenarios()
     time_case(case_of(scenario, suite, {("teacher", BackendSetup("compile")): {}}))
     assert compiled[0] >= 1
@@ -204,18 +198,18 @@ def test_a_compiled_unet_is_compiled_once_for_pictures_and_steps(
 def test_the_peak_of_a_gpu_counts_the_context(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * 2**30, 16 * 2**30))
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30)
-    monkeypatch.setattr(latency, "gpu_memory_used_mib", lambda: 4608.0)
-    assert latency._cuda_peak_mib(2048.0, 12 * 2**30) == 512 + 3072  # 2 GiB taken since the context, 2.5 in all
-    assert latency._cuda_peak_mib(None, 12 * 2**30) == 3072
-    monkeypatch.setattr(latency, "gpu_memory_used_mib", lambda: None)
-    assert latency._cuda_peak_mib(2048.0, 16 * 2**30) == 6144
+    monkeypatch.setattr(scenario_timer, "gpu_memory_used_mib", lambda: 4608.0)
+    assert cuda_peak_mib(2048.0, 12 * 2**30) == 512 + 3072  # 2 GiB taken since the context, 2.5 in all
+    assert cuda_peak_mib(None, 12 * 2**30) == 3072
+    monkeypatch.setattr(scenario_timer, "gpu_memory_used_mib", lambda: None)
+    assert cuda_peak_mib(2048.0, 16 * 2**30) == 6144
 
 
 def test_rounds_take_turns_and_a_case_that_failed_is_not_started_again() -> None:
     suite = dataclasses.replace(QUICK, models=(ModelUnderTest("a", "a"), ModelUnderTest("b", "b")), rounds=2)
     journal = Recorded(lambda name: outcome(10.0) if " a-" in name else {"failed": "out of memory"})
     ready: dict[tuple[str, BackendSetup], dict[str, Any]] = {
-        (m.name, way): {"build_s": 7.0} for m in suite.models for way in suite.ways
+        (model.name, setup): {"build_s": 7.0} for model in suite.models for setup in suite.setups
     }
     a, b = measure(suite, ready, journal)
     assert [name.split()[1].split("-")[0] for name in journal.asked] == ["a", "b", "a"]

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdcompress_bench import latency, suite
+from sdcompress_bench import suite
+from sdcompress_bench.journal import Journal
 from sdcompress_bench.results import Results, read_results
-from sdcompress_bench.scenario import Gate, ModelUnderTest, Prompt, Random, Suite, BackendSetup
+from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
 from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError
 from sdcompress_engines.manifest import faults
 
@@ -197,7 +198,13 @@ def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(
 
     monkeypatch.setattr(suite, "Journal", TooLarge)
     half = dataclasses.replace(
-        settings, setups=(BackendSetup("torch", "bf16"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
+        settings,
+        setups=(BackendSetup("torch", "bf16"),),
+        quality_pictures=0,
+        pictures=1,
+        metric=None,
+        gates=(),
+        sensitivity=0,
     )
     results = suite.run_suite(half, tmp_path / "report")
     assert [run.failed for run in results.latency] == [None, None]
@@ -213,7 +220,10 @@ def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(
 
 def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(settings: Suite, tmp_path: Path) -> None:
     short = dataclasses.replace(
-        settings, models=(ModelUnderTest("gone", tmp_path / "gone", sha256="0"),), setups=(BackendSetup("torch"),), metric=None
+        settings,
+        models=(ModelUnderTest("gone", tmp_path / "gone", sha256="0"),),
+        setups=(BackendSetup("torch"),),
+        metric=None,
     )
     with pytest.raises(ModelError, match="the teacher does not run in PyTorch"):
         suite.run_suite(short, tmp_path / "report")
@@ -253,8 +263,8 @@ def test_sdxl_is_measured_with_both_its_encoders_and_its_sizes(
 
 def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) -> None:
     facts = {"cpu": "x", "cores": 2, "gpu": [], "commit": "a"}
-    base = suite._fingerprint(settings, facts)
-    assert base == suite._fingerprint(settings, dict(facts))
+    base = suite.fingerprint(settings, facts)
+    assert base == suite.fingerprint(settings, dict(facts))
     others = [
         dataclasses.replace(settings, steps=2),
         dataclasses.replace(settings, prompts=PROMPTS[:3]),
@@ -264,8 +274,8 @@ def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) 
         len(
             {
                 base,
-                *(suite._fingerprint(other, facts) for other in others),
-                suite._fingerprint(settings, facts | {"cores": 4}),
+                *(suite.fingerprint(other, facts) for other in others),
+                suite.fingerprint(settings, facts | {"cores": 4}),
             }
         )
         == 5
@@ -275,5 +285,5 @@ def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) 
 def test_random_weights_are_told_and_not_judged() -> None:
     random = Suite(models=(ModelUnderTest("x", "nowhere", random=Random("sd1")),), setups=(BackendSetup("torch"),))
     assert random.settings()["random"] == {"x": "sd1"}
-    (told,) = suite._warnings(random, {"load_average": 0.0, "cores": 2}, latency.Journal())
+    (told,) = suite.collect_warnings(random, {"load_average": 0.0, "cores": 2}, Journal())
     assert "weights of x are random" in told

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from sdcompress_bench.scenario import BackendSetup
-from sdcompress_bench.suite_file import read_suite, read_setup, suite_names, suite_path
+from sdcompress_bench.suite_file import read_setup, read_suite, suite_names, suite_path
 from sdcompress_engines.errors import UsageError
 
 

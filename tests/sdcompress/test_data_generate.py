@@ -16,7 +16,7 @@ from sdcompress_engines.manifest import MANIFEST_NAME, faults
 from sdcompress_engines.progress import Advance, Reporter
 
 from sdcompress.data.sources import open_source
-from sdcompress.generate.dataset import generate_dataset
+from sdcompress.generate.dataset import generate_dataset, hash_teacher
 from sdcompress.generate.output_folder import METADATA
 from sdcompress.generate.settings import GenerateSettings, read_prompts
 
@@ -147,3 +147,9 @@ def test_prompts_are_the_lines_that_are_not_empty(tmp_path: Path) -> None:
         read_prompts(file)
     with pytest.raises(UsageError, match="does not exist"):
         read_prompts(tmp_path / "gone")
+
+
+def test_two_single_file_teachers_have_different_hashes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.safetensors").write_bytes(name.encode())
+    assert hash_teacher(tmp_path / "one.safetensors") != hash_teacher(tmp_path / "two.safetensors")

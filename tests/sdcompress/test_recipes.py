@@ -57,10 +57,10 @@ def complaint(line: str) -> str | None:
         if command is cli and words[0] not in COMMANDS:
             return None
         words = command.with_command(words) if hasattr(command, "with_command") else words  # `bench X` is `bench run X`
-        found = command.get_command(context, words[0])
-        if found is None:
+        subcommand = command.get_command(context, words[0])
+        if subcommand is None:
             return f"no command {words[0]}"
-        command, context = found, click.Context(found, info_name=words.pop(0), parent=context)
+        command, context = subcommand, click.Context(subcommand, info_name=words.pop(0), parent=context)
     try:
         values, rest, _ = command.make_parser(context).parse_args(words)
         for parameter in command.params:

@@ -1,6 +1,4 @@
-"""SDXL's kind of UNet, which is conditioned on pooled text and sizes too, goes the same way: cache, distill, finetune,
-LoRA.
-"""
+"""SDXL's UNet, which is also conditioned on pooled text and picture sizes: cache, distillation, LoRA and export."""
 
 from __future__ import annotations
 
@@ -70,11 +68,11 @@ def test_sdxl_is_exported_for_each_host(teacher: LoadedPipeline, tmp_path: Path)
     pipeline: Any = teacher.pipeline
     whole = export_onnx(pipeline, tmp_path / "whole")
     assert list(whole.parity) == ["unet", "text_encoder", "text_encoder_2", "vae_decoder"]
-    assert all(found is not None and found.share_of_limit <= 1 for found in whole.parity.values())
-    made = open_pipeline(tmp_path / "whole", "onnxruntime")
+    assert all(check is not None and check.share_of_limit <= 1 for check in whole.parity.values())
+    exported = open_pipeline(tmp_path / "whole", "onnxruntime")
     pictures = [
         np.asarray(generate(each, ["a cat"], seeds=[1], steps=2, guidance_scale=5.0)[0], dtype=np.float32)
-        for each in (made, pipeline)
+        for each in (exported, pipeline)
     ]
     assert np.abs(pictures[0] - pictures[1]).mean() < 1
     export_onnx(pipeline, tmp_path / "webui", host="webui")
@@ -94,9 +92,13 @@ def test_sdxl_is_exported_for_each_host(teacher: LoadedPipeline, tmp_path: Path)
             "y",
             "latent",
         ]
-        found = runner.infer({"sample": sample, "timesteps": times, "encoder_hidden_states": context, "y": y})["latent"]
-        truth = pipeline.unet(sample, times, context, added_cond_kwargs={"text_embeds": embeds, "time_ids": ids}).sample
-    assert relative_l2(found, truth) < 1e-4
+        output = runner.infer({"sample": sample, "timesteps": times, "encoder_hidden_states": context, "y": y})[
+            "latent"
+        ]
+        expected = pipeline.unet(
+            sample, times, context, added_cond_kwargs={"text_embeds": embeds, "time_ids": ids}
+        ).sample
+    assert relative_l2(output, expected) < 1e-4
 
 
 def test_a_vae_that_overflows_stays_fp32(teacher: LoadedPipeline, tmp_path: Path) -> None:

@@ -52,9 +52,9 @@ def test_the_teacher_computes_in_its_own_precision_inside_the_students_autocast(
     for name, network in (("teacher", objective.teacher), ("student", student)):
         network.conv_in.register_forward_pre_hook(lambda module, inputs, name=name: look(name, inputs))
     with objective.attach_hooks(student), torch.autocast("cpu", torch.bfloat16):
-        found = objective.compute_losses(student, make_batch())
+        losses = objective.compute_losses(student, make_batch())
     assert seen == {"teacher": (torch.bfloat16, False), "student": (torch.float32, True)}
-    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in found.values())
+    assert all(value.dtype == torch.float32 and torch.isfinite(value) for value in losses.values())
 
 
 def test_losses_in_bf16_stay_near_those_in_fp32(random_pipeline: Any) -> None:
@@ -72,7 +72,7 @@ def test_losses_in_bf16_stay_near_those_in_fp32(random_pipeline: Any) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch._dynamo
 @pytest.mark.parametrize("attention", [False, True])
 def test_compiled_blocks_give_the_losses_and_gradients_of_the_network(random_pipeline: Any, attention: bool) -> None:
-    found = []
+    results = []
     for compiled in (False, True):
         student, objective = make_pair(random_pipeline, "fp32", attention)
         torch._dynamo.reset()
@@ -85,14 +85,14 @@ def test_compiled_blocks_give_the_losses_and_gradients_of_the_network(random_pip
                 ):
                     assert stack.enter_context(compile_blocks(network, hooked, backend=counter)) > 8
                 stack.enter_context(torch._dynamo.config.patch(fail_on_recompile_limit_hit=True))
-            for _ in range(2):  # the second time what was compiled is used
+            for _ in range(2):  # the second pass uses the compiled code
                 losses = objective.compute_losses(student, make_batch())
             losses["loss"].backward()
             if compiled:
                 assert min(counter.frame_count for counter in counters) > 4
-        found.append(({name: value.item() for name, value in losses.items()}, student.conv_in.weight.grad.clone()))
+        results.append(({name: value.item() for name, value in losses.items()}, student.conv_in.weight.grad.clone()))
         assert "forward" not in vars(student.down_blocks[0].resnets[0])
-    (plain, plain_gradient), (again, gradient) = found
+    (plain, plain_gradient), (again, gradient) = results
     assert len(plain) == 4 + attention
     assert again == pytest.approx(plain, rel=1e-5)
     assert torch.allclose(gradient, plain_gradient, rtol=1e-3, atol=1e-6)
@@ -104,7 +104,7 @@ def test_bf16_is_chosen_only_where_the_card_computes_it(
     card: tuple[int, int], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: card)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # as it answers on every card
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # its answer on every card
     assert choose_precision("auto", "cuda") == precision
 
 

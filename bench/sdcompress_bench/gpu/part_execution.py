@@ -1,7 +1,7 @@
-"""Part 2: `Execution`, `SharedMemory` and `GraphedCall` on the device, over an engine whose kernels are torch's.
+"""Part 2: `Execution`, `SharedMemory` and `GraphedCall` on the device, with an engine whose kernels are torch's.
 
-Each row's `relative_l2` is the worst of its calls against double precision: a stale address, a race between streams or
-a result that a later call overwrites shows in it.
+Each row's `relative_l2` is the worst of its calls against double precision. A stale address, a race between streams or
+a result that a later call overwrites makes it large.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .child import PartRun
 from .timing import time_call
 
 LIMIT = 1e-5
-"""Relative L2 of three fp32 kernels; a wrong operand gives 1 or so."""
+"""Limit of the relative L2 of three fp32 kernels; a wrong operand gives about 1."""
 SMALL, LARGE = (2, 64), (8, 256)
 """(batch, side) of the calls."""
 NEEDS_CUDA = "needs CUDA's streams and graphs"
@@ -31,14 +31,14 @@ Feeds = dict[str, torch.Tensor]
 
 
 class _Log:
-    """What `Execution` asks of TensorRT's logger."""
+    """The part of TensorRT's logger that `Execution` uses."""
 
     def said(self) -> str:
         return "the stand-in gives no reasons"
 
 
 class _Bench:
-    """Executions that share memory, and the check of their results."""
+    """Executions that share memory, and the checks of their results."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -58,27 +58,33 @@ class _Bench:
         return {name: torch.randn(batch, side, side, device=self.device) / side**0.25 for name in INPUTS}
 
     def call(self, execution: Execution, batch: int, side: int) -> torch.Tensor:
-        """Returns a result, which `worst` looks at only later: nothing waits for the device."""
+        """Returns a result. `worst` checks it later, so that nothing waits for the device here.
+
+        Args:
+            execution: runs the call.
+            batch: B of the inputs.
+            side: N of the inputs, (B, N, N).
+        """
         feeds = self.feeds(batch, side)
-        found = execution.run(0, {name: tuple(tensor.shape) for name, tensor in feeds.items()}, feeds)[OUTPUT]
-        self._checks.append((found, feeds))
-        return found
+        output = execution.run(0, {name: tuple(tensor.shape) for name, tensor in feeds.items()}, feeds)[OUTPUT]
+        self._checks.append((output, feeds))
+        return output
 
     def worst(self) -> float:
         """Returns the largest relative L2 of all results so far."""
         errors = []
-        for found, feeds in self._checks:
+        for output, feeds in self._checks:
             truth = expected({name: tensor.double() for name, tensor in feeds.items()})
-            errors.append(relative_l2(found, truth))
+            errors.append(relative_l2(output, truth))
         return max(errors, key=lambda error: float("inf") if error != error else error)
 
     def captures(self) -> int:
-        """Returns how many contexts were launched twice, which a capture does and nothing else here."""
+        """Returns how many contexts were launched twice; here only a capture does that."""
         return sum(context.launches >= 2 for engine in self.engines for context in engine.contexts)
 
 
 def execution(run: PartRun) -> None:
-    """Write a row for each promise; captures that fail come last, as they could harm what follows in this process."""
+    """Write a row for each promise. Captures that fail come last, because they could disturb later rows."""
     use_ieee_fp32()
     run.measure("shared memory grows and moves", lambda: judged(grow(run.device)))
     rows: dict[str, Callable[[torch.device], dict[str, Any]]] = {
@@ -107,7 +113,7 @@ def measure(function: Callable[[torch.device], dict[str, Any]], device: torch.de
 
 
 def judged(figures: dict[str, Any]) -> dict[str, Any]:
-    """Returns the figures with the limit, `failed` where the error is over it."""
+    """Returns the figures with the limit, and `failed` if the error is over it."""
     figures["limit_relative_l2"] = LIMIT
     if not figures["relative_l2"] <= LIMIT:
         figures["failed"] = f"off by {figures['relative_l2']:.2e}, over {LIMIT:g}"
@@ -115,17 +121,17 @@ def judged(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(promise: bool, otherwise: str) -> None:
-    """Fail the row.
+    """Fail the row unless the promise holds.
 
     Raises:
-        RuntimeError: the promise is not kept.
+        RuntimeError: it does not hold.
     """
     if not promise:
         raise RuntimeError(otherwise)
 
 
 def grow(device: torch.device) -> dict[str, Any]:
-    """Contexts compute right in a block that grows between their calls; without `Execution`, so on a CPU too."""
+    """Contexts compute correctly in a block that grows between calls. `Execution` is not used, so it runs on a CPU."""
     engine, memory = StandInEngine(device, stream_of=lambda _: None), SharedMemory(device)
     errors, sizes = [], []
     for batch, side in ((1, 16), (4, 32), (1, 16), (8, 64)):
@@ -146,7 +152,7 @@ def grow(device: torch.device) -> dict[str, Any]:
 
 
 def replay(device: torch.device) -> dict[str, Any]:
-    """Replays give what fresh inputs ask for, and results stay when the next call runs."""
+    """Replays use the new inputs, and the next call does not overwrite results."""
     bench = _Bench(device)
     graphed = bench.execution(graphs=True)
     for _ in range(20):
@@ -156,10 +162,10 @@ def replay(device: torch.device) -> dict[str, Any]:
 
 
 def move(device: torch.device) -> dict[str, Any]:
-    """What is put where the block was before stays as it is: no graph writes to the old address."""
+    """No graph writes to the old address of a block that has moved: what is there now does not change."""
     bench = _Bench(device)
     unet, vae = bench.execution(graphs=True), bench.execution(graphs=False)
-    squatters, hits = [], 0
+    placed, hits = [], 0
     for batch in (2, 4, 6, 8):
         for _ in range(3):
             bench.call(unet, *SMALL)
@@ -168,9 +174,9 @@ def move(device: torch.device) -> dict[str, Any]:
         bench.call(vae, batch, 128)
         put = [torch.full((size,), 7, dtype=torch.uint8, device=device) for _ in range(8)]
         hits += any(tensor.data_ptr() == address for tensor in put)
-        squatters += put
+        placed += put
     bench.call(unet, *SMALL)
-    check(all(bool((tensor == 7).all()) for tensor in squatters), "memory that is no longer the block's was written to")
+    check(all(bool((tensor == 7).all()) for tensor in placed), "memory that is no longer the block's was written to")
     return {"relative_l2": bench.worst(), "memory_mib": bench.memory.block[1] / 2**20, "old_addresses_taken": hits}
 
 
@@ -187,7 +193,7 @@ def reserve(device: torch.device) -> dict[str, Any]:
 
 
 def inference_mode(device: torch.device) -> dict[str, Any]:
-    """Results can be changed in place, as schedulers do, whatever mode the graph was captured in."""
+    """Results can be changed in place, as schedulers do, in whatever mode the graph was captured."""
     linear = torch.nn.Linear(64, 64, bias=False, device=device)
     weight = linear.weight.detach().double()
     spec = (TensorSpec("x", ("batch", 64), torch.float32), TensorSpec("y", ("batch", 64), torch.float32))
@@ -204,7 +210,7 @@ def inference_mode(device: torch.device) -> dict[str, Any]:
 
 
 def take_turns(device: torch.device) -> dict[str, Any]:
-    """Calls on the default stream and on others, one after another and with no wait on the host between them."""
+    """Calls on the default stream and on other streams, without a wait on the host between them."""
     bench = _Bench(device)
     graphed, plain = bench.execution(graphs=True), bench.execution(graphs=False)
     plain.reserve(0, dict.fromkeys(INPUTS, (LARGE[0], LARGE[1], LARGE[1])))
@@ -227,12 +233,12 @@ def evict(device: torch.device) -> dict[str, Any]:
 
 
 def fail_in_capture(device: torch.device) -> dict[str, Any]:
-    """The launch reports a failure while it is captured: every call runs without a graph, after one warning."""
+    """The launch fails during capture: every call runs without a graph, after one warning."""
     return _without_graph(device, torch.cuda.is_current_stream_capturing)
 
 
 def wait_in_capture(device: torch.device) -> dict[str, Any]:
-    """The launch waits for the device while it is captured, which CUDA itself refuses and which breaks the capture."""
+    """The launch waits for the device during capture. CUDA does not allow that, and the capture breaks."""
 
     def wait() -> bool:
         if torch.cuda.is_current_stream_capturing():
@@ -245,14 +251,14 @@ def wait_in_capture(device: torch.device) -> dict[str, Any]:
 def _without_graph(device: torch.device, fails: Callable[[], bool]) -> dict[str, Any]:
     bench, before = _Bench(device), torch.cuda.current_stream(device)
     graphed, other = bench.execution(graphs=True, fails=fails), bench.execution(graphs=True)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
             bench.call(graphed, *SMALL)
     check(torch.cuda.current_stream(device) == before, "another stream is current after the failed capture")
-    reasons = _reasons(said)
+    reasons = _reasons(caught)
     check(len(reasons) == 1, f"{len(reasons)} warnings instead of 1")
-    for _ in range(3):  # what comes after is as if nothing had happened
+    for _ in range(3):  # later executions are not affected
         bench.call(other, *SMALL)
     check(
         sum(context.launches >= 2 for context in bench.engines[1].contexts) == 1, "nothing can be captured afterwards"
@@ -262,7 +268,7 @@ def _without_graph(device: torch.device, fails: Callable[[], bool]) -> dict[str,
 
 
 def _gives_memory_back(device: torch.device) -> bool:
-    """Whether freed memory returns to the driver; an allocator that is still in a capture keeps it."""
+    """Returns whether freed memory goes back to the driver; an allocator that is still in a capture keeps it."""
     held = torch.empty(2**28, dtype=torch.uint8, device=device)
     reserved = torch.cuda.memory_reserved(device)
     del held
@@ -270,8 +276,8 @@ def _gives_memory_back(device: torch.device) -> bool:
     return torch.cuda.memory_reserved(device) <= reserved - 2**28
 
 
-def _reasons(said: Iterable[Any]) -> list[str]:
-    texts = [str(warning.message) for warning in said]
+def _reasons(caught: Iterable[Any]) -> list[str]:
+    texts = [str(warning.message) for warning in caught]
     return [text for text in texts if "no CUDA graph could be captured" in text]
 
 
@@ -282,7 +288,10 @@ def wait_in_module(device: torch.device) -> dict[str, Any]:
 
     spec = TensorSpec("x", ("batch", 64), torch.float32)
     module = torch.nn.Sequential(torch.nn.Linear(64, 64, device=device), Waits())
-    with TorchRunner(module, (spec,), (spec,), cuda_graph=True) as runner, warnings.catch_warnings(record=True) as said:
+    with (
+        TorchRunner(module, (spec,), (spec,), cuda_graph=True) as runner,
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("always")
         errors = []
         for _ in range(3):
@@ -291,13 +300,13 @@ def wait_in_module(device: torch.device) -> dict[str, Any]:
             with torch.no_grad():
                 truth = module(x).double()
             errors.append(relative_l2(found, truth))
-    reasons = _reasons(said)
+    reasons = _reasons(caught)
     check(len(reasons) == 1, f"{len(reasons)} warnings instead of 1")
     return {"relative_l2": max(errors), "value": reasons[0][:120]}
 
 
 def outer_capture(device: torch.device) -> dict[str, Any]:
-    """Inside somebody else's capture the work joins their graph."""
+    """During an outer capture the work becomes part of the outer graph."""
     graphed = GraphedCall(lambda feeds: {"y": feeds["x"] @ feeds["x"]}, device)
     static, stream = torch.randn(64, 64, device=device), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -317,7 +326,7 @@ def outer_capture(device: torch.device) -> dict[str, Any]:
 
 
 def launch(device: torch.device, graphs: bool) -> dict[str, Any]:
-    """What a call costs beside its kernels, which here take next to nothing."""
+    """The cost of a call besides its kernels, which take almost no time here."""
     bench = _Bench(device)
     runs, feeds = bench.execution(graphs), bench.feeds(*SMALL)
     shapes = {name: tuple(tensor.shape) for name, tensor in feeds.items()}

@@ -1,4 +1,4 @@
-"""Part 8: what takes longest and may not be installed: bk-tiny's UNet on ONNX Runtime and TensorRT; training nano."""
+"""Part 8, the longest: bk-tiny's UNet on ONNX Runtime and TensorRT, which may not be installed, and training nano."""
 
 from __future__ import annotations
 
@@ -32,8 +32,15 @@ def longer(run: PartRun) -> None:
 def measure_export(run: PartRun, models: Models, graphs: Path, backend: str, open_graph: Any) -> dict[str, Any]:
     """Returns the figures of the exported UNet on a runtime.
 
+    Args:
+        run: the part.
+        models: has the UNet.
+        graphs: folder of the ONNX graph, exported first if it does not exist.
+        backend: the runtime's name.
+        open_graph: returns an open runner of (run, graphs, backend).
+
     Raises:
-        BackendMissing: the runtime or the exporter is not there.
+        BackendMissing: the runtime or the exporter is not installed.
     """
     reason = available(run.device.type)[backend]
     if reason is None and importlib.util.find_spec("onnxscript") is None:
@@ -48,7 +55,13 @@ def measure_export(run: PartRun, models: Models, graphs: Path, backend: str, ope
 
 
 def export(run: PartRun, models: Models, graphs: Path) -> None:
-    """Write the ONNX graph of the student's UNet, in fp16 on a GPU and fp32 on a CPU."""
+    """Write the ONNX graph of the student's UNet, in fp16 on a GPU and fp32 on a CPU.
+
+    Args:
+        run: the part.
+        models: has the UNet.
+        graphs: the folder.
+    """
     from sdcompress.export.onnx import export_onnx
 
     pipeline = models.pipeline
@@ -61,11 +74,23 @@ def export(run: PartRun, models: Models, graphs: Path) -> None:
 
 
 def open_onnx(run: PartRun, graphs: Path, _backend: str) -> Any:
+    """Returns a runner of the graph on ONNX Runtime.
+
+    Args:
+        run: has the device.
+        graphs: folder of the graph.
+    """
     return open_runner(graphs / "unet.onnx", str(run.device), **({"cuda_graph": True} if run.is_cuda else {}))
 
 
 def open_engine(run: PartRun, graphs: Path, backend: str) -> Any:
-    """Returns a runner of an engine that is built for the measured shape alone."""
+    """Returns a runner of an engine that is built for the measured shape only.
+
+    Args:
+        run: has the device.
+        graphs: folder of the ONNX graph.
+        backend: flavor of TensorRT.
+    """
     from sdcompress_engines.profiles import PRESETS
 
     from sdcompress.export.tensorrt import build_engines

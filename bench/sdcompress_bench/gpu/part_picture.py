@@ -1,4 +1,4 @@
-"""Part 5: a whole picture, from caption to PIL image, and what of its time is neither UNet nor text encoder nor VAE."""
+"""Part 5: a whole picture, from caption to PIL image, and how its time is spent."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ STEPS, FEWER_STEPS = 25, 15
 SMOKE_STEPS = (2, 1)
 STUDENT = "bk-tiny"
 LIMIT = 0.5
-"""Relative L2 of two pictures of one model by two backends, their means taken off; unrelated pictures give 1.4."""
+"""Limit of the relative L2, without the means, of a model's pictures on two backends; unrelated pictures give 1.4."""
 
 
 def picture(run: PartRun) -> None:
-    """Write a row for the teacher as people run it, and for the student the same way and at its best."""
+    """Write rows for the teacher as people run it, and for the student in the same way and in its fastest."""
     models = Models(run)
     eager = Variant("eager", "eager")
     best = best_variant(run)
@@ -48,7 +48,7 @@ def picture(run: PartRun) -> None:
 
 
 def best_variant(run: PartRun) -> Variant:
-    """Returns how torch ran bk-tiny's step fastest in parts 3 and 4; without these, channels last in a graph."""
+    """Returns the fastest variant for bk-tiny in parts 3 and 4; without them, channels last in a graph."""
     rows = [row for row in measured(run.earlier) if row.get("model") == STUDENT and row.get("batch") == 2]
     rows = [row for row in rows if row["part"] in (3, 4) and row["mode"] != "aot" and not row.get("tuned")]
     if not rows:
@@ -58,11 +58,13 @@ def best_variant(run: PartRun) -> Variant:
 
 
 def pipeline_of(models: Models, name: str, variant: Variant | None = None) -> Any:
-    """Returns the teacher's pipeline around a UNet.
+    """Returns the teacher's pipeline with another UNet.
 
     Args:
-        variant: of the UNet, behind a runner, with the scheduler's timesteps on the host as `open_pipeline` has it;
-            None is diffusers as it is.
+        models: has the pipeline and the UNets.
+        name: of the UNet.
+        variant: of the UNet, which then runs behind a runner, with the scheduler's timesteps on the host as in
+            `open_pipeline`; None is plain diffusers.
     """
     teacher = models.pipeline
     parts = dict(teacher.components)
@@ -80,7 +82,13 @@ def pipeline_of(models: Models, name: str, variant: Variant | None = None) -> An
 
 
 def measure_best(run: PartRun, models: Models, best: Variant) -> dict[str, Any]:
-    """Returns the figures of the student at its best, with the distance of its picture from that of eager mode."""
+    """Returns the figures of the student in its fastest variant, with the distance of its picture from eager mode's.
+
+    Args:
+        run: the part.
+        models: has the student.
+        best: the variant.
+    """
     plain = draw(run, pipeline_of(models, STUDENT))
     pipeline = pipeline_of(models, STUDENT, best)
     began = time.perf_counter()
@@ -94,7 +102,13 @@ def measure_best(run: PartRun, models: Models, best: Variant) -> dict[str, Any]:
 
 
 def draw(run: PartRun, pipeline: Any, steps: int | None = None) -> Image.Image:
-    """Returns one picture with guidance, of the UNet's own size, drawn in `steps` steps."""
+    """Returns one picture with guidance, of the UNet's own size.
+
+    Args:
+        run: the part.
+        pipeline: draws it.
+        steps: None is the part's own number.
+    """
     steps = steps or (SMOKE_STEPS[0] if run.smoke else STEPS)
     return generate(pipeline, [PROMPT], seeds=[0], steps=steps, guidance_scale=7.5)[0]
 
@@ -103,7 +117,7 @@ def measure_picture(run: PartRun, pipeline: Any) -> dict[str, Any]:
     """Returns the wall time of a picture, its parts on the device, and how often the host waits for the device.
 
     Raises:
-        RuntimeError: the picture has one color: what was computed is not finite.
+        RuntimeError: the picture has only one color, so the output was not finite.
     """
     if not np.ptp(np.asarray(draw(run, pipeline))):
         raise RuntimeError("the picture has one color")
@@ -138,7 +152,7 @@ def measure_picture(run: PartRun, pipeline: Any) -> dict[str, Any]:
 
 @contextmanager
 def unet_clock(run: PartRun, pipeline: Any) -> Iterator[list[float]]:
-    """Yields a list that has, after the block, the milliseconds of each UNet call from its start to its end."""
+    """Yields a list. After the block it has the milliseconds of each UNet call."""
     marks: list[Any] = []
     found: list[float] = []
 
@@ -158,7 +172,7 @@ def unet_clock(run: PartRun, pipeline: Any) -> Iterator[list[float]]:
             hook.remove()
     synchronize(run.device)
     pairs = zip(marks[::2], marks[1::2], strict=True)
-    found += [begun.elapsed_time(ended) if run.is_cuda else 1000 * (ended - begun) for begun, ended in pairs]
+    found += [start.elapsed_time(end) if run.is_cuda else 1000 * (end - start) for start, end in pairs]
 
 
 def part_times(run: PartRun, pipeline: Any) -> dict[str, float]:
@@ -174,22 +188,28 @@ def part_times(run: PartRun, pipeline: Any) -> dict[str, float]:
 
 
 def waits(run: PartRun, pipeline: Any) -> dict[str, float]:
-    """Returns how often the host waits for the device in a picture, and from two numbers of steps, in a step."""
+    """Returns how often the host waits for the device in a picture and in a step, from two numbers of steps."""
     more, fewer = SMOKE_STEPS if run.smoke else (STEPS, FEWER_STEPS)
     counts = [count_waits(run, pipeline, steps) for steps in (more, fewer)]
     return {"synchronizations": counts[0], "synchronizations_per_step": (counts[0] - counts[1]) / (more - fewer)}
 
 
 def count_waits(run: PartRun, pipeline: Any, steps: int) -> int:
-    """Returns how many synchronizing operations torch reports while a picture is drawn."""
-    with warnings.catch_warnings(record=True) as said:
+    """Returns how many synchronizing operations torch reports while it draws a picture.
+
+    Args:
+        run: the part.
+        pipeline: draws the picture.
+        steps: sampling steps.
+    """
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             draw(run, pipeline, steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("called a synchronizing" in str(warning.message) for warning in said)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def picture_distance(found: Image.Image, reference: Image.Image) -> float:

@@ -1,4 +1,4 @@
-"""Part 7: the suite's tests that need a GPU, each a row as soon as it has ended."""
+"""Part 7: the tests that need a GPU; each becomes a row as soon as it has ended."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ROOT = Path(__file__).resolve().parents[3]
 MARK = "gpu"
 SMOKE_TESTS = ("tests/engines/test_cuda_graphs.py",)
 LEFT_S = 5.0
-"""Before the part's cap, so that the counts are written."""
+"""The tests stop so long before the part's cap that the counts can be written."""
 OPTIONS = ("-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-W", "default")
-"""The last one, because warnings are errors under the pinned versions only."""
+"""The last option, because warnings are errors only with the pinned versions."""
 _OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")
 _SUMMARY = re.compile(r"^(FAILED|ERROR) (tests/.+?)(?: - (.+))?$")
 _SECTION = re.compile(r"^__+ (?:ERROR collecting )?(.+) __+$")
@@ -54,7 +54,7 @@ def tests(run: PartRun) -> None:
 
 
 def outcomes(run: PartRun, paths: tuple[str, ...]) -> Iterator[tuple[str, str, str | None]]:
-    """Yields (test, outcome, None) when a test has ended, and for each failure at the end (test, outcome, reason)."""
+    """Yields (test, outcome, None) when a test has ended; at the end (test, outcome, reason) for each failure."""
     command = [sys.executable, "-u", "-m", "pytest", *paths, "-m", MARK, *OPTIONS]
     with subprocess.Popen(
         command, cwd=ROOT, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -67,7 +67,7 @@ def outcomes(run: PartRun, paths: tuple[str, ...]) -> Iterator[tuple[str, str, s
 
 
 def read_outcomes(run: PartRun, lines: Iterator[str]) -> Iterator[tuple[str, str, str | None]]:
-    """Yields what `outcomes` yields of pytest's verbose output, until the part's time is over."""
+    """Yields the outcomes in pytest's verbose output, as `outcomes` does, until the part's time is over."""
     at, errors = "", dict[str, str]()  # section of the report → its last error
     for line in lines:
         run.log(line)

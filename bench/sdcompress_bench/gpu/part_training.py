@@ -1,4 +1,4 @@
-"""Part 6: samples a second of distilling bk-tiny: in the public scripts' manner, by our loop, and with compile."""
+"""Part 6: samples a second of distilling bk-tiny: in the public scripts' manner, in our loop, and with compile."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ from .models import known_peaks
 PEER = Path(__file__).resolve().parents[2] / "peers" / "training.py"
 STUDENT = "bk-tiny"
 TIMED_S = 8.0
-"""At most; a loop also loads its models, fills its cache and warms up."""
+"""The most timed seconds; a loop also loads its models, fills its cache and warms up."""
 BATCHES_OF_PICTURES = 2
 LEAST_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What is trained: a teacher by its name in bench/peers/training.py, its UNet's config, and the batch."""
+    """What is trained.
+
+    Attributes:
+        model: the teacher's name in bench/peers/training.py.
+        size_px: side of the pictures.
+        batch: pictures in a step.
+        config: of the teacher's UNet.
+    """
 
     model: str
     size_px: int
@@ -40,9 +47,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Loop:
-    """A training loop: what its row is called, the function of bench/peers/training.py, and whether our loop compiles.
+    """A training loop.
 
     Attributes:
+        name: of its row.
+        function: in bench/peers/training.py.
+        compile: use torch.compile, in our loop.
         runs_small: it is part of a smoke run.
     """
 
@@ -54,8 +64,8 @@ class Loop:
 
 LOOPS = (
     Loop("public manner", "measure_public"),
-    Loop("sdcompress", "measure_ours"),
-    Loop("sdcompress compile", "measure_ours", compile=True, runs_small=False),
+    Loop("sdcompress", "measure_sdcompress"),
+    Loop("sdcompress compile", "measure_sdcompress", compile=True, runs_small=False),
 )
 
 
@@ -74,7 +84,13 @@ def nano_setup(batch: int) -> Setup:
 
 
 def train_rows(run: PartRun, setup: Setup, prefix: str) -> None:
-    """Write a row for each loop."""
+    """Write a row for each loop.
+
+    Args:
+        run: the part.
+        setup: what is trained.
+        prefix: of the rows' names.
+    """
     labels = {"teacher": setup.model, "student": STUDENT, "size_px": setup.size_px}
     for loop in LOOPS:
         if run.smoke and not loop.runs_small:
@@ -84,7 +100,12 @@ def train_rows(run: PartRun, setup: Setup, prefix: str) -> None:
 
 
 def measure_loop(run: PartRun, setup: Setup, loop: Loop) -> dict[str, Any]:
-    """Returns the figures of a loop at the setup's batch, or at half of it, and so on, where memory does not suffice.
+    """Returns the figures of a loop at the setup's batch; while memory does not suffice, the batch is halved.
+
+    Args:
+        run: the part.
+        setup: what is trained.
+        loop: how.
 
     Raises:
         BackendMissing: this is no checkout.
@@ -101,6 +122,14 @@ def measure_loop(run: PartRun, setup: Setup, loop: Loop) -> dict[str, Any]:
 
 
 def measure_batch(run: PartRun, setup: Setup, loop: Loop, batch: int) -> dict[str, Any]:
+    """Returns the figures of a loop.
+
+    Args:
+        run: the part.
+        setup: what is trained.
+        loop: how.
+        batch: pictures in a step.
+    """
     peer = load_peer()
     gc.collect()
     if run.is_cuda:
@@ -121,22 +150,28 @@ def measure_batch(run: PartRun, setup: Setup, loop: Loop, batch: int) -> dict[st
     part_seconds = found.pop("seconds", None)
     if part_seconds is not None:
         found["part_ms"] = {name: 1000 * seconds for name, seconds in part_seconds.items()}
-    if run.is_cuda:  # a process's peak on a CPU is the highest of all its rows
+    if run.is_cuda:  # on a CPU, the peak of a process covers all its rows
         found["peak_mib"] = peak_mib
     return {"batch": batch, **found, "share_of_peak": share_of_peak(run, setup, found["samples_per_s"])}
 
 
 def share_of_peak(run: PartRun, setup: Setup, samples_per_s: float) -> float:
-    """Returns the share of the bf16 peak that the operations of the two UNets take."""
+    """Returns the operations of the two UNets as a share of the bf16 peak.
+
+    Args:
+        run: has the peaks.
+        setup: what was trained.
+        samples_per_s: measured.
+    """
     flops = load_peer().flops_per_sample(setup.config) * samples_per_s
     return float(flops / known_peaks(run, "bf16").matmul_flops_per_s)
 
 
 def load_peer() -> ModuleType:
-    """Returns bench/peers/training.py, which is no package's.
+    """Returns bench/peers/training.py as a module; it is in no package.
 
     Raises:
-        BackendMissing: it is not there.
+        BackendMissing: it does not exist.
     """
     name = "sdcompress_peers_training"
     if name not in sys.modules:
@@ -146,6 +181,6 @@ def load_peer() -> ModuleType:
         if spec is None or spec.loader is None:
             raise BackendMissing(f"{PEER.name} cannot be imported")
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
+        sys.modules[name] = module  # dataclasses look up their module there
         spec.loader.exec_module(module)
     return sys.modules[name]

@@ -112,7 +112,8 @@ class Program:
         """Run the chosen parts (by default all) in order; returns whether each has ended.
 
         Args:
-            again: also those that ended in an earlier run.
+            chosen: numbers of the parts; None is all.
+            again: run also the parts that ended in an earlier run.
 
         Raises:
             UsageError: there is no such part, or the folder has results of another card.
@@ -138,7 +139,7 @@ class Program:
         return all(self.results.parts[number]["state"] == "ended" for number in numbers)
 
     def summary(self) -> dict[str, Any]:
-        """Returns what the last line of a run says: the card, how many rows, the parts' states, and the headline."""
+        """Returns the content of a run's last line: the card, numbers of rows, the parts' states, and the headline."""
         rows = self.results.rows
         return {
             "results": self.results.path.name,
@@ -160,14 +161,14 @@ class Program:
         Args:
             replaced: the folder's rows are all replaced, so they may be of another card.
         """
-        question, limit_s = {"device": self._device}, min(CARD_S, max(1.0, self._seconds_left()))
+        argument, limit_s = {"device": self._device}, min(CARD_S, max(1.0, self._seconds_left()))
         began = time.monotonic()
-        found = isolated.call(describe, question, limit_s)
+        found = isolated.call(describe, argument, limit_s)
         self._facts["forked"] = {"seconds": round(time.monotonic() - began, 1)}
         if "failed" in found:
             self._facts["forked"]["failed"] = found["failed"]
             self._fork = False
-            found = isolated.call(describe, question, limit_s, fork=False)
+            found = isolated.call(describe, argument, limit_s, fork=False)
         if "failed" in found:
             raise BackendMissing(
                 f"the device {self._device} does not answer ({found['failed']})",

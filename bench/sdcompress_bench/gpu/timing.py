@@ -82,7 +82,10 @@ def _block_of_clock(call: Callable[[], Any], calls: int) -> float:
 
 
 def _host_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Returns how long a call occupies the host while the device is idle, ms. If that is the step's time, launches limit it."""
+    """Returns how long a call occupies the host while the device is idle, ms.
+
+    If that is as long as the step, the launches limit the step.
+    """
     found = []
     for _ in range(5):
         synchronize(device)

@@ -95,9 +95,7 @@ def collect_calibration(
     return recorder.rows()
 
 
-def _draw(
-    pipeline: TextToImagePipeline, prompts: list[str], seed: int, size_px: int | None, **options: float
-) -> None:
+def _draw(pipeline: TextToImagePipeline, prompts: list[str], seed: int, size_px: int | None, **options: float) -> None:
     """Draw latents of prompts.
 
     Args:

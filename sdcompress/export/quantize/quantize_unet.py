@@ -63,9 +63,7 @@ def quantize_unet(
     if torch.cuda.is_available():
         pipeline.to("cuda")
     rows = collect_calibration(pipeline, prompts or usual, report=report)
-    feeds = collect_calibration(
-        pipeline, held_out, samples=4 * len(held_out), seed=_HELD_OUT_SEED, report=report
-    )
+    feeds = collect_calibration(pipeline, held_out, samples=4 * len(held_out), seed=_HELD_OUT_SEED, report=report)
     pipeline.to(device)
     exact = signature_of("unet", pipeline.unet, "fp32", host)
     calibration = rename_for_host(rows, exact.names, pipeline.unet)

@@ -25,9 +25,7 @@ class InputRecorder:
         on_call: called after each call of the UNet.
     """
 
-    def __init__(
-        self, pipeline: TextToImagePipeline, samples: int, prompts: int, on_call: Callable[[], None]
-    ) -> None:
+    def __init__(self, pipeline: TextToImagePipeline, samples: int, prompts: int, on_call: Callable[[], None]) -> None:
         self._pipeline, self._samples, self._prompts, self._on_call = pipeline, samples, prompts, on_call
         self._rows: dict[str, list[torch.Tensor]] = {}
 
