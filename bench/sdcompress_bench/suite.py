@@ -69,9 +69,7 @@ def run_suite(
     work = output.absolute().with_name(f".{output.name}.work")
     suite = dataclasses.replace(suite, models=tuple(prepare_model(model, report) for model in suite.models))
     facts = environment()
-    journal = Journal(work / "journal.jsonl", fingerprint(suite, facts))
-    if journal.continued:
-        report.say(f"continuing with the measurements of an earlier start ({work.name})")
+    journal = _open_journal(suite, facts, work, report)
     artifacts = prepare_artifacts(suite, journal, report)
     peaks = _measure_peaks(suite, journal, report)
     latency = [_with_roofline(run, suite, peaks) for run in measure(suite, artifacts, journal, report)]
@@ -99,6 +97,13 @@ def run_suite(
         _write_results(results, suite, folder)
     shutil.rmtree(work, ignore_errors=True)
     return results
+
+
+def _open_journal(suite: Suite, facts: Mapping[str, Any], work: Path, report: Reporter) -> Journal:
+    journal = Journal(work / "journal.jsonl", fingerprint(suite, facts))
+    if journal.continued:
+        report.say(f"continuing with the measurements of an earlier start ({work.name})")
+    return journal
 
 
 def _write_results(results: Results, suite: Suite, folder: Path) -> None:

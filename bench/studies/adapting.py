@@ -1,11 +1,11 @@
-"""Can a student be taught something new? nano-tiny learns a word it has never seen, by LoRA and by full finetuning.
+"""Can a student learn something new? nano-tiny learns a word that it has never seen, by LoRA and by full finetuning.
 
     python bench/studies/adapting.py -o bench/results/adapting-nano.json --work build/adapting
 
-The word is "sketch": the training pictures are nano's line drawings with captions "a sketch of ..." in the place of "a
-black line drawing of ...". Judged on concepts of held-out pairs, prompted "a sketch of ...": the share of pictures that
-nano-CLIP calls line drawings, and retrieval top-5, before and after. LoRA steps a second on the teacher and on the
-student are taken in turn.
+The word is "sketch". The training pictures are nano's line drawings, with captions "a sketch of ..." in place of "a
+black line drawing of ...". The models are judged on concepts of held-out pairs, prompted "a sketch of ...", before and
+after: the share of pictures that nano-CLIP calls line drawings, and retrieval top-5. LoRA steps a second on the teacher
+and on the student are measured in turn.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ import argparse
 import json
 import shutil
 import statistics
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from sdcompress_bench.environment import environment
-from sdcompress_bench.quality import ClipMetric, Share, judge
+from sdcompress_bench.quality import ClipMetric, judge
 from sdcompress_bench.scenario import Prompt
 
 from sdcompress.data import nano_prompts
 from sdcompress.data.build_cache import build_cache
+from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
 from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.names import unet_modules
 from sdcompress.models import nano
-from sdcompress.models.load import load_pipeline
+from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.sampling import generate
 from sdcompress.support.console import ConsoleReporter
 from sdcompress.train.config import FinetuneConfig, LoraConfig
@@ -42,12 +44,57 @@ STYLE, WORD = "line", "a sketch of"
 
 
 def write_data(folder: Path) -> None:
-    """The line drawings of the training shards as an image folder, captioned with the new word."""
+    """Write the line drawings of the training shards as an image folder, captioned with the new word."""
     folder.mkdir(parents=True)
     phrase = nano.styles()[STYLE]
     for number, record in enumerate(r for r in open_source("nano") if r.meta["style"] == STYLE):
         (folder / f"{number:04d}.webp").write_bytes(record.encoded)
         (folder / f"{number:04d}.txt").write_text(record.caption.replace(phrase, WORD, 1), encoding="utf-8")
+
+
+class Judge:
+    """Draws pictures of held-out concepts with the new word and judges them with nano-CLIP.
+
+    Args:
+        count: number of prompts.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.metric, self.styles = ClipMetric(nano.metric_folder()), nano.styles()
+        heldout = nano_prompts.draw_prompts("heldout", count)
+        # The judge reads the words it knows; the model gets the new word.
+        known = (prompt.caption.replace(self.styles[prompt.style], self.styles[STYLE], 1) for prompt in heldout)
+        self.known = [Prompt(caption, STYLE) for caption in known]
+        self.captions = [prompt.caption.replace(self.styles[prompt.style], WORD, 1) for prompt in heldout]
+
+    def figures(self, pipeline: Any) -> dict[str, float]:
+        """Returns the shares of pictures in the right style and with the right caption among the top 5."""
+        half = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+        with torch.inference_mode(), half:
+            images = generate(pipeline, self.captions, seeds=list(range(len(self.captions))), batch_size=50)
+        judged = judge(self.metric, images, self.known, self.styles)
+        return {"style_accuracy": judged["style"].share, "retrieval_top5": judged["top5"].share}
+
+
+def measure_speed(
+    models: Sequence[LoadedPipeline], caches: dict[str, LatentCache], config: LoraConfig, rounds: int, work: Path
+) -> dict[str, list[float]]:
+    """Returns model → LoRA steps a second of each round; the models run in turn.
+
+    Args:
+        models: in the order of their turns.
+        caches: model → latents of its pictures.
+        config: of the training.
+        rounds: how many.
+        work: folder for the runs.
+    """
+    config = config.model_copy(update={"steps": 30, "log_every": 1000})
+    speed: dict[str, list[float]] = {model.name: [] for model in models}
+    for _ in range(rounds):
+        for model in models:
+            run = train_lora(replace(model), caches[model.name], config, work / "speed", force=True)
+            speed[model.name].append(config.steps / run.seconds)
+    return speed
 
 
 def main() -> None:
@@ -66,59 +113,29 @@ def main() -> None:
         model.name: build_cache(source, model, args.work / f"cache-{model.name}", report=report)
         for model in (student, teacher)
     }
-    metric, styles = ClipMetric(nano.metric_folder()), nano.styles()
-    asked = nano_prompts.draw_prompts("heldout", args.prompts)
-    # The judge is asked in the words it knows; the model is prompted with the new one.
-    known = [Prompt(p.caption.replace(styles[p.style], styles[STYLE], 1), STYLE) for p in asked]
-    prompts = [p.caption.replace(styles[p.style], WORD, 1) for p in asked]
-
-    def figures(pipeline: Any) -> dict[str, float]:
-        with (
-            torch.inference_mode(),
-            torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),
-        ):
-            images = generate(pipeline, prompts, seeds=list(range(len(prompts))), batch_size=50)
-        judged = {
-            k: asdict(v)["share"] if isinstance(v, Share) else v
-            for k, v in judge(metric, images, known, styles).items()
-        }
-        return {"style_accuracy": judged["style"], "retrieval_top5": judged["top5"]}
-
-    lora, full = (
-        load_config(LoraConfig, "nano-lora", {"sample_every": 0}),
-        load_config(FinetuneConfig, "nano-finetune", {"sample_every": 0}),
-    )
-    rows: dict[str, dict[str, Any]] = {"before": figures(student.pipeline)}
-    found = train_lora(student, caches["nano-tiny"], lora, args.work / "lora", report=report)
-    adapted = load_pipeline("nano-tiny").pipeline
-    fuse_lora(adapted, read_lora(args.work / "lora" / LORA / KOHYA_FILE, unet_modules(adapted.unet)))
-    rows["LoRA"] = figures(adapted) | {
-        "steps": lora.steps,
-        "seconds": found.seconds,
-        "file_bytes": (args.work / "lora" / LORA / KOHYA_FILE).stat().st_size,
-    }
-    found = finetune(student, caches["nano-tiny"], full, args.work / "full", report=report)
-    rows["full finetuning"] = figures(load_pipeline(args.work / "full").pipeline) | {
-        "steps": full.steps,
-        "seconds": found.seconds,
-    }
-    speed: dict[str, list[float]] = {"nano": [], "nano-tiny": []}
-    for _ in range(args.rounds):
-        for model in (teacher, student):
-            config = lora.model_copy(update={"steps": 30, "log_every": 1000})
-            run = train_lora(replace(model), caches[model.name], config, args.work / "speed", force=True)
-            speed[model.name].append(config.steps / run.seconds)
-    ratio = statistics.median(speed["nano-tiny"]) / statistics.median(speed["nano"])
+    judging = Judge(args.prompts)
+    lora = load_config(LoraConfig, "nano-lora", {"sample_every": 0})
+    full = load_config(FinetuneConfig, "nano-finetune", {"sample_every": 0})
+    rows: dict[str, dict[str, Any]] = {"before": judging.figures(student.pipeline)}
+    run = train_lora(student, caches["nano-tiny"], lora, args.work / "lora", report=report)
+    adapted, file = load_pipeline("nano-tiny").pipeline, args.work / "lora" / LORA / KOHYA_FILE
+    fuse_lora(adapted, read_lora(file, unet_modules(adapted.unet)))
+    costs = {"steps": lora.steps, "seconds": run.seconds, "file_bytes": file.stat().st_size}
+    rows["LoRA"] = judging.figures(adapted) | costs
+    run = finetune(student, caches["nano-tiny"], full, args.work / "full", report=report)
+    costs = {"steps": full.steps, "seconds": run.seconds}
+    rows["full finetuning"] = judging.figures(load_pipeline(args.work / "full").pipeline) | costs
+    speed = measure_speed((teacher, student), caches, lora, args.rounds, args.work)
     result = {
         "teacher_sha256": teacher.sha256,
         "student_sha256": student.sha256,
         "word": WORD,
         "style": STYLE,
-        "prompts": len(prompts),
+        "prompts": len(judging.captions),
         "batch_size": lora.batch_size,
         "rows": rows,
         "lora_steps_per_s": speed,
-        "lora_student_over_teacher": ratio,
+        "lora_student_over_teacher": statistics.median(speed["nano-tiny"]) / statistics.median(speed["nano"]),
         "environment": environment(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -129,6 +146,7 @@ def main() -> None:
 
 
 def table(result: dict[str, Any]) -> str:
+    """Returns the results as Markdown."""
     lines = [
         f'nano-tiny learns "{result["word"]} ..."; {result["prompts"]} held-out prompts',
         "",

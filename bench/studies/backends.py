@@ -1,5 +1,4 @@
-"""What is the fastest way to run a UNet here, with the same weights and inside the accuracy gate? Everything that was
-tried, with its figures.
+"""Which backend runs a UNet fastest here, with the same weights and within the accuracy gate? All variants tried.
 
     python bench/studies/backends.py -o bench/results/backends-cpu.json --work build/backends
     python bench/studies/backends.py -o bench/results/backends-gpu.json --work build/backends --device cuda
@@ -7,9 +6,9 @@ tried, with its figures.
 On a CPU nano and a full-size bk-tiny, batch 1 and 2; on a GPU the whole SD1.5 UNet, bk-base and bk-tiny in fp16 at 512
 px, batch 2, with and without CUDA graphs.
 
-Each variant runs in a process of its own, started afresh each round, in turn. Time is that of one UNet call at the
-model's own size. The error is the relative L2 to torch in fp32; the gate is 1e-4 in fp32, and in half precision twice
-what torch itself is off by. Preparing (export, compiling) is timed apart.
+Each variant runs in its own process, started again each round, in turn. Timed is one UNet call at the model's own size.
+The error is the relative L2 to torch in fp32. The gate is 1e-4 in fp32, and in half precision twice the error of torch
+itself. Preparing (export, compiling) is timed separately.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,15 @@ LIMIT_S = 900
 
 
 def prepare(variant: str, model: Path, work: Path, device: str) -> None:
-    """What a variant needs on disk; what an earlier run has made is kept."""
-    from sdcompress.export.components import component_graph, example_of, signature_of, silence
+    """Write what a variant needs on disk; files of an earlier run are kept.
+
+    Args:
+        variant: a key of `VARIANTS` or `GPU_VARIANTS`.
+        model: a pipeline folder.
+        work: folder for the files.
+        device: `cpu` or `cuda`.
+    """
+    from sdcompress.export.aot import compile_unet
     from sdcompress.export.onnx import export_onnx
     from sdcompress.export.tensorrt import build_engines
     from sdcompress.models.load import load_pipeline
@@ -101,33 +108,24 @@ def prepare(variant: str, model: Path, work: Path, device: str) -> None:
         )
     if kind == "trt" and not (work / "engine").is_dir():
         build_engines(graphs, work / "engine", profiles=("sd15-512",), components=("unet",))
-    if kind == "aot" and not (work / "unet.pt2").is_file():
-        from sdcompress_engines.runners import compile_package
-
-        pipeline: Any = load_pipeline(model).pipeline
-        dtype = DTYPES[precision]
-        wanted = signature_of("unet", pipeline.unet, precision)
-        graph = component_graph("unet", pipeline.unet, dtype, stable=False).to(
-            device, memory_format=torch.channels_last
-        )
-        example = example_of(wanted, pipeline.unet.config)
-        with silence():
-            compile_package(
-                graph,
-                [value.to(device) for value in example.inputs.values()],
-                tuple(example.dynamic_shapes.values()),
-                work / "unet.pt2",
-                wanted.inputs,
-                wanted.outputs,
-            )
+    if kind == "aot" and not (work / "aot").is_dir():
+        compile_unet(load_pipeline(model), work / "aot", device=device, precision=precision)
 
 
 def precision_of(variant: str) -> Any:
+    """Returns the precision in a variant's name."""
     return next(name for name in ("bf16", "fp16", "fp32") if name in variant or name == "fp32")
 
 
 def feeds(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """The same inputs in every process."""
+    """Returns the UNet's inputs, which are the same in every process.
+
+    Args:
+        config: of the UNet.
+        batch: of the inputs.
+        dtype: of sample and context.
+        device: of the tensors.
+    """
     generator = torch.Generator().manual_seed(0)
     side = int(config["sample_size"])
     sample = torch.randn(batch, config["in_channels"], side, side, generator=generator)
@@ -140,7 +138,13 @@ def feeds(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu") -> d
 
 
 def torch_runner(variant: str, model: Path, device: str) -> Any:
-    """Returns an open runner of the UNet in torch."""
+    """Returns an open runner of the UNet in torch.
+
+    Args:
+        variant: a key of `VARIANTS` or `GPU_VARIANTS`.
+        model: a pipeline folder.
+        device: `cpu` or `cuda`.
+    """
     from sdcompress_engines.runners import TorchRunner
 
     from sdcompress.backends.torch_unet import PositionalUNet
@@ -157,126 +161,136 @@ def torch_runner(variant: str, model: Path, device: str) -> Any:
     ).open()
 
 
+def exported_runner(variant: str, work: Path, device: str) -> Any:
+    """Returns a runner of the UNet's package, graph or engine, not yet open.
+
+    Args:
+        variant: a key of `VARIANTS` or `GPU_VARIANTS`.
+        work: folder of the files that `prepare` wrote.
+        device: `cpu` or `cuda`.
+    """
+    from sdcompress_engines.runners import open_runner
+
+    kind = variant.split()[0]
+    options: dict[str, Any] = {"cuda_graph": True} if "graph" in variant.split() else {}
+    if kind == "ort" and "nhwc" in variant:
+        options["prefer_nhwc"] = True
+    if "no spinning" in variant:
+        options["config"] = {"session.intra_op.allow_spinning": "0"}
+    if kind == "trt":
+        options["kernels"] = "eager"
+    folders = {"transformers": "transformers", "int8": "int8", "opset 20": "onnx-20"}
+    graphs = next((folder for mark, folder in folders.items() if mark in variant), "onnx-23")
+    files = {"aot": "aot/unet.pt2", "ort": f"{graphs}/unet.onnx", "trt": "engine/unet.engine"}
+    return open_runner(work / files[kind], device=device, **options)
+
+
 def measure(case: dict[str, Any]) -> dict[str, Any]:
-    """One variant in this process."""
-    variant, model, work, device = case["variant"], Path(case["model"]), Path(case["work"]), case["device"]
-    kind, dtype = variant.split()[0], DTYPES[precision_of(variant)]
+    """Time one variant in this process; returns its samples and memory."""
+    variant, model, device = case["variant"], Path(case["model"]), case["device"]
+    cuda = device == "cuda"
     config = json.loads((model / "unet" / "config.json").read_text(encoding="utf-8"))
     use_ieee_fp32()
-    if kind in ("torch", "compile"):
-        runner = torch_runner(variant, model, device)
-    else:
-        from sdcompress_engines.runners import open_runner
-
-        options: dict[str, Any] = {"cuda_graph": True} if "graph" in variant.split() else {}
-        if kind == "ort" and "nhwc" in variant:
-            options["prefer_nhwc"] = True
-        if "no spinning" in variant:
-            options["config"] = {"session.intra_op.allow_spinning": "0"}
-        if kind == "trt":
-            options["kernels"] = "eager"
-        graphs = (
-            "transformers"
-            if "transformers" in variant
-            else "int8"
-            if "int8" in variant
-            else "onnx-20"
-            if "opset 20" in variant
-            else "onnx-23"
-        )
-        runner = open_runner(
-            {"aot": work / "unet.pt2", "ort": work / graphs / "unet.onnx", "trt": work / "engine" / "unet.engine"}[
-                kind
-            ],
-            device=device,
-            **options,
-        )
-
-    def call(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return next(iter(runner.infer(inputs).values()))
-
-    inputs, times = feeds(config, case["batch"], dtype, device), []
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else 0
+    in_torch = variant.split()[0] in ("torch", "compile")
+    runner = torch_runner(variant, model, device) if in_torch else exported_runner(variant, Path(case["work"]), device)
+    inputs, times = feeds(config, case["batch"], DTYPES[precision_of(variant)], device), []
+    free = torch.cuda.mem_get_info()[0] if cuda else 0
     with torch.no_grad():
         for _ in range(case["warm_up"] + case["samples"]):
-            if device == "cuda":
+            if cuda:
                 torch.cuda.synchronize()
             started = time.perf_counter()
-            out = call(inputs)
-            if device == "cuda":
+            output = next(iter(runner.infer(inputs).values()))
+            if cuda:
                 torch.cuda.synchronize()
             times.append(1000 * (time.perf_counter() - started))
-    torch.save(out.float().cpu(), case["answer"])
-    memory = (
-        {
-            "device_mib": (torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0]) / 2**20,
-            "grown_mib": (free - torch.cuda.mem_get_info()[0]) / 2**20,
-        }
-        if device == "cuda"
-        else {}
-    )
+    torch.save(output.float().cpu(), case["answer"])
+    memory = {}
+    if cuda:
+        now, total = torch.cuda.mem_get_info()
+        memory = {"device_mib": (total - now) / 2**20, "grown_mib": (free - now) / 2**20}
     return {"ms": times[case["warm_up"] :], "first_ms": times[0], "peak_rss_mib": peak_rss_mib(), **memory}
 
 
-def child(case: dict[str, Any], limit_s: float) -> dict[str, Any]:
+def run_child(case: dict[str, Any]) -> dict[str, Any]:
+    """Returns the result of a case in a new process, or `{"failed": reason}`."""
+    command = [sys.executable, __file__, "--child", json.dumps(case)]
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", json.dumps(case)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            check=False,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT_S, check=False)
     except subprocess.TimeoutExpired:
-        return {"failed": f"did not finish in {limit_s:.0f} s"}
+        return {"failed": f"did not finish in {LIMIT_S} s"}
     if done.returncode == 0:
         return dict(json.loads(done.stdout.splitlines()[-1]))
-    said = next(
-        (line.strip() for line in reversed(done.stderr.splitlines()) if line.strip()), f"status {done.returncode}"
-    )
-    return {"failed": said.replace(f"{case['work']}/", "")[:200]}
+    lines = (line.strip() for line in reversed(done.stderr.splitlines()) if line.strip())
+    return {"failed": next(lines, f"status {done.returncode}").replace(f"{case['work']}/", "")[:200]}
 
 
-def study(
-    name: str, model: Path, work: Path, rounds: int, samples: int, variants: dict[str, str], device: str
-) -> dict[str, Any]:
-    """Every variant's row: what it took to prepare, and by batch its samples, speed-up over torch fp32 and error."""
-    rows: dict[str, Any] = {variant: {"note": note, "batch": {}} for variant, note in variants.items()}
-    common = {"model": str(model), "work": str(work), "device": device}
-    floor = "torch fp16" if device == "cuda" else "torch bf16"
-    for variant in (v for v in variants if v.split()[0] in ("ort", "aot", "trt")):
-        started = time.monotonic()
-        outcome = child({"prepare": variant, **common}, LIMIT_S)
-        rows[variant] |= {"prepare_s": round(time.monotonic() - started, 1)} | outcome
-        print(f"{name}: prepared {variant} in {rows[variant]['prepare_s']} s {outcome.get('failed', '')}", flush=True)
-    for batch in BATCHES[device]:
-        found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in variants}
-        for _ in range(rounds):
-            for variant in (v for v in variants if "failed" not in rows[v]):
-                outcome = child(
-                    {
-                        "variant": variant,
-                        **common,
-                        "batch": batch,
-                        "samples": samples,
-                        "warm_up": 10 if device == "cuda" else 1,
-                        "answer": str(answer(work, variant)),
-                    },
-                    LIMIT_S,
-                )
+@dataclass(frozen=True)
+class Study:
+    """The variants of one model on one device.
+
+    Attributes:
+        name: of the model, for people.
+        model: a pipeline folder.
+        work: folder for the files.
+        rounds: new processes of each variant.
+        samples: timed calls in a round.
+        variants: name → note.
+        device: `cpu` or `cuda`.
+    """
+
+    name: str
+    model: Path
+    work: Path
+    rounds: int
+    samples: int
+    variants: dict[str, str]
+    device: str
+
+    def run(self) -> dict[str, Any]:
+        """Returns a row for each variant: time to prepare, and by batch the samples, the speed-up and the error."""
+        rows: dict[str, Any] = {variant: {"note": note, "batch": {}} for variant, note in self.variants.items()}
+        self._prepare(rows)
+        for batch in BATCHES[self.device]:
+            self._compare(rows, batch, self._measure(rows, batch))
+        return rows
+
+    def _case(self) -> dict[str, Any]:
+        return {"model": str(self.model), "work": str(self.work), "device": self.device}
+
+    def _prepare(self, rows: dict[str, Any]) -> None:
+        for variant in (v for v in self.variants if v.split()[0] in ("ort", "aot", "trt")):
+            started = time.monotonic()
+            outcome = run_child({"prepare": variant, **self._case()})
+            rows[variant] |= {"prepare_s": round(time.monotonic() - started, 1)} | outcome
+            reason = outcome.get("failed", "")
+            print(f"{self.name}: prepared {variant} in {rows[variant]['prepare_s']} s {reason}", flush=True)
+
+    def _measure(self, rows: dict[str, Any], batch: int) -> dict[str, list[dict[str, Any]]]:
+        """Returns variant → outcomes of its rounds; the reason of a failed one goes to its row."""
+        found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in self.variants}
+        shared = {"batch": batch, "samples": self.samples, "warm_up": 10 if self.device == "cuda" else 1}
+        for _ in range(self.rounds):
+            for variant in (v for v in self.variants if "failed" not in rows[v]):
+                case = {"variant": variant, **self._case(), **shared, "answer": str(output_of(self.work, variant))}
+                outcome = run_child(case)
                 if "failed" in outcome:
                     rows[variant]["failed"] = outcome["failed"]
-                    print(f"{name} batch {batch}: {variant:<26} {outcome['failed']}", flush=True)
+                    print(f"{self.name} batch {batch}: {variant:<26} {outcome['failed']}", flush=True)
                 else:
                     found[variant].append(outcome)
-        truth = torch.load(answer(work, "torch fp32"), weights_only=True)
-        errors = {
-            v: relative_l2(torch.load(answer(work, v), weights_only=True), truth) for v in variants if found[v]
-        }
+        return found
+
+    def _compare(self, rows: dict[str, Any], batch: int, found: dict[str, list[dict[str, Any]]]) -> None:
+        """Add speed-ups over torch fp32 and errors to the rows."""
+        outputs = {v: torch.load(output_of(self.work, v), weights_only=True) for v in self.variants if found[v]}
+        reference = torch.load(output_of(self.work, "torch fp32"), weights_only=True)
+        errors = {variant: relative_l2(output, reference) for variant, output in outputs.items()}
         medians = {v: statistics.median(ms for outcome in found[v] for ms in outcome["ms"]) for v in errors}
+        floor = "torch fp16" if self.device == "cuda" else "torch bf16"
         for variant in (v for v in errors if "failed" not in rows[v]):
-            limit = 1e-4 if precision_of(variant) == "fp32" and "int8" not in variant else 2 * errors[floor]
+            exact = precision_of(variant) == "fp32" and "int8" not in variant
+            limit = 1e-4 if exact else 2 * errors[floor]
             row = {
                 "rounds": found[variant],
                 "median_ms": medians[variant],
@@ -287,14 +301,14 @@ def study(
             }
             rows[variant]["batch"][str(batch)] = row
             print(
-                f"{name} batch {batch}: {variant:<26} {row['median_ms']:9.1f} ms  {row['speedup']:5.2f}×  relative L2"
-                f" {row['relative_l2']:.1e}{'' if row['inside'] else '  OVER THE GATE'}",
+                f"{self.name} batch {batch}: {variant:<26} {row['median_ms']:9.1f} ms  {row['speedup']:5.2f}×"
+                f"  relative L2 {row['relative_l2']:.1e}{'' if row['inside'] else '  OVER THE GATE'}",
                 flush=True,
             )
-    return rows
 
 
-def answer(work: Path, variant: str) -> Path:
+def output_of(work: Path, variant: str) -> Path:
+    """Returns the file of a variant's output."""
     return work / f"{variant.replace(' ', '-')}.pt"
 
 
@@ -310,12 +324,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--device", choices=MODELS, default="cpu")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=None,
-        help="a round; by default 3 of a full-size model on a CPU, 30 of nano, 50 on a GPU",
-    )
+    help_text = "timed calls in a round; by default 3 of a full-size model on a CPU, 30 of nano, 50 on a GPU"
+    parser.add_argument("--samples", type=int, help=help_text)
     parser.add_argument("--model", action="append", choices=sorted({*MODELS["cpu"], *MODELS["cuda"]}))
     parser.add_argument(
         "--variant", action="append", choices=sorted({*VARIANTS, *GPU_VARIANTS}), help="only this one, beside torch"
@@ -341,7 +351,7 @@ def main() -> None:
             if not model.is_dir():
                 random_pipeline("sd1", MODELS[args.device][name], dtype=torch.float16).save_pretrained(model)
         samples = args.samples or (50 if args.device == "cuda" else 30 if name == "nano" else 3)
-        models[name] = study(name, model, work, args.rounds, samples, variants, args.device)
+        models[name] = Study(name, model, work, args.rounds, samples, variants, args.device).run()
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(
             json.dumps({"models": models, "environment": environment()}, indent=1) + "\n", encoding="utf-8"
@@ -351,6 +361,7 @@ def main() -> None:
 
 
 def table(models: dict[str, Any]) -> str:
+    """Returns the results as Markdown."""
     lines = []
     for name, rows in models.items():
         batches = sorted({batch for row in rows.values() for batch in row["batch"]})

@@ -1,11 +1,10 @@
-"""What idle threads cost on a busy machine: UNet steps by how threads wait, alone and beside other work.
+"""The cost of waiting threads on a busy machine: UNet steps by how threads wait, alone and beside other work.
 
     python bench/studies/busy.py -o bench/results/busy-machine.json --work build/busy
 
-The threads of OpenMP (PyTorch) and of ONNX Runtime spin while they wait for each other. On a machine with other work
-they spin on a core that the thread they wait for needs. Each setting runs in a process of its own: on a quiet machine,
-beside a busy loop on every core, and beside a second copy of itself. Settings take turns; the figure is the median step
-of all rounds.
+The threads of OpenMP (PyTorch) and of ONNX Runtime spin while they wait for each other. On a busy machine they spin on
+a core that the awaited thread needs. Each setting runs in its own process: on a quiet machine, beside a busy loop on
+every core, and beside a second copy of itself. Settings take turns; the figure is the median step of all rounds.
 """
 
 from __future__ import annotations
@@ -43,20 +42,27 @@ BACKENDS: dict[str, dict[str, dict[str, str]]] = {
     },
     "onnxruntime": {"spinning (its default)": {"SPIN": "1"}, "no spinning": {"SPIN": "0"}},
 }
-"""Backend → setting → the environment of the process; `SPIN` is this study's own."""
+"""Backend → setting → environment variables of the process; this study itself reads `SPIN`."""
 LOADS = ("quiet", "a busy loop on every core", "a second copy of itself")
 LIMIT_S = 300.0
 
 
-def make_unet(model: str) -> Any:
+def load_unet(model: str) -> Any:
     """Returns the UNet of a model of `MODELS`, in fp32 on the CPU."""
     pipeline = load_pipeline("nano").pipeline if model == "nano" else random_pipeline("sd1", "bk-tiny")
     return pipeline.unet.eval()
 
 
 def open_unet(model: str, backend: str, work: Path, spin: bool) -> tuple[Runner, dict[str, torch.Tensor]]:
-    """Returns the open runner of a model's UNet and the inputs of one picture under guidance."""
-    unet = make_unet(model)
+    """Returns the open runner of a model's UNet, and the inputs of one picture with guidance.
+
+    Args:
+        model: a key of `MODELS`.
+        backend: a key of `BACKENDS`.
+        work: folder of the graphs.
+        spin: whether ONNX Runtime's threads spin.
+    """
+    unet = load_unet(model)
     signature = signature_of("unet", unet, "fp32")
     side = int(unet.config.sample_size)
     feeds = random_inputs(signature, unet.config, {"batch": 2, "height": side, "width": side, "tokens": 77}, 501)
@@ -71,7 +77,7 @@ def graph_path(work: Path, model: str) -> Path:
 
 
 def time_steps(model: str, backend: str, work: Path) -> list[float]:
-    """Returns the milliseconds of each step, after one that is not counted."""
+    """Returns the milliseconds of each step, without the first."""
     runner, feeds = open_unet(model, backend, work, os.environ.get("SPIN") == "1")
     times = []
     with runner:
@@ -86,7 +92,13 @@ def time_steps(model: str, backend: str, work: Path) -> list[float]:
 
 @contextlib.contextmanager
 def load_machine(load: str, command: list[str], environment: dict[str, str]) -> Iterator[None]:
-    """Keep every core busy for the block, as `load` says."""
+    """Run the other work of a load beside the block.
+
+    Args:
+        load: one of `LOADS`.
+        command: of the measured process, for its second copy.
+        environment: variables of the other work.
+    """
     if load == LOADS[0]:
         yield
         return
@@ -105,7 +117,15 @@ def load_machine(load: str, command: list[str], environment: dict[str, str]) -> 
 
 
 def measure(model: str, backend: str, settings: dict[str, str], load: str, work: Path) -> list[float]:
-    """Returns the milliseconds of the steps of one process."""
+    """Returns the milliseconds of the steps of one process.
+
+    Args:
+        model: a key of `MODELS`.
+        backend: a key of `BACKENDS`.
+        settings: environment variables.
+        load: one of `LOADS`.
+        work: folder of the graphs.
+    """
     command = [sys.executable, __file__, "--child", model, backend, "--work", str(work)]
     variables = os.environ | settings
     with load_machine(load, command, variables):

@@ -1,11 +1,10 @@
-"""Does distillation work? bk-tiny of nano: untrained, trained with the task loss alone, and distilled; equal steps,
-several seeds.
+"""Does distillation work? bk-tiny of nano, untrained, trained with the task loss alone, and distilled.
 
     python bench/studies/distillation.py -o bench/results/distillation-nano.json --work build/study
 
-Judged on held-out prompts: style accuracy and retrieval top-5 by nano-CLIP, and the relative L2 of the noise prediction
-against the teacher's on noised latents of real held-out pictures, over timesteps. Each run is an ordinary `distill` and
-is resumed when the study is started again.
+All arms train for equal steps, with several seeds. They are judged on held-out prompts: style accuracy and retrieval
+top-5 by nano-CLIP, and the relative L2 of the noise prediction to the teacher's, on noised latents of real held-out
+pictures, over timesteps. Each run is an ordinary `distill`, and is resumed when the study is started again.
 """
 
 from __future__ import annotations
@@ -13,36 +12,100 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from sdcompress_bench.environment import environment
 from sdcompress_bench.fidelity import compare_steps, make_probe, predict
-from sdcompress_bench.quality import ClipMetric, Share, judge, real_pictures
+from sdcompress_bench.quality import ClipMetric, judge, real_pictures
 from sdcompress_bench.scenario import Prompt
+from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import nano_prompts
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
 from sdcompress.models import nano
-from sdcompress.models.load import load_pipeline
+from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 from sdcompress.sampling import generate
 from sdcompress.support.console import ConsoleReporter
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
-from sdcompress.train.recipes import load_config
 from sdcompress.train.pipelines import PIPELINE, with_unet
+from sdcompress.train.recipes import load_config
 
 ARMS: dict[str, dict[str, float]] = {
     "task loss alone": {"output_kd_weight": 0.0, "feature_kd_weight": 0.0},
     "distilled": {},
 }
+PLAN = "bk-tiny"
 TIMESTEPS = (1, 101, 301, 501, 701, 901, 999)
+
+
+class Judge:
+    """Judges pipelines on held-out prompts, and against the teacher's noise prediction.
+
+    Args:
+        teacher: the teacher's pipeline.
+        count: number of prompts.
+    """
+
+    def __init__(self, teacher: Any, count: int) -> None:
+        self.metric, self.styles = ClipMetric(nano.metric_folder()), nano.styles()
+        heldout = nano_prompts.draw_prompts("heldout", count)
+        self.prompts = [Prompt(prompt.caption, prompt.style) for prompt in heldout]
+        pictures, prompts = real_pictures(nano.shards("heldout")[0], self.prompts)
+        self.probe = make_probe(teacher, pictures[:16], [prompt.caption for prompt in prompts[:16]], TIMESTEPS, 0)
+        self.reference = predict(teacher, self.probe)
+
+    def figures(self, pipeline: Any) -> dict[str, float]:
+        """Returns style accuracy, retrieval top-5, and the mean relative L2 to the teacher over timesteps."""
+        captions = [prompt.caption for prompt in self.prompts]
+        half = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+        with torch.inference_mode(), half:
+            images = generate(pipeline, captions, seeds=list(range(len(captions))), batch_size=50)
+        judged = judge(self.metric, images, self.prompts, self.styles)
+        steps = compare_steps(predict(pipeline, self.probe), self.reference, self.probe.timesteps)
+        return {
+            "style_accuracy": judged["style"].share,
+            "retrieval_top5": judged["top5"].share,
+            "output_relative_l2": statistics.fmean(step.relative_l2 for step in steps),
+        }
+
+
+def run_arms(
+    teacher: LoadedPipeline, cache: LatentCache, config: DistillConfig, seeds: int, work: Path, report: Reporter
+) -> Iterator[tuple[str, int, Path]]:
+    """Train every arm with every seed; yields the arm, the seed and the folder of each run. Finished runs are kept.
+
+    Args:
+        teacher: the pipeline that is distilled.
+        cache: latents of the training pictures.
+        config: of the training, without the weights of an arm.
+        seeds: how many.
+        work: folder for the runs.
+        report: shows progress.
+    """
+    plan = make_plan(teacher.pipeline.unet.config, PLAN)
+    for seed in range(seeds):
+        for arm, weights in ARMS.items():
+            folder = work / f"{arm.replace(' ', '-')}-{config.steps}-{seed}"
+            if not (folder / PIPELINE).is_dir():
+                own = config.model_copy(update={"seed": seed} | weights)
+                resume = (folder / "checkpoints").is_dir()
+                distill(teacher, plan, cache, own, folder, resume=resume, report=report)
+            yield arm, seed, folder
+
+
+def open_cache(teacher: LoadedPipeline, folder: Path, report: Reporter) -> LatentCache:
+    """Returns the latents of nano's training pictures; they are encoded first if the folder does not exist."""
+    if folder.is_dir():
+        return LatentCache.open(folder, teacher.sha256)
+    return build_cache(open_source("nano"), teacher, folder, report=report)
 
 
 def main() -> None:
@@ -56,62 +119,21 @@ def main() -> None:
     report = ConsoleReporter()
     teacher = load_pipeline("nano")
     pipeline: Any = teacher.pipeline
-    plan = make_plan(pipeline.unet.config, "bk-tiny")
-    folder = args.work / "cache"
-    cache = (
-        LatentCache.open(folder, teacher.sha256)
-        if folder.is_dir()
-        else build_cache(open_source("nano"), teacher, folder, report=report)
-    )
-    metric, styles = ClipMetric(nano.metric_folder()), nano.styles()
-    prompts = [Prompt(p.caption, p.style) for p in nano_prompts.draw_prompts("heldout", args.prompts)]
-    pictures, pictured = real_pictures(nano.shards("heldout")[0], prompts)
-    probe = make_probe(pipeline, pictures[:16], [p.caption for p in pictured[:16]], TIMESTEPS, 0)
-    truth = predict(pipeline, probe)
-
-    def figures(tested: Any) -> dict[str, float]:
-        with (
-            torch.inference_mode(),
-            torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),
-        ):
-            images = generate(tested, [p.caption for p in prompts], seeds=list(range(len(prompts))), batch_size=50)
-        judged = {
-            k: asdict(v)["share"] if isinstance(v, Share) else v
-            for k, v in judge(metric, images, prompts, styles).items()
-        }
-        steps = compare_steps(predict(tested, probe), truth, probe.timesteps)
-        return {
-            "style_accuracy": judged["style"],
-            "retrieval_top5": judged["top5"],
-            "output_relative_l2": statistics.fmean(s.relative_l2 for s in steps),
-        }
-
-    rows: list[dict[str, Any]] = [{"arm": "teacher", "seed": None} | figures(pipeline)]
-    rows.append(
-        {"arm": "untrained", "seed": None} | figures(with_unet(pipeline, build_student(pipeline.unet, plan).eval()))
-    )
+    cache = open_cache(teacher, args.work / "cache", report)
+    judging = Judge(pipeline, args.prompts)
+    untrained = with_unet(pipeline, build_student(pipeline.unet, make_plan(pipeline.unet.config, PLAN)).eval())
+    rows: list[dict[str, Any]] = [{"arm": "teacher", "seed": None} | judging.figures(pipeline)]
+    rows.append({"arm": "untrained", "seed": None} | judging.figures(untrained))
     config = load_config(DistillConfig, "nano", {"steps": args.steps, "sample_every": 0})
-    for seed in range(args.seeds):
-        for arm, weights in ARMS.items():
-            run = args.work / f"{arm.replace(' ', '-')}-{config.steps}-{seed}"
-            if not (run / PIPELINE).is_dir():
-                distill(
-                    teacher,
-                    plan,
-                    cache,
-                    config.model_copy(update={"seed": seed} | weights),
-                    run,
-                    resume=(run / "checkpoints").is_dir(),
-                    report=report,
-                )
-            rows.append({"arm": arm, "seed": seed} | figures(load_pipeline(run).pipeline))
-            report.say(json.dumps(rows[-1]))
+    for arm, seed, folder in run_arms(teacher, cache, config, args.seeds, args.work, report):
+        rows.append({"arm": arm, "seed": seed} | judging.figures(load_pipeline(folder).pipeline))
+        report.say(json.dumps(rows[-1]))
     result = {
         "teacher_sha256": teacher.sha256,
-        "plan": "bk-tiny",
+        "plan": PLAN,
         "steps": config.steps,
         "batch_size": config.batch_size,
-        "prompts": len(prompts),
+        "prompts": len(judging.prompts),
         "rows": rows,
         "environment": environment(),
     }
@@ -122,7 +144,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, Any]], steps: int) -> str:
-    """Mean over seeds (lowest to highest) of each arm, as Markdown."""
+    """Returns the mean over seeds (lowest to highest) of each arm, as Markdown."""
     names = {
         "style_accuracy": "right style",
         "retrieval_top5": "right caption in the top 5",

@@ -1,11 +1,12 @@
-"""How long the cache's VAE takes for a picture, and what its precision costs.
+"""The time of the cache's VAE for a picture, and the error of its precision.
 
     python bench/studies/encoding.py -o bench/results/encoding-nano.json
     python bench/studies/encoding.py --model ./rv4.safetensors --data ./pictures --size 512 -o encoding-rv4.json
 
-Time: `LatentEncoder` in fp32 and in bf16, which chooses its batches itself, against fp32 in batches of 32, as the cache
-encoded once. The ways run in turn, and in another order each round. Error: the relative L2 of a picture's latents (the
-mean of the posterior) to those in IEEE fp32, beside what saving the picture as JPEG at quality 95 changes.
+Time: `LatentEncoder` in fp32 and in bf16, which chooses its batches itself, against fp32 in batches of 32, as in the
+first version of the cache. The encodings run in turn, in another order each round. Error: the relative L2 of a
+picture's latents (the mean of the posterior) to those in IEEE fp32, compared with the effect of saving the picture as
+JPEG at quality 95.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ from sdcompress.models.load import load_pipeline
 
 FIXED_BATCH = 32
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-Way = Callable[[torch.Tensor], torch.Tensor]
+Encode = Callable[[torch.Tensor], torch.Tensor]
 """From pixels, (N, 3, H, W) in [-1, 1], to the posterior's mean, (N, C, H/8, W/8) float16, both on the CPU."""
 
 
-def encode_by_chosen_batches(vae: Any, precision: Any) -> Way:
+def encode_by_chosen_batches(vae: Any, precision: Any) -> Encode:
     encoder = LatentEncoder(vae, DEVICE, precision)
     return lambda pixels: encoder.encode(pixels)[0]
 
 
-def encode_by_fixed_batches(vae: Any) -> Way:
+def encode_by_fixed_batches(vae: Any) -> Encode:
     encoder = copy_encoder(vae, DEVICE, "fp32")
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
@@ -53,23 +54,38 @@ def encode_by_fixed_batches(vae: Any) -> Way:
 
 
 @torch.no_grad()
-def measure_times(ways: dict[str, Way], pixels: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Returns the milliseconds a picture of each way, one value a round."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    order = list(ways)
+def measure_times(encodings: dict[str, Encode], pixels: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Returns encoding → milliseconds a picture, one value a round.
+
+    Args:
+        encodings: by name.
+        pixels: (N, 3, H, W), in [-1, 1], on the CPU.
+        rounds: how many are timed.
+    """
+    found: dict[str, list[float]] = {name: [] for name in encodings}
+    order = list(encodings)
     for number in range(-1, rounds):  # the first round only warms up
         random.Random(number).shuffle(order)
         for name in order:
             began = time.perf_counter()
-            ways[name](pixels)
+            encodings[name](pixels)
             if number >= 0:
                 found[name].append(1000 * (time.perf_counter() - began) / len(pixels))
     return found
 
 
 @torch.no_grad()
-def measure_errors(vae: Any, ways: dict[str, Way], pictures: Sequence[Image.Image], size_px: int) -> dict[str, Any]:
-    """Returns, for each way and for JPEG, the relative L2 of all latents and the worst of a picture."""
+def measure_errors(
+    vae: Any, encodings: dict[str, Encode], pictures: Sequence[Image.Image], size_px: int
+) -> dict[str, Any]:
+    """Returns for each encoding and for JPEG the relative L2 of all latents, and the worst of one picture.
+
+    Args:
+        vae: of the pipeline.
+        encodings: by name.
+        pictures: what is encoded.
+        size_px: side of the pictures.
+    """
     pixels = to_batch(pictures, size_px)
     encoder = copy_encoder(vae, DEVICE, "fp32")
     with ieee_fp32():
@@ -77,7 +93,7 @@ def measure_errors(vae: Any, ways: dict[str, Way], pictures: Sequence[Image.Imag
             torch.cat([encoder.encode(each[None].to(DEVICE)).latent_dist.mean.cpu() for each in given])
             for given in (pixels, to_batch([save_as_jpeg(picture) for picture in pictures], size_px))
         )
-    found = {name: way(pixels).float() for name, way in ways.items()} | {"JPEG at quality 95": jpeg}
+    found = {name: encode(pixels).float() for name, encode in encodings.items()} | {"JPEG at quality 95": jpeg}
     return {
         name: {
             "relative_l2": relative_l2(latents, exact),
@@ -111,11 +127,11 @@ def main() -> None:
     vae = load_pipeline(args.model).pipeline.vae
     pictures = [record.picture() for _, record in zip(range(args.pictures), open_source(args.data), strict=False)]
     before = f"fp32, batches of {FIXED_BATCH}"
-    ways: dict[str, Way] = {before: encode_by_fixed_batches(vae)} | {
+    encodings: dict[str, Encode] = {before: encode_by_fixed_batches(vae)} | {
         precision: encode_by_chosen_batches(vae, precision) for precision in ("fp32", "bf16")
     }
-    times = measure_times(ways, to_batch(pictures, args.size), args.rounds)
-    errors = measure_errors(vae, ways, pictures, args.size)
+    times = measure_times(encodings, to_batch(pictures, args.size), args.rounds)
+    errors = measure_errors(vae, encodings, pictures, args.size)
     rows = {name: {"ms_a_picture": statistics.median(values), "rounds": values} for name, values in times.items()}
     for row in rows.values():
         row["speedup"] = rows[before]["ms_a_picture"] / row["ms_a_picture"]

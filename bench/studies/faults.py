@@ -1,15 +1,15 @@
-"""Does the fidelity gate catch what goes wrong in a backend, and how small a fault can it see? Faults planted into
-nano, its real weights.
+"""Does the fidelity gate detect faults of a backend, and how small can they be? Faults are planted into nano.
 
     python bench/studies/faults.py -o bench/results/faults-nano.json
 
-A weight scaled by 1.02, an attention head zeroed, values past fp16 (infinite, and clamped): ten places each, the gate
-asked in fp32, bf16 and fp16, where it allows twice PyTorch's own error in that precision: as the bench asks it, with a
-limit for each timestep, and with one limit for all of them.
+The faults: a weight scaled by 1.02, an attention head zeroed, and values beyond fp16 (infinite, and clamped), at ten
+places each, in nano's trained weights. The gate is tested in fp32, bf16 and fp16; in the last two it allows twice
+PyTorch's own error in that precision. It is tested as in the bench, with a limit for each timestep, and with one limit
+for all timesteps.
 
-The places are drawn twice. Anywhere: some layers of a trained model do next to nothing, and a fault there is none that
-pictures show. Among layers in use: those whose removal moves the output by 1% or more. A census of every layer and head
-in fp32 comes first; it says which those are, and how many faults stay unseen.
+The places are drawn twice. Anywhere: some layers of a trained model have almost no effect, and a fault there is not
+visible in pictures. In use: layers whose removal moves the output by 1% or more. A census of every layer and head in
+fp32 comes first. It shows which layers are in use, and how many faults are not detected.
 """
 
 from __future__ import annotations
@@ -40,10 +40,15 @@ IN_USE = 0.01
 
 
 class Judge:
-    """Asks the gate about faults in one precision.
+    """Tests the gate with faults in one precision.
+
+    Args:
+        pipeline: in PyTorch fp32; it is not changed.
+        probe: the UNet's inputs.
+        precision: fp32, bf16 or fp16.
 
     Attributes:
-        floors: at each timestep, what PyTorch without a fault is off by; zero in fp32.
+        floors: PyTorch's own error at each timestep, without a fault; zero in fp32.
     """
 
     def __init__(self, pipeline: Any, probe: fidelity.Probe, precision: str) -> None:
@@ -62,19 +67,22 @@ class Judge:
         ]
 
     def limits(self) -> list[float]:
-        """Of each timestep by itself."""
+        """Returns the gate's limit of each timestep."""
         return [fidelity.gate(0.0, None if self.precision == "fp32" else floor)["limit"] for floor in self.floors]
 
     def errors(self, kind: Kind, place: Place, scale: float = faults.SCALE) -> list[float]:
+        """Returns the relative L2 at each timestep with a fault; see `faults.plant`."""
         with faults.plant(self.pipeline.unet, kind, place, scale):
             return self._errors()
 
     def caught(self, errors: list[float]) -> bool:
+        """Returns whether a gate with one limit detects the errors."""
         floor = None if self.precision == "fp32" else max(self.floors)
         worst = math.nan if any(map(math.isnan, errors)) else max(errors)
         return not fidelity.gate(worst, floor)["passed"]
 
     def caught_by_timestep(self, errors: list[float]) -> bool:
+        """Returns whether a gate with a limit for each timestep detects the errors."""
         return any(
             not fidelity.gate(error, None if self.precision == "fp32" else floor)["passed"]
             for error, floor in zip(errors, self.floors, strict=True)
@@ -86,7 +94,7 @@ def _short(error: float) -> float:
 
 
 def census(judge: Judge) -> dict[str, dict[str, dict[str, float]]]:
-    """Kind → place → the worst error with the fault, and with the layer gone altogether, in fp32."""
+    """Returns kind → place → the worst error in fp32 with the fault (`error`) and without the layer (`removed`)."""
     unet = judge.pipeline.unet
     scaled = {
         str(p): {
@@ -100,7 +108,7 @@ def census(judge: Judge) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def plantings(judge: Judge, chosen: dict[str, dict[Kind, list[Place]]]) -> list[dict[str, Any]]:
-    """For each way of drawing places and each kind: how many the gate catches."""
+    """Returns for each draw of places and each kind how many faults the gate detects."""
     rows = []
     for drawn, by_kind in chosen.items():
         for kind, places in by_kind.items():
@@ -132,8 +140,9 @@ def plantings(judge: Judge, chosen: dict[str, dict[Kind, list[Place]]]) -> list[
 
 
 def least(judge: Judge, fp32: Any) -> dict[str, Any]:
-    """How small a fault each gate sees, by measurement in fp32; and what planting faults a quarter above and below into
-    the gated precision itself says of that.
+    """Returns how small a fault each gate detects, measured in fp32.
+
+    As a check, faults a quarter larger and a quarter smaller are planted into the gated precision itself.
     """
     floors, rows = np.array(judge.floors), {}
     exact = judge.precision == "fp32"
@@ -143,11 +152,11 @@ def least(judge: Judge, fp32: Any) -> dict[str, Any]:
         ("by timestep", judge.limits(), judge.floors),
     ):
         found = faults.sensitivity(fp32, judge.probe, limit, floor, COUNT, SEED, len(TIMESTEPS), PICTURES)
-        asked = judge.caught if name == "one limit" else judge.caught_by_timestep
+        detects = judge.caught if name == "one limit" else judge.caught_by_timestep
         seen = {str(place): place for place in faults.candidates(judge.pipeline.unet, "scaled")}
         tried = [(seen[place], change) for place, change in found.scaled.items() if change is not None]
         agree = [
-            [asked(judge.errors("scaled", place, 1 + share * change)) for place, change in tried]
+            [detects(judge.errors("scaled", place, 1 + share * change)) for place, change in tried]
             for share in (1.25, 0.75)
         ]
         rows[name] = asdict(found) | {"caught_above": sum(agree[0]), "caught_below": sum(agree[1]), "tried": len(tried)}

@@ -1,11 +1,10 @@
-"""Do the exported graphs answer as torch does? Every component of nano and a full-size UNet, over batches, sizes,
-prompt lengths, timesteps and signatures.
+"""Do the exported graphs agree with torch? Every component of nano and a full-size UNet are compared.
 
     python bench/studies/parity.py -o bench/results/parity.json --work build/parity
 
 fp32 graphs in ONNX Runtime against torch fp32 (limit: relative L2 1e-4), fp16 graphs against torch fp32 (limit: twice
-what torch is off by in fp16). Batches 1, 2, 3; three resolutions; 77 and 231 tokens; timesteps 1, 250, 500, 750, 999;
-the three signatures by name, order and dtype.
+the error of torch itself in fp16). Batches 1, 2, 3; three resolutions; 77 and 231 tokens; timesteps 1, 250, 500, 750,
+999; the three signatures by name, order and dtype.
 """
 
 from __future__ import annotations
@@ -35,21 +34,33 @@ COMPONENTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
 def check(
     pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]], work: Path
 ) -> dict[str, Any]:
-    """Export one component and compare it over the whole grid."""
+    """Export one component and compare it over the whole grid; returns the row.
+
+    Args:
+        pipeline: in torch.
+        component: its name.
+        precision: of the graph.
+        host: its signature.
+        latents: heights and widths of the latents.
+        work: folder for the graph.
+    """
     folder = work / "graph"
     export_onnx(pipeline, folder, precision=precision, components=(component,), host=host, force=True)
     part = part_of(pipeline, component)
-    wanted = signature_of(component, part, precision, host)
+    signature = signature_of(component, part, precision, host)
     with open_runner(folder / f"{component}.onnx") as runner:
-        exact = runner.inputs == wanted.inputs and runner.outputs == wanted.outputs
+        exact = runner.inputs == signature.inputs and runner.outputs == signature.outputs
     cases = grid(
-        wanted, BATCHES, [(0, 0)] if component == "text_encoder" else latents, TOKENS if component == "unet" else (77,)
+        signature,
+        BATCHES,
+        [(0, 0)] if component == "text_encoder" else latents,
+        TOKENS if component == "unet" else (77,),
     )
     found = compare_onnx(component, part, precision, folder / f"{component}.onnx", host, cases)
     return asdict(found) | {
         "signature_exact": exact,
-        "inputs": [str(spec) for spec in wanted.inputs],
-        "outputs": [str(spec) for spec in wanted.outputs],
+        "inputs": [str(spec) for spec in signature.inputs],
+        "outputs": [str(spec) for spec in signature.outputs],
     }
 
 
@@ -90,6 +101,7 @@ def main() -> None:
 
 
 def line(row: dict[str, Any]) -> str:
+    """Returns a row as one line of text."""
     floor = "" if row["torch_relative_l2"] is None else f", torch {row['precision']} {row['torch_relative_l2']:.1e}"
     return (
         f"{row['model']:<14} {row['component']:<14} {row['precision']} {row['signature']:<10} relative L2"

@@ -1,13 +1,13 @@
-"""What do int8 and fp8 cost a UNet? Nano's, by nvidia-modelopt, against fp32: every timestep, whole pictures, which
-layers matter, and speed on a CPU.
+"""What do int8 and fp8 cost a UNet? Nano's UNet, quantized by nvidia-modelopt, against fp32.
 
     python bench/studies/quantization.py -o bench/results/quantization-nano.json --work build/quantization
 
-Calibrated on 64 rows of the trajectories of 8 training captions; judged on 168 rows of 4 held-out captions (8 of each
-timestep, 16 of the one that PNDM asks for twice), all in ONNX Runtime on the CPU. Pictures: 8 held-out captions, 20
-steps, same seeds, PSNR against fp32's. The fp16 graphs, quantized, are then built by TensorRT-RTX for compute
-capability 8.9, where it is installed; nothing here runs them. Speed: one UNet call of batch 2, fp32 and quantized in
-turn, one thread, the first 5 rounds dropped.
+Measured are the error at every timestep, whole pictures, which layers matter, and speed on a CPU. The graphs are
+calibrated on 64 rows of the trajectories of 8 training captions. They are judged on 168 rows of 4 held-out captions (8
+of each timestep, 16 of the one that PNDM asks for twice), all in ONNX Runtime on the CPU. Pictures: 8 held-out
+captions, 20 steps, same seeds, PSNR against fp32's. TensorRT-RTX, if it is installed, then builds the quantized fp16
+graphs for compute capability 8.9; the engines are not run. Speed: one UNet call of batch 2, fp32 and quantized in turn,
+one thread, without the first 5 rounds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sdcompress_bench.fidelity import compare_pictures
 from sdcompress_engines.builder import build_engine
 from sdcompress_engines.flavour import TENSORRT_RTX
 from sdcompress_engines.profiles import Profile
+from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import OnnxRuntimeRunner
 from sdcompress_engines.unet import EngineUNet
 
@@ -57,6 +58,83 @@ PROFILE = Profile(
 )
 
 
+class Study:
+    """Nano's UNet, its graphs, and the rows that quantization is calibrated and judged on.
+
+    Args:
+        work: folder for the graphs.
+        pictures: how many are drawn.
+        report: shows progress.
+    """
+
+    def __init__(self, work: Path, pictures: int, report: Reporter) -> None:
+        self.work, self.report = work, report
+        self.loaded = load_pipeline("nano")
+        self.pipeline: Any = self.loaded.pipeline
+        self.config = dict(self.pipeline.unet.config)
+        for precision in ("fp32", "fp16"):
+            folder = work / precision
+            export_onnx(self.pipeline, folder, precision=precision, components=("unet",), report=report)
+        self.graphs = {precision: work / precision / "unet.onnx" for precision in ("fp32", "fp16")}
+        prompts, held_out = default_prompts(self.pipeline)
+        self.calibration = collect_calibration(self.pipeline, prompts, report=report)
+        self.feeds = collect_calibration(self.pipeline, held_out, samples=168, seed=1000, report=report)
+        self.captions = [prompt.caption for prompt in nano_prompts.draw_prompts("heldout", pictures, seed=1)]
+        self.originals = self.draw(self.graphs["fp32"])
+
+    def draw(self, graph: Path) -> list[Any]:
+        """Returns the pictures of a graph."""
+        with OnnxRuntimeRunner(graph) as runner:
+            self.pipeline.unet = EngineUNet(runner, self.config)
+            return generate(self.pipeline, self.captions, seeds=list(range(len(self.captions))), steps=20)
+
+    def compare_pictures(self, graph: Path) -> list[dict[str, Any]]:
+        """Returns the distances of a graph's pictures from those of fp32."""
+        return [asdict(error) for error in compare_pictures(self.draw(graph), self.originals)]
+
+    def measure_precision(self, precision: Any, high_precision: Any) -> dict[str, Any]:
+        """Returns the row of a quantized graph: accuracy, and pictures (fp32) or an engine (fp16).
+
+        Args:
+            precision: of the quantized layers.
+            high_precision: of the other layers.
+        """
+        target = self.work / f"{precision}-{high_precision}.onnx"
+        quantized = quantize_graph(
+            self.graphs[high_precision],
+            target,
+            precision,
+            self.calibration,
+            high_precision=high_precision,
+            report=self.report,
+        )
+        row = {"precision": precision, "high_precision": high_precision} | asdict(quantized)
+        row["accuracy"] = asdict(check_quantized(target, self.graphs["fp32"], self.feeds, report=self.report))
+        if high_precision == "fp32":
+            row["pictures"] = self.compare_pictures(target)
+        elif TENSORRT_RTX.missing() is None:
+            path = self.work / f"{precision}.engine"
+            built = build_engine(target, path, PROFILE, TENSORRT_RTX, [(8, 9)], report=self.report)
+            fields = ("flavour", "version", "compute_capabilities", "seconds", "bytes")
+            row["engine"] = {name: getattr(built, name) for name in fields}
+        return row
+
+    def measure_placement(self, precision: Any, name: str) -> dict[str, Any]:
+        """Returns the row of a placement: which nodes are quantized, and the accuracy."""
+        target = self.work / "placement.onnx"
+        quantized = quantize_graph(
+            self.graphs["fp32"],
+            target,
+            precision,
+            self.calibration,
+            high_precision="fp32",
+            keep=PLACEMENTS[name],
+            report=self.report,
+        )
+        row = {"precision": precision, "quantized": name, "keep": PLACEMENTS[name], "nodes": quantized.nodes}
+        return row | asdict(check_quantized(target, self.graphs["fp32"], self.feeds))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -64,81 +142,22 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=200, help="of the speed comparison")
     args = parser.parse_args()
-    report = ConsoleReporter()
     shutil.rmtree(args.work, ignore_errors=True)
     torch.set_num_threads(1)
-    loaded = load_pipeline("nano")
-    pipeline: Any = loaded.pipeline
-    config = dict(pipeline.unet.config)
-    for precision in ("fp32", "fp16"):
-        export_onnx(pipeline, args.work / precision, precision=precision, components=("unet",), report=report)
-    graphs = {precision: args.work / precision / "unet.onnx" for precision in ("fp32", "fp16")}
-    prompts, held_out = default_prompts(pipeline)
-    calibration = collect_calibration(pipeline, prompts, report=report)
-    feeds = collect_calibration(pipeline, held_out, samples=168, seed=1000, report=report)
-    captions = [prompt.caption for prompt in nano_prompts.draw_prompts("heldout", args.pictures, seed=1)]
-
-    def draw(graph: Path) -> list[Any]:
-        with OnnxRuntimeRunner(graph) as runner:
-            pipeline.unet = EngineUNet(runner, config)
-            return generate(pipeline, captions, seeds=list(range(len(captions))), steps=20)
-
-    originals = draw(graphs["fp32"])
-    rows: list[dict[str, Any]] = []
-    for around in ("fp32", "fp16"):
-        for precision in PRECISIONS:
-            target = args.work / f"{precision}-{around}.onnx"
-            made = quantize_graph(graphs[around], target, precision, calibration, high_precision=around, report=report)
-            row = (
-                {"precision": precision, "high_precision": around}
-                | asdict(made)
-                | {"accuracy": asdict(check_quantized(target, graphs["fp32"], feeds, report=report))}
-            )
-            if around == "fp32":
-                row["pictures"] = [asdict(error) for error in compare_pictures(draw(target), originals)]
-            elif TENSORRT_RTX.missing() is None:
-                built = build_engine(
-                    target, args.work / f"{precision}.engine", PROFILE, TENSORRT_RTX, [(8, 9)], report=report
-                )
-                row["engine"] = {
-                    "flavour": built.flavour,
-                    "version": built.version,
-                    "compute_capabilities": built.compute_capabilities,
-                    "seconds": built.seconds,
-                    "bytes": built.bytes,
-                }
-            rows.append(row)
-    placements: list[dict[str, Any]] = []
-    for precision in PRECISIONS:
-        for name, keep in PLACEMENTS.items():
-            made = quantize_graph(
-                graphs["fp32"],
-                args.work / "placement.onnx",
-                precision,
-                calibration,
-                high_precision="fp32",
-                keep=keep,
-                report=report,
-            )
-            placements.append(
-                {"precision": precision, "quantized": name, "keep": keep, "nodes": made.nodes}
-                | asdict(check_quantized(args.work / "placement.onnx", graphs["fp32"], feeds))
-            )
-    half = [asdict(error) for error in compare_pictures(draw(graphs["fp16"]), originals)]
+    study = Study(args.work, args.pictures, ConsoleReporter())
+    rows = [study.measure_precision(precision, other) for other in ("fp32", "fp16") for precision in PRECISIONS]
+    placements = [study.measure_placement(precision, name) for precision in PRECISIONS for name in PLACEMENTS]
+    timed = {"fp32": study.graphs["fp32"]} | {name: args.work / f"{name}-fp32.onnx" for name in PRECISIONS}
     result = {
         "model": "nano",
-        "model_sha256": loaded.sha256,
-        "source_bytes": {name: path.stat().st_size for name, path in graphs.items()},
-        "calibration_rows": len(calibration["timestep"]),
+        "model_sha256": study.loaded.sha256,
+        "source_bytes": {name: path.stat().st_size for name, path in study.graphs.items()},
+        "calibration_rows": len(study.calibration["timestep"]),
         "limits": {name: asdict(limit) for name, limit in LIMITS.items()},
         "rows": rows,
         "placements": placements,
-        "fp16_pictures": half,
-        "cpu_ms": speed(
-            {"fp32": graphs["fp32"]} | {name: args.work / f"{name}-fp32.onnx" for name in PRECISIONS},
-            feeds,
-            args.rounds,
-        ),
+        "fp16_pictures": study.compare_pictures(study.graphs["fp16"]),
+        "cpu_ms": measure_speed(timed, study.feeds, args.rounds),
         "environment": environment(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +167,14 @@ def main() -> None:
     print(text)
 
 
-def speed(graphs: dict[str, Path], feeds: dict[str, Any], rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of one call of batch 2, the graphs in turn."""
+def measure_speed(graphs: dict[str, Path], feeds: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Returns graph → milliseconds of one call of batch 2; the graphs run in turn.
+
+    Args:
+        graphs: name → file.
+        feeds: inputs of the UNet as arrays; the first two rows are used.
+        rounds: timed calls of each graph.
+    """
     runners = {name: OnnxRuntimeRunner(path, threads=1).open() for name, path in graphs.items()}
     call = {name: torch.from_numpy(value[:2]) for name, value in feeds.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
@@ -165,6 +190,7 @@ def speed(graphs: dict[str, Path], feeds: dict[str, Any], rounds: int) -> dict[s
 
 
 def table(result: dict[str, Any]) -> str:
+    """Returns the results as Markdown."""
     lines = [
         "Nano's UNet quantized, against fp32",
         "",
@@ -199,7 +225,7 @@ def table(result: dict[str, Any]) -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     medians = {name: statistics.median(values) for name, values in result["cpu_ms"].items()}
-    told = ", ".join(
+    speeds = ", ".join(
         f"{name} {value:.1f} ms ({medians['fp32'] / value:.2f} times fp32's speed)" for name, value in medians.items()
     )
     return (
@@ -209,7 +235,7 @@ def table(result: dict[str, Any]) -> str:
                 "",
                 (
                     f"One call of batch 2 in ONNX Runtime on one core, medians of {len(result['cpu_ms']['fp32'])} in"
-                    f" turn: {told}."
+                    f" turn: {speeds}."
                 ),
             ]
         )

@@ -1,11 +1,11 @@
-"""Are the bench's statistics right? Samples whose truth is known: quantiles, intervals, planted changes; then what real
-rounds are like.
+"""Are the bench's statistics right? They are tested on samples with known truth, and compared with real rounds.
 
     python bench/studies/stats.py -o bench/results/statistics.json
 
-The thresholds are constants of sdcompress_bench/stats.py, chosen from the power of Welch's test before any seed was
-drawn: with the noise below a planted 5% should be found in 95% of the runs or more, and nothing in 5% or less where
-nothing was planted. Nothing here is measured: seconds, the same every time.
+The tests are quantiles, intervals and planted changes. The thresholds are constants of sdcompress_bench/stats.py. They
+were chosen from the power of Welch's test before any seed was drawn: with the noise below, a planted 5% should be
+detected in at least 95% of the runs, and a change in at most 5% of the runs where nothing was planted. Nothing is
+timed, so the study takes seconds and its results are the same every time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Noise:
     """How the times of one scenario scatter.
 
     Attributes:
-        within, between: standard deviation of the logs, of the samples of a round and of the rounds.
-        spikes: share of samples that something else on the machine held up, to 1.5 to 4 times their time.
+        within: standard deviation of the logs of a round's samples.
+        between: standard deviation of the logs of the rounds.
+        spikes: share of samples that other work on the machine delays, to 1.5 to 4 times their time.
     """
 
     within: float = 0.03
@@ -44,16 +45,23 @@ class Noise:
     def draw(
         self, random: np.random.Generator, rounds: int, samples: int, median_ms: float = 10.0
     ) -> list[list[float]]:
-        """rounds x samples, ms; `median_ms` is the median without spikes."""
+        """Returns rounds × samples, ms.
+
+        Args:
+            random: the source.
+            rounds: how many.
+            samples: in each round.
+            median_ms: the median without spikes.
+        """
         logs = (
             math.log(median_ms)
             + random.normal(0, self.between, (rounds, 1))
             + random.normal(0, self.within, (rounds, samples))
         )
-        held_up = np.where(
+        delays = np.where(
             random.random((rounds, samples)) < self.spikes, random.uniform(1.5, 4.0, (rounds, samples)), 1.0
         )
-        drawn: list[list[float]] = (np.exp(logs) * held_up).tolist()
+        drawn: list[list[float]] = (np.exp(logs) * delays).tolist()
         return drawn
 
 
@@ -61,8 +69,9 @@ NOISES = {"quiet": Noise(), "busy": Noise(within=0.15, between=0.05, spikes=0.05
 
 
 def quantiles(count: int = 20_000) -> list[dict[str, Any]]:
-    """For distributions of known quantiles: truth, what `summarize` finds, and the difference in standard errors of
-    that quantile.
+    """Returns quantiles of known distributions: the truth, the result of `summarize_rounds`, and the difference.
+
+    The difference is in standard errors of the quantile.
     """
     from scipy import stats as distributions
 
@@ -93,8 +102,12 @@ def quantiles(count: int = 20_000) -> list[dict[str, Any]]:
 def rounds_bootstrap(
     rounds: list[list[float]], random: np.random.Generator, resamples: int = 300
 ) -> tuple[float, float]:
-    """The interval that `summarize_rounds` does not use: rounds drawn with replacement, in each its samples likewise,
-    the median of all.
+    """Returns the interval that `summarize_rounds` does not use: a bootstrap over rounds and their samples.
+
+    Args:
+        rounds: rounds × samples, as many in each round.
+        random: the source of the draws.
+        resamples: how many are drawn.
     """
     values = np.asarray(rounds)
     count, samples = values.shape
@@ -107,8 +120,15 @@ def rounds_bootstrap(
 
 
 def coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[str, float]:
-    """Shares of `seeds` runs whose interval holds the true median, for three intervals of a median and that of a ratio;
-    and the first one's usual width.
+    """Returns the shares of runs whose interval contains the true value: three intervals of a median, one of a ratio.
+
+    `width` is the median width of the first interval.
+
+    Args:
+        noise: of the samples.
+        rounds: in a run.
+        seeds: number of runs.
+        samples: in a round.
     """
     # Spikes lift the true median: it is where half of the samples of all possible rounds lie below.
     truth = float(np.median(noise.draw(np.random.default_rng(1 << 40), 40_000, 20)))
@@ -135,7 +155,15 @@ def coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[s
 
 
 def planted(noise: Noise, rounds: int, factor: float, runs: int = RUNS, samples: int = 20) -> dict[str, float]:
-    """Verdict → share of `runs` seeded pairs of runs, the second slower by `factor`."""
+    """Returns verdict → share of pairs of runs, the second of which is slower by `factor`.
+
+    Args:
+        noise: of the samples.
+        rounds: in a run.
+        factor: of the times.
+        runs: number of pairs, each with its own seed.
+        samples: in a round.
+    """
     verdicts: Counter[str] = Counter()
     for seed in range(runs):
         random = np.random.default_rng((seed, rounds, 7))
@@ -148,11 +176,10 @@ def planted(noise: Noise, rounds: int, factor: float, runs: int = RUNS, samples:
 
 
 def real_noise(path: Path) -> list[dict[str, Any]]:
-    """For each measured case of a results file: rounds, samples, and the spread inside and between rounds as `Noise`
-    counts them.
+    """Returns rounds, samples, and the spread within and between rounds of each case in a results file.
 
-    Inside: from the interquartile range, which spikes do not move. Between: the standard deviation of the logs of the
-    round medians, less what a median of so many samples scatters by itself.
+    The spreads are those of `Noise`. Within: from the interquartile range, which spikes do not move. Between: the
+    standard deviation of the logs of the round medians, without the scatter of a median of so many samples.
     """
     rows = []
     for name, rounds in _measured(json.loads(path.read_text(encoding="utf-8"))):
@@ -180,7 +207,7 @@ def real_noise(path: Path) -> list[dict[str, Any]]:
 
 
 def _measured(value: Any, name: str = "") -> Iterator[tuple[str, list[list[float]]]]:
-    """Every list of rounds, however a results file holds it: `samples_ms` by stage, or `rounds` with their `ms`."""
+    """Yields name and rounds of each case, in either format: `samples_ms` by stage, or `rounds` with their `ms`."""
     if isinstance(value, dict):
         own = value.get("key") or name
         for stage, rounds in value.get("samples_ms", {}).items():
@@ -212,22 +239,22 @@ def main() -> None:
                 f"95% intervals hold the truth, {name:<5} {rounds:2d} rounds: "
                 + ", ".join(f"{key} {share:.1%}" for key, share in shares.items())
             )
-    told: list[dict[str, Any]] = []
+    verdicts: list[dict[str, Any]] = []
     for name, noise in NOISES.items():
         for rounds in (3, 5, 10):
             for factor in (1.0, 1.02, 1.05, 1.10):
                 shares = planted(noise, rounds, factor)
-                told.append({"noise": name, "rounds": rounds, "planted": factor} | shares)
+                verdicts.append({"noise": name, "rounds": rounds, "planted": factor} | shares)
                 print(
                     f"planted {factor - 1:.0%}, {name:<5} {rounds:2d} rounds: "
                     + ", ".join(f"{verdict} {share:.1%}" for verdict, share in shares.items())
                 )
     real = [row for file in REAL for row in real_noise(RESULTS / file)]
     for file in REAL:
-        mine = [row for row in real if row["file"] == file]
-        apart = [row["between"] for row in mine if row["between"] is not None]
-        spread = f", between rounds {_middle(apart)}" if apart else ", one round each"
-        print(f"{file}: {len(mine)} cases, inside a round {_middle([row['within'] for row in mine])}{spread}")
+        rows = [row for row in real if row["file"] == file]
+        between = [row["between"] for row in rows if row["between"] is not None]
+        spread = f", between rounds {_middle(between)}" if between else ", one round each"
+        print(f"{file}: {len(rows)} cases, inside a round {_middle([row['within'] for row in rows])}{spread}")
     constants = {
         name: getattr(stats, name) for name in ("LEVEL", "SIGNIFICANCE", "LEAST_CHANGE", "SAME_WITHIN", "LEAST_ROUNDS")
     }
@@ -237,13 +264,13 @@ def main() -> None:
         "runs": RUNS,
         "quantiles": found,
         "coverage": covered,
-        "planted": told,
+        "planted": verdicts,
         "real": real,
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    asked = {row["planted"]: row for row in told if (row["noise"], row["rounds"]) == ("quiet", 5)}
-    if asked[1.05]["slower"] < FOUND_LEAST or 1 - asked[1.0]["same"] - asked[1.0]["unknown"] > FALSE_MOST:
+    quiet = {row["planted"]: row for row in verdicts if (row["noise"], row["rounds"]) == ("quiet", 5)}
+    if quiet[1.05]["slower"] < FOUND_LEAST or 1 - quiet[1.0]["same"] - quiet[1.0]["unknown"] > FALSE_MOST:
         raise SystemExit("a planted change was missed, or found where there was none, too often")
 
 

@@ -1,14 +1,14 @@
-"""What the WebUI extension adds to a step: a UNet call as the WebUI makes it, through the extension, against the same
-runner called directly.
+"""The time that the WebUI extension adds to a step: a UNet call through the extension against the runner alone.
 
     python bench/studies/webui_overhead.py -o bench/results/webui-overhead-cpu.json --work build/webui-overhead
     python bench/studies/webui_overhead.py -o bench/results/webui-overhead-gpu.json --work build/webui-overhead
 
-Without a GPU it is nano in ONNX Runtime, fp32, 128 px; with one a bk-tiny of SD1.5's size as a TensorRT engine, fp16,
-512 px, with CUDA graphs. Weights are as they are, or random: time does not depend on them. The host is the tests'
-(`tests/plugins/webui_host.py`), in A1111's order of calls: hooks of the checkpoint's module, the patched forward, the
-extension. Both ways use one open runner, in turn and in another order every time, so that a drift of the machine meets
-both alike. The overhead is the median of the differences of neighbours, over the median of the runner; aim: at most 3%.
+Without a GPU the model is nano in ONNX Runtime, fp32, 128 px. With a GPU it is a bk-tiny of SD1.5's size with random
+weights, as a TensorRT engine, fp16, 512 px, with CUDA graphs. The host is that of the tests
+(`tests/plugins/webui_host.py`), with A1111's order of calls: hooks of the checkpoint's module, the patched forward, the
+extension. Both kinds of calls use one open runner. They take turns, in a new random order for every pair, so that drift
+of the machine affects both alike. The overhead is the median of the differences of pairs, over the median of the
+runner; the aim is at most 3%.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PLUGIN = ROOT / "plugins" / "sd_webui_sdcompress"
 AIM = 0.03
 
 
-def make(work: Path, device: str) -> tuple[Path, Any]:
-    """The folder of the engine or graph, made where it is not there, and the UNet in diffusers."""
+def prepare(work: Path, device: str) -> tuple[Path, Any]:
+    """Returns the folder of the engine or graph, built first if it does not exist, and the UNet in diffusers."""
     from sdcompress.export.onnx import export_onnx
     from sdcompress.export.tensorrt import build_engines
     from sdcompress.models.load import load_pipeline
@@ -50,7 +50,7 @@ def make(work: Path, device: str) -> tuple[Path, Any]:
 
 
 def timed(call: Callable[[], torch.Tensor], device: str) -> tuple[float, torch.Tensor]:
-    """Milliseconds from an idle device to an idle device, and the result."""
+    """Returns the milliseconds of a call, with an idle device at both ends, and its result."""
     started = time.perf_counter()
     out = call()
     if device != "cpu":
@@ -59,7 +59,16 @@ def timed(call: Callable[[], torch.Tensor], device: str) -> tuple[float, torch.T
 
 
 def measure(folder: Path, unet: Any, work: Path, device: str, calls: int, rounds: int) -> dict[str, Any]:
-    """Samples of both ways, one mapping a round; each round activates the engine anew."""
+    """Returns the samples of both kinds of calls, one mapping a round; each round activates the engine again.
+
+    Args:
+        folder: of the engine or graph.
+        unet: in diffusers, for the host.
+        work: folder for the host.
+        device: `cpu` or `cuda`.
+        calls: of each kind in a round.
+        rounds: how many.
+    """
     from tests.plugins.webui_host import WebUI, running
 
     root = work / "webui"
@@ -89,32 +98,41 @@ def measure(folder: Path, unet: Any, work: Path, device: str, calls: int, rounds
 
 
 def one_round(
-    host: Any, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor], device: str, calls: int, order: random.Random
+    host: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], device: str, calls: int, order: random.Random
 ) -> dict[str, list[float]]:
-    """Way → milliseconds of `calls` calls each, in turn, in an order that is drawn anew for every pair."""
-    host.predict(*given)  # opens the engine
+    """Returns `runner` and `extension` → milliseconds of their calls, in a new random order for every pair.
+
+    Args:
+        host: the running WebUI.
+        inputs: sample, timesteps and context of the UNet.
+        device: `cpu` or `cuda`.
+        calls: of each kind.
+        order: the source of the orders.
+    """
+    host.predict(*inputs)  # opens the engine
     (runner,) = host.sd_unet.current_unet.hosted.engines.runners.values()
-    feeds = {spec.name: tensor.to(spec.dtype) for spec, tensor in zip(runner.inputs, given, strict=True)}
-    ways: dict[str, Callable[[], torch.Tensor]] = {
+    feeds = {spec.name: tensor.to(spec.dtype) for spec, tensor in zip(runner.inputs, inputs, strict=True)}
+    kinds: dict[str, Callable[[], torch.Tensor]] = {
         "runner": lambda: runner.infer(feeds)[runner.outputs[0].name],
-        "extension": lambda: host.predict(*given),
+        "extension": lambda: host.predict(*inputs),
     }
     for _ in range(max(3, calls // 10)):
-        answers = [timed(call, device)[1] for call in ways.values()]
+        answers = [timed(call, device)[1] for call in kinds.values()]
     if not torch.equal(*answers):
-        raise SystemExit("the two ways differ")
-    samples: dict[str, list[float]] = {way: [] for way in ways}
+        raise SystemExit("the outputs of the runner and the extension differ")
+    samples: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(calls):
-        for way in order.sample(list(ways), 2):
-            samples[way].append(timed(ways[way], device)[0])
+        for kind in order.sample(list(kinds), 2):
+            samples[kind].append(timed(kinds[kind], device)[0])
     return samples
 
 
 def summary(rounds: list[dict[str, list[float]]]) -> dict[str, Any]:
-    """Medians of both ways, and the overhead: the median difference of neighbours with its 95% interval, in ms and over
-    the runner's median.
+    """Returns the medians of both kinds of calls, and the overhead.
+
+    The overhead is the median difference of pairs with its 95% interval, in ms and over the runner's median.
     """
-    both = {way: [ms for samples in rounds for ms in samples[way]] for way in rounds[0]}
+    both = {kind: [ms for samples in rounds for ms in samples[kind]] for kind in rounds[0]}
     differences = [after - before for before, after in zip(both["runner"], both["extension"], strict=True)]
     runner_ms, added_ms = statistics.median(both["runner"]), statistics.median(differences)
     low, high = median_interval(differences)
@@ -137,22 +155,21 @@ def main() -> int:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("build/webui-overhead"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--calls", type=int, default=200, help="of each way, a round")
+    parser.add_argument("--calls", type=int, default=200, help="of each kind in a round")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(PLUGIN)]
-    made, unet = make(options.work, options.device)
-    found = measure(made, unet, options.work, options.device, options.calls, options.rounds)
+    folder, unet = prepare(options.work, options.device)
+    found = measure(folder, unet, options.work, options.device, options.calls, options.rounds)
     found |= {"summary": summary(found["rounds"]), "environment": environment()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    said = found["summary"]
-    print(
-        f"{found['label']}, {said['calls']} calls each way: runner {said['runner_ms']:.2f} ms, through the extension"
-        f" {said['extension_ms']:.2f} ms, added {said['added_ms']:.3f} ms ({said['added_low_ms']:.3f} to"
-        f" {said['added_high_ms']:.3f}), {said['overhead']:.1%} (aim {AIM:.0%})"
-    )
-    return 0 if said["within"] else 3
+    figures = found["summary"]
+    calls = f"{found['label']}, {figures['calls']} calls each way"
+    times = f"runner {figures['runner_ms']:.2f} ms, through the extension {figures['extension_ms']:.2f} ms"
+    added = f"added {figures['added_ms']:.3f} ms ({figures['added_low_ms']:.3f} to {figures['added_high_ms']:.3f})"
+    print(f"{calls}: {times}, {added}, {figures['overhead']:.1%} (aim {AIM:.0%})")
+    return 0 if figures["within"] else 3
 
 
 if __name__ == "__main__":

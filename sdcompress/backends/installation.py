@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 from sdcompress_engines.child_process import explain_exit
+from sdcompress_engines.engine_files import engine_faults
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.manifest import cache_folder
 from sdcompress_engines.runners.onnxruntime_install import INSTALL, INSTALL_GPU
-from sdcompress_engines.engine_files import engine_faults
 from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import BrokenEngine
 

@@ -268,11 +268,7 @@ def generate(
             (
                 "pictures",
                 f"{figures['pictures']:,} of {figures['width_px']} x {figures['height_px']} px"
-                + (
-                    f" ({figures['pictures'] - generated.drawn:,} existed)"
-                    if generated.drawn < figures["pictures"]
-                    else ""
-                ),
+                + (f" ({existing:,} existed)" if existing else ""),
             ),
             ("prompts", f"{figures['prompts']:,}"),
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),

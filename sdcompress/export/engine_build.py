@@ -33,7 +33,6 @@ class EngineBuilder:
         configs: component → its diffusers or transformers config.
         ranges: the shapes to build for. The UNet gets a profile for each; the others get one profile over all, because
             they run once a picture.
-        vae_scale: pixels in a latent pixel.
         flavour: the library.
         compute_capabilities: as requested; None is the card in this machine.
         cards: (major, minor) of the cards that the engine is for.
@@ -45,12 +44,15 @@ class EngineBuilder:
     manifest: Manifest
     configs: Mapping[str, Mapping[str, Any]]
     ranges: Sequence[ShapeRanges]
-    vae_scale: int
     flavour: Flavour
     compute_capabilities: Sequence[Card] | None
     cards: tuple[Card, ...]
     options: BuildOptions
     report: Reporter
+
+    @property
+    def _scale(self) -> int:
+        return vae_scale(self.configs["vae_decoder"])
 
     def get_or_build(self, component: str, store: EngineStore) -> tuple[StoredEngine, bool]:
         """Returns the engine of a component, built now where the store has none, and whether it was there.
@@ -81,7 +83,7 @@ class EngineBuilder:
     def _profiles(self, component: str) -> list[Profile]:
         ranges = self.ranges if component == "unet" else [_hull(self.ranges)]
         config, host = self.configs[component], self.manifest.config["signature"]
-        return [component_profile(component, config, each, self.vae_scale, host) for each in ranges]
+        return [component_profile(component, config, each, self._scale, host) for each in ranges]
 
     def _key(self, component: str, profiles: Sequence[Profile]) -> EngineKey:
         files = {
@@ -106,11 +108,16 @@ class EngineBuilder:
         dtype = DTYPES["fp16" if precision in QUANTIZED else precision]
         ports = signature(component, self.configs[component], dtype, host)
         return {
-            "vae_scale": self.vae_scale,
+            "vae_scale": self._scale,
             "inputs": {component: _describe_specs(ports.inputs)},
             "outputs": {component: _describe_specs(ports.outputs)},
             "model_name": self.manifest.config.get("model_name", ""),
         }
+
+
+def vae_scale(vae_config: Mapping[str, Any]) -> int:
+    """Returns the pixels in a latent pixel; 8 for Stable Diffusion."""
+    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 def _hull(ranges: Sequence[ShapeRanges]) -> ShapeRanges:

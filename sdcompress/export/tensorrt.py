@@ -29,9 +29,10 @@ from sdcompress_engines.profiles import PRESETS, ShapeRanges, check_ranges, pars
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
 from sdcompress_engines.store import EngineStore
+from sdcompress_engines.store_entries import StoredEngine
 
 from sdcompress.export.components import PARTS, latent_side
-from sdcompress.export.engine_build import EngineBuilder
+from sdcompress.export.engine_build import EngineBuilder, vae_scale
 from sdcompress.export.settings import check_components
 
 
@@ -50,6 +51,12 @@ class BuiltEngine:
     bytes: int
     peak_mib: float
     reused: bool
+
+    @classmethod
+    def of(cls, stored: StoredEngine, reused: bool) -> BuiltEngine:
+        """Returns the figures of an engine of the store."""
+        figures = stored.manifest.figures
+        return cls(figures["seconds"], figures["bytes"], figures["peak_mib"], reused)
 
 
 @dataclass(frozen=True)
@@ -89,10 +96,8 @@ def build_engines(
     Args:
         onnx_folder: as `export_onnx` writes it.
         output: the folder to write.
-        profiles: presets, texts such as `batch=...,height=...`, or ranges. Several of them give engines that are tuned
-            for each. By default `dynamic`.
-        flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second, which builds ahead of
-            time, without.
+        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; by default `dynamic`.
+        flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
         components: by default those in the folder.
@@ -105,31 +110,28 @@ def build_engines(
             BackendMissing, EngineError, StorageError: as `build_engine`.
     """
     manifest = _read_graphs(onnx_folder)
-    host = manifest.config["signature"]
-    chosen = check_components(components if components is not None else manifest.config["components"], host)
-    library = choose_flavour(flavour, present_card(), compute_capabilities)
+    requested = manifest.config["components"] if components is None else components
+    chosen = check_components(requested, manifest.config["signature"])
     configs = {component: _read_config(onnx_folder, component) for component in {*chosen, "unet", "vae_decoder"}}
-    scale = vae_scale(configs["vae_decoder"])
-    ranges = tuple(shape_ranges(profiles, configs["unet"], scale))
+    library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
+    ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"])))
     builder = EngineBuilder(
-        onnx_folder, manifest, configs, ranges, scale, library, compute_capabilities, cards, options, report
+        onnx_folder, manifest, configs, ranges, library, compute_capabilities, cards, options, report
     )
     store = store or EngineStore()
+    engines: dict[str, StoredEngine] = {}
     builds: dict[str, BuiltEngine] = {}
-    parts: dict[str, Mapping[str, Any]] = {}
     with staged(output, force) as folder:
         for component in chosen:
-            stored, reused = builder.get_or_build(component, store)
-            figures = stored.manifest.figures
-            builds[component] = BuiltEngine(figures["seconds"], figures["bytes"], figures["peak_mib"], reused)
-            parts[component] = stored.manifest.config
-            store.adopt(stored, folder)
+            engines[component], reused = builder.get_or_build(component, store)
+            builds[component] = BuiltEngine.of(engines[component], reused)
+            store.adopt(engines[component], folder)
         shutil.copytree(onnx_folder / "pipeline", folder / "pipeline")
         written = write_manifest(
             folder,
             "engine",
-            config=_merge_configs(parts, manifest.config["precision"]),
+            config=_merge_configs(engines, manifest.config["precision"]),
             inputs={"onnx": sha256_file(onnx_folder / MANIFEST_NAME)} | manifest.inputs,
             figures={component: asdict(built) for component, built in builds.items()},
         )
@@ -154,20 +156,21 @@ def _read_graphs(onnx_folder: Path) -> Manifest:
     return manifest
 
 
-def _merge_configs(parts: Mapping[str, Mapping[str, Any]], precision: str) -> dict[str, Any]:
+def _merge_configs(engines: Mapping[str, StoredEngine], precision: str) -> dict[str, Any]:
     """Returns the manifest config of an engine folder.
 
     Args:
-        parts: component → the manifest config of its engine.
+        engines: by component.
         precision: of the export.
     """
+    configs = {component: stored.manifest.config for component, stored in engines.items()}
     by_component = ("profiles", "inputs", "outputs", "keys", "model")
     return {
-        **next(iter(parts.values())),
-        **{name: {component: part[name][component] for component, part in parts.items()} for name in by_component},
-        "components": list(parts),
+        **next(iter(configs.values())),
+        **{name: {component: each[name][component] for component, each in configs.items()} for name in by_component},
+        "components": list(configs),
         "precision": precision,
-        "precisions": {component: part["precision"] for component, part in parts.items()},
+        "precisions": {component: each["precision"] for component, each in configs.items()},
     }
 
 
@@ -193,11 +196,6 @@ def shape_ranges(
     for each in ranges:
         check_ranges(each, step)
     return ranges
-
-
-def vae_scale(vae_config: Mapping[str, Any]) -> int:
-    """Returns the pixels in a latent pixel; 8 for Stable Diffusion."""
-    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 def _read_config(onnx_folder: Path, component: str) -> dict[str, Any]:

@@ -63,6 +63,7 @@ def import_all() -> None:
     tops += [(ROOT / "plugins" / "sd_webui_sdcompress", "sdcompress_webui"), (ROOT / "plugins", "comfyui_sdcompress")]
     hosts = ("modules", "backend", "gradio", "comfy", "folder_paths", "nodes")
     sys.path[:0] = [str(top) for top, _ in tops]
+    sys.path.append(str(ROOT / "bench" / "peers"))  # as Python adds the folder of a program that it runs
     done = skipped = 0
     for top, package in tops:
         for path in sorted((top / package).rglob("*.py")):

@@ -19,7 +19,7 @@ from sdcompress_engines.signature import COMPONENTS
 
 from sdcompress.cli import _export_options as export_options
 from sdcompress.cli import export as cli_export
-from sdcompress.export import onnx as onnx_export
+from sdcompress.export import onnx_component
 from sdcompress.export import tensorrt as engines
 from sdcompress.export.onnx import export_onnx
 
@@ -108,14 +108,14 @@ def test_the_pipeline_is_unchanged(random_pipeline: Any, tmp_path: Path) -> None
 def test_a_graph_too_far_from_torch_leaves_nothing(
     random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = onnx_export.write_onnx
+    write = onnx_component.write_onnx
 
     def spoiled(graph: Any, wanted: Any, path: Path, opset: int, runtime: Any) -> None:
         weight = next(graph.part.parameters())
         weight.data = weight.data * 1.01  # a tensor of its own: the graph shares the pipeline's
         write(graph, wanted, path, opset, runtime)
 
-    monkeypatch.setattr(onnx_export, "write_onnx", spoiled)
+    monkeypatch.setattr(onnx_component, "write_onnx", spoiled)
     with pytest.raises(GateFailed, match=r"text_encoder is off by \d"):
         export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
     assert list(tmp_path.iterdir()) == []
@@ -136,7 +136,7 @@ def test_a_failed_export_leaves_nothing(random_pipeline: Any, tmp_path: Path, mo
 
 
 def test_an_unchecked_export_says_so(random_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_export, "onnxruntime_missing", lambda: "gone")
+    monkeypatch.setattr(onnx_component, "onnxruntime_missing", lambda: "gone")
     result = export_onnx(random_pipeline, tmp_path / "out", components=("text_encoder",))
     assert result.parity == {"text_encoder": None}
     assert "skipped" in result.manifest.figures["text_encoder"]["parity"]

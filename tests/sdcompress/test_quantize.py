@@ -21,10 +21,10 @@ from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import OnnxRuntimeRunner, TorchRunner
 
 from sdcompress.export.quantize import quantize_graph as quantize_module
-from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, named_for
+from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, rename_for_host
 from sdcompress.export.quantize.check import LIMITS, Accuracy, check_accuracy, check_quantized
 from sdcompress.export.quantize.nodes import KEPT, choose_nodes
-from sdcompress.export.quantize.precisions import PRECISIONS, missing, supported
+from sdcompress.export.quantize.precisions import PRECISIONS, missing, unsupported
 from sdcompress.export.quantize.quantize_graph import quantize_graph
 
 needs_modelopt = pytest.mark.skipif(missing() is not None, reason="nvidia-modelopt is not installed")
@@ -172,11 +172,11 @@ def test_rows_are_named_as_a_host_names_them(random_pipeline: Any) -> None:
         add_time_proj = Timesteps(8, flip_sin_to_cos=True, downscale_freq_shift=0)
 
     xl = rows() | {"text_embeds": np.ones((8, 5), np.float32), "time_ids": np.full((8, 6), 64, np.float32)}
-    named = named_for(xl, HOSTS["comfyui"]["unet"][0], Unet())
+    named = rename_for_host(xl, HOSTS["comfyui"]["unet"][0], Unet())
     assert list(named) == ["x", "timesteps", "context", "y"]
     assert named["y"].shape == (8, 5 + 6 * 8)
     assert named["y"][0, 5] == pytest.approx(np.cos(64.0), abs=1e-6)
-    assert named_for(xl, HOSTS["diffusers"]["unet"][0], Unet()).keys() == xl.keys()
+    assert rename_for_host(xl, HOSTS["diffusers"]["unet"][0], Unet()).keys() == xl.keys()
 
 
 def test_prompts_are_of_the_models_own_kind(random_pipeline: Any) -> None:
@@ -189,12 +189,12 @@ def test_prompts_are_of_the_models_own_kind(random_pipeline: Any) -> None:
 
 
 def test_fp8_needs_a_card_that_has_it() -> None:
-    assert "int8" in str(supported("fp8", (8, 6)))
+    assert "int8" in str(unsupported("fp8", (8, 6)))
     assert [
-        supported("fp8", (8, 9)),
-        supported("fp8", (12, 0)),
-        supported("int8", (7, 5)),
-        supported("fp16", (7, 5)),
+        unsupported("fp8", (8, 9)),
+        unsupported("fp8", (12, 0)),
+        unsupported("int8", (7, 5)),
+        unsupported("fp16", (7, 5)),
     ] == [None] * 4
 
 

@@ -33,7 +33,8 @@ def _rename_weights(path: Path) -> None:
 
     weights = load_file(path)
     prefix = "text_model."
-    save_file({key if key.startswith(prefix) else prefix + key: value for key, value in weights.items()}, path)
+    renamed = {key if key.startswith(prefix) else prefix + key: value for key, value in weights.items()}
+    save_file(renamed, path, {"format": "pt"})
 
 
 def _split_tokenizer(path: Path) -> None:
