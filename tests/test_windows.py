@@ -234,26 +234,8 @@ def text_without_encoding(path: Path) -> list[int]:
     return found
 
 
-JSON_ALONE = {
-    "bench/peers/training.py",
-    "bench/sdcompress_bench/gpu/child.py",
-    "bench/sdcompress_bench/gpu/results.py",
-    "sdcompress/backends/fastest.py",
-    "sdcompress/cli/bench.py",
-    "sdcompress/data/cache.py",
-    "sdcompress/engines.py",
-    "sdcompress/pipeline.py",
-}
-"""Files that read and write nothing but JSON, which is ASCII as `json.dumps` writes it."""
-
-
 def test_text_names_its_encoding() -> None:
-    folders = [ROOT / name for name in ("sdcompress", "engines", "bench", "plugins")]
-    files = [
-        path
-        for folder in folders
-        for path in sorted(folder.rglob("*.py"))
-        if path.relative_to(ROOT).as_posix() not in JSON_ALONE
-    ]
+    folders = [ROOT / name for name in ("sdcompress", "engines", "bench", "plugins", "tools")]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     assert len(files) > 100
     assert not {path.relative_to(ROOT).as_posix(): lines for path in files if (lines := text_without_encoding(path))}

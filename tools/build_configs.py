@@ -281,9 +281,9 @@ def main(wheel: Path) -> None:
         for name, content in configs().items():
             path = TARGET / family / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     write_tokenizer(lines[1 : MERGES + 1])
-    (TARGET / "NOTICE").write_text(NOTICE.format(version=wheel.name.split("-")[1]) + license_text)
+    (TARGET / "NOTICE").write_text(NOTICE.format(version=wheel.name.split("-")[1]) + license_text, encoding="utf-8")
 
 
 if __name__ == "__main__":

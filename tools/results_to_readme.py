@@ -1,7 +1,7 @@
 """Write the README's figures from `bench/results/`, between the marks of each section.
 
 python tools/results_to_readme.py            rewrites README.md
-python tools/results_to_readme.py --check    exit 1 where it disagrees
+python tools/results_to_readme.py --check    exit 1 if README.md disagrees
 """
 
 from __future__ import annotations
@@ -9,315 +9,311 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdcompress_bench.gpu.readme_section import gpu_section
+from sdcompress_bench.markdown import Cells, section
 from sdcompress_bench.report import format_estimate
-from sdcompress_bench.results import Results, read_results
+from sdcompress_bench.results import Results, Row, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 
 
 def load(name: str) -> Any:
+    """Returns the content of a file in `bench/results/`."""
     return json.loads((RESULTS / name).read_text())
 
 
-def percent(figures: dict[str, Any]) -> str:
+def percent(figures: Mapping[str, Any]) -> str:
     return f"{figures['share']:.0%}"
 
 
+def format_limit(value: float | None) -> str:
+    return "over 100%" if value is None else f"{value:.2%}"
+
+
+def format_error(parity: Mapping[str, Any]) -> str:
+    """Returns a graph's error to torch fp32, and torch's own error in the same precision."""
+    return f"{parity['relative_l2']:.1e} ({parity['torch_relative_l2']:.1e})"
+
+
 def nano() -> str:
-    """The teacher's own quality, beside the ceiling."""
+    """Returns the teacher's quality beside that of real pictures."""
     found = load("nano-teacher.json")
-    lines = [
-        (
-            f"Nano (UNet {found['parameters']['unet'] / 1e6:.1f} M parameters, sha256 `{found['sha256'][:12]}`),"
-            f" {found['prompts']} prompts each, {found['steps']} steps; VAE reconstruction"
-            f" {found['vae_psnr_db']:.1f} dB:"
-        ),
-        "",
-    ]
-    lines += ["| pictures | right style | right caption first of 200 | in the top 5 |", "|---|---|---|---|"]
     rows = {
         "seen": "nano, prompts seen in training",
         "seen_real_pictures": "the real pictures of those prompts, which the judge has seen too",
         "heldout": "nano, held-out pairs of style and concept",
         "heldout_real_pictures": "the real pictures of those pairs, which the judge has never seen",
     }
-    for key, label in rows.items():
-        lines.append(
-            f"| {label} | {percent(found[key]['style'])} | {percent(found[key]['top1'])} |"
-            f" {percent(found[key]['top5'])} |"
-        )
-    return "\n".join(lines) + "\n"
+    return section(
+        f"Nano (UNet {found['parameters']['unet'] / 1e6:.1f} M parameters, sha256 `{found['sha256'][:12]}`),"
+        f" {found['prompts']} prompts each, {found['steps']} steps; VAE reconstruction {found['vae_psnr_db']:.1f} dB:",
+        ("pictures", "right style", "right caption first of 200", "in the top 5"),
+        ([label, *(percent(found[key][name]) for name in ("style", "top1", "top5"))] for key, label in rows.items()),
+    )
 
 
 def distillation() -> str:
-    """bk-tiny: untrained, task loss alone, distilled."""
+    """Returns bk-tiny untrained, trained with the task loss alone, and distilled."""
     found = load("distillation-nano.json")
     seeds = len({row["seed"] for row in found["rows"]} - {None})
-    lines = [
-        (
-            f"Its bk-tiny student, {found['steps']} steps of batch {found['batch_size']}, {found['prompts']} held-out"
-            f" prompts, mean of {seeds} seeds (lowest to highest):"
-        ),
-        "",
-    ]
-    lines += [
-        "| | right style | right caption in the top 5 | noise prediction, relative L2 to the teacher |",
-        "|---|---|---|---|",
-    ]
+    forms = {"style_accuracy": ".0%", "retrieval_top5": ".0%", "output_relative_l2": ".3f"}
+    rows = []
     for arm in dict.fromkeys(row["arm"] for row in found["rows"]):
-        cells = []
-        for name, form in (("style_accuracy", ".0%"), ("retrieval_top5", ".0%"), ("output_relative_l2", ".3f")):
+        cells = [arm]
+        for name, form in forms.items():
             values = [row[name] for row in found["rows"] if row["arm"] == arm]
             spread = f" ({min(values):{form}} to {max(values):{form}})" if len(values) > 1 else ""
             cells.append(f"{statistics.fmean(values):{form}}{spread}")
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return section(
+        f"Its bk-tiny student, {found['steps']} steps of batch {found['batch_size']}, {found['prompts']} held-out"
+        f" prompts, mean of {seeds} seeds (lowest to highest):",
+        (None, "right style", "right caption in the top 5", "noise prediction, relative L2 to the teacher"),
+        rows,
+    )
 
 
 def latency() -> str:
-    """What `sdcompress demo` measured."""
+    """Returns the times of `sdcompress demo`."""
     found = load("demo.json")
-    cpu = found["environment"].get("cpu", "CPU")
-    lines = [
-        (
-            f"Latency in the demo ({cpu}, {found['environment']['cores']} cores, no GPU; one picture, guidance,"
-            f" {found['settings']['steps']} steps):"
-        ),
-        "",
-    ]
-    lines += ["| model | backend | UNet step, ms | whole picture, s |", "|---|---|---|---|"]
+    env = found["environment"]
+    rows = []
     for run in found["latency"]:
         if not run.get("failed"):
             step, whole = (
-                statistics.median(sample for of_round in run["samples_ms"][stage] for sample in of_round)
+                statistics.median(sample for samples in run["samples_ms"][stage] for sample in samples)
                 for stage in ("unet_step", "end_to_end")
             )
-            lines.append(f"| {run['model']} | {run['backend']} | {step:.1f} | {whole / 1000:.2f} |")
-    return "\n".join(lines) + "\n"
+            rows.append((run["model"], run["backend"], f"{step:.1f}", f"{whole / 1000:.2f}"))
+    return section(
+        f"Latency in the demo ({env.get('cpu', 'CPU')}, {env['cores']} cores, no GPU; one picture, guidance,"
+        f" {found['settings']['steps']} steps):",
+        ("model", "backend", "UNet step, ms", "whole picture, s"),
+        rows,
+    )
 
 
 def adapting() -> str:
-    """nano-tiny before and after a LoRA and a finetuning; LoRA steps on student and teacher."""
+    """Returns nano-tiny before and after a LoRA and a finetuning, and LoRA steps on student and teacher."""
     found = load("adapting-nano.json")
-    lines = [
-        (
-            f'nano-tiny learns a word it has never seen ("{found["word"]} ..." for line drawings), {found["prompts"]}'
-            " held-out prompts:"
-        ),
-        "",
-        "| | drawn as the word asks | steps | seconds |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name, row in found["rows"].items():
         seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
-        lines.append(f"| {name} | {row['style_accuracy']:.0%} | {row.get('steps', '–')} | {seconds} |")
+        rows.append((name, f"{row['style_accuracy']:.0%}", str(row.get("steps", "–")), seconds))
     speed = {name: statistics.median(values) for name, values in found["lora_steps_per_s"].items()}
-    lines += [
-        "",
-        (
-            f"LoRA training runs at {speed['nano-tiny']:.1f} steps a second on the student and {speed['nano']:.1f} on"
-            f" the teacher: {found['lora_student_over_teacher']:.2f} times as fast."
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+    return section(
+        f'nano-tiny learns a word it has never seen ("{found["word"]} ..." for line drawings), {found["prompts"]}'
+        " held-out prompts:",
+        (None, "drawn as the word asks", "steps", "seconds"),
+        rows,
+        f"LoRA training runs at {speed['nano-tiny']:.1f} steps a second on the student and {speed['nano']:.1f} on"
+        f" the teacher: {found['lora_student_over_teacher']:.2f} times as fast.",
+    )
 
 
 def training() -> str:
-    """Our loop beside one in the public scripts' manner."""
+    """Returns our training loop beside one in the public scripts' manner."""
     found = load("training-peers-nano.json")
     settings = found["settings"]
-    lines = [
-        (
-            f"Distilling nano on the CPU ({found['environment']['cpu']}), batch {settings['batch']}, pictures a second,"
-            f" in turn, median of {settings['rounds']} rounds:"
-        ),
-        "",
-    ]
-    lines += [
-        (
-            "| precision | threads | the public scripts' manner: VAE and text encoder at every step | ours, from its"
-            " cache | times as fast | ours, of the matrix-product peak |"
-        ),
-        "|---|---|---|---|---|---|",
-    ]
+    rows = []
     for row in found["rows"]:
-        speed = row["samples_per_s"]
-        lines.append(
-            f"| {row['precision']} | {row['threads']} | {speed['public manner']:.1f} | {speed['ours']:.1f} |"
-            f" {row['speedup']:.2f} | {row['share_of_peak']:.0%} |"
-        )
-    return "\n".join(lines) + "\n"
+        speed = [f"{row['samples_per_s'][name]:.1f}" for name in ("public manner", "ours")]
+        cells = [row["precision"], str(row["threads"]), *speed, f"{row['speedup']:.2f}", f"{row['share_of_peak']:.0%}"]
+        rows.append(cells)
+    return section(
+        f"Distilling nano on the CPU ({found['environment']['cpu']}), batch {settings['batch']}, pictures a second,"
+        f" in turn, median of {settings['rounds']} rounds:",
+        (
+            "precision",
+            "threads",
+            "the public scripts' manner: VAE and text encoder at every step",
+            "ours, from its cache",
+            "times as fast",
+            "ours, of the matrix-product peak",
+        ),
+        rows,
+    )
 
 
 def engines() -> str:
-    """What a TensorRT engine costs to make, and how near its graph is."""
+    """Returns the cost of a TensorRT engine, and the error of its graph."""
     found = load("engines-cpu.json")
-    env = found["environment"]
     version = next(row["version"] for row in found["rows"].values() if "version" in row)
-    lines = [
+    rows = [
         (
-            f"`sdcompress export --trt` at full size, random weights, fp16, TensorRT for RTX {version}, {env['cores']}"
-            " cores and no GPU:"
-        ),
-        "",
+            name,
+            f"{row['parameters'] / 1e6:,.0f} M",
+            f"{row['seconds']:.0f} s",
+            f"{row['peak_mib'] / 1024:.1f} GiB",
+            f"{row['engine_bytes'] / 2**20:,.0f} MiB",
+            format_error(row["parity"]),
+        )
+        for name, row in found["rows"].items()
+        if row["status"] == 0
     ]
-    lines += [
-        "| UNet | parameters | whole command | peak memory | engine | error to torch fp32 (torch fp16's own) |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in found["rows"].items():
-        if row["status"] == 0:
-            parity = row["parity"]
-            lines.append(
-                f"| {name} | {row['parameters'] / 1e6:,.0f} M | {row['seconds']:.0f} s | {row['peak_mib'] / 1024:.1f}"
-                f" GiB | {row['engine_bytes'] / 2**20:,.0f} MiB | {parity['relative_l2']:.1e}"
-                f" ({parity['torch_relative_l2']:.1e}) |"
-            )
-    return "\n".join(lines) + "\n"
+    return section(
+        f"`sdcompress export --trt` at full size, random weights, fp16, TensorRT for RTX {version},"
+        f" {found['environment']['cores']} cores and no GPU:",
+        ("UNet", "parameters", "whole command", "peak memory", "engine", "error to torch fp32 (torch fp16's own)"),
+        rows,
+    )
 
 
 def backends() -> str:
-    """One UNet call on a CPU, every way that was tried."""
+    """Returns one UNet call on a CPU in every variant that was tried."""
     found = load("backends-cpu.json")
-    env = found["environment"]
-    lines = [
-        (
-            f"One UNet call on a CPU ({env['cpu']}, {env['cores']} cores), the same weights every way; the gate is what"
-            " counts as the same picture:"
-        ),
-        "",
-    ]
-    batches = sorted({batch for rows in found["models"].values() for row in rows.values() for batch in row["batch"]})
-    heads = [f"{name}, batch {batch}" for name in found["models"] for batch in batches]
-    lines += [f"| | {' | '.join(heads)} | relative L2 |", "|---" * (len(heads) + 2) + "|"]
-    for variant in dict.fromkeys(variant for rows in found["models"].values() for variant in rows):
-        cells, errors = [], []
-        for rows in found["models"].values():
+    env, models = found["environment"], found["models"]
+    batches = sorted({batch for rows in models.values() for row in rows.values() for batch in row["batch"]})
+    heads = [f"{name}, batch {batch}" for name in models for batch in batches]
+    lines = []
+    for variant in dict.fromkeys(variant for rows in models.values() for variant in rows):
+        cells, measured = [], []
+        for rows in models.values():
+            failed = "failed" in rows.get(variant, {})
             for batch in batches:
                 row = rows.get(variant, {}).get("batch", {}).get(batch)
-                cells.append(
-                    "–"
-                    if row is None or "failed" in rows[variant]
-                    else f"{row['median_ms']:,.0f} ms ({row['speedup']:.2f}×)"
-                )
-                errors += [] if row is None else [row]
-        if errors:
-            worst = max(errors, key=lambda row: row["relative_l2"])
-            lines.append(
-                f"| {variant} | {' | '.join(cells)} |"
-                f" {worst['relative_l2']:.1e}{'' if all(row['inside'] for row in errors) else ', over the gate'} |"
-            )
-    return "\n".join(lines) + "\n"
+                cells.append("–" if row is None or failed else f"{row['median_ms']:,.0f} ms ({row['speedup']:.2f}×)")
+                measured += [] if row is None else [row]
+        if measured:
+            worst = max(row["relative_l2"] for row in measured)
+            gate = "" if all(row["inside"] for row in measured) else ", over the gate"
+            lines.append([variant, *cells, f"{worst:.1e}{gate}"])
+    return section(
+        f"One UNet call on a CPU ({env['cpu']}, {env['cores']} cores), the same weights every way; the gate is what"
+        " counts as the same picture:",
+        (None, *heads, "relative L2"),
+        lines,
+    )
 
 
 def bench_nano() -> str:
-    """What `sdcompress bench nano` found."""
+    """Returns the results of `sdcompress bench nano`."""
     found = read_results(RESULTS / "bench-nano.json")
     took = f"; {found.seconds / 60:.1f} minutes in all, its graphs not yet made" if found.seconds else ""
-    lines = [
-        (
-            f"`sdcompress bench nano` ({machine(found)}; one picture, guidance, {found.settings['steps']} steps;"
-            f" {found.settings['rounds']} rounds, 95% intervals{took}):"
-        ),
-        "",
-        *answer(found),
-        "",
-    ]
+    return section(
+        f"`sdcompress bench nano` ({machine(found)}; one picture, guidance, {found.settings['steps']} steps;"
+        f" {found.settings['rounds']} rounds, 95% intervals{took}):",
+        answer_head(),
+        (answer_cells(row) for row in found.rows()),
+        student_sentence(found),
+        *sensitivity_sentences(found),
+    )
+
+
+def student_sentence(found: Results) -> str:
+    """Returns the figures of the first student's pictures."""
     student = found.models[1]["name"]
-    pair, real = found.students[student], found.quality.get("real", {})
-    lines += [
+    pair = found.students[student]
+    names = {found.teacher: found.teacher, student: student, "real": "real pictures"}
+    judged = {name: found.quality.get(key, {}) for key, name in names.items()}
+    shares = ", ".join(f"{percent(figures['top5'])} ({name})" for name, figures in judged.items() if "top5" in figures)
+    return (
         f"{student} beside {found.teacher}, {found.settings['quality_pictures']} prompts: FID"
         f" {format_estimate(pair['fid'])}, KID {format_estimate(pair['kid'])}, LPIPS {format_estimate(pair['lpips'])};"
-        " caption among the judge's first five "
-        + ", ".join(
-            f"{percent(figures['top5'])} ({name})"
-            for name, figures in (
-                (found.teacher, found.quality[found.teacher]),
-                (student, found.quality[student]),
-                ("real pictures", real),
-            )
-            if "top5" in figures
-        )
-        + "."
-    ]
+        f" caption among the judge's first five {shares}."
+    )
+
+
+def sensitivity_sentences(found: Results) -> Iterator[str]:
+    """Yields a sentence for each gate whose sensitivity was measured."""
     for entry in found.backends:
-        if felt := entry.get("sensitivity"):
-            lines += [
-                "",
-                (
-                    f"The {entry['precision']} gate sees one layer's weights off by {felt['least']:.1%} (median of"
-                    f" {len(felt['scaled'])} layers, {felt['least_low']:.1%} to {limit(felt['least_high'])});"
-                    f" {felt['heads_unseen']} of {felt['heads']} dead attention heads pass it."
-                ),
-            ]
-    return "\n".join(lines) + "\n"
+        if figures := entry.get("sensitivity"):
+            high = format_limit(figures["least_high"])
+            yield (
+                f"The {entry['precision']} gate sees one layer's weights off by {figures['least']:.1%} (median of"
+                f" {len(figures['scaled'])} layers, {figures['least_low']:.1%} to {high});"
+                f" {figures['heads_unseen']} of {figures['heads']} dead attention heads pass it."
+            )
 
 
 def sd15() -> str:
-    """Full-size SD1.5 shapes on a CPU."""
+    """Returns full-size SD1.5 shapes on a CPU."""
     found = read_results(RESULTS / "sd15-cpu.json")
-    rounds = found.settings["rounds"]
-    told = f"{rounds} rounds" if rounds > 1 else "one round, so the intervals do not know how processes differ"
-    command = found.command.partition(" -o ")[0]
-    lines = [
-        (
-            f"SD1.5 at {found.settings['sizes_px'][0]} px on a CPU, random weights ({machine(found)}; `{command}`; one"
-            f" picture, guidance, {found.settings['steps']} steps; {told}):"
-        ),
-        "",
-        *answer(found, "of peak"),
-    ]
-    return "\n".join(lines) + "\n"
+    settings = found.settings
+    one_round = "one round, so the intervals do not know how processes differ"
+    rounds = f"{settings['rounds']} rounds" if settings["rounds"] > 1 else one_round
+    return section(
+        f"SD1.5 at {settings['sizes_px'][0]} px on a CPU, random weights ({machine(found)};"
+        f" `{found.command.partition(' -o ')[0]}`; one picture, guidance, {settings['steps']} steps; {rounds}):",
+        answer_head("of peak"),
+        (answer_cells(row, peak=True) for row in found.rows()),
+    )
+
+
+def answer_head(*more: str) -> Cells:
+    """Returns the head of a report's table in the README; `more` stands before the memory."""
+    head = ("model", "UNet parameters", "run by", "UNet step", "pictures/s", "speed-up")
+    return (*head, *more, "peak memory", "off PyTorch fp32")
+
+
+def answer_cells(row: Row, peak: bool = False) -> Cells:
+    """Returns a row of a report's table in the README; with `peak` also the share of the peak."""
+    cells = [row.model, f"{row.parameters / 1e6:,.1f} M", str(row.setup)]
+    if row.failed or row.unet_step is None or row.images_per_s is None:
+        return [*cells, f"failed: {row.failed}", *[None] * (5 if peak else 4)]
+    step = row.unet_step
+    time = f"{step.median:.1f} ms ({step.low:.1f} to {step.high:.1f})"
+    if step.median >= 1000:
+        time = f"{step.median / 1000:.2f} s ({step.low / 1000:.2f} to {step.high / 1000:.2f})"
+    cells += [time + (", noisy" if step.noisy else ""), f"{row.images_per_s:.3g}"]
+    cells.append(f"{row.speedup:.2f}×" if row.speedup else "–")
+    if peak:
+        cells.append(f"{row.share_of_peak:.0%}" if row.share_of_peak else "–")
+    error = f"{row.fidelity:.1e}" if row.fidelity is not None else "reference"
+    return [*cells, f"{row.peak_mib or 0:,.0f} MiB", error]
+
+
+def machine(found: Results) -> str:
+    return f"{found.environment['cpu']}, {found.environment['cores']} cores"
 
 
 def peers() -> str:
-    """What a user would pick instead, in one run."""
+    """Returns our backends beside what a user would take instead."""
     found = load("peers-cpu.json")
-    s, env = found["settings"], found["environment"]
-    ways = found["ways"]
-    reference = ways["diffusers fp32"]
-    lines = [
+    settings, env = found["settings"], found["environment"]
+    return section(
+        f"What one would pick instead, {settings['model']}, one run ({env['cpu']}, {env['cores']} cores;"
+        f" {settings['rounds']} rounds in turn, 95% intervals; `python bench/peers/latency.py`):",
         (
-            f"What one would pick instead, {s['model']}, one run ({env['cpu']}, {env['cores']} cores; {s['rounds']}"
-            " rounds in turn, 95% intervals; `python bench/peers/latency.py`):"
+            None,
+            "UNet step, ms",
+            None,
+            "whole picture, ms",
+            None,
+            "first picture, s",
+            "peak memory, MiB",
+            "relative L2 to diffusers fp32",
         ),
-        "",
-    ]
-    lines += [
-        (
-            "| | UNet step, ms | | whole picture, ms | | first picture, s | peak memory, MiB | relative L2 to diffusers"
-            " fp32 |"
-        ),
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in ways.items():
-        if "failed" in row:
-            lines.append(f"| {name} | {row['failed']} | | | | | | |")
-            continue
-        cells = []
-        for figure in ("unet_step_ms", "picture_ms"):
-            time = row[figure]
-            cells += [
-                (
-                    f"{time['median']:,.1f} ({time['low']:,.1f} to"
-                    f" {time['high']:,.1f}){', noisy' if time['noisy'] else ''}"
-                ),
-                f"{reference[figure]['median'] / time['median']:.2f}×",
-            ]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {row['first_picture_s']:.1f} | {row['peak_mib']:,.0f} |"
-            f" {row['relative_l2']:.1e} |"
-        )
-    return "\n".join(lines) + "\n"
+        (peer_cells(name, row, found["ways"]["diffusers fp32"]) for name, row in found["ways"].items()),
+    )
+
+
+def peer_cells(name: str, row: Mapping[str, Any], reference: Mapping[str, Any]) -> Cells:
+    """Returns a row of the peers' table.
+
+    Args:
+        name: of the setup.
+        row: its figures.
+        reference: the figures of diffusers fp32.
+    """
+    if "failed" in row:
+        return [name, row["failed"], *[None] * 6]
+    cells = [name]
+    for figure in ("unet_step_ms", "picture_ms"):
+        time = row[figure]
+        noisy = ", noisy" if time["noisy"] else ""
+        cells.append(f"{time['median']:,.1f} ({time['low']:,.1f} to {time['high']:,.1f}){noisy}")
+        cells.append(f"{reference[figure]['median'] / time['median']:.2f}×")
+    return [*cells, f"{row['first_picture_s']:.1f}", f"{row['peak_mib']:,.0f}", f"{row['relative_l2']:.1e}"]
 
 
 def overhead() -> str:
-    """What the WebUI extension adds to a step."""
+    """Returns the time that the WebUI extension adds to a step."""
     found = load("webui-overhead-cpu.json")["summary"]
     return (
         f"Through the WebUI extension a step of nano takes {found['added_ms']:.2f} ms ({found['overhead']:.1%}) longer"
@@ -326,163 +322,49 @@ def overhead() -> str:
 
 
 def gates() -> str:
-    """What the bench's own checks find, on faults and changes that were planted."""
+    """Returns the results of the bench's own checks, with planted faults and changes."""
     planted, found = load("statistics.json")["planted"], load("faults-nano.json")
-    lines = [
-        (
-            "Planted into nano, ten places each, and caught by the gate at each timestep (`python"
-            " bench/studies/faults.py`). In use: layers whose removal moves the output by 1% or more."
-        ),
-        "",
-    ]
-    kinds = list(dict.fromkeys(row["kind"] for row in found["rows"]))
     names = {
         "scaled": "a weight × 1.02",
         "head": "an attention head zeroed",
         "overflow": "values past fp16, infinite",
         "saturated": "values past fp16, clamped",
     }
-    lines += [
-        (
-            f"| gate | places | {' | '.join(names[kind] for kind in kinds)} | least change of one layer's weights it"
-            " sees, median (lowest) |"
-        ),
-        "|---" * (len(kinds) + 3) + "|",
-    ]
+    kinds = [names[kind] for kind in dict.fromkeys(row["kind"] for row in found["rows"])]
+    layers, limit = found["census"]["scaled"].values(), found["gates"]["fp32"]["limits"][0]
+    caught = sum(row["error"] > limit for row in layers)
+    used = sum(row["removed"] >= found["in_use"] for row in layers)
+    by_change = {(row["rounds"], row["planted"]): row for row in planted if row["noise"] == "quiet"}
+    five, none = by_change[5, 1.05], by_change[5, 1.0]
+    return section(
+        "Planted into nano, ten places each, and caught by the gate at each timestep (`python"
+        " bench/studies/faults.py`). In use: layers whose removal moves the output by 1% or more.",
+        ("gate", "places", *kinds, "least change of one layer's weights it sees, median (lowest)"),
+        gate_rows(found),
+        f"Of all {len(layers)} layers the fp32 gate sees a weight off by 2% in {caught}, among them all {used} in"
+        " use; the others move the output by less than fp32 gates can ask about.",
+        "`sdcompress bench compare` on synthetic rounds (5 of 20 samples, 200 seeds; `python"
+        f" bench/studies/stats.py`): a planted slowdown of 5% is told in {five['slower']:.1%} of the runs, a change"
+        f" where none was planted in {none['slower'] + none['faster']:.1%}.",
+    )
+
+
+def gate_rows(found: Mapping[str, Any]) -> Iterator[Cells]:
+    """Yields the rows of the gates in each precision, for both draws of places."""
     for precision, gate in found["gates"].items():
         least = gate["least"]["by timestep"]
-        seen = f"{limit(least['least'])} ({limit(least['least_low'])}); blind at {least['blind']} of {least['places']}"
+        seen = f"{format_limit(least['least'])} ({format_limit(least['least_low'])}); blind at"
         for drawn in ("in use", "anywhere"):
-            rows = {
-                row["kind"]: row for row in found["rows"] if row["precision"] == precision and row["places"] == drawn
-            }
-            cells = [f"{rows[kind]['caught_by_timestep']} of {rows[kind]['count']}" for kind in kinds]
-            lines.append(f"| {precision} | {drawn} | {' | '.join(cells)} | {seen if drawn == 'anywhere' else ''} |")
-    layers, fp32 = found["census"]["scaled"], found["gates"]["fp32"]["limits"][0]
-    caught, used = (
-        sum(row["error"] > fp32 for row in layers.values()),
-        sum(row["removed"] >= found["in_use"] for row in layers.values()),
-    )
-    lines += [
-        "",
-        (
-            f"Of all {len(layers)} layers the fp32 gate sees a weight off by 2% in {caught}, among them all {used} in"
-            " use; the others move the output by less than fp32 gates can ask about."
-        ),
-    ]
-    rows = {(row["rounds"], row["planted"]): row for row in planted if row["noise"] == "quiet"}
-    five, none = rows[5, 1.05], rows[5, 1.0]
-    lines += [
-        "",
-        (
-            "`sdcompress bench compare` on synthetic rounds (5 of 20 samples, 200 seeds; `python"
-            f" bench/studies/stats.py`): a planted slowdown of 5% is told in {five['slower']:.1%} of the runs, a change"
-            f" where none was planted in {none['slower'] + none['faster']:.1%}."
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+            rows = [row for row in found["rows"] if (row["precision"], row["places"]) == (precision, drawn)]
+            cells = [f"{row['caught_by_timestep']} of {row['count']}" for row in rows]
+            blind = f"{seen} {least['blind']} of {least['places']}" if drawn == "anywhere" else ""
+            yield [precision, drawn, *cells, blind]
 
 
 def gpu() -> str:
-    """What `bench/gpu.py` found, a table for each card in bench/results/gpu-*.json."""
-    tables = [gpu_table(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    """Returns the results of `bench/gpu.py`: a table for each card in bench/results/gpu-*.json."""
+    tables = [gpu_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu-*.json"))]
     return "\n".join(tables) if tables else "It has not been run yet, so there is no GPU figure here.\n"
-
-
-def gpu_table(found: dict[str, Any]) -> str:
-    """One gpu.json: the UNet's steps, and a line each for pictures, training and tests."""
-    rows = [row for row in found["rows"] if "failed" not in row and "skipped" not in row]
-    env, card, headline = found["environment"], found["card"], found["headline"]
-    name = f"{card['name']}, driver {card['driver']}" if card else f"{env['cpu']}, no GPU"
-    known = {(row["part"], row["row"]): row for row in rows}
-    lines = [
-        (
-            f"{name}, torch {env['packages']['torch']}, random weights (`python bench/gpu.py --minutes"
-            f" {found['minutes']:g}`):"
-        ),
-        "",
-    ]
-    lines += [
-        "| UNet | batch | eager | fastest | by | speed-up | of peak | off PyTorch fp32 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    steps = [row for row in rows if row["part"] in (3, 4, 8) and "step_ms" in row]
-    for model, batch in sorted(
-        {(row["model"], row["batch"]) for row in steps}, key=lambda key: (key[1], key[0] != "sd15", key[0])
-    ):
-        best = min(
-            (row for row in steps if (row["model"], row["batch"]) == (model, batch)), key=lambda row: row["step_ms"]
-        )
-        eager, teacher = known.get((3, f"{model} b{batch} eager")), known.get((3, f"sd15 b{batch} eager"))
-        speedup = f"{teacher['step_ms'] / best['step_ms']:.2f}×" if teacher else "–"
-        way = best["row"].removeprefix(f"{model} b{batch} ")
-        before = f"{eager['step_ms']:.2f} ms" if eager else "–"
-        lines.append(
-            f"| {model} | {batch} | {before} | {best['step_ms']:.2f} ms | {way} | {speedup} |"
-            f" {best['share_of_peak']:.0%} | {best['relative_l2']:.1e} |"
-        )
-    lines.append("")
-    if "picture_speedup" in headline:
-        slow, fast = known[5, "sd15 eager"], known[5, "bk-tiny best"]
-        gap = f"of which the host's share is {fast['gap_ms_per_step']:.2f} ms a step"
-        lines.append(
-            f"A picture with guidance takes SD1.5 in eager mode {slow['picture_ms']:.0f} ms and bk-tiny"
-            f" {fast['picture_ms']:.0f} ms, {gap}."
-        )
-    loops = [row for row in rows if row["part"] == 6 and "samples_per_s" in row]
-    if loops:
-        lines.append(
-            "Training samples a second: " + ", ".join(f"{row['row']} {row['samples_per_s']:.1f}" for row in loops) + "."
-        )
-    if "tests_passed" in headline:
-        lines.append(
-            f"Tests that need a GPU: {headline['tests_passed']} passed, {headline['tests_not_passed']} did not."
-        )
-    return "\n".join(lines) + "\n"
-
-
-def answer(found: Results, *more: str) -> list[str]:
-    """The table of a report, as a README has room for it."""
-    lines = [
-        (
-            "| model | UNet parameters | run by | UNet step | pictures/s | speed-up |"
-            f" {''.join(f'{name} | ' for name in more)}peak memory | off PyTorch fp32 |"
-        ),
-        "|---|---|---|---|---|---|---|---|" + "---|" * len(more),
-    ]
-    for row in found.rows():
-        if row.failed or row.unet_step is None or row.images_per_s is None:
-            lines.append(
-                f"| {row.model} | {row.parameters / 1e6:,.1f} M | {row.setup} | failed: {row.failed} |"
-                + " |" * (4 + len(more))
-            )
-            continue
-        step = row.unet_step
-        time = (
-            f"{step.median / 1000:.2f} s ({step.low / 1000:.2f} to {step.high / 1000:.2f})"
-            if step.median >= 1000
-            else f"{step.median:.1f} ms ({step.low:.1f} to {step.high:.1f})"
-        )
-        cells = [
-            row.model,
-            f"{row.parameters / 1e6:,.1f} M",
-            str(row.setup),
-            time + (", noisy" if step.noisy else ""),
-            f"{row.images_per_s:.3g}",
-            f"{row.speedup:.2f}×" if row.speedup else "–",
-        ]
-        cells += [f"{row.share_of_peak:.0%}" if row.share_of_peak else "–"] * len(more)
-        cells += [f"{row.peak_mib or 0:,.0f} MiB", f"{row.fidelity:.1e}" if row.fidelity is not None else "reference"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def machine(found: Results) -> str:
-    return f"{found.environment['cpu']}, {found.environment['cores']} cores"
-
-
-def limit(value: float | None) -> str:
-    return "over 100%" if value is None else f"{value:.2%}"
 
 
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {
@@ -494,7 +376,7 @@ SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {
 
 
 def updated(readme: str) -> str:
-    """The README with each section's figures between `<!-- results: NAME -->` and `<!-- /results -->`."""
+    """Returns the README with the figures of each section between `<!-- results: NAME -->` and `<!-- /results -->`."""
     for name, parts in SECTIONS.items():
         before, opened, rest = readme.partition(f"<!-- results: {name} -->\n")
         _, closed, after = rest.partition("<!-- /results -->")
@@ -509,9 +391,8 @@ def main() -> None:
     text = path.read_text()
     new = updated(text)
     if "--check" in sys.argv[1:]:
-        sys.exit(
-            0 if new == text else "README.md disagrees with bench/results; type: python tools/results_to_readme.py"
-        )
+        disagrees = "README.md disagrees with bench/results; type: python tools/results_to_readme.py"
+        sys.exit(0 if new == text else disagrees)
     path.write_text(new)
 
 

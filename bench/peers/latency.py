@@ -100,12 +100,12 @@ def measure_all(run: Run, rows: dict[str, Any]) -> None:
             outcome = run_child(python, run.case("measure", name), run.work)
             if "failed" in outcome:
                 rows[name] |= outcome
-                found = outcome["failed"]
+                result = outcome["failed"]
             else:
                 rows[name].setdefault("rounds", []).append(outcome)
                 steps = sorted(outcome["unet_step_ms"])
-                found = f"{steps[len(steps) // 2]:.1f} ms a step"
-            print(f"round {number + 1}: {name:<46} {found}", file=sys.stderr, flush=True)
+                result = f"{steps[len(steps) // 2]:.1f} ms a step"
+            print(f"round {number + 1}: {name:<46} {result}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

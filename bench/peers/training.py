@@ -90,7 +90,7 @@ class Case:
     compile: bool = False
 
 
-def load(model: str) -> LoadedPipeline:
+def load_teacher(model: str) -> LoadedPipeline:
     """Returns the teacher; `sd15` in fp32 has random weights, created on the device."""
     if model != "sd15":
         return load_pipeline(model)
@@ -104,15 +104,16 @@ class Clock:
         self.spent: dict[str, float] = defaultdict(float)
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def time_part(self, name: str) -> Iterator[None]:
         wait()
-        began = time.perf_counter()
+        started = time.perf_counter()
         yield
         wait()
-        self.spent[name] += time.perf_counter() - began
+        self.spent[name] += time.perf_counter() - started
 
 
 def wait() -> None:
+    """Wait until the GPU, if there is one, is idle."""
     if CUDA:
         torch.cuda.synchronize()
 
@@ -129,7 +130,7 @@ class PublicLoop:
 
     def __init__(self, case: Case) -> None:
         self.case, self.clock = case, Clock()
-        self.pipeline: Any = load(case.model).pipeline
+        self.pipeline: Any = load_teacher(case.model).pipeline
         plan = make_plan(self.pipeline.unet.config, PLAN)
         self.pairs = plan.feature_pairs()
         self.student = build_student(self.pipeline.unet, plan).float().to(DEVICE).train()
@@ -154,18 +155,18 @@ class PublicLoop:
             collect_features(self.student, [student for student, _ in self.pairs]) as student_features,
             collect_features(self.teacher, [teacher for _, teacher in self.pairs]) as teacher_features,
         ):
-            with self.clock.part("teacher"), torch.no_grad():
+            with self.clock.time_part("teacher"), torch.no_grad():
                 target = self.teacher(noisy, timesteps, text).sample
-            with self.clock.part("student forward"), self.autocast:
+            with self.clock.time_part("student forward"), self.autocast:
                 noise_pred = self.student(noisy, timesteps, text).sample
                 loss = F.mse_loss(noise_pred.float(), noise) + F.mse_loss(noise_pred.float(), target)
                 loss = loss + sum(
                     F.mse_loss(student_features[student].float(), teacher_features[teacher].float())
                     for student, teacher in self.pairs
                 )
-        with self.clock.part("student backward"):
+        with self.clock.time_part("student backward"):
             loss.backward()
-        with self.clock.part("optimizer"):
+        with self.clock.time_part("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
@@ -173,16 +174,16 @@ class PublicLoop:
     def _encode(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the latents and the text embeddings of a batch."""
         batch, pipeline = self.case.batch, self.pipeline
-        with self.clock.part("pictures"):
+        with self.clock.time_part("pictures"):
             chosen = [self.records[(number * batch + i) % len(self.records)] for i in range(batch)]
             pixels = torch.stack([to_pixels(record.picture(), self.case.size_px) for record in chosen]).to(DEVICE)
             captions = [record.caption for record in chosen]
             options = {"padding": "max_length", "max_length": 77, "truncation": True, "return_tensors": "pt"}
             ids = pipeline.tokenizer(captions, **options).input_ids
         with torch.no_grad():
-            with self.clock.part("vae"):
+            with self.clock.time_part("vae"):
                 latents = pipeline.vae.encode(pixels).latent_dist.sample() * pipeline.vae.config.scaling_factor
-            with self.clock.part("text encoder"):
+            with self.clock.time_part("text encoder"):
                 text = pipeline.text_encoder(ids.to(DEVICE))[0]
         return latents, text
 
@@ -213,7 +214,7 @@ def measure_public(case: Case) -> dict[str, Any]:
 def measure_sdcompress(case: Case) -> dict[str, Any]:
     """Returns samples a second of our loop, which trains from a cache, and its peak memory."""
     use_threads(case)
-    loaded = load(case.model)
+    loaded = load_teacher(case.model)
     pipeline: Any = loaded.pipeline
     plan = make_plan(pipeline.unet.config, PLAN)
     began = time.perf_counter()
@@ -249,9 +250,9 @@ def measure_sdcompress(case: Case) -> dict[str, Any]:
     if case.seconds is not None:
         again = run(2)
         steps = max(2, min(steps, int(case.seconds * again.samples_per_s / case.batch)))
-    found = run(steps)
-    result |= {"warm_up_s": first.seconds, "steps": steps, "samples_per_s": found.samples_per_s}
-    return result | {"waited_s_per_step": found.waited_s / steps, "peak_memory_mib": peak_memory_mib()}
+    last = run(steps)
+    result |= {"warm_up_s": first.seconds, "steps": steps, "samples_per_s": last.samples_per_s}
+    return result | {"waited_s_per_step": last.waited_s / steps, "peak_memory_mib": peak_memory_mib()}
 
 
 def open_cache(case: Case, loaded: LoadedPipeline) -> LatentCache:
@@ -290,11 +291,13 @@ def measure_limit(case: Case) -> dict[str, Any]:
 
 
 def use_threads(case: Case) -> None:
+    """Set the number of CPU threads of this process, if the case has one."""
     if case.threads:
         torch.set_num_threads(case.threads)
 
 
 def peak_memory_mib() -> float:
+    """Returns the peak memory on the GPU, or of this process."""
     return torch.cuda.max_memory_allocated() / 2**20 if CUDA else peak_rss_mib()
 
 
@@ -308,9 +311,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--model", default="nano", help="nano, sd15 (random weights) or a pipeline")
     parser.add_argument("--data", default="nano")
-    parser.add_argument(
-        "--size", type=int, default=None, help="side of the pictures in pixels; default: 128 for nano, else 512"
-    )
+    size_help = "side of the pictures in pixels; default: 128 for nano, else 512"
+    parser.add_argument("--size", type=int, help=size_help)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
@@ -335,7 +337,7 @@ def main() -> None:
     settings = {"model": args.model, "size": size_px, "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
     settings |= {"compile": args.compile, "plan": PLAN}
     result = {"settings": settings, "rows": rows, "environment": environment()}
-    print(table(rows))
+    print(format_table(rows))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
@@ -372,7 +374,7 @@ def run_apart(case: Case, measure: str) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]]) -> str:
     """Returns a line for each precision and number of threads, and how the last case spends its time."""
     lines = [
         "| precision | threads | public manner, samples/s | ours | times as fast | ours, of peak |",

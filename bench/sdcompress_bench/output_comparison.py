@@ -84,7 +84,7 @@ class OutputComparison:
         self, found: OutputFigures, model: ModelUnderTest, answers: Mapping[BackendSetup, Mapping[str, Any]]
     ) -> None:
         every = (answers[REFERENCE], *answers.values())
-        parameters = next((a["parameters"] for a in every if a.get("parameters", {}).get("unet")), {})
+        parameters: dict[str, Any] = next((a["parameters"] for a in every if a.get("parameters", {}).get("unet")), {})
         found.models.append(
             {
                 "name": model.name,

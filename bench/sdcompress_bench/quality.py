@@ -169,6 +169,33 @@ def judge(
     return figures | ({"style": metric.style_accuracy(images, prompts, styles)} if styles else {})
 
 
+def judge_pipeline(
+    metric: ClipMetric,
+    pipeline: Any,
+    captions: Sequence[str],
+    prompts: Sequence[Prompt],
+    styles: Mapping[str, str],
+) -> dict[str, float]:
+    """Returns `style_accuracy` and `retrieval_top5` of the pictures that a pipeline draws on the CPU.
+
+    They are drawn in bf16 if the CPU has instructions for it.
+
+    Args:
+        metric: the CLIP.
+        pipeline: a text-to-image pipeline; picture i has the seed i.
+        captions: what the pipeline draws.
+        prompts: what the CLIP expects of each picture.
+        styles: style → the phrase with which its captions start.
+    """
+    from sdcompress.sampling import generate
+
+    half = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    with torch.inference_mode(), half:
+        images = generate(pipeline, captions, seeds=list(range(len(captions))), batch_size=50)
+    figures = judge(metric, images, prompts, styles)
+    return {"style_accuracy": figures["style"].share, "retrieval_top5": figures["top5"].share}
+
+
 def read_shard(
     shard: Path, captions: Sequence[str] | None = None, count: int | None = None
 ) -> tuple[list[Image.Image], list[Prompt]]:

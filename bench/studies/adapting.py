@@ -19,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from sdcompress_bench.environment import environment
-from sdcompress_bench.quality import ClipMetric, judge
+from sdcompress_bench.quality import ClipMetric, judge_pipeline
 from sdcompress_bench.scenario import Prompt
+from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import nano_prompts
 from sdcompress.data.build_cache import build_cache
@@ -33,7 +33,6 @@ from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.names import unet_modules
 from sdcompress.models import nano
 from sdcompress.models.load import LoadedPipeline, load_pipeline
-from sdcompress.sampling import generate
 from sdcompress.support.console import ConsoleReporter
 from sdcompress.train.config import FinetuneConfig, LoraConfig
 from sdcompress.train.finetune import finetune
@@ -62,18 +61,40 @@ class Judge:
     def __init__(self, count: int) -> None:
         self.metric, self.styles = ClipMetric(nano.metric_folder()), nano.styles()
         heldout = nano_prompts.draw_prompts("heldout", count)
-        # The judge reads the words it knows; the model gets the new word.
-        known = (prompt.caption.replace(self.styles[prompt.style], self.styles[STYLE], 1) for prompt in heldout)
-        self.known = [Prompt(caption, STYLE) for caption in known]
+        # CLIP gets the phrase that it knows; the model gets the new word.
+        expected = (prompt.caption.replace(self.styles[prompt.style], self.styles[STYLE], 1) for prompt in heldout)
+        self.expected = [Prompt(caption, STYLE) for caption in expected]
         self.captions = [prompt.caption.replace(self.styles[prompt.style], WORD, 1) for prompt in heldout]
 
-    def figures(self, pipeline: Any) -> dict[str, float]:
+    def judge(self, pipeline: Any) -> dict[str, float]:
         """Returns the shares of pictures in the right style and with the right caption among the top 5."""
-        half = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
-        with torch.inference_mode(), half:
-            images = generate(pipeline, self.captions, seeds=list(range(len(self.captions))), batch_size=50)
-        judged = judge(self.metric, images, self.known, self.styles)
-        return {"style_accuracy": judged["style"].share, "retrieval_top5": judged["top5"].share}
+        return judge_pipeline(self.metric, pipeline, self.captions, self.expected, self.styles)
+
+
+def train_and_judge(
+    student: LoadedPipeline, cache: LatentCache, lora: LoraConfig, judge: Judge, work: Path, report: Reporter
+) -> dict[str, dict[str, Any]]:
+    """Returns the results before training, after LoRA, and after full finetuning.
+
+    Args:
+        student: what learns the word.
+        cache: latents of the training pictures.
+        lora: config of LoRA.
+        judge: judges the pipelines.
+        work: folder for the runs.
+        report: shows progress.
+    """
+    rows: dict[str, dict[str, Any]] = {"before": judge.judge(student.pipeline)}
+    run = train_lora(student, cache, lora, work / "lora", report=report)
+    adapted, file = load_pipeline("nano-tiny").pipeline, work / "lora" / LORA / KOHYA_FILE
+    fuse_lora(adapted, read_lora(file, unet_modules(adapted.unet)))
+    costs = {"steps": lora.steps, "seconds": run.seconds, "file_bytes": file.stat().st_size}
+    rows["LoRA"] = judge.judge(adapted) | costs
+    full = load_config(FinetuneConfig, "nano-finetune", {"sample_every": 0})
+    run = finetune(student, cache, full, work / "full", report=report)
+    costs = {"steps": full.steps, "seconds": run.seconds}
+    rows["full finetuning"] = judge.judge(load_pipeline(work / "full").pipeline) | costs
+    return rows
 
 
 def measure_speed(
@@ -113,25 +134,16 @@ def main() -> None:
         model.name: build_cache(source, model, args.work / f"cache-{model.name}", report=report)
         for model in (student, teacher)
     }
-    judging = Judge(args.prompts)
+    judge = Judge(args.prompts)
     lora = load_config(LoraConfig, "nano-lora", {"sample_every": 0})
-    full = load_config(FinetuneConfig, "nano-finetune", {"sample_every": 0})
-    rows: dict[str, dict[str, Any]] = {"before": judging.figures(student.pipeline)}
-    run = train_lora(student, caches["nano-tiny"], lora, args.work / "lora", report=report)
-    adapted, file = load_pipeline("nano-tiny").pipeline, args.work / "lora" / LORA / KOHYA_FILE
-    fuse_lora(adapted, read_lora(file, unet_modules(adapted.unet)))
-    costs = {"steps": lora.steps, "seconds": run.seconds, "file_bytes": file.stat().st_size}
-    rows["LoRA"] = judging.figures(adapted) | costs
-    run = finetune(student, caches["nano-tiny"], full, args.work / "full", report=report)
-    costs = {"steps": full.steps, "seconds": run.seconds}
-    rows["full finetuning"] = judging.figures(load_pipeline(args.work / "full").pipeline) | costs
+    rows = train_and_judge(student, caches["nano-tiny"], lora, judge, args.work, report)
     speed = measure_speed((teacher, student), caches, lora, args.rounds, args.work)
     result = {
         "teacher_sha256": teacher.sha256,
         "student_sha256": student.sha256,
         "word": WORD,
         "style": STYLE,
-        "prompts": len(judging.captions),
+        "prompts": len(judge.captions),
         "batch_size": lora.batch_size,
         "rows": rows,
         "lora_steps_per_s": speed,
@@ -140,12 +152,12 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    text = table(result)
+    text = format_table(result)
     args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def table(result: dict[str, Any]) -> str:
+def format_table(result: dict[str, Any]) -> str:
     """Returns the results as Markdown."""
     lines = [
         f'nano-tiny learns "{result["word"]} ..."; {result["prompts"]} held-out prompts',

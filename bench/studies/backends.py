@@ -93,9 +93,9 @@ def prepare(variant: str, model: Path, work: Path, device: str) -> None:
     if "transformers" in variant:
         from onnxruntime.transformers import optimizer
 
-        made = optimizer.optimize_model(str(graphs / "unet.onnx"), model_type="unet", opt_level=0)
+        optimized = optimizer.optimize_model(str(graphs / "unet.onnx"), model_type="unet", opt_level=0)
         (work / "transformers").mkdir(exist_ok=True)
-        made.save_model_to_file(str(work / "transformers" / "unet.onnx"), use_external_data_format=True)
+        optimized.save_model_to_file(str(work / "transformers" / "unet.onnx"), use_external_data_format=True)
     if "int8" in variant:
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -117,13 +117,13 @@ def precision_of(variant: str) -> Any:
     return next(name for name in ("bf16", "fp16", "fp32") if name in variant or name == "fp32")
 
 
-def feeds(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
+def draw_inputs(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
     """Returns the UNet's inputs, which are the same in every process.
 
     Args:
         config: of the UNet.
-        batch: of the inputs.
-        dtype: of sample and context.
+        batch: number of rows.
+        dtype: of `sample`, (B, 4, H/8, W/8), and `encoder_hidden_states`, (B, 77, D).
         device: of the tensors.
     """
     generator = torch.Generator().manual_seed(0)
@@ -137,7 +137,7 @@ def feeds(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu") -> d
     }
 
 
-def torch_runner(variant: str, model: Path, device: str) -> Any:
+def open_torch_runner(variant: str, model: Path, device: str) -> Any:
     """Returns an open runner of the UNet in torch.
 
     Args:
@@ -161,8 +161,8 @@ def torch_runner(variant: str, model: Path, device: str) -> Any:
     ).open()
 
 
-def exported_runner(variant: str, work: Path, device: str) -> Any:
-    """Returns a runner of the UNet's package, graph or engine, not yet open.
+def open_exported_runner(variant: str, work: Path, device: str) -> Any:
+    """Returns an open runner of the UNet's package, graph or engine.
 
     Args:
         variant: a key of `VARIANTS` or `GPU_VARIANTS`.
@@ -185,15 +185,17 @@ def exported_runner(variant: str, work: Path, device: str) -> Any:
     return open_runner(work / files[kind], device=device, **options)
 
 
-def measure(case: dict[str, Any]) -> dict[str, Any]:
+def measure_variant(case: dict[str, Any]) -> dict[str, Any]:
     """Time one variant in this process; returns its samples and memory."""
     variant, model, device = case["variant"], Path(case["model"]), case["device"]
     cuda = device == "cuda"
     config = json.loads((model / "unet" / "config.json").read_text(encoding="utf-8"))
     use_ieee_fp32()
-    in_torch = variant.split()[0] in ("torch", "compile")
-    runner = torch_runner(variant, model, device) if in_torch else exported_runner(variant, Path(case["work"]), device)
-    inputs, times = feeds(config, case["batch"], DTYPES[precision_of(variant)], device), []
+    if variant.split()[0] in ("torch", "compile"):
+        runner = open_torch_runner(variant, model, device)
+    else:
+        runner = open_exported_runner(variant, Path(case["work"]), device)
+    inputs, times = draw_inputs(config, case["batch"], DTYPES[precision_of(variant)], device), []
     free = torch.cuda.mem_get_info()[0] if cuda else 0
     with torch.no_grad():
         for _ in range(case["warm_up"] + case["samples"]):
@@ -268,7 +270,7 @@ class Study:
 
     def _measure(self, rows: dict[str, Any], batch: int) -> dict[str, list[dict[str, Any]]]:
         """Returns variant → outcomes of its rounds; the reason of a failed one goes to its row."""
-        found: dict[str, list[dict[str, Any]]] = {variant: [] for variant in self.variants}
+        outcomes: dict[str, list[dict[str, Any]]] = {variant: [] for variant in self.variants}
         shared = {"batch": batch, "samples": self.samples, "warm_up": 10 if self.device == "cuda" else 1}
         for _ in range(self.rounds):
             for variant in (v for v in self.variants if "failed" not in rows[v]):
@@ -278,21 +280,21 @@ class Study:
                     rows[variant]["failed"] = outcome["failed"]
                     print(f"{self.name} batch {batch}: {variant:<26} {outcome['failed']}", flush=True)
                 else:
-                    found[variant].append(outcome)
-        return found
+                    outcomes[variant].append(outcome)
+        return outcomes
 
-    def _compare(self, rows: dict[str, Any], batch: int, found: dict[str, list[dict[str, Any]]]) -> None:
+    def _compare(self, rows: dict[str, Any], batch: int, outcomes: dict[str, list[dict[str, Any]]]) -> None:
         """Add speed-ups over torch fp32 and errors to the rows."""
-        outputs = {v: torch.load(output_of(self.work, v), weights_only=True) for v in self.variants if found[v]}
+        outputs = {v: torch.load(output_of(self.work, v), weights_only=True) for v in self.variants if outcomes[v]}
         reference = torch.load(output_of(self.work, "torch fp32"), weights_only=True)
         errors = {variant: relative_l2(output, reference) for variant, output in outputs.items()}
-        medians = {v: statistics.median(ms for outcome in found[v] for ms in outcome["ms"]) for v in errors}
+        medians = {v: statistics.median(ms for outcome in outcomes[v] for ms in outcome["ms"]) for v in errors}
         floor = "torch fp16" if self.device == "cuda" else "torch bf16"
         for variant in (v for v in errors if "failed" not in rows[v]):
             exact = precision_of(variant) == "fp32" and "int8" not in variant
             limit = 1e-4 if exact else 2 * errors[floor]
             row = {
-                "rounds": found[variant],
+                "rounds": outcomes[variant],
                 "median_ms": medians[variant],
                 "speedup": medians["torch fp32"] / medians[variant],
                 "relative_l2": errors[variant],
@@ -317,7 +319,7 @@ def main() -> None:
         case = json.loads(sys.argv[2])
         if "prepare" in case:
             prepare(case["prepare"], Path(case["model"]), Path(case["work"]), case["device"])
-        print(json.dumps({} if "prepare" in case else measure(case)))
+        print(json.dumps({} if "prepare" in case else measure_variant(case)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -357,10 +359,10 @@ def main() -> None:
             json.dumps({"models": models, "environment": environment()}, indent=1) + "\n", encoding="utf-8"
         )
         shutil.rmtree(work, ignore_errors=True)
-    print(table(models))
+    print(format_table(models))
 
 
-def table(models: dict[str, Any]) -> str:
+def format_table(models: dict[str, Any]) -> str:
     """Returns the results as Markdown."""
     lines = []
     for name, rows in models.items():

@@ -134,8 +134,8 @@ def measure(model: str, backend: str, settings: dict[str, str], load: str, work:
     return times
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns one row for each model, backend, setting and load."""
+def measure_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns a row for each model, backend, setting and load, measured in turn."""
     for model in args.models:
         if not graph_path(args.work, model).is_file():
             pipeline: Any = load_pipeline("nano").pipeline if model == "nano" else random_pipeline("sd1", "bk-tiny")
@@ -169,9 +169,10 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, metavar=("MODEL", "BACKEND"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(time_steps(*args.child, args.work)))
+        model, backend = args.child
+        print(json.dumps(time_steps(model, backend, args.work)))
         return
-    rows = run(args)
+    rows = measure_all(args)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"rounds": args.rounds, "rows": rows, "environment": environment()}
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from sdcompress_bench.environment import environment
 from sdcompress_bench.fidelity import compare_steps, make_probe, predict
-from sdcompress_bench.quality import ClipMetric, judge, real_pictures
+from sdcompress_bench.quality import ClipMetric, judge_pipeline, real_pictures
 from sdcompress_bench.scenario import Prompt
 from sdcompress_engines.progress import Reporter
 
@@ -31,7 +30,6 @@ from sdcompress.models import nano
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
-from sdcompress.sampling import generate
 from sdcompress.support.console import ConsoleReporter
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
@@ -62,19 +60,12 @@ class Judge:
         self.probe = make_probe(teacher, pictures[:16], [prompt.caption for prompt in prompts[:16]], TIMESTEPS, 0)
         self.reference = predict(teacher, self.probe)
 
-    def figures(self, pipeline: Any) -> dict[str, float]:
+    def judge(self, pipeline: Any) -> dict[str, float]:
         """Returns style accuracy, retrieval top-5, and the mean relative L2 to the teacher over timesteps."""
         captions = [prompt.caption for prompt in self.prompts]
-        half = torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
-        with torch.inference_mode(), half:
-            images = generate(pipeline, captions, seeds=list(range(len(captions))), batch_size=50)
-        judged = judge(self.metric, images, self.prompts, self.styles)
+        shares = judge_pipeline(self.metric, pipeline, captions, self.prompts, self.styles)
         steps = compare_steps(predict(pipeline, self.probe), self.reference, self.probe.timesteps)
-        return {
-            "style_accuracy": judged["style"].share,
-            "retrieval_top5": judged["top5"].share,
-            "output_relative_l2": statistics.fmean(step.relative_l2 for step in steps),
-        }
+        return shares | {"output_relative_l2": statistics.fmean(step.relative_l2 for step in steps)}
 
 
 def run_arms(
@@ -120,30 +111,30 @@ def main() -> None:
     teacher = load_pipeline("nano")
     pipeline: Any = teacher.pipeline
     cache = open_cache(teacher, args.work / "cache", report)
-    judging = Judge(pipeline, args.prompts)
+    judge = Judge(pipeline, args.prompts)
     untrained = with_unet(pipeline, build_student(pipeline.unet, make_plan(pipeline.unet.config, PLAN)).eval())
-    rows: list[dict[str, Any]] = [{"arm": "teacher", "seed": None} | judging.figures(pipeline)]
-    rows.append({"arm": "untrained", "seed": None} | judging.figures(untrained))
+    rows: list[dict[str, Any]] = [{"arm": "teacher", "seed": None} | judge.judge(pipeline)]
+    rows.append({"arm": "untrained", "seed": None} | judge.judge(untrained))
     config = load_config(DistillConfig, "nano", {"steps": args.steps, "sample_every": 0})
     for arm, seed, folder in run_arms(teacher, cache, config, args.seeds, args.work, report):
-        rows.append({"arm": arm, "seed": seed} | judging.figures(load_pipeline(folder).pipeline))
+        rows.append({"arm": arm, "seed": seed} | judge.judge(load_pipeline(folder).pipeline))
         report.say(json.dumps(rows[-1]))
     result = {
         "teacher_sha256": teacher.sha256,
         "plan": PLAN,
         "steps": config.steps,
         "batch_size": config.batch_size,
-        "prompts": len(judging.prompts),
+        "prompts": len(judge.prompts),
         "rows": rows,
         "environment": environment(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(table(rows, config.steps), encoding="utf-8")
-    print(table(rows, config.steps))
+    args.output.with_suffix(".md").write_text(format_table(rows, config.steps), encoding="utf-8")
+    print(format_table(rows, config.steps))
 
 
-def table(rows: list[dict[str, Any]], steps: int) -> str:
+def format_table(rows: list[dict[str, Any]], steps: int) -> str:
     """Returns the mean over seeds (lowest to highest) of each arm, as Markdown."""
     names = {
         "style_accuracy": "right style",

@@ -1,12 +1,12 @@
-"""The time of the cache's VAE for a picture, and the error of its precision.
+"""How long does the cache's VAE take for a picture, and what error does its precision cause?
 
     python bench/studies/encoding.py -o bench/results/encoding-nano.json
     python bench/studies/encoding.py --model ./rv4.safetensors --data ./pictures --size 512 -o encoding-rv4.json
 
-Time: `LatentEncoder` in fp32 and in bf16, which chooses its batches itself, against fp32 in batches of 32, as in the
-first version of the cache. The encodings run in turn, in another order each round. Error: the relative L2 of a
-picture's latents (the mean of the posterior) to those in IEEE fp32, compared with the effect of saving the picture as
-JPEG at quality 95.
+Time: `LatentEncoder`, which chooses its own batch size, in fp32 and in bf16, against fp32 in batches of 32, as in the
+first version of the cache. The encoders run in turn, in another order each round. Error: the relative L2 of a picture's
+latents (the mean of the posterior) to those in IEEE fp32, compared with the effect of saving the picture as JPEG at
+quality 95.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 
 
 def encode_by_chosen_batches(vae: Any, precision: Any) -> Encode:
+    """Returns the cache's encoder, which chooses its own batch size."""
     encoder = LatentEncoder(vae, DEVICE, precision)
     return lambda pixels: encoder.encode(pixels)[0]
 
 
 def encode_by_fixed_batches(vae: Any) -> Encode:
+    """Returns an encoder in fp32 that takes `FIXED_BATCH` pictures at once."""
     encoder = copy_encoder(vae, DEVICE, "fp32")
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
@@ -54,35 +56,35 @@ def encode_by_fixed_batches(vae: Any) -> Encode:
 
 
 @torch.no_grad()
-def measure_times(encodings: dict[str, Encode], pixels: torch.Tensor, rounds: int) -> dict[str, list[float]]:
-    """Returns encoding → milliseconds a picture, one value a round.
+def measure_times(encoders: dict[str, Encode], pixels: torch.Tensor, rounds: int) -> dict[str, list[float]]:
+    """Returns encoder → milliseconds of a picture, one value for each round.
 
     Args:
-        encodings: by name.
-        pixels: (N, 3, H, W), in [-1, 1], on the CPU.
+        encoders: name → encoder.
+        pixels: (N, 3, H, W), float32, in [-1, 1], on the CPU.
         rounds: how many are timed.
     """
-    found: dict[str, list[float]] = {name: [] for name in encodings}
-    order = list(encodings)
+    times: dict[str, list[float]] = {name: [] for name in encoders}
+    order = list(encoders)
     for number in range(-1, rounds):  # the first round only warms up
         random.Random(number).shuffle(order)
         for name in order:
-            began = time.perf_counter()
-            encodings[name](pixels)
+            started = time.perf_counter()
+            encoders[name](pixels)
             if number >= 0:
-                found[name].append(1000 * (time.perf_counter() - began) / len(pixels))
-    return found
+                times[name].append(1000 * (time.perf_counter() - started) / len(pixels))
+    return times
 
 
 @torch.no_grad()
 def measure_errors(
-    vae: Any, encodings: dict[str, Encode], pictures: Sequence[Image.Image], size_px: int
+    vae: Any, encoders: dict[str, Encode], pictures: Sequence[Image.Image], size_px: int
 ) -> dict[str, Any]:
-    """Returns for each encoding and for JPEG the relative L2 of all latents, and the worst of one picture.
+    """Returns the relative L2 of all latents, and that of the worst picture, for each encoder and for JPEG.
 
     Args:
-        vae: of the pipeline.
-        encodings: by name.
+        vae: in fp32; computes the reference.
+        encoders: name → encoder.
         pictures: what is encoded.
         size_px: side of the pictures.
     """
@@ -90,25 +92,26 @@ def measure_errors(
     encoder = copy_encoder(vae, DEVICE, "fp32")
     with ieee_fp32():
         exact, jpeg = (
-            torch.cat([encoder.encode(each[None].to(DEVICE)).latent_dist.mean.cpu() for each in given])
-            for given in (pixels, to_batch([save_as_jpeg(picture) for picture in pictures], size_px))
+            torch.cat([encoder.encode(each[None].to(DEVICE)).latent_dist.mean.cpu() for each in batch])
+            for batch in (pixels, to_batch([save_as_jpeg(picture) for picture in pictures], size_px))
         )
-    found = {name: encode(pixels).float() for name, encode in encodings.items()} | {"JPEG at quality 95": jpeg}
+    latents = {name: encode(pixels).float() for name, encode in encoders.items()} | {"JPEG at quality 95": jpeg}
     return {
         name: {
-            "relative_l2": relative_l2(latents, exact),
-            "worst": float(((latents - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max()),
+            "relative_l2": relative_l2(values, exact),
+            "worst": float(((values - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max()),
         }
-        for name, latents in found.items()
+        for name, values in latents.items()
     }
 
 
 def to_batch(pictures: Sequence[Image.Image], size_px: int) -> torch.Tensor:
+    """Returns pictures as one tensor, (N, 3, size_px, size_px), float32, in [-1, 1]."""
     return torch.stack([to_pixels(picture, size_px) for picture in pictures])
 
 
 def save_as_jpeg(picture: Image.Image) -> Image.Image:
-    """Returns the picture as it is read after it was saved as JPEG at quality 95."""
+    """Returns the picture after it was saved and loaded as JPEG at quality 95."""
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=95)
     buffer.seek(0)
@@ -119,7 +122,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file")
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--data", default="nano", help="what distill --data takes")
+    parser.add_argument("--data", default="nano", help="a source of pictures, as for distill --data")
     parser.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parser.add_argument("--pictures", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
@@ -127,12 +130,14 @@ def main() -> None:
     vae = load_pipeline(args.model).pipeline.vae
     pictures = [record.picture() for _, record in zip(range(args.pictures), open_source(args.data), strict=False)]
     before = f"fp32, batches of {FIXED_BATCH}"
-    encodings: dict[str, Encode] = {before: encode_by_fixed_batches(vae)} | {
+    encoders: dict[str, Encode] = {before: encode_by_fixed_batches(vae)} | {
         precision: encode_by_chosen_batches(vae, precision) for precision in ("fp32", "bf16")
     }
-    times = measure_times(encodings, to_batch(pictures, args.size), args.rounds)
-    errors = measure_errors(vae, encodings, pictures, args.size)
-    rows = {name: {"ms_a_picture": statistics.median(values), "rounds": values} for name, values in times.items()}
+    times = measure_times(encoders, to_batch(pictures, args.size), args.rounds)
+    errors = measure_errors(vae, encoders, pictures, args.size)
+    rows: dict[str, dict[str, Any]] = {
+        name: {"ms_a_picture": statistics.median(values), "rounds": values} for name, values in times.items()
+    }
     for row in rows.values():
         row["speedup"] = rows[before]["ms_a_picture"] / row["ms_a_picture"]
     settings = {name: str(value) for name, value in vars(args).items() if name != "output"}

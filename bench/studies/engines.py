@@ -124,11 +124,11 @@ def main() -> None:
         text = json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n"
         args.output.write_text(text, encoding="utf-8")
         shutil.rmtree(args.work / "cache", ignore_errors=True)
-        print(table({name: rows[name]}).splitlines()[-1], flush=True)
-    print(table(rows))
+        print(format_table({name: rows[name]}).splitlines()[-1], flush=True)
+    print(format_table(rows))
 
 
-def table(rows: dict[str, Any]) -> str:
+def format_table(rows: dict[str, Any]) -> str:
     """Returns the results as Markdown."""
     lines = [
         "| UNet | parameters | whole command | peak memory | engine | of it: build | fp16 error (torch's own) |",

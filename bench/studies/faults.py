@@ -37,9 +37,10 @@ from sdcompress.support.quiet import quiet
 
 TIMESTEPS, PICTURES, COUNT, SEED = (1, 501, 999), 2, 10, 0
 IN_USE = 0.01
+"""A layer is in use if its removal moves the output by at least this relative L2."""
 
 
-class Judge:
+class GateTest:
     """Tests the gate with faults in one precision.
 
     Args:
@@ -62,8 +63,8 @@ class Judge:
 
     def _errors(self) -> list[float]:
         return [
-            relative_l2(output, right)
-            for output, right in zip(fidelity.predict(self.pipeline, self.probe), self.reference, strict=True)
+            relative_l2(output, expected)
+            for output, expected in zip(fidelity.predict(self.pipeline, self.probe), self.reference, strict=True)
         ]
 
     def limits(self) -> list[float]:
@@ -75,13 +76,13 @@ class Judge:
         with faults.plant(self.pipeline.unet, kind, place, scale):
             return self._errors()
 
-    def caught(self, errors: list[float]) -> bool:
+    def detects(self, errors: list[float]) -> bool:
         """Returns whether a gate with one limit detects the errors."""
         floor = None if self.precision == "fp32" else max(self.floors)
         worst = math.nan if any(map(math.isnan, errors)) else max(errors)
         return not fidelity.gate(worst, floor)["passed"]
 
-    def caught_by_timestep(self, errors: list[float]) -> bool:
+    def detects_by_timestep(self, errors: list[float]) -> bool:
         """Returns whether a gate with a limit for each timestep detects the errors."""
         return any(
             not fidelity.gate(error, None if self.precision == "fp32" else floor)["passed"]
@@ -90,34 +91,64 @@ class Judge:
 
 
 def _short(error: float) -> float:
+    """Returns an error with three digits."""
     return float(f"{error:.3g}")
 
 
-def census(judge: Judge) -> dict[str, dict[str, dict[str, float]]]:
+def take_census(test: GateTest) -> dict[str, dict[str, dict[str, float]]]:
     """Returns kind → place → the worst error in fp32 with the fault (`error`) and without the layer (`removed`)."""
-    unet = judge.pipeline.unet
+    unet = test.pipeline.unet
     scaled = {
         str(p): {
-            "error": _short(max(judge.errors("scaled", p))),
-            "removed": _short(max(judge.errors("scaled", p, 0.0))),
+            "error": _short(max(test.errors("scaled", p))),
+            "removed": _short(max(test.errors("scaled", p, 0.0))),
         }
         for p in faults.candidates(unet, "scaled")
     }
-    heads = {str(p): _short(max(judge.errors("head", p))) for p in faults.candidates(unet, "head")}
+    heads = {str(p): _short(max(test.errors("head", p))) for p in faults.candidates(unet, "head")}
     return {"scaled": scaled, "head": {name: {"error": error, "removed": error} for name, error in heads.items()}}
 
 
-def plantings(judge: Judge, chosen: dict[str, dict[Kind, list[Place]]]) -> list[dict[str, Any]]:
-    """Returns for each draw of places and each kind how many faults the gate detects."""
+def print_census(census: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print how many faults the gate detects in fp32, of all layers and of those in use."""
+    limit = fidelity.gate(0.0, None)["limit"]
+    for kind, layers in census.items():
+        errors = np.array([row["error"] for row in layers.values()])
+        used = np.array([row["removed"] >= IN_USE for row in layers.values()])
+        print(
+            f"census, {kind}: {len(errors)} places, fp32 gate catches {np.mean(errors > limit):.0%}; {used.sum()} in"
+            f" use, of which {np.mean(errors[used] > limit):.0%}; the largest error unseen"
+            f" {errors[errors <= limit].max():.1e}",
+            flush=True,
+        )
+
+
+def choose_places(unet: Any, census: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[Kind, list[Place]]]:
+    """Returns the places of each kind of fault, drawn from all layers (`anywhere`) and from those `in use`."""
+    every = {kind: faults.candidates(unet, kind) for kind in faults.KINDS}
+    in_use = {
+        kind: [p for p in places if census["head" if kind == "head" else "scaled"][str(p)]["removed"] >= IN_USE]
+        for kind, places in every.items()
+    }
+    return {
+        name: {kind: faults.spread(places, COUNT, SEED) for kind, places in candidates.items()}
+        for name, candidates in (("anywhere", every), ("in use", in_use))
+    }
+
+
+def count_detected(test: GateTest, chosen: dict[str, dict[Kind, list[Place]]]) -> list[dict[str, Any]]:
+    """Returns a row for each draw of places and each kind of fault: how many faults the gate detects."""
     rows = []
     for drawn, by_kind in chosen.items():
         for kind, places in by_kind.items():
-            found = {str(place): judge.errors(kind, place) for place in places}
-            missed = {name: max(errors) for name, errors in found.items() if not judge.caught(errors)}
-            by_timestep = sum(judge.caught_by_timestep(errors) for errors in found.values())
-            worst = {name: _short(max(errors)) if np.isfinite(errors).all() else None for name, errors in found.items()}
+            errors_at = {str(place): test.errors(kind, place) for place in places}
+            missed = {name: max(errors) for name, errors in errors_at.items() if not test.detects(errors)}
+            by_timestep = sum(test.detects_by_timestep(errors) for errors in errors_at.values())
+            worst = {
+                name: _short(max(errors)) if np.isfinite(errors).all() else None for name, errors in errors_at.items()
+            }
             row = {
-                "precision": judge.precision,
+                "precision": test.precision,
                 "places": drawn,
                 "kind": kind,
                 "count": len(places),
@@ -126,46 +157,48 @@ def plantings(judge: Judge, chosen: dict[str, dict[Kind, list[Place]]]) -> list[
                 "errors": worst,
             }
             rows.append(row)
-            unseen = (
+            misses = (
                 f"; missed: {', '.join(f'{name} {error:.1e}' for name, error in missed.items())}"
-                if missed and judge.precision == "fp32"
+                if missed and test.precision == "fp32"
                 else ""
             )
             print(
-                f"{judge.precision} {drawn:<9} {kind:<9} caught {row['caught']:2d} of {len(places)}, with a limit for"
-                f" each timestep {by_timestep:2d}{unseen}",
+                f"{test.precision} {drawn:<9} {kind:<9} caught {row['caught']:2d} of {len(places)}, with a limit for"
+                f" each timestep {by_timestep:2d}{misses}",
                 flush=True,
             )
     return rows
 
 
-def least(judge: Judge, fp32: Any) -> dict[str, Any]:
+def measure_least_change(test: GateTest, fp32: Any) -> dict[str, Any]:
     """Returns how small a fault each gate detects, measured in fp32.
 
     As a check, faults a quarter larger and a quarter smaller are planted into the gated precision itself.
+
+    Args:
+        test: the gate in one precision.
+        fp32: the pipeline in fp32.
     """
-    floors, rows = np.array(judge.floors), {}
-    exact = judge.precision == "fp32"
-    whole = max(judge.limits())
-    for name, limit, floor in (
-        ("one limit", whole, 0.0 if exact else float(floors.max())),
-        ("by timestep", judge.limits(), judge.floors),
+    rows = {}
+    places = {str(place): place for place in faults.candidates(test.pipeline.unet, "scaled")}
+    whole_floor = 0.0 if test.precision == "fp32" else max(test.floors)
+    for name, limit, floor, detects in (
+        ("one limit", max(test.limits()), whole_floor, test.detects),
+        ("by timestep", test.limits(), test.floors, test.detects_by_timestep),
     ):
-        found = faults.sensitivity(fp32, judge.probe, limit, floor, COUNT, SEED, len(TIMESTEPS), PICTURES)
-        detects = judge.caught if name == "one limit" else judge.caught_by_timestep
-        seen = {str(place): place for place in faults.candidates(judge.pipeline.unet, "scaled")}
-        tried = [(seen[place], change) for place, change in found.scaled.items() if change is not None]
-        agree = [
-            [detects(judge.errors("scaled", place, 1 + share * change)) for place, change in tried]
+        found = faults.sensitivity(fp32, test.probe, limit, floor, COUNT, SEED, len(TIMESTEPS), PICTURES)
+        tried = [(places[place], change) for place, change in found.scaled.items() if change is not None]
+        above, below = (
+            sum(detects(test.errors("scaled", place, 1 + share * change)) for place, change in tried)
             for share in (1.25, 0.75)
-        ]
-        rows[name] = asdict(found) | {"caught_above": sum(agree[0]), "caught_below": sum(agree[1]), "tried": len(tried)}
+        )
+        rows[name] = asdict(found) | {"caught_above": above, "caught_below": below, "tried": len(tried)}
         middle = "none" if found.least is None else f"{found.least:.2%}"
         low = "none" if found.least_low is None else f"{found.least_low:.2%}"
         print(
-            f"{judge.precision} {name}: least change of one weight seen, median {middle}, lowest {low}, none at"
+            f"{test.precision} {name}: least change of one weight seen, median {middle}, lowest {low}, none at"
             f" {found.blind} of {found.places}; zeroed heads unseen {found.heads_unseen} of {found.heads}; planted in"
-            f" {judge.precision}, a quarter more is caught at {sum(agree[0])} and a quarter less at {sum(agree[1])} of"
+            f" {test.precision}, a quarter more is caught at {above} and a quarter less at {below} of"
             f" {len(tried)}",
             flush=True,
         )
@@ -181,33 +214,19 @@ def main() -> None:
     probe = fidelity.make_probe(
         pipeline, [record.picture() for record in records], [record.caption for record in records], TIMESTEPS, SEED
     )
-    exact = Judge(pipeline, probe, "fp32")
-    counted = census(exact)
-    limit = fidelity.gate(0.0, None)["limit"]
-    for kind, layers in counted.items():
-        errors = np.array([row["error"] for row in layers.values()])
-        used = np.array([row["removed"] >= IN_USE for row in layers.values()])
-        print(
-            f"census, {kind}: {len(errors)} places, fp32 gate catches {np.mean(errors > limit):.0%}; {used.sum()} in"
-            f" use, of which {np.mean(errors[used] > limit):.0%}; the largest error unseen"
-            f" {errors[errors <= limit].max():.1e}",
-            flush=True,
-        )
-    unet = pipeline.unet
-    every = {kind: faults.candidates(unet, kind) for kind in faults.KINDS}
-    in_use = {
-        kind: [p for p in places if counted["head" if kind == "head" else "scaled"][str(p)]["removed"] >= IN_USE]
-        for kind, places in every.items()
-    }
-    chosen = {
-        name: {kind: faults.spread(places, COUNT, SEED) for kind, places in of.items()}
-        for name, of in (("anywhere", every), ("in use", in_use))
-    }
+    exact = GateTest(pipeline, probe, "fp32")
+    census = take_census(exact)
+    print_census(census)
+    chosen = choose_places(pipeline.unet, census)
     rows, gates = [], {}
     for precision in ("fp32", "bf16", "fp16"):
-        judge = exact if precision == "fp32" else Judge(pipeline, probe, precision)
-        rows += plantings(judge, chosen)
-        gates[precision] = {"floors": judge.floors, "limits": judge.limits(), "least": least(judge, pipeline)}
+        test = exact if precision == "fp32" else GateTest(pipeline, probe, precision)
+        rows += count_detected(test, chosen)
+        gates[precision] = {
+            "floors": test.floors,
+            "limits": test.limits(),
+            "least": measure_least_change(test, pipeline),
+        }
     document = {
         "timesteps": TIMESTEPS,
         "pictures": PICTURES,
@@ -215,7 +234,7 @@ def main() -> None:
         "in_use": IN_USE,
         "rows": rows,
         "gates": gates,
-        "census": counted,
+        "census": census,
         "environment": environment(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

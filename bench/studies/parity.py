@@ -29,19 +29,32 @@ from sdcompress.models.random import random_pipeline
 
 BATCHES, TOKENS = (1, 2, 3), (77, 231)
 COMPONENTS = ("unet", "text_encoder", "vae_decoder", "vae_encoder")
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16")
+LARGE = "SD1.5 bk-tiny"
+LATENTS = {"nano": [(8, 8), (16, 16), (24, 16)], LARGE: [(16, 16), (24, 16), (32, 32)]}
+"""Model → height and width of the latents in each case."""
 
 
-def check(
+def list_cases() -> list[tuple[str, str, Precision, str]]:
+    """Returns model, component, precision and host of each comparison."""
+    cases: list[tuple[str, str, Precision, str]] = [
+        ("nano", component, precision, "diffusers") for component in COMPONENTS for precision in PRECISIONS
+    ]
+    cases += [("nano", "unet", "fp32", host) for host in HOSTS if host != "diffusers"]
+    return cases + [(LARGE, "unet", precision, "diffusers") for precision in PRECISIONS]
+
+
+def compare_component(
     pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]], work: Path
 ) -> dict[str, Any]:
-    """Export one component and compare it over the whole grid; returns the row.
+    """Export one component and compare it with torch over the whole grid; returns the row.
 
     Args:
         pipeline: in torch.
-        component: its name.
+        component: one of `COMPONENTS`.
         precision: of the graph.
-        host: its signature.
-        latents: heights and widths of the latents.
+        host: of the signature: a key of `HOSTS`.
+        latents: height and width of the latents in each case.
         work: folder for the graph.
     """
     folder = work / "graph"
@@ -56,8 +69,8 @@ def check(
         [(0, 0)] if component == "text_encoder" else latents,
         TOKENS if component == "unet" else (77,),
     )
-    found = compare_onnx(component, part, precision, folder / f"{component}.onnx", host, cases)
-    return asdict(found) | {
+    comparison = compare_onnx(component, part, precision, folder / f"{component}.onnx", host, cases)
+    return asdict(comparison) | {
         "signature_exact": exact,
         "inputs": [str(spec) for spec in signature.inputs],
         "outputs": [str(spec) for spec in signature.outputs],
@@ -71,28 +84,13 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
     args.work.mkdir(parents=True)
+    pipelines = {"nano": load_pipeline("nano").pipeline, LARGE: random_pipeline("sd1", "bk-tiny", dtype=torch.float16)}
     rows: list[dict[str, Any]] = []
-
-    def add(
-        model: str, pipeline: Any, component: str, precision: Precision, host: str, latents: list[tuple[int, int]]
-    ) -> None:
-        row = {"model": model, "component": component, "precision": precision, "signature": host} | check(
-            pipeline, component, precision, host, latents, args.work
-        )
+    for model, component, precision, host in list_cases():
+        row = {"model": model, "component": component, "precision": precision, "signature": host}
+        row |= compare_component(pipelines[model], component, precision, host, LATENTS[model], args.work)
         rows.append(row)
-        print(line(row), flush=True)
-
-    nano: Any = load_pipeline("nano").pipeline
-    small = [(8, 8), (16, 16), (24, 16)]
-    for component in COMPONENTS:
-        for precision in ("fp32", "fp16"):
-            add("nano", nano, component, precision, "diffusers", small)  # type: ignore[arg-type]
-    for host in HOSTS:
-        if host != "diffusers":
-            add("nano", nano, "unet", "fp32", host, small)
-    large = random_pipeline("sd1", "bk-tiny", dtype=torch.float16)
-    for precision in ("fp32", "fp16"):
-        add("SD1.5 bk-tiny", large, "unet", precision, "diffusers", [(16, 16), (24, 16), (32, 32)])
+        print(format_row(row), flush=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"rows": rows, "environment": environment()}, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(args.work)
@@ -100,7 +98,7 @@ def main() -> None:
         raise SystemExit("over the limit")
 
 
-def line(row: dict[str, Any]) -> str:
+def format_row(row: dict[str, Any]) -> str:
     """Returns a row as one line of text."""
     floor = "" if row["torch_relative_l2"] is None else f", torch {row['precision']} {row['torch_relative_l2']:.1e}"
     return (

@@ -162,7 +162,7 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    text = table(result)
+    text = format_table(result)
     args.output.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
@@ -189,7 +189,7 @@ def measure_speed(graphs: dict[str, Path], feeds: dict[str, Any], rounds: int) -
     return times
 
 
-def table(result: dict[str, Any]) -> str:
+def format_table(result: dict[str, Any]) -> str:
     """Returns the results as Markdown."""
     lines = [
         "Nano's UNet quantized, against fp32",

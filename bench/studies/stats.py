@@ -25,7 +25,7 @@ from sdcompress_bench import stats
 RESULTS = Path(__file__).parents[1] / "results"
 REAL = ("demo.json", "backends-cpu.json")
 RUNS = 200
-FOUND_LEAST, FALSE_MOST = 0.95, 0.05
+DETECTED_LEAST, FALSE_MOST = 0.95, 0.05
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Noise:
 NOISES = {"quiet": Noise(), "busy": Noise(within=0.15, between=0.05, spikes=0.05)}
 
 
-def quantiles(count: int = 20_000) -> list[dict[str, Any]]:
+def check_quantiles(count: int = 20_000) -> list[dict[str, Any]]:
     """Returns quantiles of known distributions: the truth, the result of `summarize_rounds`, and the difference.
 
     The difference is in standard errors of the quantile.
@@ -84,7 +84,7 @@ def quantiles(count: int = 20_000) -> list[dict[str, Any]]:
     rows = []
     for name, (draw, truth) in shapes.items():
         summary = stats.summarize_rounds([draw(np.random.default_rng(0)).tolist()])
-        for share, found in ((0.5, summary.median), (0.9, summary.p90), (0.99, summary.p99)):
+        for share, value in ((0.5, summary.median), (0.9, summary.p90), (0.99, summary.p99)):
             true = float(truth.ppf(share))
             error = math.sqrt(share * (1 - share) / count) / float(truth.pdf(true))
             rows.append(
@@ -92,14 +92,14 @@ def quantiles(count: int = 20_000) -> list[dict[str, Any]]:
                     "distribution": name,
                     "quantile": share,
                     "true": true,
-                    "found": found,
-                    "standard_errors": (found - true) / error,
+                    "found": value,
+                    "standard_errors": (value - true) / error,
                 }
             )
     return rows
 
 
-def rounds_bootstrap(
+def bootstrap_rounds(
     rounds: list[list[float]], random: np.random.Generator, resamples: int = 300
 ) -> tuple[float, float]:
     """Returns the interval that `summarize_rounds` does not use: a bootstrap over rounds and their samples.
@@ -119,7 +119,7 @@ def rounds_bootstrap(
     return low, high
 
 
-def coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[str, float]:
+def measure_coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[str, float]:
     """Returns the shares of runs whose interval contains the true value: three intervals of a median, one of a ratio.
 
     `width` is the median width of the first interval.
@@ -140,12 +140,12 @@ def coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[s
         summary = stats.summarize_rounds(drawn)
         ratio = stats.change(drawn, noise.draw(random, rounds, samples, 10.0 * 1.05))
         pooled = stats.median_interval([sample for of_round in drawn for sample in of_round], seed, resamples=300)
-        found = {
+        intervals = {
             "over rounds, Student": (summary.low, summary.high),
-            "over rounds, bootstrap": rounds_bootstrap(drawn, random),
+            "over rounds, bootstrap": bootstrap_rounds(drawn, random),
             "over samples, bootstrap": pooled,
         }
-        hits.update(name for name, (low, high) in found.items() if low <= truth <= high)
+        hits.update(name for name, (low, high) in intervals.items() if low <= truth <= high)
         hits["ratio, Welch"] += ratio.low <= 1.05 <= ratio.high
         widths.append((summary.high - summary.low) / summary.median)
     return {
@@ -154,7 +154,7 @@ def coverage(noise: Noise, rounds: int, seeds: int, samples: int = 20) -> dict[s
     } | {"width": float(np.median(widths))}
 
 
-def planted(noise: Noise, rounds: int, factor: float, runs: int = RUNS, samples: int = 20) -> dict[str, float]:
+def compare_planted(noise: Noise, rounds: int, factor: float, runs: int = RUNS, samples: int = 20) -> dict[str, float]:
     """Returns verdict → share of pairs of runs, the second of which is slower by `factor`.
 
     Args:
@@ -175,14 +175,14 @@ def planted(noise: Noise, rounds: int, factor: float, runs: int = RUNS, samples:
     return {verdict: verdicts[verdict] / runs for verdict in ("faster", "slower", "same", "unknown")}
 
 
-def real_noise(path: Path) -> list[dict[str, Any]]:
+def measure_noise(path: Path) -> list[dict[str, Any]]:
     """Returns rounds, samples, and the spread within and between rounds of each case in a results file.
 
     The spreads are those of `Noise`. Within: from the interquartile range, which spikes do not move. Between: the
     standard deviation of the logs of the round medians, without the scatter of a median of so many samples.
     """
     rows = []
-    for name, rounds in _measured(json.loads(path.read_text(encoding="utf-8"))):
+    for name, rounds in _find_rounds(json.loads(path.read_text(encoding="utf-8"))):
         logs = [np.log(of_round) for of_round in rounds if len(of_round) >= 5]
         if not logs:
             continue
@@ -206,8 +206,8 @@ def real_noise(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _measured(value: Any, name: str = "") -> Iterator[tuple[str, list[list[float]]]]:
-    """Yields name and rounds of each case, in either format: `samples_ms` by stage, or `rounds` with their `ms`."""
+def _find_rounds(value: Any, name: str = "") -> Iterator[tuple[str, list[list[float]]]]:
+    """Yield name and rounds of each case, in either format: `samples_ms` by stage, or `rounds` with their `ms`."""
     if isinstance(value, dict):
         own = value.get("key") or name
         for stage, rounds in value.get("samples_ms", {}).items():
@@ -215,25 +215,25 @@ def _measured(value: Any, name: str = "") -> Iterator[tuple[str, list[list[float
         if isinstance(value.get("rounds"), list) and all(isinstance(of_round, dict) for of_round in value["rounds"]):
             yield own, [of_round["ms"] for of_round in value["rounds"] if "ms" in of_round]
         for key, inner in value.items():
-            yield from _measured(inner, name if key in ("models", "batch", "latency") else f"{name} {key}".strip())
+            yield from _find_rounds(inner, name if key in ("models", "batch", "latency") else f"{name} {key}".strip())
     elif isinstance(value, list):
         for inner in value:
-            yield from _measured(inner, name)
+            yield from _find_rounds(inner, name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
-    found = quantiles()
+    quantiles = check_quantiles()
     print(
-        f"quantiles of {len({row['distribution'] for row in found})} known distributions: at most"
-        f" {max(abs(row['standard_errors']) for row in found):.1f} standard errors off"
+        f"quantiles of {len({row['distribution'] for row in quantiles})} known distributions: at most"
+        f" {max(abs(row['standard_errors']) for row in quantiles):.1f} standard errors off"
     )
     covered: list[dict[str, Any]] = []
     for name, noise in NOISES.items():
         for rounds in (2, 3, 5, 10):
-            shares = coverage(noise, rounds, 500)
+            shares = measure_coverage(noise, rounds, 500)
             covered.append({"noise": name, "rounds": rounds} | shares)
             print(
                 f"95% intervals hold the truth, {name:<5} {rounds:2d} rounds: "
@@ -243,18 +243,18 @@ def main() -> None:
     for name, noise in NOISES.items():
         for rounds in (3, 5, 10):
             for factor in (1.0, 1.02, 1.05, 1.10):
-                shares = planted(noise, rounds, factor)
+                shares = compare_planted(noise, rounds, factor)
                 verdicts.append({"noise": name, "rounds": rounds, "planted": factor} | shares)
                 print(
                     f"planted {factor - 1:.0%}, {name:<5} {rounds:2d} rounds: "
                     + ", ".join(f"{verdict} {share:.1%}" for verdict, share in shares.items())
                 )
-    real = [row for file in REAL for row in real_noise(RESULTS / file)]
+    real = [row for file in REAL for row in measure_noise(RESULTS / file)]
     for file in REAL:
         rows = [row for row in real if row["file"] == file]
         between = [row["between"] for row in rows if row["between"] is not None]
-        spread = f", between rounds {_middle(between)}" if between else ", one round each"
-        print(f"{file}: {len(rows)} cases, inside a round {_middle([row['within'] for row in rows])}{spread}")
+        spread = f", between rounds {_format_spread(between)}" if between else ", one round each"
+        print(f"{file}: {len(rows)} cases, inside a round {_format_spread([row['within'] for row in rows])}{spread}")
     constants = {
         name: getattr(stats, name) for name in ("LEVEL", "SIGNIFICANCE", "LEAST_CHANGE", "SAME_WITHIN", "LEAST_ROUNDS")
     }
@@ -262,7 +262,7 @@ def main() -> None:
         "constants": constants,
         "noises": {name: asdict(noise) for name, noise in NOISES.items()},
         "runs": RUNS,
-        "quantiles": found,
+        "quantiles": quantiles,
         "coverage": covered,
         "planted": verdicts,
         "real": real,
@@ -270,11 +270,12 @@ def main() -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     quiet = {row["planted"]: row for row in verdicts if (row["noise"], row["rounds"]) == ("quiet", 5)}
-    if quiet[1.05]["slower"] < FOUND_LEAST or 1 - quiet[1.0]["same"] - quiet[1.0]["unknown"] > FALSE_MOST:
+    if quiet[1.05]["slower"] < DETECTED_LEAST or 1 - quiet[1.0]["same"] - quiet[1.0]["unknown"] > FALSE_MOST:
         raise SystemExit("a planted change was missed, or found where there was none, too often")
 
 
-def _middle(values: list[float]) -> str:
+def _format_spread(values: list[float]) -> str:
+    """Returns the median, and the range of the middle 80%."""
     low, median, high = np.quantile(values, [0.1, 0.5, 0.9]).tolist()
     return f"{median:.1%} ({low:.1%} to {high:.1%} for eight in ten)"
 

@@ -1,4 +1,4 @@
-"""The time that the WebUI extension adds to a step: a UNet call through the extension against the runner alone.
+"""How much time does the WebUI extension add to a step? A UNet call through the extension against the runner alone.
 
     python bench/studies/webui_overhead.py -o bench/results/webui-overhead-cpu.json --work build/webui-overhead
     python bench/studies/webui_overhead.py -o bench/results/webui-overhead-gpu.json --work build/webui-overhead
@@ -49,13 +49,13 @@ def prepare(work: Path, device: str) -> tuple[Path, Any]:
     return (graphs if device == "cpu" else engine), pipeline.unet
 
 
-def timed(call: Callable[[], torch.Tensor], device: str) -> tuple[float, torch.Tensor]:
+def time_call(call: Callable[[], torch.Tensor], device: str) -> tuple[float, torch.Tensor]:
     """Returns the milliseconds of a call, with an idle device at both ends, and its result."""
     started = time.perf_counter()
-    out = call()
+    output = call()
     if device != "cpu":
         torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started), out
+    return 1000 * (time.perf_counter() - started), output
 
 
 def measure(folder: Path, unet: Any, work: Path, device: str, calls: int, rounds: int) -> dict[str, Any]:
@@ -75,39 +75,35 @@ def measure(folder: Path, unet: Any, work: Path, device: str, calls: int, rounds
     shutil.rmtree(root, ignore_errors=True)
     (root / "models" / "sdcompress").mkdir(parents=True)
     (root / "models" / "sdcompress" / "measured").symlink_to(folder.resolve())
-    draw, size, dtype = (
-        torch.Generator().manual_seed(0),
-        unet.config.sample_size,
-        torch.float32 if device == "cpu" else torch.float16,
-    )
-    x, context = (
-        torch.randn(shape, generator=draw).to(device, dtype)
-        for shape in ((2, unet.config.in_channels, size, size), (2, 77, unet.config.cross_attention_dim))
-    )
+    generator, dtype = torch.Generator().manual_seed(0), torch.float32 if device == "cpu" else torch.float16
+    side, channels, width = unet.config.sample_size, unet.config.in_channels, unet.config.cross_attention_dim
+    sample = torch.randn(2, channels, side, side, generator=generator).to(device, dtype)
+    context = torch.randn(2, 77, width, generator=generator).to(device, dtype)
+    inputs = (sample, torch.full((2,), 501.0, device=device), context)
     host = WebUI(root, unet)
     host.devices.device = torch.device(device)
-    found, order = [], random.Random(0)
+    samples, order = [], random.Random(0)
     with running(host):
         host.load_extension(PLUGIN)
         title = next(label for label in host.list_unets() if "measured" in label)
         for _ in range(rounds):
             host.apply_unet(title)
-            found.append(one_round(host, (x, torch.full((2,), 501.0, device=device), context), device, calls, order))
+            samples.append(measure_round(host, inputs, device, calls, order))
             host.apply_unet("None")
-    return {"label": title, "sample": list(x.shape), "dtype": str(dtype).removeprefix("torch."), "rounds": found}
+    return {"label": title, "sample": list(sample.shape), "dtype": str(dtype).removeprefix("torch."), "rounds": samples}
 
 
-def one_round(
+def measure_round(
     host: Any, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], device: str, calls: int, order: random.Random
 ) -> dict[str, list[float]]:
     """Returns `runner` and `extension` → milliseconds of their calls, in a new random order for every pair.
 
     Args:
         host: the running WebUI.
-        inputs: sample, timesteps and context of the UNet.
+        inputs: sample, (2, C, H/8, W/8), timesteps, (2,), and context, (2, 77, D), on the device.
         device: `cpu` or `cuda`.
         calls: of each kind.
-        order: the source of the orders.
+        order: draws the order of each pair.
     """
     host.predict(*inputs)  # opens the engine
     (runner,) = host.sd_unet.current_unet.hosted.engines.runners.values()
@@ -117,17 +113,17 @@ def one_round(
         "extension": lambda: host.predict(*inputs),
     }
     for _ in range(max(3, calls // 10)):
-        answers = [timed(call, device)[1] for call in kinds.values()]
-    if not torch.equal(*answers):
+        outputs = [time_call(call, device)[1] for call in kinds.values()]
+    if not torch.equal(*outputs):
         raise SystemExit("the outputs of the runner and the extension differ")
     samples: dict[str, list[float]] = {kind: [] for kind in kinds}
     for _ in range(calls):
         for kind in order.sample(list(kinds), 2):
-            samples[kind].append(timed(kinds[kind], device)[0])
+            samples[kind].append(time_call(kinds[kind], device)[0])
     return samples
 
 
-def summary(rounds: list[dict[str, list[float]]]) -> dict[str, Any]:
+def summarize(rounds: list[dict[str, list[float]]]) -> dict[str, Any]:
     """Returns the medians of both kinds of calls, and the overhead.
 
     The overhead is the median difference of pairs with its 95% interval, in ms and over the runner's median.
@@ -160,12 +156,12 @@ def main() -> int:
     options = parser.parse_args()
     sys.path[:0] = [str(ROOT), str(PLUGIN)]
     folder, unet = prepare(options.work, options.device)
-    found = measure(folder, unet, options.work, options.device, options.calls, options.rounds)
-    found |= {"summary": summary(found["rounds"]), "environment": environment()}
+    result = measure(folder, unet, options.work, options.device, options.calls, options.rounds)
+    result |= {"summary": summarize(result["rounds"]), "environment": environment()}
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    figures = found["summary"]
-    calls = f"{found['label']}, {figures['calls']} calls each way"
+    options.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    figures = result["summary"]
+    calls = f"{result['label']}, {figures['calls']} calls of each kind"
     times = f"runner {figures['runner_ms']:.2f} ms, through the extension {figures['extension_ms']:.2f} ms"
     added = f"added {figures['added_ms']:.3f} ms ({figures['added_low_ms']:.3f} to {figures['added_high_ms']:.3f})"
     print(f"{calls}: {times}, {added}, {figures['overhead']:.1%} (aim {AIM:.0%})")

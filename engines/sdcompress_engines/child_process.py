@@ -55,7 +55,7 @@ class ChildProcess:
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, [*map(str, paths), variables.get("PYTHONPATH")]))
         self.timed_out = False
         self._printed: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 (closed by `close`)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,

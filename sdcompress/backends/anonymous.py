@@ -30,9 +30,9 @@ def anonymize(text: str, *, names: bool = True) -> str:
     """
     for folder, sign in _known_folders():
         text = re.sub(re.escape(folder) + r"(?![\w.-])", sign, text, flags=_case())
-    text = _QUOTED.sub(lambda found: f"{found[1]}.../{found[3]}{found[1]}", text)
-    text = _WINDOWS.sub(lambda found: f".../{found[1]}", text)
-    text = _UNIX.sub(lambda found: f".../{found[1]}", text)
+    text = _QUOTED.sub(lambda match: f"{match[1]}.../{match[3]}{match[1]}", text)
+    text = _WINDOWS.sub(lambda match: f".../{match[1]}", text)
+    text = _UNIX.sub(lambda match: f".../{match[1]}", text)
     for name, sign in _known_names() if names else ():
         text = re.sub(rf"(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])", sign, text, flags=re.IGNORECASE)
     return text

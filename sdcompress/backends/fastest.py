@@ -108,7 +108,7 @@ def find_fastest(model: str | Path, *, device: str = "cpu", report: Reporter = S
     path = cache_folder() / "models" / digest[:16] / f"auto-{torch.device(device).type}.json"
     key = machine_key(device)
     try:
-        known = json.loads(path.read_text())
+        known = json.loads(path.read_text(encoding="utf-8"))
         if known["key"] == key:
             return known["backend"], known["precision"]
     except (OSError, ValueError, KeyError):
@@ -165,7 +165,7 @@ def measure_backends(
             if candidate not in failed:
                 answer = Path(folder) / f"{candidate.backend}-{candidate.precision}.pt"
                 case = {"model": str(model), **asdict(candidate), "device": device}
-                outcome = _run_worker(case | {"batch": batch, "samples": samples, "answer": str(answer)})
+                outcome = time_in_process(case | {"batch": batch, "samples": samples, "answer": str(answer)})
                 if "failed" in outcome:
                     failed[candidate] = outcome["failed"]
                 else:
@@ -198,7 +198,7 @@ def _judge(
     return Measured(candidate, statistics.median(times), error, limit, over)
 
 
-def _run_worker(case: dict[str, Any]) -> dict[str, Any]:
+def time_in_process(case: dict[str, Any]) -> dict[str, Any]:
     """Time one candidate in a process of its own. Returns `ms`, the samples, or `failed`, the reason."""
     outcome: dict[str, Any] = {}
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}

@@ -99,9 +99,9 @@ def check_packages(has_driver: bool) -> Check:
         )
     wrong = _unmet_requirements()
     if not wrong:
-        return Check("packages", True, "as sdcompress asks for")
-    text = "; ".join(f"{name} {found or 'is missing'}, {wanted} is needed" for name, found, wanted in wrong)
-    return Check("packages", False, text, "pip install " + " ".join(f"'{name}{wanted}'" for name, _, wanted in wrong))
+        return Check("packages", True, "as sdcompress requires")
+    text = "; ".join(f"{name} {version or 'is missing'}, {needed} is needed" for name, version, needed in wrong)
+    return Check("packages", False, text, "pip install " + " ".join(f"'{name}{needed}'" for name, _, needed in wrong))
 
 
 def import_fault(module: str) -> str | None:
@@ -128,11 +128,11 @@ def _unmet_requirements() -> list[tuple[str, str | None, str]]:
         return []
     wrong = []
     for requirement in map(Requirement, stated):
-        found = _version(requirement.name)
+        installed = _version(requirement.name)
         needed = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        fits = found is not None and requirement.specifier.contains(found, prereleases=True)
-        if not fits and (needed or found is not None):
-            wrong.append((requirement.name, found, str(requirement.specifier)))
+        fits = installed is not None and requirement.specifier.contains(installed, prereleases=True)
+        if not fits and (needed or installed is not None):
+            wrong.append((requirement.name, installed, str(requirement.specifier)))
     return wrong
 
 
@@ -162,7 +162,7 @@ def check_card(driver: Driver | None) -> Check:
 
 def _install_torch() -> str:
     if sys.platform == "win32":
-        return "install torch with CUDA from PyTorch's own index, as its start page says"
+        return "install torch with CUDA from PyTorch's own index, as its start page describes"
     return f"pip install --force-reinstall torch=={torch.__version__.partition('+')[0]}"
 
 

@@ -24,7 +24,7 @@ def _cpu_name() -> str:
     try:
         return next(
             line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
             if line.startswith("model name")
         )
     except (OSError, StopIteration):

@@ -47,16 +47,18 @@ def small_unet(config: Mapping[str, Any]) -> Any:
     """
     from diffusers import UNet2DConditionModel
 
-    kept = {
+    changes: dict[str, Any] = {
         "block_out_channels": list(config["block_out_channels"])[:2],
         "down_block_types": [config["down_block_types"][0], "DownBlock2D"],
         "up_block_types": ["UpBlock2D", config["up_block_types"][-1]],
         "layers_per_block": 1,
         "mid_block_type": None,
     }
+    # diffusers ignores what is listed here, so the list must not have what is changed.
+    defaults = [name for name in config.get("_use_default_values", ()) if name not in changes]
     with torch.random.fork_rng([]), torch.no_grad():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel.from_config(dict(config) | kept).eval()
+        unet = UNet2DConditionModel.from_config(dict(config) | changes | {"_use_default_values": defaults}).eval()
         for weight in unet.parameters():
             if weight.ndim == 1:  # norms and biases are ones and zeros, which would hide a fault in them
                 weight.add_(0.1 * torch.randn_like(weight))

@@ -179,7 +179,7 @@ def _run(suite: Suite, skipped: dict[str, str], output: Path, *, force: bool, st
 
     results = run_suite(suite, output, ConsoleReporter(), force, skipped=skipped, command=typed_command())
     if as_json:
-        click.echo((output / "results.json").read_text())
+        click.echo((output / "results.json").read_text(encoding="utf-8"))
     else:
         _print_card(results, output)
     failures = results.failed_gates()

@@ -142,7 +142,7 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
     marker = partial / BUILD
     if marker.is_file():
         try:
-            begun = {"precision": "fp32"} | json.loads(marker.read_text())
+            begun = {"precision": "fp32"} | json.loads(marker.read_text(encoding="utf-8"))
         except (ValueError, TypeError):
             begun = {}
         done = len(list(partial.glob("unit-*.json")))
@@ -154,7 +154,7 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
             report.say(f"cache: starting over: its {done} units were encoded in {before}, this build encodes in {now}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    marker.write_text(json.dumps(identity, sort_keys=True))
+    marker.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
 
 
 def _encode_units(partial: Path, source: Source, encoder: UnitEncoder, state: PartialState, report: Reporter) -> None:
@@ -198,7 +198,7 @@ def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
         "tiled": unit.tiled,
         "tile_px": unit.tile_px,
     }
-    temporary.write_text(json.dumps(facts))
+    temporary.write_text(json.dumps(facts), encoding="utf-8")
     replace_file(temporary, folder / f"{unit_name(number)}.json")
 
 
@@ -230,7 +230,7 @@ def _sum_units(folder: Path, count: int) -> _Totals:
     caption_entries = captions = tiled = 0
     tiles_px: list[int] = []
     for number in range(count):
-        facts = json.loads((folder / f"{unit_name(number)}.json").read_text())
+        facts = json.loads((folder / f"{unit_name(number)}.json").read_text(encoding="utf-8"))
         skipped.merge(Skipped(facts["read"], facts["reasons"], facts["filtered"], set(facts["fields"])))
         tiled += facts.get("tiled", 0)
         tiles_px += [facts["tile_px"]] if facts.get("tile_px") else []

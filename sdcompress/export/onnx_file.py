@@ -37,20 +37,38 @@ def write_onnx(
     Raises:
         ExportError: torch could not export it.
     """
+    program = trace_graph(graph, wanted, opset)
+    if runtime == "onnxruntime":
+        use_onnxruntime_ops(program.model)
+    _name_ports(program.model, wanted)
+    _remove_traces(program.model)
+    large = sum(weight.numel() * weight.element_size() for weight in graph.parameters()) > _ONE_FILE_BYTES
+    program.save(str(path), external_data=large)
+
+
+def trace_graph(graph: ComponentGraph, wanted: Signature, opset: int) -> torch.onnx.ONNXProgram:
+    """Returns a component as torch exports it, with names of torch's own.
+
+    Args:
+        graph: the component.
+        wanted: its signature, for the shapes and dtypes of the inputs.
+        opset: of the standard operators.
+
+    Raises:
+        ExportError: torch could not export it.
+    """
     example = example_of(wanted, graph.part.config)
     try:
-        with silence():
+        with silence(), torch.no_grad():  # without gradients the trace is faster
             program = torch.onnx.export(
                 graph,
                 tuple(example.inputs.values()),
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=tuple(example.dynamic_shapes.values()),
-                input_names=[spec.name for spec in wanted.inputs],
-                output_names=[spec.name for spec in wanted.outputs],
                 verbose=False,
             )
-    except Exception as error:
+    except Exception as error:  # torch's exporter raises errors of many classes
         raise ExportError(
             f"torch could not export the {wanted.component} at opset {opset} ({type(error).__name__}:"
             f" {shorten(error.__cause__ or error)})",
@@ -58,33 +76,32 @@ def write_onnx(
         ) from error
     if program is None:
         raise ExportError(f"torch exported nothing for the {wanted.component}")
-    if runtime == "onnxruntime":
-        use_onnxruntime_ops(program.model)
-    _remove_traces(program.model, wanted)
-    large = sum(p.numel() * p.element_size() for p in graph.parameters()) > _ONE_FILE_BYTES
-    program.save(str(path), external_data=large)
+    return program
 
 
-def _remove_traces(model: Any, wanted: Signature) -> None:
-    """Name the free axes as the signature does, and remove what the exporter adds.
-
-    That is paths of this machine, and half of a small file.
+def _name_ports(model: Any, wanted: Signature) -> None:
+    """Give the inputs and outputs the names and axis names of a signature.
 
     Args:
         model: an `onnx_ir.Model`.
         wanted: the signature.
     """
     for value, spec in zip((*model.graph.inputs, *model.graph.outputs), (*wanted.inputs, *wanted.outputs), strict=True):
+        value.name = spec.name
         value.shape = type(value.shape)(spec.shape)
+
+
+def _remove_traces(model: Any) -> None:
+    """Remove what the exporter adds to an `onnx_ir.Model`: paths of this machine, and half of a small file."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    kept = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    ports = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     for node in model.graph.all_nodes():
         node.metadata_props.clear()
         node.doc_string = None
         for value in node.outputs:
             value.metadata_props.clear()
-            if id(value) not in kept:  # shapes with the axis names of the trace; every runtime infers them again
+            if id(value) not in ports:  # shapes with the axis names of the trace; every runtime infers them again
                 value.shape = None
     for value in (*model.graph.inputs, *model.graph.initializers.values()):
         value.metadata_props.clear()

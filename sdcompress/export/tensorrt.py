@@ -199,5 +199,7 @@ def shape_ranges(
 
 
 def _read_config(onnx_folder: Path, component: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((onnx_folder / "pipeline" / PARTS[component] / "config.json").read_text())
+    config: dict[str, Any] = json.loads(
+        (onnx_folder / "pipeline" / PARTS[component] / "config.json").read_text(encoding="utf-8")
+    )
     return config

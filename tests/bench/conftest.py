@@ -1,4 +1,4 @@
-"""A pipeline and a CLIP of a few thousand random weights, for what does not depend on training."""
+"""A pipeline and a CLIP with a few thousand random weights, for tests that do not depend on training."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_unet() -> Any:
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A diffusers pipeline of SD1's topology, 64×64 px."""
+    """A diffusers pipeline with SD1's topology, 64×64 px."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -105,3 +105,12 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Six real pictures and counterparts: two with a little noise, two with much noise, two other pictures."""
+    from .metric_data import real_pictures, spoil
+
+    x = real_pictures("heldout", 6)
+    return x, torch.cat([spoil(x[:2], 0.02), spoil(x[2:4], 0.3), x[:2]])

@@ -1,6 +1,4 @@
-"""Planted faults: where they go, that they leave no trace, that the gate sees them, and that the least one it sees is
-that.
-"""
+"""Planted faults: their places, that they leave no trace, that the gate detects them, and the least one it detects."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from sdcompress_engines.exactness import relative_l2
 
 @pytest.fixture(scope="module")
 def unet() -> Any:
-    """Two levels with everything a UNet has; every weight random, so that each shows."""
+    """A UNet of two levels with every kind of layer; all weights are random, so that each has an effect."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -74,7 +72,7 @@ def test_every_layer_and_every_head_is_a_place(unet: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fault_shows_and_leaves_no_trace(unet: Any, probe: Probe, kind: Any) -> None:
+def test_a_fault_changes_the_output_and_leaves_no_trace(unet: Any, probe: Probe, kind: Any) -> None:
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     reference = predict(unet, probe)
     for place in places(unet, kind, 4):
@@ -153,7 +151,7 @@ def test_an_overflow_anywhere_fails_the_gate_and_a_saturated_one_stays_finite(un
             assert math.isfinite(worst(unet, probe, reference))
 
 
-def test_a_gate_of_the_error_of_2_percent_sees_2_percent_at_the_least(unet: Any, probe: Probe) -> None:
+def test_a_gate_at_the_error_of_2_percent_detects_2_percent_at_the_least(unet: Any, probe: Probe) -> None:
     reference = predict(unet, probe)
     for place in places(unet, "scaled", 4):
         with plant(unet, "scaled", place):
@@ -183,7 +181,7 @@ def test_just_more_than_the_least_change_fails_the_gate_and_just_less_passes(une
             assert worst(unet, probe, reference) == pytest.approx(error, rel=1e-4)
 
 
-def test_a_gate_that_is_wide_open_sees_nothing_and_one_that_is_shut_sees_all(unet: Any, probe: Probe) -> None:
+def test_a_very_wide_gate_detects_nothing_and_a_very_narrow_one_all(unet: Any, probe: Probe) -> None:
     blind = sensitivity(unet, probe, 1e3, count=5)
     assert (blind.least, blind.least_low, blind.blind, blind.heads_unseen) == (None, None, 5, 5)
     sharp = sensitivity(unet, probe, 1e-7, count=5)
@@ -192,7 +190,7 @@ def test_a_gate_that_is_wide_open_sees_nothing_and_one_that_is_shut_sees_all(une
     assert sharp.least < 1e-2
 
 
-def test_a_limit_for_each_timestep_is_asked_of_each(unet: Any, probe: Probe) -> None:
+def test_a_limit_for_each_timestep_applies_to_that_timestep(unet: Any, probe: Probe) -> None:
     one, same = (sensitivity(unet, probe, limit, count=4) for limit in (1e-3, [1e-3] * 3))
     assert one == same
     only_the_last = sensitivity(unet, probe, [1e3, 1e3, 1e-3], count=4)
@@ -219,7 +217,7 @@ def test_a_thinned_probe_keeps_its_ends(probe: Probe) -> None:
     assert thin(probe, 9, 9).timesteps == probe.timesteps
 
 
-def test_what_cannot_be_judged_is_refused(unet: Any, probe: Probe) -> None:
+def test_other_models_and_limits_that_judge_nothing_are_refused(unet: Any, probe: Probe) -> None:
     runner = SimpleNamespace(dtype=torch.float32)
     with pytest.raises(ModelError, match="no PyTorch UNet in fp32"):
         sensitivity(SimpleNamespace(unet=runner), probe, 1e-4)

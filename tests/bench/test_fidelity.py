@@ -1,4 +1,4 @@
-"""Distances that see what they must see: a scaled weight, a shifted picture, equal tensors."""
+"""Distances detect a scaled weight and a shifted picture, and are zero for equal tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def probe() -> Probe:
     return Probe(torch.randn(2, 2, 4, 8, 8, generator=noise), (1, 901), torch.randn(2, 77, 16, generator=noise))
 
 
-def test_scaled_weights_show_in_relative_l2_and_hide_from_cosine(pipeline: Any, probe: Probe) -> None:
+def test_scaled_weights_change_relative_l2_but_not_the_cosine(pipeline: Any, probe: Probe) -> None:
     scaled = copy.copy(pipeline)
     scaled.unet = copy.deepcopy(pipeline.unet)
     with torch.no_grad():
@@ -46,25 +46,25 @@ def test_scaled_weights_show_in_relative_l2_and_hide_from_cosine(pipeline: Any, 
     assert not fidelity.gate(max(s.relative_l2 for s in off), None)["passed"]
 
 
-def test_lower_precision_is_held_against_its_own_noise_floor() -> None:
+def test_the_limit_of_a_lower_precision_is_twice_its_noise_floor() -> None:
     assert fidelity.gate(0.0019, noise_floor=0.001)["passed"]
     assert not fidelity.gate(0.0021, noise_floor=0.001)["passed"]
 
 
 def test_each_timestep_has_its_own_limit() -> None:
-    def at(*errors: float) -> list[fidelity.StepError]:
+    def steps_with(*errors: float) -> list[fidelity.StepError]:
         return [fidelity.StepError(t, error, 1.0, 60.0) for t, error in zip((1, 501, 999), errors, strict=True)]
 
-    floors = at(0.03, 0.004, 0.003)
-    sound = fidelity.gate_steps(at(0.03, 0.006, 0.003), floors)
+    floors = steps_with(0.03, 0.004, 0.003)
+    sound = fidelity.gate_steps(steps_with(0.03, 0.006, 0.003), floors)
     assert (sound["passed"], sound["timestep"], sound["error"], sound["limit"]) == (True, 501, 0.006, 0.008)
     assert sound["limits"] == [0.06, 0.008, 0.006]
-    hidden = fidelity.gate_steps(at(0.03, 0.009, 0.003), floors)
+    hidden = fidelity.gate_steps(steps_with(0.03, 0.009, 0.003), floors)
     assert (hidden["passed"], hidden["timestep"]) == (False, 501)
-    assert fidelity.gate_steps(at(1e-6, 2e-6, 3e-6), None)["limit"] == 1e-4
+    assert fidelity.gate_steps(steps_with(1e-6, 2e-6, 3e-6), None)["limit"] == 1e-4
     for bad in (float("nan"), float("inf")):
-        assert not fidelity.gate_steps(at(0.01, bad, 0.001), floors)["passed"]
-        assert not fidelity.gate_steps(at(0.01, bad, 0.001), None)["passed"]
+        assert not fidelity.gate_steps(steps_with(0.01, bad, 0.001), floors)["passed"]
+        assert not fidelity.gate_steps(steps_with(0.01, bad, 0.001), None)["passed"]
 
 
 def test_probe_is_noised_more_at_later_timesteps_and_repeats(pipeline: Any) -> None:
@@ -77,7 +77,7 @@ def test_probe_is_noised_more_at_later_timesteps_and_repeats(pipeline: Any) -> N
     assert relative_l2(first.latents[1], noise) < 0.2 < relative_l2(first.latents[0], noise)
 
 
-def test_an_error_that_is_no_number_never_passes(pipeline: Any, probe: Probe) -> None:
+def test_an_error_that_is_not_finite_never_passes(pipeline: Any, probe: Probe) -> None:
     for value in (float("nan"), float("inf")):
         assert not fidelity.gate(value, None)["passed"]
         assert not fidelity.gate(value, 0.001)["passed"]

@@ -1,4 +1,4 @@
-"""Figures of sets of pictures: what is equal, what is far, and what is left out."""
+"""Figures of picture sets: equal sets, different sets, and figures that are left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdcompress_engines.errors import BackendMissing
 
 
 def draw(folder: Path, count: int, seed: int, tint: float = 0.0) -> str:
-    """Soft random pictures, reddened by `tint`."""
+    """Writes smooth random pictures, reddened by `tint`, and returns the folder."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -59,7 +59,7 @@ def test_a_copy_is_at_distance_zero_and_a_tinted_set_is_not(tmp_path: Path) -> N
     assert found["skipped"] == {}
 
 
-def test_a_clip_judges_each_and_few_pictures_make_no_set(tmp_path: Path, clip_folder: Path) -> None:
+def test_a_clip_judges_each_picture_and_few_pictures_have_no_set_figures(tmp_path: Path, clip_folder: Path) -> None:
     found = judge(case({"teacher": draw(tmp_path / "a", 3, 1)}, 3, metric=str(clip_folder)))
     assert set(found["quality"]) == {"teacher"}
     score = found["quality"]["teacher"]["clip_score"]
@@ -67,7 +67,7 @@ def test_a_clip_judges_each_and_few_pictures_make_no_set(tmp_path: Path, clip_fo
     assert "3 pictures say nothing" in found["skipped"]["FID, KID"]
 
 
-def test_weights_that_are_not_installed_are_told_and_cost_only_their_figures(
+def test_missing_weights_are_reported_and_cost_only_their_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: Any) -> Path:

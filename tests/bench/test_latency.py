@@ -1,6 +1,4 @@
-"""Every scenario is timed in a process of its own: figures come back, rounds take turns, and one that fails costs only
-its own row.
-"""
+"""Every scenario is timed in its own process: figures come back, rounds take turns, a failure costs one row."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ QUICK = Suite(
 )
 
 
-def test_one_model_is_measured_and_one_that_is_not_there_is_recorded(pipeline_folder: Path, tmp_path: Path) -> None:
+def test_a_model_is_measured_and_a_missing_one_is_recorded(pipeline_folder: Path, tmp_path: Path) -> None:
     suite = dataclasses.replace(
         QUICK, models=(ModelUnderTest("missing", tmp_path / "missing"), ModelUnderTest("teacher", pipeline_folder))
     )
@@ -84,17 +82,17 @@ def test_values_that_are_not_finite_fail_the_case(pipeline_folder: Path, tmp_pat
 
 
 class Recorded(Journal):
-    """A journal whose cases are answered here, in the order asked."""
+    """A journal that answers the cases itself and records their order."""
 
     def __init__(self, answers: Callable[[str], dict[str, Any]]) -> None:
         super().__init__()
-        self.asked: list[str] = []
+        self.names: list[str] = []
         self.answers = answers
 
     def call(self, name: str, function: Any, argument: Any, timeout_s: float) -> dict[str, Any]:
         assert function is time_case
         json.dumps(argument)
-        self.asked.append(name)
+        self.names.append(name)
         return self.answers(name)
 
 
@@ -115,7 +113,7 @@ def outcome(ms: float) -> dict[str, Any]:
 @pytest.mark.parametrize("guidance_scale", [7.5, 1.0])
 @pytest.mark.parametrize("batches", [(1,), (1, 2, 8), (3,)])
 @pytest.mark.parametrize("pictures", [0, 6, 80])
-def test_engines_are_built_for_every_shape_that_a_suite_asks_for(
+def test_engine_profiles_accept_every_shape_of_a_suite(
     guidance_scale: float, batches: tuple[int, ...], pictures: int
 ) -> None:
     suite = dataclasses.replace(
@@ -131,7 +129,7 @@ def test_engines_are_built_for_every_shape_that_a_suite_asks_for(
     for scenario in suite.scenarios():
         static = parse_profile(static_profile(scenario), 512, 64)
         check_ranges(static, 64)
-        assert ":" not in str(static)  # one size on every axis
+        assert all(least == most for least, _, most in component_profile("unet", UNET, static, 8).shapes.values())
         assert static.height == (scenario.size_px,) * 3
         assert component_profile("unet", UNET, static, 8).shapes["sample"][0][0] == scenario.unet_batch
         assert component_profile("vae_decoder", VAE, static, 8).shapes["latent_sample"][0][0] == scenario.batch
@@ -147,9 +145,9 @@ def test_engines_are_built_for_every_shape_that_a_suite_asks_for(
     assert component_profile("vae_decoder", VAE, free, 8).shapes["latent_sample"][2][0] == at_once
 
 
-def test_each_timed_shape_runs_on_the_engine_that_was_built_for_it_alone() -> None:
+def test_each_timed_shape_runs_on_the_engine_for_that_shape_alone() -> None:
     suite = dataclasses.replace(QUICK, setups=(BackendSetup("tensorrt", "fp16"),), batch=(1, 2))
-    built = []
+    built, timed_on = [], {}
 
     class Builds(Journal):
         def call(self, name: str, function: Any, argument: Any, timeout_s: float) -> dict[str, Any]:
@@ -157,14 +155,11 @@ def test_each_timed_shape_runs_on_the_engine_that_was_built_for_it_alone() -> No
                 built.append(argument["profiles"])
                 return {"artifacts": f"engine {len(built)}", "build_s": float(len(built))}
             assert function is time_case
-            return (
-                outcome(1.0)
-                if argument["artifacts"] == f"engine {1 + argument['batch']}"
-                else {"failed": f"on {argument['artifacts']}"}
-            )
+            timed_on[argument["batch"]] = argument["artifacts"]
+            return outcome(1.0)
 
     runs = measure(suite, prepare_artifacts(suite, Builds()), Builds())
-    assert [run.failed for run in runs] == [None, None]
+    assert timed_on == {1: "engine 2", 2: "engine 3"}
     assert [run.build_s for run in runs] == [2.0, 3.0]
     assert [len(profiles) for profiles in built] == [1, 1, 1]
 
@@ -212,18 +207,18 @@ def test_rounds_take_turns_and_a_case_that_failed_is_not_started_again() -> None
         (model.name, setup): {"build_s": 7.0} for model in suite.models for setup in suite.setups
     }
     a, b = measure(suite, ready, journal)
-    assert [name.split()[1].split("-")[0] for name in journal.asked] == ["a", "b", "a"]
+    assert [name.split()[1].split("-")[0] for name in journal.names] == ["a", "b", "a"]
     assert a.samples_ms["unet_step"] == [[10.0], [10.0]]
     assert a.images_per_s == 25.0
     assert a.build_s == 7.0
     assert (b.failed, b.images_per_s) == ("out of memory", None)
 
 
-def test_what_cannot_be_made_is_a_failed_row_and_is_not_timed() -> None:
+def test_artifacts_that_cannot_be_built_are_a_failed_row_and_are_not_timed() -> None:
     journal = Recorded(lambda name: outcome(1.0))
     (run,) = measure(QUICK, {("teacher", BackendSetup("torch")): {"failed": "no graph"}}, journal)
     assert run.failed == "no graph"
-    assert journal.asked == []
+    assert journal.names == []
 
 
 def test_guidance_doubles_the_unet_batch() -> None:
@@ -232,7 +227,7 @@ def test_guidance_doubles_the_unet_batch() -> None:
         assert scenario.unet_batch == doubled
 
 
-def test_scenarios_are_models_by_ways_by_sizes_by_batches_with_names_of_their_own() -> None:
+def test_scenarios_are_models_by_setups_by_sizes_by_batches_with_unique_names() -> None:
     suite = dataclasses.replace(
         QUICK,
         models=(ModelUnderTest("a", "a"), ModelUnderTest("b b", "b")),
@@ -245,7 +240,7 @@ def test_scenarios_are_models_by_ways_by_sizes_by_batches_with_names_of_their_ow
     assert keys[-1] == "b_b-torch-bf16-128px-b4"
 
 
-def test_suite_that_cannot_be_run_is_refused() -> None:
+def test_an_impossible_suite_is_refused() -> None:
     with pytest.raises(UsageError, match="unknown backend 'tpu'"):
         dataclasses.replace(QUICK, setups=(BackendSetup("tpu"),))
     with pytest.raises(UsageError, match="unknown precision 'int4'"):
@@ -254,12 +249,12 @@ def test_suite_that_cannot_be_run_is_refused() -> None:
         dataclasses.replace(QUICK, models=(ModelUnderTest("x", "a"), ModelUnderTest("x", "b")))
 
 
-def test_peak_memory_is_the_childs_own() -> None:
+def test_peak_memory_is_the_gpus_if_there_is_one() -> None:
     assert Latency("k", "m", "torch", "fp32", 64, 1, 2, 1, 7.5, peak_rss_mib=10.0).peak_mib == 10.0
     assert Latency("k", "m", "torch", "fp32", 64, 1, 2, 1, 7.5, peak_rss_mib=10.0, cuda_peak_mib=3.0).peak_mib == 3.0
 
 
-def test_a_gate_holds_only_for_numbers_inside() -> None:
+def test_a_gate_holds_only_for_numbers_within_it() -> None:
     gate = Gate("kid", at_least=0.1, at_most=0.2)
     assert [gate.holds(value) for value in (0.1, 0.15, 0.2, 0.09, 0.21, float("nan"))] == [
         True,

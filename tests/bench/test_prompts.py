@@ -1,4 +1,4 @@
-"""Public prompt files are read as they come, and what is broken in one is told with its line."""
+"""Public prompt files are read as published, and a broken file is reported with its line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def captions(path: Path) -> list[str]:
 
 
 def test_partiprompts(tmp_path: Path) -> None:
-    # Its file has quotes that no table dialect would write, and a note in some rows alone.
+    # The published file has quotes that no table dialect writes, and notes only in some rows.
     rows = [
         "Prompt\tCategory\tChallenge\tNote",
         "bond\tAbstract\tBasic\tBiology-inspired",
@@ -65,7 +65,7 @@ def test_lines_and_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("a.txt", "", "a.txt: has no prompts"),
         ("a.txt", b"a cat\nun caf\xe9\n", "a.txt:2: byte 0xe9 is not UTF-8"),
@@ -95,10 +95,10 @@ def test_lines_and_tables(tmp_path: Path) -> None:
         ("a.json", '{"annotations": [{"image_id": 1, "caption": null}]}', "a.json: annotations[0]: no caption"),
     ],
 )
-def test_broken_files_are_told_with_their_line(name: str, content: Any, told: str, tmp_path: Path) -> None:
+def test_broken_files_are_reported_with_their_line(name: str, content: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read_prompts(write(tmp_path, name, content))
-    assert told in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_missing_files_and_unknown_kinds_are_usage_errors(tmp_path: Path) -> None:

@@ -22,9 +22,7 @@ STYLES = {"flat": "a flat icon of", "line": "a black line drawing of", "3d": "a 
 
 
 class ReadsTheAnswer(ClipMetric):
-    """A CLIP whose pictures mean the caption of `answers` that their red channel numbers: what it should score is
-    known.
-    """
+    """A CLIP that reads a caption's index in `answers` from a picture's red channel, so that its scores are known."""
 
     answers: Sequence[str] = ()
 
@@ -59,7 +57,7 @@ def test_batch_size_changes_no_picture(pipeline_folder: Path, capfd: pytest.Capt
         generate(pipeline, captions, seeds=[1], steps=1)
 
 
-def test_style_is_right_only_where_the_picture_shows_it(metric: ReadsTheAnswer) -> None:
+def test_style_is_right_only_if_the_picture_shows_it(metric: ReadsTheAnswer) -> None:
     metric.answers = ["a flat icon of a cat", "a 3d render of a cat"]
     prompts = [Prompt("a flat icon of a cat", "flat"), Prompt("a 3d render of a cat", "3d")]
     assert metric.style_accuracy(numbered(0, 1), prompts, STYLES).share == 1.0
@@ -78,7 +76,7 @@ def test_retrieval_counts_first_and_among_k(metric: ReadsTheAnswer) -> None:
     assert metric.clip_score(numbered(0, 1, 2, 3), captions) == pytest.approx(100, abs=1e-3)
 
 
-def test_any_clip_gives_all_figures(clip_folder: Path) -> None:
+def test_any_clip_has_all_figures(clip_folder: Path) -> None:
     prompts = [Prompt("a flat icon of a cat", "flat"), Prompt("a black line drawing of a dog", "line")]
     figures = judge(ClipMetric(clip_folder), [Image.new("RGB", (64, 64), c) for c in ("red", "blue")], prompts, STYLES)
     assert set(figures) == {"clip_score", "top1", "top5", "style"}

@@ -1,6 +1,4 @@
-"""Figures from samples: known quantiles, seeded intervals, the flag for samples that cannot be trusted, and changes
-planted in rounds of known noise.
-"""
+"""Figures from samples: known quantiles, seeded intervals, noisy samples, and planted changes in known noise."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def test_interval_holds_the_median_and_repeats_with_its_seed() -> None:
     assert high < 30.0, "one outlier must not carry the interval of a median"
 
 
-def test_interval_covers_the_true_median_as_often_as_it_says() -> None:
+def test_interval_covers_the_true_median_at_its_level() -> None:
     random = np.random.default_rng(0)
     covered = 0
     for _ in range(200):
@@ -73,28 +71,28 @@ def test_share_interval_stays_in_range_and_narrows() -> None:
 
 
 def test_quantiles_of_known_distributions_are_recovered(study: Any) -> None:
-    rows = study.quantiles(5000)
+    rows = study.check_quantiles(5000)
     assert len(rows) == 12
     assert all(abs(row["standard_errors"]) < 4 for row in rows)
 
 
-def test_intervals_over_rounds_cover_as_they_say_and_those_over_samples_do_not(study: Any) -> None:
-    covered = study.coverage(study.Noise(), rounds=3, seeds=150)
+def test_intervals_over_rounds_cover_at_their_level_and_those_over_samples_do_not(study: Any) -> None:
+    covered = study.measure_coverage(study.Noise(), rounds=3, seeds=150)
     for name in ("over rounds, Student", "ratio, Welch"):
         assert 0.90 <= covered[name] <= 0.995, name
     assert covered["over samples, bootstrap"] < 0.90
 
 
-def test_a_slowdown_of_5_percent_is_found_and_nothing_where_nothing_was_planted(study: Any) -> None:
-    slower, equal = (study.planted(study.Noise(), 5, factor) for factor in (1.05, 1.0))
+def test_a_slowdown_of_5_percent_is_detected_and_no_change_where_none_was_planted(study: Any) -> None:
+    slower, equal = (study.compare_planted(study.Noise(), 5, factor) for factor in (1.05, 1.0))
     assert slower["slower"] >= 0.95
     assert equal["slower"] + equal["faster"] <= 0.05
     assert equal["same"] >= 0.90, "quiet rounds are enough to rule a change out"
-    assert study.planted(study.Noise(), 5, 1 / 1.05)["faster"] >= 0.95
+    assert study.compare_planted(study.Noise(), 5, 1 / 1.05)["faster"] >= 0.95
 
 
-def test_a_busy_machine_is_told_as_unknown_not_as_same_or_changed(study: Any) -> None:
-    assert study.planted(study.NOISES["busy"], 5, 1.0)["unknown"] >= 0.90
+def test_a_busy_machine_gives_unknown_not_same_or_changed(study: Any) -> None:
+    assert study.compare_planted(study.NOISES["busy"], 5, 1.0)["unknown"] >= 0.90
 
 
 def test_change_is_welchs_test_on_logs_of_round_medians(study: Any) -> None:
@@ -103,14 +101,14 @@ def test_change_is_welchs_test_on_logs_of_round_medians(study: Any) -> None:
     random = np.random.default_rng(5)
     before, after = study.Noise().draw(random, 4, 9), study.Noise(between=0.05).draw(random, 7, 12, 11.0)
     found = change(before, after)
-    theirs = ttest_ind(*(np.log(np.median(side, axis=1)) for side in (after, before)), equal_var=False)
-    assert found.p_value == pytest.approx(theirs.pvalue, rel=1e-9)
-    assert (found.low, found.high) == pytest.approx(np.exp(theirs.confidence_interval()), rel=1e-9)
+    expected = ttest_ind(*(np.log(np.median(side, axis=1)) for side in (after, before)), equal_var=False)
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-9)
+    assert (found.low, found.high) == pytest.approx(np.exp(expected.confidence_interval()), rel=1e-9)
     back = change(after, before)
     assert (back.ratio, back.low, back.high) == pytest.approx((1 / found.ratio, 1 / found.high, 1 / found.low))
 
 
-def test_too_few_rounds_are_unknown_and_say_so() -> None:
+def test_too_few_rounds_are_unknown_with_a_note() -> None:
     one, two, three = ([[10.0, 10.1, 10.2]] * count for count in (1, 2, 3))
     alone = change(one, three)
     assert (alone.verdict, alone.p_value, alone.low, alone.high) == ("unknown", None, 0.0, math.inf)
@@ -121,7 +119,7 @@ def test_too_few_rounds_are_unknown_and_say_so() -> None:
     assert change(three, [*two, []]).verdict == "unknown", "a round without samples is none"
 
 
-def test_a_small_sure_change_is_the_same_and_a_wide_interval_is_not() -> None:
+def test_a_small_significant_change_is_the_same_and_a_wide_interval_is_not() -> None:
     before = [[10.0], [10.001], [10.002]]
     small = change(before, [[10.05], [10.051], [10.052]])
     assert small.p_value is not None
@@ -149,7 +147,7 @@ def test_summary_of_rounds_has_the_quantiles_of_all_samples_and_a_wider_interval
     assert summarize_rounds(rounds[:1]) == summarize(rounds[0])
 
 
-def test_no_rounds_and_times_that_are_none_are_refused() -> None:
+def test_no_rounds_and_impossible_times_are_refused() -> None:
     for bad in ([], [[]]):
         with pytest.raises(ValueError, match="no samples"):
             summarize_rounds(bad)
@@ -167,7 +165,7 @@ def test_spread_of_real_rounds_is_read_from_any_results_file(study: Any, tmp_pat
         json.dumps({"models": {"a": {"torch": {"batch": {"1": {"rounds": [{"ms": of_round} for of_round in drawn]}}}}}})
     )
     for name in ("latency.json", "study.json"):
-        (row,) = study.real_noise(tmp_path / name)
+        (row,) = study.measure_noise(tmp_path / name)
         assert (row["rounds"], row["samples"]) == (40, 40)
         assert row["within"] == pytest.approx(0.05, rel=0.15)
         assert row["between"] == pytest.approx(0.08, rel=0.35)

@@ -1,4 +1,4 @@
-"""A whole suite on a tiny pipeline: what lands on disk, what a failure costs, and that a stopped one goes on."""
+"""A whole suite on a tiny pipeline: the files it writes, the cost of a failure, and continuing after a stop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = tuple(
 
 @pytest.fixture(scope="module")
 def student_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The teacher with its weights a little off."""
+    """The teacher with slightly changed weights."""
     folder = tmp_path_factory.mktemp("students") / "student"
     shutil.copytree(pipeline_folder, folder)
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -74,7 +74,7 @@ def measured(settings: Suite, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 
 @pytest.mark.slow
-def test_everything_asked_for_is_in_the_results_and_the_results_in_the_folder(measured: tuple[Path, Results]) -> None:
+def test_all_measurements_are_in_the_results_and_the_results_in_the_folder(measured: tuple[Path, Results]) -> None:
     folder, results = measured
     assert faults(folder, "results") == []
     again = read_results(folder / "results.json")
@@ -94,7 +94,7 @@ def test_everything_asked_for_is_in_the_results_and_the_results_in_the_folder(me
 
 
 @pytest.mark.slow
-def test_the_same_weights_are_held_against_pytorch_in_fp32(measured: tuple[Path, Results]) -> None:
+def test_the_same_weights_are_compared_with_pytorch_fp32(measured: tuple[Path, Results]) -> None:
     entries = {(e["model"], e["backend"], e["precision"]): e for e in measured[1].backends}
     assert set(entries) == {
         (m, b, p) for m in ("teacher", "student") for b, p in (("torch", "bf16"), ("onnxruntime", "fp32"))
@@ -106,13 +106,13 @@ def test_the_same_weights_are_held_against_pytorch_in_fp32(measured: tuple[Path,
     assert ort["picture_psnr_db"] > 40
     assert ort["picture_lpips"] < 0.01
     assert "sensitivity" not in ort
-    felt = half["sensitivity"]
-    assert felt["places"] == len(felt["scaled"]) == 2
+    sensitivity = half["sensitivity"]
+    assert sensitivity["places"] == len(sensitivity["scaled"]) == 2
     assert "sensitivity" not in entries["student", "torch", "bf16"]
 
 
 @pytest.mark.slow
-def test_a_student_is_held_against_its_teacher_and_both_against_the_metric(measured: tuple[Path, Results]) -> None:
+def test_a_student_is_compared_with_its_teacher_and_both_are_judged(measured: tuple[Path, Results]) -> None:
     results = measured[1]
     assert set(results.students) == {"student"}
     student = results.students["student"]
@@ -126,23 +126,25 @@ def test_a_student_is_held_against_its_teacher_and_both_against_the_metric(measu
 
 
 @pytest.mark.slow
-def test_gates_are_judged_and_the_failed_ones_told(measured: tuple[Path, Results]) -> None:
+def test_gates_are_judged_and_the_failed_ones_reported(measured: tuple[Path, Results]) -> None:
     results = measured[1]
     assert [gate["passed"] for gate in results.gates] == [True] * 6 + [False]
-    (told,) = results.failed_gates()
-    assert told.startswith("student: lpips is ")
+    (failed,) = results.failed_gates()
+    assert failed.startswith("student: lpips is ")
 
 
-def test_a_stopped_suite_goes_on_where_it_was(settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_suite_continues_where_it_was(
+    settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     short = dataclasses.replace(
         settings, setups=(BackendSetup("torch"),), quality_pictures=0, pictures=1, metric=None, gates=(), sensitivity=0
     )
-    asked: list[str] = []
+    started: list[str] = []
 
     class Interrupted(suite.Journal):
         def call(self, name: str, *rest: Any) -> dict[str, Any]:
             if name not in self.known:
-                asked.append(name)
+                started.append(name)
                 if name.startswith("answers student"):
                     raise KeyboardInterrupt
             return super().call(name, *rest)
@@ -151,8 +153,7 @@ def test_a_stopped_suite_goes_on_where_it_was(settings: Suite, tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         suite.run_suite(short, tmp_path / "report")
     assert not (tmp_path / "report").exists()
-    first = list(asked)
-    asked.clear()
+    first = list(started)
     monkeypatch.undo()
     results = suite.run_suite(short, tmp_path / "report")
     assert len(first) == 5
@@ -160,14 +161,14 @@ def test_a_stopped_suite_goes_on_where_it_was(settings: Suite, tmp_path: Path, m
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 
-def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its_gate(
+def test_a_missing_model_costs_its_own_row_and_a_setup_that_overflows_fails_its_gate(
     settings: Suite, pipeline_folder: Path, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(pipeline_folder, broken)
     file = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
-    weights["conv_in.weight"][0] = 7e4  # too large for half precision alone
+    weights["conv_in.weight"][0] = 7e4  # too large only for half precision
     save_file(weights, file)
     models = (ModelUnderTest("teacher", broken), ModelUnderTest("missing", tmp_path / "missing", sha256="0"))
     short = dataclasses.replace(
@@ -185,11 +186,11 @@ def test_one_model_that_dies_costs_its_own_row_and_one_way_that_is_off_fails_its
     assert failed["teacher", "fp32"] is None
     assert "not finite in fp16" in str(failed["teacher", "fp16"])
     assert "does not exist" in str(failed["missing", "fp32"])
-    assert any("not finite" in told for told in results.failed_gates())
+    assert any("not finite" in failure for failure in results.failed_gates())
     assert results.students == {}
 
 
-def test_a_teacher_too_large_for_fp32_costs_the_distances_alone(
+def test_a_teacher_too_large_for_fp32_costs_only_the_distances(
     settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class TooLarge(suite.Journal):
@@ -236,7 +237,7 @@ def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(setting
         suite.run_suite(short, tmp_path / "taken")
 
 
-def test_sdxl_is_measured_with_both_its_encoders_and_its_sizes(
+def test_sdxl_is_measured_with_both_text_encoders_and_its_sizes(
     settings: Suite, sdxl_folder: Path, tmp_path: Path
 ) -> None:
     models = (ModelUnderTest("sdxl", sdxl_folder), ModelUnderTest("copy", sdxl_folder))
@@ -261,7 +262,7 @@ def test_sdxl_is_measured_with_both_its_encoders_and_its_sizes(
     assert results.students["copy"]["psnr_db"]["value"] == 100
 
 
-def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) -> None:
+def test_the_fingerprint_changes_with_everything_that_figures_depend_on(settings: Suite) -> None:
     facts = {"cpu": "x", "cores": 2, "gpu": [], "commit": "a"}
     base = suite.fingerprint(settings, facts)
     assert base == suite.fingerprint(settings, dict(facts))
@@ -282,8 +283,8 @@ def test_the_fingerprint_changes_with_what_a_figure_depends_on(settings: Suite) 
     )
 
 
-def test_random_weights_are_told_and_not_judged() -> None:
+def test_random_weights_are_reported_and_not_judged() -> None:
     random = Suite(models=(ModelUnderTest("x", "nowhere", random=Random("sd1")),), setups=(BackendSetup("torch"),))
     assert random.settings()["random"] == {"x": "sd1"}
-    (told,) = suite.collect_warnings(random, {"load_average": 0.0, "cores": 2}, Journal())
-    assert "weights of x are random" in told
+    (warning,) = suite.collect_warnings(random, {"load_average": 0.0, "cores": 2}, Journal())
+    assert "weights of x are random" in warning

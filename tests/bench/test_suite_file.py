@@ -1,4 +1,4 @@
-"""Suites as people write them: those that come along are sound, and every fault is told at once."""
+"""Suite files: the built-in ones are valid, and all errors of a file are reported at once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def write(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("name", suite_names())
-def test_suites_that_come_along_are_sound_and_open_with_their_command(name: str) -> None:
+def test_built_in_suites_are_valid_and_open_with_their_command(name: str) -> None:
     path = suite_path(name)
     assert path is not None
     suite = read_suite(path)
@@ -31,12 +31,12 @@ def test_suites_that_come_along_are_sound_and_open_with_their_command(name: str)
         assert read_setup(text, "fp32").backend
 
 
-def test_names_needed_are_there() -> None:
+def test_the_documented_suites_exist() -> None:
     assert {"nano", "sd15", "sdxl", "smoke"} <= set(suite_names())
     assert suite_path("nowhere") is None
 
 
-def test_models_are_written_in_three_ways(tmp_path: Path) -> None:
+def test_models_have_three_notations(tmp_path: Path) -> None:
     suite = read_suite(
         write(tmp_path, "models: [nano, small=./student, {name: x, random: sd1, plan: bk-tiny}]\nsize_px: 64\nbatch: 2")
     )
@@ -48,7 +48,7 @@ def test_models_are_written_in_three_ways(tmp_path: Path) -> None:
     assert (suite.size_px, suite.batch) == ((64,), (2,))
 
 
-def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
     text = "models: [nano]\nbackend: [torch]\nsteps: 0\ngates: [{figure: fids, at_most: 3}, {figure: kid}]\nmodel_s: 1"
     with pytest.raises(UsageError) as caught:
         read_suite(write(tmp_path, text))
@@ -77,17 +77,17 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         ("1: 2", "1: unknown setting"),
     ],
 )
-def test_what_is_no_suite_is_refused(tmp_path: Path, text: str, fault: str) -> None:
+def test_other_files_than_suites_are_refused(tmp_path: Path, text: str, fault: str) -> None:
     with pytest.raises(UsageError, match=fault):
         read_suite(write(tmp_path, text))
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no such suite; expected a YAML file, or one of nano"):
         suite_path(str(tmp_path / "gone.yaml"))
 
 
-def test_a_way_is_a_backend_with_or_without_a_precision() -> None:
+def test_a_setup_is_a_backend_with_or_without_a_precision() -> None:
     assert read_setup("ort", "fp16") == BackendSetup("onnxruntime", "fp16")
     assert read_setup(" aot:bf16 ", "fp32") == BackendSetup("aot", "bf16")
     for text, fault in (

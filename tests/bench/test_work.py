@@ -1,6 +1,4 @@
-"""What is counted agrees with the textbook, with published figures and with what torch allocates; what is measured is a
-limit.
-"""
+"""Counted work agrees with the textbook, published figures and torch's allocations; measured peaks are limits."""
 
 from __future__ import annotations
 
@@ -78,7 +76,7 @@ def test_sd1_and_its_students_have_the_published_macs(plan: str | None) -> None:
     assert (unet.macs - inside) / 1e9 == pytest.approx(PUBLISHED_GMACS[plan], rel=0.001)
 
 
-def test_a_pipeline_is_counted_with_all_its_weights_and_none_of_what_it_does_not_use() -> None:
+def test_a_pipeline_is_counted_with_all_the_weights_that_it_uses() -> None:
     found = count_pipeline(CONFIGS / "sd1", 512, 2, True, "fp16")
     assert found.keys() == {"unet", "text_encoder", "vae_decoder"}
     assert found["unet"].weight_bytes == 2 * 859_520_964
@@ -116,7 +114,7 @@ def test_counting_leaves_the_component_as_it_was(random_pipeline: Any) -> None:
 
 
 def most_allocated(call: Callable[[], Any]) -> int:
-    """The most bytes that torch's CPU allocator had handed out at once during a call."""
+    """Returns the most bytes that torch's CPU allocator had allocated at once during a call."""
     from torch.profiler import ProfilerActivity, profile
 
     with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -139,7 +137,7 @@ def size_of(example: dict[str, torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in example.values())
 
 
-def test_the_peak_is_what_torch_allocates(random_pipeline: Any) -> None:
+def test_the_peak_agrees_with_torchs_allocations(random_pipeline: Any) -> None:
     unet, text = random_pipeline.unet, random_pipeline.text_encoder
     example = inputs_of(unet)
     assert count_work(unet, example, 4).peak_bytes == pytest.approx(
@@ -158,7 +156,7 @@ def test_the_peak_is_what_torch_allocates(random_pipeline: Any) -> None:
 
 
 @pytest.mark.gpu
-def test_the_peak_is_what_a_gpu_allocates(random_pipeline: Any) -> None:
+def test_the_peak_agrees_with_a_gpus_allocations(random_pipeline: Any) -> None:
     unet = copy.deepcopy(random_pipeline.unet).to("cuda", torch.float16)
     example = {name: tensor.to("cuda", torch.float16) for name, tensor in inputs_of(unet, 16).items()}
     with torch.no_grad():
@@ -210,7 +208,7 @@ def test_a_gpu_is_faster_in_half_precision() -> None:
     assert half.bandwidth_bytes_per_s == pytest.approx(single.bandwidth_bytes_per_s, rel=0.2)
 
 
-def test_what_cannot_be_counted_or_measured_is_said() -> None:
+def test_work_that_cannot_be_counted_or_measured_is_an_error() -> None:
     configs = sd1_configs()
     with pytest.raises(UsageError, match="no precision 'fp4'"):
         count_pipeline(configs, 512, 1, False, "fp4")

@@ -223,7 +223,7 @@ def refuse_bad_name(path: str | None) -> None:
 
 
 def refuse_open(path: str | None) -> None:
-    """Refuse a file that is open or mapped in this process, and a folder that holds an open one or is the current one."""
+    """Refuse a file that is open or mapped in this process, a folder that holds an open file, the current folder."""
     if path is None:
         return
     path = os.path.join(os.path.realpath(os.path.dirname(path)), os.path.basename(path))

@@ -1,4 +1,4 @@
-"""`auto` is the fastest backend of those that answer as torch does, found by measuring and remembered."""
+"""`auto` is the fastest of the backends that agree with torch. It is measured once and remembered."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sdcompress_engines.errors import BackendMissing
 
 from sdcompress.backends import fastest as fastest_module
 from sdcompress.backends.fastest import Candidate, Measured, candidates, find_fastest, has_fast_bf16, measure_backends
-from sdcompress.backends.fastest_worker import _child
+from sdcompress.backends.fastest_worker import time_candidate
 
 TORCH, ORT, HALF = Candidate("torch", "fp32"), Candidate("onnxruntime", "fp32"), Candidate("torch", "bf16")
 
 
-def test_candidates_begin_with_the_one_all_are_held_against() -> None:
-    found = candidates("cpu")
-    assert found[0] == TORCH
-    assert ORT in found
-    assert (HALF in found) == has_fast_bf16()
+def test_candidates_begin_with_the_one_all_are_compared_with() -> None:
+    measured = candidates("cpu")
+    assert measured[0] == TORCH
+    assert ORT in measured
+    assert (HALF in measured) == has_fast_bf16()
 
 
 @pytest.mark.parametrize("providers", [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]])
@@ -34,8 +34,8 @@ def test_onnxruntime_is_a_candidate_on_a_gpu_only_where_it_has_cuda(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
     has_cuda = len(providers) == 2
     assert ("onnxruntime" in [candidate.backend for candidate in candidates("cuda")]) == has_cuda
-    ways, skipped = choose_backends(("torch", "ort"), "cuda", "fp16")
-    assert [way.backend for way in ways] == (["torch", "onnxruntime"] if has_cuda else ["torch"])
+    setups, skipped = choose_backends(("torch", "ort"), "cuda", "fp16")
+    assert [setup.backend for setup in setups] == (["torch", "onnxruntime"] if has_cuda else ["torch"])
     reason = skipped.get("ONNX Runtime", "")
     assert ("runs on the CPU only" in reason and "sdcompress[gpu]" in reason) != has_cuda
 
@@ -57,8 +57,8 @@ def answer(case: dict[str, Any], ms: float, error: float) -> dict[str, Any]:
 def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(
     random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """ONNX Runtime is made the fastest and wrong, bfloat16 faster than fp32 and right; what a process answers is all
-    that is stood in for.
+    """ONNX Runtime is the fastest and wrong; bfloat16 is faster than fp32 and right. The answers of the processes are
+    stand-ins.
     """
     figures = {
         "torch fp32": (100.0, 0.0),
@@ -73,7 +73,7 @@ def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(
         return answer(case, *figures[f"{case['backend']} {case['precision']}"])
 
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(fastest_module, "_in_child", child)
+    monkeypatch.setattr(fastest_module, "time_in_process", child)
     monkeypatch.setattr(fastest_module, "candidates", lambda device: [TORCH, ORT, HALF, Candidate("aot", "bf16")])
     assert find_fastest(random_folder) == ("torch", "bf16")  # aot is off by more than twice what torch is in bfloat16
     assert len(asked) == 4
@@ -94,14 +94,14 @@ def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(
     monkeypatch.setattr(fastest_module, "candidates", lambda device: [TORCH, ORT])
     monkeypatch.setattr(
         fastest_module,
-        "_in_child",
+        "time_in_process",
         lambda case: (
             answer(case, 5.0, 0.0) if case["backend"] == "torch" else {"failed": "its process ended with status -9"}
         ),
     )
     assert find_fastest(random_folder) == ("torch", "fp32")
     monkeypatch.setattr(fastest_module, "machine_key", lambda device: {"device": "new"})
-    monkeypatch.setattr(fastest_module, "_in_child", lambda case: {"failed": "its process ended with status -9"})
+    monkeypatch.setattr(fastest_module, "time_in_process", lambda case: {"failed": "its process ended with status -9"})
     with pytest.raises(BackendMissing, match="no backend ran this model"):
         find_fastest(random_folder)
 
@@ -116,7 +116,7 @@ def test_short_steps_are_timed_often_enough(random_folder: Path, tmp_path: Path)
         "samples": 3,
         "answer": str(tmp_path / "answer.pt"),
     }
-    times = _child(case)["ms"]
+    times = time_candidate(case)["ms"]
     assert sum(times) > 500 or len(times) == 200
     assert len(times) > 3
 

@@ -1,4 +1,4 @@
-"""What is wrong with an installation is named together with what mends it, and no text of it names a person."""
+"""A fault of an installation is reported with the command that repairs it, and no text names a person or a machine."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from sdcompress_engines.builder import build_engine
+from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.flavour import TENSORRT_RTX, platform_name
 from sdcompress_engines.profiles import Profile
-from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.store import EngineStore
 
-from sdcompress.backends import doctor
 from sdcompress.backends.anonymous import anonymize
-from sdcompress.backends.doctor import Diagnosis, examine, full_name, plan_cases
+from sdcompress.backends.diagnosis import Diagnosis
+from sdcompress.backends.doctor import examine
 from sdcompress.backends.installation import (
     Check,
     Driver,
@@ -35,8 +35,10 @@ from sdcompress.backends.installation import (
     check_store,
     find_driver,
 )
-from sdcompress.backends.proof import REFERENCE, SMALL, WHOLE, Case, Proof, answer_file
-from sdcompress.backends.worker import load_subject
+from sdcompress.backends.proof import REFERENCE, Case, Proof, answer_file
+from sdcompress.backends.proof_plan import full_name, plan_proofs, provable
+from sdcompress.backends.prove import judge_proof
+from sdcompress.backends.subjects import SMALL, WHOLE, load_subject
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
 needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs a POSIX system")
@@ -91,7 +93,7 @@ def install(folder: Path, name: str, version: str) -> None:
 
 
 def test_this_installation_has_what_it_asks_for() -> None:
-    assert check_packages(False) == Check("packages", True, "as sdcompress asks for")
+    assert check_packages(False) == Check("packages", True, "as sdcompress requires")
 
 
 @pytest.mark.parametrize(("has_driver", "extra"), [(False, "cpu"), (True, "gpu")])
@@ -101,19 +103,19 @@ def test_two_onnx_runtimes_are_a_fault(
     for name in ("onnxruntime", "onnxruntime-gpu"):
         install(tmp_path, name, "1.31.1")
     monkeypatch.syspath_prepend(tmp_path)
-    found = check_packages(has_driver)
-    assert not found.ok
-    assert found.command == f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'sdcompress[{extra}]'"
+    check = check_packages(has_driver)
+    assert not check.ok
+    assert check.command == f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'sdcompress[{extra}]'"
 
 
 def test_a_package_of_a_version_that_does_not_fit_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "diffusers", "0.30.0")
     install(tmp_path, "onnxruntime", "1.2.0")  # only an extra asks for it, but it is installed
     monkeypatch.syspath_prepend(tmp_path)
-    found = check_packages(False)
-    assert not found.ok
-    assert "diffusers 0.30.0, <0.43,>=0.42 is needed" in found.text
-    assert found.command == "pip install 'diffusers<0.43,>=0.42' 'onnxruntime>=1.23'"
+    check = check_packages(False)
+    assert not check.ok
+    assert "diffusers 0.30.0, <0.43,>=0.42 is needed" in check.text
+    assert check.command == "pip install 'diffusers<0.43,>=0.42' 'onnxruntime>=1.23'"
 
 
 @needs_posix
@@ -127,11 +129,11 @@ def test_a_driver_beside_a_torch_for_the_cpu_is_a_fault(tmp_path: Path, monkeypa
     assert driver == Driver("580.82.07", ("NVIDIA GeForce RTX 4090",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    found = check_card(driver)
-    assert not found.ok
-    assert "RTX 4090" in found.text
-    assert found.command is not None
-    assert "torch" in found.command
+    check = check_card(driver)
+    assert not check.ok
+    assert "RTX 4090" in check.text
+    assert check.command is not None
+    assert "torch" in check.command
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert check_card(driver).command == "unset CUDA_VISIBLE_DEVICES"
@@ -150,9 +152,9 @@ def test_a_cache_without_room_or_rights_is_a_fault(monkeypatch: pytest.MonkeyPat
     assert "are needed" in check_cache(2**60).text
     (tmp_path / "file").touch()
     monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path / "file" / "cache"))
-    found = check_cache(1)
-    assert "cannot be written to" in found.text
-    assert "SDCOMPRESS_CACHE=DIR" in (found.command or "")
+    check = check_cache(1)
+    assert "cannot be written to" in check.text
+    assert "SDCOMPRESS_CACHE=DIR" in (check.command or "")
 
 
 SHAPES = dict.fromkeys(("left", "right"), ((1, 8), (2, 8), (4, 8)))
@@ -189,10 +191,10 @@ def test_a_damaged_engine_is_named_and_the_command_removes_it(tmp_path: Path) ->
     sound, damaged = (build_sum(store, tmp_path, letter * 64) for letter in "ab")
     assert check_store(store) == Check("engines", True, "2 in the store, whole")
     flip_a_byte(store.root / damaged / "unet.engine")
-    found = check_store(store)
-    assert not found.ok
-    assert found.text.startswith(f"1 of 2 in the store are damaged ({damaged[:8]}: unet.engine is not what")
-    assert found.command == f"sdcompress engines prune {damaged[:8]}"
+    check = check_store(store)
+    assert not check.ok
+    assert check.text.startswith(f"1 of 2 in the store are damaged ({damaged[:8]}: unet.engine is not what")
+    assert check.command == f"sdcompress engines prune {damaged[:8]}"
     store.prune(keys=[damaged])
     assert check_store(store).ok
     assert [entry.digest for entry in store.entries()] == [sound]
@@ -264,12 +266,12 @@ def test_a_process_that_crashes_is_a_reason(tmp_path: Path, monkeypatch: pytest.
 )
 def test_an_answer_that_is_off_fails(tmp_path: Path, precision: Any, error: float, status: str) -> None:
     """torch itself is off by 1e-3 in fp16; twice that is the limit."""
-    made = case(tmp_path, backend="onnxruntime", precision=precision)
-    truth = torch.ones(1000, dtype=torch.float64)
-    torch.save(truth, answer_file(str(tmp_path), REFERENCE, SMALL))
-    torch.save(truth * (1 + 1e-3), replace(made, backend="torch").answer(SMALL))
-    torch.save(truth * (1 + error), made.answer(SMALL))
-    result = doctor._result(Proof(made, 0), {"ms": {SMALL: 2.0}}, {SMALL: 3.0}, "sdcompress doctor")
+    proved = case(tmp_path, backend="onnxruntime", precision=precision)
+    exact = torch.ones(1000, dtype=torch.float64)
+    torch.save(exact, answer_file(str(tmp_path), REFERENCE, SMALL))
+    torch.save(exact * (1 + 1e-3), replace(proved, backend="torch").answer(SMALL))
+    torch.save(exact * (1 + error), proved.answer(SMALL))
+    result = judge_proof(Proof(proved, 0), {"ms": {SMALL: 2.0}}, {SMALL: 3.0}, "sdcompress doctor")
     assert result.status == status
     assert result.speedup == 1.5
     assert (result.command is None) == (status == "works")
@@ -278,9 +280,9 @@ def test_an_answer_that_is_off_fails(tmp_path: Path, precision: Any, error: floa
 
 def test_a_gpu_is_proved_in_half_precision_on_every_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    cases, absent = plan_cases("nano", doctor.provable(), Driver("580", ("a card",)), [], False, str(tmp_path))
-    assert not absent
-    assert [(each.backend, each.device, each.precision, each.subjects) for each in cases] == [
+    plan = plan_proofs("nano", list(provable()), Driver("580", ("a card",)), [], False, str(tmp_path))
+    assert not plan.absent
+    assert [(each.backend, each.device, each.precision, each.subjects) for each in plan.cases] == [
         ("torch", "cuda", "fp16", (WHOLE, SMALL)),
         ("compile", "cuda", "fp16", (SMALL,)),
         ("aot", "cuda", "fp16", (SMALL,)),
@@ -296,9 +298,9 @@ def test_tensorrt_is_not_for_a_machine_without_a_gpu_but_a_fault_beside_a_driver
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen, card = ("torch", "tensorrt"), Check("card", False, "torch is for the CPU", "pip install torch")
-    (without,) = plan_cases("nano", chosen, None, [card], False, str(tmp_path))[1]
+    (without,) = plan_proofs("nano", chosen, None, [card], False, str(tmp_path)).absent
     assert (without.status, without.healthy) == ("not here", True)
-    (beside,) = plan_cases("nano", chosen, Driver("580", ("a card",)), [card], False, str(tmp_path))[1]
+    (beside,) = plan_proofs("nano", chosen, Driver("580", ("a card",)), [card], False, str(tmp_path)).absent
     assert (beside.status, beside.command, beside.healthy) == ("fails", "pip install torch", False)
 
 
@@ -316,7 +318,7 @@ def test_backends_have_their_usual_short_names() -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_every_backend_of_a_gpu_machine_is_proved() -> None:
-    found = examine(minutes=9)
-    assert found.machine["cards"]
-    assert [result for result in found.backends if not result.healthy] == []
-    assert {result.device for result in found.backends if result.backend == "onnxruntime"} == {"cpu", "cuda"}
+    diagnosis = examine(minutes=9)
+    assert diagnosis.machine["cards"]
+    assert [result for result in diagnosis.backends if not result.healthy] == []
+    assert {result.device for result in diagnosis.backends if result.backend == "onnxruntime"} == {"cpu", "cuda"}

@@ -1,9 +1,8 @@
-"""A graph written for ONNX Runtime: only operators that its CUDA provider has kernels for, and the same values."""
+"""A graph for ONNX Runtime has only operators with a kernel in its CUDA provider, and computes the same values."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from sdcompress_engines.errors import UsageError
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import open_runner
 
-from sdcompress.export.onnx import ExportResult, export_onnx
+from sdcompress.export.onnx import export_onnx
 from sdcompress.export.onnxruntime_ops import use_onnxruntime_ops
 
-# Operators that `export` writes and that onnxruntime-gpu 1.27 to 1.31.1 has CUDA kernels for at opset 23, or runs on
-# the CPU as arithmetic on shapes: recorded from their own partitioning of these graphs.
+from .conftest import Exports
+
+# Operators that `export` writes and for which onnxruntime-gpu 1.27 to 1.31.1 has CUDA kernels at opset 23, or which it
+# runs on the CPU as arithmetic on shapes. Recorded from its own partitioning of these graphs.
 KERNELS = {
     "Add",
     "ArgMax",
@@ -59,28 +60,11 @@ def operators(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
 
 
-@pytest.fixture(scope="module")
-def written(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ExportResult]:
-    """Exports of the UNet, VAE decoder and text encoder for ONNX Runtime, by precision."""
-    made: dict[str, ExportResult] = {}
-
-    def export(precision: Any) -> ExportResult:
-        if precision not in made:
-            folder = tmp_path_factory.mktemp("ort") / precision
-            components = ("unet", "vae_decoder", "text_encoder")
-            made[precision] = export_onnx(
-                random_pipeline, folder, precision=precision, components=components, runtime="onnxruntime"
-            )
-        return made[precision]
-
-    return export
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_every_operator_of_an_export_for_onnxruntime_has_a_cuda_kernel(
-    written: Callable[[str], ExportResult], precision: str
-) -> None:
-    for path in written(precision).folder.glob("*.onnx"):
+def test_every_operator_of_an_export_for_onnxruntime_has_a_cuda_kernel(small_exports: Exports, precision: str) -> None:
+    paths = list(small_exports(precision=precision, runtime="onnxruntime").folder.glob("*.onnx"))
+    assert len(paths) == 3
+    for path in paths:
         model = onnx.load(path)
         assert set(operators(path)) <= KERNELS
         types = {
@@ -94,42 +78,37 @@ def test_every_operator_of_an_export_for_onnxruntime_has_a_cuda_kernel(
                 assert types[node.input[0]] != TensorProto.BFLOAT16
 
 
-def test_the_export_is_within_its_gate_and_its_manifest_says_what_it_is_for(
-    written: Callable[[str], ExportResult],
-) -> None:
-    result = written("fp16")
+def test_the_export_is_within_its_gate_and_its_manifest_has_the_runtime(small_exports: Exports) -> None:
+    result = small_exports(precision="fp16", runtime="onnxruntime")
     assert all(parity is not None and parity.share_of_limit < 1 for parity in result.parity.values())
     assert result.manifest.config["runtime"] == "onnxruntime"
 
 
-def test_both_ways_of_writing_a_graph_compute_the_same(
-    written: Callable[[str], ExportResult], fp32_export: ExportResult
-) -> None:
+def test_graphs_for_any_runtime_and_for_onnxruntime_compute_the_same(small_exports: Exports) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"sample": (2, 4, 16, 24), "timestep": (2,), "encoder_hidden_states": (2, 77, 96)}
     feeds = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    whole, parts = fp32_export.folder / "unet.onnx", written("fp32").folder / "unet.onnx"
-    assert (
-        operators(whole)["GroupNormalization"]
-        == operators(parts)["LayerNormalization"] - operators(whole)["LayerNormalization"]
-    )
+    whole, parts = (small_exports(**options).folder / "unet.onnx" for options in ({}, {"runtime": "onnxruntime"}))
+    split = operators(parts)["LayerNormalization"] - operators(whole)["LayerNormalization"]
+    assert operators(whole)["GroupNormalization"] == split > 0
     with open_runner(whole) as one, open_runner(parts) as other:
-        exact, found = (runner.infer(feeds)["out_sample"] for runner in (one, other))
-    assert relative_l2(found, exact) < 1e-5
+        exact, output = (runner.infer(feeds)["out_sample"] for runner in (one, other))
+    assert relative_l2(output, exact) < 1e-5
 
 
 def test_graphs_written_for_another_runtime_are_not_taken_over(
-    random_pipeline: Any, fp32_export: ExportResult, tmp_path: Path
+    small_pipeline: Any, small_exports: Exports, tmp_path: Path
 ) -> None:
+    reuse = small_exports().folder
     result = export_onnx(
-        random_pipeline, tmp_path / "out", components=("text_encoder",), runtime="onnxruntime", reuse=fp32_export.folder
+        small_pipeline, tmp_path / "out", components=("text_encoder",), runtime="onnxruntime", reuse=reuse
     )
-    assert operators(result.folder / "text_encoder.onnx") != operators(fp32_export.folder / "text_encoder.onnx")
+    assert operators(result.folder / "text_encoder.onnx") != operators(reuse / "text_encoder.onnx")
 
 
-def test_an_unknown_runtime_is_refused(random_pipeline: Any, tmp_path: Path) -> None:
+def test_an_unknown_runtime_is_refused(small_pipeline: Any, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="any or onnxruntime"):
-        export_onnx(random_pipeline, tmp_path / "out", runtime="openvino")  # type: ignore[arg-type]
+        export_onnx(small_pipeline, tmp_path / "out", runtime="openvino")  # type: ignore[arg-type]
 
 
 def group_norm(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, groups: int) -> onnx.ModelProto:
@@ -142,34 +121,34 @@ def group_norm(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, groups:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
 
 
-def rewritten(model: onnx.ModelProto) -> onnx.ModelProto:
-    held = ir.from_proto(model)
-    use_onnxruntime_ops(held)
-    made: onnx.ModelProto = ir.to_proto(held)
-    onnx.checker.check_model(made, full_check=True)
-    return made
+def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
+    graph = ir.from_proto(model)
+    use_onnxruntime_ops(graph)
+    proto: onnx.ModelProto = ir.to_proto(graph)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 7, 5), (3, 12, 16, 16), (2, 12, 9)])
 @pytest.mark.parametrize("groups", [1, 4, 12])
-def test_a_group_norm_in_parts_is_torchs(shape: tuple[int, ...], groups: int) -> None:
+def test_a_group_norm_in_parts_equals_torchs(shape: tuple[int, ...], groups: int) -> None:
     generator = torch.Generator().manual_seed(groups)
     x, scale, bias = (torch.randn(size, generator=generator) for size in (shape, (12,), (12,)))
-    model = rewritten(group_norm(x, scale, bias, groups))
+    model = rewrite(group_norm(x, scale, bias, groups))
     assert "GroupNormalization" not in [node.op_type for node in model.graph.node]
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": x.numpy()})
-    assert torch.allclose(torch.from_numpy(found), torch.nn.functional.group_norm(x, groups, scale, bias), atol=1e-5)
+    (output,) = session.run(None, {"x": x.numpy()})
+    assert torch.allclose(torch.from_numpy(output), torch.nn.functional.group_norm(x, groups, scale, bias), atol=1e-5)
 
 
 def test_a_group_norm_in_parts_keeps_the_digits_of_values_far_from_zero() -> None:
-    """ONNX Runtime's own way loses them: its variance is a difference of two large numbers."""
+    """ONNX Runtime itself loses them: its variance is a difference of two large numbers."""
     generator = torch.Generator().manual_seed(0)
     x, scale, bias = torch.randn(1, 32, 64, 64, generator=generator) + 30, torch.ones(32), torch.zeros(32)
     exact = torch.nn.functional.group_norm(x.double(), 8)
     whole = group_norm(x, scale, bias, 8)
     errors = []
-    for model in (whole, rewritten(whole)):
+    for model in (whole, rewrite(whole)):
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         errors.append(relative_l2(torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), exact))
     assert errors[1] < 2e-5 < errors[0] / 3
@@ -182,7 +161,7 @@ def test_the_largest_token_id_is_found_at_the_same_place(dtype: int) -> None:
         for n, t, s in (("x", dtype, [77]), ("y", TensorProto.INT64, []))
     ]
     node = helper.make_node("ArgMax", ["x"], ["y"], axis=-1, keepdims=0)
-    model = rewritten(
+    model = rewrite(
         helper.make_model(
             helper.make_graph([node], "g", ports[:1], ports[1:]),
             opset_imports=[helper.make_opsetid("", 23)],
@@ -192,6 +171,6 @@ def test_the_largest_token_id_is_found_at_the_same_place(dtype: int) -> None:
     ids = torch.randint(0, 49408, (4, 77), generator=torch.Generator().manual_seed(0))
     ids[:, 50] = 49407
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (found,) = session.run(None, {"x": ids.numpy().astype("int32" if dtype == TensorProto.INT32 else "int64")})
+    (places,) = session.run(None, {"x": ids.numpy().astype("int32" if dtype == TensorProto.INT32 else "int64")})
     assert [node.op_type for node in model.graph.node] == ["Cast", "ArgMax"]
-    assert found.tolist() == [50] * 4
+    assert places.tolist() == [50] * 4

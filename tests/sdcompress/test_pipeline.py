@@ -1,4 +1,4 @@
-"""A pipeline on any backend calls its UNet in one way, and a denoising loop on a GPU waits for nothing."""
+"""A pipeline calls its UNet alike on every backend, and a denoising loop on a GPU never waits for the device."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def test_a_denoising_loop_never_waits_for_the_device(random_folder: Path, name: 
     for steps in (4, 8):
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with pytest.warns(UserWarning, match="called a synchronizing") as told:
+            with pytest.warns(UserWarning, match="called a synchronizing") as warned:
                 generate(pipeline, ["a cat"], seeds=[1], steps=steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        waits.append(len(told))
+        waits.append(len(warned))
     assert waits[0] == waits[1]
 
 
@@ -69,19 +69,19 @@ def test_a_unet_called_by_position_answers_as_it_does_by_keyword(folder: str, re
     from sdcompress.export.components import random_inputs, signature_of
 
     unet: Any = open_pipeline(request.getfixturevalue(folder), device="cpu").unet
-    wanted = signature_of("unet", unet, "fp32")
-    given = random_inputs(wanted, unet.config, {"batch": 2, "height": 8, "width": 16, "tokens": 77}, timestep=501)
-    added = {name: given[name] for name in ("text_embeds", "time_ids") if name in given}
+    signature = signature_of("unet", unet, "fp32")
+    inputs = random_inputs(signature, unet.config, {"batch": 2, "height": 8, "width": 16, "tokens": 77}, timestep=501)
+    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
     with torch.no_grad():
-        (found,) = PositionalUNet(unet)(*given.values())
-        want = unet(
-            given["sample"],
-            given["timestep"],
-            encoder_hidden_states=given["encoder_hidden_states"],
+        (output,) = PositionalUNet(unet)(*inputs.values())
+        expected = unet(
+            inputs["sample"],
+            inputs["timestep"],
+            encoder_hidden_states=inputs["encoder_hidden_states"],
             added_cond_kwargs=added,
         ).sample
-    assert len(given) == (5 if folder == "sdxl_folder" else 3)
-    assert torch.equal(found, want)
+    assert len(inputs) == (5 if folder == "sdxl_folder" else 3)
+    assert torch.equal(output, expected)
 
 
 @pytest.fixture
@@ -119,5 +119,5 @@ def test_convolutions_of_a_reference_are_exact_to_fp32() -> None:
     x, w = torch.randn(2, 320, 64, 64, generator=generator), torch.randn(320, 320, 3, 3, generator=generator)
     exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=1)
     with ieee_fp32():
-        found = torch.nn.functional.conv2d(x.cuda(), w.cuda(), padding=1).cpu().double()
-    assert relative_l2(found, exact) < 1e-5
+        output = torch.nn.functional.conv2d(x.cuda(), w.cuda(), padding=1).cpu().double()
+    assert relative_l2(output, exact) < 1e-5

@@ -1,10 +1,11 @@
-"""A UNet is quantized where it was meant to be, on what it meets in use, and refused where it is too far from fp32."""
+"""A UNet is quantized in the chosen layers only, and refused where it is too far from fp32."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,174 +22,19 @@ from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import OnnxRuntimeRunner, TorchRunner
 
 from sdcompress.export.quantize import quantize_graph as quantize_module
-from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, rename_for_host
+from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts
 from sdcompress.export.quantize.check import LIMITS, Accuracy, check_accuracy, check_quantized
 from sdcompress.export.quantize.nodes import KEPT, choose_nodes
 from sdcompress.export.quantize.precisions import PRECISIONS, missing, unsupported
-from sdcompress.export.quantize.quantize_graph import quantize_graph
+from sdcompress.export.quantize.quantize_graph import QuantizeResult, quantize_graph
+
+from .quantize_graphs import CHANNELS, dequantized, rows, write_small
 
 needs_modelopt = pytest.mark.skipif(missing() is not None, reason="nvidia-modelopt is not installed")
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
-CHANNELS = 32
 
 
-def write_small(path: Path, dtype: str = "fp16", opset: int = 23) -> Path:
-    """A UNet in small: first and last convolution, a time embedding, one resnet with its shortcut, a linear layer on
-    the context.
-    """
-    rng = np.random.default_rng(0)
-    kind, number = (np.float16, TensorProto.FLOAT16) if dtype == "fp16" else (np.float32, TensorProto.FLOAT)
-    weights = {
-        "time": rng.standard_normal((1, CHANNELS)) / 1000,
-        "first": rng.standard_normal((CHANNELS, 4, 3, 3)) / 6,
-        "body": rng.standard_normal((CHANNELS, CHANNELS, 3, 3)) / 17,
-        "shortcut": rng.standard_normal((CHANNELS, CHANNELS, 1, 1)) / 6,
-        "context": rng.standard_normal((16, CHANNELS)) / 4,
-        "last": rng.standard_normal((4, CHANNELS, 3, 3)) / 17,
-        "scale": np.ones(CHANNELS),
-        "shift": np.zeros(CHANNELS),
-    }
-    weights["body"][3] *= 0.01  # under what half precision's scales reach in normal numbers
-    tensors = [
-        numpy_helper.from_array(value.astype(np.float32 if name == "time" else kind), name)
-        for name, value in weights.items()
-    ]
-    tensors += [
-        numpy_helper.from_array(np.array(value, np.int64), name)
-        for name, value in (("one", [1]), ("two_three", [2, 3]))
-    ]
-    nodes = [
-        helper.make_node("Unsqueeze", ["timestep", "one"], ["t"]),
-        helper.make_node("Gemm", ["t", "time"], ["t_embedded"], name="time"),
-        helper.make_node("Cast", ["t_embedded"], ["t_cast"], to=number),
-        helper.make_node("Unsqueeze", ["t_cast", "two_three"], ["t_wide"]),
-        helper.make_node("Conv", ["sample", "first"], ["h0"], name="first", pads=[1] * 4),
-        helper.make_node("Add", ["h0", "t_wide"], ["h"]),
-        helper.make_node("GroupNormalization", ["h", "scale", "shift"], ["normed"], num_groups=4),
-        helper.make_node("Sigmoid", ["normed"], ["gate"]),
-        helper.make_node("Mul", ["normed", "gate"], ["active"]),
-        helper.make_node("Conv", ["active", "body"], ["b"], name="body", pads=[1] * 4),
-        helper.make_node("Conv", ["h", "shortcut"], ["s"], name="shortcut"),
-        helper.make_node("Add", ["b", "s"], ["r"], name="sum"),
-        helper.make_node("MatMul", ["encoder_hidden_states", "context"], ["k"], name="context"),
-        helper.make_node("ReduceMean", ["k", "one"], ["k_mean"], keepdims=0),
-        helper.make_node("Unsqueeze", ["k_mean", "two_three"], ["k_wide"]),
-        helper.make_node("Add", ["r", "k_wide"], ["with_context"]),
-        helper.make_node("Conv", ["with_context", "last"], ["out_sample"], name="last", pads=[1] * 4),
-    ]
-    ports = [
-        helper.make_tensor_value_info("sample", number, ["batch", 4, "height", "width"]),
-        helper.make_tensor_value_info("timestep", TensorProto.FLOAT, ["batch"]),
-        helper.make_tensor_value_info("encoder_hidden_states", number, ["batch", "tokens", 16]),
-    ]
-    out = helper.make_tensor_value_info("out_sample", number, ["batch", 4, "height", "width"])
-    onnx.save(
-        helper.make_model(
-            helper.make_graph(nodes, "unet", ports, [out], tensors),
-            opset_imports=[helper.make_opsetid("", opset)],
-            ir_version=10,
-        ),
-        path,
-    )
-    return path
-
-
-def rows(count: int = 8, seed: int = 0) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return {
-        "sample": rng.standard_normal((count, 4, 8, 8)).astype(np.float32),
-        "timestep": np.repeat(np.array([999, 700, 300, 1], np.float32), count // 4),
-        "encoder_hidden_states": rng.standard_normal((count, 77, 16)).astype(np.float32),
-    }
-
-
-def dequantized(path: Path, node: str) -> np.ndarray:
-    """The weight a node of a quantized graph computes with."""
-    graph = onnx.load(path).graph
-    tensors = {tensor.name: numpy_helper.to_array(tensor).astype(np.float32) for tensor in graph.initializer}
-    producer = {name: each for each in graph.node for name in each.output}
-    pair = producer[next(each for each in graph.node if each.name == node).input[1]]
-    axis = pair.attribute[0].i
-    values = tensors[pair.input[0]]
-    return values * tensors[pair.input[1]].reshape([-1 if at == axis else 1 for at in range(values.ndim)])
-
-
-# Calibration
-
-
-def test_calibration_covers_timesteps_prompts_and_both_halves(random_pipeline: Any) -> None:
-    prompts = ["a cat", "a dog", "a house"]
-    before = (random_pipeline.scheduler, dict(random_pipeline._progress_bar_config))
-    found = collect_calibration(random_pipeline, prompts, steps=4, samples=15, seed=3)
-    assert {name: (value.shape, value.dtype) for name, value in found.items()} == {
-        "sample": ((15, 4, 16, 16), np.dtype("float32")),
-        "timestep": ((15,), np.dtype("float32")),
-        "encoder_hidden_states": ((15, 77, 96), np.dtype("float32")),
-    }
-    times, counts = np.unique(found["timestep"], return_counts=True)
-    assert times.tolist() == sorted(set(random_pipeline.scheduler.timesteps.tolist()))
-    assert counts.max() <= 2 * counts.min()  # PNDM asks for one of its timesteps twice
-    with torch.no_grad():
-        contexts = {
-            prompt: random_pipeline.encode_prompt(prompt, "cpu", 1, False)[0][0].numpy() for prompt in ("", *prompts)
-        }
-    met = [
-        next(prompt for prompt, value in contexts.items() if np.allclose(value, row, atol=1e-5))
-        for row in found["encoder_hidden_states"]
-    ]
-    assert met.count("") in (7, 8)
-    assert all(2 <= met.count(prompt) <= 3 for prompt in prompts)
-    assert len(np.unique(np.concatenate([value.reshape(15, -1) for value in found.values()], axis=1), axis=0)) == 15
-    assert (random_pipeline.scheduler, dict(random_pipeline._progress_bar_config)) == before
-    assert not random_pipeline.unet._forward_pre_hooks
-
-
-def test_calibration_depends_on_the_seed_alone(random_pipeline: Any) -> None:
-    first, again, other = (
-        collect_calibration(random_pipeline, ["a cat"], steps=2, samples=4, seed=seed) for seed in (1, 1, 2)
-    )
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not np.array_equal(first["sample"], other["sample"])
-
-
-def test_calibration_without_guidance_has_no_empty_prompt(random_pipeline: Any) -> None:
-    found = collect_calibration(random_pipeline, ["a cat"], steps=3, samples=4, guidance_scale=1.0)
-    assert len(np.unique(found["encoder_hidden_states"].reshape(4, -1), axis=0)) == 1
-
-
-def test_calibration_asks_no_more_of_a_run_than_it_gives(random_pipeline: Any) -> None:
-    with pytest.raises(DataError, match="at most 6"):
-        collect_calibration(random_pipeline, ["a cat"], steps=2, samples=7)
-    with pytest.raises(DataError, match="0 prompts"):
-        collect_calibration(random_pipeline, [])
-    assert not random_pipeline.unet._forward_pre_hooks
-
-
-def test_rows_are_named_as_a_host_names_them(random_pipeline: Any) -> None:
-    from diffusers.models.embeddings import Timesteps
-    from sdcompress_engines.signature import HOSTS
-
-    class Unet:
-        add_time_proj = Timesteps(8, flip_sin_to_cos=True, downscale_freq_shift=0)
-
-    xl = rows() | {"text_embeds": np.ones((8, 5), np.float32), "time_ids": np.full((8, 6), 64, np.float32)}
-    named = rename_for_host(xl, HOSTS["comfyui"]["unet"][0], Unet())
-    assert list(named) == ["x", "timesteps", "context", "y"]
-    assert named["y"].shape == (8, 5 + 6 * 8)
-    assert named["y"][0, 5] == pytest.approx(np.cos(64.0), abs=1e-6)
-    assert rename_for_host(xl, HOSTS["diffusers"]["unet"][0], Unet()).keys() == xl.keys()
-
-
-def test_prompts_are_of_the_models_own_kind(random_pipeline: Any) -> None:
-    calibration, held_out = default_prompts(random_pipeline)
-    assert len(calibration) == 8
-    assert not set(calibration) & set(held_out)
-
-
-# What is refused
-
-
-def test_fp8_needs_a_card_that_has_it() -> None:
+def test_fp8_needs_a_card_that_computes_it() -> None:
     assert "int8" in str(unsupported("fp8", (8, 6)))
     assert [
         unsupported("fp8", (8, 9)),
@@ -210,7 +56,7 @@ def test_without_modelopt_the_command_that_installs_it_is_named(
 
 @needs_modelopt
 @pytest.mark.parametrize(
-    ("change", "error", "said"),
+    ("change", "error", "message"),
     [
         ({"precision": "int4"}, UsageError, "int8 or fp8"),
         ({"keep": ["norms"]}, UsageError, "norms.*shortcut"),
@@ -225,7 +71,7 @@ def test_without_modelopt_the_command_that_installs_it_is_named(
     ],
 )
 def test_what_cannot_be_quantized_is_refused_at_once(
-    tmp_path: Path, change: dict[str, Any], error: type[Exception], said: str
+    tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     given = {
         "source": write_small(tmp_path / "unet.onnx"),
@@ -234,7 +80,7 @@ def test_what_cannot_be_quantized_is_refused_at_once(
         "high_precision": "fp16",
         **change,
     }
-    with pytest.raises(error, match=said):
+    with pytest.raises(error, match=message):
         quantize_graph(
             given.pop("source"), tmp_path / "out.onnx", given.pop("precision"), given.pop("calibration"), **given
         )
@@ -249,13 +95,42 @@ def test_a_graph_too_old_for_fp8_is_refused(tmp_path: Path) -> None:
         )
 
 
-# Quantization of a small graph
-
-
-def test_layers_are_told_by_their_place_in_the_graph(tmp_path: Path) -> None:
+def test_layers_are_recognized_by_their_place_in_the_graph(tmp_path: Path) -> None:
     graph = onnx.load(write_small(tmp_path / "unet.onnx")).graph
     assert choose_nodes(graph) == (["body", "context"], {"timestep only": 1, "first and last": 2, "shortcut": 1})
     assert choose_nodes(graph, keep=()) == (["time", "first", "body", "shortcut", "context", "last"], {})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One quantization of the small graph: its folder with `unet.onnx` and `out/unet.onnx`, and what it returned."""
+
+    folder: Path
+    result: QuantizeResult
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "unet.onnx"
+
+    @property
+    def target(self) -> Path:
+        return self.folder / "out" / "unet.onnx"
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any, Any], Run]:
+    """Quantizations of the small graph by precision and by the precision of the graph; each is done once."""
+    runs: dict[tuple[str, str], Run] = {}
+
+    def quantize(precision: Any, around: Any) -> Run:
+        if (precision, around) not in runs:
+            folder = tmp_path_factory.mktemp("quantized")
+            source = write_small(folder / "unet.onnx", around)
+            result = quantize_graph(source, folder / "out" / "unet.onnx", precision, rows(), high_precision=around)
+            runs[precision, around] = Run(folder, result)
+        return runs[precision, around]
+
+    return quantize
 
 
 @needs_modelopt
@@ -263,21 +138,24 @@ def test_layers_are_told_by_their_place_in_the_graph(tmp_path: Path) -> None:
     ("precision", "stored", "limit"), [("int8", TensorProto.INT8, 0.02), ("fp8", TensorProto.FLOAT8E4M3FN, 0.05)]
 )
 @pytest.mark.parametrize("around", ["fp16", "fp32"])
-def test_a_quantized_graph_is_near_and_whole(
-    tmp_path: Path, precision: Any, stored: int, limit: float, around: Any
+def test_a_quantized_graph_is_near_fp32_and_complete(
+    quantized: Callable[[Any, Any], Run],
+    tmp_path: Path,
+    precision: Any,
+    stored: int,
+    limit: float,
+    around: Any,
 ) -> None:
-    source = write_small(tmp_path / "unet.onnx", around)
-    was = source.read_bytes()
-    result = quantize_graph(source, tmp_path / "out" / "unet.onnx", precision, rows(), high_precision=around)
-    target = tmp_path / "out" / "unet.onnx"
+    run = quantized(precision, around)
+    result, target = run.result, run.target
     assert (result.nodes, result.kept, result.bytes) == (
         {"Conv": 1, "MatMul": 1},
         {"timestep only": 1, "first and last": 2, "shortcut": 1},
         target.stat().st_size,
     )
     assert [file.name for file in target.parent.iterdir()] == ["unet.onnx"]
-    assert {file.name for file in tmp_path.iterdir()} == {"unet.onnx", "out"}
-    assert source.read_bytes() == was
+    assert {file.name for file in run.folder.iterdir()} == {"unet.onnx", "out"}
+    assert run.source.read_bytes() == write_small(tmp_path / "unet.onnx", around).read_bytes()
     model = onnx.load(target)
     onnx.checker.check_model(model)
     graph = model.graph
@@ -292,27 +170,24 @@ def test_a_quantized_graph_is_near_and_whole(
     assert [norm.input[0], nodes["shortcut"].input[0], nodes["last"].input[0]] == ["h", "h", "with_context"]
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) == 2
     reference = write_small(tmp_path / "exact.onnx", "fp32")
-    found = check_quantized(target, reference, rows(seed=1))
-    assert (found.precision, found.rows, list(found.relative_l2)) == (precision, 8, [999, 700, 300, 1])
-    assert 0 < found.mean <= found.worst < limit
+    accuracy = check_quantized(target, reference, rows(seed=1))
+    assert (accuracy.precision, accuracy.rows, list(accuracy.relative_l2)) == (precision, 8, [999, 700, 300, 1])
+    assert 0 < accuracy.mean <= accuracy.worst < limit
 
 
 @needs_modelopt
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_small_weights_are_not_rounded_away(tmp_path: Path, precision: Any) -> None:
-    source = write_small(tmp_path / "unet.onnx")
+def test_small_weights_are_not_rounded_away(quantized: Callable[[Any, Any], Run], precision: Any) -> None:
+    run = quantized(precision, "fp16")
     weight = next(
         numpy_helper.to_array(tensor).astype(np.float32)
-        for tensor in onnx.load(source).graph.initializer
+        for tensor in onnx.load(run.source).graph.initializer
         if tensor.name == "body"
     )
     assert np.abs(weight[3]).max() < 127 * np.finfo(np.float16).tiny
-    quantize_graph(source, tmp_path / "out.onnx", precision, rows(), high_precision="fp16")
-    found = dequantized(tmp_path / "out.onnx", "body")
-    errors = np.linalg.norm((found - weight).reshape(CHANNELS, -1), axis=1) / np.linalg.norm(
-        weight.reshape(CHANNELS, -1), axis=1
-    )
-    assert errors.max() < (0.02 if precision == "int8" else 0.05)
+    stored = dequantized(run.target, "body")
+    errors, sizes = (np.linalg.norm(each.reshape(CHANNELS, -1), axis=1) for each in (stored - weight, weight))
+    assert (errors / sizes).max() < (0.02 if precision == "int8" else 0.05)
 
 
 @needs_modelopt
@@ -409,9 +284,6 @@ def _target(path: Path) -> str:
         return ""
 
 
-# The gate
-
-
 def test_a_check_needs_several_timesteps_and_a_quantized_graph(tmp_path: Path) -> None:
     graph = write_small(tmp_path / "unet.onnx")
     with pytest.raises(UsageError, match="not quantized"):
@@ -434,9 +306,6 @@ def test_a_graph_too_far_from_fp32_is_refused_with_its_figures() -> None:
             with pytest.raises(GateFailed, match=f"{precision} UNet.*timestep 501.*at most {limit.mean:g}") as caught:
                 check_accuracy(Accuracy(precision, {901.0: 0.0, 501.0: worst}, mean, worst, 8))
             assert caught.value.exit_code == 3
-
-
-# Nano for real
 
 
 @needs_modelopt

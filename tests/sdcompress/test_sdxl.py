@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import open_runner
 
@@ -17,6 +18,7 @@ from sdcompress.data.build_cache import build_cache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
 from sdcompress.export.onnx import export_onnx
+from sdcompress.export.settings import choose_settings
 from sdcompress.families.registry import family_of
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
@@ -64,45 +66,49 @@ def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures:
 @pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
 )  # diffusers' Euler scheduler under numpy 2
-def test_sdxl_is_exported_for_each_host(teacher: LoadedPipeline, tmp_path: Path) -> None:
-    pipeline: Any = teacher.pipeline
-    whole = export_onnx(pipeline, tmp_path / "whole")
+def test_an_exported_sdxl_pipeline_draws_as_torch(teacher: LoadedPipeline, tmp_path: Path) -> None:
+    whole = export_onnx(teacher.pipeline, tmp_path / "whole")
     assert list(whole.parity) == ["unet", "text_encoder", "text_encoder_2", "vae_decoder"]
     assert all(check is not None and check.share_of_limit <= 1 for check in whole.parity.values())
     exported = open_pipeline(tmp_path / "whole", "onnxruntime")
     pictures = [
         np.asarray(generate(each, ["a cat"], seeds=[1], steps=2, guidance_scale=5.0)[0], dtype=np.float32)
-        for each in (exported, pipeline)
+        for each in (exported, teacher.pipeline)
     ]
     assert np.abs(pictures[0] - pictures[1]).mean() < 1
+
+
+def test_sdxls_unet_for_a_webui_takes_text_and_sizes_as_one_vector(sdxl_folder: Path, tmp_path: Path) -> None:
+    pipeline = load_pipeline(sdxl_folder).pipeline
+    one_level = {
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+        "transformer_layers_per_block": [1],
+        "attention_head_dim": [2],
+        "layers_per_block": 1,
+        "mid_block_type": None,
+    }
+    torch.manual_seed(2)
+    pipeline.unet = UNet2DConditionModel.from_config(dict(pipeline.unet.config) | one_level).eval()
     export_onnx(pipeline, tmp_path / "webui", host="webui")
-    sample, times, context, embeds = (
-        torch.randn(1, 4, 16, 16),
-        torch.tensor([501.0]),
-        torch.randn(1, 77, 64),
-        torch.randn(1, 32),
-    )
+    sample, times = torch.randn(1, 4, 16, 16), torch.tensor([501.0])
+    context, embeds = torch.randn(1, 77, 64), torch.randn(1, 32)
     ids = torch.tensor([[128.0, 128, 0, 0, 128, 128]])
     y = torch.cat([embeds, pipeline.unet.add_time_proj(ids.flatten()).reshape(1, -1)], dim=-1)
     with open_runner(tmp_path / "webui" / "unet.onnx") as runner, torch.no_grad():
-        assert [spec.name for spec in (*runner.inputs, *runner.outputs)] == [
-            "sample",
-            "timesteps",
-            "encoder_hidden_states",
-            "y",
-            "latent",
-        ]
-        output = runner.infer({"sample": sample, "timesteps": times, "encoder_hidden_states": context, "y": y})[
-            "latent"
-        ]
-        expected = pipeline.unet(
-            sample, times, context, added_cond_kwargs={"text_embeds": embeds, "time_ids": ids}
-        ).sample
-    assert relative_l2(output, expected) < 1e-4
+        names = [spec.name for spec in (*runner.inputs, *runner.outputs)]
+        output = runner.infer({"sample": sample, "timesteps": times, "encoder_hidden_states": context, "y": y})
+        added = {"text_embeds": embeds, "time_ids": ids}
+        expected = pipeline.unet(sample, times, context, added_cond_kwargs=added).sample
+    assert names == ["sample", "timesteps", "encoder_hidden_states", "y", "latent"]
+    assert relative_l2(output["latent"], expected) < 1e-4
 
 
-def test_a_vae_that_overflows_stays_fp32(teacher: LoadedPipeline, tmp_path: Path) -> None:
-    result = export_onnx(
-        teacher.pipeline, tmp_path / "half", precision="fp16", components=("vae_decoder", "text_encoder_2")
-    )
-    assert result.manifest.config["precisions"] == {"vae_decoder": "fp32", "text_encoder_2": "fp16"}
+def test_a_vae_that_overflows_stays_fp32(teacher: LoadedPipeline) -> None:
+    settings = choose_settings(teacher.pipeline, "fp16", ("vae_decoder", "text_encoder_2"))
+    assert settings.to_config()["precisions"] == {"vae_decoder": "fp32", "text_encoder_2": "fp16"}
+    repaired = copy.copy(teacher.pipeline)
+    repaired.vae = copy.deepcopy(teacher.pipeline.vae)
+    repaired.vae.register_to_config(force_upcast=False)
+    assert choose_settings(repaired, "fp16", ("vae_decoder",)).precisions == {"vae_decoder": "fp16"}

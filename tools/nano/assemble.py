@@ -27,9 +27,9 @@ ASSETS = ROOT / "sdcompress/assets/nano"
 def strip_names(folder: Path) -> None:
     """Configs say where they were loaded from; what ships does not."""
     for path in folder.rglob("*.json"):
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(data, indent=2) + "\n")
+            path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def teacher(work: Path) -> None:

@@ -103,7 +103,7 @@ def strip_variation(hexcode: str) -> str:
 def concepts(folder: Path) -> list[dict]:
     """The emoji that become concepts: hexcode, caption name and tags, in Unicode order."""
     out = []
-    for entry in json.loads((folder / "en/data.json").read_text()):
+    for entry in json.loads((folder / "en/data.json").read_text(encoding="utf-8")):
         if entry.get("group") not in GROUPS or "200D" in entry["hexcode"] or UNWANTED.search(entry["label"]):
             continue
         name = entry["label"].replace("’", "'").replace("“", "").replace("”", "").replace(":", "").lower()
@@ -130,8 +130,8 @@ class SvgSet:
     """Pictures of one Iconify package, found by code point where the package maps them, else by name."""
 
     def __init__(self, folder: Path) -> None:
-        self.data = json.loads((folder / "icons.json").read_text())
-        chars = json.loads((folder / "chars.json").read_text())
+        self.data = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+        chars = json.loads((folder / "chars.json").read_text(encoding="utf-8"))
         self.by_hex = {strip_variation(code): name for code, name in chars.items()}
 
     def render(self, hexcode: str, name: str, names: dict[str, str]) -> Image.Image | None:

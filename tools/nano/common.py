@@ -20,7 +20,7 @@ CONFIG = Path(__file__).with_name("config.json")
 
 
 def config(section: str) -> dict[str, Any]:
-    return json.loads(CONFIG.read_text())[section]
+    return json.loads(CONFIG.read_text(encoding="utf-8"))[section]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Split:
 
 def load(split: str, data: Path = DATA) -> Split:
     images, captions, metas = [], [], []
-    for shard in json.loads((data / "index.json").read_text())["shards"][split]:
+    for shard in json.loads((data / "index.json").read_text(encoding="utf-8"))["shards"][split]:
         with tarfile.open(data / shard) as tar:
             for member in tar:
                 payload = tar.extractfile(member).read()
@@ -94,6 +94,6 @@ class Progress:
 
     def note(self, step: int, **figures: float) -> None:
         line = {"step": step, "seconds": round(self.seconds(), 1)} | {k: round(v, 5) for k, v in figures.items()}
-        with self.log.open("a") as log:
+        with self.log.open("a", encoding="utf-8") as log:
             log.write(json.dumps(line) + "\n")
         print(f"{self.name} " + " ".join(f"{k}={v}" for k, v in line.items()), flush=True)

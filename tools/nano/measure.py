@@ -85,7 +85,7 @@ def main() -> None:
         shown += images[:32]
     result |= {"seconds": round(time.time() - started, 1), "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     if args.sheet:
         grid(shown, 8).save(args.sheet, quality=88)
     print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1))

@@ -50,14 +50,16 @@ def make_tokenizer(captions: list[str], vocab_size: int, folder: Path) -> CLIPTo
         )
         folder.mkdir(parents=True, exist_ok=True)
         bpe.model.save(str(folder))
-        vocab = json.loads((folder / "vocab.json").read_text())
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         # CLIP's files hold the alphabet twice, bare and word-final, so that any text can be spelled, and the two marks
         # last.
         tokens = sorted(vocab, key=vocab.get)
         tokens += [c + "</w>" for c in sorted(alphabet) if c + "</w>" not in vocab]
         tokens += [START, END]
         merges = [
-            tuple(line.split()) for line in (folder / "merges.txt").read_text().splitlines() if not line.startswith("#")
+            tuple(line.split())
+            for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            if not line.startswith("#")
         ]
         tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
         tokenizer.save_pretrained(folder)

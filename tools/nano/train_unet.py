@@ -169,12 +169,12 @@ def main() -> None:
         if (step + 1) % progress.every == 0:
             progress.note(step + 1, loss=running, lr=lr)
         if (step + 1) % 200 == 0 or step + 1 == until:
-            in_cooldown = args.cooldown and step + 1 > until - args.cooldown
-            if not in_cooldown:
+            if not args.cooldown or step + 1 <= until - args.cooldown:
                 progress.save(step=step + 1, model=unet.state_dict(), ema=ema, optimizer=optimizer.state_dict())
             torch.save(ema, args.work / "unet.tmp")
             replace_file(args.work / "unet.tmp", args.work / "unet.pt")
-            (args.work / "unet.json").write_text(json.dumps({"step": step + 1, "cooldown": args.cooldown}))
+            about = json.dumps({"step": step + 1, "cooldown": args.cooldown})
+            (args.work / "unet.json").write_text(about, encoding="utf-8")
 
 
 if __name__ == "__main__":

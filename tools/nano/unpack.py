@@ -24,7 +24,9 @@ from sdcompress.models.load import load_pipeline
 
 
 def last_step(log: str) -> int:
-    return json.loads((Path(__file__).parent / f"logs/{log}.jsonl").read_text().splitlines()[-1])["step"]
+    return json.loads((Path(__file__).parent / f"logs/{log}.jsonl").read_text(encoding="utf-8").splitlines()[-1])[
+        "step"
+    ]
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     output = torch.as_tensor(steps[-1][1]).float().cpu().numpy()
     drawn = np.asarray(pictures[-1][1])
     if not np.isfinite(output).all():
-        raise RuntimeError("its UNet's answer is not finite")
+        raise RuntimeError("the UNet's output is not finite")
     np.savez(output_of(case["way"], folder), unet=output, picture=drawn)
     return {
         "load_ms": load_ms,

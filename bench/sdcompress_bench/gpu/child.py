@@ -120,11 +120,11 @@ class PartRun:
 
     def log(self, text: str) -> None:
         """Add lines to gpu.log."""
-        with (self.folder / "gpu.log").open("a") as file:
+        with (self.folder / "gpu.log").open("a", encoding="utf-8") as file:
             file.write(f"{text.rstrip()}\n")
 
     def _write(self, line: Row) -> None:
-        with (self.folder / "rows.jsonl").open("a") as file:
+        with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def _recover(self, name: str) -> None:

@@ -80,7 +80,7 @@ class ResultFile:
 
     def _continue(self) -> None:
         try:
-            known = json.loads(self.path.read_text())
+            known = json.loads(self.path.read_text(encoding="utf-8"))
             parts = {int(number): part for number, part in known["parts"].items()}
             settings, seconds, card, environment = (
                 known[key] for key in ("settings", "seconds", "card", "environment")
@@ -129,7 +129,7 @@ class ResultFile:
 
     def add(self, row: Row) -> None:
         """Write a row from the program itself."""
-        with self.rows_path.open("a") as file:
+        with self.rows_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def drop(self, parts: Sequence[int]) -> None:
@@ -137,7 +137,7 @@ class ResultFile:
         list(self.read_new())
         self._rows = {key: row for key, row in self._rows.items() if key[0] not in parts}
         self.parts = {number: part for number, part in self.parts.items() if number not in parts}
-        self.rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()))
+        self.rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()), encoding="utf-8")
         self._offset = self.rows_path.stat().st_size
 
     def write(self) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.backends.registry import backends
 
+from ..markdown import table_lines
 from ..results import Results
 from ..scenario import BackendSetup
 from . import figures, tables, text
@@ -95,9 +96,6 @@ def render_markdown(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(table: Table) -> Iterable[str]:
-    yield f"| {' | '.join(table.head)} |"
-    yield f"|{'---|' * table.left}{'---:|' * (len(table.head) - table.left)}"
-    for row in table.rows:
-        cells = (cell.replace("|", r"\|") for cell in row)
-        yield f"| {' | '.join(cells)} |"
+def _markdown_table(table: Table) -> list[str]:
+    rows = ([cell.replace("|", r"\|") for cell in row] for row in table.rows)
+    return table_lines(table.head, rows, table.left)

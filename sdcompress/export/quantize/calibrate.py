@@ -74,7 +74,7 @@ def collect_calibration(
         steps: denoising steps.
         samples: rows to return, N.
         guidance_scale: None is the family's. At 1 or less there is no unconditional half.
-        size_px: side of the picture; None is what the UNet was made for.
+        size_px: side of the picture; None is the UNet's own.
         seed: of the first prompt's noise; each further prompt has the next one.
         report: gets the progress.
 
@@ -102,7 +102,7 @@ def _draw(pipeline: TextToImagePipeline, prompts: list[str], seed: int, size_px:
         pipeline: in torch.
         prompts: drawn in one batch.
         seed: of the first one's noise.
-        size_px: side of the picture; None is what the UNet was made for.
+        size_px: side of the picture; None is the UNet's own.
         options: others of the pipeline's call.
     """
     size_px = size_px or native_size_px(pipeline)

@@ -96,7 +96,7 @@ def quantize_graph(
             }
             with report.task(f"quantizing {source.name} to {precision}") as advance:
                 figures = _run_worker(job, source, advance)
-            _move_graph(Path(work) / "made" / target.name, target)
+            _move_graph(Path(work) / "output" / target.name, target)
     seconds = time.monotonic() - started
     return QuantizeResult(figures["nodes"], figures["kept"], seconds, _size_bytes(target), figures["peak_mib"])
 

@@ -59,7 +59,7 @@ def _quantize(job: Mapping[str, Any]) -> dict[str, Any]:
     quantized = onnx.load(work / "quantized.onnx")
     nodes = clean_quantized(quantized.graph, set(chosen), precision)
     declined = len(chosen) - sum(nodes.values())
-    _save(quantized, work / "made" / job["name"], quantized.ByteSize() > job["one_file_bytes"])
+    _save(quantized, work / "output" / job["name"], quantized.ByteSize() > job["one_file_bytes"])
     return {
         "nodes": nodes,
         "kept": kept | ({"declined by modelopt": declined} if declined else {}),
