@@ -80,6 +80,7 @@ def test_plugins_and_scenarios_are_in_the_wheel_whole(unpacked: Path) -> None:
     for source, target, kind in (
         ("plugins", "sdcompress/plugins", "*.py"),
         ("bench/scenarios", "sdcompress_bench/scenarios", "*.yaml"),
+        ("bench/sdcompress_bench/templates", "sdcompress_bench/templates", "*.j2"),
         ("sdcompress/recipes", "sdcompress/recipes", "*.yaml"),
     ):
         wanted = {path.relative_to(ROOT / source): path.read_bytes() for path in (ROOT / source).rglob(kind)}

@@ -24,7 +24,7 @@ RESULTS = ROOT / "bench/results"
 
 def load(name: str) -> Any:
     """Returns the content of a file in `bench/results/`."""
-    return json.loads((RESULTS / name).read_text())
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def percent(figures: Mapping[str, Any]) -> str:
@@ -363,7 +363,7 @@ def gate_rows(found: Mapping[str, Any]) -> Iterator[Cells]:
 
 def gpu() -> str:
     """Returns the results of `bench/gpu.py`: a table for each card in bench/results/gpu-*.json."""
-    tables = [gpu_section(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu-*.json"))]
+    tables = [gpu_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("gpu-*.json"))]
     return "\n".join(tables) if tables else "It has not been run yet, so there is no GPU figure here.\n"
 
 
@@ -388,12 +388,12 @@ def updated(readme: str) -> str:
 
 def main() -> None:
     path = ROOT / "README.md"
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     new = updated(text)
     if "--check" in sys.argv[1:]:
         disagrees = "README.md disagrees with bench/results; type: python tools/results_to_readme.py"
         sys.exit(0 if new == text else disagrees)
-    path.write_text(new)
+    path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

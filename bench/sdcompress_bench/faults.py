@@ -135,7 +135,17 @@ def spread(among: Sequence[Place], count: int, seed: int = 0) -> list[Place]:
 
 
 def places(unet: torch.nn.Module, kind: Kind, count: int, seed: int = 0) -> list[Place]:
-    """Returns `count` places of a UNet for a fault of a kind; see `spread`."""
+    """Returns places of a UNet for a fault; see `spread`.
+
+    Args:
+        unet: a PyTorch UNet.
+        kind: of the fault.
+        count: how many places.
+        seed: chooses among neighbors.
+
+    Raises:
+        ModelError: this is no PyTorch UNet, or it has fewer places.
+    """
     return spread(candidates(unet, kind), count, seed)
 
 

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
 
+from sdcompress.support.pipeline import TextToImagePipeline
+
 from .metrics import PSNR_CAP_DB, Lpips, psnr, ssim
 from .quality import to_pixels
 
@@ -56,7 +58,7 @@ class UNetInputs:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, pipeline: Any, captions: Sequence[str], size_px: int) -> UNetInputs:
+    def of(cls, pipeline: TextToImagePipeline, captions: Sequence[str], size_px: int) -> UNetInputs:
         """Returns the inputs for captions, on the pipeline's device and in its UNet's dtype.
 
         Args:
@@ -151,7 +153,7 @@ def tokens(tokenizer: Any, captions: Sequence[str], device: torch.device | str) 
 
 def load(
     path: str | Path, backend: str, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "fp32"
-) -> Any:
+) -> TextToImagePipeline:
     """Returns a pipeline without a progress bar.
 
     TensorRT-RTX compiles its kernels before the first call, so that the first timed call is as fast as the later ones.
@@ -179,7 +181,11 @@ def load(
 
 @torch.inference_mode()
 def make_probe(
-    pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], timesteps: Sequence[int], seed: int
+    pipeline: TextToImagePipeline,
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    timesteps: Sequence[int],
+    seed: int,
 ) -> Probe:
     """Returns a probe of the teacher's own pictures, encoded and noised to each timestep.
 
@@ -200,7 +206,7 @@ def make_probe(
 
 @torch.inference_mode()
 def make_random_probe(
-    pipeline: Any, size_px: int, captions: Sequence[str], timesteps: Sequence[int], seed: int
+    pipeline: TextToImagePipeline, size_px: int, captions: Sequence[str], timesteps: Sequence[int], seed: int
 ) -> Probe:
     """Returns a probe of Gaussian latents, for random weights, whose pictures mean nothing.
 
@@ -219,7 +225,12 @@ def make_random_probe(
 
 
 def _noised(
-    pipeline: Any, clean: torch.Tensor, captions: Sequence[str], timesteps: Sequence[int], seed: int, size_px: int
+    pipeline: TextToImagePipeline,
+    clean: torch.Tensor,
+    captions: Sequence[str],
+    timesteps: Sequence[int],
+    seed: int,
+    size_px: int,
 ) -> Probe:
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(seed))
     noised = torch.stack(

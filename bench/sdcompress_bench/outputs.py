@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sdcompress.support.pipeline import TextToImagePipeline
+
 from . import fidelity
 
 PREDICTION, PROBE = "prediction.pt", "probe.pt"
@@ -56,7 +58,7 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _draw(pipeline: Any, case: dict[str, Any]) -> list[Image.Image]:
+def _draw(pipeline: TextToImagePipeline, case: dict[str, Any]) -> list[Image.Image]:
     from sdcompress.sampling import generate
 
     if not case["captions"]:
@@ -68,7 +70,7 @@ def _draw(pipeline: Any, case: dict[str, Any]) -> list[Image.Image]:
     return images
 
 
-def _make_probe(pipeline: Any, case: dict[str, Any], images: list[Image.Image]) -> fidelity.Probe:
+def _make_probe(pipeline: TextToImagePipeline, case: dict[str, Any], images: list[Image.Image]) -> fidelity.Probe:
     """Returns a probe of the pictures, or of Gaussian latents where there are none or the weights are random."""
     count, timesteps, seed = case["make_probe"], case["timesteps"], case["seed"]
     captions = case["probe_captions"][:count]
@@ -111,7 +113,7 @@ def read_prediction(folder: Path) -> torch.Tensor:
     return prediction
 
 
-def _accepts(pipeline: Any, probe: fidelity.Probe) -> bool:
+def _accepts(pipeline: TextToImagePipeline, probe: fidelity.Probe) -> bool:
     """Returns whether the UNet accepts the teacher's inputs: same latent channels, text width and added inputs."""
     config = pipeline.unet.config
     added = config.addition_embed_type == "text_time"

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from sdcompress_engines.errors import DataError, ModelError
 
+from sdcompress.support.pipeline import TextToImagePipeline
+
 from .scenario import Prompt
 from .stats import share_interval
 
@@ -171,7 +173,7 @@ def judge(
 
 def judge_pipeline(
     metric: ClipMetric,
-    pipeline: Any,
+    pipeline: TextToImagePipeline,
     captions: Sequence[str],
     prompts: Sequence[Prompt],
     styles: Mapping[str, str],

@@ -13,6 +13,8 @@ import torch
 from sdcompress_engines.errors import EngineError
 from sdcompress_engines.resources import peak_rss_mib
 
+from sdcompress.support.pipeline import TextToImagePipeline
+
 from .environment import gpu_memory_used_mib
 
 Call = Callable[[], Any]
@@ -53,7 +55,13 @@ class _StageTimer:
         return False
 
     def samples(self, call: Call, count: int, least: int) -> Iterator[float]:
-        """Yields milliseconds of at most `count` calls, and of at least `least` when the budget ends earlier."""
+        """Yields the milliseconds of calls, until there are enough or the budget ends.
+
+        Args:
+            call: what is timed.
+            count: at most this many calls.
+            least: at least this many, whatever the budget.
+        """
         started = time.perf_counter()
         for index in range(count):
             if index >= least and time.perf_counter() - started > self.budget_s:
@@ -110,7 +118,9 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()  # as in `generate`: torch would compile a UNet again for another mode
-def _time_stages(pipeline: Any, case: dict[str, Any], timer: _StageTimer) -> tuple[dict[str, list[float]], list[str]]:
+def _time_stages(
+    pipeline: TextToImagePipeline, case: dict[str, Any], timer: _StageTimer
+) -> tuple[dict[str, list[float]], list[str]]:
     """Returns stage → milliseconds of its calls, and the stages that were not steady when timing began.
 
     Raises:
@@ -136,7 +146,7 @@ def _time_stages(pipeline: Any, case: dict[str, Any], timer: _StageTimer) -> tup
     return samples, unsteady
 
 
-def _stage_calls(pipeline: Any, case: dict[str, Any]) -> dict[str, Call]:
+def _stage_calls(pipeline: TextToImagePipeline, case: dict[str, Any]) -> dict[str, Call]:
     """Returns stage → a call of it, with inputs of the scenario's shape on the device."""
     from .fidelity import UNetInputs
 

@@ -77,7 +77,13 @@ def graph_path(work: Path, model: str) -> Path:
 
 
 def time_steps(model: str, backend: str, work: Path) -> list[float]:
-    """Returns the milliseconds of each step, without the first."""
+    """Returns the milliseconds of each step, without the first.
+
+    Args:
+        model: a key of `MODELS`.
+        backend: a key of `BACKENDS`.
+        work: folder of the graphs.
+    """
     runner, feeds = open_unet(model, backend, work, os.environ.get("SPIN") == "1")
     times = []
     with runner:

@@ -93,7 +93,13 @@ def run_arms(
 
 
 def open_cache(teacher: LoadedPipeline, folder: Path, report: Reporter) -> LatentCache:
-    """Returns the latents of nano's training pictures; they are encoded first if the folder does not exist."""
+    """Returns the latents of nano's training pictures; they are encoded first if the folder does not exist.
+
+    Args:
+        teacher: its VAE encodes the pictures.
+        folder: of the cache.
+        report: shows progress.
+    """
     if folder.is_dir():
         return LatentCache.open(folder, teacher.sha256)
     return build_cache(open_source("nano"), teacher, folder, report=report)

@@ -72,7 +72,13 @@ class GateTest:
         return [fidelity.gate(0.0, None if self.precision == "fp32" else floor)["limit"] for floor in self.floors]
 
     def errors(self, kind: Kind, place: Place, scale: float = faults.SCALE) -> list[float]:
-        """Returns the relative L2 at each timestep with a fault; see `faults.plant`."""
+        """Returns the relative L2 at each timestep with a fault.
+
+        Args:
+            kind: of the fault.
+            place: where it is planted.
+            scale: factor of the weight, for `scaled`.
+        """
         with faults.plant(self.pipeline.unet, kind, place, scale):
             return self._errors()
 

@@ -63,14 +63,9 @@ def write_small(path: Path, dtype: str = "fp16", opset: int = 23) -> Path:
         helper.make_tensor_value_info("encoder_hidden_states", number, ["batch", "tokens", 16]),
     ]
     out = helper.make_tensor_value_info("out_sample", number, ["batch", 4, "height", "width"])
-    onnx.save(
-        helper.make_model(
-            helper.make_graph(nodes, "unet", ports, [out], tensors),
-            opset_imports=[helper.make_opsetid("", opset)],
-            ir_version=10,
-        ),
-        path,
-    )
+    graph = helper.make_graph(nodes, "unet", ports, [out], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    onnx.save(model, path)
     return path
 
 

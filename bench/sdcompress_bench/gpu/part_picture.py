@@ -17,6 +17,7 @@ from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.unet import EngineUNet
 
 from sdcompress.sampling import generate, keep_timesteps_on_host
+from sdcompress.support.pipeline import TextToImagePipeline
 
 from .child import PartRun
 from .models import TEACHER, Models
@@ -101,7 +102,7 @@ def measure_best(run: PartRun, models: Models, best: Variant) -> dict[str, Any]:
     return figures
 
 
-def draw(run: PartRun, pipeline: Any, steps: int | None = None) -> Image.Image:
+def draw(run: PartRun, pipeline: TextToImagePipeline, steps: int | None = None) -> Image.Image:
     """Returns one picture with guidance, of the UNet's own size.
 
     Args:
@@ -113,7 +114,7 @@ def draw(run: PartRun, pipeline: Any, steps: int | None = None) -> Image.Image:
     return generate(pipeline, [PROMPT], seeds=[0], steps=steps, guidance_scale=7.5)[0]
 
 
-def measure_picture(run: PartRun, pipeline: Any) -> dict[str, Any]:
+def measure_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, Any]:
     """Returns the wall time of a picture, its parts on the device, and how often the host waits for the device.
 
     Raises:
@@ -151,7 +152,7 @@ def measure_picture(run: PartRun, pipeline: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def unet_clock(run: PartRun, pipeline: Any) -> Iterator[list[float]]:
+def unet_clock(run: PartRun, pipeline: TextToImagePipeline) -> Iterator[list[float]]:
     """Yields a list. After the block it has the milliseconds of each UNet call."""
     marks: list[Any] = []
     found: list[float] = []
@@ -175,7 +176,7 @@ def unet_clock(run: PartRun, pipeline: Any) -> Iterator[list[float]]:
     found += [start.elapsed_time(end) if run.is_cuda else 1000 * (end - start) for start, end in pairs]
 
 
-def part_times(run: PartRun, pipeline: Any) -> dict[str, float]:
+def part_times(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, float]:
     """Returns the milliseconds of the text encoder's two calls and of the VAE's decoder."""
     side = pipeline.unet.config.sample_size
     ids = torch.zeros(1, CONTEXT_TOKENS, dtype=torch.long, device=run.device)
@@ -187,14 +188,14 @@ def part_times(run: PartRun, pipeline: Any) -> dict[str, float]:
     return {"text_encoder_ms": 2 * text["step_ms"], "vae_ms": vae["step_ms"]}
 
 
-def waits(run: PartRun, pipeline: Any) -> dict[str, float]:
+def waits(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, float]:
     """Returns how often the host waits for the device in a picture and in a step, from two numbers of steps."""
     more, fewer = SMOKE_STEPS if run.smoke else (STEPS, FEWER_STEPS)
     counts = [count_waits(run, pipeline, steps) for steps in (more, fewer)]
     return {"synchronizations": counts[0], "synchronizations_per_step": (counts[0] - counts[1]) / (more - fewer)}
 
 
-def count_waits(run: PartRun, pipeline: Any, steps: int) -> int:
+def count_waits(run: PartRun, pipeline: TextToImagePipeline, steps: int) -> int:
     """Returns how many synchronizing operations torch reports while it draws a picture.
 
     Args:
