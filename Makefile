@@ -28,8 +28,8 @@ INSTALLED := $(BIN)/.installed-$(RUNTIME) $(TRT_EXTRAS_$(RUNTIME):%=$(BIN)/.trie
 demo: $(INSTALLED)
 	$(BIN)/sdcompress demo -o demo
 
-# One process a core with one thread each, up to four: most tests use one core.
-JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$n || echo 4)
+# Processes with one thread each: one more than cores, up to five, because some tests wait.
+JOBS := $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -lt 4 ] && echo $$((n + 1)) || echo 5)
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: $(INSTALLED)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import pickle
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from sdcompress.data.sources import open_source
 from sdcompress.models import nano
@@ -188,21 +191,39 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fp32_export(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`ExportResult` of the whole pipeline at fp32."""
-    from sdcompress.export.onnx import export_onnx
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """Returns a function (name, make) → what `make(folder)` returns, made once for all processes of a test run.
 
-    return export_onnx(random_pipeline, tmp_path_factory.mktemp("export") / "fp32", source={"pipeline": "0" * 64})
+    With pytest-xdist each process has fixtures of its own; what takes long to make is kept in a folder they share.
+    """
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    shared.mkdir(exist_ok=True)
+
+    def make_or_read(name: str, make: Callable[[Path], Any]) -> Any:
+        result = shared / f"{name}.pickle"
+        with FileLock(shared / f"{name}.lock"):
+            if not result.is_file():
+                result.write_bytes(pickle.dumps(make(shared / name)))
+            return pickle.loads(result.read_bytes())
+
+    return make_or_read
 
 
 @pytest.fixture(scope="session")
-def fp16_small(random_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def fp32_export(random_pipeline: Any, make_once: Callable[..., Any]) -> Any:
+    """`ExportResult` of the whole pipeline at fp32."""
+    from sdcompress.export.onnx import export_onnx
+
+    return make_once("fp32", lambda folder: export_onnx(random_pipeline, folder, source={"pipeline": "0" * 64}))
+
+
+@pytest.fixture(scope="session")
+def fp16_small(random_pipeline: Any, make_once: Callable[..., Any]) -> Any:
     """`ExportResult` at fp16 of the two components that export in seconds."""
     from sdcompress.export.onnx import export_onnx
 
-    return export_onnx(
-        random_pipeline,
-        tmp_path_factory.mktemp("export") / "fp16",
-        precision="fp16",
-        components=("text_encoder", "vae_decoder"),
+    components = ("text_encoder", "vae_decoder")
+    return make_once(
+        "fp16-small", lambda folder: export_onnx(random_pipeline, folder, precision="fp16", components=components)
     )

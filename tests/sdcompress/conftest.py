@@ -56,7 +56,7 @@ Exports = Callable[..., ExportResult]
 
 
 @pytest.fixture(scope="session")
-def small_exports(small_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Exports:
+def small_exports(small_pipeline: Any, make_once: Callable[..., Any]) -> Exports:
     """Exports of `small_pipeline` by the options of `export_onnx`; each is made once.
 
     Nearly all of an export's time is torch's trace, which depends on neither host nor runtime. Exports of one precision
@@ -77,8 +77,10 @@ def small_exports(small_pipeline: Any, tmp_path_factory: pytest.TempPathFactory)
         if key not in results:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(onnx_file, "trace_graph", trace_once)
-                folder = tmp_path_factory.mktemp("export") / "onnx"
-                results[key] = export_onnx(small_pipeline, folder, source={"pipeline": "0" * 64}, **options)
+                results[key] = make_once(
+                    "small " + ", ".join(f"{name} {value}" for name, value in key),
+                    lambda folder: export_onnx(small_pipeline, folder, source={"pipeline": "0" * 64}, **options),
+                )
         return results[key]
 
     return export
