@@ -110,6 +110,7 @@ def test_every_module_and_program_imports(tmp_path: Path) -> None:
     assert found["needs a host"] <= 8
 
 
+@pytest.mark.slow
 def test_a_plan_is_written_and_read_again(tmp_path: Path) -> None:
     run(*CLI, "plan", "nano", "--preset", "bk-tiny", "-o", "plan.json", cache=tmp_path)
     assert "bk-tiny for nano" in run(*CLI, "plan", "nano", "--preset", "plan.json", cache=tmp_path)
@@ -119,6 +120,7 @@ def test_the_store_lists_what_it_holds(tmp_path: Path) -> None:
     assert "no engines in" in run(*CLI, "engines", "list", cache=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_picture_is_generated_in_the_place_of_another(tmp_path: Path) -> None:
     (tmp_path / "cat.png").touch()
     run(*CLI, "generate", "nano", "a flat icon of a cat", "--steps", "2", "-o", "cat.png", cache=tmp_path)
@@ -181,6 +183,7 @@ def test_force_empties_the_training_folder_while_its_lock_is_held(trained: Path)
     assert (trained / "run/pipeline/sdcompress.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_card_beyond_the_code_page_is_written_and_printed(trained: Path) -> None:
     words = "resnet–attention pairs"
     assert words in run(*CLI, "push", "run", "you/name", "--dry-run", cache=trained)

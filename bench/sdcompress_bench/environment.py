@@ -30,6 +30,7 @@ def environment() -> dict[str, Any]:
         "os": _system(),
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "packages": installed_versions(),
         "commit": _commit(),
     }

@@ -31,7 +31,7 @@ from sdcompress.export.onnx import export_onnx
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.random import random_pipeline
 
-MODELS = {"nano": 200, "SD1.5 bk-tiny, 512 px": 3}
+MODELS = {"nano": 60, "SD1.5 bk-tiny, 512 px": 2}
 """Model → timed steps of a process."""
 BACKENDS: dict[str, dict[str, dict[str, str]]] = {
     "torch": {

@@ -92,12 +92,15 @@ def main() -> None:
     A user's mistake gets one line and an exit code; only a fault of the program gets a traceback.
     """
     from sdcompress_engines.errors import SdCompressError, storage_error
+    from sdcompress_engines.thread_waiting import choose_waiting
 
     accept_all_characters()
     # The libraries read these when they are imported. Their notices of missing optional parts (torchvision) do not
     # help the person who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if not {"--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
+        choose_waiting()
     try:
         code = cli(standalone_mode=False)
     except SdCompressError as error:

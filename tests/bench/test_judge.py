@@ -40,6 +40,7 @@ def case(folders: dict[str, str], count: int, **more: Any) -> dict[str, Any]:
     } | more
 
 
+@pytest.mark.slow
 def test_a_copy_is_at_distance_zero_and_a_tinted_set_is_not(tmp_path: Path) -> None:
     folders = {
         "teacher": draw(tmp_path / "a", 12, 1),

@@ -190,6 +190,7 @@ def test_a_missing_model_costs_its_own_row_and_a_setup_that_overflows_fails_its_
     assert results.students == {}
 
 
+@pytest.mark.slow
 def test_a_teacher_too_large_for_fp32_costs_only_the_distances(
     settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +238,7 @@ def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(setting
         suite.run_suite(short, tmp_path / "taken")
 
 
+@pytest.mark.slow
 def test_sdxl_is_measured_with_both_text_encoders_and_its_sizes(
     settings: Suite, sdxl_folder: Path, tmp_path: Path
 ) -> None:

@@ -90,6 +90,7 @@ def test_a_dry_run_lists_scenarios_and_memory_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_models_are_measured_and_results_compare_with_themselves(
     random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

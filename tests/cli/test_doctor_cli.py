@@ -74,6 +74,7 @@ def test_a_working_backend_is_shown_with_its_time_and_exits_with_0(doctor: Docto
     assert f"torch {torch.__version__}" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_onnxruntime_doctor_prints_the_command_and_exits_with_1(doctor: Doctor) -> None:
     done = doctor("--backend", "ort", "--json", broken=("onnxruntime", ""))
     assert done.returncode == 1, done.stderr
@@ -85,6 +86,7 @@ def test_without_onnxruntime_doctor_prints_the_command_and_exits_with_1(doctor: 
     assert diagnosis["healthy"] is False
 
 
+@pytest.mark.slow
 def test_the_text_names_nobody_even_if_an_error_does(doctor: Doctor, tmp_path: Path) -> None:
     fault = f"raise ImportError('{tmp_path}/zaphod/lib/libonnx.so and /srv/zaphod/x.so of zaphod: cannot open')"
     done = doctor("--backend", "ort", broken=("onnxruntime", fault))

@@ -153,6 +153,7 @@ def test_wrappers_of_other_nodes_go_around_the_engine(host: Any, models: Path, n
     assert sorted(seen[0][1]) == [0, 1]
 
 
+@pytest.mark.slow
 def test_sdxl_gets_its_vector_of_text_and_sizes(
     harness: Harness, node: Any, export_unet: Callable[..., Path], xl: Any, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_deactivating_closes_what_is_open(webui: WebUI) -> None:
         runner.infer({})
 
 
+@pytest.mark.slow
 def test_sdxl_takes_its_added_vector(tmp_path: Path, export_unet: Callable[..., Path], xl: Any) -> None:
     shutil.copytree(export_unet("webui", xl, "xl"), tmp_path / "models" / "sdcompress" / "xl")
     x, context, y, times = (

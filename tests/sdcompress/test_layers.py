@@ -58,6 +58,7 @@ def test_a_layer_with_values_that_are_not_finite_differs(small_exports: Exports,
     assert first_differing_layers(graph, reference, FEEDS, 1e-4, count=1)[0].node == node.name
 
 
+@pytest.mark.slow
 def test_graphs_of_two_precisions_have_no_layer_over_their_noise(small_exports: Exports) -> None:
     """torch's exporter numbers some tensors differently in them; tensors of one name that are not one are left out."""
     exact, half = small_exports(), small_exports(precision="fp16")

@@ -143,6 +143,7 @@ def test_two_processes_are_two_and_give_the_losses_of_one(arguments: list[str], 
         assert torch.allclose(resumed[name], tensor, atol=1e-5, rtol=1e-5), name
 
 
+@pytest.mark.slow
 def test_a_signal_stops_with_a_checkpoint_and_the_message_names_resume(arguments: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = subprocess.Popen(

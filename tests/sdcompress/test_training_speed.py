@@ -69,6 +69,7 @@ def test_losses_in_bf16_stay_near_those_in_fp32(random_pipeline: Any) -> None:
         assert losses["bf16"][name] == pytest.approx(value, rel=0.02), name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch._dynamo
 @pytest.mark.parametrize("attention", [False, True])
 def test_compiled_blocks_give_the_losses_and_gradients_of_the_network(random_pipeline: Any, attention: bool) -> None:

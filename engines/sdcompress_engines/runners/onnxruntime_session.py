@@ -25,6 +25,7 @@ import torch
 
 from ..errors import BackendMissing, EngineError, SdCompressError, shorten, storage_errors
 from ..manifest import cache_folder, read_manifest, sha256_file
+from ..thread_waiting import idle_threads_sleep
 from .onnxruntime_install import INSTALL_GPU, INSTALL_RTX, PROVIDERS, import_tensorrt, suggest_fix
 from .shapes import Ranges
 
@@ -120,6 +121,8 @@ def create_session(
     options.log_severity_level = 4  # faults come as exceptions
     if hasattr(onnxruntime.InferenceSession, "get_provider_graph_assignment_info"):
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if idle_threads_sleep():
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     for key, value in request.config.items():
         options.add_session_config_entry(key, str(value))
     name = PROVIDERS[request.provider]

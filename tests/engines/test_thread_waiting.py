@@ -1,0 +1,45 @@
+"""Idle threads sleep where other work keeps the cores busy, and only there; a person's own setting stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import psutil
+import pytest
+from sdcompress_engines.runners import OnnxRuntimeRunner
+from sdcompress_engines.thread_waiting import BUSY_PERCENT, VARIABLE, choose_waiting, idle_threads_sleep
+
+
+@pytest.mark.parametrize(
+    ("percent", "own", "expected"),
+    [(BUSY_PERCENT, None, "PASSIVE"), (BUSY_PERCENT - 1, None, None), (100.0, "ACTIVE", "ACTIVE")],
+)
+def test_threads_sleep_on_a_busy_machine_unless_a_person_chose(
+    percent: float, own: str | None, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: percent)  # stand-in for other work
+    environment = {} if own is None else {VARIABLE: own}
+    monkeypatch.setattr("os.environ", environment)
+    choose_waiting()
+    assert environment.get(VARIABLE) == expected
+
+
+@pytest.mark.parametrize(("policy", "spinning"), [("passive", "0"), ("ACTIVE", None), ("", None)])
+def test_onnxruntime_follows_the_policy(
+    policy: str, spinning: str | None, fp32_export: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, policy)
+    entries: dict[str, str] = {}
+    add_entry = onnxruntime.SessionOptions.add_session_config_entry
+
+    def add_and_keep(options: Any, key: str, value: str) -> None:
+        entries[key] = value
+        add_entry(options, key, value)
+
+    monkeypatch.setattr(onnxruntime.SessionOptions, "add_session_config_entry", add_and_keep)
+    path: Path = fp32_export.folder / "text_encoder.onnx"
+    with OnnxRuntimeRunner(path):
+        assert entries.get("session.intra_op.allow_spinning") == spinning
+    assert idle_threads_sleep() == (spinning == "0")
