@@ -344,7 +344,7 @@ def gates() -> str:
         f"Of all {len(layers)} layers the fp32 gate sees a weight off by 2% in {caught}, among them all {used} in"
         " use; the others move the output by less than fp32 gates can ask about.",
         "`sdcompress bench compare` on synthetic rounds (5 of 20 samples, 200 seeds; `python"
-        f" bench/studies/stats.py`): a planted slowdown of 5% is told in {five['slower']:.1%} of the runs, a change"
+        f" bench/studies/stats.py`): a planted slowdown of 5% is detected in {five['slower']:.1%} of the runs, a change"
         f" where none was planted in {none['slower'] + none['faster']:.1%}.",
     )
 

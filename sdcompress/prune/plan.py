@@ -116,10 +116,6 @@ class BlockPlan:
                 parts[place] = str(level.transformer_blocks[int(parts[place])])
         return ".".join(parts)
 
-    def weight_map(self, student_keys: Sequence[str]) -> dict[str, str]:
-        """Returns student parameter → teacher parameter, for each of `student_keys`."""
-        return {key: self.teacher_key(key) for key in student_keys}
-
     def feature_pairs(self, choice: str = "blocks") -> list[tuple[str, str]]:
         """Returns pairs (student module, teacher module) whose outputs have equal shapes, from input to output.
 

@@ -55,7 +55,7 @@ def test_a_small_engine_is_built_and_reported(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "sum.engine").stat().st_size == result.bytes > 1000
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["sum.engine"]
     assert result.flavour == "tensorrt-rtx"
-    assert result.compute_capabilities == ()  # portable unless told otherwise
+    assert result.compute_capabilities == ()  # portable unless requested otherwise
     assert result.peak_mib > 50
     assert any(notes.seen)
 
@@ -244,8 +244,8 @@ def test_an_engine_for_every_card_does_not_fit_a_card_that_the_library_does_not_
         ((7, 5), "built for compute capability 8.0"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, card=card: card)
-        told = why_not_here(made)
-        assert (told is None) if reason is None else (told is not None and reason in told)
+        reason_given = why_not_here(made)
+        assert (reason_given is None) if reason is None else (reason_given is not None and reason in reason_given)
         missing = runner_missing(TENSORRT_RTX)
         assert (missing is not None) == (card == (9, 0))
 

@@ -1,4 +1,4 @@
-"""A damaged ONNX file is told from a whole one, in one line, before or by a runtime, and never by a crash."""
+"""A damaged ONNX file is refused in one line, before or by a runtime, and never with a crash."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_a_resumed_run_that_could_not_begin_leaves_the_folder(tmp_path: Path) ->
 def test_errors_of_windows_become_messages_of_ours(winerror: int, number: int, words: str) -> None:
     error = OSError(number, "as Windows words it", "C:\\out\\unet.engine")
     error.winerror = winerror  # type: ignore[attr-defined]
-    told = storage_error(error, "C:\\out")
-    assert told is not None
-    assert str(told).startswith("C:\\out\\unet.engine: ")
-    assert words in str(told)
+    translated = storage_error(error, "C:\\out")
+    assert translated is not None
+    assert str(translated).startswith("C:\\out\\unet.engine: ")
+    assert words in str(translated)

@@ -88,14 +88,14 @@ def test_a_hundred_mutations_each_end_in_our_error_or_a_reported_fault(store: En
     sound = json.loads((entry.folder / MANIFEST_NAME).read_text())
     refused = 0
     for _ in range(100):
-        told = mutate(entry, dice)
+        change = mutate(entry, dice)
         same = (
             entry.path.is_file()
             and entry.path.read_bytes() == PAYLOAD
             and loaded(entry.folder / MANIFEST_NAME) == sound
         )
         looked = store.entries()
-        assert len(looked) == 1, told
+        assert len(looked) == 1, change
         for call in (
             lambda: read_engine(entry.path),
             lambda: engine_faults(entry.folder),
@@ -107,11 +107,11 @@ def test_a_hundred_mutations_each_end_in_our_error_or_a_reported_fault(store: En
             except SdCompressError:
                 refused += 1
             except AttributeError:
-                assert not (entry.folder / MANIFEST_NAME).exists(), told  # `read_manifest` says None, for no manifest
-        assert store.verify().clean == same, told
-        assert (store.find(KEY) is not None) == same, told
+                assert not (entry.folder / MANIFEST_NAME).exists(), change  # `read_manifest` says None, for no manifest
+        assert store.verify().clean == same, change
+        assert (store.find(KEY) is not None) == same, change
         again, hit = store.get_or_build(KEY, builder())
-        assert hit == same, told
+        assert hit == same, change
         assert read_engine(again.path)[0] == PAYLOAD
         assert store.verify().clean
     assert refused > 100

@@ -87,7 +87,7 @@ def test_every_student_tensor_is_one_teacher_tensor_of_its_shape(family: str, pr
     plan = make_plan(config, preset)
     teacher = meta_unet(plan.teacher).state_dict()
     student = meta_unet(plan.student_config()).state_dict()
-    mapped = plan.weight_map(list(student))
+    mapped = {key: plan.teacher_key(key) for key in student}
     assert len(set(mapped.values())) == len(student)
     assert {k: v.shape for k, v in student.items()} == {k: teacher[name].shape for k, name in mapped.items()}
 
