@@ -36,7 +36,8 @@ test: $(INSTALLED)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not alone"
+	$(BIN)/python -m pytest -m "slow and alone"
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -188,6 +188,7 @@ def test_an_interrupt_ends_doctor_and_all_its_processes(tmp_path: Path) -> None:
     assert not [each for each in children if each.is_running()]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_every_backend_of_this_machine_is_tested_in_two_minutes_with_empty_caches(
     doctor: Doctor, tmp_path: Path
