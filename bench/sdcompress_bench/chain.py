@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sdcompress_engines.errors import BackendMissing
-from sdcompress_engines.manifest import MANIFEST_NAME, check_free, sha256_file, sha256_tree, storage_errors
+from sdcompress_engines.errors import BackendMissing, storage_errors
+from sdcompress_engines.manifest import MANIFEST_NAME, check_free, sha256_file, sha256_tree
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
+from sdcompress_engines.errors import ArtifactError, ModelError, UsageError, storage_errors
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import require_space, storage_errors
+from sdcompress_engines.manifest import require_space
 
 from sdcompress.checkpoints.ldm_keys import (
     METADATA_KEY,

@@ -145,7 +145,8 @@ def load_inputs(
         ModelError: the model cannot be loaded.
         UsageError: no such data or model.
     """
-    from sdcompress_engines.manifest import check_free, storage_errors
+    from sdcompress_engines.errors import storage_errors
+    from sdcompress_engines.manifest import check_free
 
     from sdcompress.data.build_cache import build_cache
     from sdcompress.data.cache import LatentCache

@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from sdcompress_engines.errors import storage_errors
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import (
-    FileEntry,
-    check_free,
-    require_space,
-    sha256_file,
-    storage_errors,
-    write_manifest,
-)
+from sdcompress_engines.manifest import FileEntry, check_free, require_space, sha256_file, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings, unit_name

@@ -17,15 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from sdcompress_engines.errors import DataError
-from sdcompress_engines.manifest import (
-    FileEntry,
-    Manifest,
-    read_manifest,
-    sha256_file,
-    storage_errors,
-    write_manifest,
-)
+from sdcompress_engines.errors import DataError, storage_errors
+from sdcompress_engines.manifest import FileEntry, Manifest, read_manifest, sha256_file, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.backends.registry import backend_name

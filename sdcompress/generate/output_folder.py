@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.errors import ArtifactError, storage_errors
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import Manifest, check_free, faults, read_manifest, sha256_file, storage_errors
+from sdcompress_engines.manifest import Manifest, check_free, faults, read_manifest, sha256_file
 
 KIND = "dataset"
 """Kind of the manifest."""

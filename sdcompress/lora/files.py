@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.errors import ModelError, UsageError, storage_errors
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import storage_errors
 
 from sdcompress.lora.names import clip_modules, find_layer, kohya_prefix, split_key
 

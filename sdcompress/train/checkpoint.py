@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sdcompress_engines.errors import ArtifactError, TrainingError
+from sdcompress_engines.errors import ArtifactError, TrainingError, storage_errors
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import faults, read_manifest, storage_errors, write_manifest
+from sdcompress_engines.manifest import faults, read_manifest, write_manifest
 from torch import nn
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from sdcompress_engines.manifest import storage_errors
+from sdcompress_engines.errors import storage_errors
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 

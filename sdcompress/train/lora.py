@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from sdcompress_engines.errors import ModelError, UsageError
-from sdcompress_engines.manifest import staged, storage_errors, write_manifest
+from sdcompress_engines.errors import ModelError, UsageError, storage_errors
+from sdcompress_engines.manifest import staged, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 

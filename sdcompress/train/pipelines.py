@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.manifest import staged, storage_errors, write_manifest
+from sdcompress_engines.errors import storage_errors
+from sdcompress_engines.manifest import staged, write_manifest
 from torch import nn
 
 from sdcompress.data.cache import LatentCache

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError, StorageError, UsageError
+from sdcompress_engines.errors import (
+    ArtifactError,
+    BackendMissing,
+    ModelError,
+    StorageError,
+    UsageError,
+    storage_errors,
+)
 from sdcompress_engines.locks import HeldLock, try_lock
-from sdcompress_engines.manifest import check_free, storage_errors
+from sdcompress_engines.manifest import check_free
 
 from sdcompress.train.config import TrainConfig
 
