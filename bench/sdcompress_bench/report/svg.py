@@ -90,11 +90,7 @@ def scatter(title: str, dots: Sequence[Dot], x_name: str, y_name: str, level: tu
     x_axis, y_axis = _Axis(0, max(xs) * 1.15), _Axis(*_padded(min(ys), max(ys)))
     out = [_grid(x_axis, y_axis, x_name, y_name)]
     if level:
-        y = y_axis.y(level[0])
-        out.append(
-            f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="level"/><text x="{_LEFT + 1}%"'
-            f' y="{y - 6:.1f}" class="tick">{escape(level[1])}</text>'
-        )
+        out.append(_level_line(level, y_axis))
     for dot in dots:
         x, y, low, high = x_axis.x(dot.x), y_axis.y(dot.y), y_axis.y(dot.low), y_axis.y(dot.high)
         anchor, shift = ("end", -9) if x > 70 else ("start", 9)
@@ -138,11 +134,7 @@ def lines(
     )
     out = [_grid(x_axis, y_axis, x_name, y_name)]
     if level:
-        y = y_axis.y(level[0])
-        out.append(
-            f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="level"/><text x="{_LEFT + 1}%"'
-            f' y="{y - 6:.1f}" class="tick">{escape(level[1])}</text>'
-        )
+        out.append(_level_line(level, y_axis))
     # Polylines accept no percentages, so curves are drawn in a box of 1000 units that stretches with the page.
     for line in series:
         points = " ".join(f"{x_axis.x(x) * 10:.1f},{y_axis.y(y):.1f}" for x, y in line.points if not log or y > 0)
@@ -190,6 +182,15 @@ def _padded(low: float, high: float) -> tuple[float, float]:
     """Returns a wider range: more room above, and also below unless the axis starts at zero."""
     air = 0.12 * (high - low) or abs(high) * 0.1 or 1.0
     return (0.0 if 0 <= low < air else low - air), high + air
+
+
+def _level_line(level: tuple[float, str], y_axis: _Axis) -> str:
+    """Returns a horizontal line with its name above it."""
+    y = y_axis.y(level[0])
+    return (
+        f'<line x1="{_LEFT}%" x2="{_RIGHT}%" y1="{y:.1f}" y2="{y:.1f}" class="level"/><text x="{_LEFT + 1}%"'
+        f' y="{y - 6:.1f}" class="tick">{escape(level[1])}</text>'
+    )
 
 
 def _grid(x_axis: _Axis, y_axis: _Axis, x_name: str, y_name: str) -> str:
