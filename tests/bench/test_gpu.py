@@ -151,6 +151,7 @@ def smoke(few_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_every_part_runs_small_on_a_cpu_in_under_three_minutes(smoke: Path) -> None:
     found = read(smoke)
     assert list(found["parts"]) == [str(part.number) for part in PARTS]
@@ -168,7 +169,9 @@ def test_every_part_runs_small_on_a_cpu_in_under_three_minutes(smoke: Path) -> N
         assert rows[4, f"one-level b2 {name}"]["compile_s"] > 0
     for name in ("sd15 eager", "bk-tiny best", "bk-tiny eager"):
         row = rows[5, name]
-        assert row["picture_ms"] > row["unet_ms"] + row["vae_ms"] > 0
+        parts = [row["unet_ms"], row["text_encoder_ms"], row["vae_ms"]]
+        assert min(parts) > 0
+        assert row["picture_ms"] > sum(parts)
         assert row["unet_calls"] >= 3
     assert rows[5, "bk-tiny best"]["relative_l2"] < 0.5
     assert rows[6, "public manner"]["samples_per_s"] > 0
@@ -176,6 +179,7 @@ def test_every_part_runs_small_on_a_cpu_in_under_three_minutes(smoke: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_readme_gets_a_table_of_a_result_file(smoke: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tool = load_script(ROOT / "tools/results_to_readme.py")
     monkeypatch.setattr(tool, "RESULTS", tmp_path)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from sdcompress_engines.signature import CONTEXT_TOKENS
 from sdcompress_engines.unet import EngineUNet
 
 from sdcompress.sampling import generate, keep_timesteps_on_host
@@ -23,7 +22,7 @@ from .child import PartRun
 from .models import TEACHER, Models
 from .part_unet import VARIANTS, Variant, failed_captures_raise
 from .results import measured
-from .timing import synchronize, time_call
+from .timing import synchronize
 
 PROMPT = "a photo of a lighthouse at dusk"
 STEPS, FEWER_STEPS = 25, 15
@@ -124,36 +123,42 @@ def measure_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, An
         raise RuntimeError("the picture has one color")
     if run.is_cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
-    times: list[float] = []
+    pictures: list[dict[str, Any]] = []
     end = time.perf_counter() + (0.1 if run.smoke else 4.0)
-    while len(times) < (1 if run.smoke else 3) or time.perf_counter() < end:
-        synchronize(run.device)
-        began = time.perf_counter()
-        draw(run, pipeline)
-        synchronize(run.device)
-        times.append(1000 * (time.perf_counter() - began))
+    while len(pictures) < (1 if run.smoke else 3) or time.perf_counter() < end:
+        pictures.append(time_picture(run, pipeline))
     peak = {"peak_mib": torch.cuda.max_memory_allocated(run.device) / 2**20} if run.is_cuda else {}
-    with unet_clock(run, pipeline) as clock:
-        draw(run, pipeline)
-    picture_ms, unet_ms = statistics.median(times), sum(clock)
-    others = part_times(run, pipeline)
+    times = [each["picture_ms"] for each in pictures]
     return {
-        "picture_ms": picture_ms,
+        **{name: statistics.median(each[name] for each in pictures) for name in pictures[0]},
         "picture_low_ms": min(times),
         "picture_high_ms": max(times),
         "pictures": len(times),
-        "unet_calls": len(clock),
-        "unet_ms": unet_ms,
-        **others,
-        "gap_ms_per_step": (picture_ms - unet_ms - sum(others.values())) / len(clock),
         **peak,
         **(waits(run, pipeline) if run.is_cuda else {}),
     }
 
 
+def time_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, Any]:
+    """Returns the wall time of one picture and the time of its parts within it, ms."""
+    synchronize(run.device)
+    with (
+        clock(run, pipeline.text_encoder) as text,
+        clock(run, pipeline.unet) as unet,
+        clock(run, pipeline.vae.decoder) as vae,
+    ):
+        began = time.perf_counter()
+        draw(run, pipeline)
+        synchronize(run.device)
+        picture_ms = 1000 * (time.perf_counter() - began)
+    parts = {"unet_ms": sum(unet), "text_encoder_ms": sum(text), "vae_ms": sum(vae)}
+    gap_ms = (picture_ms - sum(parts.values())) / len(unet)
+    return {"picture_ms": picture_ms, "unet_calls": len(unet), **parts, "gap_ms_per_step": gap_ms}
+
+
 @contextmanager
-def unet_clock(run: PartRun, pipeline: TextToImagePipeline) -> Iterator[list[float]]:
-    """Yields a list. After the block it has the milliseconds of each UNet call."""
+def clock(run: PartRun, module: Any) -> Iterator[list[float]]:
+    """Yields a list. After the block it has the milliseconds of each call of the module."""
     marks: list[Any] = []
     found: list[float] = []
 
@@ -165,7 +170,7 @@ def unet_clock(run: PartRun, pipeline: TextToImagePipeline) -> Iterator[list[flo
         else:
             marks.append(time.perf_counter())
 
-    hooks = [pipeline.unet.register_forward_pre_hook(mark), pipeline.unet.register_forward_hook(mark)]
+    hooks = [module.register_forward_pre_hook(mark), module.register_forward_hook(mark)]
     try:
         yield found
     finally:
@@ -174,18 +179,6 @@ def unet_clock(run: PartRun, pipeline: TextToImagePipeline) -> Iterator[list[flo
     synchronize(run.device)
     pairs = zip(marks[::2], marks[1::2], strict=True)
     found += [start.elapsed_time(end) if run.is_cuda else 1000 * (end - start) for start, end in pairs]
-
-
-def part_times(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, float]:
-    """Returns the milliseconds of the text encoder's two calls and of the VAE's decoder."""
-    side = pipeline.unet.config.sample_size
-    ids = torch.zeros(1, CONTEXT_TOKENS, dtype=torch.long, device=run.device)
-    latents = torch.randn(1, pipeline.vae.config.latent_channels, side, side, device=run.device).to(pipeline.vae.dtype)
-    budget_s = 0.05 if run.smoke else 0.3
-    with torch.no_grad():
-        text = time_call(lambda: pipeline.text_encoder(ids), run.device, budget_s)
-        vae = time_call(lambda: pipeline.vae.decode(latents, return_dict=False), run.device, budget_s)
-    return {"text_encoder_ms": 2 * text["step_ms"], "vae_ms": vae["step_ms"]}
 
 
 def waits(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, float]:
