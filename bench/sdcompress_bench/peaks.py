@@ -12,6 +12,7 @@ from sdcompress_engines.errors import BackendMissing, UsageError
 
 from sdcompress.export.components import DTYPES
 
+from .device_clock import DeviceClock
 from .work import Work
 
 _MATMUL_SIDES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192, 16384)}
@@ -95,28 +96,12 @@ def _product(side: int, device: str, dtype: torch.dtype) -> Callable[[], Any]:
 def _best(call: Callable[[], Any], device: str, budget_s: float) -> float:
     """Returns the seconds of the quickest of at least 4 calls within a budget, after a warm-up call."""
     call()
-    clock = _events if device.startswith("cuda") else _wall
-    found, end = [clock(call)], time.perf_counter() + budget_s
+    clock = DeviceClock(device)
+    calls = 4 if clock.is_cuda else 1
+    found, end = [clock.time_call(call, calls)], time.perf_counter() + budget_s
     while len(found) < 4 or time.perf_counter() < end:
-        found.append(clock(call))
-    return min(found)
-
-
-def _wall(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def _events(call: Callable[[], Any], calls: int = 4) -> float:
-    """Returns the seconds of a call on the device; several run in a row, so that launching them does not count."""
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    started.record()
-    for _ in range(calls):
-        call()
-    ended.record()
-    ended.synchronize()
-    return started.elapsed_time(ended) / 1000 / calls
+        found.append(clock.time_call(call, calls))
+    return min(found) / 1000
 
 
 def roofline(work: Work, peaks: Peaks, step_s: float) -> Roofline:

@@ -15,6 +15,7 @@ from sdcompress_engines.resources import peak_rss_mib
 
 from sdcompress.support.pipeline import TextToImagePipeline
 
+from .device_clock import DeviceClock
 from .environment import gpu_memory_used_mib
 
 Call = Callable[[], Any]
@@ -26,28 +27,15 @@ _WARM_UP_CALLS = 20
 class _StageTimer:
     """Times calls until there are enough samples or the budget is spent."""
 
-    cuda: bool
+    clock: DeviceClock
     budget_s: float
-
-    def time_once(self, call: Call) -> float:
-        """Returns the milliseconds of one call: by CUDA events on a GPU, else by the wall clock."""
-        if not self.cuda:
-            started = time.perf_counter()
-            call()
-            return _since(started)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(begin.elapsed_time(end))
 
     def warm_up(self, call: Call) -> bool:
         """Call until three calls in a row agree within 10%; returns False if half the budget ends first."""
         recent: list[float] = []
         started = time.perf_counter()
         for _ in range(_WARM_UP_CALLS):
-            recent = [*recent[-2:], self.time_once(call)]
+            recent = [*recent[-2:], self.clock.time_call(call)]
             if len(recent) == 3 and max(recent) <= _STEADY * min(recent):
                 return True
             if time.perf_counter() - started > self.budget_s / 2:
@@ -66,7 +54,7 @@ class _StageTimer:
         for index in range(count):
             if index >= least and time.perf_counter() - started > self.budget_s:
                 return
-            yield self.time_once(call)
+            yield self.clock.time_call(call)
 
 
 def time_case(case: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +88,9 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     end_to_end()
     first_image_ms = _since(started)
-    samples, unsteady = _time_stages(pipeline, case, _StageTimer(cuda, case["stage_budget_s"]))
+    samples, unsteady = _time_stages(pipeline, case, _StageTimer(DeviceClock(case["device"]), case["stage_budget_s"]))
     # The first picture was the warm-up of `end_to_end`.
-    wall_clock = _StageTimer(False, case["stage_budget_s"])
+    wall_clock = _StageTimer(DeviceClock("cpu"), case["stage_budget_s"])
     samples["end_to_end"] = list(wall_clock.samples(end_to_end, case["end_to_end_samples"], 1))
     parts = ("unet", "text_encoder", "vae")
     return {

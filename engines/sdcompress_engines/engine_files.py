@@ -60,6 +60,26 @@ def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
     return data, manifest
 
 
+def find_manifest_folder(folder: Path) -> Path | None:
+    """Returns the folder with the manifest: `folder`, or its `engine` or `onnx` folder; None if no manifest exists."""
+    places = (folder, folder / "engine", folder / "onnx")
+    return next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
+
+
+def folder_faults(folder: Path, kind: str, *, contents: bool = True) -> list[str]:
+    """Returns what is wrong with an engine or ONNX folder; nothing where it is whole.
+
+    Args:
+        folder: the folder that holds the manifest.
+        kind: of its manifest, `engine` or `onnx`.
+        contents: read the files' bytes; without it only their sizes are checked.
+
+    Raises:
+        ArtifactError: the manifest cannot be read, or was edited.
+    """
+    return engine_faults(folder, contents=contents) if kind == "engine" else faults(folder, contents=contents)
+
+
 def engine_faults(folder: Path, *, contents: bool = True) -> list[str]:
     """Returns what is wrong with the files, manifest and keys of an engine folder; nothing where it is whole.
 

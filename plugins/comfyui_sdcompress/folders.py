@@ -81,8 +81,7 @@ def engine_folders(roots: Iterable[str | Path]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for root in map(Path, roots):
         for folder in sorted(root.iterdir()) if root.is_dir() else []:
-            places = (folder, folder / "engine", folder / "onnx")
-            place = next((place for place in places if (place / manifest.MANIFEST_NAME).is_file()), None)
+            place = engine_files.find_manifest_folder(folder)
             if place is not None and not folder.name.startswith("."):
                 folders.setdefault(folder.name, place)
     return dict(sorted(folders.items(), key=lambda item: item[0].lower()))
@@ -139,9 +138,7 @@ def read_folder(name: str, folder: Path) -> EngineFolder:
 
 
 def _check_sizes(folder: Path, folder_manifest: Manifest) -> None:
-    is_engine = folder_manifest.kind == "engine"
-    check = engine_files.engine_faults if is_engine else manifest.faults
-    if damage := check(folder, contents=False):
+    if damage := engine_files.folder_faults(folder, folder_manifest.kind, contents=False):
         raise errors.ArtifactError(f"is damaged: {'; '.join(damage[:3])}", where=folder, hint=_INSTALL)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdcompress_engines.engine_files import engine_faults
+from sdcompress_engines.engine_files import find_manifest_folder, folder_faults
 from sdcompress_engines.errors import ArtifactError, EngineMismatch, UsageError
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 
 from sdcompress.hosts.entry import Entry
 from sdcompress.hosts.host import Host
@@ -63,13 +63,13 @@ def read_engine_folder(path: str | Path, host: Host, name: str | None = None) ->
     build = f"sdcompress export MODEL --trt --signature {host.signatures[0]} -o DIR"
     if not given.is_dir():
         raise UsageError("no such folder", where=given, expected="one that `sdcompress export` has written", hint=build)
-    folder = find_manifest_folder(given)
+    folder = find_manifest_folder(given) or given
     manifest = read_manifest(folder)
     if manifest is None or manifest.kind not in ("engine", "onnx"):
         what = "holds no engine" if manifest is None else f"is a {manifest.kind}, not an engine"
         raise ArtifactError(what, where=folder, hint=build)
     _check_signature(manifest, host, folder, build)
-    if damage := folder_faults(folder, manifest):
+    if damage := folder_faults(folder, manifest.kind):
         raise ArtifactError(f"is damaged: {'; '.join(damage[:3])}", where=folder, hint=f"build it again: {build}")
     parent_named = given.parent.name if given.name in ("engine", "onnx") else given.name
     chosen = name or str(manifest.config.get("model_name") or parent_named)
@@ -77,18 +77,6 @@ def read_engine_folder(path: str | Path, host: Host, name: str | None = None) ->
         raise UsageError(f"{chosen!r} is not a valid name for a folder", hint="--name NAME")
     files = {path: Entry(entry.sha256, entry.bytes) for path, entry in manifest.files.items()}
     return Engine(chosen, folder, manifest, files | {MANIFEST_NAME: Entry.of(folder / MANIFEST_NAME)})
-
-
-def find_manifest_folder(folder: Path) -> Path:
-    """Returns the folder with the manifest: `folder`, or its `engine` or `onnx` folder. Without one, `folder`."""
-    return next(
-        (place for place in (folder, folder / "engine", folder / "onnx") if (place / MANIFEST_NAME).is_file()), folder
-    )
-
-
-def folder_faults(folder: Path, manifest: Manifest) -> list[str]:
-    """Returns what is missing or altered in an engine or ONNX folder."""
-    return engine_faults(folder) if manifest.kind == "engine" else faults(folder)
 
 
 def _check_signature(manifest: Manifest, host: Host, folder: Path, build: str) -> None:

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.engine_files import find_manifest_folder, folder_faults
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
 
-from sdcompress.hosts.engine_folder import engine_names, find_manifest_folder, folder_faults
+from sdcompress.hosts.engine_folder import engine_names
 from sdcompress.hosts.environment import read_packages
 from sdcompress.hosts.files import find_leftovers
 from sdcompress.hosts.host import Host
@@ -85,7 +86,7 @@ def read_status(host: Host, root: Path) -> Status:
         broken=broken,
         changed=_find_changes(root, record or Record()),
         engines=tuple(
-            _read_engine_status(folder.name, find_manifest_folder(folder), folder.name in installed)
+            _read_engine_status(folder.name, find_manifest_folder(folder) or folder, folder.name in installed)
             for folder in folders
         ),
         leftovers=tuple(find_leftovers(root, host.folders)),
@@ -111,7 +112,7 @@ def _read_engine_status(name: str, folder: Path, ours: bool) -> EngineStatus:
         manifest = read_manifest(folder)
         if manifest is None:
             return EngineStatus(name, folder, ours, {}, f"has no {MANIFEST_NAME}", None)
-        fault = "; ".join(folder_faults(folder, manifest)) or None
+        fault = "; ".join(folder_faults(folder, manifest.kind)) or None
         return EngineStatus(name, folder, ours, _read_facts(manifest), fault, _find_obstacle(manifest, folder))
     except SdCompressError as error:
         return EngineStatus(name, folder, ours, {}, error.what, None)

@@ -18,6 +18,7 @@ from sdcompress_engines.unet import EngineUNet
 from sdcompress.sampling import generate, keep_timesteps_on_host
 from sdcompress.support.pipeline import TextToImagePipeline
 
+from ..device_clock import DeviceClock, Mark
 from .child import PartRun
 from .models import TEACHER, Models
 from .part_unet import VARIANTS, Variant, failed_captures_raise
@@ -143,9 +144,9 @@ def time_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, Any]:
     """Returns the wall time of one picture and the time of its parts within it, ms."""
     synchronize(run.device)
     with (
-        clock(run, pipeline.text_encoder) as text,
-        clock(run, pipeline.unet) as unet,
-        clock(run, pipeline.vae.decoder) as vae,
+        timed_calls(run.device, pipeline.text_encoder) as text,
+        timed_calls(run.device, pipeline.unet) as unet,
+        timed_calls(run.device, pipeline.vae.decoder) as vae,
     ):
         began = time.perf_counter()
         draw(run, pipeline)
@@ -157,18 +158,14 @@ def time_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, Any]:
 
 
 @contextmanager
-def clock(run: PartRun, module: Any) -> Iterator[list[float]]:
+def timed_calls(device: torch.device, module: Any) -> Iterator[list[float]]:
     """Yields a list. After the block it has the milliseconds of each call of the module."""
-    marks: list[Any] = []
+    clock = DeviceClock(device)
+    marks: list[Mark] = []
     found: list[float] = []
 
     def mark(*_: Any) -> None:
-        if run.is_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            marks.append(event)
-        else:
-            marks.append(time.perf_counter())
+        marks.append(clock.mark())
 
     hooks = [module.register_forward_pre_hook(mark), module.register_forward_hook(mark)]
     try:
@@ -176,9 +173,7 @@ def clock(run: PartRun, module: Any) -> Iterator[list[float]]:
     finally:
         for hook in hooks:
             hook.remove()
-    synchronize(run.device)
-    pairs = zip(marks[::2], marks[1::2], strict=True)
-    found += [start.elapsed_time(end) if run.is_cuda else 1000 * (end - start) for start, end in pairs]
+    found += [clock.elapsed_ms(start, end) for start, end in zip(marks[::2], marks[1::2], strict=True)]
 
 
 def waits(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, float]:

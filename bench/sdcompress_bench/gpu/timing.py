@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..device_clock import DeviceClock
+
 BLOCK_S = 0.03
 """Length of a block of calls. In a block this long, the first launch after an idle moment does not count."""
 WARM_UP_S = 0.25
@@ -34,11 +36,11 @@ def time_call(call: Callable[[], Any], device: torch.device, budget_s: float = 1
     """
     each_s = _warm_up(call, device, min(WARM_UP_S, budget_s))
     calls = max(1, round(min(BLOCK_S, budget_s) / each_s))
-    block = _block_of_events if device.type == "cuda" else _block_of_clock
+    clock = DeviceClock(device)
     found: list[float] = []
     end = time.perf_counter() + budget_s
     while len(found) < LEAST_BLOCKS or time.perf_counter() < end:
-        found.append(1000 * block(call, calls) / calls)
+        found.append(clock.time_call(call, calls))
         if len(found) >= 3 and time.perf_counter() > end + budget_s:  # calls of seconds
             break
     deciles = statistics.quantiles(found, n=10, method="inclusive")
@@ -62,23 +64,6 @@ def _warm_up(call: Callable[[], Any], device: torch.device, seconds: float) -> f
         synchronize(device)
         count += 1
     return (time.perf_counter() - began) / count
-
-
-def _block_of_events(call: Callable[[], Any], calls: int) -> float:
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    started.record()
-    for _ in range(calls):
-        call()
-    ended.record()
-    ended.synchronize()
-    return started.elapsed_time(ended) / 1000
-
-
-def _block_of_clock(call: Callable[[], Any], calls: int) -> float:
-    began = time.perf_counter()
-    for _ in range(calls):
-        call()
-    return time.perf_counter() - began
 
 
 def _host_ms(call: Callable[[], Any], device: torch.device) -> float:

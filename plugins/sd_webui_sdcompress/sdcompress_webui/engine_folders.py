@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.engine_files import engine_faults
+from sdcompress_engines.engine_files import folder_faults
 from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError
 from sdcompress_engines.flavour import obstacle
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest, sha256_file
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
 from sdcompress_engines.runners.base import TensorSpec
 from sdcompress_engines.runners.shapes import Ranges
 from sdcompress_engines.signature import CONTEXT_TOKENS, signature
@@ -207,9 +207,7 @@ def _check_kind(folder: Path, manifest: Manifest) -> None:
         )
     if "unet" not in (config.get("components") or ()):
         raise ArtifactError("holds no UNet", where=folder)
-    is_engine = manifest.kind == "engine"
-    damage = engine_faults(folder, contents=False) if is_engine else faults(folder, "onnx", contents=False)
-    if damage:
+    if damage := folder_faults(folder, manifest.kind, contents=False):
         raise ArtifactError(f"is damaged: {'; '.join(damage[:3])}", where=folder)
     if _FILES[manifest.kind] not in manifest.files:
         raise ArtifactError(f"the manifest names no {_FILES[manifest.kind]}", where=folder)
