@@ -1,4 +1,4 @@
-"""What the build of an engine trades, and which of it a TensorRT flavour can build."""
+"""The options of an engine build, and which of them a TensorRT flavour supports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NOT_AHEAD = ("hardware_compatible", "version_compatible", "optimization_level")
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What a build trades. The defaults are right for most engines.
+    """The options of a build. The defaults are right for most engines.
 
     Attributes:
         optimization_level: 0 (fast build) to 5 (thorough); None is the library's own, 3.

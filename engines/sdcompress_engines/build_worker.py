@@ -86,7 +86,7 @@ def build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
     """
     log, monitor = _create_log(trt, errors), _create_monitor(trt)
     builder = trt.Builder(log)
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # gone where every network is
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)  # absent where all are
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["onnx"]):
@@ -128,10 +128,10 @@ def _create_monitor(trt: Any) -> Any:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            """Nothing is sent: the steps of the phase follow."""
+            """Sends nothing, because each step of the phase is sent."""
 
         def phase_finish(self, phase_name: str) -> None:
-            """Nothing is sent: the steps of the phase were."""
+            """Sends nothing, because each step of the phase was sent."""
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             return send_event(phase=phase_name)
@@ -165,7 +165,7 @@ def _describe_refusals(errors: Sequence[Any], version: str) -> str:
     reasons = "; ".join(f"node {e.node()} {e.node_name()!r} ({e.node_operator()}): {e.desc()}" for e in errors)
     newer = sorted({e.node_operator() for e in errors} & _NEEDS_10_14)
     remedy = (
-        f" ({', '.join(newer)}: read from TensorRT 10.14 on; here is {version}: export with --opset 20)"
+        f" (TensorRT reads {', '.join(newer)} from 10.14 on, and {version} is installed: export with --opset 20)"
         if newer
         else ""
     )
@@ -213,8 +213,8 @@ def _open_timing_cache(config: Any, path: Path) -> Any:
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with suppress(OSError):  # an engine without its timings is still an engine
+    with suppress(OSError):  # the engine is complete without its timings
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, bytes(memoryview(config.get_timing_cache().serialize())))
 
 
@@ -223,7 +223,7 @@ def _allow_decomposed_attention(trt: Any, network: Any) -> None:
 
     Without this such a build fails.
     """
-    if not hasattr(trt, "IAttentionBoundaryLayer"):  # before TensorRT 10.14 the parser makes its parts of it anyway
+    if not hasattr(trt, "IAttentionBoundaryLayer"):  # before TensorRT 10.14 the parser decomposes it
         return
     for index in range(network.num_layers):
         layer = network.get_layer(index)

@@ -56,8 +56,8 @@ def targets(flavour: Flavour, requested: Sequence[tuple[int, int]] | None) -> tu
         EngineError: a card that the library does not build for, or none in this machine where one is needed.
     """
     if not flavour.builds_ahead():
-        return (_present_card(requested, flavour),)
-    known = flavour.served_cards() or ()
+        return (_require_present_card(requested, flavour),)
+    known = flavour.supported_cards() or ()
     for target in requested or ():
         if target not in known:
             raise EngineError(
@@ -161,7 +161,7 @@ def require_memory(needed_bytes: int, name: str) -> None:
         )
 
 
-def _present_card(wanted: Sequence[tuple[int, int]] | None, flavour: Flavour) -> tuple[int, int]:
+def _require_present_card(wanted: Sequence[tuple[int, int]] | None, flavour: Flavour) -> tuple[int, int]:
     import torch
 
     if not torch.cuda.is_available():
@@ -190,7 +190,7 @@ def _run_build(job: Mapping[str, Any], onnx_path: Path, advance: Callable[..., N
 
     ending = run_job("sdcompress_engines.build_worker", job, take, paths=(Path(__file__).parents[1],))
     if failure := answer.get("error"):
-        raise EngineError(failure, where=onnx_path, hint=_driver_hint(failure, job["options"]))
+        raise EngineError(failure, where=onnx_path, hint=driver_hint(failure, job["options"]))
     if ending.status or "done" not in answer:
         raise EngineError(
             f"{describe_exit(ending.status, 'the build process')}: {' '.join(ending.output) or 'no output'}",
@@ -200,9 +200,14 @@ def _run_build(job: Mapping[str, Any], onnx_path: Path, advance: Callable[..., N
     return float(answer.get("peak_mib", 0.0))
 
 
-def _driver_hint(failure: str, options: Mapping[str, Any]) -> str | None:
-    """Returns a hint where options needed a step of the build that runs on the card, and there is no driver."""
-    names = " ".join(f"--{name.replace('_', '-')}" for name in options)
+def driver_hint(failure: str, options: Mapping[str, Any]) -> str | None:
+    """Returns a hint if an option needs a step of the build that runs on the card and there is no driver, else None.
+
+    Args:
+        failure: the library's message.
+        options: of the build, those that were given.
+    """
+    names = " ".join(f"--{name.removesuffix('_mib').replace('_', '-')}" for name in options)
     if not names or "CUDA driver version is insufficient" not in failure:
         return None
     return f"without {names}, or on a machine with an NVIDIA driver: such an engine is not built ahead of the card"

@@ -45,7 +45,7 @@ def cut_batch(count: int, size: int, least: int) -> list[Part]:
 
 
 def split_batch(count: int, least: int, most: int) -> list[Part]:
-    """Returns `count` samples in the fewest and most equal parts that an engine takes.
+    """Returns `count` samples in as few parts as an engine allows, of sizes as equal as possible.
 
     Args:
         count: samples of the whole batch.

@@ -1,7 +1,7 @@
-"""Work in a Python process of its own: a crash of native code becomes an error, and a cancel needs no cooperation.
+"""Work in a Python process of its own: a crash of native code becomes an error, and the work can be ended at any time.
 
 The parent sends JSON messages, one a line, on the child's stdin. The child answers with JSON events, one a line, on its
-stdout. A mark tells events from what native code prints there.
+stdout. A prefix distinguishes events from what native code prints there.
 
 Parent: `run_job` for one job, or `ChildProcess` where messages go back and forth.
 Child: `receive_message`, `send_event` and, where the parent decides about Ctrl-C, `ignore_interrupts`.
@@ -211,7 +211,7 @@ def explain_exit(status: int, output: Sequence[str]) -> str:
 
 
 def receive_message() -> Message | None:
-    """Returns the parent's next message, in the child; None where the parent has closed the line or is gone."""
+    """Returns the parent's next message, in the child; None if the parent has closed the pipe or has ended."""
     line = sys.stdin.readline()
     return dict(json.loads(line)) if line.strip() else None
 

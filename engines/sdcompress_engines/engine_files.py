@@ -26,7 +26,7 @@ def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
     manifest = read_manifest(path.parent)
     if manifest is None:
         raise ArtifactError(
-            f"the engine has no {MANIFEST_NAME} beside it, so nothing says what it was built for",
+            f"the engine has no {MANIFEST_NAME} beside it, so it is unknown what it was built for",
             where=path,
             hint=f"keep both files together, or {REBUILD}",
         )

@@ -108,7 +108,7 @@ _WINDOWS_STORAGE = {  # by `winerror`, because their errno fits many other fault
     32: _IN_USE,
     33: _IN_USE,
     1224: _IN_USE,
-    1314: ("Windows lets this account make no links", "turn on Developer Mode, or do it without links"),
+    1314: ("Windows does not allow this account to create links", "turn on Developer Mode, or leave out --link"),
 }
 
 

@@ -19,7 +19,7 @@ HALF_FACTOR = 2.0
 def relative_l2(output: torch.Tensor, reference: torch.Tensor) -> float:
     """Returns ‖output − reference‖ / ‖reference‖ over all elements, in float64. It is 0 for equal tensors.
 
-    Unlike cosine similarity it notices a wrong scale. It is not a number where `output` has a value that is none.
+    Unlike cosine similarity it notices a wrong scale. It is NaN if a value of `output` is NaN.
 
     Args:
         output, reference: tensors of one shape, any dtype, on one device.
@@ -29,7 +29,7 @@ def relative_l2(output: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def largest_relative_l2(outputs: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]) -> float:
-    """Returns the largest `relative_l2` of any named tensor in `references`; infinite where one is not a number.
+    """Returns the largest `relative_l2` of any named tensor in `references`; infinity if one is NaN.
 
     Args:
         outputs: tensors by name, at least those in `references`.

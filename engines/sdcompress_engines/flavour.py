@@ -59,20 +59,20 @@ class Flavour:
         trt = self.load()
         return hasattr(trt, "ComputeCapability") and hasattr(trt.IBuilderConfig, "set_compute_capability")
 
-    def served_cards(self) -> tuple[Card, ...] | None:
+    def supported_cards(self) -> tuple[Card, ...] | None:
         """Returns the compute capabilities that this library supports, (major, minor) each; None without a list."""
         listed = getattr(self.load(), "ComputeCapability", None)
         if listed is None:
             return None
         return tuple(sorted((int(name[2:-1]), int(name[-1])) for name in listed.__members__ if name.startswith("SM")))
 
-    def unserved(self, card: Card) -> str | None:
+    def explain_unsupported(self, card: Card) -> str | None:
         """Returns why engines of this library do not run on a card of this compute capability, or None."""
-        served = self.served_cards()
+        served = self.supported_cards()
         if served is None or card in served:
             return None
         return (
-            f"{self.name} {self.version} serves no compute capability {_dotted(card)}, only"
+            f"{self.name} {self.version} does not support compute capability {_dotted(card)}, only"
             f" {', '.join(map(_dotted, served))}"
         )
 
@@ -102,7 +102,7 @@ def choose_flavour(
 ) -> Flavour:
     """Returns the flavour to build with: the requested one, else `tensorrt` with a GPU and `tensorrt-rtx` without.
 
-    With a GPU but no `tensorrt` installed, `tensorrt-rtx` is used if it serves that GPU. Without a GPU only
+    With a GPU but no `tensorrt` installed, `tensorrt-rtx` is used if it supports that GPU. Without a GPU only
     `tensorrt-rtx` builds.
 
     Args:
@@ -111,8 +111,8 @@ def choose_flavour(
         wanted_cards: compute capabilities to build for, where they are not this machine's.
 
     Raises:
-        UsageError: no flavour of that name. BackendMissing: it is not installed, or does not serve this GPU, with what
-            to type next.
+        UsageError: no flavour of that name. BackendMissing: it is not installed, or does not support this GPU. The
+            hint is what to type next.
     """
     if requested is not None and requested not in FLAVOURS:
         raise UsageError(f"no TensorRT flavour {requested!r}", expected=" or ".join(FLAVOURS))
@@ -124,16 +124,18 @@ def choose_flavour(
             return flavour
         reasons[flavour.name] = reason
     if card and TENSORRT_RTX.name in reasons and not TENSORRT_RTX.missing():
-        hint = f"{TENSORRT.install}, --backend ort, or --compute-capability 8.9 to build for another card"
+        hint = f"{TENSORRT.install}, or for another card: sdcompress export MODEL --trt --compute-capability 8.9 -o DIR"
+    elif requested == TENSORRT.name and not card:
+        hint = f"--flavour {TENSORRT_RTX.name}: {TENSORRT_RTX.install}"
     else:
-        hint = wanted[0].install if card else TENSORRT_RTX.install
+        hint = wanted[0].install
     raise BackendMissing("; ".join(reasons.values()), hint=hint)
 
 
 def _cannot_build(flavour: Flavour, card: Card | None, wanted_cards: Sequence[Card] | None) -> str | None:
     """Returns why an installed library builds nothing for these cards, or None."""
     if flavour.builds_ahead():
-        return None if wanted_cards or card is None else flavour.unserved(card)
+        return None if wanted_cards or card is None else flavour.explain_unsupported(card)
     return None if card else f"{flavour.name} builds only for a GPU in this machine, and there is none"
 
 
@@ -244,14 +246,14 @@ def _card_obstacle(
         return BackendMissing(
             f"a {flavour.name} engine runs on an NVIDIA GPU and there is none",
             where=where,
-            hint="--backend ort, which runs the ONNX graphs on any machine",
+            hint="run the ONNX graph instead: it needs no GPU",
         )
     card = torch.cuda.get_device_capability(device)
-    if reason := flavour.unserved(card):
+    if reason := flavour.explain_unsupported(card):
         return BackendMissing(
             f"{reason}; this is {torch.cuda.get_device_name(device)}",
             where=where,
-            hint=f"an engine of {TENSORRT.name}, or --backend ort",
+            hint=f"an engine of {TENSORRT.name}, or the ONNX graph",
         )
     from_ampere = bound["cards"] == [f"{_dotted(_AMPERE)}+"]
     if _dotted(card) not in bound["cards"] and not (from_ampere and card >= _AMPERE):
@@ -263,16 +265,6 @@ def _card_obstacle(
             hint=f"sdcompress export MODEL --trt --compute-capability {_dotted(card)} -o DIR",
         )
     return None
-
-
-def why_not_here(config: Mapping[str, Any]) -> str | None:
-    """Returns why an engine does not load on this machine, with what to type next; None where it should load.
-
-    Args:
-        config: of the engine's manifest.
-    """
-    error = obstacle(config)
-    return None if error is None else str(error)
 
 
 def check_fits_here(config: Mapping[str, Any], where: str | PathLike[str], device: Any = None) -> None:

@@ -37,8 +37,9 @@ _IN_BLOCK = re.compile(
 def ldm_unet_keys(keys: Iterable[str]) -> dict[str, str | None]:
     """Returns diffusers' parameter names of a UNet → LDM's, without `UNET_PREFIX`; None where LDM has no place.
 
-    LDM numbers the input blocks through, and so the output blocks. The first convolution, each resnet–attention pair
-    and each downsampler are one block. An upsampler is the last module in the last pair of its level.
+    LDM numbers the input blocks of all levels in one sequence, and the output blocks in another. The first
+    convolution, each resnet–attention pair and each downsampler are one block. An upsampler is the last module in the
+    last pair of its level.
 
     Args:
         keys: the names of all of the UNet's parameters. The numbers follow from which blocks there are.

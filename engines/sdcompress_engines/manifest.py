@@ -244,7 +244,7 @@ def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> l
     manifest = read_manifest(folder)
     if manifest is None:
         return [f"{folder / MANIFEST_NAME} is missing"]
-    found = [] if kind in (None, manifest.kind) else [f"is a {manifest.kind}, not a {kind}"]
+    found = [] if kind in (None, manifest.kind) else [f"is of kind {manifest.kind!r}, not {kind!r}"]
     for name, entry in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -293,7 +293,12 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
                 replace_file(target, old / "was")
-                replace_file(temporary, target)
+                try:
+                    replace_file(temporary, target)
+                except BaseException:
+                    replace_file(old / "was", target)
+                    old.rmdir()
+                    raise
                 shutil.rmtree(old, ignore_errors=True)
             else:
                 replace_file(temporary, target)

@@ -1,4 +1,4 @@
-"""What graphs return to a diffusers pipeline, as named tuples that diffusers and transformers have classes for."""
+"""The outputs of graphs for a diffusers pipeline: named tuples instead of classes of diffusers and transformers."""
 
 from __future__ import annotations
 

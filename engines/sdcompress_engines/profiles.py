@@ -170,7 +170,7 @@ def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:
                 f"profile {text!r}",
                 expected=f"one of {', '.join(PRESETS)}, or {','.join(f'{field}=MIN:OPT:MAX' for field in known)}",
             )
-        given[name.strip()] = parse_range(value.strip(), f"--{name.strip()}")
+        given[name.strip()] = parse_range(value.strip(), name.strip())
     for one, other in (("height", "width"), ("width", "height")):
         if one in given and other not in given:
             given[other] = given[one]

@@ -181,7 +181,7 @@ class EngineStore:
                     pruned.append(Pruned(entry.folder, size, reason))
         return pruned
 
-    def adopt(self, entry: StoredEngine, folder: Path) -> Path:
+    def link_or_copy(self, entry: StoredEngine, folder: Path) -> Path:
         """Put an entry's engine file into `folder`. Returns its path there.
 
         Both share the disk space where the file system has hard links.

@@ -92,7 +92,7 @@ class Verdict:
     """The result of `EngineStore.verify`.
 
     Attributes:
-        findings: one for each entry.
+        findings: one for each entry, and one for each other file or folder in the store.
         swept: what killed builds had left, and is removed now.
     """
 

@@ -48,7 +48,7 @@ class EngineTextEncoder(EngineModule):
             raise EngineError(
                 f"the {self.component} graph gives no hidden states: output_hidden_states has nothing to return",
                 where=self.runner.path,
-                hint="export it again, with its penultimate_hidden_state",
+                hint="export it again: sdcompress export MODEL -o DIR",
             )
         return HiddenStates(found["penultimate_hidden_state"], int(self.config["num_hidden_layers"]), self.runner.path)
 

@@ -81,7 +81,10 @@ def engine_folders(roots: Iterable[str | Path]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for root in map(Path, roots):
         for folder in sorted(root.iterdir()) if root.is_dir() else []:
-            place = engine_files.find_manifest_folder(folder)
+            try:
+                place = engine_files.find_manifest_folder(folder)
+            except OSError:  # one folder without permission must not hide the others
+                continue
             if place is not None and not folder.name.startswith("."):
                 folders.setdefault(folder.name, place)
     return dict(sorted(folders.items(), key=lambda item: item[0].lower()))
@@ -101,7 +104,9 @@ def read_folder(name: str, folder: Path) -> EngineFolder:
     folder_manifest = manifest.read_manifest(folder)
     if folder_manifest is None or folder_manifest.kind not in ("engine", "onnx"):
         raise errors.ArtifactError(
-            "is not an engine's folder" if folder_manifest is None else f"is a {folder_manifest.kind}, not an engine",
+            "is not an engine's folder"
+            if folder_manifest is None
+            else f"is of kind {folder_manifest.kind!r}, not an engine",
             where=folder,
             expected="what `sdcompress export` has written",
             hint=BUILD,
@@ -165,7 +170,7 @@ def find_obstacle(folder: EngineFolder) -> str | None:
     if folder.graph.suffix == ".onnx":
         from .library import runners
 
-        return runners.available()["onnxruntime"]
+        return runners.onnxruntime_install.missing()
     error = flavour.obstacle(folder.manifest.config, folder.graph)
     return None if error is None else str(error)
 

@@ -1,4 +1,4 @@
-"""A UNet's blocks in ComfyUI's words."""
+"""Converts diffusers' UNet config to ComfyUI's `unet_config`."""
 
 from __future__ import annotations
 

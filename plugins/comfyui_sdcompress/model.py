@@ -154,7 +154,7 @@ class EngineModel(torch.nn.Module):
                 f"latents of shape {tuple(x.shape)} for an engine of {family}",
                 where=where,
                 expected=f"(batch, {channels}, height / 8, width / 8)",
-                hint="an Empty Latent Image, or a VAE of this family; no inpainting model",
+                hint="connect an Empty Latent Image, or latents from a VAE of this family",
             )
         if context is None or context.shape[-1] != folder.context_width:
             given = "no text embeddings" if context is None else f"text embeddings {context.shape[-1]} wide"
@@ -170,7 +170,7 @@ class EngineModel(torch.nn.Module):
                 f"{given} for an engine of {family}",
                 where=where,
                 expected="none" if folder.family != "sdxl" else f"{vector} wide",
-                hint=f"the CLIP of a {family} checkpoint, and no unCLIP conditioning",
+                hint=f"connect the CLIP of an {family} checkpoint, without unCLIP conditioning",
             )
         return context
 
@@ -215,9 +215,7 @@ def runner_device(folder: EngineFolder, device: torch.device) -> torch.device:
     """Returns where the graph runs for latents on `device`: an ONNX graph on the CPU if ONNX Runtime has no CUDA."""
     if folder.graph.suffix != ".onnx" or device.type == "cpu":
         return device
-    import onnxruntime
-
-    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+    if device.type == "cuda" and runners.onnxruntime_install.missing("cuda") is None:
         return device
     LOG.warning(
         "%s runs on the CPU, because this ONNX Runtime has no CUDA: install onnxruntime-gpu, or a TensorRT engine",

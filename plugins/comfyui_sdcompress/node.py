@@ -41,7 +41,7 @@ def find_folder(name: str) -> Path:
         raise errors.UsageError(
             f"no engine {name!r} in {' or '.join(roots)}",
             expected=", ".join(folders) or None,
-            hint="sdcompress install comfyui COMFYUI ENGINE, then press R here",
+            hint="sdcompress install comfyui COMFYUI ENGINE, then press R in ComfyUI",
         )
     return folders[name]
 

@@ -19,10 +19,10 @@ def find_missing(folder: Path) -> list[str]:
             " webui WEBUI ENGINE"
         )
     if not any(util.find_spec(module) for module in RUNTIMES):
-        offers = ", or ".join(RUNTIMES.values())
+        first, *others = RUNTIMES.values()
         lines.append(
             "sdcompress: no runtime for engines is installed. Install the one of your engines, in the version they were"
-            f" built with: {sys.executable} -m pip install {offers}"
+            f" built with: {sys.executable} -m pip install {first} (or {', or '.join(others)})"
         )
     return lines
 

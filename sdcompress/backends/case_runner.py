@@ -102,7 +102,9 @@ def graph_folder(loaded: LoadedPipeline, case: Case) -> Path:
 
 
 def _damaged(folder: Path, what: str) -> ArtifactError:
-    return ArtifactError(f"what the cache holds for it is damaged ({what})", where=folder, hint=remove_command(folder))
+    return ArtifactError(
+        f"the files of this backend in the cache are damaged ({what})", where=folder, hint=remove_command(folder)
+    )
 
 
 def explain_absence(flavour: Flavour) -> str | None:
@@ -118,7 +120,7 @@ def explain_absence(flavour: Flavour) -> str | None:
         if card is None and isinstance(error.__cause__, ModuleNotFoundError):
             return f"runs on an NVIDIA GPU, and none is here; to build engines for another machine: {flavour.install}"
         raise
-    return None if card is None else flavour.unserved(card)
+    return None if card is None else flavour.explain_unsupported(card)
 
 
 def build_ahead(case: Case) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def build_ahead(case: Case) -> dict[str, Any]:
     built = _build(load_subject(case.model, subject), case, store, output)
     for folder in (store.root, output):
         shutil.rmtree(folder, ignore_errors=True)
-    cards = ", ".join(f"{major}.{minor}" for major, minor in flavour.served_cards() or ())
+    cards = ", ".join(f"{major}.{minor}" for major, minor in flavour.supported_cards() or ())
     return {"built_s": built.seconds, "bytes": built.bytes, "cards": cards}
 
 

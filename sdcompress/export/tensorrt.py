@@ -126,7 +126,7 @@ def build_engines(
         for component in chosen:
             engines[component], reused = builder.get_or_build(component, store)
             builds[component] = BuiltEngine.of(engines[component], reused)
-            store.adopt(engines[component], folder)
+            store.link_or_copy(engines[component], folder)
         shutil.copytree(onnx_folder / "pipeline", folder / "pipeline")
         written = write_manifest(
             folder,

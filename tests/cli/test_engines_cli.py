@@ -85,7 +85,7 @@ def exported(store: EngineStore, tmp_path: Path) -> Path:
     decoder = replace(DECODER, version=UNET.version, options=UNET.options)
     entries = [store.get_or_build(key, builder(key))[0] for key in (UNET, decoder)]
     for entry in entries:
-        store.adopt(entry, folder)
+        store.link_or_copy(entry, folder)
     first, second = (entry.manifest.config for entry in entries)
     config = {
         name: {**value, **second[name]} if isinstance(value, dict) and name != "options" else value

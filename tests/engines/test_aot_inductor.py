@@ -19,7 +19,7 @@ from sdcompress_engines.errors import ArtifactError, EngineError, EngineMismatch
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.runners import AotInductorRunner, TensorSpec, compile_package, open_runner
-from sdcompress_engines.runners.aot_package import Facts, Range, check_fits, read_facts
+from sdcompress_engines.runners.aot_package import AxisRange, Facts, check_fits, read_facts
 
 DTYPE = torch.bfloat16
 
@@ -145,10 +145,10 @@ def test_a_package_says_what_it_is_without_being_loaded(package: Path) -> None:
     facts = read_facts(package)
     assert (facts.torch, facts.device, facts.inputs) == (torch.__version__, "cpu", INPUTS)
     assert facts.axes == {
-        "batch": Range(1, 8),
-        "height": Range(8, 32, 8),
-        "width": Range(8, 32, 8),
-        "tokens": Range(77, 231, 77),
+        "batch": AxisRange(1, 8),
+        "height": AxisRange(8, 32, 8),
+        "width": AxisRange(8, 32, 8),
+        "tokens": AxisRange(77, 231, 77),
     }
     assert facts.isa
 

@@ -16,7 +16,7 @@ from sdcompress_engines import build_worker, builder
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import build_engine
 from sdcompress_engines.errors import BackendMissing, EngineError, StorageError, UsageError
-from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, choose_flavour, platform_name, why_not_here
+from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, choose_flavour, obstacle, platform_name
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners.tensorrt import missing as runner_missing
@@ -152,6 +152,12 @@ def test_options_reach_the_library(tmp_path: Path) -> None:
         assert (size < 2**20) == option.strip_plan
 
 
+def test_the_hint_without_a_driver_names_options_as_the_command_line_does() -> None:
+    hint = builder.driver_hint("CUDA driver version is insufficient", {"workspace_mib": 64, "strip_plan": True})
+    assert hint is not None
+    assert "without --workspace --strip-plan," in hint
+
+
 @needs_rtx
 @pytest.mark.parametrize(
     ("option", "said"),
@@ -217,12 +223,13 @@ def test_a_card_that_the_library_does_not_list_is_refused_before_anything_is_bui
     with pytest.raises(
         BackendMissing,
         match=(
-            rf"serves no compute capability {card[0]}\.{card[1]}, only 7\.5, 8\.0, .*Try: .*--compute-capability 8\.9"
+            rf"does not support compute capability {card[0]}\.{card[1]}, only 7\.5, 8\.0, "
+            r".*Try: .*--compute-capability 8\.9"
         ),
     ):
         choose_flavour("tensorrt-rtx", card)
     assert choose_flavour("tensorrt-rtx", card, [(8, 9)]) is TENSORRT_RTX
-    assert (card in (TENSORRT_RTX.served_cards() or ())) is False
+    assert (card in (TENSORRT_RTX.supported_cards() or ())) is False
 
 
 @needs_rtx
@@ -239,13 +246,13 @@ def test_an_engine_for_every_card_does_not_fit_a_card_that_the_library_does_not_
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
     for card, reason in (
-        ((9, 0), "serves no compute capability 9.0"),
+        ((9, 0), "does not support compute capability 9.0"),
         ((8, 9), None),
         ((7, 5), "built for compute capability 8.0"),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, card=card: card)
-        reason_given = why_not_here(made)
-        assert (reason_given is None) if reason is None else (reason_given is not None and reason in reason_given)
+        reason_given = obstacle(made)
+        assert (reason_given is None) if reason is None else (reason in str(reason_given))
         missing = runner_missing(TENSORRT_RTX)
         assert (missing is not None) == (card == (9, 0))
 

@@ -11,7 +11,7 @@ from sdcompress_bench.stand_in import StandInEngine, expected
 from sdcompress_engines.errors import EngineError, UsageError
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import SharedMemory, TensorSpec, TorchRunner
-from sdcompress_engines.runners.cuda_graphs import GRAPHS, GraphedCall, capture_graph
+from sdcompress_engines.runners.cuda_graphs import MAX_GRAPHS, GraphedCall, capture_graph
 from sdcompress_engines.runners.execution import Execution
 
 from .fake_cuda import FakeCuda, fake_cuda  # noqa: F401 (a fixture)
@@ -24,7 +24,7 @@ IO = tuple(TensorSpec(name, ("batch", "n", "n"), torch.float32) for name in ("le
 class Log:
     """A stand-in for TensorRT's logger."""
 
-    def said(self) -> str:
+    def last_errors(self) -> str:
         return "the stand-in gave no reason"
 
 
@@ -99,11 +99,11 @@ def test_memory_reserved_before_the_first_capture_makes_one_capture_enough(fake_
 
 def test_the_graph_used_longest_ago_goes_first(fake_cuda: FakeCuda) -> None:  # noqa: F811
     graphed, _ = make_execution(fake_cuda)
-    graphed.reserve(0, shapes_of(make_feeds(GRAPHS + 1)))  # no graph is lost because memory grows
-    for batch in range(1, GRAPHS + 1):
+    graphed.reserve(0, shapes_of(make_feeds(MAX_GRAPHS + 1)))  # no graph is lost because memory grows
+    for batch in range(1, MAX_GRAPHS + 1):
         run(graphed, make_feeds(batch))
     run(graphed, make_feeds(1))  # now shape 2 is the oldest
-    run(graphed, make_feeds(GRAPHS + 1))
+    run(graphed, make_feeds(MAX_GRAPHS + 1))
     captured = len(fake_cuda.graphs)
     run(graphed, make_feeds(1))
     assert len(fake_cuda.graphs) == captured

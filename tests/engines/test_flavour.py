@@ -20,7 +20,6 @@ from sdcompress_engines.flavour import (
     check_fits_here,
     obstacle,
     platform_name,
-    why_not_here,
 )
 
 from .stored_engines import KEY, needs_rtx
@@ -59,8 +58,8 @@ def test_version_card_and_platform_are_three_messages(monkeypatch: pytest.Monkey
     )
     with_card(monkeypatch, (8, 9))
     check_fits_here(config_for(), "unet.engine")
-    assert why_not_here(config_for()) is None
-    assert why_not_here(config_for(version="1.0.0.21")) is not None
+    assert obstacle(config_for()) is None
+    assert obstacle(config_for(version="1.0.0.21")) is not None
 
 
 @needs_rtx
@@ -131,6 +130,6 @@ def test_version_compatible_engines_go_to_later_versions_only() -> None:
 def test_a_config_that_does_not_say_what_it_is_for_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="does not say what it was built for"):
         binding(config_for() | change)
-    assert why_not_here(config_for() | change) is not None
+    assert obstacle(config_for() | change) is not None
     with pytest.raises(ArtifactError, match=r"^unet\.engine"):
         check_fits_here(config_for() | change, "unet.engine")

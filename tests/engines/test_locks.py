@@ -147,7 +147,7 @@ def test_a_resumed_run_that_could_not_begin_leaves_the_folder(tmp_path: Path) ->
         (32, errno.EACCES, "in use by another program"),
         (33, errno.EACCES, "in use by another program"),
         (1224, errno.EINVAL, "in use by another program"),
-        (1314, errno.EINVAL, "no links"),
+        (1314, errno.EINVAL, "not allow this account to create links"),
         (5, errno.EACCES, "no permission"),
     ],
 )

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from sdcompress_engines.errors import (
-    ArtifactError,
-)
+from sdcompress_engines.errors import ArtifactError, StorageError
+from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import (
     MANIFEST_NAME,
     FileEntry,
     Manifest,
     faults,
     read_manifest,
+    staged,
     write_manifest,
 )
 
@@ -42,6 +42,23 @@ def test_a_manifest_is_sealed_and_an_edit_shows(tmp_path: Path) -> None:
     path.write_text(text.replace(manifest.seal, manifest.seal[::-1]))
     with pytest.raises(ArtifactError, match="edited"):
         read_manifest(tmp_path)
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "file").write_text("before")
+
+    def replace(source: Path, place: Path) -> None:
+        if source.suffix == ".partial":
+            raise PermissionError(13, "in use", str(place))
+        replace_file(source, place)
+
+    monkeypatch.setattr("sdcompress_engines.manifest.replace_file", replace)
+    with pytest.raises(StorageError), staged(target, force=True) as folder:
+        (folder / "file").write_text("after")
+    assert (target / "file").read_text() == "before"
+    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_manifests_of_before_the_seal_are_read_but_engines_need_one(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from sdcompress_engines.errors import BackendMissing, EngineError
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import OnnxRuntimeRunner, onnxruntime_session, open_runner
-from sdcompress_engines.runners.onnxruntime import GRAPHS
+from sdcompress_engines.runners.onnxruntime import MAX_SESSION_GRAPHS
 from sdcompress_engines.runners.onnxruntime_install import missing
 from sdcompress_engines.runners.onnxruntime_session import left_out, message_of, start_session
 
@@ -194,10 +194,10 @@ def test_each_shape_is_captured_once_and_its_results_are_the_callers(make: Calla
 def test_shapes_over_the_limit_run_without_a_graph(make: Callable[..., Any]) -> None:
     runner, stand_in = make()
     with runner:
-        for batch in range(1, GRAPHS + 2):
+        for batch in range(1, MAX_SESSION_GRAPHS + 2):
             x = torch.randn(batch, 8)
             assert torch.allclose(runner.infer({"x": x})["y"], expected(x), atol=1e-6)
-    assert [run for run in stand_in.runs if run != "-1"] == [str(graph + 1) for graph in range(GRAPHS)]
+    assert [run for run in stand_in.runs if run != "-1"] == [str(graph + 1) for graph in range(MAX_SESSION_GRAPHS)]
 
 
 def test_a_session_refused_with_a_graph_opens_without_and_warns_once_with_the_reason(make: Callable[..., Any]) -> None:

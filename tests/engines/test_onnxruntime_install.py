@@ -93,7 +93,7 @@ def test_half_precision_is_announced_where_tensorrt_knows_the_flag(
     assert precision_options(tmp_path / "unet.onnx") == announced
 
 
-@pytest.mark.parametrize(("version", "said"), [("11.4.0.106", "installed is 11.4.0.106"), (None, "installed is none")])
+@pytest.mark.parametrize(("version", "said"), [("11.4.0.106", "11.4.0.106 is installed"), (None, "no TensorRT is")])
 def test_a_tensorrt_provider_that_does_not_start_names_the_tensorrt_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str | None, said: str
 ) -> None:

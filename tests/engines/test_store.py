@@ -95,15 +95,15 @@ def test_a_damaged_entry_is_reported_and_built_again(
 
 def test_an_engine_goes_into_an_output_folder_and_outlives_the_store(store: EngineStore, tmp_path: Path) -> None:
     entry, _ = store.get_or_build(KEY, builder())
-    target = store.adopt(entry, tmp_path / "out")
+    target = store.link_or_copy(entry, tmp_path / "out")
     assert target == tmp_path / "out/unet.engine"
     assert target.samefile(entry.path)
-    assert store.adopt(entry, tmp_path / "out").read_bytes() == PAYLOAD
+    assert store.link_or_copy(entry, tmp_path / "out").read_bytes() == PAYLOAD
     (gone,) = store.prune(all=True)
     assert gone.bytes < len(PAYLOAD)  # the file lives on in the output
     assert target.read_bytes() == PAYLOAD
     with pytest.raises(ArtifactError, match="removed in the meantime"):
-        store.adopt(entry, tmp_path / "out")
+        store.link_or_copy(entry, tmp_path / "out")
 
 
 def test_a_copy_where_there_are_no_links(store: EngineStore, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_copy_where_there_are_no_links(store: EngineStore, tmp_path: Path) -> 
     entry, _ = store.get_or_build(KEY, builder())
     folder = shared / f"sdcompress-{tmp_path.name}-{time.time_ns()}"
     try:
-        target = store.adopt(entry, folder)
+        target = store.link_or_copy(entry, folder)
         assert target.read_bytes() == PAYLOAD
         assert not target.samefile(entry.path)
     finally:

@@ -190,7 +190,7 @@ def test_a_real_engine_is_built_once(store: EngineStore, tmp_path: Path, monkeyp
     again, hit = store.get_or_build(key, build)
     assert hit
     assert again == first
-    assert read_engine(again.path)[0] == store.adopt(again, tmp_path / "out").read_bytes()
+    assert read_engine(again.path)[0] == store.link_or_copy(again, tmp_path / "out").read_bytes()
     assert first.bytes > 1000
     assert store.verify().clean
 

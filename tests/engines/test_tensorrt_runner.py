@@ -20,7 +20,7 @@ from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.runners import OnnxRuntimeRunner, SharedMemory, TensorRTRunner, TensorSpec, tensorrt_library
 from sdcompress_engines.runners.sealed_files import read_sealed, write_sealed
-from sdcompress_engines.runners.shapes import Ranges, axis_names, choose_profile, no_profile
+from sdcompress_engines.runners.shapes import Ranges, axis_names, choose_profile, make_shape_error
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
 
@@ -115,7 +115,7 @@ def test_a_chosen_profile_contains_the_shapes_and_is_none_only_where_no_profile_
 def test_a_shape_outside_every_profile_names_the_nearest_and_the_flags_to_type(
     batches: list[tuple[int, int, int]], shapes: dict[str, Any], said: str
 ) -> None:
-    error = no_profile(ranges(*batches), shapes, INPUTS, "unet", 8, "unet.engine")
+    error = make_shape_error(ranges(*batches), shapes, INPUTS, "unet", 8, "unet.engine")
     assert isinstance(error, EngineMismatch)
     assert said in str(error)
     assert "\n" not in str(error)
@@ -124,14 +124,16 @@ def test_a_shape_outside_every_profile_names_the_nearest_and_the_flags_to_type(
 def test_the_flags_for_a_vae_count_calls_of_the_unet_and_pixels_as_they_are() -> None:
     profile = {"sample": ((1, 3, 256, 256), (1, 3, 512, 512), (4, 3, 768, 768))}
     inputs = (TensorSpec("sample", ("batch", 3, "image_height", "image_width"), torch.float16),)
-    said = str(no_profile([profile], {"sample": (5, 3, 1024, 512)}, inputs, "vae_encoder", 8, None))
+    said = str(make_shape_error([profile], {"sample": (5, 3, 1024, 512)}, inputs, "vae_encoder", 8, None))
     assert "batch 5, height 1024 px" in said
     assert said.endswith("--batch 2:2:10 --height 256:512:1024")
 
 
 def test_axes_without_a_name_are_reported_by_tensor_and_index() -> None:
     profile = {"x": ((1, 2), (1, 2), (1, 8))}
-    said = str(no_profile([profile], {"x": (1, 9)}, (TensorSpec("x", (1, "x.1"), torch.float32),), "sum", 8, None))
+    said = str(
+        make_shape_error([profile], {"x": (1, 9)}, (TensorSpec("x", (1, "x.1"), torch.float32),), "sum", 8, None)
+    )
     assert "x.1 9" in said
     assert "wider profile" in said
 

@@ -17,6 +17,7 @@ from sdcompress_engines.manifest import MANIFEST_NAME, write_manifest
 
 from .comfyui_cases import SCHEDULER, SHAPE, UNET, WIDTH, change, profile, read_config, text
 from .comfyui_host import REAL
+from .places import deny
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning" if REAL else "error")
 
@@ -32,6 +33,14 @@ def test_the_node_lists_linked_and_exported_folders(host: Any, models: Path, nod
     assert "no engine 'gone'" in node.VALIDATE_INPUTS("gone")
     (patcher,) = node().load("Ärger mit Leerzeichen")
     assert host.sample(patcher, text(77, 1), text(77, 2), SHAPE, 1, 4.0, 7).isfinite().all()
+
+
+def test_a_folder_without_permission_does_not_hide_the_others(
+    host: Any, models: Path, node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (models / "closed").mkdir()
+    deny(monkeypatch, "is_file", models / "closed" / MANIFEST_NAME)
+    assert node.INPUT_TYPES()["required"]["engine"][0] == ["tiny"]
 
 
 def test_another_engine_under_the_same_name_is_loaded(host: Any, models: Path, node: Any) -> None:

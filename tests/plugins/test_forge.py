@@ -104,14 +104,14 @@ def test_forge_refuses_another_checkpoint_for_hires_fix(forge: WebUI, random_pip
         forge.forge_denoise(X, SIGMA, CONTEXT)
         forge.load(random_pipeline.unet, name="larger")
         forge.before_sampling(job, TITLE)
-        with pytest.raises(EngineError, match="checkpoint larger in a picture that was begun with teacher"):
+        with pytest.raises(EngineError, match="checkpoint larger in a picture that was started with teacher"):
             forge.forge_denoise(X, SIGMA, CONTEXT)
 
 
 def test_forge_refuses_an_unknown_choice(forge: WebUI) -> None:
     with forge.job("tiny") as job:
         forge.before_sampling(job, "tiny")  # as a user of the API may type it
-        with pytest.raises(UsageError, match=r"no engine 'tiny'.*Look again"):
+        with pytest.raises(UsageError, match=r"no engine 'tiny'.*Refresh"):
             forge.forge_denoise(X, SIGMA, CONTEXT)
 
 

@@ -21,7 +21,7 @@ from sdcompress_webui.panel import build_command
 from sdcompress_webui.traits import Traits
 from sdcompress_webui.unet import HostedUNet
 
-from .places import WEBUI_PLUGIN
+from .places import WEBUI_PLUGIN, deny
 from .webui_cases import (
     NO_GPU,
     NO_RUNTIME,
@@ -60,7 +60,7 @@ def test_an_altered_graph_is_refused_before_a_runtime_sees_it(tiny: Artifact) ->
         (lambda folder: change_manifest(folder, signature="diffusers"), "signature 'diffusers'; expected webui"),
         (lambda folder: change_manifest(folder, components=["vae_decoder"]), "holds no UNet"),
         (lambda folder: (folder / "pipeline/unet/config.json").unlink(), "config.json is missing"),
-        (lambda folder: write_manifest(folder, "student"), "is a student"),
+        (lambda folder: write_manifest(folder, "student"), "is of kind 'student'"),
     ],
 )
 def test_a_folder_that_cannot_serve_is_listed_with_the_reason(
@@ -124,6 +124,22 @@ def test_a_folder_without_permission_is_an_error(tmp_path: Path) -> None:
     tmp_path.chmod(0)
     with pytest.raises(UsageError, match="cannot be listed"):
         find_artifacts(tmp_path)
+
+
+def test_a_subfolder_without_permission_does_not_hide_the_others(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = installed / "models" / "sdcompress"
+    (root / "closed" / "inner").mkdir(parents=True)
+    deny(monkeypatch, "iterdir", root / "closed")
+    (root / "half").mkdir()
+    deny(monkeypatch, "is_file", root / "half" / MANIFEST_NAME)
+    found = {each.folder.name: each for each in find_artifacts(root)}
+    assert isinstance(found["tiny"], Artifact)
+    for name, reason in (("closed", "cannot be listed"), ("half", "cannot be read")):
+        artifact = found[name]
+        assert isinstance(artifact, Unreadable)
+        assert reason in artifact.fault
 
 
 def test_a_damaged_folder_keeps_its_entry_and_an_intact_copy_serves(installed: Path) -> None:

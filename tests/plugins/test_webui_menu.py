@@ -93,6 +93,13 @@ def test_the_tab_shows_engines_reasons_and_commands(webui: WebUI, installed: Pat
     assert "There are no engines yet" in again.clicked()
 
 
+def test_the_tab_knows_the_entry_that_the_settings_have_now(webui: WebUI) -> None:
+    webui.tab()
+    refresh = next(widget for widget in Widget.created if widget.clicked).clicked
+    webui.opts.sd_unet = f"{TITLE} of yesterday"
+    assert "of yesterday" in refresh()
+
+
 def test_the_install_script_reports_and_installs_nothing(tmp_path: Path) -> None:
     import subprocess
 

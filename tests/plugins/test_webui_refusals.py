@@ -122,7 +122,7 @@ def test_a_lora_is_refused_with_the_command_that_bakes_it_in(webui: WebUI, rando
     with pytest.raises(EngineMismatch, match=r"LoRA style \(0.8\).*--lora /loras/style.safetensors:0.8"):
         sample(webui, cond=words(1), uncond=words(2))
     webui.opts.sdcompress_fallback = "torch"
-    with pytest.raises(EngineError, match="torch cannot add it to a student"):
+    with pytest.raises(EngineError, match="torch cannot add a LoRA to a student"):
         sample(webui, cond=words(1), uncond=words(2))
 
 
@@ -177,7 +177,7 @@ def test_a_refiner_is_refused(webui: WebUI, random_pipeline: Any) -> None:
         webui.predict(x, times, context)
         webui.load(random_pipeline.unet, name="refiner")  # during a picture
         with pytest.raises(
-            EngineError, match=r"checkpoint refiner in a picture that was begun with teacher: turn off the refiner"
+            EngineError, match=r"checkpoint refiner in a picture that was started with teacher: turn off the refiner"
         ):
             webui.predict(x, times, context)
     with webui.job():  # the next picture begins with it

@@ -293,7 +293,7 @@ class WebUI:
 
     @contextmanager
     def job(self, *args: Any) -> Iterator[Job]:
-        """Begin a picture: the scripts run before and after it. It knows the checkpoint that it was begun with."""
+        """Begin a picture: the scripts run before and after it. It knows the checkpoint that it was started with."""
         job = Job(
             comments=[],
             extra_generation_params={},

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from sdcompress_engines.exactness import relative_l2, use_ieee_fp32
 from sdcompress_engines.runners import SharedMemory, TensorSpec, TorchRunner
-from sdcompress_engines.runners.cuda_graphs import GRAPHS, GraphedCall
+from sdcompress_engines.runners.cuda_graphs import MAX_GRAPHS, GraphedCall
 from sdcompress_engines.runners.execution import Execution
 
 from ..stand_in import INPUTS, OUTPUT, StandInEngine, expected
@@ -33,7 +33,7 @@ Feeds = dict[str, torch.Tensor]
 class _Log:
     """The part of TensorRT's logger that `Execution` uses."""
 
-    def said(self) -> str:
+    def last_errors(self) -> str:
         return "the stand-in gives no reasons"
 
 
@@ -227,7 +227,7 @@ def evict(device: torch.device) -> dict[str, Any]:
     bench = _Bench(device)
     graphed = bench.execution(graphs=True)
     for _ in range(3):
-        for batch in range(1, GRAPHS + 3):
+        for batch in range(1, MAX_GRAPHS + 3):
             bench.call(graphed, batch, 64)
     return {"relative_l2": bench.worst()}
 

@@ -18,9 +18,9 @@ import torch
 from ..errors import BackendMissing, ExportError, SdCompressError, UsageError, shorten, storage_errors
 from ..files import replace_file
 from ..flavour import platform_name
-from .aot_package import Facts, Range, missing
+from .aot_package import AxisRange, Facts, missing
 from .base import TensorSpec
-from .torch import COMPILER, no_compiler
+from .torch import COMPILER, lacks_compiler
 
 CUDA_TOOLKIT = (
     f"install the CUDA toolkit{'' if torch.version.cuda is None else ' ' + torch.version.cuda} and set CUDA_HOME to it,"
@@ -108,7 +108,7 @@ def _compile(
 
 def _compiler_error(error: Exception, device: str, path: Path) -> SdCompressError:
     """Returns our error for one of the compiler's."""
-    if no_compiler(error):
+    if lacks_compiler(error):
         return BackendMissing("AOTInductor finds no C++ compiler", hint=COMPILER)
     if device == "cuda" and lacks_cuda_headers(error):
         return BackendMissing("AOTInductor finds no headers of the CUDA toolkit", hint=CUDA_TOOLKIT)
@@ -117,14 +117,14 @@ def _compiler_error(error: Exception, device: str, path: Path) -> SdCompressErro
 
 def _exported_sizes(
     program: Any, inputs: Sequence[TensorSpec]
-) -> tuple[tuple[TensorSpec, ...], dict[str, Range], dict[str, int]]:
+) -> tuple[tuple[TensorSpec, ...], dict[str, AxisRange], dict[str, int]]:
     """Returns the inputs, the range of each free axis, and the size of each axis that the export made fixed.
 
     In the inputs a fixed axis is its size.
     """
     wanted = set(program.graph_signature.user_inputs)
     values = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
-    axes: dict[str, Range] = {}
+    axes: dict[str, AxisRange] = {}
     fixed: dict[str, int] = {}
     for spec, value in zip(inputs, values, strict=True):
         for axis, size in zip(spec.shape, value.shape, strict=True):
@@ -132,7 +132,7 @@ def _exported_sizes(
                 expression = size.node.expr
                 bounds = program.range_constraints.get(expression)
                 least, most = (1, None) if bounds is None else (_finite(bounds.lower) or 1, _finite(bounds.upper))
-                axes[str(axis)] = Range(least, most, int(expression.as_coeff_Mul()[0]))
+                axes[str(axis)] = AxisRange(least, most, int(expression.as_coeff_Mul()[0]))
             elif isinstance(axis, str):
                 fixed[axis] = int(size)
     return _fix_sizes(inputs, fixed), axes, fixed

@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ArtifactError, BackendMissing, EngineError, EngineMismatch, shorten
 from ..manifest import read_manifest, sha256_file
-from .aot_package import EXPORT_AGAIN, Range, check_fits, missing, read_facts
+from .aot_package import EXPORT_AGAIN, AxisRange, check_fits, missing, read_facts
 from .base import Runner, cuda_device, name_outputs
 from .cuda_graphs import GraphedCall, check_graph_device
 
@@ -39,7 +39,7 @@ class AotInductorRunner(Runner):
         self._graphed: GraphedCall | None = None
         self._chosen = device is not None
         self._model: Any = None
-        self._axes: Mapping[str, Range] = {}
+        self._axes: Mapping[str, AxisRange] = {}
 
     def _load(self) -> None:
         assert self.path is not None

@@ -33,7 +33,7 @@ def missing() -> str | None:
 
 
 @dataclass(frozen=True)
-class Range:
+class AxisRange:
     """The sizes that a free axis may have: from `least` to `most` (None is no limit), in multiples of `step`."""
 
     least: int
@@ -70,7 +70,7 @@ class Facts:
     isa: tuple[str, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    axes: Mapping[str, Range]
+    axes: Mapping[str, AxisRange]
 
     def metadata(self) -> dict[str, str]:
         """Returns the facts as the compiler takes them for the package's metadata."""
@@ -95,7 +95,7 @@ def read_facts(path: str | PathLike[str]) -> Facts:
                         return _parse_facts(json.loads(metadata[_KEY]), metadata.get("AOTI_CPU_ISA", ""))
     except EngineError:
         raise
-    except Exception as error:  # a damaged archive fails in as many ways as it has bytes
+    except Exception as error:  # a damaged archive can raise almost any exception
         raise EngineError(
             f"not a whole package ({type(error).__name__}: {shorten(error)})", where=path, hint=EXPORT_AGAIN
         ) from error
@@ -172,5 +172,5 @@ def _parse_facts(raw: Mapping[str, Any], isa: str) -> Facts:
         tuple(isa.split()),
         specs(raw["inputs"]),
         specs(raw["outputs"]),
-        {str(name): Range(**given) for name, given in raw["axes"].items()},
+        {str(name): AxisRange(**given) for name, given in raw["axes"].items()},
     )

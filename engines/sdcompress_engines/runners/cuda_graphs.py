@@ -17,7 +17,7 @@ from .memory import StreamOrder
 Tensors = dict[str, torch.Tensor]
 Result = TypeVar("Result")
 
-GRAPHS = 4
+MAX_GRAPHS = 4
 """CUDA graphs, each of one shape, that a runner keeps; a new one replaces the one that was used longest ago."""
 _WARM_UP_CALLS = 3
 """Calls before a capture. They compile, choose kernels and allocate workspaces, which a capture must not contain."""
@@ -103,7 +103,7 @@ class GraphedCall:
         function: Callable[[Tensors], Tensors],
         device: torch.device,
         where: str | PathLike[str] | None = None,
-        limit: int = GRAPHS,
+        limit: int = MAX_GRAPHS,
     ) -> None:
         self._function, self._device, self._where, self._limit = function, device, where, limit
         self._calls: dict[tuple[tuple[int, ...], ...], StaticCall] = {}  # the one used last comes last

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import EngineError, EngineMismatch, shorten
 from .base import TensorSpec
-from .cuda_graphs import GRAPHS, StaticCall, capture_graph, warn_without_graph
+from .cuda_graphs import MAX_GRAPHS, StaticCall, capture_graph, warn_without_graph
 from .memory import SharedMemory
 from .shapes import Shape
 
@@ -50,21 +50,21 @@ class Execution:
 
     Args:
         native: the engine.
-        how: what its contexts are created with: a runtime configuration, or the strategy that the caller allocates
-            memory.
+        context_argument: of `create_execution_context`: a runtime configuration, or the allocation strategy
+            `USER_MANAGED`.
         outputs: with their dtypes.
         device: a CUDA device with its index.
         memory: for activations; contexts of this engine share it, and other engines' may.
-        log: the library's; `said()` returns its last errors.
+        log: the library's; `last_errors()` returns its last errors.
         where: the engine's path, for messages.
         graphs: whether repeated shapes are replayed as CUDA graphs.
-        itself: whether the library captures and replays them itself.
+        library_captures: whether the library captures and replays the graphs.
     """
 
     def __init__(
         self,
         native: Any,
-        how: Any,
+        context_argument: Any,
         outputs: Sequence[TensorSpec],
         device: torch.device,
         memory: SharedMemory,
@@ -72,11 +72,16 @@ class Execution:
         where: str | PathLike[str] | None,
         *,
         graphs: bool = False,
-        itself: bool = False,
+        library_captures: bool = False,
     ) -> None:
-        self._engine, self._how, self._outputs, self._device = native, how, tuple(outputs), device
+        self._engine, self._context_argument, self._outputs, self._device = (
+            native,
+            context_argument,
+            tuple(outputs),
+            device,
+        )
         self._memory, self._log, self._where = memory, log, where
-        self._graphs, self._itself = graphs, itself
+        self._graphs, self._library_captures = graphs, library_captures
         self._contexts: dict[int, _Context] = {}
         self._captured: dict[tuple[int, tuple[Shape, ...]], _Captured] = {}  # the one used last comes last
         self._own_stream = torch.cuda.Stream(device)
@@ -150,10 +155,11 @@ class Execution:
         return self._new_context(profile, stream)
 
     def _new_context(self, profile: int, stream: torch.cuda.Stream) -> _Context:
-        native = self._engine.create_execution_context(self._how)
+        native = self._engine.create_execution_context(self._context_argument)
         if native is None:
             raise EngineError(
-                f"no execution context, most often for lack of GPU memory ({self._log.said()})", where=self._where
+                f"no execution context, most often for lack of GPU memory ({self._log.last_errors()})",
+                where=self._where,
             )
         with self._native_errors(f"profile {profile}"):
             native.set_optimization_profile_async(profile, stream.cuda_stream)
@@ -167,7 +173,7 @@ class Execution:
             for name, shape in shapes.items():
                 if not native.set_input_shape(name, shape):
                     raise EngineMismatch(
-                        f"input {name} of shape {shape} was refused ({self._log.said()})", where=self._where
+                        f"input {name} of shape {shape} was refused ({self._log.last_errors()})", where=self._where
                     )
             with self._native_errors(f"shapes {shapes}"):
                 if lacking := native.infer_shapes():
@@ -194,9 +200,9 @@ class Execution:
     def _execute(self, context: _Context, tensors: Mapping[str, torch.Tensor], stream: torch.cuda.Stream) -> None:
         for name, tensor in tensors.items():
             if not context.native.set_tensor_address(name, tensor.data_ptr()):
-                raise EngineError(f"the address of {name} was refused ({self._log.said()})", where=self._where)
+                raise EngineError(f"the address of {name} was refused ({self._log.last_errors()})", where=self._where)
         if not context.native.execute_async_v3(stream.cuda_stream):
-            raise EngineError(f"the engine failed ({self._log.said()})", where=self._where)
+            raise EngineError(f"the engine failed ({self._log.last_errors()})", where=self._where)
 
     def _find_or_capture(
         self, profile: int, shapes: Mapping[str, Shape], feeds: Mapping[str, torch.Tensor], stream: torch.cuda.Stream
@@ -213,7 +219,7 @@ class Execution:
         captured = captured or self._capture(profile, shapes, feeds, stream)
         if captured is not None:
             self._captured[key] = captured
-            if len(self._captured) > GRAPHS:
+            if len(self._captured) > MAX_GRAPHS:
                 torch.cuda.synchronize(self._device)
                 del self._captured[next(iter(self._captured))]
         return captured
@@ -223,11 +229,15 @@ class Execution:
     ) -> _Captured | None:
         # A captured context keeps its shape: kernels may read sizes from the context's memory, where another shape
         # would change them.
-        context = self._context(profile, stream) if self._itself else self._separate_context(profile, shapes, stream)
+        context = (
+            self._context(profile, stream)
+            if self._library_captures
+            else self._separate_context(profile, shapes, stream)
+        )
         self._prepare(context, shapes)
         inputs, results = {name: tensor.clone() for name, tensor in feeds.items()}, self._fresh(context)
         tensors = {**inputs, **results}
-        if self._itself:  # the library captures and replays inside its own launch
+        if self._library_captures:  # the library captures and replays inside its own launch
 
             def launch() -> None:
                 self._prepare(context, shapes)
@@ -252,5 +262,5 @@ class Execution:
             yield
         except RuntimeError as error:
             raise EngineError(
-                f"the engine does not take {what} ({shorten(error)}; {self._log.said()})", where=self._where
+                f"the engine does not take {what} ({shorten(error)}; {self._log.last_errors()})", where=self._where
             ) from error

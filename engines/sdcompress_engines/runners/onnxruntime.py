@@ -25,7 +25,7 @@ from .onnxruntime_session import (
 )
 from .shapes import Ranges, Shape
 
-GRAPHS = 4
+MAX_SESSION_GRAPHS = 4
 """CUDA graphs, each of one shape, of a session. A session cannot free one, so further shapes run without."""
 
 # ONNX's type name → torch dtype and the number of ONNX's TensorProto.DataType (numpy knows no bfloat16, so the numbers
@@ -259,10 +259,10 @@ class OnnxRuntimeRunner(Runner):
         return options
 
     def _static(self, feeds: Mapping[str, torch.Tensor]) -> _Static | None:
-        """Returns the static tensors for these shapes; None for shapes beyond the first `GRAPHS`."""
+        """Returns the static tensors for these shapes; None for shapes beyond the first `MAX_SESSION_GRAPHS`."""
         key = tuple(tuple(tensor.shape) for tensor in feeds.values())
         if key not in self._statics:
-            if len(self._statics) == GRAPHS:
+            if len(self._statics) == MAX_SESSION_GRAPHS:
                 return None
             once = self._infer(self._bind(feeds), self._run_options(-1))
             shapes = {name: view.shape for name, view in self._views(once).items()}

@@ -98,8 +98,8 @@ def suggest_fix(provider: str) -> str:
         provider: a key of `PROVIDERS`.
     """
     tensorrt = import_tensorrt()
-    version = "none" if tensorrt is None else str(tensorrt.__version__)
+    version = "no TensorRT" if tensorrt is None else str(tensorrt.__version__)
     if provider == "tensorrt" and not version.startswith("10."):
-        built = "as the provider is built with TensorRT 10"
-        return f"pip install 'tensorrt<11', {built}, and installed is {version}; or provider 'cuda'"
+        built = "because the provider is built with TensorRT 10"
+        return f"pip install 'tensorrt<11', {built}, and {version} is installed; or provider 'cuda'"
     return f"{missing('cuda') or f'{INSTALL_GPU} for the installed CUDA'}; or provider 'cpu'"

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import BackendMissing, EngineError, SdCompressError, shorten, storage_errors
+from ..errors import BackendMissing, EngineError, SdCompressError, StorageError, shorten, storage_errors
 from ..manifest import cache_folder, read_manifest, sha256_file
 from ..thread_waiting import idle_threads_sleep
 from .onnxruntime_install import INSTALL_GPU, INSTALL_RTX, PROVIDERS, import_tensorrt, suggest_fix
@@ -329,8 +329,11 @@ def _make_cache(request: SessionRequest) -> str:
     entry = None if manifest is None else manifest.files.get(path.name)
     digest = entry.sha256 if entry else sha256_file(path)
     folder = cache_folder() / "onnxruntime" / digest[:24] / request.provider
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except StorageError as error:
+        raise StorageError(error.what, where=error.where, hint="set SDCOMPRESS_CACHE to another folder") from error
     return str(folder)
 
 

@@ -14,7 +14,7 @@ Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[Shape, Shape, Shape]]
 """One optimization profile: input → (min, opt, max)."""
 
-# Axis → the unit people think in, the build flag that sets its range, and whether it counts latent pixels.
+# Axis → its name in messages, the build flag that sets its range, and whether it counts latent pixels.
 _UNITS = {
     "batch": ("batch", "--batch", False),
     "height": ("height", "--height", True),
@@ -45,7 +45,7 @@ def choose_profile(profiles: Sequence[Ranges], shapes: Mapping[str, Shape]) -> i
     )
 
 
-def no_profile(
+def make_shape_error(
     profiles: Sequence[Ranges],
     shapes: Mapping[str, Shape],
     inputs: Iterable[TensorSpec],

@@ -25,7 +25,7 @@ from .base import Runner, TensorSpec, cuda_device
 from .execution import Execution
 from .memory import SharedMemory
 from .sealed_files import read_sealed, write_sealed
-from .shapes import Ranges, axis_names, choose_profile, no_profile
+from .shapes import Ranges, axis_names, choose_profile, make_shape_error
 from .tensorrt_library import DTYPES, KERNELS, create_log, explain_invalid
 
 
@@ -34,7 +34,7 @@ def missing(flavour: Flavour) -> str | None:
     if reason := flavour.missing():
         return reason
     card = present_card()
-    return "no CUDA device" if card is None else flavour.unserved(card)
+    return "no CUDA device" if card is None else flavour.explain_unsupported(card)
 
 
 class TensorRTRunner(Runner):
@@ -140,7 +140,7 @@ class TensorRTRunner(Runner):
                 self._log,
                 self.path,
                 graphs=self.cuda_graph and obstacle is None,
-                itself=self._graphs_itself,
+                library_captures=self._library_captures,
             )
             # With TensorRT-RTX this would compile kernels for shapes that may never come.
             if self._memory is not None and not self._compiles:
@@ -182,7 +182,8 @@ class TensorRTRunner(Runner):
         parser = self._trt.OnnxParserRefitter(refitter, self._log)
         if not parser.refit_from_file(str(self._weights)) or not refitter.refit_cuda_engine():
             reasons = (
-                "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors)) or self._log.said()
+                "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
+                or self._log.last_errors()
             )
             raise EngineError(
                 f"the engine did not take the graph's weights ({shorten(reasons)})",
@@ -201,7 +202,7 @@ class TensorRTRunner(Runner):
             self._config.dynamic_shapes_kernel_specialization_strategy = getattr(
                 trt.DynamicShapesKernelSpecializationStrategy, self.kernels.upper()
             )
-        if self.cuda_graph and self._graphs_itself:
+        if self.cuda_graph and self._library_captures:
             self._config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._keeps_cache and hasattr(self._config, "create_runtime_cache"):
             self._cache_file = (
@@ -220,14 +221,14 @@ class TensorRTRunner(Runner):
         return hasattr(self._config, "dynamic_shapes_kernel_specialization_strategy")
 
     @property
-    def _graphs_itself(self) -> bool:
+    def _library_captures(self) -> bool:
         return hasattr(self._config, "cuda_graph_strategy")
 
     def _graph_obstacle(self) -> str | None:
         """Returns why no CUDA graph can hold a run of this engine, or None."""
         if int(self._engine.streamable_weights_size) > 0:
             return "its weights are streamed from the host"
-        if self._compiles and not self._graphs_itself and self.kernels == "lazy":
+        if self._compiles and not self._library_captures and self.kernels == "lazy":
             return "its kernels change while it runs (kernels='eager' compiles them first)"
         return None
 
@@ -265,7 +266,7 @@ class TensorRTRunner(Runner):
             f" {torch.cuda.get_device_capability(self.device)}"
         )
         return EngineMismatch(
-            f"the engine does not load: {origin}, and here is {here} ({reason or self._log.said()})",
+            f"the engine does not load: {origin}, and here is {here} ({reason or self._log.last_errors()})",
             where=self.path,
             hint=f"here, {REBUILD}",
         )
@@ -275,7 +276,7 @@ class TensorRTRunner(Runner):
         profile = choose_profile(self._profiles, shapes)
         if profile is None:
             assert self.path is not None
-            raise no_profile(
+            raise make_shape_error(
                 self._profiles,
                 shapes,
                 self.inputs,

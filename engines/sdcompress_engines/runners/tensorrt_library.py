@@ -115,7 +115,7 @@ def create_log(trt: Any) -> Any:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(shorten(message))
 
-        def said(self) -> str:
+        def last_errors(self) -> str:
             return "; ".join(self.errors) or "it gave no reason"
 
     return Log()

@@ -12,7 +12,7 @@ from .base import Runner, TensorSpec, name_outputs
 from .cuda_graphs import GraphedCall, check_graph_device
 
 MODES = ("eager", "channels_last", "compile")
-COMPILER = "a C++ compiler: apt-get install g++"
+COMPILER = "install a C++ compiler (Debian, Ubuntu: apt-get install g++)"
 
 
 class TorchRunner(Runner):
@@ -72,9 +72,9 @@ class TorchRunner(Runner):
         try:
             results = self._call(*tensors)
         except RuntimeError as error:
-            if no_compiler(error):
+            if lacks_compiler(error):
                 raise BackendMissing(
-                    "torch.compile finds no C++ compiler", hint=f"{COMPILER}, or mode 'channels_last'"
+                    "torch.compile finds no C++ compiler", hint=f"{COMPILER}, or run the model without torch.compile"
                 ) from error
             raise
         return name_outputs(self.outputs, results)
@@ -93,6 +93,6 @@ class TorchRunner(Runner):
         self._call, self._graphed = self.module, None
 
 
-def no_compiler(error: BaseException) -> bool:
+def lacks_compiler(error: BaseException) -> bool:
     """Returns whether torch's compiler failed because there is no C++ compiler."""
     return any(sign in f"{type(error).__name__} {error}" for sign in ("InvalidCxxCompiler", "No working C++ compiler"))

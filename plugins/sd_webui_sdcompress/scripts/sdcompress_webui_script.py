@@ -46,7 +46,7 @@ if problem is None:
 
             with gradio.Accordion("sdcompress", open=False):
                 choice = gradio.Dropdown(_FORGE.choices(), value=forge.NONE, label="UNet")
-                gradio.Button("Look again").click(
+                gradio.Button("Refresh").click(
                     fn=lambda: gradio.update(choices=_FORGE.choices()), inputs=[], outputs=[choice]
                 )
             return [choice]
@@ -69,8 +69,9 @@ if problem is None:
         from modules import shared
 
         host = a1111.HOST if _FORGE is None else _FORGE.host
-        chosen = getattr(shared.opts, "sd_unet", None) if _FORGE is None else None
-        return pages.create_tab(chosen, lambda: host.checkpoint()[1])
+        return pages.create_tab(
+            lambda: getattr(shared.opts, "sd_unet", None) if _FORGE is None else None, lambda: host.checkpoint()[1]
+        )
 
     script_callbacks.on_ui_settings(pages.add_settings)
     script_callbacks.on_ui_tabs(_tab)

@@ -79,20 +79,20 @@ def diffusion_model(sd_model: Any) -> Any:
 def find_other_checkpoint(job: Any, model: Any) -> list[Change]:
     """Returns a change if the host has loaded another checkpoint during a picture, such as a refiner.
 
-    An engine replaces the UNet of the checkpoint that the picture was begun with.
+    An engine replaces the UNet of the checkpoint that the picture was started with.
 
     Args:
         job: the picture in progress, or None.
         model: the loaded checkpoint.
     """
-    begun = getattr(job, "sd_model_name", None)
+    started_with = getattr(job, "sd_model_name", None)
     now = getattr(getattr(model, "sd_checkpoint_info", None), "name_for_extra", None)
-    if begun is None or now is None or begun == now:
+    if started_with is None or now is None or started_with == now:
         return []
     return [
         Change(
-            f"the checkpoint {now} in a picture that was begun with {begun}",
-            "turn off the refiner, or the checkpoint of hires fix, or set SD Unet to None",
+            f"the checkpoint {now} in a picture that was started with {started_with}",
+            "turn off the refiner, or the checkpoint of hires fix, or choose no engine for this picture",
         )
     ]
 
@@ -141,7 +141,7 @@ class Watch:
         self._unet: HostedUNet | None = None
         self._before = 0
 
-    def put(self, module: Any, unet: HostedUNet) -> None:
+    def start(self, module: Any, unet: HostedUNet) -> None:
         """Watch `module` for `unet`, and stop watching any other.
 
         Args:
@@ -150,7 +150,7 @@ class Watch:
         """
         if module is self._module and unet is self._unet:
             return
-        self.lift()
+        self.stop()
         if module is not None:
             self._module, self._unet = module, unet
             self._handles = [
@@ -158,7 +158,7 @@ class Watch:
                 module.register_forward_hook(self._on_return),
             ]
 
-    def lift(self) -> None:
+    def stop(self) -> None:
         """Stop watching."""
         for handle in self._handles:
             handle.remove()
@@ -198,11 +198,11 @@ def create_option(model: Model) -> Any:
             self.hosted = HostedUNet(model, HOST, pages.read_settings)
 
         def activate(self) -> None:
-            WATCH.put(diffusion_model(sd_models.model_data.sd_model), self.hosted)
+            WATCH.start(diffusion_model(sd_models.model_data.sd_model), self.hosted)
             self.hosted.activate()
 
         def deactivate(self) -> None:
-            WATCH.lift()
+            WATCH.stop()
             self.hosted.deactivate()
 
         def forward(
@@ -253,14 +253,14 @@ def before_batch(job: Any) -> None:
     hosted = getattr(sd_unet.current_unet, "hosted", None)
     if isinstance(hosted, HostedUNet):
         job.extra_generation_params["sdcompress"] = hosted.model.title
-        WATCH.put(diffusion_model(sd_models.model_data.sd_model), hosted)
+        WATCH.start(diffusion_model(sd_models.model_data.sd_model), hosted)
 
 
 def unloaded() -> None:
     """Callback when the scripts are unloaded: stop watching, and free the engine. The host creates both again."""
     from modules import sd_unet
 
-    WATCH.lift()
+    WATCH.stop()
     hosted = getattr(sd_unet.current_unet, "hosted", None)
     if isinstance(hosted, HostedUNet):
         hosted.deactivate()

@@ -115,7 +115,7 @@ class Unreadable:
 def find_artifacts(root: Path) -> list[Artifact | Unreadable]:
     """Returns what lies in the folders of `root`, two levels deep. Symbolic links are followed.
 
-    So a folder can be dropped in as `sdcompress export` has written it.
+    So a folder that `sdcompress export` has written can be copied here unchanged.
 
     Raises:
         UsageError: `root` cannot be listed.
@@ -123,12 +123,7 @@ def find_artifacts(root: Path) -> list[Artifact | Unreadable]:
     if not root.is_dir():
         return []
     try:
-        folders = [
-            folder
-            for top in sorted(root.iterdir())
-            if top.is_dir() and not top.name.startswith(".")
-            for folder in [top, *sorted(sub for sub in top.iterdir() if sub.is_dir())]
-        ]
+        tops = _subfolders(root)
     except OSError as error:
         raise UsageError(
             f"the engine folder cannot be listed ({error.strerror or error})",
@@ -136,22 +131,34 @@ def find_artifacts(root: Path) -> list[Artifact | Unreadable]:
             hint="Settings → sdcompress → folder of the engines",
         ) from error
     artifacts: list[Artifact | Unreadable] = []
-    for folder in folders:
-        if (folder / MANIFEST_NAME).is_file():
-            artifacts.append(_read_folder(folder))
-        elif stray := next((folder / name for name in _FILES.values() if (folder / name).is_file()), None):
-            fault = f"{stray.name} has no {MANIFEST_NAME} beside it, so it is unknown what it was built for"
-            artifacts.append(Unreadable(folder, fault))
+    for top in tops:
+        try:
+            folders = [top, *_subfolders(top)]
+        except OSError as error:
+            artifacts.append(Unreadable(top, f"cannot be listed ({error.strerror or error})"))
+            continue
+        artifacts += [artifact for folder in folders if (artifact := _read_folder(folder)) is not None]
     return artifacts
 
 
-def _read_folder(folder: Path) -> Artifact | Unreadable:
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(sub for sub in folder.iterdir() if sub.is_dir() and not sub.name.startswith("."))
+
+
+def _read_folder(folder: Path) -> Artifact | Unreadable | None:
+    """Returns what a folder holds; None if that is no engine and no graph."""
     manifest = None
     try:
-        manifest = read_manifest(folder)
-        if manifest is None:  # deleted since it was listed
-            return Unreadable(folder, f"its {MANIFEST_NAME} is gone")
-        return read_artifact(folder, manifest)
+        if (folder / MANIFEST_NAME).is_file():
+            manifest = read_manifest(folder)
+            if manifest is None:  # deleted since it was listed
+                return Unreadable(folder, f"its {MANIFEST_NAME} is gone")
+            return read_artifact(folder, manifest)
+        stray = next((folder / name for name in _FILES.values() if (folder / name).is_file()), None)
+        if stray is None:
+            return None
+        fault = f"{stray.name} has no {MANIFEST_NAME} beside it, so it is unknown what it was built for"
+        return Unreadable(folder, fault)
     except SdCompressError as error:
         return Unreadable(folder, _describe(error), manifest)
     # Whatever a strange manifest or config leads to: one folder must not hide the others from the menu.
@@ -200,7 +207,7 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
 def _check_kind(folder: Path, manifest: Manifest) -> None:
     config = manifest.config
     if manifest.kind not in _FILES:
-        raise ArtifactError(f"is a {manifest.kind}", where=folder, expected="an engine, or an ONNX graph")
+        raise ArtifactError(f"is of kind {manifest.kind!r}", where=folder, expected="an engine, or an ONNX graph")
     if config.get("signature") != SIGNATURE:
         raise ArtifactError(
             f"was exported with the signature {config.get('signature')!r}", where=folder, expected=SIGNATURE

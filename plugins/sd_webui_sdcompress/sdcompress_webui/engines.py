@@ -119,6 +119,6 @@ class OpenEngines:
 
 
 def _onnxruntime_has_cuda() -> bool:
-    import onnxruntime
+    from sdcompress_engines.runners.onnxruntime_install import missing
 
-    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    return missing("cuda") is None

@@ -57,8 +57,8 @@ class TorchFallback:
         first = self._model.usable[0]
         if changes and not first.whole:
             raise EngineError(
-                f"{error.what}; and torch cannot add it to a student, because the WebUI has matched it to the layers of"
-                " the checkpoint",
+                f"{error.what}, and torch cannot add a LoRA to a student, because the WebUI matches LoRAs to the layers"
+                " of the checkpoint",
                 where=error.where,
                 hint=error.hint,
             ) from error

@@ -157,7 +157,7 @@ class Forge:
             raise UsageError(
                 f"no engine {choice!r}",
                 where=pages.engine_folder(),
-                hint="press Look again in the box sdcompress, and choose",
+                hint="press Refresh in the panel sdcompress, then choose an engine",
             )
         if self.unet is None or self.unet.model != model:
             if self.unet is not None:

@@ -1,4 +1,4 @@
-"""What an engine leaves out, for the tab."""
+"""What an engine does not support, for the tab."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ LIMITS = (
     (
         "LoRA",
         'An engine has its weights built in, so a LoRA in the prompt cannot change it. With the setting "error" the'
-        ' picture is refused, and the message has the command that bakes the LoRA in. With "torch" the engine\'s own'
-        " weights draw it in torch, with the LoRA, if no block of the model has been removed. A student's layers are"
-        " not the checkpoint's, so a student refuses it in both settings: bake it in. A LoRA that changes only the text"
-        " encoder works as usual.",
+        ' picture is refused, and the message has the command that bakes the LoRA in. On A1111, with "torch", the'
+        " engine's own weights draw it in torch, with the LoRA, if no block of the model has been removed. On Forge a"
+        " LoRA in the prompt is always refused. A student's layers are not the checkpoint's, so a student refuses it in"
+        " both settings: bake it in. A LoRA that changes only the text encoder works as usual.",
     ),
     (
         "ControlNet, IP-Adapter, reference",
@@ -21,7 +21,7 @@ LIMITS = (
     ("Hypernetworks, tiling", "They are refused too, because both change layers inside the UNet."),
     (
         "Refiner, another checkpoint for hires fix",
-        "An engine replaces the UNet of the checkpoint that a picture was begun with. From the step at which another"
+        "An engine replaces the UNet of the checkpoint that a picture was started with. From the step at which another"
         " checkpoint is loaded, the picture is refused (on Forge the refiner runs with its own UNet).",
     ),
     (
@@ -31,7 +31,8 @@ LIMITS = (
     ),
     (
         "Token merging, HyperTile",
-        "They make the checkpoint's UNet faster and less exact, and have no effect on an engine.",
+        "They make the checkpoint's UNet faster and less exact. On A1111 they have no effect on an engine. On Forge"
+        " they count as patches of the UNet and are refused.",
     ),
     (
         "Prompts",
@@ -40,8 +41,8 @@ LIMITS = (
     ),
     (
         "Sizes",
-        "Those that the engine was built for, in the steps that its levels allow: 64 px, or 32 px for bk-tiny. Hires"
-        " fix needs one engine, or several of one model, that take both sizes.",
+        "Those that the engine was built for, in the steps that its levels allow: 64 px, or 32 px for bk-tiny and"
+        " SDXL. Hires fix needs one engine, or several of one model, that take both sizes.",
     ),
 )
 """(feature, what happens to it)."""
@@ -50,4 +51,4 @@ LIMITS = (
 def limits_html() -> str:
     """Returns the list as HTML."""
     items = "".join(f"<li><b>{escape(name)}</b>: {escape(text)}</li>" for name, text in LIMITS)
-    return f"<h3>What an engine leaves out</h3><ul>{items}</ul>"
+    return f"<h3>What an engine does not support</h3><ul>{items}</ul>"

@@ -105,20 +105,20 @@ def missing_runtimes() -> list[str]:
     ]
 
 
-def create_tab(chosen: str | None, read_traits: Callable[[], Traits | None]) -> list[Any]:
+def create_tab(read_chosen: Callable[[], str | None], read_traits: Callable[[], Traits | None]) -> list[Any]:
     """Returns the tab as `on_ui_tabs` takes it: the table, and a button that reads the folder again.
 
     Args:
-        chosen: the entry that the settings have kept.
+        read_chosen: returns the entry that the settings have now, or None.
         read_traits: returns the traits of the loaded checkpoint, or None.
     """
     import gradio
 
     def show() -> str:
-        artifacts, entries, problems = _read_folder(chosen)
+        artifacts, entries, problems = _read_folder(read_chosen())
         return tab_html(engine_folder(), artifacts, entries, read_traits(), [*problems, *missing_runtimes()])
 
     with gradio.Blocks(analytics_enabled=False) as blocks:
         table = gradio.HTML(value=show())
-        gradio.Button("Look again").click(fn=show, inputs=[], outputs=[table])
+        gradio.Button("Refresh").click(fn=show, inputs=[], outputs=[table])
     return [(blocks, "sdcompress", "sdcompress_tab")]

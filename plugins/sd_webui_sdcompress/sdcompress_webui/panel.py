@@ -55,11 +55,12 @@ def build_command(manifest: Manifest | None, widen: Mapping[str, Shape] | None =
 
 
 def profile_ranges(manifest: Manifest, widen: Mapping[str, Shape] | None = None) -> list[ShapeRanges]:
-    """Returns an engine's profiles in calls, pixels and tokens.
+    """Returns an engine's profiles in samples, pixels and tokens.
 
     Args:
         manifest: the engine's.
-        widen: input → shape of a call. A single profile is widened to take it. To several, one for it is added.
+        widen: input → shape of a call. A single profile is widened to take it. If there are several, one
+            for this call is added.
     """
     scale = int(manifest.config.get("vae_scale", 8))
     profiles = (manifest.config.get("profiles") or {}).get("unet", ())
@@ -146,7 +147,7 @@ def tab_html(
     checkpoint: Traits | None,
     notes: Sequence[str] = (),
 ) -> str:
-    """Returns the tab's HTML: the engine folder, the table of engines, and what an engine leaves out.
+    """Returns the tab's HTML: the engine folder, the table of engines, and what an engine does not support.
 
     Args:
         root: the engine folder.

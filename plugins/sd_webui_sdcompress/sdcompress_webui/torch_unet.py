@@ -233,7 +233,7 @@ def _sinusoid(timesteps: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _numbered(weights: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    """Returns each prefix of a name that a number follows → those numbers, in order."""
+    """Returns prefix → the numbers that follow it in the weights' names, in ascending order."""
     numbered: dict[str, set[int]] = {}
     for name in weights:
         for match in re.finditer(r"\.(\d+)(?=\.)", name):

@@ -31,13 +31,13 @@ class Traits:
         for field, what in (
             ("context_width", "text embeddings of width"),
             ("added_width", "an added vector of width"),
-            ("channels", "latents with channels:"),
-            ("prediction", "prediction type"),
+            ("channels", "latents with this number of channels:"),
+            ("prediction", "the prediction type"),
         ):
             own, loaded = getattr(self, field), getattr(checkpoint, field)
             if own is not None and loaded is not None and own != loaded:
                 return (
-                    f"it takes {what} {own} ({self.family}), and the loaded checkpoint has {loaded}"
+                    f"it needs {what} {own} ({self.family}), and the loaded checkpoint has {loaded}"
                     f" ({checkpoint.family})"
                 )
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from sdcompress_engines.errors import EngineError, EngineMismatch
-from sdcompress_engines.runners.shapes import no_profile
+from sdcompress_engines.runners.shapes import make_shape_error
 from sdcompress_engines.signature import CONTEXT_TOKENS
 
 from .calls import ADDED, CONTEXT, SAMPLE, TIMESTEPS, plan_call
@@ -119,7 +119,7 @@ class HostedUNet:
         reason = self.model.find_obstacle(traits)
         if reason and self.model.usable:
             first = self.model.usable[0]
-            hint = f"choose another SD Unet, or build one for this: {build_command(first.manifest)}"
+            hint = f"choose another engine, or build one for this checkpoint: {build_command(first.manifest)}"
             raise EngineMismatch(reason, where=first.folder, hint=hint)
         if reason:
             hint = "the sdcompress tab shows the command that builds it again"
@@ -140,7 +140,7 @@ class HostedUNet:
         check_sides(first, shapes[SAMPLE])
         plan = plan_call(self.engines.profiles, shapes)
         if plan is None:
-            error = no_profile(self.engines.profiles, shapes, first.inputs, "unet", first.vae_scale, first.folder)
+            error = make_shape_error(self.engines.profiles, shapes, first.inputs, "unet", first.vae_scale, first.folder)
             raise EngineMismatch(
                 error.what,
                 where=first.folder,
@@ -184,7 +184,7 @@ def check_inputs(artifact: Artifact, shapes: Mapping[str, tuple[int, ...]]) -> N
             f"a context of {tokens} tokens: an extension adds to the prompt, as IP-Adapter does",
             where=artifact.folder,
             expected=f"a multiple of {CONTEXT_TOKENS}",
-            hint="turn it off, or set SD Unet to None",
+            hint="turn off that extension, or choose no engine for this picture",
         )
 
 
