@@ -55,10 +55,10 @@ installed: $(INSTALLED)
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || { \
-	    echo "sdcompress needs Python 3.11 or newer, and $(PYTHON) is not one. Name one: make PYTHON=python3.12"; \
+	    echo "sdcompress needs Python 3.11 or newer, and $(PYTHON) is older or missing. Choose another: make PYTHON=python3.12"; \
 	    exit 1; } >&2
 	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { \
-	    echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv"; \
+	    echo "$(PYTHON) cannot create a virtual environment. On Debian and Ubuntu: apt install python3-venv"; \
 	    exit 1; } >&2
 	$(PYTHON) -m venv $(VENV)
 

@@ -37,9 +37,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("build/gpu"), metavar="DIR", help="default: build/gpu"
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="after which everything has ended (default: 9)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole run (default: 9)")
     parser.add_argument("--parts", help="numbers of the parts to run, as 3,4 or 0-2 (default: all)")
-    parser.add_argument("--again", action="store_true", help="run the chosen parts again that ended before in DIR")
+    parser.add_argument("--again", action="store_true", help="also run chosen parts that have already ended in DIR")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="nano's models, a few samples each")
     args = parser.parse_args()

@@ -287,8 +287,8 @@ def test_a_card_that_comes_later_replaces_onnxruntime(checkout: Checkout) -> Non
 @pytest.mark.parametrize(
     ("lack", "message"),
     [
-        ("sys.version_info = (3, 10, 14)", "sdcompress needs Python 3.11 or newer, and python3 is not one."),
-        ("sys.modules['ensurepip'] = None", "python3 cannot make a virtual environment."),
+        ("sys.version_info = (3, 10, 14)", "sdcompress needs Python 3.11 or newer, and python3 is older or missing."),
+        ("sys.modules['ensurepip'] = None", "python3 cannot create a virtual environment."),
     ],
     ids=["old", "no venv"],
 )

@@ -126,15 +126,15 @@ def training() -> str:
         cells = [row["precision"], str(row["threads"]), *speed, f"{row['speedup']:.2f}", f"{row['share_of_peak']:.0%}"]
         rows.append(cells)
     return section(
-        f"Distilling nano on the CPU ({found['environment']['cpu']}), batch {settings['batch']}, pictures a second,"
-        f" in turn, median of {settings['rounds']} rounds:",
+        f"Distilling nano on the CPU ({found['environment']['cpu']}), batch {settings['batch']}, pictures a second;"
+        f" the two loops take turns, median of {settings['rounds']} rounds:",
         (
             "precision",
             "threads",
-            "the public scripts' manner: VAE and text encoder at every step",
-            "ours, from its cache",
+            "method of the public scripts: VAE and text encoder at every step",
+            "sdcompress, from its cache",
             "times as fast",
-            "ours, of the matrix-product peak",
+            "sdcompress, share of the matrix-product peak",
         ),
         rows,
     )
@@ -184,8 +184,8 @@ def backends() -> str:
             gate = "" if all(row["inside"] for row in measured) else ", over the gate"
             lines.append([variant, *cells, f"{worst:.1e}{gate}"])
     return section(
-        f"One UNet call on a CPU ({env['cpu']}, {env['cores']} cores), the same weights every way; the gate is what"
-        " counts as the same picture:",
+        f"One UNet call on a CPU ({env['cpu']}, {env['cores']} cores), the same weights in every row; an error over"
+        " the gate is marked:",
         (None, *heads, "relative L2"),
         lines,
     )
@@ -194,7 +194,7 @@ def backends() -> str:
 def bench_nano() -> str:
     """Returns the results of `sdcompress bench nano`."""
     found = read_results(RESULTS / "bench-nano.json")
-    took = f"; {found.seconds / 60:.1f} minutes in all, its graphs not yet made" if found.seconds else ""
+    took = f"; {found.seconds / 60:.1f} minutes in all, with the export of the graphs" if found.seconds else ""
     return section(
         f"`sdcompress bench nano` ({machine(found)}; one picture, guidance, {found.settings['steps']} steps;"
         f" {found.settings['rounds']} rounds, 95% intervals{took}):",
@@ -213,9 +213,9 @@ def student_sentence(found: Results) -> str:
     judged = {name: found.quality.get(key, {}) for key, name in names.items()}
     shares = ", ".join(f"{percent(figures['top5'])} ({name})" for name, figures in judged.items() if "top5" in figures)
     return (
-        f"{student} beside {found.teacher}, {found.settings['quality_pictures']} prompts: FID"
+        f"{student} against {found.teacher}, {found.settings['quality_pictures']} prompts: FID"
         f" {format_estimate(pair['fid'])}, KID {format_estimate(pair['kid'])}, LPIPS {format_estimate(pair['lpips'])};"
-        f" caption among the judge's first five {shares}."
+        f" right caption in the judge's top 5: {shares}."
     )
 
 
@@ -223,11 +223,11 @@ def sensitivity_sentences(found: Results) -> Iterator[str]:
     """Yields a sentence for each gate whose sensitivity was measured."""
     for entry in found.backends:
         if figures := entry.get("sensitivity"):
-            high = format_limit(figures["least_high"])
+            least, low, high = (format_limit(figures[key]) for key in ("least", "least_low", "least_high"))
             yield (
-                f"The {entry['precision']} gate sees one layer's weights off by {figures['least']:.1%} (median of"
-                f" {len(figures['scaled'])} layers, {figures['least_low']:.1%} to {high});"
-                f" {figures['heads_unseen']} of {figures['heads']} dead attention heads pass it."
+                f"The smallest change of one layer's weights that the {entry['precision']} gate detects is {least}"
+                f" (median of {len(figures['scaled'])} layers, {low} to {high}). It does not detect"
+                f" {figures['heads_unseen']} of {figures['heads']} zeroed attention heads."
             )
 
 
@@ -235,7 +235,7 @@ def sd15() -> str:
     """Returns full-size SD1.5 shapes on a CPU."""
     found = read_results(RESULTS / "sd15-cpu.json")
     settings = found.settings
-    one_round = "one round, so the intervals do not know how processes differ"
+    one_round = "one round, so the intervals do not include how processes differ"
     rounds = f"{settings['rounds']} rounds" if settings["rounds"] > 1 else one_round
     return section(
         f"SD1.5 at {settings['sizes_px'][0]} px on a CPU, random weights ({machine(found)};"
@@ -247,8 +247,8 @@ def sd15() -> str:
 
 def answer_head(*more: str) -> Cells:
     """Returns the head of a report's table in the README; `more` stands before the memory."""
-    head = ("model", "UNet parameters", "run by", "UNet step", "pictures/s", "speed-up")
-    return (*head, *more, "peak memory", "off PyTorch fp32")
+    head = ("model", "UNet parameters", "backend", "UNet step", "pictures/s", "speed-up")
+    return (*head, *more, "peak memory", "relative L2 to PyTorch fp32")
 
 
 def answer_cells(row: Row, peak: bool = False) -> Cells:
@@ -277,7 +277,7 @@ def peers() -> str:
     found = load("peers-cpu.json")
     settings, env = found["settings"], found["environment"]
     return section(
-        f"What one would pick instead, {settings['model']}, one run ({env['cpu']}, {env['cores']} cores;"
+        f"sdcompress and other ways to run {settings['model']}, one run ({env['cpu']}, {env['cores']} cores;"
         f" {settings['rounds']} rounds in turn, 95% intervals; `python bench/peers/latency.py`):",
         (
             None,
@@ -301,6 +301,7 @@ def peer_cells(name: str, row: Mapping[str, Any], reference: Mapping[str, Any]) 
         row: its figures.
         reference: the figures of diffusers fp32.
     """
+    name = name.replace("ours:", "sdcompress:")
     if "failed" in row:
         return [name, row["failed"], *[None] * 6]
     cells = [name]
@@ -316,8 +317,8 @@ def overhead() -> str:
     """Returns the time that the WebUI extension adds to a step."""
     found = load("webui-overhead-cpu.json")["summary"]
     return (
-        f"Through the WebUI extension a step of nano takes {found['added_ms']:.2f} ms ({found['overhead']:.1%}) longer"
-        f" than in the runner itself, {found['calls']:,} calls each way (`python bench/studies/webui_overhead.py`).\n"
+        f"A step of nano through the WebUI extension takes {found['added_ms']:.2f} ms ({found['overhead']:.1%}) longer"
+        f" than in the runner ({found['calls']:,} calls of each kind; `python bench/studies/webui_overhead.py`).\n"
     )
 
 
@@ -327,22 +328,22 @@ def gates() -> str:
     names = {
         "scaled": "a weight × 1.02",
         "head": "an attention head zeroed",
-        "overflow": "values past fp16, infinite",
-        "saturated": "values past fp16, clamped",
+        "overflow": "values beyond fp16, infinite",
+        "saturated": "values beyond fp16, clamped",
     }
     kinds = [names[kind] for kind in dict.fromkeys(row["kind"] for row in found["rows"])]
     layers, limit = found["census"]["scaled"].values(), found["gates"]["fp32"]["limits"][0]
     caught = sum(row["error"] > limit for row in layers)
-    used = sum(row["removed"] >= found["in_use"] for row in layers)
+    used = [row["error"] > limit for row in layers if row["removed"] >= found["in_use"]]
     by_change = {(row["rounds"], row["planted"]): row for row in planted if row["noise"] == "quiet"}
     five, none = by_change[5, 1.05], by_change[5, 1.0]
     return section(
-        "Planted into nano, ten places each, and caught by the gate at each timestep (`python"
+        "Faults planted into nano, ten places each, that the gate detects at each timestep (`python"
         " bench/studies/faults.py`). In use: layers whose removal moves the output by 1% or more.",
-        ("gate", "places", *kinds, "least change of one layer's weights it sees, median (lowest)"),
+        ("gate", "places", *kinds, "smallest detected change of one layer's weights, median (lowest)"),
         gate_rows(found),
-        f"Of all {len(layers)} layers the fp32 gate sees a weight off by 2% in {caught}, among them all {used} in"
-        " use; the others move the output by less than fp32 gates can ask about.",
+        f"The fp32 gate detects a weight off by 2% in {caught} of {len(layers)} layers, among them {sum(used)} of the"
+        f" {len(used)} in use. In the other layers, such a fault changes the output by less than the fp32 limit.",
         "`sdcompress bench compare` on synthetic rounds (5 of 20 samples, 200 seeds; `python"
         f" bench/studies/stats.py`): a planted slowdown of 5% is detected in {five['slower']:.1%} of the runs, a change"
         f" where none was planted in {none['slower'] + none['faster']:.1%}.",
@@ -353,7 +354,7 @@ def gate_rows(found: Mapping[str, Any]) -> Iterator[Cells]:
     """Yields the rows of the gates in each precision, for both draws of places."""
     for precision, gate in found["gates"].items():
         least = gate["least"]["by timestep"]
-        seen = f"{format_limit(least['least'])} ({format_limit(least['least_low'])}); blind at"
+        seen = f"{format_limit(least['least'])} ({format_limit(least['least_low'])}); none detected at"
         for drawn in ("in use", "anywhere"):
             rows = [row for row in found["rows"] if (row["precision"], row["places"]) == (precision, drawn)]
             cells = [f"{row['caught_by_timestep']} of {row['count']}" for row in rows]
@@ -364,7 +365,7 @@ def gate_rows(found: Mapping[str, Any]) -> Iterator[Cells]:
 def gpu() -> str:
     """Returns the results of `bench/gpu.py`: a table for each card in bench/results/gpu-*.json."""
     tables = [gpu_section(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("gpu-*.json"))]
-    return "\n".join(tables) if tables else "It has not been run yet, so there is no GPU figure here.\n"
+    return "\n".join(tables) if tables else "`bench/gpu.py` has not been run yet, so there are no GPU figures here.\n"
 
 
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {

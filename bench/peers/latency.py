@@ -59,11 +59,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=list(SETUPS), default="cpu")
     parser.add_argument("--steps", type=int, help="of a picture; by default 25, and 4 for a full-size model on a CPU")
     parser.add_argument("--rounds", type=int, help="by default 3, and 1 for a full-size model on a CPU")
-    parser.add_argument("--way", action="append", help="measure only this setup, beside the reference")
+    parser.add_argument("--setup", action="append", help="measure only this setup, beside the reference")
     parser.add_argument("--prepare", action="store_true", help="install, export and compile only")
     args = parser.parse_args()
-    if unknown := set(args.way or ()) - set(SETUPS[args.device]):
-        parser.error(f"no way {', '.join(sorted(unknown))}; there are: {', '.join(SETUPS[args.device])}")
+    if unknown := set(args.setup or ()) - set(SETUPS[args.device]):
+        parser.error(f"no setup {', '.join(sorted(unknown))}; choose from: {', '.join(SETUPS[args.device])}")
     return args
 
 
@@ -114,7 +114,7 @@ def main() -> None:
         return
     args = parse_arguments()
     run = create_run(args)
-    wanted = (REFERENCE, *(args.way or SETUPS[run.device]))
+    wanted = (REFERENCE, *(args.setup or SETUPS[run.device]))
     setups = {name: setup for name, setup in SETUPS[run.device].items() if name in wanted}
     compiled = [name for name, setup in setups.items() if setup.compile is not None]
     compiled_before = any(output_of(name, run.folder).is_file() for name in compiled)
@@ -139,7 +139,7 @@ def main() -> None:
     last |= {f: {name: row[f]["median"] for name, row in measured.items()} for f in ("unet_step_ms", "picture_ms")}
     print(json.dumps(last | {"failed": {name: row["failed"] for name, row in rows.items() if "failed" in row}}))
     if not measured:
-        sys.exit("no way ran")
+        sys.exit("no setup ran")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from sdcompress.train.features import collect_features
 from sdcompress.train.loop import train
 from sdcompress.train.objectives.block_distillation import BlockDistillation
 from sdcompress.train.pipelines import make_training_scheduler
-from sdcompress.train.precision import choose_precision, copy_frozen
+from sdcompress.train.precision import copy_frozen, resolve_precision
 
 WARMUP = 4
 PLAN = "bk-tiny"
@@ -137,7 +137,7 @@ class PublicLoop:
         self.teacher = self.pipeline.unet.requires_grad_(False).to(DEVICE)
         for part in (self.pipeline.vae, self.pipeline.text_encoder):
             part.requires_grad_(False).to(DEVICE)
-        precision = choose_precision(case.precision, DEVICE.type)
+        precision = resolve_precision(case.precision, DEVICE.type)
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
         self.autocast = torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-5, foreach=True)
@@ -284,7 +284,7 @@ def flops_per_sample(config: Mapping[str, Any]) -> int:
 def measure_limit(case: Case) -> dict[str, Any]:
     """Returns the samples a second if a step took only its operations at this machine's best matrix product."""
     use_threads(case)
-    precision = choose_precision(case.precision, DEVICE.type)
+    precision = resolve_precision(case.precision, DEVICE.type)
     peak = measure_peaks(str(DEVICE), precision).matmul_flops_per_s
     config = family_configs("sd1")["unet"] if case.model == "sd15" else read_unet_config(case.model)
     return {"matmul_tflops": peak / 1e12, "samples_per_s": peak / flops_per_sample(config)}
@@ -354,7 +354,7 @@ def measure_row(case: Case, rounds: int) -> dict[str, Any]:
     medians = {name: statistics.median(each["samples_per_s"] for each in row) for name, row in found.items()}
     limit = run_apart(case, LIMIT)
     return {
-        "precision": choose_precision(case.precision, DEVICE.type),
+        "precision": resolve_precision(case.precision, DEVICE.type),
         "threads": case.threads,
         "samples_per_s": medians,
         "speedup": medians["ours"] / medians["public manner"],

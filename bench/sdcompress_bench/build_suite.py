@@ -14,7 +14,7 @@ from sdcompress.backends.registry import find_backend
 from .models import random_folder
 from .prompts import read_prompts
 from .scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
-from .suite_file import GateEntry, ModelEntry, SuiteFile, check_suite, read_setup
+from .suite_file import GateEntry, ModelEntry, SuiteFile, check_suite, read_setup, suite_names
 
 DEFAULT_PROMPTS = (
     "a photo of a lighthouse on a cliff at dusk",
@@ -110,7 +110,7 @@ def build_suite(
         styles=prompts.styles,
         real=prompts.real,
         threads=file.threads,
-        gates=tuple(_read_gate(entry, precision) for entry in file.gates if _is_measured(entry, skipped)),
+        gates=tuple(_read_gate(entry, precision) for entry in file.gates if _is_measured(entry, precision, measured)),
     )
     return suite, skipped
 
@@ -120,8 +120,9 @@ def _choose_device(file: SuiteFile, where: Path | None) -> str:
 
     gpu = torch.cuda.is_available()
     if file.device == "cuda" and not gpu:
-        hint = f"sdcompress bench {where.stem}-cpu, or --device cpu" if where else "--device cpu"
-        raise BackendMissing("this is to be measured on an NVIDIA GPU and none is here", where=where, hint=hint)
+        cpu = f"{where.stem}-cpu" if where else ""
+        hint = f"sdcompress bench {cpu}, or --device cpu" if cpu in suite_names() else "--device cpu"
+        raise BackendMissing("the suite needs an NVIDIA GPU, and there is none", where=where, hint=hint)
     if file.device == "auto":
         return "cuda" if gpu else "cpu"
     return file.device
@@ -156,7 +157,7 @@ def choose_backends(
 def find_model(entry: ModelEntry) -> ModelUnderTest:
     """Returns the model of an entry, with its hash and the `metrics.jsonl` of its training folder.
 
-    A model with random weights has no hash yet: `models.made` makes it later.
+    A model with random weights has no hash yet: `models.prepare_model` creates the weights and computes it.
 
     Raises:
         UsageError, ModelError: there is no such model.
@@ -244,7 +245,7 @@ def _count_quality_pictures(models: tuple[ModelUnderTest, ...], file: SuiteFile,
     available = len(prompts.prompts)
     if file.quality_pictures is not None:
         return min(file.quality_pictures, available)
-    return available if prompts.metric or prompts.real else 0
+    return available if prompts.metric or prompts.real or file.prompts is not None else 0
 
 
 def _read_gate(entry: GateEntry, precision: str) -> Gate:
@@ -252,11 +253,6 @@ def _read_gate(entry: GateEntry, precision: str) -> Gate:
     return Gate(entry.figure, entry.model, setup, entry.at_least, entry.at_most)
 
 
-def _is_measured(entry: GateEntry, skipped: Mapping[str, str]) -> bool:
-    """Returns whether a gate's backend runs here.
-
-    A gate on a backend that is left out is left out too; the report names the backend and the reason.
-    """
-    if entry.backend is None:
-        return True
-    return find_backend(read_setup(entry.backend, "fp32").backend).title not in skipped
+def _is_measured(entry: GateEntry, precision: str, measured: tuple[BackendSetup, ...]) -> bool:
+    """Returns whether a gate's backend is measured in this run; a gate on another backend is left out."""
+    return entry.backend is None or read_setup(entry.backend, precision) in measured

@@ -1,7 +1,7 @@
 """The chain behind `sdcompress run` and `sdcompress demo`: encode, export, distill, build engines, measure.
 
 Every stage leaves one artifact in the run's folder. A stage is skipped if its artifact is complete and was made from
-the same inputs, so a run that was stopped goes on where it was.
+the same inputs, so a run that was stopped continues with the first unfinished stage.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ChainSettings:
         data: a folder of captioned pictures, shards, or `nano`.
         plans: presets or plan files, one for each student.
         recipe: the training settings, a name or a file; None takes the defaults.
-        overrides: training settings that go before the recipe's; None values are ignored.
+        overrides: training settings that override the recipe's; None values are ignored.
         output: the run's folder.
         compute_capabilities: (major, minor) of the cards to build engines for; None takes the usual ones.
         prompts_file: captions for the report; None takes the usual ones.

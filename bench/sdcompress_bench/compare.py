@@ -93,7 +93,7 @@ def compare(before: Results, after: Results, before_name: str = "before", after_
     if not shared:
         names = [", ".join(map(_named, side)) or "none that ran" for side in sides]
         raise ArtifactError(
-            f"has no scenario in common with {before_name}: {names[1]} beside {names[0]}",
+            f"has no scenario in common with {before_name}: it has {names[1]}; {before_name} has {names[0]}",
             where=after_name,
             expected="equal model names, backends, precisions, sizes and batches",
         )
@@ -215,7 +215,7 @@ def render(found: Comparison) -> str:
         *(f"note: {note}" for note in found.notes),
     ]
     out.append(
-        f"A change is reported if it is at least {LEAST_CHANGE:.0%} and chance alone gives one as clear in under"
-        f" {SIGNIFICANCE:.0%} of comparisons (Welch's test on the rounds). Drift between the runs is not seen."
+        f"A change is reported if it is at least {LEAST_CHANGE:.0%} and its p-value is under {SIGNIFICANCE:.0%}"
+        " (Welch's test on the round medians). Drift of the machine between the two runs is not detected."
     )
     return "\n".join(out)

@@ -16,7 +16,7 @@ class DeviceClock:
     """Marks moments between pieces of work without waiting for the device.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`.
+        device: `cpu`, or `cuda`: the current CUDA device.
     """
 
     def __init__(self, device: str | torch.device) -> None:

@@ -337,9 +337,9 @@ def gate(worst_relative_l2: float, noise_floor: float | None) -> dict[str, Any]:
 def gate_steps(steps: Sequence[StepError], floors: Sequence[StepError] | None) -> dict[str, Any]:
     """Returns the gate's answer over all timesteps: `passed`, the `limits`, and `timestep`, `error`, `limit`.
 
-    The last three are of the timestep whose error is nearest to its limit. Each timestep has its own limit, because one
-    for all would be the widest: the error of half precision is several times larger at timestep 1 than at 500, and a
-    fault that shows at every timestep would be hidden below it.
+    The last three are of the first timestep over its limit, or else of the timestep that is nearest to its limit. Each
+    timestep has its own limit, because one for all would be the widest: the error of half precision is several times
+    larger at timestep 1 than at 500, and a fault that shows at every timestep would be hidden below it.
 
     Args:
         steps: the backend's errors.

@@ -31,6 +31,9 @@ class Journal:
                 shutil.rmtree(path.parent, ignore_errors=True)
                 path.parent.mkdir(parents=True)
                 path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+        elif path is not None and not path.read_bytes().endswith(b"\n"):
+            with storage_errors(path), path.open("ab") as file:  # end a line that a crash cut
+                file.write(b"\n")
 
     def call(
         self, name: str, function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float

@@ -56,8 +56,8 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
         found["students"][name] = {key: asdict(metrics.mean_of(values)) for key, values in measured.items()}
     if len(prompts) < LEAST_FOR_SETS:
         found["skipped"]["FID, KID"] = (
-            f"{len(prompts)} pictures say nothing; {LEAST_FOR_SETS} at least, {metrics.FID_PICTURES} for figures to"
-            " quote"
+            f"{len(prompts)} pictures are too few; {LEAST_FOR_SETS} are needed, and {metrics.FID_PICTURES} for figures"
+            " to publish"
         )
     elif inception := _open(lambda: metrics.InceptionFeatures(case["device"]), "FID, KID", found["skipped"]):
         features = {name: inception(_tensor(images)) for name, images in pictures.items()}

@@ -39,7 +39,8 @@ class Roofline(TypedDict):
     """A measured time against the device's limits.
 
     Attributes:
-        share_of_matmul_peak, share_of_bandwidth: in [0, 1].
+        share_of_matmul_peak, share_of_bandwidth: 1 is the measured limit; a backend that multiplies less (Winograd) can
+            exceed it.
         least_ms: the longer of the times that the matrix product peak and the bandwidth allow.
         bound: which of the two that is, `compute` or `memory`.
     """

@@ -37,7 +37,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not path.is_file():
         raise UsageError("no such file of prompts", where=path)
     if (read := _READERS.get(path.suffix.lower())) is None:
-        raise UsageError(f"prompts in a {path.suffix or 'nameless'} file", where=path, expected=", ".join(_READERS))
+        kind = f"of type {path.suffix}" if path.suffix else "without an ending"
+        raise UsageError(f"prompts in a file {kind}", where=path, expected=", ".join(_READERS))
     prompts = []
     for where, caption, style in read(path, _text(path)):
         if not is_text(caption) or not caption.strip():

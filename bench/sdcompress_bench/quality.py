@@ -108,7 +108,11 @@ class ClipMetric:
 
         Hessel et al. 2021, arXiv 2104.08718, without their clip at zero and weight of 2.5.
         """
-        return 100 * (self.image_features(images) * self.text_features(captions)).sum(-1).mean().item()
+        return self.clip_scores(images, captions).mean().item()
+
+    def clip_scores(self, images: Sequence[Image.Image], captions: Sequence[str]) -> torch.Tensor:
+        """Returns the cosine of each picture with its caption, × 100; (N,), float32, on the CPU."""
+        return 100 * (self.image_features(images) * self.text_features(captions)).sum(-1).cpu()
 
     def style_accuracy(
         self, images: Sequence[Image.Image], prompts: Sequence[Prompt], styles: Mapping[str, str]
@@ -198,18 +202,11 @@ def judge_pipeline(
     return {"style_accuracy": figures["style"].share, "retrieval_top5": figures["top5"].share}
 
 
-def read_shard(
-    shard: Path, captions: Sequence[str] | None = None, count: int | None = None
-) -> tuple[list[Image.Image], list[Prompt]]:
-    """Returns real pictures (RGB) of a webdataset shard, and their prompts.
-
-    Args:
-        shard: a tar file.
-        captions: of the wanted pictures, in their order; None takes all.
-        count: at most this many are returned.
+def read_shard(shard: Path) -> tuple[list[Image.Image], list[Prompt]]:
+    """Returns the pictures (RGB) of a webdataset shard (a tar file), and their prompts, in the shard's order.
 
     Raises:
-        DataError: the shard has none of the wanted pictures.
+        DataError: the shard has no pictures with captions.
     """
     images: dict[str, Image.Image] = {}
     texts: dict[str, str] = {}
@@ -227,12 +224,10 @@ def read_shard(
             elif ending in ("webp", "png", "jpg", "jpeg"):
                 images[stem] = Image.open(io.BytesIO(file.read())).convert("RGB")
     by_caption = {texts[stem]: stem for stem in images if stem in texts}
-    wanted = [c for c in (by_caption if captions is None else captions) if c in by_caption][:count]
-    if not wanted:
-        raise DataError("no picture with a wanted caption", where=shard, expected="pairs of picture and .txt")
-    return [images[by_caption[c]] for c in wanted], [
-        Prompt(c, metas.get(by_caption[c], {}).get("style", "")) for c in wanted
-    ]
+    if not by_caption:
+        raise DataError("no picture with a caption", where=shard, expected="pairs of picture and .txt")
+    prompts = [Prompt(caption, metas.get(stem, {}).get("style", "")) for caption, stem in by_caption.items()]
+    return [images[stem] for stem in by_caption.values()], prompts
 
 
 def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Image], list[Prompt]]:

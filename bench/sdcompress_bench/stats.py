@@ -181,7 +181,8 @@ def median_interval(
 ) -> tuple[float, float]:
     """Returns the percentile bootstrap interval of the median (Efron 1979).
 
-    Ours, not `scipy.stats.bootstrap`, which draws other resamples: intervals in committed results would change.
+    This does not call `scipy.stats.bootstrap`: it draws other resamples, so intervals in committed results would
+    change.
 
     Args:
         samples: at least one.

@@ -54,7 +54,7 @@ def run_suite(
         output: the folder of the report.
         report: shows progress.
         force: replace what is in `output`.
-        command: what the report tells the reader to type to measure again; None is this process's command line.
+        command: the command for a new measurement that the report shows; None is this process's command line.
         skipped: backend → reason why it is not measured, for the report.
 
     Raises:
@@ -224,7 +224,9 @@ def collect_warnings(suite: Suite, facts: Mapping[str, Any], journal: Journal) -
     if load is not None and load > 0.5 * (cores or 1) and suite.device == "cpu":
         found.append(f"The machine was busy before measuring began (load average {load} on {cores} cores)")
     if journal.continued:
-        found.append("The suite was stopped and went on later: its rounds are not all of one stretch of time")
+        found.append(
+            "The suite was interrupted and continued later, so its rounds were not all measured in one session"
+        )
     if random := [model.name for model in suite.models if model.random]:
         found.append(
             f"The weights of {', '.join(random)} are random: latency and memory do not depend on them, pictures and"

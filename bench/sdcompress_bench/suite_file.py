@@ -32,7 +32,7 @@ class ModelEntry(BaseModel):
         if (self.path is None) == (self.random is None):
             raise ValueError("needs a path, or random with a family, and not both")
         if self.plan and not self.random:
-            raise ValueError("plan stands with random alone; give the student's own path")
+            raise ValueError("plan can be used only with random; for a trained student, give its own path")
         return self
 
 
@@ -96,7 +96,7 @@ class SuiteFile(BaseModel):
     scenario_timeout_s: float = Field(3600.0, gt=0, description="Ends a case that hangs.")
     pictures: int = Field(6, ge=0, description="Pictures in the grid.")
     quality_pictures: int | None = Field(
-        None, ge=0, description="Pictures for CLIP, FID and KID. None is all prompts if there is a CLIP or a reference."
+        None, ge=0, description="Pictures for CLIP, FID and KID. None is all prompts of a file, or those of nano."
     )
     timesteps: tuple[int, ...] = Field(
         (1, 101, 301, 501, 701, 901, 999), min_length=1, description="Timesteps at which the UNets are compared."

@@ -43,7 +43,7 @@ VARIANTS = {
     "ort fp32": "ONNX Runtime as the runner opens it",
     "ort fp32 no spinning": "threads sleep between operators",
     "ort fp32 opset 20": "attention in its parts",
-    "ort fp32 transformers": "its transformer optimiser: fused attention where it finds it",
+    "ort fp32 transformers": "its transformer optimizer, which fuses attention where it recognizes it",
     "ort int8 dynamic": "weights and activations int8 (quantize_dynamic)",
 }
 GPU_VARIANTS = {
@@ -62,10 +62,8 @@ GPU_VARIANTS = {
     "trt fp16": "the engine, static shapes",
     "trt fp16 graph": "with a CUDA graph",
 }
-MODELS = {
-    "cpu": {"nano": None, "SD1.5 bk-tiny": "bk-tiny"},
-    "cuda": {"SD1.5 whole": None, "SD1.5 bk-base": "bk-base", "SD1.5 bk-tiny": "bk-tiny"},
-}
+MODELS = {"nano": None, "SD1.5 whole": None, "SD1.5 bk-base": "bk-base", "SD1.5 bk-tiny": "bk-tiny"}
+DEFAULT_MODELS = {"cpu": ("nano", "SD1.5 bk-tiny"), "cuda": ("SD1.5 whole", "SD1.5 bk-base", "SD1.5 bk-tiny")}
 BATCHES = {"cpu": (1, 2), "cuda": (2,)}
 LIMIT_S = 900
 
@@ -324,11 +322,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--device", choices=MODELS, default="cpu")
+    parser.add_argument("--device", choices=DEFAULT_MODELS, default="cpu")
     parser.add_argument("--rounds", type=int, default=2)
     help_text = "timed calls in a round; by default 3 of a full-size model on a CPU, 30 of nano, 50 on a GPU"
     parser.add_argument("--samples", type=int, help=help_text)
-    parser.add_argument("--model", action="append", choices=sorted({*MODELS["cpu"], *MODELS["cuda"]}))
+    parser.add_argument("--model", action="append", choices=list(MODELS))
     parser.add_argument(
         "--variant", action="append", choices=sorted({*VARIANTS, *GPU_VARIANTS}), help="only this one, beside torch"
     )
@@ -344,14 +342,14 @@ def main() -> None:
     models: dict[str, Any] = (
         json.loads(args.output.read_text(encoding="utf-8"))["models"] if args.output.is_file() else {}
     )
-    for name in args.model or MODELS[args.device]:
+    for name in args.model or DEFAULT_MODELS[args.device]:
         work = args.work / name.replace(" ", "-")
         work.mkdir(parents=True, exist_ok=True)
         model = nano.teacher_folder()
         if name != "nano":
             model = work / "model"
             if not model.is_dir():
-                random_pipeline("sd1", MODELS[args.device][name], dtype=torch.float16).save_pretrained(model)
+                random_pipeline("sd1", MODELS[name], dtype=torch.float16).save_pretrained(model)
         samples = args.samples or (50 if args.device == "cuda" else 30 if name == "nano" else 3)
         models[name] = Study(name, model, work, args.rounds, samples, variants, args.device).run()
         args.output.parent.mkdir(parents=True, exist_ok=True)

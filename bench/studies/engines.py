@@ -92,7 +92,7 @@ def measure_case(name: str, work: Path) -> dict[str, Any]:
     figures = run(command, log, os.environ | {"SDCOMPRESS_CACHE": str((work / "cache").absolute())})
     row: dict[str, Any] = {"parameters": parameters, "profile": profile, **figures}
     if figures["status"]:
-        return row | {"said": log.read_text(encoding="utf-8").strip().splitlines()[-1][:300]}
+        return row | {"last_line": log.read_text(encoding="utf-8").strip().splitlines()[-1][:300]}
     graph, engine = read_manifest(out / "onnx"), read_manifest(out / "engine")
     if graph is None or engine is None:
         raise SystemExit(f"{out} has no manifest")
@@ -138,7 +138,7 @@ def format_table(rows: dict[str, Any]) -> str:
         if row["status"]:
             lines.append(
                 f"| {name} | {row['parameters'] / 1e6:,.0f} M | failed after {row['seconds']:.0f} s |"
-                f" {row['peak_mib'] / 1024:.1f} GiB | {row['said']} | | |"
+                f" {row['peak_mib'] / 1024:.1f} GiB | {row['last_line']} | | |"
             )
             continue
         parity = row["parity"]

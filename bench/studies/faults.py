@@ -124,7 +124,7 @@ def print_census(census: dict[str, dict[str, dict[str, float]]]) -> None:
         print(
             f"census, {kind}: {len(errors)} places, fp32 gate catches {np.mean(errors > limit):.0%}; {used.sum()} in"
             f" use, of which {np.mean(errors[used] > limit):.0%}; the largest error unseen"
-            f" {errors[errors <= limit].max():.1e}",
+            f" {errors[errors <= limit].max(initial=0):.1e}",
             flush=True,
         )
 

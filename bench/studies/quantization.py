@@ -43,10 +43,10 @@ from sdcompress.sampling import generate
 from sdcompress.support.console import ConsoleReporter
 
 PLACEMENTS: dict[str, tuple[str, ...]] = {
-    "as it is done": KEPT,
-    "layers that see only the timestep too": ("first and last", "shortcut"),
-    "first and last convolution too": ("timestep only", "shortcut"),
-    "shortcuts too": ("timestep only", "first and last"),
+    "the default": KEPT,
+    "also the layers that depend only on the timestep": ("first and last", "shortcut"),
+    "also the first and last convolution": ("timestep only", "shortcut"),
+    "also the shortcuts": ("timestep only", "first and last"),
     "everything with weights": (),
 }
 PROFILE = Profile(
@@ -195,8 +195,8 @@ def format_table(result: dict[str, Any]) -> str:
         "Nano's UNet quantized, against fp32",
         "",
         (
-            "| precision | rest in | relative L2, mean | at timestep 951 | 501 | 101 | 1 | PSNR of pictures, mean"
-            " (least) | file | quantized in | engine for 8.9 |"
+            "| precision | other layers in | relative L2, mean | at timestep 951 | 501 | 101 | 1 | PSNR of pictures,"
+            " mean (least) | file | quantized in | engine for 8.9 |"
         ),
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]

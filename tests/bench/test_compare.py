@@ -68,7 +68,7 @@ def test_different_scenarios_are_refused() -> None:
         compare(base, results(run("nano", "torch", 100, 1), settings=base.settings | {"steps": 50}))
     with pytest.raises(
         ArtifactError,
-        match=r"no scenario in common .*nano, ONNX Runtime fp32, 128 px, batch 1 beside nano, PyTorch fp32",
+        match=r"no scenario in common .*it has nano, ONNX Runtime fp32, 128 px, batch 1; before has nano, PyTorch fp32",
     ):
         compare(base, results(run("nano", "onnxruntime", 100, 1)))
     with pytest.raises(ArtifactError, match="none that ran"):

@@ -219,7 +219,7 @@ def test_the_readme_has_no_figure_of_a_gpu_where_no_file_has_one(
 ) -> None:
     tool = load_script(ROOT / "tools/results_to_readme.py")
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
-    assert tool.gpu() == "It has not been run yet, so there is no GPU figure here.\n"
+    assert tool.gpu() == "`bench/gpu.py` has not been run yet, so there are no GPU figures here.\n"
 
 
 @pytest.mark.parametrize(("text", "numbers"), [("3,4", [3, 4]), ("0-2", [0, 1, 2]), ("7,0-1,1", [0, 1, 7])])

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sdcompress_bench import isolated
+from sdcompress_bench.gpu.child import describe
 from sdcompress_bench.gpu.program import PARTS, RESERVE_S, Part, Program, cap_seconds
 from sdcompress_bench.gpu.results import ResultFile
 from sdcompress_engines.errors import UsageError
@@ -52,6 +54,12 @@ def dies(run):
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fork_server() -> None:
+    """Start the fork server, whose imports would take the time of the first program."""
+    isolated.call(describe, {"device": "cpu"}, 120)
+
+
 @pytest.fixture
 def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Program]:
     """Creates a program of functions of `INJECTED`: (name, cap_s, kept_s)."""
@@ -72,7 +80,7 @@ def test_a_part_that_raises_hangs_or_dies_costs_only_itself(
     run = program(("raises", 30), ("hangs", 4), ("dies", 30), ("good", 30))
     began = time.monotonic()
     assert not run.run()
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 60, "a hang of 60 s was cut"
     found = read(run.results.folder)
     parts, rows = found["parts"], {(row["part"], row["row"]): row for row in found["rows"]}
     assert [parts[number]["state"] for number in "0123"] == ["failed", "cut", "ended", "ended"]
@@ -127,22 +135,22 @@ def test_parts_are_chosen_by_number_and_an_unknown_one_is_refused(program: Calla
 
 
 def test_no_part_begins_when_the_minutes_are_over(program: Callable[..., Program]) -> None:
-    run = program(("hangs", 30), ("good", 30), minutes=0.15)
+    run = program(("hangs", 30), ("good", 30), minutes=0.3)
     began = time.monotonic()
     assert not run.run()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 40
     parts = read(run.results.folder)["parts"]
     assert parts["0"]["state"] == "cut"
     assert parts["1"]["state"] == "not begun"
-    assert "0 s were left of 0.15 minutes" in parts["1"]["reason"]
+    assert "0 s were left of 0.3 minutes" in parts["1"]["reason"]
 
 
 def test_a_part_that_hangs_leaves_later_parts_the_time_kept_for_them(program: Callable[..., Program]) -> None:
-    run = program(("hangs", 60), ("good", 30, 20), minutes=0.5)
+    run = program(("hangs", 60), ("good", 30, 16), minutes=0.5)
     assert not run.run()
     parts = read(run.results.folder)["parts"]
     assert parts["0"]["state"] == "cut"
-    assert parts["0"]["cap_s"] < 7  # of 30 s, less the reserve and the 20 s
+    assert parts["0"]["cap_s"] < 11  # of 30 s, less the reserve and the 16 s
     assert parts["1"]["state"] == "ended"
 
 

@@ -65,7 +65,7 @@ def test_a_clip_judges_each_picture_and_few_pictures_have_no_set_figures(tmp_pat
     assert set(found["quality"]) == {"teacher"}
     score = found["quality"]["teacher"]["clip_score"]
     assert score["low"] <= score["value"] <= score["high"]
-    assert "3 pictures say nothing" in found["skipped"]["FID, KID"]
+    assert "3 pictures are too few" in found["skipped"]["FID, KID"]
 
 
 def test_missing_weights_are_reported_and_cost_only_their_figures(

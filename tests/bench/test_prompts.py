@@ -104,7 +104,9 @@ def test_broken_files_are_reported_with_their_line(name: str, content: Any, mess
 def test_missing_files_and_unknown_kinds_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such file of prompts"):
         read_prompts(tmp_path / "none.txt")
-    with pytest.raises(UsageError, match=r"prompts in a \.xlsx file; expected \.txt, \.tsv, \.csv, \.jsonl, \.json"):
+    with pytest.raises(
+        UsageError, match=r"prompts in a file of type \.xlsx; expected \.txt, \.tsv, \.csv, \.jsonl, \.json"
+    ):
         read_prompts(write(tmp_path, "a.xlsx", "a cat"))
     with pytest.raises(UsageError, match="no such folder of reference pictures"):
         read_reference(tmp_path / "none", 64)
@@ -132,5 +134,5 @@ def test_reference_without_pictures_or_with_a_broken_one(tmp_path: Path) -> None
     with pytest.raises(DataError, match="has no pictures"):
         read_reference(tmp_path, 32)
     write(tmp_path, "a.png", b"no picture")
-    with pytest.raises(DataError, match=r"a\.png: is no readable picture"):
+    with pytest.raises(DataError, match=r"a\.png: is not a readable picture"):
         read_reference(tmp_path, 32)[0]

@@ -157,7 +157,7 @@ def test_a_stopped_suite_continues_where_it_was(
     monkeypatch.undo()
     results = suite.run_suite(short, tmp_path / "report")
     assert len(first) == 5
-    assert any("went on later" in warning for warning in results.warnings)
+    assert any("continued later" in warning for warning in results.warnings)
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from sdcompress_bench.build_suite import build_suite
 from sdcompress_bench.scenario import BackendSetup
 from sdcompress_bench.suite_file import read_setup, read_suite, suite_names, suite_path
 from sdcompress_engines.errors import UsageError
@@ -70,7 +71,7 @@ def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:
         ("steps: 3", "models: field required"),
         ("models: [{name: x}]", "needs a path, or random with a family"),
         ("models: [{path: a, random: sd1}]", "needs a path, or random with a family"),
-        ("models: [{path: a, plan: bk-tiny}]", "plan stands with random alone"),
+        ("models: [{path: a, plan: bk-tiny}]", "plan can be used only with random"),
         ("models: [{random: sd3}]", "random"),
         ("- a\n- b", "not a mapping"),
         ("models: [nano", "not YAML"),
@@ -97,3 +98,9 @@ def test_a_setup_is_a_backend_with_or_without_a_precision() -> None:
     ):
         with pytest.raises(UsageError, match=fault):
             read_setup(text, "fp32")
+
+
+def test_a_gate_on_a_backend_that_is_not_measured_is_left_out() -> None:
+    gates = [{"figure": "speedup", "backend": name, "at_least": 1.0} for name in (None, "ort", "torch")]
+    suite, _ = build_suite({"models": ["nano"], "backends": ["torch"], "gates": gates, "device": "cpu"})
+    assert [gate.setup for gate in suite.gates] == [None, BackendSetup("torch")]

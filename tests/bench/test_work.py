@@ -182,6 +182,8 @@ def test_the_roofline_is_the_longer_of_both_limits() -> None:
         roofline(work, peaks, 0.0)
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_no_product_or_copy_is_far_over_the_measured_peaks() -> None:
     import time
 

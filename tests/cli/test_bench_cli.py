@@ -27,7 +27,7 @@ def type_in(*arguments: object) -> Result:
         (("nowhere",), 2, "nowhere: does not exist"),
         (("nano", "--backend", "tpu"), 2, "no backend 'tpu'"),
         (("nano", "--backend", "torch:int3"), 2, "no precision 'int3'"),
-        (("nano", "--size", "big"), 2, "'big' is no list of whole numbers"),
+        (("nano", "--size", "big"), 2, "'big' is not a list of whole numbers"),
         (("nano", "--batch", "0"), 2, "a count under 1"),
         (("nano", "--prompts", "gone.txt"), 2, "gone.txt: no such file of prompts"),
         (("nano", "--clip", "gone"), 2, "--clip does not exist"),
@@ -57,7 +57,7 @@ def test_all_faults_of_a_suite_are_reported_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_a_gpu_suite_without_a_gpu_names_the_command_to_type() -> None:
-    assert "none is here. Try: sdcompress bench sd15-cpu" in str(type_in("sd15").exception)
+    assert "there is none. Try: sdcompress bench sd15-cpu" in str(type_in("sd15").exception)
     assert "tensorrt" in str(type_in("nano-tiny", "--backend", "trt", "--strict", "--dry-run").exception).lower()
 
 

@@ -135,6 +135,13 @@ class SvgSet:
         self.by_hex = {strip_variation(code): name for code, name in chars.items()}
 
     def render(self, hexcode: str, name: str, names: dict[str, str]) -> Image.Image | None:
+        """Returns the picture of a concept with transparency, enlarged by `SUPERSAMPLE`; None if the package has none.
+
+        Args:
+            hexcode: code points of the emoji, joined by `-`, without variation selectors.
+            name: the concept's name.
+            names: hexcode → icon name in the flat set, for packages that do not map this code point.
+        """
         icon = self.by_hex.get(hexcode) or names.get(hexcode) or re.sub(r"[^a-z0-9]+", "-", name).strip("-")
         body = self.data["icons"].get(icon)
         if body is None and icon in self.data.get("aliases", {}):
@@ -159,6 +166,13 @@ class RasterSet:
         self.files = {strip_variation(p.stem): p for p in (folder / "assets").glob("*.webp")}
 
     def render(self, hexcode: str, name: str, names: dict[str, str]) -> Image.Image | None:
+        """Returns the picture of a concept with transparency, in the file's own size, or None if there is no file.
+
+        Args:
+            hexcode: code points of the emoji, joined by `-`, without variation selectors.
+            name: not used.
+            names: not used; the files are named by code point.
+        """
         path = self.files.get(hexcode)
         return Image.open(path).convert("RGBA") if path else None
 
@@ -197,7 +211,13 @@ def draw(cache: Path) -> list[dict]:
 
 
 def hold_out(rows: list[dict], count: int, seed: int) -> set[int]:
-    """Indices of `count` pictures, at most one a concept, whose concept is seen in at least two other styles."""
+    """Returns indices of pictures, at most one a concept, whose concept is seen in at least two other styles.
+
+    Args:
+        rows: what `draw` returns.
+        count: how many pictures.
+        seed: of the choice.
+    """
     by_concept: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         by_concept.setdefault(row["concept"]["name"], []).append(i)
@@ -207,6 +227,14 @@ def hold_out(rows: list[dict], count: int, seed: int) -> set[int]:
 
 
 def write_shards(rows: list[dict], split: str, out: Path, quality: int) -> list[str]:
+    """Write webdataset shards and return their names.
+
+    Args:
+        rows: pictures with `key`, `caption` and `meta`.
+        split: `train` or `heldout`, the folder of the shards.
+        out: the folder of all splits.
+        quality: of WebP, 0 to 100.
+    """
     files = []
     (out / split).mkdir(parents=True, exist_ok=True)
     for start in range(0, len(rows), SAMPLES_PER_SHARD):
@@ -232,7 +260,14 @@ def write_shards(rows: list[dict], split: str, out: Path, quality: int) -> list[
 def make_index(
     rows: list[dict], counts: dict[str, int], shards: dict[str, list[str]], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """Returns `index.json`: what the shards hold and what they were made from."""
+    """Returns `index.json`: what the shards hold and what they were made from.
+
+    Args:
+        rows: all pictures.
+        counts: split → number of pictures.
+        shards: split → names of its shards.
+        args: of the command line.
+    """
     return {
         "size_px": SIZE_PX,
         "counts": counts | {"concepts": len({r["concept"]["name"] for r in rows})},

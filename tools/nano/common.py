@@ -57,7 +57,14 @@ def load(split: str, data: Path = DATA) -> Split:
 
 
 def batch_indices(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
-    """The step's sample indices: a fresh permutation each epoch, a function of (seed, step) alone."""
+    """Returns the sample indices of a step, (batch,), int64; each epoch has its own permutation.
+
+    Args:
+        step: number of the step.
+        batch: samples in a step.
+        count: samples in the data.
+        seed: of the permutations.
+    """
     positions = torch.arange(step * batch, (step + 1) * batch)
     out = torch.empty(batch, dtype=torch.long)
     for epoch in (positions // count).unique().tolist():

@@ -2,8 +2,9 @@
 
     python tools/nano/measure.py -o bench/results/nano-teacher.json [--sheet sheet.webp]
 
-200 prompts seen in training and 200 held-out (style, concept) pairs, 25 steps, guidance 7.5, one seed a picture. The
-judge is nano-CLIP, which conditions nothing; its own figures on the real held-out pictures are the ceiling.
+200 prompts seen in training and 200 held-out (style, concept) pairs, 25 steps, nano's own guidance scale (4), one seed
+a picture. The judge is nano-CLIP, which conditions nothing; its own figures on the real held-out pictures are the
+ceiling.
 """
 
 from __future__ import annotations

@@ -27,6 +27,13 @@ CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def make_tokenizer(captions: list[str], vocab_size: int, folder: Path) -> CLIPTokenizer:
+    """Returns the tokenizer in a folder, after training one there if there is none.
+
+    Args:
+        captions: to train on.
+        vocab_size: number of tokens.
+        folder: of the tokenizer.
+    """
     if not (folder / "tokenizer_config.json").exists():
         bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
         bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -135,7 +142,13 @@ def caption_parts(tokenizer: CLIPTokenizer, split: Split) -> CaptionParts:
 def contrastive_loss(
     model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Returns CLIP's loss of a batch, its image features (B, D), and the share of captions found among the batch's."""
+    """Returns CLIP's loss of a batch, its image features (B, D), and the share of captions found among the batch's.
+
+    Args:
+        model: the CLIP in training.
+        pixels: (B, 3, H, W), float32.
+        ids: tokens of the captions, (B, T), int64.
+    """
     with torch.autocast("cpu", torch.bfloat16):
         image = model.get_image_features(pixel_values=pixels).pooler_output.float()
         text = model.get_text_features(input_ids=ids).pooler_output.float()
@@ -154,8 +167,10 @@ def composed(
     phrase's and the concept's own embedding.
 
     Args:
+        model: the CLIP in training.
         image: image features of the batch, (B, D).
         index: the batch's pictures, (B,).
+        parts: of the training captions.
         longest: tokens of the longest caption in the batch.
     """
 
@@ -175,8 +190,12 @@ def composed(
 
 @torch.no_grad()
 def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: Split) -> dict[str, float]:
-    """On the first 200: retrieval of each picture's caption among them, top-1 and top-5, and of its style among its
-    concept's captions.
+    """Returns how often, of the first 200 pictures, the caption is found among them and the style among its concept's.
+
+    Args:
+        model: the CLIP.
+        tokenizer: of the captions.
+        split: pictures and captions.
     """
     ids = tokenize(tokenizer, split.captions)
     n = min(200, len(split.captions))

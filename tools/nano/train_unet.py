@@ -73,7 +73,10 @@ def weighted_loss(
     """Returns the Min-SNR weighted loss of one process's share of a step's batch.
 
     Args:
+        unet: in training.
+        cfg: section `unet` of config.json.
         data: what `cache` returns.
+        step: number of the step.
         alphas: cumulative, (1000,), of the noise schedule.
         mine: which rows of the batch this process computes. Noise is drawn for the whole batch.
     """

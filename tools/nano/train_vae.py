@@ -104,7 +104,7 @@ def main() -> None:
         if (step + 1) % 250 == 0 or step + 1 == steps:
             progress.save(step=step + 1, model=vae.state_dict(), optimizer=optimizer.state_dict())
             progress.note(step + 1, psnr_heldout=psnr(vae, heldout.pixels(torch.arange(100))))
-    torch.save(vae.state_dict(), args.work / f"{name}.pt")
+    torch.save(vae.state_dict(), args.work / "vae.pt")
     progress.note(steps, psnr_heldout=psnr(vae, heldout.pixels(torch.arange(len(heldout.captions)))))
 
 

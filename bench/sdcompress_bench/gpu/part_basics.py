@@ -66,7 +66,7 @@ def tool_version(tool: str, option: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     lines = [line.strip() for line in output.splitlines() if any(letter.isdigit() for letter in line)]
-    return next((line for line in lines if "release" in line), lines[0] if lines else "there")[:80]
+    return next((line for line in lines if "release" in line), lines[0] if lines else "installed")[:80]
 
 
 def backends(run: PartRun) -> dict[str, Any]:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MARK = "gpu"
 SMOKE_TESTS = ("tests/engines/test_cuda_graphs.py",)
 LEFT_S = 5.0
-"""The tests stop so long before the part's cap that the counts can be written."""
+"""The tests stop this many seconds before the part's cap, so that the counts can be written."""
 OPTIONS = ("-v", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-W", "default")
 """The last option, because warnings are errors only with the pinned versions."""
 _OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b")

@@ -26,10 +26,10 @@ _FORMS: dict[str, tuple[str, float]] = {
     "samples_per_s": ("{:,.1f} samples/s", 1),
     "share_of_peak": ("{:.1f}% of peak", 100),
     "compile_s": ("compiled in {:,.0f} s", 1),
-    "relative_l2": ("off {:.1e}", 1),
+    "relative_l2": ("relative L2 {:.1e}", 1),
     "peak_mib": ("{:,.0f} MiB", 1),
     "passed": ("{} passed", 1),
-    "not_passed": ("{} not", 1),
+    "not_passed": ("{} did not pass", 1),
     "value": ("{}", 1),
 }
 """Figure → its form in a line, and its factor; other figures are only in gpu.json."""

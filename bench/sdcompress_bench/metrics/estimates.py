@@ -43,7 +43,8 @@ class KernelDistance(Estimate):
 def mean_of(values: torch.Tensor, seed: int = 0, resamples: int = 2000) -> Estimate:
     """Returns the mean of one figure a picture with its percentile bootstrap interval (Efron 1979).
 
-    Ours, not `scipy.stats.bootstrap`, which draws other resamples: intervals in committed results would change.
+    This does not call `scipy.stats.bootstrap`: it draws other resamples, so intervals in committed results would
+    change.
 
     Args:
         values: (N,).

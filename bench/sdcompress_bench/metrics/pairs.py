@@ -79,4 +79,4 @@ def clip_score(metric: ClipMetric, pictures: torch.Tensor, captions: Sequence[st
     images = to_images(pictures)
     if len(images) != len(captions):
         raise DataError(f"{len(images)} pictures and {len(captions)} captions", expected="as many of each")
-    return 100 * (metric.image_features(images) * metric.text_features(captions)).sum(-1).cpu()
+    return metric.clip_scores(images, captions)

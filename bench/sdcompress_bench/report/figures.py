@@ -89,11 +89,12 @@ def error_plots(results: Results) -> list[Markup]:
         for index, (name, figures) in enumerate(results.students.items())
         if "steps" in figures
     ]
-    limits = {limit for entry in results.backends for limit in entry.get("gate", {}).get("limits", [])}
+    exact = [entry for entry in results.backends if entry["precision"] == "fp32"]
+    limits = {limit for entry in exact for limit in entry.get("gate", {}).get("limits", [])}
     level = (limits.pop(), "limit in fp32") if len(limits) == 1 else None
     plots = []
     if backends:
-        title = "Same weights run otherwise, to PyTorch fp32"
+        title = "Same weights on other backends, relative to PyTorch fp32"
         plots.append(Markup(svg.lines(title, backends, "timestep", "relative L2", log=True, level=level)))
     if students:
         title = f"Student against {results.teacher}"

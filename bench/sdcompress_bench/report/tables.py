@@ -63,13 +63,13 @@ def answer_table(results: Results) -> Table:
         "model",
         "parameters",
         "UNet size",
-        "run by",
+        "backend",
         "UNet step",
         "pictures/s",
         "speed-up",
         "of peak",
         "peak memory",
-        "off PyTorch",
+        "relative L2 to PyTorch fp32",
     )
     rows = list(results.rows())
     return Table("", head, [_answer_cells(results, row) for row in rows], [row.setup.backend for row in rows], left=4)
@@ -103,7 +103,7 @@ def stage_table(results: Results) -> Table:
     """Returns the times of every stage, of loading and of building."""
     head = (
         "model",
-        "run by",
+        "backend",
         "text encoder",
         "UNet step",
         "p90",
@@ -167,7 +167,7 @@ def _backend_tables(results: Results) -> Iterable[Table]:
         "PSNR of pictures",
         "SSIM",
         "LPIPS",
-        "least fault seen",
+        "smallest detected fault",
     )
     rows = [
         [
@@ -184,7 +184,7 @@ def _backend_tables(results: Results) -> Iterable[Table]:
         if "relative_l2" in entry
     ]
     if rows:
-        yield Table("Same weights run otherwise, held against PyTorch fp32", head, rows)
+        yield Table("Same weights on other backends, compared with PyTorch fp32", head, rows)
 
 
 def _share_of_limit(gate: Mapping[str, Any] | None) -> str:
@@ -203,7 +203,7 @@ def _sensitivity(figures: Mapping[str, Any] | None) -> str:
     low, median, high = (
         "none" if figures[key] is None else f"{figures[key]:.2%}" for key in ("least_low", "least", "least_high")
     )
-    heads = f"{figures['heads_unseen']} of {figures['heads']} dead heads unseen"
+    heads = f"{figures['heads_unseen']} of {figures['heads']} zeroed heads not detected"
     return f"{median} of a layer ({low} to {high}); {heads}"
 
 
@@ -230,7 +230,7 @@ def limit_tables(results: Results) -> list[Table]:
         for name, peak in results.peaks.items()
     )
     title = f"A UNet step beside the best this device did in matrix products and copies ({peaks})"
-    head = ("model", "run by", "GMACs", "step", "least possible", "of matmul peak", "of bandwidth", "bound by")
+    head = ("model", "backend", "GMACs", "step", "least possible", "of matmul peak", "of bandwidth", "bound by")
     return [Table(title, head, rows)]
 
 

@@ -79,15 +79,15 @@ def _uncompared_backends(results: Results) -> Iterator[str]:
     for entry in results.backends:
         if "failed" in entry and "gate" not in entry:
             name = f"{entry['model']} on {BackendSetup(entry['backend'], entry['precision'])}"
-            yield f"{name} could not be held against PyTorch: {entry['failed']}"
+            yield f"{name} could not be compared with PyTorch fp32: {entry['failed']}"
 
 
 def _doubts(results: Results) -> Iterator[str]:
     """Yields the reasons to doubt the measured times."""
     if results.settings["rounds"] == 1:
         yield (
-            "Every case ran in one round: the intervals do not know how one process differs from the next, and a"
-            " busy machine may have slowed one case alone"
+            "Every case ran in one round: the intervals do not include how one process differs from the next, and"
+            " a busy machine may have slowed one case alone"
         )
     if noisy := [format_row_name(results, row) for row in results.rows() if row.unet_step and row.unet_step.noisy]:
         yield (
@@ -115,7 +115,7 @@ def method(results: Results) -> list[str]:
         f"Every case runs in a fresh process, {settings['rounds']} time(s), taking turns and never two at once. After a"
         f" warm-up until calls agree within 10%, up to {settings['samples']} calls of a stage are timed a round"
         f" ({settings['end_to_end_samples']} whole pictures). Figures are medians over all rounds; intervals are 95%"
-        " and take in how rounds differ, where there are two or more. Raw samples are in results.json.",
+        " and include how rounds differ, if there are two or more. Raw samples are in results.json.",
         f"A UNet step is one call on {inputs}."
         f" Speed-up compares pictures a second, prompt to pixels, with {results.teacher} in"
         f" {results.baseline or 'PyTorch'} at the same size and batch. Peak memory is the GPU's where there is one,"
@@ -135,8 +135,9 @@ def method(results: Results) -> list[str]:
         )
     if any("sensitivity" in entry for entry in results.backends):
         paragraphs.append(
-            "Least fault seen: one layer's weights scaled until the error passes the gate, at several places; median"
-            " and range of the change it takes. Dead heads: attention heads set to zero, one at a time."
+            "Smallest detected fault: one layer's weights are scaled until the error exceeds the limit, at several"
+            " places; the median and the range of that change. Zeroed heads: attention heads are set to zero, one at a"
+            " time."
         )
     return paragraphs
 
