@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from sdcompress_engines.errors import DataError
+from sdcompress_engines.errors import DataError, UsageError
 
 from sdcompress.families.registry import family_of
 from sdcompress.support.pipeline import TextToImagePipeline, native_size_px
@@ -48,7 +48,7 @@ def generate(
 ) -> list[Image.Image]:
     """Returns one picture a prompt.
 
-    Noise comes from each picture's own seed and in fp32, so neither batch size nor precision changes what is drawn.
+    The noise of each picture comes from its own seed, in fp32, so it does not depend on batch size or precision.
 
     Args:
         pipeline: on any backend.
@@ -61,10 +61,13 @@ def generate(
 
     Raises:
         DataError: prompts and seeds differ in number.
+        UsageError: the size is not a positive multiple of 8.
     """
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts and {len(seeds)} seeds", expected="a seed for each prompt")
     size_px = size_px or native_size_px(pipeline)
+    if size_px < pipeline.vae_scale_factor or size_px % 8:
+        raise UsageError(f"size {size_px} px", expected="a positive multiple of 8")
     guidance_scale = family_of(pipeline.unet.config).guidance_scale if guidance_scale is None else guidance_scale
     pipeline.set_progress_bar_config(disable=True)
     pipeline.safety_checker = None

@@ -15,8 +15,9 @@ from typing import Any
 
 from sdcompress_bench.gpu.readme_section import gpu_section
 from sdcompress_bench.markdown import Cells, section
+from sdcompress_bench.readme_table import answer_cells, answer_head, format_limit, machine, sensitivity_sentences
 from sdcompress_bench.report import format_estimate
-from sdcompress_bench.results import Results, Row, read_results
+from sdcompress_bench.results import Results, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
@@ -29,10 +30,6 @@ def load(name: str) -> Any:
 
 def percent(figures: Mapping[str, Any]) -> str:
     return f"{figures['share']:.0%}"
-
-
-def format_limit(value: float | None) -> str:
-    return "over 100%" if value is None else f"{value:.2%}"
 
 
 def format_error(parity: Mapping[str, Any]) -> str:
@@ -219,18 +216,6 @@ def student_sentence(found: Results) -> str:
     )
 
 
-def sensitivity_sentences(found: Results) -> Iterator[str]:
-    """Yields a sentence for each gate whose sensitivity was measured."""
-    for entry in found.backends:
-        if figures := entry.get("sensitivity"):
-            least, low, high = (format_limit(figures[key]) for key in ("least", "least_low", "least_high"))
-            yield (
-                f"The smallest change of one layer's weights that the {entry['precision']} gate detects is {least}"
-                f" (median of {len(figures['scaled'])} layers, {low} to {high}). It does not detect"
-                f" {figures['heads_unseen']} of {figures['heads']} zeroed attention heads."
-            )
-
-
 def sd15() -> str:
     """Returns full-size SD1.5 shapes on a CPU."""
     found = read_results(RESULTS / "sd15-cpu.json")
@@ -243,33 +228,6 @@ def sd15() -> str:
         answer_head("of peak"),
         (answer_cells(row, peak=True) for row in found.rows()),
     )
-
-
-def answer_head(*more: str) -> Cells:
-    """Returns the head of a report's table in the README; `more` stands before the memory."""
-    head = ("model", "UNet parameters", "backend", "UNet step", "pictures/s", "speed-up")
-    return (*head, *more, "peak memory", "relative L2 to PyTorch fp32")
-
-
-def answer_cells(row: Row, peak: bool = False) -> Cells:
-    """Returns a row of a report's table in the README; with `peak` also the share of the peak."""
-    cells = [row.model, f"{row.parameters / 1e6:,.1f} M", str(row.setup)]
-    if row.failed or row.unet_step is None or row.images_per_s is None:
-        return [*cells, f"failed: {row.failed}", *[None] * (5 if peak else 4)]
-    step = row.unet_step
-    time = f"{step.median:.1f} ms ({step.low:.1f} to {step.high:.1f})"
-    if step.median >= 1000:
-        time = f"{step.median / 1000:.2f} s ({step.low / 1000:.2f} to {step.high / 1000:.2f})"
-    cells += [time + (", noisy" if step.noisy else ""), f"{row.images_per_s:.3g}"]
-    cells.append(f"{row.speedup:.2f}×" if row.speedup else "–")
-    if peak:
-        cells.append(f"{row.share_of_peak:.0%}" if row.share_of_peak else "–")
-    error = f"{row.fidelity:.1e}" if row.fidelity is not None else "reference"
-    return [*cells, f"{row.peak_mib or 0:,.0f} MiB", error]
-
-
-def machine(found: Results) -> str:
-    return f"{found.environment['cpu']}, {found.environment['cores']} cores"
 
 
 def peers() -> str:

@@ -40,8 +40,15 @@ def derive_unet_config(weights: Weights) -> dict[str, Any]:
     try:
         derived = derive_config_from_shapes(shapes)
     except (KeyError, IndexError, StopIteration, ValueError) as error:
+        reason = (
+            "no cross-attention"
+            if isinstance(error, StopIteration)
+            else "an unknown structure"
+            if isinstance(error, IndexError)
+            else f"{error} is missing"
+        )
         raise ModelError(
-            f"has a UNet unlike Stable Diffusion's ({error} is missing)",
+            f"has a UNet unlike Stable Diffusion's ({reason})",
             where=weights.path,
             expected="a UNet of SD1.x, SD2.x or SDXL, or a student of one",
         ) from error

@@ -49,7 +49,7 @@ def check_checkpoint(weights: Weights) -> None:
     if kind != CHECKPOINT:
         hint = "sdcompress generate MODEL PROMPT --lora FILE" if kind == LORA else None
         raise ModelError(
-            f"is {kind}, no checkpoint: it has no UNet with VAE and text encoder",
+            f"holds {kind}, not a checkpoint with UNet, VAE and text encoder",
             where=weights.path,
             expected="a Stable Diffusion checkpoint in LDM layout",
             hint=hint,

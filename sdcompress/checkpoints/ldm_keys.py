@@ -63,7 +63,7 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
         (int(match[1]) for key in keys if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", key))), default=-1
     )
 
-    def place(key: str) -> str | None:
+    def map_key(key: str) -> str | None:
         if re.fullmatch(r"((en|de)coder\.conv_(in|out)|(post_)?quant_conv)\.(weight|bias)", key):
             return key
         if match := re.fullmatch(r"(encoder|decoder)\.conv_norm_out\.(\w+)", key):
@@ -86,7 +86,7 @@ def vae_keys(keys: Iterable[str]) -> dict[str, str]:
             return f"{base}.{match[2]}sample.{match[6]}"
         return f"{base}.block.{match[4]}.{_map_vae_resnet(match[5])}"
 
-    return _require_all({key: place(key) for key in keys}, "VAE")
+    return _require_all({key: map_key(key) for key in keys}, "VAE")
 
 
 def _map_vae_resnet(name: str) -> str:
@@ -103,7 +103,7 @@ def openclip_keys(keys: Iterable[str]) -> dict[str, str]:
         ModelError: the OpenCLIP layout has no place for a parameter.
     """
 
-    def place(key: str) -> str | None:
+    def map_key(key: str) -> str | None:
         if key in _OPENCLIP_ENDS:
             return _OPENCLIP_ENDS[key]
         match = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
@@ -114,7 +114,7 @@ def openclip_keys(keys: Iterable[str]) -> dict[str, str]:
             return f"{base}attn.in_proj_{match[3]}"
         return f"{base}{_OPENCLIP_LAYER[match[2]]}.{match[3]}" if match[2] in _OPENCLIP_LAYER else None
 
-    return _require_all({key: place(key) for key in keys}, "text encoder")
+    return _require_all({key: map_key(key) for key in keys}, "text encoder")
 
 
 def _require_all(names: Mapping[str, str | None], component: str) -> dict[str, str]:

@@ -139,16 +139,16 @@ def _map_sources(weights: Weights, name: str, component: Any, family: Family) ->
     """Returns parameter → source, for every parameter on the meta device."""
     keys = [key for key, value in component.state_dict().items() if value.is_meta]
     if name == "unet":
-        return {key: _Source(UNET + place) for key, place in unet_keys(keys).items()}
+        return {key: _Source(UNET + ldm_key) for key, ldm_key in unet_keys(keys).items()}
     if name == "vae":
-        return {key: _Source(VAE + place) for key, place in vae_keys(keys).items()}
+        return {key: _Source(VAE + ldm_key) for key, ldm_key in vae_keys(keys).items()}
     openclip = is_openclip(component.config)
     prefix, projection = text_prefixes(family.text_prefixes, openclip)
     plain = {key: key.removeprefix("text_model.") for key in keys}
     if openclip:
         return {
-            key: _openclip_source(prefix + place, plain[key])
-            for key, place in zip(plain, openclip_keys(plain.values()).values(), strict=True)
+            key: _openclip_source(prefix + ldm_key, plain[key])
+            for key, ldm_key in zip(plain, openclip_keys(plain.values()).values(), strict=True)
         }
     if not any(key.startswith(prefix) for key in weights.shapes):
         prefix = prefix.removesuffix("text_model.")  # some checkpoints of 2022 leave it out

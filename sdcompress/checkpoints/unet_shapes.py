@@ -9,7 +9,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def derive_config_from_shapes(shapes: Shapes) -> dict[str, Any]:
-    """Returns what the weights of a UNet tell about its diffusers config.
+    """Returns the entries of a UNet's diffusers config that its weights' shapes determine.
 
     In the LDM layout, every entry of a level is one resnet–attention pair, and a sampler ends the level. The head
     count and the sample size leave no trace in the shapes, and are not part of the result.

@@ -116,9 +116,9 @@ def open_weights(path: Path) -> Weights:
     if path.suffix in PICKLE_SUFFIXES:
         return _open_pickle(path)
     raise ModelError(
-        f"is a {path.suffix or 'nameless'} file",
+        f"is a {path.suffix} file" if path.suffix else "has no suffix",
         where=path,
-        expected=f"a checkpoint in .safetensors, or {', '.join(PICKLE_SUFFIXES[:2])}",
+        expected=f"a file that ends in .safetensors, {' or '.join(PICKLE_SUFFIXES[:2])}",
     )
 
 
@@ -129,7 +129,9 @@ def _open_safetensors(path: Path) -> Weights:
         views = {key: file.get_slice(name) for key, name in names.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"is no whole safetensors file ({str(error).splitlines()[0]})", where=path, hint="copy or download it again"
+            f"is not a complete safetensors file ({str(error).splitlines()[0]})",
+            where=path,
+            hint="copy or download it again",
         ) from error
     shapes = {key: tuple(view.get_shape()) for key, view in views.items()}
     return Weights(
@@ -156,7 +158,7 @@ def _open_pickle(path: Path) -> Weights:
         named = re.search(r"(?:GLOBAL|class|operand) `?([A-Za-z_0-9][\w.]*)", str(error))
         if named is None:
             raise ModelError(
-                f"is no whole checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
+                f"is not a complete checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
             ) from error
         raise ModelError(
             f"is a pickle with more than tensors in it ({named[1]}), which could run code; it was not loaded",
@@ -166,7 +168,7 @@ def _open_pickle(path: Path) -> Weights:
         ) from error
     except _BROKEN_PICKLE_ERRORS as error:
         raise ModelError(
-            f"is no whole checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
+            f"is not a complete checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
         ) from error
     tensors = _collect_tensors(loaded)
     if not tensors:

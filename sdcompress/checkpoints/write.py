@@ -110,7 +110,7 @@ def export_ldm(
     path = path.absolute()
     if path.suffix != ".safetensors" or path.is_dir():
         raise UsageError(
-            "a folder" if path.is_dir() else f"a file ending in {path.suffix or 'nothing'!r}",
+            "is a folder" if path.is_dir() else f"ends in {path.suffix}" if path.suffix else "has no suffix",
             where=path,
             expected="a file that ends in .safetensors",
         )

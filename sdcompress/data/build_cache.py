@@ -21,7 +21,7 @@ from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_sett
 from sdcompress.data.config import DataConfig
 from sdcompress.data.embed import embed_in_batches, text_encoders_on
 from sdcompress.data.encode import LatentEncoder
-from sdcompress.data.precision import Precision, PrecisionChoice, choose_precision
+from sdcompress.data.precision import Precision, PrecisionChoice, choose_vae_precision
 from sdcompress.data.records import Source
 from sdcompress.data.skipped import Skipped
 from sdcompress.data.units import EncodedUnit, UnitEncoder
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from sdcompress.models.load import LoadedPipeline
 
 BUILD = "build.json"
-"""What an unfinished build encodes; it has to fit for the build to be continued."""
+"""The file that records what an unfinished build encodes; the build is continued only if this matches."""
 
 
 def build_cache(
@@ -49,9 +49,9 @@ def build_cache(
 ) -> LatentCache:
     """Encode every usable picture and caption of a source. Returns the cache.
 
-    A stopped build is continued, unless it encoded in another precision. Under `accelerate launch` or `torchrun` the
-    processes share the units, and the first one writes the index. Exact duplicates, which have the same bytes and the
-    same captions, are kept once. The teacher is afterwards as it was.
+    A stopped build is continued if it has the same teacher, data, settings and precision; otherwise it starts over.
+    Under `accelerate launch` or `torchrun` the processes share the units, and the first one writes the index. Exact
+    duplicates, which have the same bytes and the same captions, are kept once. The teacher is not changed.
 
     Args:
         source: the data set.
@@ -60,7 +60,7 @@ def build_cache(
         size_px: side of the square pictures, or the root of the buckets' area; by default that of `config`, then the
             UNet's own.
         config: how pictures are cropped, and which share of them may be unusable.
-        precision: in which the VAE encodes; `auto` is the result of `choose_precision`, the same for all processes.
+        precision: in which the VAE encodes; `auto` is the result of `choose_vae_precision`, the same for all processes.
         force: replace what is in `output`.
         report: shows the progress.
 
@@ -72,11 +72,11 @@ def build_cache(
     """
     from accelerate import PartialState
 
-    config, pipeline = config or DataConfig(), teacher.pipeline
+    config, pipeline, output = config or DataConfig(), teacher.pipeline, output.absolute()
     size_px = size_px or config.size_px or native_size_px(pipeline)
     state = PartialState(cpu=not torch.cuda.is_available())
     check_free(output, force)
-    chosen = agree_on_precision(choose_precision(pipeline, state.device, precision))
+    chosen = agree_on_precision(choose_vae_precision(pipeline, state.device, precision))
     identity = _identify_build(source, teacher, size_px, config, chosen)
     partial = output.with_name(f".{output.name}.partial")
     with storage_errors(output), text_encoders_on(pipeline, state.device):
@@ -262,7 +262,7 @@ def _finish(
     identity: dict[str, Any],
     report: Reporter,
 ) -> None:
-    """Check the shares, write index and manifest, and rename the folder into its place.
+    """Check the share of unusable pictures, write index and manifest, and rename the folder into its place.
 
     Args:
         partial: folder of the build, with all units.

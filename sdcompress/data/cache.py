@@ -152,7 +152,7 @@ class LatentCache:
         """
         manifest = _read_cache_manifest(folder)
         _check_origin(folder, manifest, teacher_sha256, source)
-        _check_cut(folder, manifest, size_px, config)
+        _check_settings(folder, manifest, size_px, config)
         recorded = manifest.config
         return cls(
             folder=folder,
@@ -175,7 +175,7 @@ def _read_cache_manifest(folder: Path) -> Manifest:
     """
     found = faults(folder, "cache", contents=False)
     if found:
-        raise DataError(f"is no whole cache: {found[0]}", where=folder, hint=REBUILD_HINT)
+        raise DataError(f"is not a complete cache: {found[0]}", where=folder, hint=REBUILD_HINT)
     manifest = read_manifest(folder)
     if manifest is None or "data" not in manifest.config:
         raise DataError("was made by an earlier version", where=folder, hint=REBUILD_HINT)
@@ -201,7 +201,7 @@ def _check_origin(folder: Path, manifest: Manifest, teacher_sha256: str | None, 
         )
 
 
-def _check_cut(folder: Path, manifest: Manifest, size_px: int | None, config: DataConfig | None) -> None:
+def _check_settings(folder: Path, manifest: Manifest, size_px: int | None, config: DataConfig | None) -> None:
     """Refuse a cache whose pictures were chosen or cropped in another way; arguments as of `LatentCache.open`."""
     if size_px and manifest.config["size_px"] != size_px:
         raise DataError(

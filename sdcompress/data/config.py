@@ -40,10 +40,12 @@ class DataConfig(BaseModel):
     )
     buckets: bool = Field(
         False,
-        description="Keep aspect ratios, to the nearest of a set of shapes of equal area, where a square would crop.",
+        description="Use shapes of about equal area instead of squares; each picture gets the shape with the nearest"
+        " aspect ratio.",
     )
     crop: Literal["center", "random"] = Field(
-        "center", description="Where a picture that is longer than its shape is cropped."
+        "center",
+        description="Position of the crop in a picture whose aspect ratio differs from that of the training shape.",
     )
     views: int = Field(
         1,

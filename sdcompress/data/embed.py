@@ -19,14 +19,14 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 def text_encoders_on(pipeline: TextToImagePipeline, device: torch.device) -> Iterator[None]:
     """Move a pipeline's text encoders to a device for the block, and back afterwards."""
     encoders = [encoder for name in TEXT_ENCODERS if (encoder := getattr(pipeline, name, None)) is not None]
-    homes = [next(encoder.parameters()).device for encoder in encoders]
+    devices = [next(encoder.parameters()).device for encoder in encoders]
     try:
         for encoder in encoders:
             encoder.to(device)
         yield
     finally:
-        for encoder, home in zip(encoders, homes, strict=True):
-            encoder.to(home)
+        for encoder, original_device in zip(encoders, devices, strict=True):
+            encoder.to(original_device)
 
 
 @torch.no_grad()

@@ -13,13 +13,16 @@ from sdcompress.data.memory import count_free_bytes, count_picture_bytes, is_out
 from sdcompress.data.precision import DTYPES, Precision, copy_encoder, uses_channels_last
 
 FREE_SHARE = 0.8
-"""Share of the free memory that a batch may take. The rest is for other programs and for the allocator's losses."""
+"""Share of the free memory that a batch may take.
+
+The rest is for other programs and for the allocator's fragmentation.
+"""
 CUDA_BATCH_PX = 32 * 512 * 512
-"""Pixels of all pictures of a batch, above which a GPU gains nothing."""
+"""Total pixels of a batch above which a larger batch is not faster on a GPU."""
 CPU_BATCH_BYTES = 32 * 2**20
-"""Bytes of activations of a batch, above which they leave a CPU's last cache and a larger batch is slower."""
+"""Bytes of a batch's activations above which they exceed a CPU's last-level cache and a larger batch is slower."""
 CPU_BATCH = 8
-"""Pictures of a batch, from which on a CPU gains nothing, however small they are."""
+"""Pictures of a batch above which a larger batch is not faster on a CPU, however small the pictures are."""
 SMALLEST_TILE_PX = 256
 
 

@@ -58,8 +58,7 @@ class FolderSource(Source):
                 except (ValueError, RecursionError) as error:
                     raise DataError(f"line {number} is not JSON ({error})", where=path) from error
         elif (path := self.root / "metadata.csv").is_file():
-            with path.open(newline="", errors="replace", encoding="utf-8-sig") as file:
-                rows = list(csv.DictReader(file))
+            rows = _read_csv(path)
         # A table that was written on Windows may have backslashes.
         return {
             str(row["file_name"]).replace("\\", "/"): row
@@ -77,12 +76,25 @@ class FolderSource(Source):
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:
             key = path.relative_to(self.root).as_posix()
             meta = self._table.get(key, {})
-            if (beside := path.with_suffix(".json")).is_file():
-                meta = read_object(beside.read_bytes()) | meta
+            if (sidecar := path.with_suffix(".json")).is_file():
+                meta = read_object(sidecar.read_bytes()) | meta
             caption = choose_caption(meta)
-            if caption is None and (beside := path.with_suffix(".txt")).is_file():
-                caption = decode_text(beside.read_bytes())
+            if caption is None and (sidecar := path.with_suffix(".txt")).is_file():
+                caption = decode_text(sidecar.read_bytes())
                 if caption is None:
                     skipped.add("caption is no text", key)
                     continue
             yield from self._build_records(key, path.read_bytes(), caption, meta, skipped)
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows of a CSV file by column. Cells beyond the header have no column and are left out.
+
+    Raises:
+        DataError: the file is not CSV.
+    """
+    try:
+        with path.open(newline="", errors="replace", encoding="utf-8-sig") as file:
+            return [{name: value for name, value in row.items() if name is not None} for row in csv.DictReader(file)]
+    except csv.Error as error:
+        raise DataError(f"is not CSV ({error})", where=path) from error

@@ -45,7 +45,7 @@ class HubSource(Source):
         except Exception as error:
             first_line = (str(error).splitlines() or [""])[0]
             raise DataError(
-                f"is no dataset the hub gives ({type(error).__name__}: {first_line})",
+                f"is not a dataset that the hub provides ({type(error).__name__}: {first_line})",
                 where=f"{HUB_PREFIX}{name}",
                 expected="hub:owner/name[@revision][:split]",
             ) from error
@@ -54,7 +54,7 @@ class HubSource(Source):
             raise DataError(
                 "has no picture column",
                 where=f"{HUB_PREFIX}{name}",
-                expected=f"one among {', '.join(stream.features or ()) or 'its columns'}",
+                expected=f"a column of type Image; its columns are {', '.join(stream.features or ()) or 'unknown'}",
             )
         self.column = images[0]
         self.stream = stream.cast_column(self.column, datasets.Image(decode=False))

@@ -30,14 +30,22 @@ BF16_CAPABILITY = (8, 0)
 _FP32_LAYERS = ("encoder.conv_norm_out.", "encoder.conv_out.", "quant_conv.")
 
 
-def choose_precision(
+def has_bf16_instructions(device: Any = None) -> bool:
+    """Returns whether a GPU has instructions for bfloat16.
+
+    `torch.cuda.is_bf16_supported` is also true where bfloat16 is emulated.
+    """
+    return torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+
+
+def choose_vae_precision(
     pipeline: TextToImagePipeline, device: torch.device, wanted: PrecisionChoice = "auto"
 ) -> Precision:
     """Returns the precision in which a pipeline's VAE encodes on a device.
 
-    `auto` is bf16 on CUDA devices that have it, for SD1, SD2 and a VAE whose config turns `force_upcast` off, which
-    means that it was finetuned for half precision. Otherwise it is fp32. `force_upcast` alone does not decide: SD1's
-    config lacks it, and diffusers' default is on.
+    `auto` is bf16 on CUDA devices that have it, for families with `bf16_vae` and for a VAE whose config turns
+    `force_upcast` off, which means that it was finetuned for half precision. Otherwise it is fp32. `force_upcast`
+    alone does not decide: SD1's config lacks it, and diffusers' default is on.
 
     Args:
         pipeline: its UNet's config gives the family, its VAE's config `force_upcast`.
@@ -47,7 +55,7 @@ def choose_precision(
     Raises:
         BackendMissing: bf16 is wanted on a CUDA device that only emulates it.
     """
-    native = device.type != "cuda" or torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    native = device.type != "cuda" or has_bf16_instructions(device)
     if wanted == "bf16" and not native:
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise BackendMissing(

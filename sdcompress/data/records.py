@@ -29,7 +29,7 @@ MAX_PIXELS = 64_000_000
 UNIT_PICTURES = 1000
 """Pictures in one unit of a folder."""
 MAX_FIELDS = 40
-"""Metadata names from which on no more are collected for an error message."""
+"""Largest number of metadata names that are collected for an error message."""
 
 _BROKEN = (
     UnidentifiedImageError,
@@ -73,7 +73,7 @@ class Record:
         try:
             return self._open().size
         except _BROKEN as error:
-            raise DataError(f"is no readable picture ({type(error).__name__})", where=self.key) from error
+            raise DataError(f"is not a readable picture ({type(error).__name__})", where=self.key) from error
 
     def picture(self) -> Image.Image:
         """Returns the decoded picture: upright, RGB, with transparency replaced by white.
@@ -96,7 +96,7 @@ class Record:
                 picture = canvas
             return picture.convert("RGB")
         except _BROKEN as error:
-            raise DataError(f"is no readable picture ({type(error).__name__})", where=self.key) from error
+            raise DataError(f"is not a readable picture ({type(error).__name__})", where=self.key) from error
 
     def _open(self) -> Image.Image:
         # Pillow only warns about many pixels; here the warning becomes an error. Warning filters belong to the whole
@@ -131,7 +131,10 @@ class Source:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Returns a hash that changes when the data does, computed without reading the data."""
+        """Returns a hash of names and sizes, computed without reading the data.
+
+        An edit that keeps all sizes is not noticed.
+        """
         raise NotImplementedError
 
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:

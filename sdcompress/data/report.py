@@ -16,13 +16,13 @@ from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.data.filters import as_number
 from sdcompress.data.records import Record, Source
+from sdcompress.data.skipped import EXAMPLE_KEYS
 
 SAMPLE_SIZE = 10_000
 """Numbers from which medians and histograms are computed, at most."""
 HISTOGRAM_BINS = 10
 NUMERIC_FIELDS = 64
 """Metadata fields with figures, at most."""
-EXAMPLE_KEYS = 3
 EXAMPLE_CAPTIONS = 8
 SHEET_PICTURES = 64
 SHEET_COLUMNS = 8

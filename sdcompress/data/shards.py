@@ -49,18 +49,20 @@ class ShardSource(Source):
 
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         path = self.paths[number]
-        key, parts = "", dict[str, bytes]()
+        key, parts, faulty = "", dict[str, bytes](), set[str]()
         try:
             with open_tar(path) as stream:
                 for member, payload, fault in read_tar(stream):
-                    if payload is None:
-                        skipped.add(fault, f"{path.name}:{member}")
-                        continue
                     folder, slash, name = member.rpartition("/")
                     stem, _, extension = name.partition(".")
-                    if folder + slash + stem != key:
-                        yield from self._join_parts(f"{path.name}:{key}", parts, skipped)
-                        key, parts = folder + slash + stem, {}
+                    stem = folder + slash + stem
+                    if payload is None:
+                        skipped.add(fault, f"{path.name}:{member}")
+                        faulty.add(stem)
+                        continue
+                    if stem != key:
+                        yield from self._join_parts(f"{path.name}:{key}", parts, skipped, key in faulty)
+                        key, parts = stem, {}
                     parts[extension.lower()] = payload
         except EOFError:
             skipped.add("shard cut short", path.name)
@@ -69,19 +71,22 @@ class ShardSource(Source):
         except (tarfile.TarError, OSError, zlib.error) as error:
             skipped.add(f"shard damaged ({type(error).__name__})", path.name)
             return
-        yield from self._join_parts(f"{path.name}:{key}", parts, skipped)
+        yield from self._join_parts(f"{path.name}:{key}", parts, skipped, key in faulty)
 
-    def _join_parts(self, key: str, parts: dict[str, bytes], skipped: Skipped) -> Iterator[Record]:
+    def _join_parts(
+        self, key: str, parts: dict[str, bytes], skipped: Skipped, is_counted: bool = False
+    ) -> Iterator[Record]:
         """Yields the record of members with one name; nothing where there is no picture among them.
 
         Args:
             key: of the record.
             parts: extension without its dot → content.
             skipped: counts a caption without a picture, and one that is no text.
+            is_counted: whether a faulty member of this name is counted already.
         """
         encoded = next((parts[e] for e in parts if f".{e}" in PICTURE_SUFFIXES), None)
         if encoded is None:
-            if "txt" in parts:
+            if "txt" in parts and not is_counted:
                 skipped.add("caption without a picture", key)
             return
         meta = read_object(parts.get("json", b"{}"))

@@ -47,8 +47,9 @@ def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = N
             expected="a folder of captioned pictures, webdataset shards (a folder, a glob, a list such as"
             " data/{00000..00099}.tar), hub:owner/name, or nano",
         )
-    if not all(p.name.endswith(SHARD_SUFFIXES) for p in files):
-        raise DataError("is no webdataset shard", where=files[0], expected="a .tar file, or a folder")
+    wrong = next((p for p in files if not p.name.endswith(SHARD_SUFFIXES)), None)
+    if wrong is not None:
+        raise DataError("is not a webdataset shard", where=wrong, expected="a .tar file, or a folder")
     return ShardSource(path.name, files, config)
 
 

@@ -83,7 +83,7 @@ class UnitEncoder:
         skipped: what all units so far left out.
     """
 
-    CHECK_FROM = 1000  # pictures from which on too large a share of unusable ones stops the build before its end
+    CHECK_FROM = 1000  # number of pictures after which too many unusable ones stop the build early
 
     def __init__(self, pipeline: TextToImagePipeline, latents: LatentEncoder, size_px: int, config: DataConfig) -> None:
         self.pipeline, self.latents, self.config = pipeline, latents, config

@@ -28,8 +28,8 @@ class Family:
         text_encoders: components that encode the caption, in order; each has a tokenizer.
         projected_text_encoders: those of `text_encoders` that end in a projection (`CLIPTextModelWithProjection`).
         latent_channels: of the VAE's latents. vae_scale_factor: side of a picture over the side of its latents.
-        bf16_vae: whether the VAE keeps its precision in bf16.
-        captions: the captions it draws well: of photographs and art, or nano's own.
+        bf16_vae: whether the VAE is accurate enough in bf16.
+        captions: the captions it was trained on: "general" (photographs and art) or "nano".
         text_prefixes: in a single file, the key prefix of a text encoder of OpenAI's (`openai`) or of OpenCLIP's
             (`openclip`) layout.
         attention_heads: of every attention; None where `attention_head_width` is fixed instead.

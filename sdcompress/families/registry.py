@@ -75,8 +75,3 @@ def find_family(name: str) -> Family:
     if name not in published:
         raise UsageError(f"no family {name!r}", expected=" or ".join(published))
     return published[name]
-
-
-def student_of(unet_config: UNetConfig) -> str | None:
-    """Returns which block removal led to a UNet: a preset, a published student, `custom`; None for a whole UNet."""
-    return family_of(unet_config).student_of(unet_config)

@@ -52,7 +52,7 @@ SD2 = replace(
     attention_heads=None,
     v_prediction_config={"sample_size": 96, "upcast_attention": True},  # stabilityai/stable-diffusion-2-1, 768 px
 )
-# At a guidance scale of 7.5 nano's colors burn out.
+# At a guidance scale of 7.5 nano's colors are oversaturated.
 NANO = replace(
     SD1,
     name="nano",

@@ -1,4 +1,4 @@
-"""What a diffusers UNet config says about its blocks."""
+"""The blocks of a UNet, from its diffusers config."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _OTHER_CONDITIONS = ("encoder_hid_dim_type", "class_embed_type", "num_class_embe
 
 
 def has_plain_conditioning(config: Mapping[str, Any]) -> bool:
-    """Returns whether the UNet takes text by cross-attention, and has only known blocks and SDXL's inputs at most."""
+    """Returns whether the UNet takes text by cross-attention.
+
+    It then has only known down blocks, and no other inputs than SDXL's.
+    """
     return (
         all(config.get(key) is None for key in _OTHER_CONDITIONS)
         and set(config.get("down_block_types", [""])) <= {PLAIN, ATTENTION}
@@ -50,12 +53,12 @@ def transformer_depths(config: Mapping[str, Any]) -> tuple[list[list[int]], list
     def spread(entry: Any, count: int) -> list[int]:
         return list(entry) if isinstance(entry, list | tuple) else [entry] * count
 
-    attended = [i for i, kind in enumerate(config["down_block_types"]) if kind == ATTENTION]
+    attention_levels = [i for i, kind in enumerate(config["down_block_types"]) if kind == ATTENTION]
     mid_block = config.get("mid_block_type", _MID_BLOCK)
     last = spread(down[-1], 1)[0]
     mid = None if mid_block is None else last if mid_block == _MID_BLOCK else 0
     return (
-        [spread(down[i], pairs[i]) for i in attended],
-        [spread(up[levels - 1 - i], pairs[i] + 1) for i in reversed(attended)],
+        [spread(down[i], pairs[i]) for i in attention_levels],
+        [spread(up[levels - 1 - i], pairs[i] + 1) for i in reversed(attention_levels)],
         mid,
     )

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ModelError, UsageError, storage_errors
 from sdcompress_engines.files import replace_file
+from sdcompress_engines.ldm_keys import ldm_unet_keys
 
 from sdcompress.lora.names import clip_modules, find_layer, kohya_prefix, split_key
 
@@ -48,7 +49,7 @@ def read_lora(path: Path, modules: Iterable[str]) -> Layers:
     Args:
         path: a `.safetensors` file.
         modules: the layers of the UNet that the file was made for. kohya's names have an underscore for every dot, and
-            are matched against these.
+            are matched against these, by the names of diffusers or of the LDM layout.
 
     Raises:
         UsageError: there is no such file.
@@ -60,7 +61,7 @@ def read_lora(path: Path, modules: Iterable[str]) -> Layers:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"is no readable safetensors file ({str(error).splitlines()[0]})",
+            f"is not a readable safetensors file ({str(error).splitlines()[0]})",
             where=path,
             hint="copy or download it again",
         ) from error
@@ -82,7 +83,7 @@ def _group_by_layer(
     Raises:
         ModelError: no tensor, or not every one, belongs to a layer of the model.
     """
-    known = {"unet": {name.replace(".", "_"): name for name in modules}}
+    known = {"unet": _unet_names(list(modules))}
     known["text_encoder"] = known["text_encoder_2"] = {name.replace(".", "_"): name for name in clip_modules()}
     parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     unknown: list[str] = []
@@ -95,7 +96,7 @@ def _group_by_layer(
             parts.setdefault(layer, {})[split[1]] = tensor
     if not parts:
         raise ModelError(
-            "is no LoRA" if tensors else "is empty",
+            "is not a LoRA" if tensors else "is empty",
             where=path,
             expected="layers named as diffusers or kohya's scripts name them",
         )
@@ -106,6 +107,19 @@ def _group_by_layer(
             expected="a plain LoRA made for this UNet's family",
         )
     return parts
+
+
+def _unet_names(modules: list[str]) -> dict[str, str]:
+    """Returns a UNet layer's name in kohya's files → its module name.
+
+    kohya's scripts take the names of SD1's and SD2's layers from diffusers, and those of SDXL's from the LDM layout.
+
+    Args:
+        modules: all of the UNet's layers.
+    """
+    ldm = ldm_unet_keys(f"{name}.weight" for name in modules)
+    names = {key.removesuffix(".weight"): name.removesuffix(".weight") for name, key in ldm.items() if key is not None}
+    return {key.replace(".", "_"): name for key, name in names.items()} | {m.replace(".", "_"): m for m in modules}
 
 
 def write_lora(layers: Layers, path: Path, naming: str, metadata: Mapping[str, str] | None = None) -> None:
@@ -138,7 +152,9 @@ def write_lora(layers: Layers, path: Path, naming: str, metadata: Mapping[str, s
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.partial")
-        save_file(
-            {k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"format": "pt"} | dict(metadata or {})
-        )
-        replace_file(temporary, path)
+        entries = {"format": "pt"} | dict(metadata or {})
+        try:
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=entries)
+            replace_file(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -48,7 +48,7 @@ def fuse_lora(pipeline: TextToImagePipeline, layers: Layers, weight: float = 1.0
             raise ModelError(
                 f"the LoRA changes {name}, which the {component} does not have",
                 expected="a LoRA for this model",
-                hint="sdcompress lora remap LORA --plan PLAN, for a LoRA of the teacher",
+                hint="sdcompress lora remap LORA --teacher TEACHER --plan PLAN -o FILE, for a LoRA of the teacher",
             )
         target: Any = module.weight
         if layer.up.shape[0] != target.shape[0] or layer.down.flatten(1).shape[1] != target.flatten(1).shape[1]:

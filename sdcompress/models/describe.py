@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from sdcompress_engines.manifest import Manifest, faults, read_manifest
 
-from sdcompress.models.locate import locate_pipeline, read_model_index, read_unet_config
+from sdcompress.models.locate import locate_pipeline, read_component_config, read_model_index, read_unet_config
 
 _PIPELINES = ("student", "teacher", "finetuned")  # kinds of artifacts that are diffusers folders
 
@@ -89,11 +88,9 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 
 def _describe_folder(folder: Path) -> dict[str, Any]:
-    scheduler = folder / "scheduler/scheduler_config.json"
+    has_scheduler = (folder / "scheduler/scheduler_config.json").is_file()
     prediction_type = (
-        json.loads(scheduler.read_text(encoding="utf-8")).get("prediction_type", "epsilon")
-        if scheduler.is_file()
-        else None
+        read_component_config(folder, "scheduler").get("prediction_type", "epsilon") if has_scheduler else None
     )
     parameters, dtypes = _describe_components(folder)
     return {"format": "diffusers folder"} | _describe_pipeline(
@@ -180,4 +177,4 @@ def _count_by_config(component: Path) -> int | None:
         import diffusers
 
         module_class = diffusers.UNet2DConditionModel if component.name == "unet" else diffusers.AutoencoderKL
-        return count_parameters(module_class.from_config(json.loads(path.read_text(encoding="utf-8"))))
+        return count_parameters(module_class.from_config(read_component_config(component.parent, component.name)))

@@ -40,7 +40,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
             if (candidate / "model_index.json").is_file():
                 return candidate
         raise ModelError(
-            "is no diffusers pipeline: it has no model_index.json",
+            "is not a diffusers pipeline: it has no model_index.json",
             where=path,
             expected=(
                 "a folder written by DiffusionPipeline.save_pretrained, a single-file checkpoint, a hub id, or nano"
@@ -170,5 +170,5 @@ def refuse_student(unet_config: Mapping[str, Any], where: str | Path) -> None:
             f"is a student already ({removal} of {family.title}): it lacks blocks that a teacher must have",
             where=where,
             expected="a whole teacher",
-            hint="sdcompress finetune trains a student further as it is",
+            hint="sdcompress finetune MODEL --data DATA -o DIR, which trains a student further",
         )

@@ -8,14 +8,14 @@ the highest resolution.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import PlanError
 
-UNetConfig = Mapping[str, Any]
+from sdcompress.families.family import UNetConfig
 
 # Entries of a UNet config that may hold one value a level, outermost first; up_block_types runs the other way.
 _PER_LEVEL = (
@@ -25,8 +25,11 @@ _PER_LEVEL = (
     "num_attention_heads",
     "cross_attention_dim",
     "only_cross_attention",
-    "transformer_layers_per_block",
 )
+
+# The number of transformer blocks of each attention: one for all, or one a level, which may be one a pair. The second
+# is given where the up blocks differ from the down blocks; it begins with the innermost level.
+_DEPTHS, _UP_DEPTHS = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,17 @@ class LevelPlan:
     down: tuple[int, ...]
     up: tuple[int, ...]
     transformer_blocks: tuple[int, ...] | None = None
+
+    def select_depth(self, depth: int | Sequence[int], pairs: Sequence[int]) -> int | list[int]:
+        """Returns the number of transformer blocks that stay in each attention: one for all, or pair by pair.
+
+        Args:
+            depth: the teacher's, in the same form.
+            pairs: indices of the pairs that stay: `down` or `up`.
+        """
+        if self.transformer_blocks is not None:
+            return len(self.transformer_blocks)
+        return depth if isinstance(depth, int) else [depth[i] for i in pairs]
 
 
 @dataclass(frozen=True)
@@ -71,24 +85,20 @@ class BlockPlan:
 
     def student_config(self) -> dict[str, Any]:
         """Returns the student's UNet config, from which `UNet2DConditionModel.from_config` builds the student."""
-        kept = len(self.levels)
+        kept, removed = len(self.levels), self.dropped_levels
         config = dict(self.teacher)
-        removed = len(config["block_out_channels"]) - kept
         for key in _PER_LEVEL:
             if isinstance(config.get(key), list | tuple):
                 config[key] = list(config[key][:kept])
         config["up_block_types"] = list(config["up_block_types"][removed:])
-        reverse = config.get("reverse_transformer_layers_per_block")
-        if reverse is not None:
-            config["reverse_transformer_layers_per_block"] = list(reverse[removed:])
         pairs = [len(level.down) for level in self.levels]
         config["layers_per_block"] = pairs[0] if len(set(pairs)) == 1 else pairs
-        if any(level.transformer_blocks is not None for level in self.levels):
-            depths = spread_over_levels(self.teacher, "transformer_layers_per_block", 1)
-            config["transformer_layers_per_block"] = [
-                depths[i] if level.transformer_blocks is None else len(level.transformer_blocks)
-                for i, level in enumerate(self.levels)
-            ]
+        if not isinstance(config.get(_DEPTHS, 1), int) or any(v.transformer_blocks is not None for v in self.levels):
+            depths = spread_over_levels(self.teacher, _DEPTHS, 1)[:kept]
+            config[_DEPTHS] = [v.select_depth(depth, v.down) for v, depth in zip(self.levels, depths, strict=True)]
+        if config.get(_UP_DEPTHS) is not None:
+            depths = config[_UP_DEPTHS][removed:]
+            config[_UP_DEPTHS] = [v.select_depth(n, v.up) for v, n in zip(self.levels[::-1], depths, strict=True)]
         if not self.mid:
             config["mid_block_type"] = None
         return config
@@ -175,7 +185,7 @@ class BlockPlan:
                 for v in raw["levels"]
             )
             return cls(name=raw["name"], teacher=raw["teacher"], levels=levels, mid=raw["mid"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"is not a plan ({error})", where=where, hint="sdcompress plan TEACHER --preset bk-tiny -o plan.json"
             ) from error
@@ -205,11 +215,13 @@ def check_plan(plan: BlockPlan) -> None:
         raise PlanError("the UNet config has no block_out_channels", expected="the config of a UNet2DConditionModel")
     _check_removed_levels(plan, list(channels))
     layers = spread_over_levels(plan.teacher, "layers_per_block", 2)
-    depths = spread_over_levels(plan.teacher, "transformer_layers_per_block", 1)
+    depths = spread_over_levels(plan.teacher, _DEPTHS, 1)
+    reverse = plan.teacher.get(_UP_DEPTHS)
+    up_depths = depths if reverse is None else list(reversed(reverse))
     for i, level in enumerate(plan.levels):
         _check_pairs(level, i, layers[i])
         if level.transformer_blocks is not None:
-            _check_transformer_blocks(level.transformer_blocks, i, depths[i])
+            _check_transformer_blocks(level.transformer_blocks, i, (depths[i], up_depths[i]))
 
 
 def _check_removed_levels(plan: BlockPlan, channels: list[int]) -> None:
@@ -218,15 +230,13 @@ def _check_removed_levels(plan: BlockPlan, channels: list[int]) -> None:
     for i in range(len(plan.levels), len(channels)):
         if channels[i] != channels[i - 1]:
             raise PlanError(
-                f"level {i} cannot go: it has {channels[i]} channels and its neighbor {channels[i - 1]}, so the blocks"
-                " around the gap would not fit",
-                expected="equal channels on both sides (SD1.x and SD2.x have them, SDXL has not)",
+                f"level {i} cannot be removed: it has {channels[i]} channels and its neighbor {channels[i - 1]}, so the"
+                " blocks around the gap would not fit",
+                expected="equal channels on both sides (SD1.x and SD2.x have them, SDXL does not)",
                 hint="a preset that keeps every level: bk-base or bk-small",
             )
     if plan.mid and len(plan.levels) < len(channels):
-        raise PlanError(
-            "the mid block cannot stay when the innermost level goes: it works at the resolution that level leaves"
-        )
+        raise PlanError("the mid block cannot stay when the innermost level is removed: it needs that level's output")
 
 
 def _check_pairs(level: LevelPlan, i: int, layers: int) -> None:
@@ -234,13 +244,13 @@ def _check_pairs(level: LevelPlan, i: int, layers: int) -> None:
     if len(level.up) != len(level.down) + 1:
         raise PlanError(
             f"level {i} keeps {len(level.down)} down and {len(level.up)} up pairs",
-            expected="one up pair more than down pairs: each takes one skip tensor",
+            expected="one more up pair than down pairs: each up pair takes one skip tensor",
         )
     for side, kept, count in (("down", level.down, layers), ("up", level.up, layers + 1)):
         if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(count)):
             raise PlanError(f"level {i} keeps {side} pairs {list(kept)}", expected=f"ascending indices below {count}")
     if level.down[:1] != (0,):
-        raise PlanError(f"level {i} drops down pair 0, where the channels change")
+        raise PlanError(f"level {i} does not keep down pair 0, where the channels change")
     if level.up[0] != 0 or level.up[-1] != layers:
         raise PlanError(
             f"level {i} keeps up pairs {list(level.up)}",
@@ -248,12 +258,12 @@ def _check_pairs(level: LevelPlan, i: int, layers: int) -> None:
         )
 
 
-def _check_transformer_blocks(kept: tuple[int, ...], i: int, depth: int | Sequence[int]) -> None:
-    """Check the transformer blocks of level `i`, whose attentions have `depth` in the teacher."""
-    if not isinstance(depth, int):
+def _check_transformer_blocks(kept: tuple[int, ...], i: int, depths: tuple[Any, Any]) -> None:
+    """Check the transformer blocks of level `i`, whose attentions have `depths` (down, up) in the teacher."""
+    if not all(isinstance(depth, int) for depth in depths):
         raise PlanError(f"level {i} has pairs of different numbers of transformer blocks; all of them must stay")
-    if not kept or not set(kept) <= set(range(depth)):
+    if not kept or not set(kept) <= set(range(min(depths))):
         raise PlanError(
             f"level {i} keeps transformer blocks {list(kept)}",
-            expected=f"some of 0 to {depth - 1}",
+            expected=f"some of 0 to {min(depths) - 1}",
         )

@@ -6,12 +6,13 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdcompress_engines.errors import PlanError, UsageError
 
-from sdcompress.prune.plan import BlockPlan, LevelPlan, UNetConfig, spread_over_levels
-
-_MID_BLOCK = "UNetMidBlock2DCrossAttn"  # diffusers' default
+from sdcompress.families.family import UNetConfig
+from sdcompress.families.unet_blocks import has_mid_block
+from sdcompress.prune.plan import BlockPlan, LevelPlan, spread_over_levels
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Preset:
 
 
 PRESETS = {
-    "bk-base": Preset("one pair a level instead of two", mid=True, dropped_levels=0, alias="sd-small"),
+    "bk-base": Preset("one pair fewer in each down and up block", mid=True, dropped_levels=0, alias="sd-small"),
     "bk-small": Preset("bk-base without the mid block", mid=False, dropped_levels=0),
     "bk-tiny": Preset("bk-small without the innermost level", mid=False, dropped_levels=1, alias="sd-tiny"),
 }
@@ -50,7 +51,7 @@ def preset_name(name: str) -> str:
         raise UsageError(
             f"no preset {name!r}",
             expected=f"one of {', '.join(known)}, or the path of a plan.json",
-            hint=f"--preset {near[0] if near else 'bk-tiny'}",
+            hint=near[0] if near else "bk-tiny",
         )
     return canonical
 
@@ -70,8 +71,7 @@ def make_plan(
         UsageError: the preset is unknown.
         PlanError: this UNet cannot be pruned so; the message gives the reason.
     """
-    # Private keys are left out: with `_use_default_values`, diffusers would ignore entries that the plan sets.
-    teacher = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
+    teacher = _strip_private_keys(config)
     if "block_out_channels" not in teacher:
         raise PlanError("the UNet config has no block_out_channels", expected="the config of a UNet2DConditionModel")
     if preset is None:
@@ -81,7 +81,7 @@ def make_plan(
     name = preset_name(preset)
     rule = PRESETS[name]
     layers = spread_over_levels(teacher, "layers_per_block", 2)
-    has_mid = teacher.get("mid_block_type", _MID_BLOCK) is not None
+    has_mid = has_mid_block(teacher)
     if not has_mid and not rule.mid and max(layers) == 1:
         raise PlanError(
             f"{name} removes nothing here: the UNet has one pair a level and no mid block, so it is a student already",
@@ -89,6 +89,14 @@ def make_plan(
         )
     kept = len(layers) - rule.dropped_levels
     return BlockPlan(name, teacher, tuple(LevelPlan(down=(0,), up=(0, n)) for n in layers[:kept]), rule.mid and has_mid)
+
+
+def _strip_private_keys(config: UNetConfig) -> dict[str, Any]:
+    """Returns a UNet config as JSON holds it, without diffusers' private keys.
+
+    With `_use_default_values`, diffusers would ignore entries that the plan sets.
+    """
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
 
 
 def read_plan(name_or_path: str, config: UNetConfig) -> BlockPlan:
@@ -106,7 +114,7 @@ def read_plan(name_or_path: str, config: UNetConfig) -> BlockPlan:
     if not path.is_file():
         return make_plan(config, name_or_path)
     plan = BlockPlan.from_json(path.read_text(encoding="utf-8"), path)
-    teacher = make_plan(config, levels=plan.levels, mid=plan.mid).teacher
+    teacher = _strip_private_keys(config)
     for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types"):
         if plan.teacher.get(key) != teacher.get(key):
             raise PlanError(

@@ -1,1 +1,1 @@
-"""What several rooms share and no model owns: settings files, the pipeline type, and silence for libraries."""
+"""Shared helpers: settings files, the pipeline type, the console reporter, and the muting of library output."""

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
-from sdcompress_engines.errors import BackendMissing, TrainingError
+from sdcompress_engines.errors import BackendMissing, UsageError
 
 from sdcompress.train.config import TrainConfig
-from sdcompress.train.precision import choose_precision
+from sdcompress.train.precision import resolve_precision
 
 
 def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
@@ -21,11 +21,11 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
         output: the training folder; trackers write there.
 
     Raises:
-        TrainingError: the batch does not divide over processes and accumulation steps.
+        UsageError: the batch does not divide over processes and accumulation steps.
         BackendMissing: the tracker is not installed.
     """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    precision = choose_precision(config.precision, device_type)
+    precision = resolve_precision(config.precision, device_type)
     # accelerate keeps the first run's precision for the life of the process and refuses another. Here each run has its
     # own.
     AcceleratorState._reset_state()
@@ -45,7 +45,7 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
         )
     passes = config.gradient_accumulation * accelerator.num_processes
     if config.batch_size % passes:
-        raise TrainingError(
+        raise UsageError(
             f"batch_size {config.batch_size} does not divide into {accelerator.num_processes} processes x"
             f" {config.gradient_accumulation} accumulation steps",
             expected=f"a multiple of {passes}",

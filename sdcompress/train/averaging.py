@@ -20,7 +20,8 @@ def update_average(average: dict[str, torch.Tensor], trained: nn.Module, decay: 
     Args:
         average: by parameter name, shapes and device as in `trained`.
         trained: the network.
-        decay: its limit; the first steps use step / (10 + step), so that the initial weights fade soon.
+        decay: the largest decay; the first steps use step / (10 + step), so that the initial weights soon lose
+            influence.
         step: steps done, counted from 1.
     """
     decay = min(decay, step / (10 + step))

@@ -48,7 +48,7 @@ class Checkpoints:
     Attributes:
         folder: holds one folder per checkpoint.
         accelerator: the run's.
-        identity: what makes the run itself; a checkpoint of another run is refused.
+        identity: what distinguishes the run from others; a checkpoint of another run is refused.
         keep: number of newest checkpoints to keep.
     """
 

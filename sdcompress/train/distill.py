@@ -55,12 +55,12 @@ def distill(
         cache: the data, encoded with the teacher's VAE and text encoder.
         config: loss weights, steps and the rest.
         output: the training folder.
-        resume: continue the run in `output`.
-        force: replace what is in `output`.
+        resume, force: continue the run in `output`, or replace what is in it.
         report: shows the progress.
 
     Raises:
         ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
+        PlanError, UsageError: the plan does not fit the teacher, or an option does not fit the processes.
         TrainingError: divergence, or a resume of another run.
     """
     pipeline: Any = teacher.pipeline

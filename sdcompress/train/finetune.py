@@ -54,6 +54,7 @@ def finetune(
     Raises:
         ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
         TrainingError: divergence, or a resume of another run.
+        UsageError: the batch does not divide over the processes, or an option does not fit them.
     """
     pipeline: Any = model.pipeline
     with run_folder(output, resume=resume, force=force), storage_errors(output):

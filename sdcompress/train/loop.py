@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from sdcompress_engines.errors import TrainingError
+from sdcompress_engines.errors import TrainingError, UsageError
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
@@ -86,19 +86,24 @@ def train(
         batches: makes the noisy batches.
         config: steps, learning rate, precision and the rest.
         output: the training folder: checkpoints and `metrics.jsonl`.
-        identity: what makes the run itself (plan, teacher, data, configuration); a checkpoint of another identity is
-            refused.
+        identity: what distinguishes the run from others (plan, teacher, data, configuration); a checkpoint of
+            another identity is refused.
         frozen: the teacher, if the objective has one; it only moves to the device.
-        sampler: called with (network, steps done) every `sample_every` steps, on the main process.
+        sampler: called with (network, steps done) every `sample_every` steps, on the main process. Under FSDP and
+            DeepSpeed, where no process has all weights, it is not called.
         label: names the run in the progress report.
         report: shows the progress.
 
     Raises:
         TrainingError: the loss is not finite or explodes, or the checkpoint belongs to another run.
+        UsageError: the batch does not divide over the processes, or an option does not fit FSDP or DeepSpeed.
         Stopped: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     run = TrainingRun(trained, objective, batches, config, output, identity, frozen)
     main = run.accelerator.is_main_process
+    if main and sampler is not None and run.checkpoints.sharded:
+        report.say(f"{label}: no pictures of the validation prompts, because no process has all weights")
+        sampler = None
     with (
         run.active(),
         catch_stop_signals() as signals,
@@ -140,7 +145,7 @@ class TrainingRun:
         optimizer = make_optimizer(config, self.parameters)
         self.checkpoints = Checkpoints(output / CHECKPOINTS, self.accelerator, identity, config.keep_checkpoints)
         if self.checkpoints.sharded and config.ema_decay:
-            raise TrainingError(
+            raise UsageError(
                 "ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes",
                 expected="--set ema_decay=0, or DDP",
             )
@@ -153,6 +158,8 @@ class TrainingRun:
         self.metrics = MetricsLog(config, output, self.accelerator, self.first_step)
         self.feed = BatchFeed(batches, config, self.accelerator)
         self.passes = self.feed.iterate(self.first_step)
+        if self.accelerator.device.type == "cuda":  # the cache may have been built in this process
+            torch.cuda.reset_peak_memory_stats()
         self.began, self.paused_s = time.monotonic(), 0.0
 
     def _prepare(self, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> None:
@@ -243,7 +250,7 @@ class TrainingRun:
             raise Stopped(
                 f"stopped at step {done} of {self.config.steps}; its checkpoint is written",
                 where=self.output,
-                hint="the same command with --resume",
+                hint="the same command; with distill, finetune and lora train, add --resume",
             )
 
     def draw_samples(self, sampler: Sampler, done: int) -> None:

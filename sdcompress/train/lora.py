@@ -17,10 +17,10 @@ from sdcompress.data.cache import LatentCache
 from sdcompress.lora.files import Layers, LoraLayer, write_lora
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import LoraConfig
-from sdcompress.train.loop import TrainResult, train
+from sdcompress.train.loop import Sampler, TrainResult, train
 from sdcompress.train.objectives.denoising import Denoising
 from sdcompress.train.pipelines import describe_training, make_sampler, make_training_scheduler, with_unet
-from sdcompress.train.precision import copy_frozen
+from sdcompress.train.precision import DTYPES, copy_frozen, resolve_precision
 from sdcompress.train.run_folder import run_folder, write_recipe
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ class UNetWithTextEncoder(nn.Module):
         return self.unet(sample, timesteps, self.text_encoder(ids)[0], **options)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Enable it in the text encoder, which names it otherwise; the training loop asks the UNet itself."""
+        """Enable gradient checkpointing in the text encoder, whose method has another name.
+
+        The loop calls the UNet's.
+        """
         enable: Any = self.text_encoder.gradient_checkpointing_enable
         enable()
 
@@ -80,7 +83,8 @@ def train_lora(
         ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
         ModelError: the model has two text encoders (SDXL) and the configuration asks for `text_encoder`.
         TrainingError: divergence, or a resume of another run.
-        UsageError: the targets match no layer.
+        UsageError: the targets match no layer, the batch does not divide over the processes, or an option does not fit
+            them.
     """
     pipeline: Any = model.pipeline
     if config.text_encoder and getattr(pipeline, "text_encoder_2", None) is not None:
@@ -99,7 +103,7 @@ def train_lora(
             config,
             output,
             {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")},
-            sampler=make_sampler(lambda network: with_network(pipeline, network), config, output, cache.size_px),
+            sampler=make_lora_sampler(pipeline, config, output, cache.size_px),
             label="lora",
             report=report,
         )
@@ -192,6 +196,25 @@ def read_adapters(component: str, network: Any) -> Layers:
             full = name if component == "unet" or name.startswith("text_model.") else f"text_model.{name}"
             layers[component, full] = LoraLayer(down, up, float(module.scaling["default"] * len(down)))
     return layers
+
+
+def make_lora_sampler(pipeline: Any, config: LoraConfig, output: Path, size_px: int) -> Sampler | None:
+    """Returns what `make_sampler` returns, for the network of `make_adapted_network`.
+
+    accelerate wraps only the outer network's `forward` in autocast. The pipeline calls the UNet and the text encoder
+    inside a `UNetWithTextEncoder` directly, so these draw in an autocast of their own.
+    """
+    draw = make_sampler(lambda network: with_network(pipeline, network), config, output, size_px)
+    if draw is None or not config.text_encoder:
+        return draw
+
+    def draw_in_autocast(network: nn.Module, step: int) -> None:
+        device_type = next(network.parameters()).device.type
+        precision = resolve_precision(config.precision, device_type)
+        with torch.autocast(device_type, DTYPES[precision], enabled=precision != "fp32"):
+            draw(network, step)
+
+    return draw_in_autocast
 
 
 def with_network(pipeline: Any, network: nn.Module) -> Any:

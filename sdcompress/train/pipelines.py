@@ -14,6 +14,7 @@ from sdcompress_engines.manifest import staged, write_manifest
 from torch import nn
 
 from sdcompress.data.cache import LatentCache
+from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.quiet import quiet
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.loop import Sampler, TrainResult
@@ -60,7 +61,7 @@ def save_pipeline(
     with staged(target, force) as out:
         if precision == "fp16":
             pipeline = with_unet(pipeline, copy.deepcopy(pipeline.unet).half())
-            for name in ("vae", "text_encoder", "text_encoder_2"):
+            for name in ("vae", *TEXT_ENCODERS):
                 if getattr(pipeline, name, None) is not None:
                     pipeline.register_modules(**{name: copy.deepcopy(getattr(pipeline, name)).half()})
         with quiet():

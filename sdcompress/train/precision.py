@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from sdcompress.data.precision import has_bf16_instructions
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_precision(precision: str, device_type: str) -> str:
+def resolve_precision(precision: str, device_type: str) -> str:
     """Returns `precision`, with `auto` resolved.
 
     `auto` is bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU.
@@ -26,14 +28,6 @@ def choose_precision(precision: str, device_type: str) -> str:
     return "bf16" if device_type == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
 
 
-def has_bf16_instructions(device: Any = None) -> bool:
-    """Returns whether a GPU has instructions for bfloat16: from compute capability 8.0 on.
-
-    `torch.cuda.is_bf16_supported` is also true where bfloat16 is emulated.
-    """
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def copy_frozen(network: Any, precision: str) -> Any:
     """Returns a copy of a network in the precision of the run, without gradients, in eval mode.
 
@@ -41,5 +35,5 @@ def copy_frozen(network: Any, precision: str) -> Any:
         network: the teacher's UNet, or the UNet under an adapter.
         precision: as in the configuration, `auto` included.
     """
-    dtype = DTYPES[choose_precision(precision, "cuda" if torch.cuda.is_available() else "cpu")]
+    dtype = DTYPES[resolve_precision(precision, "cuda" if torch.cuda.is_available() else "cpu")]
     return copy.deepcopy(network).to(dtype).requires_grad_(False).eval()

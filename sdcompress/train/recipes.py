@@ -85,8 +85,6 @@ def load_config(
         return config_class(**values)
     except ValidationError as error:
         raise UsageError(describe_errors(error, config_class, "knob"), where=where) from error
-    except TypeError as error:  # a name that is no text
-        raise UsageError(str(error), where=where) from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from sdcompress_engines.errors import (
     ArtifactError,
     BackendMissing,
     ModelError,
+    PlanError,
     StorageError,
     UsageError,
     storage_errors,
@@ -21,6 +22,7 @@ from sdcompress_engines.errors import (
 from sdcompress_engines.locks import HeldLock, try_lock
 from sdcompress_engines.manifest import check_free
 
+from sdcompress.train.checkpoint import CHECKPOINTS
 from sdcompress.train.config import TrainConfig
 
 LOCK = ".lock"
@@ -31,7 +33,8 @@ RECIPE = "recipe.json"
 def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
     """Create and lock the training folder, for the block; the processes of one run enter it together.
 
-    Where the run cannot begin, because of a wrong option or a missing backend, a new folder is removed again.
+    If the run cannot begin, because of a wrong option, plan or model or a missing backend, a new folder is removed
+    again. A folder with checkpoints is never removed.
 
     Args:
         output: the training folder.
@@ -39,7 +42,7 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
         force: delete what is in the folder.
 
     Raises:
-        ArtifactError: the folder is not empty (with neither `resume` nor `force`), or another run is at work in it.
+        ArtifactError: the folder is not empty (with neither `resume` nor `force`), or another run is using it.
         StorageError: no space, no permission, or a file system without locks.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -47,8 +50,8 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
     state.wait_for_everyone()
     try:
         yield
-    except (UsageError, BackendMissing, ModelError):
-        if lock is not None and new:
+    except (UsageError, BackendMissing, ModelError, PlanError):
+        if lock is not None and new and not (output / CHECKPOINTS).is_dir():
             _remove_folder(output, lock)
             lock = None
         raise
@@ -86,7 +89,7 @@ def _lock_folder(output: Path, resume: bool, force: bool) -> tuple[HeldLock, boo
             raise
         if lock is None:
             raise ArtifactError(
-                "another run is at work in this folder", where=output, hint="wait for it, or choose another -o"
+                "another run is using this folder", where=output, hint="wait for it, or choose another -o"
             )
         if force and not resume:
             try:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sdcompress_engines import thread_waiting
 
 from sdcompress.cli import COMMANDS
 
@@ -35,6 +36,12 @@ def test_the_help_of_every_command_has_an_example(cli: Cli, name: str) -> None:
     assert f"sdcompress {name}" in out
 
 
+@pytest.mark.parametrize("option", ["-h", "--help", "--version"])
+def test_help_does_not_measure_the_load_of_the_machine(cli: Cli, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(thread_waiting, "choose_waiting", lambda: pytest.fail("the load was measured"))
+    assert cli(option)[0] == 0
+
+
 def test_a_missing_path_is_a_usage_error(cli: Cli, tmp_path: Path) -> None:
     code, _, err = cli("plan", tmp_path / "nowhere")
     assert code == 2
@@ -51,7 +58,7 @@ def test_an_unknown_preset_lists_the_known_ones_and_names_the_nearest(cli: Cli, 
     code, _, err = cli("plan", random_folder, "--preset", "bk-smal")
     assert code == 2
     assert "bk-base" in one_line(err)
-    assert "--preset bk-small" in one_line(err)
+    assert "Try: bk-small" in one_line(err)
 
 
 def test_a_plan_that_the_unets_levels_do_not_allow_is_refused(cli: Cli, tmp_path: Path, random_folder: Path) -> None:
@@ -102,6 +109,17 @@ def test_an_output_below_a_file_is_refused(cli: Cli, tmp_path: Path, random_fold
     code, _, err = cli("distill", random_folder, "--data", pictures, "-o", tmp_path / "file/out")
     assert code == 1
     assert "not a folder" in one_line(err)
+
+
+def test_the_cache_of_a_training_in_this_folder_lies_beside_it(
+    cli: Cli, tmp_path: Path, random_folder: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("out", "out-cache"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    code, _, err = cli("distill", random_folder, "--data", pictures, "-o", ".")
+    assert code == 1
+    assert one_line(err).startswith(f"sdcompress: {tmp_path / 'out-cache'}: ")  # it is there, and is not a cache
 
 
 def test_a_disk_that_fills_during_a_save_leaves_nothing(

@@ -109,12 +109,12 @@ def test_a_training_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
         with run_folder(output, resume=resume, force=force):
             (output / "metrics.jsonl").touch()
             with (
-                pytest.raises(ArtifactError, match="another run is at work"),
+                pytest.raises(ArtifactError, match="another run is using this folder"),
                 run_folder(output, resume=True, force=False),
             ):
                 pass
             with (
-                pytest.raises(ArtifactError, match="another run is at work"),
+                pytest.raises(ArtifactError, match="another run is using this folder"),
                 run_folder(output, resume=False, force=True),
             ):
                 pass

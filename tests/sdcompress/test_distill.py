@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from sdcompress_engines.errors import ArtifactError, DataError, TrainingError
+from sdcompress_engines.errors import ArtifactError, DataError, PlanError, TrainingError, UsageError
+from sdcompress_engines.progress import Reporter
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
@@ -18,7 +19,7 @@ from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.train.batches import Batches, NoisyBatch, SampleOrder
-from sdcompress.train.checkpoint import list_checkpoints
+from sdcompress.train.checkpoint import Checkpoints, list_checkpoints
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.objectives.block_distillation import BlockDistillation
@@ -125,6 +126,38 @@ def test_resuming_another_run_is_refused_and_named(teacher: LoadedPipeline, cach
 def test_a_full_output_folder_is_refused(teacher: LoadedPipeline, cache: LatentCache, finished: Path) -> None:
     with pytest.raises(ArtifactError, match="not empty"):
         distill(teacher, make_plan(teacher.pipeline.unet.config, "bk-tiny"), cache, SHORT, finished)
+
+
+def test_a_run_with_a_wrong_option_or_plan_leaves_no_folder(
+    teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
+    wider = make_plan(dict(teacher.pipeline.unet.config) | {"cross_attention_dim": 128}, "bk-tiny")
+    indivisible = SHORT.model_copy(update={"gradient_accumulation": 3})
+    with pytest.raises(UsageError, match="batch_size 4 does not divide"):
+        distill(teacher, plan, cache, indivisible, tmp_path / "run")
+    with pytest.raises(PlanError, match="the teacher has"):
+        distill(teacher, wider, cache, SHORT, tmp_path / "run")
+    monkeypatch.setattr(Checkpoints, "sharded", True)  # stand-in for FSDP
+    with pytest.raises(UsageError, match="ema_decay needs whole weights"):
+        distill(teacher, plan, cache, SHORT, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_no_process_has_all_weights_no_pictures_are_drawn(
+    teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lines(Reporter):
+        def say(self, text: str) -> None:
+            lines.append(text)
+
+    lines: list[str] = []
+    drawing = {"steps": 1, "ema_decay": 0, "sample_every": 1, "validation_prompts": ("a cat",)}
+    monkeypatch.setattr(Checkpoints, "sharded", True)  # stand-in for FSDP
+    plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
+    distill(teacher, plan, cache, SHORT.model_copy(update=drawing), tmp_path / "run", report=Lines())
+    assert not (tmp_path / "run/samples").exists()
+    assert [line for line in lines if "no pictures" in line]
 
 
 def test_a_diverged_run_stops_and_says_so(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:

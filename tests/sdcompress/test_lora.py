@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.errors import ModelError, StorageError, UsageError
 from sdcompress_engines.exactness import relative_l2
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
+from sdcompress.lora import files
 from sdcompress.lora.files import read_lora, write_lora
 from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.names import unet_modules
@@ -138,15 +140,57 @@ def test_a_kohya_lora_for_sdxl_changes_both_text_encoders(sdxl_folder: Path, tmp
     assert load_file(tmp_path / "written.safetensors").keys() >= tensors.keys()
 
 
+def test_a_kohya_lora_for_sdxl_names_the_layers_of_the_unet_as_in_the_ldm_layout(
+    sdxl_folder: Path, tmp_path: Path
+) -> None:
+    names = {
+        "time_embed_0": "time_embedding.linear_1",
+        "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
+        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks_4_1_transformer_blocks_0_ff_net_2": "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2",
+        "middle_block_1_proj_in": "mid_block.attentions.0.proj_in",
+        "output_blocks_2_1_transformer_blocks_1_ff_net_2": "up_blocks.0.attentions.2.transformer_blocks.1.ff.net.2",
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+    }
+    ends = ("lora_down.weight", "lora_up.weight")
+    tensors = {f"lora_unet_{name}.{end}": torch.ones(1, 1) for name in names for end in ends}
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    layers = read_lora(tmp_path / "kohya.safetensors", unet_modules(load_pipeline(sdxl_folder).pipeline.unet))
+    assert {name for _, name in layers} == set(names.values())
+
+
+def test_a_lora_that_does_not_fit_on_the_disk_leaves_nothing(
+    trained: Path, model: LoadedPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = read_lora(trained / FILE, unet_modules(model.pipeline.unet))
+
+    def fill_disk(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files, "save_file", fill_disk)  # stand-in for a full disk
+    with pytest.raises(StorageError, match="no space"):
+        write_lora(layers, tmp_path / "lora.safetensors", "kohya")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_are_drawn_while_unet_and_text_encoder_train_in_bf16(
+    model: LoadedPipeline, cache: LatentCache, tmp_path: Path
+) -> None:
+    drawing = {"steps": 1, "precision": "bf16", "sample_every": 1, "validation_prompts": ("a cat",)}
+    train_lora(model, cache, SHORT.model_copy(update=drawing), tmp_path / "run")
+    assert (tmp_path / "run/samples/step-000001.webp").is_file()
+
+
 def test_a_file_that_is_no_lora_for_this_unet_is_refused(trained: Path, model: LoadedPipeline, tmp_path: Path) -> None:
     modules = unet_modules(model.pipeline.unet)
     with pytest.raises(UsageError, match="does not exist"):
         read_lora(tmp_path / "gone.safetensors", modules)
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="is no LoRA"):
+    with pytest.raises(ModelError, match="is not a LoRA"):
         read_lora(tmp_path / "other.safetensors", modules)
     (tmp_path / "cut.safetensors").write_bytes((trained / FILE).read_bytes()[:-100])
-    with pytest.raises(ModelError, match="no readable safetensors"):
+    with pytest.raises(ModelError, match="not a readable safetensors"):
         read_lora(tmp_path / "cut.safetensors", modules)
     tensors = load_file(trained / KOHYA_FILE)
     save_file(

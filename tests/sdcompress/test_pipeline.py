@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sdcompress_engines.errors import UsageError
 from sdcompress_engines.exactness import ieee_fp32, relative_l2, use_ieee_fp32
 
 from sdcompress.backends.assemble import open_pipeline
@@ -41,6 +42,12 @@ def test_timesteps_stay_on_the_host_and_pictures_are_the_same(random_folder: Pat
             assert pipeline.scheduler.timesteps.device == torch.device("cpu")
         pictures.append(np.asarray(generate(pipeline, ["a cat"], seeds=[1], steps=4, size_px=64)[0]))
     assert np.array_equal(*pictures)
+
+
+@pytest.mark.parametrize("size_px", [-64, 4, 100])
+def test_a_size_that_the_vae_does_not_allow_is_refused(random_pipeline: Any, size_px: int) -> None:
+    with pytest.raises(UsageError, match=f"size {size_px} px; expected a positive multiple of 8"):
+        generate(random_pipeline, ["a cat"], seeds=[1], steps=1, size_px=size_px)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from sdcompress_engines.errors import PlanError, UsageError
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from sdcompress.families.unet_blocks import transformer_depths
 from sdcompress.prune.cost import count_parameters, unet_cost
 from sdcompress.prune.plan import BlockPlan, LevelPlan
-from sdcompress.prune.presets import ALIASES, PRESETS, make_plan
+from sdcompress.prune.presets import ALIASES, PRESETS, make_plan, read_plan
 from sdcompress.prune.student import build_student, meta_unet
 from sdcompress.train.pipelines import save_pipeline, with_unet
 
@@ -36,7 +38,13 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-FAMILIES = {"sd1": SD, "sd2": SD2, "sdxl": SDXL}
+# segmind/SSD-1B: SDXL with its own number of transformer blocks in each attention.
+SSD_1B = SDXL | {
+    "mid_block_type": "UNetMidBlock2D",
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+FAMILIES = {"sd1": SD, "sd2": SD2, "sdxl": SDXL, "ssd-1b": SSD_1B}
 # Published: BK-SDM (arXiv 2305.15798, table 1; the repository's configs) for SD1.4 and SD2.1-base.
 COUNTS = {
     "sd1": {None: 859_520_964, "bk-base": 579_384_964, "bk-small": 482_346_884, "bk-tiny": 323_384_964},
@@ -80,7 +88,7 @@ def test_students_are_smaller_by_the_shares_in_the_readme() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "preset"), [(f, p) for f in FAMILIES for p in PRESETS if (f, p) != ("sdxl", "bk-tiny")]
+    ("family", "preset"), [(f, p) for f in FAMILIES for p in PRESETS if f in COUNTS or p != "bk-tiny"]
 )
 def test_every_student_tensor_is_one_teacher_tensor_of_its_shape(family: str, preset: str) -> None:
     config = config_of(family)
@@ -118,6 +126,38 @@ def test_some_transformer_blocks_of_sdxl_can_stay() -> None:
         plan.teacher_key("mid_block.attentions.0.transformer_blocks.2.norm1.weight")
         == "mid_block.attentions.0.transformer_blocks.5.norm1.weight"
     )
+
+
+def test_a_pair_keeps_its_own_number_of_transformer_blocks() -> None:
+    student = make_plan(config_of("ssd-1b"), "bk-base").student_config()
+    assert transformer_depths(student) == ([[2], [4]], [[4, 10], [2, 1]], 0)
+
+
+def test_transformer_blocks_are_removed_from_up_blocks_with_a_depth_of_their_own() -> None:
+    levels = [LevelPlan((0, 1), (0, 1, 2)), LevelPlan((0, 1), (0, 1, 2)), LevelPlan((0, 1), (0, 1, 2), (0, 2))]
+    teacher = config_of("sdxl") | {"reverse_transformer_layers_per_block": [4, 2, 1]}
+    plan = make_plan(teacher, levels=levels)
+    weights, student = meta_unet(plan.teacher).state_dict(), meta_unet(plan.student_config()).state_dict()
+    assert all(weights[plan.teacher_key(k)].shape == v.shape for k, v in student.items())
+    assert transformer_depths(plan.student_config()) == ([[2, 2], [2, 2]], [[2, 2, 2], [2, 2, 2]], 2)
+    with pytest.raises(PlanError, match="expected some of 0 to 3"):
+        make_plan(teacher, levels=[*levels[:2], LevelPlan((0, 1), (0, 1, 2), (0, 9))])
+    with pytest.raises(PlanError, match="different numbers of transformer blocks"):
+        make_plan(config_of("ssd-1b"), levels=levels)
+
+
+def test_a_plan_of_another_unet_is_refused_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(make_plan(config_of("sd1"), "bk-base").to_json())
+    with pytest.raises(PlanError, match=r"plan\.json: was made for a UNet with block_out_channels"):
+        read_plan(str(path), config_of("sdxl"))
+
+
+@pytest.mark.parametrize("teacher", [None, []])
+def test_a_file_without_a_teachers_config_is_no_plan(teacher: object) -> None:
+    content = json.loads(make_plan(config_of("sd1"), "bk-base").to_json()) | {"teacher": teacher}
+    with pytest.raises(PlanError, match="is not a plan"):
+        BlockPlan.from_json(json.dumps(content))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

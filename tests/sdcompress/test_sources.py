@@ -21,20 +21,7 @@ from sdcompress.data.skipped import Skipped
 from sdcompress.data.sources import open_source
 from sdcompress.data.views import to_pixels
 
-
-def png(color: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_shard(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, payload in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(payload)
-            tar.addfile(info, io.BytesIO(payload))
-    return path
+from .picture_files import add_member, png, write_shard
 
 
 @pytest.mark.parametrize("form", ["txt", "jsonl", "csv"])
@@ -154,7 +141,7 @@ def test_a_bomb_and_a_broken_picture_are_refused() -> None:
         Record("big", png(size=(9000, 9000)), "x").picture()
     with pytest.raises(DataError, match="DecompressionBomb"):
         Record("bigger", png(size=(10000, 10000)), "x").size()
-    with pytest.raises(DataError, match="no readable picture"):
+    with pytest.raises(DataError, match="not a readable picture"):
         Record("cut", png()[:50], "x").picture()
 
 
@@ -172,7 +159,7 @@ def test_paths_without_data_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         open_source(tmp_path / "gone")
     (tmp_path / "a.zip").write_bytes(b"x")
-    with pytest.raises(DataError, match="no webdataset shard"):
+    with pytest.raises(DataError, match="not a webdataset shard"):
         open_source(tmp_path / "a.zip")
     with pytest.raises(DataError, match="no picture and no shard"):
         open_source(tmp_path)
@@ -225,12 +212,6 @@ def test_a_thousand_pictures_with_broken_ones_a_cut_shard_and_hostile_members(tm
     }
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
     assert len(list(folder.iterdir())) == 10
-
-
-def add_member(tar: tarfile.TarFile, name: str, payload: bytes, kind: bytes = tarfile.REGTYPE) -> None:
-    member = tarfile.TarInfo(name)
-    member.type, member.size, member.linkname = kind, len(payload), "/etc/passwd" if kind == tarfile.SYMTYPE else ""
-    tar.addfile(member, io.BytesIO(payload))
 
 
 def test_a_shard_cut_exactly_between_two_members_is_reported(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from sdcompress.checkpoints.configs import derive_configs, derive_unet_config
 from sdcompress.checkpoints.ldm_keys import UNET, unet_keys
 from sdcompress.checkpoints.weights import Weights, open_weights
 from sdcompress.families.configs import CONFIGS
-from sdcompress.families.registry import student_of
+from sdcompress.families.registry import family_of
 from sdcompress.families.vocabulary import shared_vocabulary
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import meta_unet
@@ -72,7 +72,7 @@ def test_the_config_of_a_unet_is_derived_from_its_shapes(config: dict[str, Any])
         "sample_size",
     ):
         assert found[key] == config[key], key
-    assert student_of(found) == student_of(config)
+    assert family_of(found).student_of(found) == family_of(config).student_of(config)
 
 
 @pytest.mark.parametrize(("spread", "expected"), [(0.05, "epsilon"), (0.15, "v_prediction")])

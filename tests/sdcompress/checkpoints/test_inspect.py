@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import pytest
 from safetensors.torch import save_file
+from sdcompress_engines.errors import ModelError
+
+from sdcompress.models.describe import describe_model
 
 from .small_models import diffusers_lora, full_size, kohya_lora, sparse
 
@@ -73,3 +77,10 @@ def test_inspect_describes_a_folder(inspect: Any, random_folder: Path) -> None:
     assert facts["parameters"]["unet"] == facts["unet_parameters"]
     assert facts["dtype"] == "float32"
     assert facts["student"] is None
+
+
+def test_a_truncated_scheduler_config_is_refused_by_its_name(random_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_folder, tmp_path / "model")
+    (folder / "scheduler/scheduler_config.json").write_text('{"prediction_type": "eps')
+    with pytest.raises(ModelError, match=r"scheduler_config\.json: is not JSON"):
+        describe_model(str(folder))
