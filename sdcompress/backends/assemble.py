@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import BackendMissing, EngineMismatch, UsageError
 from sdcompress_engines.exactness import use_ieee_fp32
 from sdcompress_engines.manifest import read_manifest
@@ -78,6 +79,9 @@ def open_pipeline(
         _check_export_runs(str(model), manifest.kind, owner, backend, fallback)
         return open_exported(Path(model), device, steady=steady)
     if backend == AUTO:
+        if precision is not None or artifacts is not None:
+            what = "a precision or artifacts with the backend auto, which chooses both"
+            raise UsageError(what, hint="leave them out, or name a backend")
         from sdcompress.backends.fastest import find_fastest
 
         backend, precision = find_fastest(model, device=device, report=report)
@@ -111,13 +115,15 @@ def _check_export_runs(model: str, kind: str, owner: Backend, backend: str, fall
     """
     if backend not in (owner.name, AUTO):
         raise UsageError(
-            f"holds {kind} graphs, which {backend} does not run", where=model, hint=f"--backend {owner.short_name}"
+            f"is an export of kind {kind}, which the backend {backend} does not run",
+            where=model,
+            hint=f"--backend {owner.short_name}",
         )
     if fallback:
         raise UsageError(
             f"--fallback {fallback} with an export folder, which has no torch weights",
             where=model,
-            hint="give the model, and the folder as its artifacts",
+            hint=f"the model itself, with {command_line(['--artifacts', model])}",
         )
 
 
@@ -146,10 +152,10 @@ def _open_model(model: str | Path, target: _Target, fallback: str | None, steady
         )
     if precision == "fp32":
         use_ieee_fp32()
-    if backend.artifact is None:
-        return _open_in_torch(model, target)
     if target.artifacts is not None:
         _check_same_model(model, target.artifacts)
+    if backend.artifact is None:
+        return _open_in_torch(model, target)
     folder = target.artifacts or cached_artifacts(model, backend.name, precision, target.report)
     make_unet = _fallback_unet(model, device, precision) if fallback else None
     return open_exported(folder, device, make_unet=make_unet, steady=steady, report=target.report)

@@ -24,7 +24,7 @@ class BackendResult:
         subject: `whole`, the model's UNet, or `small`, one with the same operators and few of them.
         status: see `Status`.
         unet_step_ms: median time of one UNet call, for one picture with guidance.
-        speedup: over torch on the same UNet, in the same run.
+        speedup: over torch on the same UNet and device, in the same run; None where torch did not run there.
         relative_l2: of its output, against torch in IEEE fp32.
         limit: the largest `relative_l2` that is accepted.
         built_s, built_mib: time and size of an engine that was built ahead.

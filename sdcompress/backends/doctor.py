@@ -63,13 +63,14 @@ def examine(
     deadline = started + 60 * minutes - _CLOSING_S
     load, driver = load_average(), find_driver()
     checks = check_installation(driver, max(NEEDED_BYTES, 3 * _size_bytes(folder)))
-    report.say(f"proving {', '.join(chosen)}: at most {minutes:g} minutes")
+    report.say(f"testing {', '.join(chosen)}: at most {minutes:g} minutes")
     with (
         _writable_cache(checks),
         tempfile.TemporaryDirectory(prefix="sdcompress-doctor-", ignore_cleanup_errors=True) as work,
     ):
         plan = plan_proofs(str(model), chosen, driver, checks, whole, work)
-        again = f"sdcompress doctor{'' if built_in else ' --model MODEL'} --minutes {5 * minutes:g}"
+        name = "" if str(model) == "nano" else f" --model {model if built_in else 'MODEL'}"
+        again = f"sdcompress doctor{name}{' --full' if full else ''} --minutes {5 * minutes:g}"
         proved, parameters = prove_backends(plan.cases, deadline, whole, again, report)
     order = list(provable())
     results = sorted([*proved, *plan.absent], key=lambda result: order.index(result.backend))

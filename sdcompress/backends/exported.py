@@ -39,11 +39,20 @@ def open_exported(
         report: gets a line when the UNet in torch is used.
 
     Raises:
-        ModelError: a component's graph is missing. EngineError, EngineMismatch, BackendMissing: as `open_runner`.
+        ModelError: `folder` is not an export, or a component's graph is missing. EngineError, EngineMismatch,
+            BackendMissing: as `open_runner`.
     """
     import diffusers
 
     configs = folder / "pipeline"
+    if not (configs / "model_index.json").is_file():
+        raise ModelError(
+            "holds no exported pipeline",
+            where=folder,
+            expected=(
+                "a folder with graphs or engines and pipeline/; of `export --trt -o DIR` it is DIR/onnx or DIR/engine"
+            ),
+        )
     index = read_model_index(configs)
     open_graph = _GraphOpener(folder, device, steady)
     components: dict[str, Any] = {}

@@ -178,7 +178,7 @@ def measure_backends(
 def _judge(
     candidate: Candidate, times: Sequence[float], outputs: dict[Candidate, torch.Tensor], failed: str | None
 ) -> Measured:
-    """Returns the measurement of a candidate, with its error and the limit of that.
+    """Returns the measurement of a candidate, with its error and the limit of the error.
 
     Args:
         candidate: the backend and precision.
@@ -194,8 +194,12 @@ def _judge(
     limit = None if floor is None else HALF_FACTOR * relative_l2(floor, reference)
     if candidate.precision == "fp32":
         limit = FP32_LIMIT
-    over = f"relative L2 {error:.1e} is over {limit:.1e}" if limit is not None and not error <= limit else None
-    return Measured(candidate, statistics.median(times), error, limit, over)
+    median = statistics.median(times)
+    if limit is None:
+        no_limit = f"torch in {candidate.precision} did not run, so there is no limit"
+        return Measured(candidate, median, error, None, no_limit)
+    over = None if error <= limit else f"relative L2 {error:.1e} is over {limit:.1e}"
+    return Measured(candidate, median, error, limit, over)
 
 
 def time_in_process(case: dict[str, Any]) -> dict[str, Any]:

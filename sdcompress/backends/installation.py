@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from sdcompress_engines.child_process import explain_exit
+from sdcompress_engines.command import command_line
 from sdcompress_engines.engine_files import engine_faults
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.manifest import cache_folder
@@ -101,7 +102,8 @@ def check_packages(has_driver: bool) -> Check:
     if not wrong:
         return Check("packages", True, "as sdcompress requires")
     text = "; ".join(f"{name} {version or 'is missing'}, {needed} is needed" for name, version, needed in wrong)
-    return Check("packages", False, text, "pip install " + " ".join(f"'{name}{needed}'" for name, _, needed in wrong))
+    command = command_line(["pip", "install", *(f"{name}{needed}" for name, _, needed in wrong)])
+    return Check("packages", False, text, command)
 
 
 def import_fault(module: str) -> str | None:
@@ -111,7 +113,7 @@ def import_fault(module: str) -> str | None:
     try:
         done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
-        return "it does not end"
+        return "the import did not finish within 60 s"
     return explain_exit(done.returncode, done.stderr.splitlines()) if done.returncode else None
 
 
@@ -213,9 +215,9 @@ def check_store(store: EngineStore, read_s: float = _READ_S) -> Check:
         return Check(name, True, "none in the store")
     if read < len(entries):
         return Check(
-            name, True, f"{len(entries)} in the store, {read} read and whole; sdcompress engines verify reads all"
+            name, True, f"{len(entries)} in the store, {read} read and intact; sdcompress engines verify reads all"
         )
-    return Check(name, True, f"{len(entries)} in the store, whole")
+    return Check(name, True, f"{len(entries)} in the store, intact")
 
 
 def _list_faults(folder: Path) -> list[str]:

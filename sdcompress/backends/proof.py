@@ -80,7 +80,7 @@ class Proof:
         if self._child is not None or self._outcome is not None:
             return
         if time.monotonic() >= self.deadline:
-            self._outcome = {"unfinished": "the time was over before it began"}
+            self._outcome = {"unfinished": "no time was left to start it"}
             return
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         self._child = ChildProcess("sdcompress.backends.worker", environment=threads)
@@ -123,6 +123,6 @@ class Proof:
     def _explain_end(self, child: ChildProcess) -> dict[str, Any]:
         """Returns the outcome of a process that ended without an answer."""
         if child.timed_out:
-            return {"unfinished": f"the time was over after it had run for {self.seconds:.0f} s"}
+            return {"unfinished": f"it was stopped after {self.seconds:.0f} s, because no time was left"}
         status = child.wait()
         return {"failed": explain_exit(status, child.output())}

@@ -41,7 +41,7 @@ def prove_backends(
     """
     proofs = [Proof(case, deadline) for case in cases]
     with (
-        report.task("proving backends", total=len(cases)) as advance,
+        report.task("testing backends", total=len(cases)) as advance,
         ThreadPoolExecutor(max_workers=min(_MOST_AT_ONCE, core_count())) as pool,
         ExitStack() as stack,
     ):
@@ -58,7 +58,10 @@ def prove_backends(
         if whole and proofs[1:]:
             report.say(_estimate(reference["parameters"], torch_ms[WHOLE], len(proofs) - 1))
         outcomes = _finish_proofs(proofs[1:], pool, whole, advance)
-    results = [judge_proof(*each, torch_ms, again) for each in zip(proofs, [reference, *outcomes], strict=True)]
+    results = [
+        judge_proof(proof, outcome, torch_ms if proof.case.device == cases[0].device else {}, again)
+        for proof, outcome in zip(proofs, [reference, *outcomes], strict=True)
+    ]
     return results, reference["parameters"]
 
 
@@ -91,7 +94,7 @@ def _finish_proofs(
 def _estimate(parameters: int, torch_ms: float, count: int) -> str:
     step = f"{torch_ms / 1000:,.1f} s" if torch_ms >= 1000 else f"{torch_ms:,.0f} ms"
     size = f"a UNet of {parameters / 1e6:,.0f} M parameters, {step} a step in torch"
-    return f"{size}; {count} more to prove, each of which first exports, compiles or builds it: minutes each"
+    return f"{size}; {count} more to test, each of which is first exported, compiled or built: minutes each"
 
 
 def judge_proof(proof: Proof, outcome: Mapping[str, Any], torch_ms: Mapping[str, float], again: str) -> BackendResult:
@@ -100,7 +103,7 @@ def judge_proof(proof: Proof, outcome: Mapping[str, Any], torch_ms: Mapping[str,
     Args:
         proof: finished.
         outcome: see `Proof.finish`.
-        torch_ms: subject → time of a step in torch.
+        torch_ms: subject → time of a step in torch on the same device; empty where torch did not run there.
         again: the command that gives an unfinished backend more time, without its name.
     """
     case = proof.case
@@ -117,7 +120,8 @@ def judge_proof(proof: Proof, outcome: Mapping[str, Any], torch_ms: Mapping[str,
         mib = round(outcome["bytes"] / 2**20, 1)
         return replace(blank, status="builds", built_s=outcome["built_s"], built_mib=mib, cards=outcome["cards"])
     ms = outcome["ms"][subject]
-    return _judge_output(case, replace(blank, unet_step_ms=ms, speedup=torch_ms[subject] / ms))
+    speedup = torch_ms[subject] / ms if subject in torch_ms else None
+    return _judge_output(case, replace(blank, unet_step_ms=ms, speedup=speedup))
 
 
 def _judge_output(case: Case, result: BackendResult) -> BackendResult:
@@ -126,8 +130,13 @@ def _judge_output(case: Case, result: BackendResult) -> BackendResult:
     measured = replace(result, relative_l2=error, limit=limit)
     if error is not None and limit is not None and error <= limit:
         return replace(measured, status="works")
-    off = "is not finite" if error is None else f"is off by a relative L2 of {error:.1e}, over {limit:.1e}"
-    return replace(measured, reason=f"its answer {off}", command=_reinstall_command(case))
+    if error is None:
+        off = "is not finite"
+    elif limit is None:
+        off = f"has no limit, because the output of torch in {case.precision} is not finite"
+    else:
+        off = f"is off by a relative L2 of {error:.1e}, over {limit:.1e}"
+    return replace(measured, reason=f"its output {off}", command=_reinstall_command(case))
 
 
 def _measure_error(case: Case, subject: str) -> tuple[float | None, float | None]:

@@ -62,7 +62,7 @@ def _missing_tensorrt(device: str) -> str | None:
     from sdcompress_engines.runners import available
 
     if device != "cuda":
-        return "its engines run on an NVIDIA GPU and none is used here"
+        return "its engines run on an NVIDIA GPU, and the device is the CPU"
     reasons = [available(device)[flavour] for flavour in FLAVOURS]
     return None if None in reasons else reasons[-1]
 
@@ -173,7 +173,9 @@ def find_backend(name: str) -> Backend:
     """
     full = backend_name(name)
     if full == AUTO:
-        raise UsageError("no backend 'auto' here", expected=f"one of {', '.join([*_REGISTERED, *aliases()])}")
+        raise UsageError(
+            "the backend 'auto' cannot be used here", expected=f"one of {', '.join([*_REGISTERED, *aliases()])}"
+        )
     return _REGISTERED[full]
 
 

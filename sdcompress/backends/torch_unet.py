@@ -6,7 +6,7 @@ import torch
 from sdcompress_engines.runners import Runner, TorchRunner
 
 from sdcompress.backends.backend import UNetRequest
-from sdcompress.export.aot import cached_package, open_package
+from sdcompress.export.aot import PACKAGE, cached_package, open_package
 from sdcompress.export.components import signature_of
 
 
@@ -57,7 +57,7 @@ def open_compiled(request: UNetRequest) -> Runner:
 def open_packaged(request: UNetRequest) -> Runner:
     """Returns an open runner of the UNet's AOTInductor package, from the given folder or from the cache."""
     if request.artifacts is not None:
-        return open_package(request.artifacts / "unet.pt2", request.device)
+        return open_package(request.artifacts / PACKAGE, request.device)
     return open_package(
         cached_package(request.loaded, request.device, request.precision, request.report), request.device
     )

@@ -21,7 +21,7 @@ COMMANDS = {
     "export": "Write ONNX graphs of a pipeline, and build TensorRT engines from them.",
     "engines": "The store of built engines: list, show, verify, prune, path.",
     "install": "Install the plugin and engines in SD-WebUI, Forge or ComfyUI.",
-    "uninstall": "Remove what install has put there.",
+    "uninstall": "Remove the plugin and engines that install added.",
     "status": "Show what is installed in a WebUI or ComfyUI, and whether it loads.",
     "bench": "Measure latency and fidelity, and write a report.",
     "generate": "Generate a picture.",
@@ -99,7 +99,7 @@ def main() -> None:
     # help the person who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if not {"--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
+    if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
         choose_waiting()
     try:
         code = cli(standalone_mode=False)

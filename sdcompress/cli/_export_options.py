@@ -39,7 +39,10 @@ _MODEL_OPTIONS = (
         "--precision",
         type=click.Choice(["fp32", "fp16", "bf16", *QUANTIZED]),
         default=None,
-        help="Of weights, inputs and outputs; fp8 and int8 quantize the UNet.  [default: fp32; fp16 with --trt]",
+        help=(
+            "Precision of weights, inputs and outputs; fp8 and int8 quantize the UNet."
+            "  [default: fp32; fp16 with --trt]"
+        ),
     ),
     click.option("--trt", is_flag=True, help="Build TensorRT engines too: DIR/onnx and DIR/engine."),
     click.option(
@@ -53,14 +56,14 @@ _MODEL_OPTIONS = (
         type=click.Choice(HOSTS),
         default="diffusers",
         show_default=True,
-        help="Whose names the inputs and outputs have; webui and comfyui take the UNet only.",
+        help="Naming of the inputs and outputs; with webui and comfyui only the UNet is exported.",
     ),
     click.option(
         "--component",
         "components",
         type=click.Choice(COMPONENTS),
         multiple=True,
-        help="Only this one; repeat for more.  [default: all that text-to-image needs]",
+        help="Component to export; repeat for more.  [default: all that text-to-image needs]",
     ),
     click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="LoRA to bake in; repeat for more."),
     click.option(
@@ -91,17 +94,20 @@ _ENGINE_OPTIONS = (
         "--batch",
         default=None,
         metavar="MIN:OPT:MAX",
-        help="Samples of a UNet call; with guidance a picture takes two.",
+        help="Samples in one UNet call; with guidance, a picture takes two.",
     ),
     click.option(
         "--height",
         default=None,
         metavar="MIN:OPT:MAX",
-        help="Of the picture, in pixels; one number makes it fixed.",
+        help="Height of the picture in pixels; one number makes it fixed.",
     ),
-    click.option("--width", default=None, metavar="MIN:OPT:MAX", help="Of the picture, in pixels."),
+    click.option("--width", default=None, metavar="MIN:OPT:MAX", help="Width of the picture in pixels."),
     click.option(
-        "--tokens", default=None, metavar="MIN:OPT:MAX", help="Of the prompt: 77, or a multiple for long ones."
+        "--tokens",
+        default=None,
+        metavar="MIN:OPT:MAX",
+        help="Tokens of the prompt: 77, or a multiple of 77 for long prompts.",
     ),
     click.option(
         "--compute-capability",

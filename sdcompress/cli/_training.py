@@ -160,7 +160,7 @@ def load_inputs(
     with storage_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     loaded = load_pipeline(model)
-    folder = cache_folder or output.with_name(f"{output.name}-cache")
+    folder = cache_folder or output.absolute().with_name(f"{output.absolute().name}-cache")
     size_px = config.data.size_px or native_size_px(loaded.pipeline)
     if not folder.exists():
         return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)

@@ -122,7 +122,7 @@ def run_command(
 
     Give the name of a suite or its YAML file, or MODELs. The first MODEL is the teacher: the others are compared with
     it, and its speed in PyTorch is 1.0. `NAME=MODEL` names a model in the report. Each case runs in a process of its
-    own, one at a time. A bench that was stopped goes on where it was when you type the same command again.
+    own, one at a time. If a bench is interrupted, the same command continues it.
 
     \b
       sdcompress bench nano                                                   six minutes on two cores
@@ -167,7 +167,7 @@ def _read_suite(
     if strict and skipped:
         raise BackendMissing(
             "; ".join(f"{name}: {reason}" for name, reason in skipped.items()),
-            hint="install it, name other backends, or leave out --strict",
+            hint="install the missing backends, name others with --backend, or leave out --strict",
         )
     return suite, skipped
 
@@ -195,16 +195,16 @@ def _run(suite: Suite, skipped: dict[str, str], output: Path, *, force: bool, st
 
 
 @command.command("compare")
-@click.argument("before", type=click.Path(path_type=Path), metavar="A.json")
-@click.argument("after", type=click.Path(path_type=Path), metavar="B.json")
+@click.argument("before", type=click.Path(path_type=Path), metavar="BEFORE")
+@click.argument("after", type=click.Path(path_type=Path), metavar="AFTER")
 @click.option("--fail-on-slower", is_flag=True, help="Exit code 3 if something became slower beyond noise.")
 @json_option
 def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bool) -> None:
     """Show what changed from one results.json to another, and whether the change is beyond noise.
 
-    Compared are the scenarios that both files have: same model name, backend, precision, size, batch, steps and
-    guidance. Files of different settings are refused. The evidence is the rounds: with fewer than 3 on a side there is
-    no verdict.
+    BEFORE and AFTER are results.json files, or the folders that hold them. The scenarios that are in both files are
+    compared: those with the same model name, backend, precision, size, batch, steps and guidance. Files of different
+    settings are refused. The evidence is the rounds: with fewer than 3 on a side there is no verdict.
 
     \b
       sdcompress bench compare before/results.json after/results.json
@@ -231,7 +231,8 @@ def _read_numbers(text: str, name: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise click.BadParameter(
-            f"{text!r} is no list of whole numbers such as 1,4", param_hint="--size" if name == "size_px" else "--batch"
+            f"{text!r} is not a list of whole numbers, such as 1,4",
+            param_hint="--size" if name == "size_px" else "--batch",
         ) from error
 
 

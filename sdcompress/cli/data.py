@@ -70,7 +70,7 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
     from sdcompress.data.sources import open_source
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-        raise UsageError("is not the name of a picture", where=sheet, expected="a name ending in .png, .webp or .jpg")
+        raise UsageError("is not a picture file name", where=sheet, expected="a name ending in .png, .webp or .jpg")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}", expected="1 or more")
     again = typed_options(options)
@@ -248,7 +248,7 @@ def generate(
     The same command continues a stopped run and ends with the same files.
 
     \b
-      sdcompress data generate nano --prompts prompts.txt -n 200 -o nano-pictures
+      sdcompress data generate nano --prompts prompts.txt -n 200 --guidance 4 -o nano-pictures
       sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --backend trt -o rv4-pictures
     """
     from sdcompress.generate.dataset import generate_dataset, is_export
@@ -296,7 +296,8 @@ def typed_options(options: dict[str, Any]) -> str:
     text = ""
     for parameter in click.get_current_context().command.params:
         value = options.get(parameter.name or "")
-        if parameter.name in DataConfig.model_fields and value not in (None, (), False):
+        is_given = value is not None and value is not False and value != ()  # 0 equals False
+        if is_given and parameter.name in DataConfig.model_fields:
             for one in value if isinstance(value, tuple) else (value,):
                 text += f" {parameter.opts[0]}" + ("" if one is True else f" {command_line([str(one)])}")
     return text

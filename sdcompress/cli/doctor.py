@@ -122,7 +122,7 @@ def verdict(diagnosis: Diagnosis) -> str:
     faults = sum(not check.ok for check in diagnosis.checks)
     if diagnosis.healthy:
         return f"all {len(usable)} backends work" if len(usable) > 1 else f"{usable[0].backend} works"
-    broken = f"; {faults} {'fault' if faults == 1 else 'faults'} of the installation" if faults else ""
+    broken = f"; {faults} {'fault' if faults == 1 else 'faults'} in the installation" if faults else ""
     return f"{len(working)} of the {len(usable)} backends that can run on this machine work{broken}"
 
 
@@ -152,7 +152,8 @@ def _backend_text(result: BackendResult) -> str:
     parts = [result.precision] if result.status != "not here" else []
     if result.unet_step_ms is not None:
         subject = "a step of the small UNet" if result.subject == "small" else "a UNet step"
-        speed = "" if result.backend == "torch" else f", {result.speedup:.2f} times as fast as torch"
+        without_speed = result.backend == "torch" or result.speedup is None
+        speed = "" if without_speed else f", {result.speedup:.2f} times as fast as torch"
         parts.append(f"{result.unet_step_ms:,.1f} ms {subject}{speed}")
     if result.relative_l2 is not None and result.limit is not None and result.reason is None:
         parts.append(f"relative L2 {result.relative_l2:.1e}, limit {result.limit:.1e}")
@@ -177,4 +178,4 @@ def _print_table(title: str, lines: Sequence[Line]) -> None:
     for mark, word, name, text, fix in lines:
         click.echo(f"{click.style(mark, fg=colors.get(mark))} {word:<{words}}  {name:<{names}}  {text}")
         if fix:
-            click.echo(f"{'':<{words + names + 6}}type: {fix}")
+            click.echo(f"{'':<{words + names + 6}}fix: {fix}")

@@ -14,7 +14,7 @@ store_option = click.option(
     "--store",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     metavar="DIR",
-    help="Use this store, not the user's own.",
+    help="Folder of the store.  [default: the user's own]",
 )
 
 
@@ -110,7 +110,7 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
 def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
     """Read every engine and compare it with its manifest. The exit code is 3 if one is damaged.
 
-    In the store it also removes what killed builds have left.
+    In the store it also removes the files that interrupted builds left.
 
     \b
       sdcompress engines verify
@@ -133,10 +133,10 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
         click.echo(json.dumps({"findings": findings, "swept": [str(swept.folder) for swept in verdict.swept]}))
     else:
         for finding in verdict.findings:
-            click.echo(f"{finding.folder.name:<20}  {'; '.join(finding.faults) or 'whole'}")
+            click.echo(f"{finding.folder.name:<20}  {'; '.join(finding.faults) or 'intact'}")
         for swept in verdict.swept:
             click.echo(f"removed {swept.folder.name} ({mib(swept.bytes)}), {swept.reason}")
-        click.echo(f"{len(verdict.findings) - len(damaged)} of {len(verdict.findings)} whole in {place}")
+        click.echo(f"{len(verdict.findings) - len(damaged)} of {len(verdict.findings)} intact in {place}")
     if damaged:
         hint = "build it again: " + BUILD if folder else "sdcompress engines prune --unusable, then export again"
         names = ", ".join(finding.folder.name for finding in damaged)
@@ -146,14 +146,17 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
 @command.command(short_help="Remove engines from the store.")
 @click.argument("keys", nargs=-1, metavar="[KEY]...")
 @click.option(
-    "--older-than", type=click.FloatRange(0), metavar="DAYS", help="Those neither built nor used for DAYS days."
+    "--older-than",
+    type=click.FloatRange(0),
+    metavar="DAYS",
+    help="Remove engines that were neither built nor used in the last DAYS days.",
 )
 @click.option(
     "--unusable",
     is_flag=True,
-    help="Those that are damaged, or built for another version, GPU or platform than this machine's.",
+    help="Remove engines that are damaged, or built for another version, GPU or platform than this machine's.",
 )
-@click.option("--all", "everything", is_flag=True, help="All of them.")
+@click.option("--all", "everything", is_flag=True, help="Remove all engines.")
 @click.option("--dry-run", is_flag=True, help="Show what would be removed, and remove nothing.")
 @store_option
 def prune(

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._export_options import QUANTIZED, export_options
 
 if TYPE_CHECKING:
     from sdcompress.export.components import Precision
-    from sdcompress.export.export_model import EngineRequest
+    from sdcompress.export.export_model import EngineRequest, ExportRequest
     from sdcompress.export.onnx import ExportResult
     from sdcompress.export.quantize.precisions import Quantized
     from sdcompress.export.tensorrt import EnginesResult
@@ -53,9 +54,18 @@ def command(
     sdcompress export student/pipeline -o styled --trt --lora style.safetensors:0.8
     sdcompress export student/pipeline --ldm -o student.safetensors      a checkpoint for ComfyUI and the WebUIs
     """
-    given = [f"--{name.replace('_', '-')}" for name in _given_names(engine_options)]
+    given = _given_options(engine_options)
     if ldm:
-        _refuse_with_ldm(given, bool(trt or components or calibration_prompts or precision in QUANTIZED))
+        others = {
+            "--trt": trt,
+            "--component": components,
+            "--calibration-prompts": calibration_prompts,
+            f"--precision {precision}": precision in QUANTIZED,
+            "--opset": opset,
+            "--signature": host != "diffusers",
+            "--keep-failed": keep_failed,
+        }
+        _refuse_with_ldm([*(name for name, is_given in others.items() if is_given), *given])
         return _write_checkpoint(model, output, cast("Precision", precision or "fp16"), loras, force)
     _check_combination(given, engine_options, trt, precision, calibration_prompts)
 
@@ -74,30 +84,32 @@ def command(
     )
     result = export_model(model, output, request, ConsoleReporter())
     rows = _graph_rows(result.graphs, "onnx/" if trt else "")
-    if result.engines is not None:
-        rows += _engine_rows(result.engines)
-    rows.append(("time", f"{result.seconds:.1f} s"))
-    card(f"{result.name} → {output}", rows, _next_command(output, trt, host))
+    rows += _engine_rows(result.engines) if result.engines else []
+    card(f"{result.name} → {output}", [*rows, ("time", f"{result.seconds:.1f} s")], _next_command(output, request))
 
 
-def _given_names(engine_options: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the engine options that were given, in the order in which a message names the first."""
-    names = {"flavour": "flavour", "profiles": "profile", "compute_capabilities": "compute_capability"}
-    order = [*names, *_SHAPES, *(name for name in engine_options if name not in (*names, *_SHAPES))]
-    return [names.get(name, name) for name in order if engine_options[name]]
+def _given_options(engine_options: Mapping[str, Any]) -> list[str]:
+    """Returns the engine options that were given, as they are typed. An error message names the first."""
+    parameters = click.get_current_context().command.params
+    names = {parameter.name: parameter.opts[0] for parameter in parameters}
+    return [
+        names[name]
+        for name, value in engine_options.items()
+        if value is not None and value is not False and value != ()  # 0 equals False
+    ]
 
 
-def _refuse_with_ldm(given: Sequence[str], others: bool) -> None:
-    """Refuse engine options with --ldm, and the other options of graphs and engines.
+def _refuse_with_ldm(given: Sequence[str]) -> None:
+    """Refuse the options of graphs and engines with --ldm.
 
     Raises:
         UsageError: there is one.
     """
     from sdcompress_engines.errors import UsageError
 
-    if given or others:
+    if given:
         raise UsageError(
-            f"{given[0] if given else 'graphs and engines'} with --ldm",
+            f"{given[0]} with --ldm",
             expected="a checkpoint alone: --precision fp16, bf16 or fp32, and --lora",
         )
 
@@ -150,7 +162,7 @@ def _engine_request(engine_options: Mapping[str, Any]) -> EngineRequest:
 
 
 def _add_shapes(profiles: tuple[str, ...], shapes: Mapping[str, str]) -> list[str]:
-    """Returns the profiles as texts; shapes replace those of the one preset there may be."""
+    """Returns the profiles as texts. `shapes` override the ranges of the only profile, or form one if there is none."""
     if not shapes:
         return list(profiles)
     text = ",".join(f"{name}={value}" for name, value in shapes.items())
@@ -165,14 +177,19 @@ def _write_checkpoint(model: str, output: Path, precision: Precision, loras: tup
     card(
         f"{name} → {output}",
         [("size", mib(path.stat().st_size)), ("precision", precision), ("time", f"{time.monotonic() - started:.1f} s")],
-        f"sdcompress inspect {output}",
+        command_line(["sdcompress", "inspect", str(output)]),
     )
 
 
-def _next_command(output: Path, trt: bool, host: str) -> str:
-    if host != "diffusers":
-        return f"sdcompress engines list {output / 'engine'}" if trt else f"sdcompress inspect {output}"
-    return f'sdcompress generate {output / "onnx" if trt else output} "PROMPT" --backend ort -o out.png'
+def _next_command(output: Path, request: ExportRequest) -> str:
+    """Returns the command to type after an export: a picture, where a pipeline can draw with the result."""
+    is_drawable = request.host == "diffusers" and not request.components and request.precision != "bf16"
+    if is_drawable:
+        graphs = output / "onnx" if request.engines else output
+        return f'sdcompress generate {command_line([str(graphs)])} "PROMPT" --backend ort -o out.png'
+    if request.engines:
+        return command_line(["sdcompress", "engines", "list", str(output / "engine")])
+    return command_line(["sdcompress", "inspect", str(output)])
 
 
 def _graph_rows(result: ExportResult, prefix: str = "") -> list[tuple[str, object]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
@@ -47,4 +48,8 @@ def command(
         ("pipeline", folder),
         ("size", mib(folder_size_bytes(folder))),
     ]
-    card(f"{loaded.name}, finetuned", rows + result_rows(result), f"sdcompress bench {model} {folder} -o report")
+    card(
+        f"{loaded.name}, finetuned",
+        rows + result_rows(result),
+        command_line(["sdcompress", "bench", model, str(folder), "-o", "report"]),
+    )

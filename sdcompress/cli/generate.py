@@ -27,9 +27,14 @@ if TYPE_CHECKING:
     default=None,
     help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 4]",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
 @click.option(
-    "--size", "size_px", type=int, default=None, metavar="PX", help="Side of the picture. Default: the model's own."
+    "--size",
+    "size_px",
+    type=int,
+    default=None,
+    metavar="PX",
+    help="Side of the picture in pixels.  [default: the model's own]",
 )
 @click.option(
     "--backend",
@@ -70,6 +75,7 @@ if TYPE_CHECKING:
     default=Path("out.png"),
     show_default=True,
     metavar="FILE",
+    help="Picture file to write: .png, .webp or .jpg.",
 )
 def command(
     model: str,
@@ -149,7 +155,7 @@ def _check_options(
     if artifacts is not None and not artifacts.is_dir():
         raise UsageError("no such folder", where=artifacts, hint=f"sdcompress export {model} -o {artifacts}")
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
-        raise UsageError("is no picture's name", where=output, expected="a name ending in .png, .webp or .jpg")
+        raise UsageError("is not a picture file name", where=output, expected="a name ending in .png, .webp or .jpg")
     return weighted_loras
 
 

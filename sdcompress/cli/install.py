@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.hosts.definitions import hosts
@@ -39,7 +40,7 @@ def command(
 ) -> None:
     """Put the plugin for HOST, and each ENGINE, into the program's folder PATH.
 
-    Files that sdcompress has not installed are never touched. A second install of the same changes nothing.
+    Files that sdcompress has not installed are never touched. Installing the same files again changes nothing.
 
     \b
     sdcompress install webui ~/stable-diffusion-webui engines     what `export --trt --signature webui` wrote
@@ -60,7 +61,7 @@ def command(
             *outcome_rows(program, root, outcome),
             *((str(number), step) for number, step in enumerate(program.steps, 1)),
         ],
-        f"sdcompress status {host} {_quote(path)}",
+        f"sdcompress status {host} {command_line([str(path)])}",
     )
 
 
@@ -92,9 +93,3 @@ def outcome_rows(host: Host, root: Path, outcome: Outcome) -> list[tuple[str, st
         *(("kept", f"{root / path}: {reason}") for path, reason in outcome.kept.items()),
         *(("note", note) for note in outcome.notes),
     ]
-
-
-def _quote(path: Path) -> str:
-    """Returns a path as the user types it."""
-    text = str(path)
-    return f'"{text}"' if any(letter.isspace() for letter in text) else text

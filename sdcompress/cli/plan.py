@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import card, json_option, millions
 
@@ -61,7 +62,7 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
     card(
         f"{plan.name} for {teacher}",
         rows,
-        f"sdcompress distill {teacher} --plan {output or preset} --data DATA -o student",
+        f"{command_line(['sdcompress', 'distill', teacher, '--plan', str(output or preset)])} --data DATA -o student",
     )
 
 

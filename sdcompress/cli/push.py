@@ -20,7 +20,7 @@ from sdcompress.cli._console import ConsoleReporter, card, mib
     type=click.Path(path_type=Path),
     default=None,
     metavar="DIR",
-    help="With --dry-run: write the card and its picture here instead.",
+    help="With --dry-run: write the card and its picture to this folder instead of printing the card.",
 )
 @click.option("--message", default=None, help="Message of the commit.  [default: Upload NAME]")
 @click.option(
@@ -53,14 +53,15 @@ def command(
       sdcompress push sd-small you/sd-small --license creativeml-openrail-m --private
     """
     from sdcompress.publish.finished_model import CARD, PICTURE, find_finished_model
-    from sdcompress.publish.model_card import model_card
+    from sdcompress.publish.model_card import check_names, model_card
     from sdcompress.publish.upload import check_repo, require_token, upload, upload_folder, write_card
 
     if output and not dry_run:
-        raise click.UsageError("-o goes with --dry-run")
+        raise click.UsageError("-o needs --dry-run")
     check_repo(repo)
-    text = model_card(folder, repo, license, base_model)
+    check_names(license, base_model)  # before every file is read
     model = find_finished_model(folder)
+    text = model_card(model, repo, license, base_model)
     files = model.files() | ({PICTURE: model.samples} if model.samples else {})
     if dry_run:
         if output is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import card, json_option
 from sdcompress.cli._training import set_option
@@ -103,7 +104,9 @@ def copy(name: str, file: Path, force: bool) -> None:
 
     if file.suffix not in (".yaml", ".yml"):
         raise UsageError(
-            "is not a file name for a recipe", where=file, expected="FILE.yaml: --recipe takes other texts for a name"
+            "is not a file name for a recipe",
+            where=file,
+            expected="a name ending in .yaml or .yml; --recipe reads any other text as the name of a recipe",
         )
     kind = read_kind(read_recipe(name), name)
     if file.is_dir() or (file.exists() and not force):
@@ -115,7 +118,11 @@ def copy(name: str, file: Path, force: bool) -> None:
     with storage_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(recipe_path(name).read_text(encoding="utf-8"), encoding="utf-8")
-    card(f"a copy of {name}", [("recipe", file), ("kind", kind)], f"sdcompress recipes validate {file}")
+    card(
+        f"a copy of {name}",
+        [("recipe", file), ("kind", kind)],
+        f"sdcompress recipes validate {command_line([str(file)])}",
+    )
 
 
 @command.command()
@@ -135,11 +142,11 @@ def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"kind": kind} | config.model_dump(mode="json")))
         return
-    options = "".join(f" --set '{setting}'" for setting in settings)
+    options = "".join(f" {command_line(['--set', setting])}" for setting in settings)
     card(
         f"{recipe}: a recipe for {kind}",
         figure_rows(config),
-        f"sdcompress {TRAINERS[kind]} --data DATA --recipe {recipe}{options} -o DIR",
+        f"sdcompress {TRAINERS[kind]} --data DATA --recipe {command_line([recipe])}{options} -o DIR",
     )
 
 
@@ -244,7 +251,7 @@ def figure_rows(config: TrainConfig) -> list[tuple[str, object]]:
         (
             "optimizer",
             f"{config.optimizer}, weight decay {config.weight_decay:g}, gradient norm {config.max_grad_norm:g}"
-            + (f", average {config.ema_decay:g}" if config.ema_decay else ""),
+            + (f", EMA decay {config.ema_decay:g}" if config.ema_decay else ""),
         ),
         ("precision", config.precision + (", gradient checkpointing" if config.gradient_checkpointing else "")),
         (
@@ -257,7 +264,7 @@ def figure_rows(config: TrainConfig) -> list[tuple[str, object]]:
             name.removesuffix("_loss").removesuffix("_kd"): weight for name, weight in config.loss_weights().items()
         }
         rows += [
-            ("plan", config.plan or "--plan decides"),
+            ("plan", config.plan or "not set; --plan chooses it"),
             ("losses", ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)),
         ]
     if isinstance(config, LoraConfig):

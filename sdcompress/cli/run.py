@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import (
     ConsoleReporter,
@@ -17,6 +18,8 @@ from sdcompress.cli._console import (
     output_option,
     typed_command,
 )
+from sdcompress.cli._export_options import CapabilityType
+from sdcompress.cli._training import DATA_HELP
 
 if TYPE_CHECKING:
     from sdcompress_bench.chain import ChainResult, ChainSettings
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DATA",
-    help="Folder of captioned pictures, webdataset shards (folder or glob), or nano.",
+    help=DATA_HELP,
 )
 @click.option(
     "--plan",
@@ -42,8 +45,8 @@ if TYPE_CHECKING:
 @click.option("--steps", type=int, default=None, help="Training steps; overrides the recipe.")
 @click.option(
     "--compute-capability",
+    type=CapabilityType(),
     default=None,
-    metavar="MAJOR.MINOR",
     help="GPU to build engines for.  [default: this machine's GPU; without one, 8.0 and newer]",
 )
 @click.option(
@@ -57,10 +60,10 @@ if TYPE_CHECKING:
 @click.option("--quick", is_flag=True, help="Measure less: a first look, not for publication.")
 @output_option("Folder of the run; an earlier run in it is continued.")
 @force_option
-def command(compute_capability: str | None, steps: int | None, **settings: Any) -> None:
+def command(compute_capability: tuple[int, int] | None, steps: int | None, **settings: Any) -> None:
     """Take TEACHER through every stage: plan → distill → export → engine → bench.
 
-    A run that was stopped goes on where it was when you type the same command again.
+    If a run is interrupted, the same command continues it.
 
     \b
       sdcompress run nano --data nano --recipe nano -o demo
@@ -68,7 +71,7 @@ def command(compute_capability: str | None, steps: int | None, **settings: Any) 
     """
     from sdcompress_bench.chain import ChainSettings
 
-    capabilities = None if compute_capability is None else [_read_capability(compute_capability)]
+    capabilities = None if compute_capability is None else [compute_capability]
     run_and_print(ChainSettings(**settings, overrides={"steps": steps}, compute_capabilities=capabilities))
 
 
@@ -89,18 +92,8 @@ def run_and_print(settings: ChainSettings) -> None:
     card(
         f"{result.teacher} → {', '.join(result.students)}",
         rows,
-        f'sdcompress generate {student} "{result.results.captions[0]}" -o out.png',
+        command_line(["sdcompress", "generate", str(student), result.results.captions[0], "-o", "out.png"]),
     )
-
-
-def _read_capability(text: str) -> tuple[int, int]:
-    from sdcompress_engines.errors import UsageError
-
-    try:
-        major, minor = text.split(".")
-        return int(major), int(minor)
-    except ValueError as error:
-        raise UsageError(f"--compute-capability {text!r}", expected="major.minor, such as 8.9") from error
 
 
 def _model_rows(result: ChainResult, model: dict[str, Any]) -> Iterator[tuple[str, object]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import card, json_option, mib
 from sdcompress.cli.install import host_argument, path_argument
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 @json_option
 def command(host: str, path: Path, as_json: bool) -> None:
     """Show what is installed in the program's folder PATH, whether its files are intact, and which engines load on
-    this machine, or why not.
+    this machine, or why not. Whether an engine loads is checked with the libraries of sdcompress's own Python.
 
     \b
     sdcompress status webui ~/stable-diffusion-webui
@@ -46,14 +47,14 @@ def command(host: str, path: Path, as_json: bool) -> None:
     ]
     card(
         f"{program.title} in {root}",
-        [*rows, ("its Python", _describe_packages(state))],
-        None if state.record else f"sdcompress install {host} {path} ENGINE",
+        [*rows, ("host's Python", _describe_packages(state))],
+        None if state.record else f"sdcompress install {host} {command_line([str(path)])} ENGINE",
     )
 
 
 def _describe_packages(state: Status) -> str:
     if state.packages is None:
-        return "not found: engines are checked against this Python instead"
+        return "not found"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(state.packages.items()))
     return versions or "has neither torch nor a runtime"
 
@@ -75,7 +76,7 @@ def _describe_engine(engine: EngineStatus) -> str:
     facts, details = engine.facts, "unknown"
     if facts:
         details = f"{facts['runtime']}, {facts['precision']}, {facts['signature']}, {mib(facts['bytes'])}"
-    return f"{engine.name}  ({details}{'' if engine.ours else '; not installed by sdcompress'})  {verdict}"
+    return f"{engine.name}  ({details}{'' if engine.is_recorded else '; not installed by sdcompress'})  {verdict}"
 
 
 def _to_json(state: Status) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def _to_json(state: Status) -> dict[str, Any]:
         {
             "name": engine.name,
             "path": str(engine.path),
-            "ours": engine.ours,
+            "ours": engine.is_recorded,
             "fault": engine.fault,
             "loads_here": not (engine.fault or engine.why_not),
             "why_not": engine.fault or engine.why_not,

@@ -15,9 +15,9 @@ from sdcompress.cli.install import host_argument, outcome_rows, path_argument
 @path_argument
 @click.argument("names", nargs=-1, metavar="[ENGINE]...")
 def command(host: str, path: Path, names: tuple[str, ...]) -> None:
-    """Remove what `install` has put into the program's folder PATH: everything, or the engines of these names.
+    """Remove what `install` has put into the program's folder PATH: everything, or only the named engines.
 
-    A file that was changed since is kept and reported.
+    A file that was changed after the install is kept and reported.
 
     \b
     sdcompress uninstall webui ~/stable-diffusion-webui

@@ -81,7 +81,7 @@ class EngineBuilder:
         return {"seconds": round(built.seconds, 2), "bytes": built.bytes, "peak_mib": round(built.peak_mib, 1)}
 
     def _profiles(self, component: str) -> list[Profile]:
-        ranges = self.ranges if component == "unet" else [_hull(self.ranges)]
+        ranges = self.ranges if component == "unet" else [_cover_ranges(self.ranges)]
         config, host = self.configs[component], self.manifest.config["signature"]
         return [component_profile(component, config, each, self._scale, host) for each in ranges]
 
@@ -120,7 +120,7 @@ def vae_scale(vae_config: Mapping[str, Any]) -> int:
     return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
-def _hull(ranges: Sequence[ShapeRanges]) -> ShapeRanges:
+def _cover_ranges(ranges: Sequence[ShapeRanges]) -> ShapeRanges:
     """Returns the ranges that cover all of these, tuned for the first."""
 
     def cover(name: str) -> tuple[int, int, int]:

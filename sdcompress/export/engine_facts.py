@@ -166,7 +166,7 @@ def _describe_broken(entry: BrokenEngine) -> dict[str, Any]:
 def _describe(manifest: Manifest, component: str, path: Path, fault: str | None) -> dict[str, Any]:
     config, file = manifest.config, manifest.files.get(path.name)
     key = EngineKey.of(config, component)
-    hindrance = obstacle(config)
+    mismatch = obstacle(config)
     return {
         "key": key.digest,
         "component": component,
@@ -190,9 +190,9 @@ def _describe(manifest: Manifest, component: str, path: Path, fault: str | None)
         "created": manifest.created,
         "age_s": _read_age_s(manifest.created),
         "fault": fault,
-        "loads_here": hindrance is None and fault is None,
-        "why_not": f"damaged: {fault}" if fault else hindrance.what if hindrance else None,
-        "hint": hindrance.hint if hindrance else None,
+        "loads_here": mismatch is None and fault is None,
+        "why_not": f"damaged: {fault}" if fault else mismatch.what if mismatch else None,
+        "hint": mismatch.hint if mismatch else None,
     }
 
 

@@ -135,8 +135,9 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
     if request.engines is None or library is None:
         graphs = export_onnx(loaded.pipeline, output, force=request.force, **settings)
         return ModelExport(name, graphs, None, time.monotonic() - started)
+    failed = output.absolute().with_name(f"{output.name}.failed")
     with staged(output, request.force) as folder:
-        graphs = export_onnx(loaded.pipeline, folder / "onnx", **settings)
+        graphs = export_onnx(loaded.pipeline, folder / "onnx", failed_folder=failed, **settings)
         del loaded  # the build needs the memory
         engines = build_engines(
             folder / "onnx",
@@ -163,7 +164,7 @@ def _check_engines(model: str, request: EngineRequest, precision: str | None) ->
     for card in targets(library, cards) or (_LEAST_CARD,):
         if reason := unsupported(precision or "fp16", card):
             raise UsageError(
-                f"--precision {precision} for this card: {reason}",
+                f"--precision {precision} is not possible: {reason}",
                 hint="--compute-capability 8.9, or --precision int8",
             )
     shape_ranges(request.profiles, read_unet_config(model))

@@ -85,9 +85,9 @@ def first_differing_layers(
 ) -> list[LayerDifference]:
     """Returns the first layers of a graph, in its order, whose outputs differ from those of a reference graph.
 
-    Both graphs run in ONNX Runtime on the CPU. Compared are the outputs that both have under the same name, of the same
-    operator on the same first input: torch's exporter numbers some outputs, so in a graph of another precision an equal
-    name alone can mean another tensor.
+    Both graphs run in ONNX Runtime on the CPU. The outputs that both graphs have under the same name, from the same
+    operator on the same first input, are compared: torch's exporter numbers some outputs, so in a graph of another
+    precision an equal name alone can mean another tensor.
 
     Args:
         graph: ONNX file to examine.

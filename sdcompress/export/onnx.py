@@ -55,6 +55,7 @@ def export_onnx(
     reuse: Path | None = None,
     calibration_prompts: Sequence[str] | None = None,
     keep_failed: bool = False,
+    failed_folder: Path | None = None,
     force: bool = False,
     report: Reporter = SILENT,
 ) -> ExportResult:
@@ -73,7 +74,7 @@ def export_onnx(
         source: name → sha256 of what the pipeline came from, for the manifest. name: the model's, likewise.
         reuse: an `onnx` folder, from which equal graphs are copied: a student has its teacher's text encoder and VAE.
         calibration_prompts: for a quantized UNet; None takes `default_prompts`.
-        keep_failed: leave graphs that are too far from torch in `<output>.failed`.
+        keep_failed: leave graphs that are too far from torch in `failed_folder`, by default `<output>.failed`.
         force: replace an existing output.
         report: gets the progress.
 
@@ -92,7 +93,7 @@ def export_onnx(
         config = settings.to_config() | {"model_name": name, "weights_sha256": sha256}
         figures = {component: each.to_figures() for component, each in exported.items()}
         manifest = write_manifest(folder, "onnx", config=config, inputs=source, figures=figures)
-        with _kept_where_failed(folder, output, keep_failed):
+        with _kept_where_failed(folder, output, keep_failed, failed_folder):
             _check_gates(pipeline, settings, folder, exported, report)
     parity = {component: each.parity for component, each in exported.items()}
     return ExportResult(output, manifest, parity, {component: each.seconds for component, each in exported.items()})
@@ -155,14 +156,14 @@ def _check_gates(
 
 
 @contextmanager
-def _kept_where_failed(folder: Path, output: Path, keep: bool) -> Iterator[None]:
-    """Keep the folder as `<output>.failed` where a gate in the block fails and `keep` is true."""
+def _kept_where_failed(folder: Path, output: Path, keep: bool, failed_folder: Path | None) -> Iterator[None]:
+    """Keep the folder as `failed_folder` or `<output>.failed` where a gate in the block fails and `keep` is true."""
     try:
         yield
     except GateFailed as error:
         if not keep:
             raise
-        kept = output.absolute().with_name(f"{output.name}.failed")
+        kept = failed_folder or output.absolute().with_name(f"{output.name}.failed")
         shutil.rmtree(kept, ignore_errors=True)
         replace_file(folder, kept)
         raise GateFailed(error.what, expected=error.expected, hint=f"the graphs are kept in {kept}") from error

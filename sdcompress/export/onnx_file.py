@@ -72,7 +72,7 @@ def trace_graph(graph: ComponentGraph, wanted: Signature, opset: int) -> torch.o
         raise ExportError(
             f"torch could not export the {wanted.component} at opset {opset} ({type(error).__name__}:"
             f" {shorten(error.__cause__ or error)})",
-            hint="--opset 23, or another torch version",
+            hint="another torch version" if opset == OPSET else f"--opset {OPSET}, or another torch version",
         ) from error
     if program is None:
         raise ExportError(f"torch exported nothing for the {wanted.component}")
@@ -92,7 +92,10 @@ def _name_ports(model: Any, wanted: Signature) -> None:
 
 
 def _remove_traces(model: Any) -> None:
-    """Remove what the exporter adds to an `onnx_ir.Model`: paths of this machine, and half of a small file."""
+    """Remove what the exporter adds to an `onnx_ir.Model`.
+
+    These are paths of this machine, and metadata that can be half of a small file.
+    """
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     ports = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -174,8 +175,8 @@ def compare(
             for feed, reference in zip(feeds, references, strict=True)
         ]
     limits = [HALF_FACTOR * floor for floor in floors] or [FP32_LIMIT] * len(errors)
-    share = max(error / limit for error, limit in zip(errors, limits, strict=True))
-    return Parity(max(errors), max(floors) if floors else None, share, len(chosen))
+    ratios = (error / limit if math.isfinite(error) else math.inf for error, limit in zip(errors, limits, strict=True))
+    return Parity(max(errors), max(floors) if floors else None, max(ratios), len(chosen))
 
 
 def _run_torch(
@@ -224,7 +225,7 @@ def check_parity(
             f"the exported graph does not match torch fp32: {'; '.join(faults)}",
             expected=limit,
             hint="--keep-failed to look at it, or "
-            + ("--precision fp32" if halved else "another torch or onnxruntime version"),
+            + ("--precision fp32 without --trt" if halved else "another torch or onnxruntime version"),
         )
 
 

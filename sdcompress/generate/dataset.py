@@ -143,7 +143,7 @@ def _draw_missing(
         teacher, prompts, output, settings, report: as of `generate_dataset`.
         names: file names of all pictures.
     """
-    from sdcompress.backends.assemble import open_pipeline
+    from sdcompress.backends.assemble import close_pipeline, open_pipeline
     from sdcompress.sampling import generate
 
     missing = list_missing(output, names)
@@ -152,25 +152,28 @@ def _draw_missing(
     if len(missing) < len(names):
         report.say(f"data set: continuing after {len(names) - len(missing):,} of {len(names):,} pictures")
     pipeline = open_pipeline(teacher, settings.backend, report=report)
-    lacking = set(missing)
-    with report.task("draw pictures", len(missing)) as advance:
-        for first in sorted({i // settings.batch_size * settings.batch_size for i in missing}):
-            batch = range(first, min(first + settings.batch_size, len(names)))
-            with quiet():
-                pictures = generate(
-                    pipeline,
-                    [prompts[i % len(prompts)] for i in batch],
-                    seeds=[settings.seed + i for i in batch],
-                    steps=settings.steps,
-                    guidance_scale=settings.guidance_scale,
-                    size_px=settings.size_px,
-                    batch_size=settings.batch_size,
-                )
-            written = [i for i in batch if i in lacking]
-            with storage_errors(output):
-                for i in written:
-                    write_file(output / names[i], _encode_picture(pictures[i - first], settings.picture_format))
-            advance(len(written))
+    try:
+        lacking = set(missing)
+        with report.task("draw pictures", len(missing)) as advance:
+            for first in sorted({i // settings.batch_size * settings.batch_size for i in missing}):
+                batch = range(first, min(first + settings.batch_size, len(names)))
+                with quiet():
+                    pictures = generate(
+                        pipeline,
+                        [prompts[i % len(prompts)] for i in batch],
+                        seeds=[settings.seed + i for i in batch],
+                        steps=settings.steps,
+                        guidance_scale=settings.guidance_scale,
+                        size_px=settings.size_px,
+                        batch_size=settings.batch_size,
+                    )
+                written = [i for i in batch if i in lacking]
+                with storage_errors(output):
+                    for i in written:
+                        write_file(output / names[i], _encode_picture(pictures[i - first], settings.picture_format))
+                advance(len(written))
+    finally:
+        close_pipeline(pipeline)
     return len(missing)
 
 

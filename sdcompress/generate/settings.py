@@ -27,7 +27,7 @@ class GenerateSettings:
         guidance_scale: of classifier-free guidance; 1 turns it off.
         size_px: side of the pictures, a multiple of 8; None is the side that the UNet was made for.
         seed: of the first picture.
-        backend: torch, onnxruntime (ort) or tensorrt (trt).
+        backend: a name or alias of the registry, or `auto`.
         picture_format: webp (quality 95, a fifth of the disk) or png (lossless).
     """
 

@@ -71,8 +71,8 @@ def read_engine_folder(path: str | Path, host: Host, name: str | None = None) ->
     _check_signature(manifest, host, folder, build)
     if damage := folder_faults(folder, manifest.kind):
         raise ArtifactError(f"is damaged: {'; '.join(damage[:3])}", where=folder, hint=f"build it again: {build}")
-    parent_named = given.parent.name if given.name in ("engine", "onnx") else given.name
-    chosen = name or str(manifest.config.get("model_name") or parent_named)
+    folder_name = given.parent.name if given.name in ("engine", "onnx") else given.name
+    chosen = name or str(manifest.config.get("model_name") or folder_name)
     if not _FOLDER_NAME.fullmatch(chosen) or chosen[0] in ". " or chosen[-1] in ". ":
         raise UsageError(f"{chosen!r} is not a valid name for a folder", hint="--name NAME")
     files = {path: Entry(entry.sha256, entry.bytes) for path, entry in manifest.files.items()}

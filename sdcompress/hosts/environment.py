@@ -12,7 +12,7 @@ _PACKAGE = re.compile(
     r"(torch|numpy|onnxruntime(_gpu)?|tensorrt(_rtx)?(_cu\d+)?)-([0-9][^-]*)\.dist-info", re.IGNORECASE
 )
 _PYTHONS = ("venv", ".venv", "../venv", "../.venv", "python_embeded", "../python_embeded", "../system/python")
-"""Where a host's Python may lie. ComfyUI's portable build spells `python_embeded` so."""
+"""Where a host's Python may lie. `python_embeded` is the spelling of ComfyUI's portable build."""
 
 
 def find_process(host: Host, root: Path) -> int | None:

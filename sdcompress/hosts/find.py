@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import UsageError
 
 from sdcompress.hosts.definitions import hosts
@@ -34,7 +33,7 @@ def find_host(name: str, path: str | Path) -> tuple[Host, Path]:
         raise UsageError(
             f"is {known[other].title}, not {host.title}",
             where=root,
-            hint=command_line(["sdcompress", "install", other, str(root)]),
+            hint=f"the same command with {other} instead of {name}",
         )
     inside = next(
         (entry for entry in sorted(root.iterdir()) if entry.is_dir() and host.missing_mark(entry) is None), None
@@ -43,5 +42,5 @@ def find_host(name: str, path: str | Path) -> tuple[Host, Path]:
         f"is not the folder of {host.title}: it has no {missing}",
         where=root,
         expected="the folder that the program is started from",
-        hint=None if inside is None else command_line(["sdcompress", "install", name, str(inside)]),
+        hint=None if inside is None else f"the same command with the folder {inside}",
     )

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import ArtifactError, UsageError
 from sdcompress_engines.progress import SILENT, Reporter
 
@@ -53,7 +54,9 @@ def install(
         raise UsageError(
             "--with-weights with --link" if link else "--with-weights for ComfyUI, which loads such a file itself",
             hint=(
-                "leave it out" if link else "sdcompress export MODEL --ldm -o FILE.safetensors, into models/checkpoints"
+                "leave out --with-weights or --link"
+                if link
+                else "sdcompress export MODEL --ldm -o FILE.safetensors, into models/checkpoints"
             ),
         )
     opened = _read_engines(engines, host, name)
@@ -104,7 +107,10 @@ def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Outcome:
         raise ArtifactError(
             f"the record of what was installed is broken ({broken}), so it is unknown what may be removed",
             where=root / host.record,
-            hint=f"sdcompress install {host.name} {root}, which writes a new record and keeps this one as a backup",
+            hint=(
+                f"{command_line(['sdcompress', 'install', host.name, str(root)])}, which writes a new record and keeps"
+                " this one as a backup"
+            ),
         )
     if record is None:
         raise UsageError("nothing is installed here by sdcompress", where=root)

@@ -28,7 +28,7 @@ class EngineStatus:
     Attributes:
         name: of its folder.
         path: of the folder with the manifest.
-        ours: whether sdcompress has installed it.
+        is_recorded: whether a record lists it, so that sdcompress has installed it.
         facts: runtime, precision, signature, size in bytes and more, for display.
         fault: what is wrong with its files, or None.
         why_not: why it does not load on this machine, or None.
@@ -36,7 +36,7 @@ class EngineStatus:
 
     name: str
     path: Path
-    ours: bool
+    is_recorded: bool
     facts: Mapping[str, Any]
     fault: str | None
     why_not: str | None
@@ -96,7 +96,7 @@ def read_status(host: Host, root: Path) -> Status:
 
 def _find_changes(root: Path, record: Record) -> dict[str, str]:
     changed = {
-        path: "was changed since" if os.path.lexists(root / path) else "is missing"
+        path: "was changed since it was installed" if os.path.lexists(root / path) else "is missing"
         for path, entry in record.files.items()
         if not entry.is_at(root / path)
     }
@@ -107,15 +107,15 @@ def _find_changes(root: Path, record: Record) -> dict[str, str]:
     }
 
 
-def _read_engine_status(name: str, folder: Path, ours: bool) -> EngineStatus:
+def _read_engine_status(name: str, folder: Path, is_recorded: bool) -> EngineStatus:
     try:
         manifest = read_manifest(folder)
         if manifest is None:
-            return EngineStatus(name, folder, ours, {}, f"has no {MANIFEST_NAME}", None)
+            return EngineStatus(name, folder, is_recorded, {}, f"has no {MANIFEST_NAME}", None)
         fault = "; ".join(folder_faults(folder, manifest.kind)) or None
-        return EngineStatus(name, folder, ours, _read_facts(manifest), fault, _find_obstacle(manifest, folder))
+        return EngineStatus(name, folder, is_recorded, _read_facts(manifest), fault, _find_obstacle(manifest, folder))
     except SdCompressError as error:
-        return EngineStatus(name, folder, ours, {}, error.what, None)
+        return EngineStatus(name, folder, is_recorded, {}, error.what, None)
 
 
 def _read_facts(manifest: Manifest) -> dict[str, Any]:

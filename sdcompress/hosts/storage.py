@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +44,20 @@ def nearest_existing(place: Path) -> Path:
     return next(path for path in (place, *place.parents) if path.exists())
 
 
+def check_links(folder: Path) -> None:
+    """Create a link in a temporary folder inside `folder`, to see whether this account can create links there.
+
+    Raises:
+        OSError: it cannot, as on Windows without Developer Mode.
+    """
+    with tempfile.TemporaryDirectory(prefix=".sdcompress-", dir=folder) as place:
+        try:
+            os.symlink(place, Path(place) / "link", target_is_directory=True)
+        except OSError as error:
+            error.filename = str(folder)  # the temporary folder is gone when a person reads the message
+            raise
+
+
 @contextmanager
 def host_storage_errors(host: Host, root: Path) -> Iterator[None]:
     """Turn an `OSError` within the block into a `StorageError` whose hint fits an install.
@@ -55,7 +71,10 @@ def host_storage_errors(host: Host, root: Path) -> Iterator[None]:
         known = storage_error(error, error.filename or root)
         what = known.what if known else f"the file system failed ({error.strerror or error})"
         no_links = known is not None and getattr(error, "winerror", None) == _NO_PRIVILEGE
-        hint = (
-            known.hint if known and no_links else f"close {host.title} if it runs, and run this as the user who runs it"
-        )
+        if known and no_links:
+            hint = known.hint
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            hint = "free some space, then install again"
+        else:
+            hint = f"close {host.title} if it runs, and run this as the user who runs it"
         raise StorageError(what, where=error.filename or root, hint=hint) from error

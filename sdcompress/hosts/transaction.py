@@ -20,7 +20,7 @@ from sdcompress.hosts.entry import Entry, Item
 from sdcompress.hosts.files import copy_beside, make_folders, prune_folders, remove_unchanged
 from sdcompress.hosts.host import Host
 from sdcompress.hosts.record import Record, back_up_record, read_host_record, write_record
-from sdcompress.hosts.storage import nearest_existing
+from sdcompress.hosts.storage import check_links, nearest_existing
 
 _LAST = (MANIFEST_NAME, "__init__.py")
 """Files that make a host look into a folder; they are renamed into their place last."""
@@ -159,12 +159,14 @@ def _compare(
 
 def _write(host: Host, root: Path, change: _Change, record: Record, report: Reporter) -> list[str]:
     """Carry out a change, write the record, and return the removed paths."""
-    # Links go first: a folder that replaces a link must not be created behind it.
-    removed, _ = remove_unchanged(root, change.stale_links)
+    if change.select(links=True):
+        check_links(nearest_existing(root / host.models))  # before anything is removed
     folders, copies = list(record.folders), list[tuple[Path, Path]]()
     # Until the end the record lists old and new files, so that an uninstall finds all of them whatever happens.
     both = {**change.before, **record.files}
     try:
+        # Links go first: a folder that replaces a link must not be created behind it.
+        removed, _ = remove_unchanged(root, change.stale_links)
         for path in [host.record, *change.to_write]:
             folders += make_folders(root, str(PurePosixPath(path).parent))
         write_record(root / host.record, Record(both, tuple(folders), record.version, record.created))
@@ -176,9 +178,8 @@ def _write(host: Host, root: Path, change: _Change, record: Record, report: Repo
         for copy, target in sorted(copies, key=lambda pair: pair[1].name in _LAST):
             replace_file(copy, target)
     except BaseException:
-        _roll_back(
-            host, root, [copy for copy, _ in copies], Record(both, tuple(folders), record.version, record.created)
-        )
+        left = Record(both, tuple(folders), record.version, record.created)
+        _roll_back(host, root, [copy for copy, _ in copies], change, left)
         raise
     stale_files = {path: entry for path, entry in change.stale.items() if not entry.link}
     removed += remove_unchanged(root, stale_files)[0]
@@ -192,17 +193,41 @@ def _write(host: Host, root: Path, change: _Change, record: Record, report: Repo
     return sorted(removed)
 
 
-def _roll_back(host: Host, root: Path, copies: Sequence[Path], record: Record) -> None:
-    """After a failure, delete the copies and record what is there, or delete the record if nothing is left."""
+def _roll_back(host: Host, root: Path, copies: Sequence[Path], change: _Change, record: Record) -> None:
+    """After a failure, delete the copies, restore the links and record what is there.
+
+    If nothing is left, the record is deleted.
+
+    Args:
+        host: the program.
+        root: its folder.
+        copies: that are not in their place.
+        change: that failed.
+        record: of the old and the new files.
+    """
     with suppress(OSError):
         for copy in copies:
             copy.unlink(missing_ok=True)
+        folders = [*prune_folders(root, record.folders), *_restore_links(root, change.stale_links)]
         present = {path: entry for path, entry in record.files.items() if os.path.lexists(root / path)}
-        if not present:
-            (root / host.record).unlink(missing_ok=True)
-        left = prune_folders(root, record.folders)
+        replaced = {path: change.before[path] for path in change.to_write if path in change.before}
+        present |= {path: entry for path, entry in replaced.items() if entry.is_at(root / path)}
         if present:
-            write_record(root / host.record, Record(present, left, record.version, record.created))
+            write_record(root / host.record, Record(present, tuple(folders), record.version, record.created))
+        else:
+            (root / host.record).unlink(missing_ok=True)
+            prune_folders(root, folders)
+
+
+def _restore_links(root: Path, links: Mapping[str, Entry]) -> list[str]:
+    """Create the links that are not there, except where that fails. Returns the folders that were created for them."""
+    folders: list[str] = []
+    for path, entry in links.items():
+        with suppress(OSError):
+            if not os.path.lexists(root / path):
+                folders += make_folders(root, str(PurePosixPath(path).parent))
+                os.symlink(entry.link, root / path, target_is_directory=Path(entry.link).is_dir())
+    return folders
 
 
 def _host_folders(host: Host, paths: Iterable[str]) -> set[str]:

@@ -42,12 +42,12 @@ def prepare_weights(model: str | Path, engines: Sequence[Engine], stack: ExitSta
         inputs = engine.manifest.inputs
         if inputs.get("pipeline") != digest or any(source.startswith("lora ") for source in inputs):
             what = (
-                "has a LoRA baked in, which this model has not"
+                "contains a LoRA that this model does not contain"
                 if inputs.get("pipeline") == digest
                 else "was exported from another model"
             )
             raise EngineMismatch(
-                f"{engine.name} {what}, so torch would make other pictures",
+                f"{engine.name} {what}, so torch would draw different pictures",
                 where=path,
                 expected="the model it was exported from, unchanged",
             )

@@ -48,7 +48,7 @@ def find_finished_model(folder: Path) -> FinishedModel:
     """
     if not folder.is_dir():
         raise UsageError(
-            "is no folder" if folder.exists() else "does not exist",
+            "is not a folder" if folder.exists() else "does not exist",
             where=folder,
             expected="a pipeline, LoRA or training folder",
         )
@@ -76,7 +76,9 @@ def _find_manifest(folder: Path) -> tuple[Path, Manifest]:
     if place is None:
         is_pipeline = (folder / "model_index.json").is_file()
         raise ModelError(
-            f"was not made by sdcompress: it has no {MANIFEST_NAME}" if is_pipeline else "is no pipeline and no LoRA",
+            f"was not made by sdcompress: it has no {MANIFEST_NAME}"
+            if is_pipeline
+            else "is neither a pipeline nor a LoRA",
             where=folder,
             expected=expected,
         )

@@ -12,7 +12,7 @@ import yaml
 from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
 
-from sdcompress.publish.finished_model import PICTURE, FinishedModel, find_finished_model
+from sdcompress.publish.finished_model import PICTURE, FinishedModel
 
 if TYPE_CHECKING:
     from sdcompress.prune.plan import BlockPlan, LevelPlan
@@ -33,20 +33,14 @@ _OPTIONS = {
 }
 
 
-def model_card(folder: Path, repo: str, license: str | None = None, base_model: str | None = None) -> str:
-    """Returns the text of a model card: front matter, then Markdown.
+def check_names(license: str | None, base_model: str | None) -> None:
+    """Refuse a license or a base model that the hub would refuse.
 
     Args:
-        folder: of the finished model, or the training folder that holds it.
-        repo: OWNER/NAME on the hub, under which the model will be loaded.
-        license: the hub's name of a license; None is `other`, with a line that asks to check it.
-        base_model: the hub id of the teacher or base model; None is the name it was trained under, where that is such
-            an id.
+        license, base_model: see `model_card`.
 
     Raises:
-        UsageError: the license or the base model is no such name, or there is no such folder.
-        ModelError: the folder holds no model that sdcompress made.
-        ArtifactError: the model is damaged.
+        UsageError: the license or the base model is no such name.
     """
     if license is not None and not _LICENSE.fullmatch(license):
         raise UsageError(
@@ -55,7 +49,23 @@ def model_card(folder: Path, repo: str, license: str | None = None, base_model: 
         )
     if base_model is not None and not _HUB_ID.fullmatch(base_model):
         raise UsageError(f"base model {base_model!r}", expected="a hub id, OWNER/NAME")
-    model = find_finished_model(folder)
+
+
+def model_card(model: FinishedModel, repo: str, license: str | None = None, base_model: str | None = None) -> str:
+    """Returns the text of a model card: front matter, then Markdown.
+
+    Args:
+        model: as `find_finished_model` returns it.
+        repo: OWNER/NAME on the hub, under which the model will be loaded.
+        license: the hub's name of a license; None is `other`, with a line that asks to check it.
+        base_model: the hub id of the teacher or base model; None is the name it was trained under, where that is such
+            an id.
+
+    Raises:
+        UsageError: the license or the base model is no such name.
+        ModelError, PlanError: the config of the UNet or the plan cannot be read.
+    """
+    check_names(license, base_model)
     manifest = model.manifest
     base = base_model or _name_of_base(manifest)
     sections = [
@@ -227,7 +237,7 @@ def _count_unet_parameters(folder: Path) -> int:
     try:
         return count_unet_parameters(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"is no UNet's config ({error})", where=path) from error
+        raise ModelError(f"is not the config of a UNet ({error})", where=path) from error
 
 
 def _training(manifest: Manifest) -> str:

@@ -51,11 +51,11 @@ def check_repo(repo: str) -> None:
 
     expected = "OWNER/NAME of letters, digits, -, _ and ."
     if repo.count("/") != 1:
-        raise UsageError("is no repository", where=repo, expected=expected)
+        raise UsageError("is not a repository name", where=repo, expected=expected)
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UsageError("is no name the hub takes", where=repo, expected=expected) from error
+        raise UsageError("is not a name that the hub accepts", where=repo, expected=expected) from error
 
 
 def require_token() -> str:
@@ -70,7 +70,7 @@ def require_token() -> str:
     if token is None:
         raise UsageError(
             "no token for the hub",
-            expected="one that may write",
+            expected="a token with write access",
             hint="hf auth login, or set HF_TOKEN; --dry-run needs none",
         )
     return token
@@ -109,7 +109,7 @@ def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) 
     Args:
         folder: all files of the new commit.
         repo: OWNER/NAME.
-        token: one that may write.
+        token: with write access.
         private: whether a new repository is private.
         message: of the commit.
 
@@ -125,7 +125,7 @@ def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) 
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except OfflineModeIsEnabled as error:
         raise ArtifactError(
-            "was not uploaded: the hub is switched off", where=repo, hint="unset HF_HUB_OFFLINE"
+            "was not uploaded: HF_HUB_OFFLINE is set", where=repo, hint="unset HF_HUB_OFFLINE"
         ) from error
     except HfHubHTTPError as error:
         raise _explain_refusal(error, repo) from error
@@ -146,6 +146,6 @@ def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) 
 
 def _explain_refusal(error: HfHubHTTPError, repo: str) -> ArtifactError:
     code = error.response.status_code
-    hint = "hf auth login with a token that may write there" if code in (401, 403, 404) else "try again later"
+    hint = "hf auth login, with a token that has write access to it" if code in (401, 403, 404) else "try again later"
     reason = error.server_message or f"status {code}"
     return ArtifactError(f"was not uploaded: the hub refused ({reason})", where=repo, hint=hint)

@@ -32,6 +32,11 @@ def test_inspect_for_people_and_for_programs(cli: Cli, pictures: Path, tmp_path:
     assert figures["fault"] is None
 
 
+def test_an_option_of_zero_is_in_the_next_command(cli: Cli, pictures: Path) -> None:
+    _, out, _ = cli("data", "inspect", pictures, "--max-unusable", 0)
+    assert out.splitlines()[-1].endswith("TEACHER -o cache --max-unusable 0.0")
+
+
 def test_inspect_reports_when_training_would_stop(cli: Cli, tmp_path: Path) -> None:
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
     code, out, _ = cli("data", "inspect", tmp_path)
@@ -105,7 +110,7 @@ def test_mistakes_are_one_line(cli: Cli, random_folder: Path, pictures: Path, tm
         ([*generate, prompts, "-n", 1, "--backend", "coreml"], 2, "onnxruntime"),
         (["data", "inspect", pictures, "--size", 65], 2, "data.size_px"),
         (["data", "inspect", pictures, "--where", "score is 3"], 2, "--where"),
-        (["data", "inspect", pictures, "--sheet", "a.txt"], 2, "name of a picture"),
+        (["data", "inspect", pictures, "--sheet", "a.txt"], 2, "not a picture file name"),
         (["data", "inspect", pictures, "--limit", 0], 2, "--limit"),
         (["data", "inspect", tmp_path / "gone"], 2, "does not exist"),
         (["data", "cache", pictures, tmp_path / "gone", "-o", tmp_path / "out"], 2, "does not exist"),

@@ -200,7 +200,7 @@ def test_an_exported_folder_is_listed_and_verified(cli: Cli, exported: Path) -> 
     assert [fact["profile"] for fact in facts] == ["256:512:768 px, batch 1:2:8, tokens 77:77:154", "512 px, batch 2"]
     code, out, _ = cli("engines", "verify", exported)
     assert code == 0
-    assert "1 of 1 whole" in out
+    assert "1 of 1 intact" in out
     manifest = exported / "engine" / MANIFEST_NAME
     text = manifest.read_text()
     manifest.write_text(text.replace('"fp16"', '"fp32"'))
@@ -234,7 +234,7 @@ def test_a_folder_without_engines_is_refused(cli: Cli, store: EngineStore, tmp_p
 def test_verify_exits_with_3_and_names_each_fault(cli: Cli, store: EngineStore) -> None:
     code, out, _ = cli("engines", "verify")
     assert code == 0
-    assert out.count("whole") == 3
+    assert out.count("intact") == 3
     path = entry_of(store, UNET).path
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     leftover = store.root / f".{UNET.digest}.abcd.partial"

@@ -21,6 +21,8 @@ needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tenso
         (["--profile", "webui"], "--profile without --trt. Try: add --trt"),
         (["--batch", "1:2:8"], "--batch without --trt"),
         (["--refit", "any"], "--refit without --trt"),
+        (["--optimization-level", "0"], "--optimization-level without --trt"),
+        (["--workspace", "5"], "--workspace without --trt"),
         (["--trt", "--precision", "fp32"], "expected fp16, bf16, fp8 or int8"),
         (["--calibration-prompts", "p.txt"], "add --precision fp8 or int8"),
         (["--trt", "--profile", "webui", "--profile", "sd15-512", "--batch", "2"], "the sizes in each of them"),
@@ -109,6 +111,26 @@ def test_a_checkpoint_in_ldm_layout_is_one_file_that_loads_again(cli: Cli, tmp_p
 
 
 @pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--trt"], "--trt"),
+        (["--component", "unet"], "--component"),
+        (["--precision", "fp8"], "--precision fp8"),
+        (["--opset", "20"], "--opset"),
+        (["--signature", "webui"], "--signature"),
+        (["--keep-failed"], "--keep-failed"),
+        (["--optimization-level", "0"], "--optimization-level"),
+    ],
+)
+def test_an_option_of_graphs_or_engines_is_refused_with_ldm(
+    cli: Cli, tmp_path: Path, options: list[str], named: str
+) -> None:
+    code, _, err = cli("export", "nano", "--ldm", "-o", tmp_path / "x.safetensors", *options)
+    assert code == 2
+    assert f"sdcompress: {named} with --ldm; expected a checkpoint alone" in one_line(err)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--backend", "torch"], "--backend ort"),
@@ -138,3 +160,20 @@ def test_generate_refuses_a_folder_without_a_graph_of_the_unet(cli: Cli, tmp_pat
     code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "a.png", "--backend", "ort", "--artifacts", folder)
     assert code == 1
     assert "has no graph of the unet" in one_line(err)
+
+
+def test_generate_names_the_folders_inside_an_export_with_engines(cli: Cli, tmp_path: Path, fp16_small: Any) -> None:
+    folder = tmp_path / "exported"
+    shutil.copytree(fp16_small.folder, folder / "onnx")
+    code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "a.png", "--backend", "ort", "--artifacts", folder)
+    assert code == 1
+    assert "holds no exported pipeline" in one_line(err)
+    assert "DIR/onnx or DIR/engine" in one_line(err)
+
+
+@pytest.mark.parametrize("option", ["--precision", "--artifacts"])
+def test_auto_is_refused_with_what_it_chooses_itself(cli: Cli, tmp_path: Path, option: str) -> None:
+    value = "fp32" if option == "--precision" else tmp_path
+    code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "a.png", "--backend", "auto", option, value)
+    assert code == 2
+    assert "with the backend auto, which chooses both" in one_line(err)

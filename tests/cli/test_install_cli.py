@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from sdcompress_engines.command import command_line
 
 from ..sdcompress.hosts.trees import HOSTS, TREES, make_engine, make_tree, snapshot
 from .conftest import Cli, one_line
@@ -26,14 +27,14 @@ def test_install_status_uninstall(host: str, cli: Cli, tmp_path: Path) -> None:
     assert code == 0
     assert "models/sdcompress/sd-tiny: 3 files written" in out
     assert "restart" in out
-    assert f'next: sdcompress status {host} "{root}"' in out
+    assert f"next: sdcompress status {host} {command_line([str(root)])}" in out
     code, out, _ = cli("install", host, root, made)
     assert (code, "everything was there already" in out) == (0, True)
     code, out, _ = cli("status", host, root)
     assert code == 0
     assert "sd-tiny  (tensorrt-rtx 1.0.0, fp16," in out
     assert "does not load here: the engine was built for linux-s390x" in out
-    assert "its Python" in out
+    assert "host's Python  not found" in out
     code, out, _ = cli("uninstall", host, root)
     assert code == 0
     assert "3 files removed" in out
@@ -48,7 +49,7 @@ def test_status_as_json(cli: Cli, tmp_path: Path) -> None:
     found = json.loads(out)
     assert code == 0
     assert found["installed"]
-    assert found["changed"] == {"custom_nodes/comfyui-sdcompress/node.py": "was changed since"}
+    assert found["changed"] == {"custom_nodes/comfyui-sdcompress/node.py": "was changed since it was installed"}
     assert [(engine["name"], engine["ours"], engine["fault"], engine["loads_here"]) for engine in found["engines"]] == [
         ("Ärger", True, None, False)
     ]

@@ -192,7 +192,7 @@ def test_unfinished_and_unknown_folders_are_not_pushed(
     empty.mkdir()
     for folder, code, message in (
         (tmp_path / "nowhere", 2, "does not exist"),
-        (empty, 1, "no pipeline and no LoRA"),
+        (empty, 1, "neither a pipeline nor a LoRA"),
         (unfinished, 1, "--resume"),
         (random_folder, 1, "no sdcompress.json"),
     ):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from sdcompress_engines.command import command_line
 
 from sdcompress.train.recipes import recipe_names, recipe_path
 
@@ -34,8 +35,10 @@ def test_show_is_the_file_and_resolved_is_every_knob(cli: Cli) -> None:
 
 
 def test_copy_replaces_a_file_only_with_force(cli: Cli, tmp_path: Path) -> None:
-    mine = tmp_path / "new/mine.yaml"
-    assert cli("recipes", "copy", "nano", mine)[0] == 0
+    mine = tmp_path / "new recipes/mine.yaml"
+    code, out, _ = cli("recipes", "copy", "nano", mine)
+    assert code == 0
+    assert out.splitlines()[-1] == f"next: sdcompress recipes validate {command_line([str(mine)])}"
     assert mine.read_text() == recipe_path("nano").read_text()
     mine.write_text("steps: 7\n")
     code, _, err = cli("recipes", "copy", "nano", mine)
@@ -98,6 +101,8 @@ def test_validate_prints_the_figures_with_the_settings(cli: Cli) -> None:
     resolved = json.loads(
         cli("recipes", "validate", "segmind-tiny", "--set", "data.captions={generated_caption: 1}", "--json")[1]
     )
+    setting = command_line(["--set", "data.captions={generated_caption: 1}"])
+    assert f" --recipe segmind-tiny --set learning_rate=1e-5 {setting} -o DIR" in out
     assert resolved["data"]["captions"] == {"generated_caption": 1.0}
     assert "rank 8, alpha 8, on to_q" in cli("recipes", "validate", "nano-lora")[1]
 

@@ -12,6 +12,8 @@ from sdcompress_engines.manifest import faults
 
 from sdcompress.cli import main
 
+from .conftest import Cli
+
 
 @pytest.mark.slow
 def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
@@ -66,3 +68,10 @@ def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
     assert err.count("there already") == len(kinds) - 2
     stamps_now = {folder: (tmp_path / "out" / folder / "sdcompress.json").stat().st_mtime_ns for folder in kinds}
     assert {folder for folder in kinds if stamps_now[folder] != stamps[folder]} == {"random/onnx", "report"}
+
+
+@pytest.mark.parametrize("text", ["-8.9", "8.99", "8"])
+def test_what_is_not_a_compute_capability_is_refused(cli: Cli, tmp_path: Path, text: str) -> None:
+    code, _, err = cli("run", "nano", "--data", "nano", "-o", tmp_path / "out", f"--compute-capability={text}")
+    assert code == 2
+    assert "is not a compute capability; 8.9 is one" in err

@@ -87,6 +87,24 @@ def test_the_fastest_that_is_exact_enough_wins_and_is_remembered(
     assert len(asked) == 8
 
 
+def test_a_backend_without_a_limit_does_not_count(
+    random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch does not run in bfloat16, and AOTInductor's output there is not a number."""
+    figures = {"torch fp32": (100.0, 0.0), "aot bf16": (40.0, float("nan"))}
+
+    def child(case: dict[str, Any]) -> dict[str, Any]:
+        name = f"{case['backend']} {case['precision']}"
+        return answer(case, *figures[name]) if name in figures else {"failed": "out of memory"}
+
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(fastest_module, "time_in_process", child)
+    monkeypatch.setattr(fastest_module, "candidates", lambda device: [TORCH, HALF, Candidate("aot", "bf16")])
+    assert find_fastest(random_folder) == ("torch", "fp32")
+    (kept,) = tmp_path.rglob("auto-cpu.json")
+    assert "torch in bf16 did not run" in json.loads(kept.read_text())["measured"][2]["failed"]
+
+
 def test_a_backend_that_dies_is_left_out_and_none_at_all_is_an_error(
     random_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -131,7 +131,7 @@ def test_a_cache_of_other_settings_or_cut_short_is_refused_with_the_reason(
         LatentCache.open(tmp_path / "cache", config=DataConfig(flip=True))
     unit = tmp_path / "cache/unit-00000.safetensors"
     unit.write_bytes(unit.read_bytes()[:-1])
-    with pytest.raises(DataError, match="is no whole cache"):
+    with pytest.raises(DataError, match="is not a complete cache"):
         LatentCache.open(tmp_path / "cache")
 
 

@@ -55,7 +55,7 @@ def test_calibration_without_guidance_has_no_empty_prompt(random_pipeline: Any) 
 
 
 def test_more_samples_than_a_run_has_are_refused(random_pipeline: Any) -> None:
-    with pytest.raises(DataError, match="at most 6"):
+    with pytest.raises(DataError, match=r"at most 6\. Try: give at least 2 prompts"):
         collect_calibration(random_pipeline, ["a cat"], steps=2, samples=7)
     with pytest.raises(DataError, match="0 prompts"):
         collect_calibration(random_pipeline, [])

@@ -6,15 +6,17 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sdcompress_engines.errors import ArtifactError, DataError, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME, faults
 from sdcompress_engines.progress import Advance, Reporter
 
+from sdcompress.backends import assemble
 from sdcompress.data.sources import open_source
 from sdcompress.generate.dataset import generate_dataset, hash_teacher
 from sdcompress.generate.output_folder import METADATA
@@ -78,6 +80,18 @@ def test_a_stopped_run_continues_and_equals_one_that_was_not_stopped(
     assert result.drawn == 2
     assert contents(result.folder) == contents(drawn)
     assert faults(result.folder, "dataset") == []
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_pipeline_is_closed_at_the_end(
+    stopped: bool, random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Any] = []
+    monkeypatch.setattr(assemble, "close_pipeline", closed.append)
+    with pytest.raises(Stop) if stopped else nullcontext():
+        report = StopAfter(1 if stopped else 100)
+        generate_dataset(random_folder, PROMPTS, tmp_path / "set", replace(SETTINGS, count=1), report=report)
+    assert len(closed) == 1
 
 
 def test_a_finished_set_is_not_changed_and_a_damaged_one_is_repaired(

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from sdcompress_engines.builder import build_engine
+from sdcompress_engines.command import command_line
 from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.flavour import TENSORRT_RTX, platform_name
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.store import EngineStore
 
+from sdcompress.backends import installation
 from sdcompress.backends.anonymous import anonymize
 from sdcompress.backends.diagnosis import Diagnosis
 from sdcompress.backends.doctor import examine
@@ -118,6 +121,15 @@ def test_a_package_of_a_version_that_does_not_fit_is_a_fault(tmp_path: Path, mon
     assert check.command == "pip install 'diffusers<0.43,>=0.42' 'onnxruntime>=1.23'"
 
 
+def test_the_command_for_packages_is_quoted_as_windows_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, "diffusers", "0.30.0")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(installation, "command_line", partial(command_line, windows=True))
+    assert check_packages(False).command == 'pip install "diffusers<0.43,>=0.42"'
+
+
 @needs_posix
 def test_a_driver_beside_a_torch_for_the_cpu_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`nvidia-smi` is a stand-in that answers as the real one does."""
@@ -189,7 +201,7 @@ def test_a_damaged_engine_is_named_and_the_command_removes_it(tmp_path: Path) ->
     store = EngineStore(tmp_path / "engines")
     assert check_store(store).text == "none in the store"
     sound, damaged = (build_sum(store, tmp_path, letter * 64) for letter in "ab")
-    assert check_store(store) == Check("engines", True, "2 in the store, whole")
+    assert check_store(store) == Check("engines", True, "2 in the store, intact")
     flip_a_byte(store.root / damaged / "unet.engine")
     check = check_store(store)
     assert not check.ok
@@ -234,9 +246,9 @@ def test_a_proof_that_runs_out_of_time_is_unfinished_and_its_process_is_gone(tmp
     started = time.monotonic()
     outcome = Proof(case(tmp_path), started + 0.5).finish()
     assert time.monotonic() - started < 5
-    assert "the time was over" in outcome["unfinished"]
+    assert "no time was left" in outcome["unfinished"]
     assert psutil.Process().children() == before
-    assert "before it began" in Proof(case(tmp_path), started).finish()["unfinished"]
+    assert "to start it" in Proof(case(tmp_path), started).finish()["unfinished"]
 
 
 def test_an_error_in_a_process_is_a_reason(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from sdcompress.data.build_cache import agree_on_precision
 from sdcompress.data.embed import embed_in_batches, text_encoders_on
 from sdcompress.data.encode import LatentEncoder
 from sdcompress.data.memory import count_picture_bytes
-from sdcompress.data.precision import DTYPES, choose_precision, copy_encoder
+from sdcompress.data.precision import DTYPES, choose_vae_precision, copy_encoder
 from sdcompress.data.sources import open_source
 from sdcompress.data.views import to_pixels
 from sdcompress.models.load import load_pipeline
@@ -254,22 +254,22 @@ def test_sd1_encodes_in_bf16_where_a_card_has_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)  # stand-in for a card
     cuda = torch.device("cuda", 0)
-    assert choose_precision(random_pipeline, cuda) == expected
-    assert choose_precision(random_pipeline, cuda, "fp32") == "fp32"
-    assert choose_precision(random_pipeline, CPU) == "fp32"
+    assert choose_vae_precision(random_pipeline, cuda) == expected
+    assert choose_vae_precision(random_pipeline, cuda, "fp32") == "fp32"
+    assert choose_vae_precision(random_pipeline, CPU) == "fp32"
 
 
 def test_bf16_is_refused_where_it_would_be_emulated(random_pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))  # stand-in for a card
     with pytest.raises(BackendMissing, match=r"capability 7\.5 has no bf16; expected 8\.0 .*--vae-precision fp32"):
-        choose_precision(random_pipeline, torch.device("cuda", 0), "bf16")
+        choose_vae_precision(random_pipeline, torch.device("cuda", 0), "bf16")
 
 
 def test_sdxl_is_never_encoded_in_fp16(sdxl_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline: Any = load_pipeline(sdxl_folder).pipeline
     for capability in ((7, 5), (8, 0), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, version=capability: version)
-        assert choose_precision(pipeline, torch.device("cuda", 0)) == "fp32"
+        assert choose_vae_precision(pipeline, torch.device("cuda", 0)) == "fp32"
     half = copy.deepcopy(pipeline.vae).half()  # a checkpoint that was loaded in the precision it is stored in
     for precision in ("fp32", "bf16"):
         encoder = copy_encoder(half, CPU, precision)

@@ -9,7 +9,7 @@ import pytest
 from sdcompress_engines.errors import ModelError
 
 from sdcompress.families.configs import CONFIGS
-from sdcompress.families.registry import OTHER, family_of, student_of
+from sdcompress.families.registry import OTHER, family_of
 from sdcompress.models import nano
 from sdcompress.models.locate import read_unet_config, refuse_student
 from sdcompress.prune.cost import count_parameters
@@ -115,7 +115,7 @@ def public(config: dict[str, Any]) -> dict[str, Any]:
 def test_a_published_student_is_recognized_by_its_blocks(name: str) -> None:
     config, family, kind, parameters = PUBLISHED[name]
     assert family_of(config).name == family
-    assert student_of(config) == kind
+    assert family_of(config).student_of(config) == kind
     # The counts of SD1 and SD2 are published to the last digit, those of SDXL's students in billions.
     assert count_parameters(meta_unet(config)) == pytest.approx(parameters, rel=0.005 if family == "sdxl" else 0)
 
@@ -134,7 +134,7 @@ def test_a_published_student_is_refused_as_a_teacher_by_its_name(name: str) -> N
 def test_a_whole_model_is_no_student(family: str, parameters: int) -> None:
     config = whole(family)
     assert family_of(config).name == family
-    assert student_of(config) is None
+    assert family_of(config).student_of(config) is None
     refuse_student(config, "teacher")
     assert count_parameters(meta_unet(public(config))) == parameters
 
@@ -167,19 +167,22 @@ def test_a_plans_student_config_is_the_published_one(name: str, teacher: str, ch
     ],
 )
 def test_a_preset_is_recognized_in_its_student(family: str, kind: str) -> None:
-    assert student_of(make_plan(whole(family), kind).student_config()) == kind
+    student = make_plan(whole(family), kind).student_config()
+    assert family_of(student).student_of(student) == kind
 
 
 def test_another_block_removal_is_recognized_as_custom() -> None:
     whole_level, pruned = LevelPlan((0, 1), (0, 1, 2)), LevelPlan((0,), (0, 2))
     plan = make_plan(whole("sd1"), levels=[whole_level, pruned, pruned, pruned])
-    assert student_of(plan.student_config()) == "custom"
+    student = plan.student_config()
+    assert family_of(student).student_of(student) == "custom"
 
 
 def test_the_student_of_nano_is_recognized_and_its_teacher_is_whole() -> None:
-    assert student_of(read_unet_config("nano")) is None
+    teacher = read_unet_config("nano")
+    assert family_of(teacher).student_of(teacher) is None
     tiny = json.loads((nano.ASSETS / "tiny/config.json").read_text())
-    assert student_of(tiny) == "bk-tiny"
+    assert family_of(tiny).student_of(tiny) == "bk-tiny"
 
 
 def test_a_unet_of_another_kind_has_no_family() -> None:
@@ -200,4 +203,4 @@ def test_a_unet_of_another_kind_has_no_family() -> None:
         }
     )
     assert family_of(refiner) is family_of(upscaler) is OTHER
-    assert student_of(refiner) is None
+    assert family_of(refiner).student_of(refiner) is None

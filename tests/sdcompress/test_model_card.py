@@ -58,6 +58,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
     }
 
 
+def make_card(folder: Path, *arguments: Any, **options: Any) -> str:
+    return model_card(find_finished_model(folder), *arguments, **options)
+
+
 def front_matter(card: str) -> dict[str, Any]:
     _, matter, _ = card.split("---\n", 2)
     values = yaml.safe_load(matter)
@@ -71,7 +75,7 @@ def test_the_card_of_a_student_names_the_removed_blocks_and_its_sources(
     from diffusers import UNet2DConditionModel
 
     folder = trained["student"]
-    card = model_card(folder, "me/random-tiny")
+    card = make_card(folder, "me/random-tiny")
     manifest = json.loads((folder / MANIFEST_NAME).read_text())
     before, after = (
         count_parameters(random_pipeline.unet),
@@ -94,7 +98,7 @@ def test_the_card_of_a_student_names_the_removed_blocks_and_its_sources(
 
 @pytest.mark.parametrize("kind", ["student", "finetuned", "lora"])
 def test_the_front_matter_has_the_entries_of_the_hub(trained: dict[str, Path], kind: str) -> None:
-    matter = front_matter(model_card(trained[kind], "me/thing", "creativeml-openrail-m", base_model="org/teacher"))
+    matter = front_matter(make_card(trained[kind], "me/thing", "creativeml-openrail-m", base_model="org/teacher"))
     assert matter["license"] == "creativeml-openrail-m"
     assert matter["base_model"] == "org/teacher"
     assert matter["library_name"] == "diffusers"
@@ -104,18 +108,18 @@ def test_the_front_matter_has_the_entries_of_the_hub(trained: dict[str, Path], k
 
 
 def test_a_teacher_that_is_a_folder_is_no_base_model_on_the_hub(trained: dict[str, Path]) -> None:
-    assert "base_model" not in front_matter(model_card(trained["student"], "me/thing"))
+    assert "base_model" not in front_matter(make_card(trained["student"], "me/thing"))
 
 
 def test_a_license_that_was_not_given_has_to_be_checked(trained: dict[str, Path]) -> None:
-    card = model_card(trained["student"], "me/thing")
+    card = make_card(trained["student"], "me/thing")
     assert front_matter(card)["license"] == "other"
     assert "To be checked" in card
-    assert "To be checked" not in model_card(trained["student"], "me/thing", "apache-2.0")
+    assert "To be checked" not in make_card(trained["student"], "me/thing", "apache-2.0")
 
 
 def test_a_lora_card_loads_it_by_its_file(trained: dict[str, Path]) -> None:
-    card = model_card(trained["lora"], "me/style", base_model="org/teacher")
+    card = make_card(trained["lora"], "me/style", base_model="org/teacher")
     assert 'from_pretrained("org/teacher"' in card
     assert 'load_lora_weights("me/style", weight_name="lora.safetensors")' in card
     assert (trained["lora"] / "lora.safetensors").is_file()
@@ -125,7 +129,7 @@ def test_a_lora_card_loads_it_by_its_file(trained: dict[str, Path]) -> None:
 
 def test_the_code_of_a_card_runs(trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code = model_card(trained["student"], "me/thing").split("```python\n")[1].split("```")[0]
+    code = make_card(trained["student"], "me/thing").split("```python\n")[1].split("```")[0]
     code = code.replace("me/thing", str(trained["student"])).replace("num_inference_steps=25", "num_inference_steps=1")
     exec(compile(code, "card", "exec"), {})
     with Image.open(tmp_path / "picture.png") as picture:
@@ -135,19 +139,19 @@ def test_the_code_of_a_card_runs(trained: dict[str, Path], tmp_path: Path, monke
 def test_the_newest_samples_are_shown_with_their_prompts(trained: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(trained["student"], tmp_path / "run/pipeline")
     folder = tmp_path / "run/pipeline"
-    assert "samples.webp" not in model_card(folder, "me/thing")
+    assert "samples.webp" not in make_card(folder, "me/thing")
     (tmp_path / "run/samples").mkdir()
     for step in (90, 180):
         Image.new("RGB", (8, 8)).save(tmp_path / f"run/samples/step-{step:06d}.webp")
     assert find_finished_model(folder).samples == tmp_path / "run/samples/step-000180.webp"
-    card = model_card(folder, "me/thing")
+    card = make_card(folder, "me/thing")
     assert "![samples](samples.webp)" in card
     assert f"- {PROMPT}" in card
 
 
 def test_a_model_without_a_manifest_gets_no_card(random_folder: Path) -> None:
     with pytest.raises(ModelError, match=r"no sdcompress\.json"):
-        model_card(random_folder, "me/thing")
+        make_card(random_folder, "me/thing")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,7 @@ def test_a_manifest_without_the_training_is_refused(
     assert manifest is not None
     save_manifest(folder, replace(manifest, config=manifest.config | change))
     with pytest.raises(error):
-        model_card(folder, "me/thing")
+        make_card(folder, "me/thing")
 
 
 def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -170,4 +174,4 @@ def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_pa
     assert manifest is not None
     save_manifest(tmp_path, replace(manifest, kind="engine"))
     with pytest.raises(ModelError, match="kind 'engine'"):
-        model_card(tmp_path, "me/thing")
+        make_card(tmp_path, "me/thing")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sdcompress_engines.errors import EngineMismatch
+from sdcompress_engines.manifest import write_manifest
 
 from sdcompress.backends.assemble import close_pipeline, open_pipeline
 from sdcompress.export.aot import package_folder
@@ -29,3 +31,9 @@ def test_a_compiled_unet_draws_as_torch_and_is_kept(
             compiled.append(package.stat().st_mtime_ns)
     assert compiled[0] == compiled[1]
     assert all(np.abs(a - b).max() <= 1 for a, b in zip(pictures["torch"], pictures["aot"], strict=True))
+
+
+def test_a_package_of_another_model_is_refused(small_folder: Path, tmp_path: Path) -> None:
+    write_manifest(tmp_path, "package", inputs={"pipeline": "0" * 64})
+    with pytest.raises(EngineMismatch, match=r"was made from another model \(000000000000\)"):
+        open_pipeline(small_folder, "aot", tmp_path, device="cpu")

@@ -157,7 +157,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_message_names_resume(arguments
         time.sleep(0.01)
     second = run(ALONE, arguments, output, "--resume")
     assert second.returncode == 1
-    assert "another run is at work" in second.stderr
+    assert "another run is using this folder" in second.stderr
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err

@@ -15,7 +15,7 @@ from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.train.batches import NoisyBatch
 from sdcompress.train.kernels import compile_blocks
 from sdcompress.train.objectives.block_distillation import BlockDistillation
-from sdcompress.train.precision import choose_precision, copy_frozen
+from sdcompress.train.precision import copy_frozen, resolve_precision
 from sdcompress.train.stopping import any_process_stops
 
 WEIGHTS = {"task_loss": 1.0, "output_kd_loss": 1.0, "feature_kd_loss": 1.0}
@@ -106,7 +106,7 @@ def test_bf16_is_chosen_only_where_the_card_computes_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: card)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # its answer on every card
-    assert choose_precision("auto", "cuda") == precision
+    assert resolve_precision("auto", "cuda") == precision
 
 
 def test_processes_exchange_stop_signals_every_tenth_step_and_a_single_process_never() -> None:

@@ -69,14 +69,16 @@ def check_quantized(
     """
     precision = _read_precision(Path(quantized))
     times = next(values for values in feeds.values() if values.ndim == 1)
-    moments = {float(time): np.flatnonzero(times == time) for time in sorted(set(times.tolist()), reverse=True)}
-    if len(moments) < CHECK_TIMESTEPS:
-        raise DataError(f"{len(moments)} timesteps to check at", expected=f"at least {CHECK_TIMESTEPS}")
+    rows_by_timestep = {
+        float(time): np.flatnonzero(times == time) for time in sorted(set(times.tolist()), reverse=True)
+    }
+    if len(rows_by_timestep) < CHECK_TIMESTEPS:
+        raise DataError(f"{len(rows_by_timestep)} timesteps to check at", expected=f"at least {CHECK_TIMESTEPS}")
 
     def predict(runner: Runner) -> list[torch.Tensor]:
-        with runner, report.task(f"checking {precision}: {runner.backend}", total=len(moments)) as advance:
+        with runner, report.task(f"checking {precision}: {runner.backend}", total=len(rows_by_timestep)) as advance:
             predictions = []
-            for rows in moments.values():
+            for rows in rows_by_timestep.values():
                 predictions.append(_predict(runner, feeds, rows))
                 advance()
         return predictions
@@ -85,7 +87,7 @@ def check_quantized(
     predictions = predict(OnnxRuntimeRunner(quantized))
     errors = [relative_l2(output, exact) for output, exact in zip(predictions, references, strict=True)]
     errors = [error if error == error else float("inf") for error in errors]
-    by_time = dict(zip(moments, errors, strict=True))
+    by_time = dict(zip(rows_by_timestep, errors, strict=True))
     return Accuracy(precision, by_time, sum(errors) / len(errors), max(errors), len(times))
 
 
@@ -125,10 +127,10 @@ def check_accuracy(accuracy: Accuracy) -> None:
     """
     limit = LIMITS[accuracy.precision]
     if not (accuracy.mean <= limit.mean and accuracy.worst <= limit.worst):
-        moment = max(accuracy.relative_l2, key=lambda time: accuracy.relative_l2[time])
+        timestep = max(accuracy.relative_l2, key=lambda time: accuracy.relative_l2[time])
         raise GateFailed(
             f"the {accuracy.precision} UNet is too far from fp32: relative L2 {accuracy.mean:.3f} on average,"
-            f" {accuracy.worst:.3f} at timestep {moment:g}",
+            f" {accuracy.worst:.3f} at timestep {timestep:g}",
             expected=f"at most {limit.mean:g} and {limit.worst:g}",
             hint="--calibration-prompts with prompts of the kind the model is used for, or --precision fp16",
         )

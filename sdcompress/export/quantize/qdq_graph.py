@@ -36,7 +36,7 @@ def mark_types(graph: Any) -> None:
 def clean_quantized(graph: Any, chosen: Collection[str], precision: str) -> dict[str, int]:
     """Clean up the graph that modelopt wrote. Returns operator → how many of the chosen nodes are quantized.
 
-    modelopt quantizes not all of them: in fp8 it leaves out layers of few channels.
+    modelopt does not quantize all of them: in fp8 it leaves out layers of few channels.
 
     Args:
         graph: as modelopt wrote it.

@@ -149,7 +149,7 @@ def _run_worker(job: Mapping[str, Any], source: Path, advance: Advance) -> dict[
         raise ExportError(
             f"{describe_exit(ending.status, 'the quantization process')}: {' '.join(ending.output) or 'no output'}",
             where=source,
-            hint="a machine with more memory, or fewer calibration samples",
+            hint="run it on a machine with more memory",
         )
     done: dict[str, Any] = answer["done"]
     return done

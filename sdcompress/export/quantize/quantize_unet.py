@@ -58,11 +58,11 @@ def quantize_unet(
     Raises:
         DataError, ExportError, StorageError: as `quantize_graph` and `collect_calibration`.
     """
-    usual, held_out = default_prompts(pipeline)
+    calibration_prompts, held_out = default_prompts(pipeline)
     device = pipeline.unet.device
     if torch.cuda.is_available():
         pipeline.to("cuda")
-    rows = collect_calibration(pipeline, prompts or usual, report=report)
+    rows = collect_calibration(pipeline, prompts or calibration_prompts, report=report)
     feeds = collect_calibration(pipeline, held_out, samples=4 * len(held_out), seed=_HELD_OUT_SEED, report=report)
     pipeline.to(device)
     exact = signature_of("unet", pipeline.unet, "fp32", host)

@@ -66,9 +66,9 @@ class InputRecorder:
         halves = batch // count
         if self._samples > (most := calls * halves * self._prompts):
             raise DataError(
-                f"{self._samples} samples of {calls} UNet calls for {self._prompts} prompts",
+                f"{self._samples} samples cannot be taken from {calls} UNet calls for each of {self._prompts} prompts",
                 expected=f"at most {most}",
-                hint="more prompts",
+                hint=f"give at least {-(-self._samples // (calls * halves))} prompts",
             )
         numbers = range(-(-call * self._samples // calls), -(-(call + 1) * self._samples // calls))
         places = [(number % halves, number // halves % self._prompts - first) for number in numbers]

@@ -22,10 +22,10 @@ def test_the_hosts_have_these_names() -> None:
 @pytest.mark.parametrize(
     ("host", "tree", "words"),
     [
-        ("webui", "comfyui", r"is ComfyUI, not SD-WebUI\. Try: sdcompress install comfyui"),
-        ("comfyui", "webui", r"is SD-WebUI, not ComfyUI\. Try: sdcompress install webui"),
-        ("webui", "forge", r"is Forge, not SD-WebUI\. Try: sdcompress install forge"),
-        ("forge", "webui", r"is SD-WebUI, not Forge\. Try: sdcompress install webui"),
+        ("webui", "comfyui", r"is ComfyUI, not SD-WebUI\. Try: the same command with comfyui instead of webui"),
+        ("comfyui", "webui", r"is SD-WebUI, not ComfyUI\. Try: the same command with webui"),
+        ("webui", "forge", r"is Forge, not SD-WebUI\. Try: the same command with forge"),
+        ("forge", "webui", r"is SD-WebUI, not Forge\. Try: the same command with webui"),
     ],
 )
 def test_another_host_is_recognized_by_its_files(host: str, tree: str, words: str, tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_a_folder_of_no_host_is_refused(tmp_path: Path) -> None:
     make_tree(tmp_path / "portable/ComfyUI", "comfyui")
     with pytest.raises(
         UsageError,
-        match=r"is not the folder of ComfyUI: it has no custom_nodes.*: sdcompress install comfyui .*portable/ComfyUI",
+        match=r"is not the folder of ComfyUI: it has no custom_nodes.*same command with the folder .*portable/ComfyUI",
     ):
         find_host("comfyui", tmp_path / "portable")
     with pytest.raises(UsageError, match="no such folder"):

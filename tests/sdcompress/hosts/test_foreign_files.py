@@ -25,7 +25,7 @@ def test_a_file_that_was_changed_is_kept_and_reported(comfyui: tuple[Any, Path],
     changed, missing = f"{host.extension}/node.py", f"{host.models}/sd-tiny/pipeline/unet/config.json"
     (root / changed).write_text("my own version\n")
     (root / missing).unlink()
-    assert read_status(host, root).changed == {changed: "was changed since", missing: "is missing"}
+    assert read_status(host, root).changed == {changed: "was changed since it was installed", missing: "is missing"}
     assert read_status(host, root).engines[0].fault == "pipeline/unet/config.json is missing"
     with pytest.raises(ArtifactError, match=r"node\.py: was changed since it was installed"):
         install(host, root, [engine])

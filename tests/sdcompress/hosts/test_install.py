@@ -36,7 +36,7 @@ def test_install_status_uninstall_leaves_the_tree_byte_equal(
     assert not state.broken
     assert not state.changed
     assert [engine.name for engine in state.engines] == ["Straße bei Nacht", "sd-tiny"]
-    assert all(engine.ours and engine.fault is None and engine.why_not for engine in state.engines), (
+    assert all(engine.is_recorded and engine.fault is None and engine.why_not for engine in state.engines), (
         "this machine has no such card"
     )
     assert snapshot(root) == during, "status writes nothing"
@@ -196,7 +196,7 @@ def test_an_engine_that_the_user_copied_there_is_listed_as_not_installed(
     make_engine(root / host.models / "by hand", "comfyui")
     (root / host.models / "notes").mkdir()
     state = read_status(host, root)
-    assert [(engine.name, engine.ours, engine.fault) for engine in state.engines] == [
+    assert [(engine.name, engine.is_recorded, engine.fault) for engine in state.engines] == [
         ("by hand", False, None),
         ("notes", False, f"has no {MANIFEST_NAME}"),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from sdcompress_engines.errors import ArtifactError, EngineMismatch, SdCompressError, StorageError
 from sdcompress_engines.manifest import MANIFEST_NAME, write_manifest
 
+from sdcompress.hosts import transaction
+from sdcompress.hosts.entry import Item
 from sdcompress.hosts.files import PARTIAL
 from sdcompress.hosts.find import find_host
 from sdcompress.hosts.install import install, uninstall
@@ -101,6 +104,45 @@ def test_a_copy_that_fails_leaves_the_host_as_it_was(comfyui: tuple[Any, Path], 
     assert after.keys() == during.keys()
     assert not read_status(host, root).changed
     uninstall(host, root)
+    assert snapshot(root) == before
+
+
+def test_a_full_disk_leaves_the_links_of_an_earlier_install(
+    comfyui: tuple[Any, Path], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(item: Item, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    host, root = comfyui
+    before = snapshot(root)
+    install(host, root, [engine], link=True)
+    during = snapshot(root)
+    monkeypatch.setattr(transaction, "copy_beside", fail)
+    with pytest.raises(StorageError, match=r"no space left.*Try: free some space, then install again"):
+        install(host, root, [engine])
+    after = snapshot(root)
+    assert {path: after.get(path) for path in during if path != host.record} == {
+        path: content for path, content in during.items() if path != host.record
+    }
+    assert after.keys() == during.keys()
+    assert not read_status(host, root).changed
+    uninstall(host, root)
+    assert snapshot(root) == before
+
+
+def test_where_links_are_not_possible_installed_copies_stay(
+    comfyui: tuple[Any, Path], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: str, target: Path, target_is_directory: bool = False) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted", str(target))
+
+    host, root = comfyui
+    install(host, root, [engine])
+    before = snapshot(root)
+    monkeypatch.setattr(os, "symlink", refuse)
+    with pytest.raises(StorageError) as caught:
+        install(host, root, [engine], link=True)
+    assert caught.value.where == str(root / host.models)
     assert snapshot(root) == before
 
 

@@ -49,7 +49,7 @@ def test_a_model_that_is_one_file_is_copied_unchanged(
     [
         ({}, "was exported from another model"),
         ({"pipeline": "0" * 64}, "was exported from another model"),
-        ({"pipeline": "", "lora style:0.8": "0" * 64}, "has a LoRA baked in, which this model has not"),
+        ({"pipeline": "", "lora style:0.8": "0" * 64}, "contains a LoRA that this model does not contain"),
     ],
 )
 def test_weights_of_another_model_are_refused(
