@@ -60,9 +60,9 @@ class StageRunner:
         self.started += 1
         head = f"[{self.started}/{self.total}] {stage.label}"
         if stage.is_done():
-            self.report.say(f"{head}: there already, {stage.folder}")
+            self.report.show_line(f"{head}: there already, {stage.folder}")
             return
         started = time.monotonic()
-        self.report.say(head)
+        self.report.show_line(head)
         make()
-        self.report.say(f"{head}: {time.monotonic() - started:.0f} s")
+        self.report.show_line(f"{head}: {time.monotonic() - started:.0f} s")

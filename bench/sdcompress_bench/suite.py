@@ -102,7 +102,7 @@ def run_suite(
 def _open_journal(suite: Suite, facts: Mapping[str, Any], work: Path, report: Reporter) -> Journal:
     journal = Journal(work / "journal.jsonl", fingerprint(suite, facts))
     if journal.continued:
-        report.say(f"continuing with the measurements of an earlier start ({work.name})")
+        report.show_line(f"continuing with the measurements of an earlier start ({work.name})")
     return journal
 
 

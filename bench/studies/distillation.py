@@ -124,7 +124,7 @@ def main() -> None:
     config = load_config(DistillConfig, "nano", {"steps": args.steps, "sample_every": 0})
     for arm, seed, folder in run_arms(teacher, cache, config, args.seeds, args.work, report):
         rows.append({"arm": arm, "seed": seed} | judge.judge(load_pipeline(folder).pipeline))
-        report.say(json.dumps(rows[-1]))
+        report.show_line(json.dumps(rows[-1]))
     result = {
         "teacher_sha256": teacher.sha256,
         "plan": PLAN,

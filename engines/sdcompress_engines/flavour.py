@@ -81,8 +81,8 @@ class Flavour:
         return str(self.load().__version__)
 
 
-TENSORRT = Flavour("tensorrt", "tensorrt", "pip install 'sdcompress[trt]'")
-TENSORRT_RTX = Flavour("tensorrt-rtx", "tensorrt_rtx", "pip install 'sdcompress[rtx]'")
+TENSORRT = Flavour("tensorrt", "tensorrt", 'pip install "sdcompress[trt]"')
+TENSORRT_RTX = Flavour("tensorrt-rtx", "tensorrt_rtx", 'pip install "sdcompress[rtx]"')
 FLAVOURS = {flavour.name: flavour for flavour in (TENSORRT, TENSORRT_RTX)}
 
 

@@ -14,7 +14,7 @@ Advance = Callable[..., None]
 class Reporter:
     """Takes reports of stages and shows nothing."""
 
-    def say(self, text: str) -> None:
+    def show_line(self, text: str) -> None:
         """Show one line."""
 
     @contextmanager

@@ -91,7 +91,9 @@ class EngineStore:
         if not isinstance(entry, StoredEngine):
 
             def report_wait() -> None:
-                report.say(f"waiting for another process that builds this {key.component} engine ({key.digest[:8]})")
+                report.show_line(
+                    f"waiting for another process that builds this {key.component} engine ({key.digest[:8]})"
+                )
 
             with self._lock(key.digest, report_wait):
                 entry = self._read_entry(target, contents=True)
@@ -209,7 +211,7 @@ class EngineStore:
     def _clear(self, key: EngineKey, entry: Entry | None, report: Reporter) -> None:
         """Remove a damaged entry of a key, and what killed builds of it have left."""
         if isinstance(entry, BrokenEngine):
-            report.say(
+            report.show_line(
                 f"the stored {key.component} engine {key.digest[:8]} is damaged ({entry.fault}): removed, and built"
                 " again"
             )

@@ -93,7 +93,7 @@ class EngineUNet(EngineModule):
     ) -> torch.Tensor:
         if not self._torch:
             assert self._fallback is not None
-            self._report.say(f"falling back to torch for this shape: {error}")
+            self._report.show_line(f"falling back to torch for this shape: {error}")
             self._torch.append(self._fallback().eval())
         module = self._torch[0]
         weight = next(module.parameters())

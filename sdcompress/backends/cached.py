@@ -47,7 +47,7 @@ def cached_artifacts(
     graphs = cached_graphs(sha256, precision, runtime)
     if not graphs.is_dir():
         loaded = load_pipeline(model)
-        report.say(f"no graphs given: exporting {loaded.name} once to {graphs}")
+        report.show_line(f"no graphs given: exporting {loaded.name} once to {graphs}")
         export_onnx(
             loaded.pipeline,
             graphs,

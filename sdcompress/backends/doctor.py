@@ -63,7 +63,7 @@ def examine(
     deadline = started + 60 * minutes - _CLOSING_S
     load, driver = load_average(), find_driver()
     checks = check_installation(driver, max(NEEDED_BYTES, 3 * _size_bytes(folder)))
-    report.say(f"testing {', '.join(chosen)}: at most {minutes:g} minutes")
+    report.show_line(f"testing {', '.join(chosen)}: at most {minutes:g} minutes")
     with (
         _writable_cache(checks),
         tempfile.TemporaryDirectory(prefix="sdcompress-doctor-", ignore_cleanup_errors=True) as work,

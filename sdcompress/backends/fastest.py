@@ -116,8 +116,8 @@ def find_fastest(model: str | Path, *, device: str = "cpu", report: Reporter = S
     measured = measure_backends(model, candidates(device), device=device, report=report)
     best = _choose_fastest(measured, str(model))
     for each in measured:
-        report.say(f"  {each}")
-    report.say(f"fastest here: {best}")
+        report.show_line(f"  {each}")
+    report.show_line(f"fastest here: {best}")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"key": key, **asdict(best), "measured": [asdict(each) for each in measured]}

@@ -56,7 +56,7 @@ def prove_backends(
             return [judge_proof(*each, {}, again) for each in zip(proofs, outcomes, strict=True)], None
         torch_ms: dict[str, float] = reference["ms"]
         if whole and proofs[1:]:
-            report.say(_estimate(reference["parameters"], torch_ms[WHOLE], len(proofs) - 1))
+            report.show_line(_estimate(reference["parameters"], torch_ms[WHOLE], len(proofs) - 1))
         outcomes = _finish_proofs(proofs[1:], pool, whole, advance)
     results = [
         judge_proof(proof, outcome, torch_ms if proof.case.device == cases[0].device else {}, again)

@@ -165,7 +165,7 @@ def load_inputs(
     if not folder.exists():
         return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)
     cache = LatentCache.open(folder, loaded.sha256, source, size_px, config.data)
-    report.say(f"cache: {len(cache):,} pictures in {folder}")
+    report.show_line(f"cache: {len(cache):,} pictures in {folder}")
     return loaded, cache
 
 

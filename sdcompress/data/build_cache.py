@@ -141,11 +141,13 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
             begun = {}
         done = len(list(partial.glob("unit-*.json")))
         if begun == json.loads(json.dumps(identity)):
-            report.say(f"cache: continuing after {done} of {identity['units']} units")
+            report.show_line(f"cache: continuing after {done} of {identity['units']} units")
             return
         if done and begun == identity | {"precision": begun.get("precision")}:
             before, now = begun["precision"], identity["precision"]
-            report.say(f"cache: starting over: its {done} units were encoded in {before}, this build encodes in {now}")
+            report.show_line(
+                f"cache: starting over: its {done} units were encoded in {before}, this build encodes in {now}"
+            )
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     marker.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
@@ -306,7 +308,7 @@ def _finish(
     parts += [f"{len(keys)} left out: {reason}" for reason, keys in skipped.reasons.items()]
     parts += [f"{count} filtered out: {reason}" for reason, count in skipped.filtered.items()]
     parts += [f"{duplicates} duplicates"] if duplicates else []
-    report.say(f"cache: {', '.join(parts)}")
+    report.show_line(f"cache: {', '.join(parts)}")
 
 
 def _write_manifest(

@@ -182,7 +182,7 @@ class LatentEncoder:
                 where=str(self.device),
                 hint="close other programs that use this memory, or choose a smaller --size",
             )
-        self.report.say(
+        self.report.show_line(
             f"cache: there is too little memory for one picture of {width} x {height} px: pictures are encoded in "
             f"tiles of {tile_px} px, which changes the latents, most of all near the seams"
         )

@@ -98,7 +98,7 @@ def cached_package(loaded: LoadedPipeline, device: str, precision: Precision, re
     """
     folder = package_folder(loaded.sha256, device, precision)
     if not (folder / PACKAGE).is_file():
-        report.say(f"compiling {loaded.name} once to {folder}: this takes minutes")
+        report.show_line(f"compiling {loaded.name} once to {folder}: this takes minutes")
         compile_unet(loaded, folder, device=device, precision=precision, force=True, report=report)
     return folder / PACKAGE
 

@@ -69,7 +69,7 @@ class EngineBuilder:
 
         stored, reused = store.get_or_build(key, build, self.report)
         if reused:
-            self.report.say(f"{component}: the store has this engine already ({key.digest})")
+            self.report.show_line(f"{component}: the store has this engine already ({key.digest})")
         return stored, reused
 
     def _build(self, component: str, profiles: Sequence[Profile], folder: Path) -> dict[str, Any]:

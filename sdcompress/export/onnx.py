@@ -105,7 +105,7 @@ def _report_kept_precisions(settings: ExportSettings, report: Reporter) -> None:
         return
     for component, precision in settings.precisions.items():
         if precision == "fp32":
-            report.say(f"{component} stays fp32: in fp16 this VAE overflows and draws black pictures")
+            report.show_line(f"{component} stays fp32: in fp16 this VAE overflows and draws black pictures")
 
 
 def _needed_bytes(pipeline: TextToImagePipeline, settings: ExportSettings) -> int:
@@ -139,12 +139,12 @@ def _check_gates(
         parity = exported[component].parity
         if parity is None or exported[component].quantized is not None:  # its fp16 graph is gone
             return None
-        report.say(f"{component} is too far from torch: looking for the first layer that differs")
+        report.show_line(f"{component} is too far from torch: looking for the first layer that differs")
         graph = folder / f"{component}.onnx"
         try:
             layer = find_first_layer(component, part_of(pipeline, component), settings, graph, parity.limit)
         except Exception as error:  # the search must not hide the gate's error, whatever Polygraphy raises
-            report.say(f"the search failed ({type(error).__name__})")
+            report.show_line(f"the search failed ({type(error).__name__})")
             return None
         return None if layer is None else str(layer)
 

@@ -102,7 +102,7 @@ def generate_dataset(
     names = [f"{i:06d}.{settings.picture_format}" for i in range(settings.count)]
     manifest = claim_folder(output, identity, names, force)
     if manifest is not None:
-        report.say(f"data set: {output} is complete already")
+        report.show_line(f"data set: {output} is complete already")
         return GeneratedSet(output, manifest, 0, 0.0)
     started = time.monotonic()
     drawn = _draw_missing(teacher, prompts, output, names, settings, report)
@@ -150,7 +150,7 @@ def _draw_missing(
     if not missing:
         return 0
     if len(missing) < len(names):
-        report.say(f"data set: continuing after {len(names) - len(missing):,} of {len(names):,} pictures")
+        report.show_line(f"data set: continuing after {len(names) - len(missing):,} of {len(names):,} pictures")
     pipeline = open_pipeline(teacher, settings.backend, report=report)
     try:
         lacking = set(missing)

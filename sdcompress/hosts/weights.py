@@ -54,6 +54,6 @@ def prepare_weights(model: str | Path, engines: Sequence[Engine], stack: ExitSta
     if path.is_file() and path.suffix == ".safetensors":
         return Item(path, Entry.of(path))
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sdcompress-")))
-    report.say("writing the model as one LDM file")
+    report.show_line("writing the model as one LDM file")
     file = export_ldm(load_pipeline(path, as_stored=True).pipeline, folder / WEIGHTS)
     return Item(file, Entry.of(file))

@@ -25,7 +25,7 @@ class ConsoleReporter(Reporter):
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def say(self, text: str) -> None:
+    def show_line(self, text: str) -> None:
         if is_first_process():
             click.echo(text, err=True)
 
@@ -71,8 +71,8 @@ class ConsoleReporter(Reporter):
             if now - last >= self.PLAIN_EVERY_S:
                 last = now
                 left = f", {(now - started) / done * (total - done):.0f} s left" if total and done else ""
-                self.say(f"{label}: {done}{f'/{total}' if total else ''}{left}{f', {note}' if note else ''}")
+                self.show_line(f"{label}: {done}{f'/{total}' if total else ''}{left}{f', {note}' if note else ''}")
 
-        self.say(f"{label} ...")
+        self.show_line(f"{label} ...")
         yield advance
-        self.say(f"{label}: done in {time.monotonic() - started:.1f} s")
+        self.show_line(f"{label}: done in {time.monotonic() - started:.1f} s")

@@ -102,7 +102,7 @@ def train(
     run = TrainingRun(trained, objective, batches, config, output, identity, frozen)
     main = run.accelerator.is_main_process
     if main and sampler is not None and run.checkpoints.sharded:
-        report.say(f"{label}: no pictures of the validation prompts, because no process has all weights")
+        report.show_line(f"{label}: no pictures of the validation prompts, because no process has all weights")
         sampler = None
     with (
         run.active(),

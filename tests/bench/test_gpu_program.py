@@ -69,7 +69,7 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pr
 
     def make(*functions: tuple[Any, ...], minutes: float = 5, smoke: bool = True) -> Program:
         parts = [Part(i, name, f"injected_parts:{name}", *limits) for i, (name, *limits) in enumerate(functions)]
-        return Program(tmp_path / "out", "cpu", smoke, minutes, parts=parts, say=print)
+        return Program(tmp_path / "out", "cpu", smoke, minutes, parts=parts, show=print)
 
     return make
 

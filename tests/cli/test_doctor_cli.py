@@ -82,7 +82,7 @@ def test_without_onnxruntime_doctor_prints_the_command_and_exits_with_1(doctor: 
     torch_result, ort = diagnosis["backends"]
     assert torch_result["status"] == "works"
     assert (ort["status"], ort["reason"]) == ("fails", "onnxruntime is not installed")
-    assert ort["command"] == "pip install 'sdcompress[cpu]'"
+    assert ort["command"] == 'pip install "sdcompress[cpu]"'
     assert diagnosis["healthy"] is False
 
 

@@ -34,7 +34,7 @@ class Notes(Reporter):
     def __init__(self) -> None:
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def show_line(self, text: str) -> None:
         self.said.append(text)
 
 

@@ -260,7 +260,7 @@ def test_an_engine_for_every_card_does_not_fit_a_card_that_the_library_does_not_
 def test_neither_flavour_installed_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     for flavour in FLAVOURS.values():
         monkeypatch.setitem(sys.modules, flavour.module, None)
-    with pytest.raises(BackendMissing, match=r"pip install 'sdcompress\[rtx\]'"):
+    with pytest.raises(BackendMissing, match=r'pip install "sdcompress\[rtx\]"'):
         choose_flavour(None)
     with pytest.raises(UsageError, match="tensorrt or tensorrt-rtx"):
         choose_flavour("trtx")

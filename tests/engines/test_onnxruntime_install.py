@@ -26,7 +26,7 @@ def test_onnxruntime_for_the_cpu_is_missing_on_cuda_with_the_command_that_replac
     assert missing("cpu") is None
     reason = missing("cuda:1") or ""
     assert "runs on the CPU only" in reason
-    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'sdcompress[gpu]'" in reason
+    assert 'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sdcompress[gpu]"' in reason
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
     assert missing("cuda") is None
 
@@ -99,5 +99,5 @@ def test_a_tensorrt_provider_that_does_not_start_names_the_tensorrt_it_needs(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None if version is None else SimpleNamespace(__version__=version))
     request = SessionRequest(tmp_path / "unet.onnx", "tensorrt")
-    with pytest.raises(BackendMissing, match=rf"did not start.*pip install 'tensorrt<11'.*{said}"):
+    with pytest.raises(BackendMissing, match=rf'did not start.*pip install "tensorrt<11".*{said}'):
         check_provider(request, {"TensorrtExecutionProvider"}, [CUDA, CPU], {})

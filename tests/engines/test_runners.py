@@ -287,7 +287,7 @@ def test_open_runner_refuses_what_it_cannot_run(tmp_path: Path) -> None:
 
 def test_missing_onnxruntime_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(BackendMissing, match=r"pip install 'sdcompress\[cpu\]'"):
+    with pytest.raises(BackendMissing, match=r'pip install "sdcompress\[cpu\]"'):
         open_runner(write_graph(tmp_path / "sum.onnx"))
     assert "sdcompress[cpu]" in str(onnxruntime_missing())
 

@@ -39,7 +39,7 @@ root, notes, seconds, key = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), 
 gate = Path(sys.argv[5]) if len(sys.argv) > 5 else None  # the build ends when this file is there
 
 class Say(Reporter):
-    def say(self, text):
+    def show_line(self, text):
         print(text, flush=True)
 
 def build(folder):

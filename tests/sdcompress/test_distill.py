@@ -148,7 +148,7 @@ def test_where_no_process_has_all_weights_no_pictures_are_drawn(
     teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Lines(Reporter):
-        def say(self, text: str) -> None:
+        def show_line(self, text: str) -> None:
             lines.append(text)
 
     lines: list[str] = []

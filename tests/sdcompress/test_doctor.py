@@ -108,7 +108,7 @@ def test_two_onnx_runtimes_are_a_fault(
     monkeypatch.syspath_prepend(tmp_path)
     check = check_packages(has_driver)
     assert not check.ok
-    assert check.command == f"pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'sdcompress[{extra}]'"
+    assert check.command == f'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "sdcompress[{extra}]"'
 
 
 def test_a_package_of_a_version_that_does_not_fit_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

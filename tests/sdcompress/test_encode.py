@@ -42,7 +42,7 @@ class Lines(Reporter):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def show_line(self, text: str) -> None:
         self.lines.append(text)
 
 

