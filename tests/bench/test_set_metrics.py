@@ -205,6 +205,6 @@ def test_missing_package_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(
-        BackendMissing, match=r"package \S+-\S+, which is not installed. Try: pip install 'sdcompress\[metrics\]'"
+        BackendMissing, match=r'package \S+-\S+, which is not installed. Try: pip install "sdcompress\[metrics\]"'
     ):
         make()

