@@ -83,7 +83,8 @@ def run_script(output: Path, packages: Path, *options: str) -> subprocess.Comple
         str(output),
         *options,
     ]
-    environment = os.environ | {"PYTHONPATH": str(packages)}
+    # One thread: on a busy machine, several wait for each other so long that the time limit passes.
+    environment = os.environ | {"PYTHONPATH": str(packages), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         command, cwd=output.parent, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
