@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shlex
 import shutil
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import BackendMissing, SdCompressError
 from sdcompress_engines.manifest import canonical, check_free, installed_versions, sha256_file, staged, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
@@ -77,7 +77,7 @@ def run_suite(
     with staged(output, force) as folder:
         results = Results(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            command=command or shlex.join(sys.argv),
+            command=command or command_line(sys.argv),
             settings=_settings(suite),
             environment=facts | {"load_average_after": load_average()},
             models=figures.models,

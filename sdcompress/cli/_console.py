@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+from sdcompress_engines.command import command_line
 
 from sdcompress.support.console import ConsoleReporter, is_first_process
 
@@ -17,6 +18,7 @@ __all__ = [
     "ConsoleReporter",
     "card",
     "force_option",
+    "given_parameters",
     "json_option",
     "mib",
     "millions",
@@ -35,7 +37,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def typed_command() -> str:
     """Returns this process's command line, as a shell takes it."""
-    return shlex.join(["sdcompress", *sys.argv[1:]])
+    return command_line(["sdcompress", *sys.argv[1:]])
+
+
+def given_parameters(names: Container[str]) -> list[click.Parameter]:
+    """Returns the parameters of the current command that the user typed, in the order of its help.
+
+    Args:
+        names: only those among these argument names.
+    """
+    context = click.get_current_context()
+    return [
+        parameter
+        for parameter in context.command.params
+        if parameter.name in names and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]
 
 
 def card(title: str, rows: Iterable[tuple[str, object]], next_command: str | None = None) -> None:

@@ -9,7 +9,15 @@ import click
 from sdcompress_engines.command import command_line
 
 from sdcompress.backends.registry import help_text
-from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib, output_option
+from sdcompress.cli._console import (
+    ConsoleReporter,
+    card,
+    force_option,
+    given_parameters,
+    json_option,
+    mib,
+    output_option,
+)
 from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides
 from sdcompress.data.config import DataConfig
 
@@ -294,12 +302,10 @@ def data_config(options: dict[str, Any]) -> DataConfig:
 def typed_options(options: dict[str, Any]) -> str:
     """Returns the data options that were given, as the next command takes them; each begins with a space."""
     text = ""
-    for parameter in click.get_current_context().command.params:
-        value = options.get(parameter.name or "")
-        is_given = value is not None and value is not False and value != ()  # 0 equals False
-        if is_given and parameter.name in DataConfig.model_fields:
-            for one in value if isinstance(value, tuple) else (value,):
-                text += f" {parameter.opts[0]}" + ("" if one is True else f" {command_line([str(one)])}")
+    for parameter in given_parameters(DataConfig.model_fields):
+        value = options[parameter.name or ""]
+        for one in value if isinstance(value, tuple) else (value,):
+            text += f" {parameter.opts[0]}" + ("" if one is True else f" {command_line([str(one)])}")
     return text
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 from sdcompress_engines.command import command_line
 
-from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.cli._console import ConsoleReporter, card, given_parameters, mib
 from sdcompress.cli._export_options import QUANTIZED, export_options
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def command(
     sdcompress export student/pipeline -o styled --trt --lora style.safetensors:0.8
     sdcompress export student/pipeline --ldm -o student.safetensors      a checkpoint for ComfyUI and the WebUIs
     """
-    given = _given_options(engine_options)
+    given = [parameter.opts[0] for parameter in given_parameters(engine_options)]  # an error names the first
     if ldm:
         others = {
             "--trt": trt,
@@ -85,18 +85,7 @@ def command(
     result = export_model(model, output, request, ConsoleReporter())
     rows = _graph_rows(result.graphs, "onnx/" if trt else "")
     rows += _engine_rows(result.engines) if result.engines else []
-    card(f"{result.name} → {output}", [*rows, ("time", f"{result.seconds:.1f} s")], _next_command(output, request))
-
-
-def _given_options(engine_options: Mapping[str, Any]) -> list[str]:
-    """Returns the engine options that were given, as they are typed. An error message names the first."""
-    parameters = click.get_current_context().command.params
-    names = {parameter.name: parameter.opts[0] for parameter in parameters}
-    return [
-        names[name]
-        for name, value in engine_options.items()
-        if value is not None and value is not False and value != ()  # 0 equals False
-    ]
+    card(f"{result.name} → {output}", [*rows, ("time", f"{result.seconds:.1f} s")], next_command(output, request))
 
 
 def _refuse_with_ldm(given: Sequence[str]) -> None:
@@ -181,8 +170,8 @@ def _write_checkpoint(model: str, output: Path, precision: Precision, loras: tup
     )
 
 
-def _next_command(output: Path, request: ExportRequest) -> str:
-    """Returns the command to type after an export: a picture, where a pipeline can draw with the result."""
+def next_command(output: Path, request: ExportRequest) -> str:
+    """Returns the command to type after an export: a picture, if a pipeline can draw with the result."""
     is_drawable = request.host == "diffusers" and not request.components and request.precision != "bf16"
     if is_drawable:
         graphs = output / "onnx" if request.engines else output

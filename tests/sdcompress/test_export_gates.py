@@ -10,7 +10,7 @@ from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import ExportError, GateFailed
 from sdcompress_engines.flavour import TENSORRT_RTX
 
-from sdcompress.cli.export import _next_command
+from sdcompress.cli.export import next_command
 from sdcompress.export import onnx as onnx_export
 from sdcompress.export import onnx_file, parity
 from sdcompress.export.components import component_graph, signature_of
@@ -82,4 +82,4 @@ def test_another_opset_is_proposed_only_if_it_has_not_failed(
 def test_the_next_command_runs_with_what_was_exported(request_: ExportRequest, words: list[str]) -> None:
     out = Path("my graphs")
     typed = command_line(["sdcompress", *(str(Path(word.replace("{out}", str(out)))) for word in words)])
-    assert _next_command(out, request_).startswith(typed)
+    assert next_command(out, request_).startswith(typed)

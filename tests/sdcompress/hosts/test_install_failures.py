@@ -86,6 +86,14 @@ def test_without_permission_nothing_is_written_and_the_error_has_a_hint(what: st
         assert snapshot(root) == before
 
 
+def check_unchanged(host: Any, root: Path, before: dict[str, Any]) -> None:
+    """Nothing but the record may differ from a snapshot, and the record fits the files."""
+    after = snapshot(root)
+    assert after.keys() == before.keys()
+    assert {path for path in before if before[path] != after[path]} <= {host.record}
+    assert not read_status(host, root).changed
+
+
 def test_a_copy_that_fails_leaves_the_host_as_it_was(comfyui: tuple[Any, Path], tmp_path: Path) -> None:
     host, root = comfyui
     made = make_engine(
@@ -99,10 +107,7 @@ def test_a_copy_that_fails_leaves_the_host_as_it_was(comfyui: tuple[Any, Path], 
     during = snapshot(root)
     with pytest.raises(StorageError):
         install(host, root, [made])
-    after = snapshot(root)
-    assert {path for path in during if during[path] != after.get(path)} <= {host.record}
-    assert after.keys() == during.keys()
-    assert not read_status(host, root).changed
+    check_unchanged(host, root, during)
     uninstall(host, root)
     assert snapshot(root) == before
 
@@ -120,12 +125,7 @@ def test_a_full_disk_leaves_the_links_of_an_earlier_install(
     monkeypatch.setattr(transaction, "copy_beside", fail)
     with pytest.raises(StorageError, match=r"no space left.*Try: free some space, then install again"):
         install(host, root, [engine])
-    after = snapshot(root)
-    assert {path: after.get(path) for path in during if path != host.record} == {
-        path: content for path, content in during.items() if path != host.record
-    }
-    assert after.keys() == during.keys()
-    assert not read_status(host, root).changed
+    check_unchanged(host, root, during)
     uninstall(host, root)
     assert snapshot(root) == before
 
