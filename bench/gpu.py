@@ -2,6 +2,7 @@
 
     python bench/gpu.py --minutes 9 -o build/gpu             all parts within nine minutes, the most important first
     python bench/gpu.py --parts 3,4 -o build/gpu --again     the UNet steps once more
+    python bench/gpu.py --parts nano -o build/nano-gpu       train the built-in teacher, and nothing else
     python bench/gpu.py --device cpu --smoke -o build/smoke  every part small on a CPU, to test this program
 
 It runs from a checkout that is not installed; it needs torch, diffusers, transformers, accelerate, onnx and pydantic.
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
         "-o", "--output", type=Path, default=Path("build/gpu"), metavar="DIR", help="default: build/gpu"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole run (default: 9)")
-    parser.add_argument("--parts", help="numbers of the parts to run, as 3,4 or 0-2 (default: all)")
+    parser.add_argument("--parts", help="parts to run, as 3,4 or 0-2 or nano (default: all but nano)")
     parser.add_argument("--again", action="store_true", help="also run chosen parts that have already ended in DIR")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--smoke", action="store_true", help="nano's models, a few samples each")
@@ -48,18 +49,24 @@ def parse_arguments() -> argparse.Namespace:
     try:
         args.parts = None if args.parts is None else parse_parts(args.parts)
     except ValueError:
-        parser.error(f"--parts {args.parts}; expected numbers, as 3,4 or 0-2")
+        parser.error(f"--parts {args.parts}; expected numbers, as 3,4 or 0-2, or nano")
     return args
 
 
 def parse_parts(text: str) -> list[int]:
-    """Returns the numbers of `3,4` or `0-2`.
+    """Returns the numbers of `3,4`, `0-2` or `nano`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of them.
     """
+    from sdcompress_bench.gpu.program import PARTS
+
+    titles = {part.title: part.number for part in PARTS}
     found: set[int] = set()
     for item in text.split(","):
+        if item in titles:
+            found.add(titles[item])
+            continue
         first, _, last = item.partition("-")
         found |= set(range(int(first), int(last or first) + 1))
     return sorted(found)
@@ -71,8 +78,8 @@ def stop(_signal: int, _frame: Any) -> NoReturn:
 
 
 def main() -> int:
-    args = parse_arguments()
     use_checkout()
+    args = parse_arguments()
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # code that chooses its device itself chooses the CPU
     from sdcompress_bench.gpu.program import Program

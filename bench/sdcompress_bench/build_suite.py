@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ QUICK: dict[str, Any] = {
     "sensitivity": 0,
 }
 """The settings of `--quick`."""
-NANO_PROMPTS, QUICK_NANO_PROMPTS = 200, 40
+NANO_PROMPTS, QUICK_NANO_PROMPTS = 150, 40
 """How many held-out prompts of nano the quality figures take."""
 
 
@@ -47,12 +47,14 @@ class PromptSet:
 
     Attributes:
         prompts: the captions.
+        shown: captions of the picture grid; empty takes the first of `prompts`.
         metric: the folder of a CLIP, or None.
         styles: (style, phrase) pairs; see `Suite.styles`.
         real: a shard or folder of real pictures, or None.
     """
 
     prompts: tuple[Prompt, ...]
+    shown: tuple[Prompt, ...] = ()
     metric: Path | None = None
     styles: tuple[tuple[str, str], ...] = ()
     real: Path | None = None
@@ -95,6 +97,7 @@ def build_suite(
         steps=file.steps,
         guidance_scale=_choose_guidance_scale(chosen[0], file),
         prompts=prompts.prompts,
+        shown=prompts.shown[: file.pictures],
         seed=file.seed,
         rounds=file.rounds,
         samples=file.samples,
@@ -216,7 +219,7 @@ def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> Pr
     for path, option in ((metric, "--clip"), (real, "--reference")):
         if path is not None and not path.exists():
             raise UsageError(f"{option} does not exist", where=path)
-    return PromptSet(usual.prompts, metric, usual.styles, real)
+    return replace(usual, metric=metric, real=real)
 
 
 def _usual_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> PromptSet:
@@ -231,11 +234,12 @@ def _usual_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> Pro
     wanted = file.quality_pictures
     if wanted is None:
         wanted = QUICK_NANO_PROMPTS if quick else NANO_PROMPTS
-    count = min(max(wanted, file.pictures, 1), NANO_PROMPTS)
-    prompts = (
-        Prompt(prompt.caption, prompt.style) for prompt in nano_prompts.draw_prompts("heldout", count, file.seed)
+    heldout = nano_prompts.draw_prompts("heldout", min(max(wanted, 1), NANO_PROMPTS), file.seed)
+    prompts, shown = (
+        tuple(Prompt(prompt.caption, prompt.style) for prompt in chosen)
+        for chosen in (heldout, nano_prompts.shown_prompts())
     )
-    return PromptSet(tuple(prompts), nano.metric_folder(), tuple(nano.styles().items()), nano.shards("heldout")[0])
+    return PromptSet(prompts, shown, nano.metric_folder(), tuple(nano.styles().items()), nano.shards("heldout")[0])
 
 
 def _count_quality_pictures(models: tuple[ModelUnderTest, ...], file: SuiteFile, prompts: PromptSet) -> int:

@@ -30,11 +30,13 @@ def judge(case: dict[str, Any]) -> dict[str, Any]:
     pictures. `skipped` maps what was left out to the reason.
 
     Args:
-        case: `folders`, model → folder of its pictures, the teacher first; `prompts` as [caption, style]; `metric`,
-            `styles`, `real` and `device` of the suite; `size_px`.
+        case: `folders`, model → folder of its pictures, the teacher first; `prompts` as [caption, style];
+            `first`, how many pictures in a folder are not theirs and come before; `metric`, `styles`, `real` and
+            `device` of the suite; `size_px`.
     """
     prompts = [Prompt(*prompt) for prompt in case["prompts"]]
-    pictures = {name: read_pictures(Path(folder), len(prompts)) for name, folder in case["folders"].items()}
+    judged = slice(case["first"], case["first"] + len(prompts))
+    pictures = {name: read_pictures(Path(folder))[judged] for name, folder in case["folders"].items()}
     found: dict[str, Any] = {"quality": {name: {} for name in pictures}, "students": {}, "skipped": {}}
     real, real_prompts = _real(case, prompts)
     if case["metric"]:

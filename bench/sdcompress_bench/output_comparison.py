@@ -16,7 +16,7 @@ from .artifacts import Artifacts
 from .journal import Journal
 from .judge import judge
 from .metrics import Lpips
-from .scenario import BackendSetup, ModelUnderTest, Suite, slug
+from .scenario import BackendSetup, ModelUnderTest, Prompt, Suite, slug
 
 REFERENCE = BackendSetup("torch", "fp32")
 """The setup that every other one is compared with, with the same weights."""
@@ -39,6 +39,38 @@ class OutputFigures:
     shown: list[tuple[str, BackendSetup, list[Image.Image]]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class DrawnPrompts:
+    """What the models draw: the grid's prompts first, then those that are only judged.
+
+    Attributes:
+        prompts: all of them.
+        seeds: one for each.
+        grid_count: how many of the first are the grid's.
+        judged: those of the figures of picture sets.
+    """
+
+    prompts: tuple[Prompt, ...]
+    seeds: tuple[int, ...]
+    grid_count: int
+    judged: slice
+
+
+def choose_drawn(suite: Suite) -> DrawnPrompts:
+    """Returns what the models of a suite draw; the pictures of the grid are judged where nothing else is."""
+    grid = (suite.shown or suite.prompts)[: suite.pictures]
+    judged = suite.prompts[: suite.quality_pictures]
+    apart = bool(suite.shown and judged)
+    parts = (grid, judged) if apart else (max(grid, judged, key=len),)
+    first = len(grid) if apart else 0
+    return DrawnPrompts(
+        tuple(prompt for part in parts for prompt in part),
+        tuple(suite.seed + i for part in parts for i in range(len(part))),
+        len(grid),
+        slice(first, first + len(judged or grid)),
+    )
+
+
 class OutputComparison:
     """Runs every model in every setup, each in its own process, and compares what they write.
 
@@ -52,8 +84,7 @@ class OutputComparison:
 
     def __init__(self, suite: Suite, artifacts: Artifacts, journal: Journal, work: Path, report: Reporter) -> None:
         self.suite, self.artifacts, self.journal, self.work, self.report = suite, artifacts, journal, work, report
-        self.prompts = suite.prompts[: max(suite.pictures, suite.quality_pictures)]
-        self.grid_count = min(suite.pictures, len(self.prompts))
+        self.drawn = choose_drawn(suite)
         self.drawing_setup = suite.baseline or REFERENCE  # its pictures represent the model in the quality figures
         self.probe: Path | None = None
         self.lpips = _open_lpips(suite)
@@ -65,7 +96,7 @@ class OutputComparison:
             ModelError: the teacher does not run in PyTorch.
         """
         suite, found = self.suite, OutputFigures()
-        found.captions = [prompt.caption for prompt in self.prompts[: self.grid_count]]
+        found.captions = [prompt.caption for prompt in self.drawn.prompts[: self.drawn.grid_count]]
         # The reference first. PyTorch also runs in each lower precision: its own error there is the noise floor.
         in_torch = (BackendSetup("torch", setup.precision) for setup in suite.setups)
         setups = list(dict.fromkeys([REFERENCE, *suite.setups, *in_torch]))
@@ -111,7 +142,8 @@ class OutputComparison:
             return dict(artifacts)
         makes_probe = self.probe is None and setup == REFERENCE
         in_grid = setup in suite.setups or setup == REFERENCE
-        count = len(self.prompts) if setup == self.drawing_setup else self.grid_count if in_grid else 0
+        drawn = self.drawn
+        count = len(drawn.prompts) if setup == self.drawing_setup else drawn.grid_count if in_grid else 0
         case = {
             "path": str(model.path),
             "backend": setup.backend,
@@ -120,8 +152,8 @@ class OutputComparison:
             "precision": setup.precision,
             "threads": suite.threads,
             "folder": str(self._folder(model, setup)),
-            "captions": [prompt.caption for prompt in self.prompts[:count]],
-            "seeds": [suite.seed + i for i in range(count)],
+            "captions": [prompt.caption for prompt in drawn.prompts[:count]],
+            "seeds": list(drawn.seeds[:count]),
             "steps": suite.steps,
             "guidance_scale": suite.guidance_scale,
             "size_px": suite.sizes_px[0],
@@ -144,7 +176,7 @@ class OutputComparison:
         return self.work / f"{slug(model.name)}-{setup.backend}-{setup.precision}"
 
     def _pictures(self, model: ModelUnderTest, setup: BackendSetup) -> list[Image.Image]:
-        return outputs.read_pictures(self._folder(model, setup), self.grid_count)
+        return outputs.read_pictures(self._folder(model, setup), self.drawn.grid_count)
 
     def _distance(
         self, model: ModelUnderTest, setup: BackendSetup, answers: Mapping[BackendSetup, Mapping[str, Any]]
@@ -223,14 +255,16 @@ class OutputComparison:
 
     def _judge_pictures(self, found: OutputFigures) -> None:
         """Add the figures of picture sets, for the models that have all pictures."""
-        suite, count = self.suite, self.suite.quality_pictures or self.grid_count
+        suite, drawn = self.suite, self.drawn
         folders = {model.name: self._folder(model, self.drawing_setup) for model in suite.models}
+        count = len(drawn.prompts)
         complete = {n: str(folder) for n, folder in folders.items() if outputs.count_pictures(folder) >= count > 0}
         if suite.models[0].name not in complete or any(model.random for model in suite.models):
             return
         case = {
             "folders": complete,
-            "prompts": [[prompt.caption, prompt.style] for prompt in self.prompts[:count]],
+            "prompts": [[prompt.caption, prompt.style] for prompt in drawn.prompts[drawn.judged]],
+            "first": drawn.judged.start,
             "metric": str(suite.metric) if suite.metric else None,
             "styles": [list(pair) for pair in suite.styles],
             "real": str(suite.real) if suite.real else None,

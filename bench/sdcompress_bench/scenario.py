@@ -147,7 +147,8 @@ class Suite:
         name: the title of the report, for people; may be empty.
         sizes_px: sides of the pictures. Distances and pictures are taken at the first size.
         batch: pictures in one call; each value is a row of the report.
-        prompts: captions of the timed pictures, the grid and the quality figures; each of them takes the first ones.
+        prompts: captions of the timed pictures and the quality figures; each of them takes the first ones.
+        shown: captions of the grid and the comparison of pictures; empty takes the first of `prompts`.
         rounds: how often each scenario is started in a new process. Rounds are interleaved, so that slow drift of the
             machine affects all scenarios alike.
         samples: at most this many timed calls of a stage in a round. `stage_budget_s` ends a stage earlier, but not
@@ -174,6 +175,7 @@ class Suite:
     steps: int = 25
     guidance_scale: float = 7.5
     prompts: tuple[Prompt, ...] = field(default=(Prompt("a photo of a lighthouse at dusk"),))
+    shown: tuple[Prompt, ...] = ()
     seed: int = 0
     rounds: int = 5
     samples: int = 20
@@ -247,6 +249,7 @@ class Suite:
             "sensitivity": self.sensitivity,
             "threads": self.threads,
             "prompts": len(self.prompts),
+            "shown": len(self.shown),
             "random": {m.name: m.random.family for m in self.models if m.random},
         }
 

@@ -103,11 +103,15 @@ def command(
 
     from sdcompress.backends.assemble import close_pipeline, open_pipeline
     from sdcompress.backends.registry import backend_name
+    from sdcompress.data.nano_prompts import describe_unknown
+    from sdcompress.models.nano import draws_like_nano
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
     weighted_loras = _check_options(model, backend, artifacts, loras, output)
     report = ConsoleReporter()
+    if draws_like_nano(model) and (unknown := describe_unknown(prompt)):
+        report.show_line(unknown)
     started = time.monotonic()
     pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
     if weighted_loras:

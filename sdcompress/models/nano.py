@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.manifest import cache_folder, sha256_tree, staged
+from sdcompress_engines.manifest import cache_folder, read_manifest, sha256_tree, staged
 
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 
@@ -59,6 +59,24 @@ def _read_index() -> dict[str, Any]:
 def styles() -> dict[str, str]:
     """Returns style → the phrase that opens its captions."""
     return {name: entry["phrase"] for name, entry in _read_index()["styles"].items()}
+
+
+def concepts() -> dict[str, list[str]]:
+    """Returns each concept that nano draws → other words for it."""
+    return dict(_read_index()["concepts"])
+
+
+def draws_like_nano(model: str | Path) -> bool:
+    """Returns whether a model is nano, nano-tiny, or a student or an export of nano, so that it knows nano's concepts.
+
+    Args:
+        model: a name, a path or a hub id.
+    """
+    if str(model) in ("nano", "nano-tiny"):
+        return True
+    manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
+    made_from = manifest.inputs.values() if manifest and manifest.kind != "finetuned" else ()
+    return bool(made_from) and sha256_tree(teacher_folder()) in made_from
 
 
 def shards(split: str) -> list[Path]:

@@ -142,13 +142,14 @@ class TrainingRun:
         self.config, self.output = config, output
         self.accelerator = make_accelerator(config, output)
         self.parameters = [p for p in trained.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config, self.parameters)
+        optimizer = make_optimizer(config, trained)
         self.checkpoints = Checkpoints(output / CHECKPOINTS, self.accelerator, identity, config.keep_checkpoints)
-        if self.checkpoints.sharded and config.ema_decay:
-            raise UsageError(
-                "ema_decay needs whole weights, which FSDP and DeepSpeed spread over the processes",
-                expected="--set ema_decay=0, or DDP",
-            )
+        for setting, used in (("ema_decay", config.ema_decay > 0), ("optimizer=muon", config.optimizer == "muon")):
+            if self.checkpoints.sharded and used:
+                raise UsageError(
+                    f"{setting} needs whole weights, which FSDP and DeepSpeed spread over the processes",
+                    expected="--set ema_decay=0 --set optimizer=adamw, or DDP",
+                )
         self.first_step, checkpoint = self.checkpoints.find_newest() or (0, None)
         check_same_start(self.accelerator, self.first_step, output)
         place_networks(trained, frozen, config, self.accelerator)

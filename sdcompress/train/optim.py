@@ -9,6 +9,7 @@ from sdcompress_engines.errors import BackendMissing
 from torch import nn
 
 from sdcompress.train.config import TrainConfig
+from sdcompress.train.muon import make_muon
 
 
 def compute_learning_rate(config: TrainConfig, step: int) -> float:
@@ -25,12 +26,20 @@ def compute_learning_rate(config: TrainConfig, step: int) -> float:
     return rate
 
 
-def make_optimizer(config: TrainConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Returns torch's fused AdamW, or bitsandbytes' AdamW with its state in 8 bits.
+def make_optimizer(config: TrainConfig, trained: nn.Module) -> torch.optim.Optimizer:
+    """Returns torch's fused AdamW, bitsandbytes' AdamW with its state in 8 bits, or Muon.
+
+    Args:
+        config: chooses one.
+        trained: the network; only its weights that require gradients are trained.
 
     Raises:
         BackendMissing: bitsandbytes is not installed.
     """
+    named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
+    if config.optimizer == "muon":
+        return make_muon(named, config.learning_rate, config.weight_decay)
     if config.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -32,6 +32,7 @@ def case(folders: dict[str, str], count: int, **more: Any) -> dict[str, Any]:
     return {
         "folders": folders,
         "prompts": prompts,
+        "first": 0,
         "metric": None,
         "styles": [],
         "real": None,

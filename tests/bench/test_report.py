@@ -329,3 +329,12 @@ def test_losses_are_thinned_and_keep_their_mean(tmp_path: Path) -> None:
     assert list(losses) == ["task_loss"]
     assert len(losses["task_loss"]) == 100
     assert all(value == 0.5 for _, value in losses["task_loss"])
+
+
+def test_the_page_says_where_its_pictures_are_of_other_prompts_than_its_figures(
+    results: Results, tmp_path: Path
+) -> None:
+    note = "nano was trained on these prompts"
+    assert note not in render_html(results, tmp_path)
+    shown = dataclasses.replace(results, settings=results.settings | {"shown": 4})
+    assert note in render_html(shown, tmp_path)

@@ -49,7 +49,7 @@ def test_inception_features_are_fid_helpers(pairs: Pairs) -> None:
 def features_of_300() -> tuple[torch.Tensor, torch.Tensor]:
     """Of 300 real pictures, and of 100 others to hold them against."""
     features = InceptionFeatures()
-    return features(real_pictures("heldout", 300)), features(real_pictures("train", 100))
+    return features(real_pictures("train", 300)), features(real_pictures("heldout", 100))
 
 
 @pytest.mark.slow
@@ -61,11 +61,11 @@ def test_fid_of_300_real_pictures_is_fid_helpers(features_of_300: tuple[torch.Te
 
     helper = FidHelper()
     helper.begin_ref_stat()
-    for part in real_pictures("heldout", 300).split(50):
+    for part in real_pictures("train", 300).split(50):
         helper.update_ref_stat(part, data_range=(0, 255))
     helper.finish_ref_stat()
     helper.begin_eval_stat()
-    for part in real_pictures("train", 100).split(50):
+    for part in real_pictures("heldout", 100).split(50):
         helper.update_eval_stat(part, data_range=(0, 255))
     helper.finish_eval_stat()
     assert metrics.fid(*features_of_300).value == pytest.approx(float(helper.compute_fid_score()), rel=AGREES)

@@ -28,8 +28,8 @@ def records() -> dict[str, list]:
 
 def test_held_out_pairs_are_new_but_their_concepts_and_styles_are_in_training(records: dict[str, list]) -> None:
     pairs = {split: {(meta["style"], meta["concept"]) for _, meta in rows} for split, rows in records.items()}
-    assert len(records["train"]) + len(records["heldout"]) >= 5000
-    assert len(pairs["heldout"]) >= 500
+    assert len(records["train"]) >= 1150
+    assert len(pairs["heldout"]) >= 150
     assert not pairs["train"] & pairs["heldout"]
     assert {c for _, c in pairs["heldout"]} <= {c for _, c in pairs["train"]}
     assert {s for s, _ in pairs["heldout"]} == {s for s, _ in pairs["train"]} == set(nano.styles())
@@ -49,6 +49,12 @@ def test_captions_are_the_style_and_the_concept(records: dict[str, list]) -> Non
         for rows in records.values()
         for caption, meta in rows
     )
+
+
+def test_a_concept_is_held_out_in_one_style_at_most(records: dict[str, list]) -> None:
+    concepts = [meta["concept"] for _, meta in records["heldout"]]
+    assert len(concepts) == len(set(concepts))
+    assert set(nano.concepts()) == {meta["concept"] for rows in records.values() for _, meta in rows}
 
 
 def test_pictures_are_whole_and_of_the_stated_size() -> None:

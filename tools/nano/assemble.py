@@ -16,10 +16,9 @@ import torch
 from common import ROOT, config
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from train_clip import make_tokenizer
-from train_unet import SCHEDULE
-from train_unet import build as build_unet
+from train_unet import SCHEDULE, build_model, load_latents
 from train_vae import build as build_vae
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel
 
 ASSETS = ROOT / "sdcompress/assets/nano"
 
@@ -33,17 +32,14 @@ def strip_names(folder: Path) -> None:
 
 
 def teacher(work: Path) -> None:
+    cfg = config("unet")
+    _, scale = load_latents(work, "train", cfg)
     vae = build_vae(config("vae"))
     vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
-    vae.register_to_config(scaling_factor=torch.load(work / "cache.pt", weights_only=True)["scale"].item())
-    if (work / "clip-teacher").is_dir():
-        clip = CLIPModel.from_pretrained(work / "clip-teacher")
-        text_encoder = CLIPTextModel(clip.config.text_config)
-        text_encoder.load_state_dict(clip.text_model.state_dict())
-    else:  # a folder made by unpack.py: the text encoder is the one that ships
-        text_encoder = CLIPTextModel.from_pretrained(ASSETS / "teacher/text_encoder", dtype=torch.float32)
-    unet = build_unet(config("unet"), text_encoder.config.hidden_size)
-    unet.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
+    vae.register_to_config(scaling_factor=scale)
+    model = build_model(work, cfg)
+    model.load_state_dict(torch.load(work / "unet.pt", weights_only=True))
+    model.text_encoder.set_attn_implementation("sdpa")
     scheduler = PNDMScheduler(
         skip_prk_steps=True,
         steps_offset=1,
@@ -52,9 +48,9 @@ def teacher(work: Path) -> None:
     )
     pipeline = StableDiffusionPipeline(
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=model.text_encoder,
         tokenizer=make_tokenizer([], 0, work / "tokenizer"),
-        unet=unet,
+        unet=model.unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -2,24 +2,31 @@
 
     python tools/nano/build_data.py --out sdcompress/assets/nano/data
 
-Fetches the pinned npm packages (MIT and Apache-2.0), draws every picture once at 128 px on white, drops blanks and
-exact duplicates, holds out (style, concept) pairs for evaluation and writes `train/*.tar.gz`, `heldout/*.tar.gz`,
-`index.json` and `NOTICE`. Needs npm, and from PyPI resvg-py and Pillow. The result depends on the pinned versions and
-the seed only.
+Fetches the pinned npm packages (MIT and Apache-2.0), draws each concept of `concepts.csv` in each style at 256 px on
+white, reduces it to 128 px, drops blanks and exact duplicates, and writes `train/*.tar.gz`, `heldout/*.tar.gz`,
+`index.json` and `NOTICE`. `concepts.csv` also says which style of a concept is held out for evaluation, and whether a
+mirrored picture still shows the concept. Needs npm, and from PyPI resvg-py and Pillow. The result depends on the pinned
+versions, `concepts.csv` and the seed only.
+
+    python tools/nano/build_data.py --wide --out build/nano/wide-data
+
+This draws every concept that the packages have, without the held-out pairs: the judge learns from them as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import hashlib
 import io
 import json
 import random
 import re
+import shutil
 import subprocess
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +35,8 @@ from PIL import Image
 
 SIZE_PX = 128
 SUPERSAMPLE = 2
-SAMPLES_PER_SHARD = 1400
+SAMPLES_PER_SHARD = 300
+CONCEPTS = Path(__file__).with_name("concepts.csv")
 
 EMOJIBASE = "emojibase-data@17.0.0"
 
@@ -47,13 +55,6 @@ class Style:
 STYLES = (
     Style(
         "flat", "a flat icon of", "@iconify-json/fluent-emoji-flat@1.2.6", "MIT", "Copyright (c) Microsoft Corporation"
-    ),
-    Style(
-        "gradient",
-        "a gradient icon of",
-        "@iconify-json/fluent-emoji@1.2.7",
-        "MIT",
-        "Copyright (c) Microsoft Corporation",
     ),
     Style(
         "line",
@@ -100,22 +101,62 @@ def strip_variation(hexcode: str) -> str:
     return "-".join(part for part in hexcode.lower().split("-") if part != "fe0f")
 
 
-def concepts(folder: Path) -> list[dict]:
-    """The emoji that become concepts: hexcode, caption name and tags, in Unicode order."""
-    out = []
-    for entry in json.loads((folder / "en/data.json").read_text(encoding="utf-8")):
-        if entry.get("group") not in GROUPS or "200D" in entry["hexcode"] or UNWANTED.search(entry["label"]):
-            continue
-        name = entry["label"].replace("’", "'").replace("“", "").replace("”", "").replace(":", "").lower()
-        out.append(
-            {
-                "hexcode": strip_variation(entry["hexcode"]),
-                "name": name,
-                "tags": entry.get("tags", []),
-                "order": entry["order"],
-            }
-        )
-    return sorted(out, key=lambda c: c["order"])
+@dataclass(frozen=True)
+class Concept:
+    """One thing that is drawn in every style.
+
+    Attributes:
+        name: as captions call it.
+        emoji: its name in emojibase.
+        hexcode: code points of the emoji, joined by `-`, without variation selectors.
+        tags: other words for it, from emojibase.
+        held_out: the style that no model is trained on, or "".
+        mirror: whether a mirrored picture still shows it.
+    """
+
+    name: str
+    emoji: str
+    hexcode: str
+    tags: list[str]
+    held_out: str = ""
+    mirror: bool = True
+
+
+def every_emoji(folder: Path) -> list[Concept]:
+    """Returns the emoji that can become concepts, in Unicode order.
+
+    Args:
+        folder: of the emojibase package.
+    """
+    entries = sorted(json.loads((folder / "en/data.json").read_text(encoding="utf-8")), key=lambda e: e.get("order", 0))
+    found = []
+    for entry in entries:
+        if entry.get("group") in GROUPS and "200D" not in entry["hexcode"] and not UNWANTED.search(entry["label"]):
+            name = entry["label"].replace("’", "'").replace("“", "").replace("”", "").replace(":", "").lower()
+            found.append(Concept(name, name, strip_variation(entry["hexcode"]), entry.get("tags", [])))
+    return found
+
+
+def choose_concepts(emoji: list[Concept], wide: bool) -> list[Concept]:
+    """Returns the concepts of `concepts.csv`.
+
+    Args:
+        emoji: all there are.
+        wide: also return every other emoji.
+    """
+    with CONCEPTS.open(encoding="utf-8", newline="") as file:
+        rows = {row["emoji"]: row for row in csv.DictReader(file)}
+    chosen = []
+    for concept in emoji:
+        if row := rows.pop(concept.name, None):
+            chosen.append(
+                replace(concept, name=row["concept"], held_out=row["held_out"], mirror=row["mirror"] == "yes")
+            )
+        elif wide:
+            chosen.append(concept)
+    if rows:
+        raise SystemExit(f"{CONCEPTS}: emojibase has no {', '.join(sorted(rows))}")
+    return chosen
 
 
 def with_article(name: str) -> str:
@@ -189,16 +230,21 @@ def encode(picture: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
-def draw(cache: Path) -> list[dict]:
-    """Every (style, concept) picture that is neither blank nor an exact duplicate of an earlier one."""
-    base = concepts(fetch(EMOJIBASE, cache))
+def draw(cache: Path, wide: bool) -> list[dict]:
+    """Returns the (style, concept) pictures, except those that are blank or equal to an earlier one.
+
+    Args:
+        cache: folder of the npm packages.
+        wide: draw every emoji, not the concepts of `concepts.csv` alone.
+    """
+    base = choose_concepts(every_emoji(fetch(EMOJIBASE, cache)), wide)
     sets = {s.name: (RasterSet if "3d" in s.name else SvgSet)(fetch(s.package, cache)) for s in STYLES}
     names = sets["flat"].by_hex
     seen: set[str] = set()
     out = []
     for concept in base:
         for style in STYLES:
-            raw = sets[style.name].render(concept["hexcode"], concept["name"], names)
+            raw = sets[style.name].render(concept.hexcode, concept.emoji, names)
             if raw is None:
                 continue
             picture = on_white(raw)
@@ -210,20 +256,19 @@ def draw(cache: Path) -> list[dict]:
     return out
 
 
-def hold_out(rows: list[dict], count: int, seed: int) -> set[int]:
-    """Returns indices of pictures, at most one a concept, whose concept is seen in at least two other styles.
-
-    Args:
-        rows: what `draw` returns.
-        count: how many pictures.
-        seed: of the choice.
-    """
-    by_concept: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        by_concept.setdefault(row["concept"]["name"], []).append(i)
-    pool = sorted(name for name, members in by_concept.items() if len(members) >= 3)
-    rng = random.Random(seed)
-    return {rng.choice(by_concept[name]) for name in rng.sample(pool, count)}
+def describe(row: dict) -> None:
+    """Add the key, the caption and the metadata to a picture of `draw`."""
+    style, concept = row["style"], row["concept"]
+    row["key"] = f"{concept.hexcode}_{style.name}"
+    row["caption"] = f"{style.phrase} {with_article(concept.name)}"
+    row["meta"] = {
+        "style": style.name,
+        "concept": concept.name,
+        "tags": concept.tags,
+        "mirror": concept.mirror,
+        "source": style.package,
+        "licence": style.licence,
+    }
 
 
 def write_shards(rows: list[dict], split: str, out: Path, quality: int) -> list[str]:
@@ -270,7 +315,7 @@ def make_index(
     """
     return {
         "size_px": SIZE_PX,
-        "counts": counts | {"concepts": len({r["concept"]["name"] for r in rows})},
+        "counts": counts | {"concepts": len({r["concept"].name for r in rows})},
         "styles": {
             s.name: {
                 "phrase": s.phrase,
@@ -280,6 +325,7 @@ def make_index(
             }
             for s in STYLES
         },
+        "concepts": {r["concept"].name: r["concept"].tags for r in rows},
         "shards": shards,
         "sha256": {
             f: hashlib.sha256((args.out / f).read_bytes()).hexdigest() for f in shards["train"] + shards["heldout"]
@@ -306,28 +352,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("sdcompress/assets/nano/data"))
     parser.add_argument("--cache", type=Path, default=Path("build/npm"), help="where npm packages are kept")
-    parser.add_argument("--heldout", type=int, default=600)
-    parser.add_argument("--quality", type=int, default=74, help="WebP quality")
+    parser.add_argument("--wide", action="store_true", help="every concept there is, without the held-out pairs")
+    parser.add_argument("--quality", type=int, default=88, help="WebP quality")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(args.out / "train", ignore_errors=True)
+    shutil.rmtree(args.out / "heldout", ignore_errors=True)
 
-    rows = draw(args.cache)
-    held = hold_out(rows, args.heldout, args.seed)
+    rows = draw(args.cache, args.wide)
     for row in rows:
-        style, concept = row["style"], row["concept"]
-        row["key"] = f"{concept['hexcode']}_{style.name}"
-        row["caption"] = f"{style.phrase} {with_article(concept['name'])}"
-        row["meta"] = {
-            "style": style.name,
-            "concept": concept["name"],
-            "tags": concept["tags"],
-            "source": style.package,
-            "licence": style.licence,
-        }
-    train = [row for i, row in enumerate(rows) if i not in held]
-    random.Random(args.seed + 1).shuffle(train)
-    heldout = [rows[i] for i in sorted(held)]
+        describe(row)
+    train = [row for row in rows if row["concept"].held_out != row["style"].name]
+    random.Random(args.seed).shuffle(train)
+    heldout = [row for row in rows if row["concept"].held_out == row["style"].name]
 
     shards = {
         "train": write_shards(train, "train", args.out, args.quality),

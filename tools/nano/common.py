@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
+import math
 import tarfile
 import time
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from sdcompress_engines.files import replace_file
 
@@ -36,7 +39,14 @@ class Split:
         return self.images[index].float().div(127.5).sub(1)
 
 
-def load(split: str, data: Path = DATA) -> Split:
+def load(split: str, data: Path = DATA, count: int | None = None) -> Split:
+    """Returns a split of a data set.
+
+    Args:
+        split: `train` or `heldout`.
+        data: folder of the shards and their index.
+        count: how many of its pictures; None is all.
+    """
     images, captions, metas = [], [], []
     for shard in json.loads((data / "index.json").read_text(encoding="utf-8"))["shards"][split]:
         with tarfile.open(data / shard) as tar:
@@ -53,7 +63,7 @@ def load(split: str, data: Path = DATA) -> Split:
                     captions.append(payload.decode())
                 else:
                     metas.append(json.loads(payload))
-    return Split(torch.stack(images).contiguous(), captions, metas)
+    return Split(torch.stack(images[:count]).contiguous(), captions[:count], metas[:count])
 
 
 def batch_indices(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
@@ -74,25 +84,85 @@ def batch_indices(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
     return out
 
 
-class Progress:
-    """Checkpoints by atomic rename, one JSON line every `every` steps."""
+def augment(pixels: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
+    """Returns pictures shifted, scaled and darkened a little: on white, what stays the same picture.
 
-    def __init__(self, work: Path, name: str, every: int = 50) -> None:
+    Args:
+        pixels: (B, 3, H, W), float32 in [-1, 1].
+        generator: of the random numbers.
+        strength: 1 shifts by up to 4 px of 128, scales by 0.94 to 1.04 and darkens by up to 2%; 2 by twice as much.
+    """
+    count = len(pixels)
+    scale = 1 / (1 + strength * (0.1 * torch.rand(count, generator=generator) - 0.06))
+    shift = (torch.rand(count, 2, generator=generator) - 0.5) * 0.125 * strength
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = scale
+    theta[:, :, 2] = shift
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels - 1, grid, mode="bicubic", align_corners=False).clamp(-2, 0) + 1
+    return (moved + 1) * (1 - 0.02 * strength * torch.rand(count, 1, 1, 1, generator=generator)) - 1
+
+
+def training_arguments(description: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options that every training script has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints, logs and results")
+    parser.add_argument("--data", type=Path, default=DATA, help="shards to train on")
+    parser.add_argument("--pictures", type=int, default=None, help="take only the first so many of each split")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--steps", type=int, default=None, help="default: that of config.json")
+    parser.add_argument("--batch", type=int, default=None, help="default: that of config.json")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="end after this long, one process alone; the learning rate falls in time for it",
+    )
+    return parser
+
+
+def read_settings(args: argparse.Namespace, *sections: str) -> dict[str, Any]:
+    """Returns a section of config.json with the command line's `--steps` and `--batch`.
+
+    Args:
+        args: of the command line.
+        sections: name of the section, then of the parts in it that go over it.
+    """
+    whole = config(sections[0])
+    settings = whole | {name: value for part in sections[1:] for name, value in whole[part].items()}
+    return settings | {name: value for name in ("steps", "batch") if (value := getattr(args, name)) is not None}
+
+
+class Progress:
+    """Checkpoints by atomic rename, one JSON line every `every` steps.
+
+    Args:
+        work: folder of the checkpoint and the log.
+        name: of both.
+        minutes: of training, after which `share` is 1; those of earlier processes count.
+        every: steps between two lines.
+    """
+
+    def __init__(self, work: Path, name: str, minutes: float = math.inf, every: int = 50) -> None:
         work.mkdir(parents=True, exist_ok=True)
         self.checkpoint = work / f"{name}.ckpt"
         self.log = work / f"{name}.jsonl"
-        self.every, self.name = every, name
+        self.every, self.name, self.limit_s = every, name, 60 * minutes
         self.started, self.elapsed = time.time(), 0.0
 
     def resume(self) -> dict[str, Any] | None:
         if not self.checkpoint.exists():
             return None
-        state = torch.load(self.checkpoint, weights_only=True)
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         self.elapsed = state["seconds"]
         return state
 
     def seconds(self) -> float:
         return self.elapsed + time.time() - self.started
+
+    def share(self, step: int, steps: int) -> float:
+        """Returns how much of the training is done, 0 to 1, in steps or in time, whichever is further."""
+        return min(1.0, max(step / steps, self.seconds() / self.limit_s))
 
     def save(self, **state: Any) -> None:
         temporary = self.checkpoint.with_suffix(".tmp")

@@ -1,10 +1,10 @@
-"""Measure nano: VAE reconstruction, style accuracy and retrieval, against the same figures of real pictures.
+"""Measure nano: VAE, style accuracy and retrieval against the same figures of real pictures, and what is remembered.
 
     python tools/nano/measure.py -o bench/results/nano-teacher.json [--sheet sheet.webp]
 
-200 prompts seen in training and 200 held-out (style, concept) pairs, 25 steps, nano's own guidance scale (4), one seed
-a picture. The judge is nano-CLIP, which conditions nothing; its own figures on the real held-out pictures are the
-ceiling.
+200 prompts seen in training and all held-out (style, concept) pairs, 25 steps, nano's own guidance scale (4), one seed
+a picture. The judge is nano-CLIP, which conditions nothing; its own figures on the real pictures are the ceiling. How
+near the pictures are to training pictures is measured as `copies.py` says.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from common import load
+from copies import measure_copies
 from sdcompress_bench.environment import environment
 from sdcompress_bench.quality import ClipMetric, Share, judge
 from sdcompress_bench.scenario import Prompt
@@ -61,11 +62,11 @@ def main() -> None:
         "vae_psnr_db": psnr(pipeline.vae, heldout.pixels(torch.arange(len(heldout.captions)))),
         "steps": STEPS,
         "guidance_scale": GUIDANCE,
-        "prompts": args.count,
     }
-    shown = []
+    drawn = {}
+    counts = {"seen": args.count, "heldout": min(args.count, len(heldout.captions))}
     for split, shards in (("seen", nano.shards("train")), ("heldout", nano.shards("heldout"))):
-        prompts = [Prompt(p.caption, p.style) for p in nano_prompts.draw_prompts(split, args.count)]
+        prompts = [Prompt(p.caption, p.style) for p in nano_prompts.draw_prompts(split, counts[split])]
         with (
             torch.inference_mode(),
             torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),
@@ -83,12 +84,13 @@ def main() -> None:
         result[f"{split}_real_pictures"] = plain(
             judge(metric, [real[p.caption].picture() for p in prompts], prompts, styles)
         )
-        shown += images[:32]
+        drawn[split] = images
+    result["nearest_training_picture"] = measure_copies(pipeline.vae, load("train"), heldout, drawn)
     result |= {"seconds": round(time.time() - started, 1), "environment": environment()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     if args.sheet:
-        grid(shown, 8).save(args.sheet, quality=88)
+        grid([image for images in drawn.values() for image in images[:32]], 8).save(args.sheet, quality=88)
     print(json.dumps({k: v for k, v in result.items() if k != "environment"}, indent=1))
 
 

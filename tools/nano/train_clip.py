@@ -1,14 +1,19 @@
 """Train a small CLIP on nano's pictures and captions, resumable.
 
     python tools/nano/train_clip.py --work build/nano --role teacher   its text encoder conditions nano's UNet
-    python tools/nano/train_clip.py --work build/nano --role metric    nano-CLIP: another seed, used to measure only
+    python tools/nano/train_clip.py --work build/nano --role metric --data build/nano/wide-data
+
+The second is nano-CLIP, the judge: another seed, more pictures (`build_data.py --wide`), used to measure only.
+
+A batch holds whole concepts in all their styles, because random batches hardly ever need the style to tell two captions
+apart. A picture has to find its caption, its concept alone and its style alone, and a caption's embedding has to lie
+between those of its parts: otherwise an unseen pair of style and concept means something of its own.
 
 The tokenizer (a BPE trained on the captions, in CLIP's format) is made on the first call and shared.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import dataclass
@@ -16,13 +21,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Progress, Split, batch_indices, config, load
+from common import Progress, Split, augment, batch_indices, load, read_settings, training_arguments
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdcompress.models import nano
+from sdcompress.train.muon import make_muon
 
 START, END = "<|startoftext|>", "<|endoftext|>"
+TILES = 4
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -95,189 +102,236 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
 
 
-def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Shift by up to 10 px, scale by 0.85-1.1, brightness by ±5%: on white, what stays the same picture."""
-    count = len(pixels)
-    scale = 1 / (0.85 + 0.25 * torch.rand(count, generator=generator))
-    shift = (torch.rand(count, 2, generator=generator) - 0.5) * 0.32
-    theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
-    theta[:, :, 2] = shift
-    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
-    moved = F.grid_sample(pixels - 1, grid, align_corners=False) + 1
-    return moved * (0.95 + 0.05 * torch.rand(count, 1, 1, 1, generator=generator))
-
-
 @dataclass(frozen=True)
 class CaptionParts:
     """The captions of a split taken apart, as token ids.
 
     Attributes:
         style_of: index of each picture's style, (N,).
+        concept_of: index of each picture's concept, (N,).
         styles: the style phrases alone, (S, 77).
-        concepts: each picture's concept alone, (N, 77).
-        in_every_style: each picture's concept in each style, S tensors of (N, 77).
+        concepts: the concepts alone, (C, 77).
+        pairs: each concept in each style, (C, S, 77). No picture is needed for them, so held-out pairs are among them.
     """
 
     style_of: torch.Tensor
+    concept_of: torch.Tensor
     styles: torch.Tensor
     concepts: torch.Tensor
-    in_every_style: list[torch.Tensor]
+    pairs: torch.Tensor
 
 
 def caption_parts(tokenizer: CLIPTokenizer, split: Split) -> CaptionParts:
     phrases = nano.styles()
-    concepts = [
+    names = [
         caption.removeprefix(phrases[meta["style"]]).strip()
         for caption, meta in zip(split.captions, split.metas, strict=True)
     ]
+    concepts = list(dict.fromkeys(names))
+    pairs = tokenize(tokenizer, [f"{phrase} {name}" for name in concepts for phrase in phrases.values()])
     return CaptionParts(
         torch.tensor([list(phrases).index(meta["style"]) for meta in split.metas]),
+        torch.tensor([concepts.index(name) for name in names]),
         tokenize(tokenizer, [phrase.removesuffix(" of") for phrase in phrases.values()]),
         tokenize(tokenizer, concepts),
-        [tokenize(tokenizer, [f"{phrase} {text}" for text in concepts]) for phrase in phrases.values()],
+        pairs.view(len(concepts), len(phrases), -1),
     )
 
 
-def contrastive_loss(
-    model: CLIPModel, pixels: torch.Tensor, ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Returns CLIP's loss of a batch, its image features (B, D), and the share of captions found among the batch's.
+def strip_style(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns pictures in black on white, outlines with or without dark areas filled: a concept without its style.
+
+    Args:
+        pixels: (B, 3, H, W), float32 in [-1, 1].
+        generator: of the random numbers.
+    """
+    count = len(pixels)
+    gray = pixels.mean(1, keepdim=True)
+    width = 2 * int(torch.randint(1, 4, (), generator=generator)) + 1
+    outline = F.max_pool2d(gray, width, 1, width // 2) + F.max_pool2d(-gray, width, 1, width // 2)
+    threshold = torch.rand(count, 1, 1, 1, generator=generator) - 0.5
+    filled = (gray < threshold) & (torch.rand(count, 1, 1, 1, generator=generator) < 0.5)
+    drawn = torch.where(filled, -1.0, 1 - 2 * outline).clamp(-1, 1)
+    return drawn.expand_as(pixels)
+
+
+def strip_concept(pixels: torch.Tensor, style_of: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns pictures put together from tiles of pictures of one style: a style without a concept.
+
+    Args:
+        pixels: (B, 3, H, W), float32.
+        style_of: each picture's style, (B,).
+        generator: of the random numbers.
+    """
+    size = pixels.shape[-1] // TILES
+    tiles = pixels.unfold(2, size, size).unfold(3, size, size)  # (B, 3, T, T, size, size)
+    mixed = torch.empty_like(tiles)
+    for style in style_of.unique():
+        members = torch.where(style_of == style)[0]
+        for row in range(TILES):
+            for column in range(TILES):
+                source = members[torch.randperm(len(members), generator=generator)]
+                there = torch.randint(TILES, (2,), generator=generator)
+                mixed[members, :, row, column] = tiles[source, :, there[0], there[1]]
+    return mixed.permute(0, 1, 2, 4, 3, 5).reshape(pixels.shape)
+
+
+def strip(
+    pixels: torch.Tensor, style_of: torch.Tensor, shares: tuple[float, float], generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a batch in which some pictures lost their style and some their concept, and what each has lost.
+
+    Without this, the judge remembers which picture has which style, and knows a concept by its colors.
+
+    Args:
+        pixels: (B, 3, H, W), float32 in [-1, 1].
+        style_of: each picture's style, (B,).
+        shares: of the pictures that lose their style, and their concept.
+        generator: of the random numbers.
+    """
+    draw = torch.rand(len(pixels), generator=generator)
+    lost = torch.where(draw < shares[0], 1, torch.where(draw > 1 - shares[1], 2, 0))
+    pixels = pixels.clone()
+    if (without := lost == 1).any():
+        pixels[without] = strip_style(pixels[without], generator)
+    if (without := lost == 2).any():
+        pixels[without] = strip_concept(pixels[without], style_of[without], generator)
+    return pixels, lost
+
+
+def clip_loss(
+    model: CLIPModel, pixels: torch.Tensor, index: torch.Tensor, lost: torch.Tensor, parts: CaptionParts
+) -> tuple[torch.Tensor, float]:
+    """Returns the loss of a batch, a scalar, and the share of pictures that find their caption among the batch's.
 
     Args:
         model: the CLIP in training.
         pixels: (B, 3, H, W), float32.
-        ids: tokens of the captions, (B, T), int64.
-    """
-    with torch.autocast("cpu", torch.bfloat16):
-        image = model.get_image_features(pixel_values=pixels).pooler_output.float()
-        text = model.get_text_features(input_ids=ids).pooler_output.float()
-    logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
-    target = torch.arange(len(ids))
-    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    return loss, image, (logits.argmax(-1) == target).float().mean().item()
-
-
-def composed(
-    model: CLIPModel, image: torch.Tensor, index: torch.Tensor, parts: CaptionParts, longest: int
-) -> torch.Tensor:
-    """Returns the loss that makes a caption the sum of its parts, so that unseen pairs of style and concept mean both.
-
-    The style's phrase alone has to find the picture's style, and each concept in every style has to lie between the
-    phrase's and the concept's own embedding.
-
-    Args:
-        model: the CLIP in training.
-        image: image features of the batch, (B, D).
         index: the batch's pictures, (B,).
+        lost: what each has lost and is not asked for, (B,), int64: 0 nothing, 1 its style, 2 its concept.
         parts: of the training captions.
-        longest: tokens of the longest caption in the batch.
     """
-
-    def embed(ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return F.normalize(model.get_text_features(input_ids=ids[:, :longest]).pooler_output.float(), dim=-1)
-
-    some = index[torch.randperm(len(index))[:24]]
-    styles, concepts = embed(parts.styles), embed(parts.concepts[some])
-    style_logits = model.logit_scale.exp().clamp(max=100) * F.normalize(image, dim=-1) @ styles.T
-    between = [
-        1 - (embed(ids[some]) * F.normalize(concepts + styles[i], dim=-1)).sum(-1).mean()
-        for i, ids in enumerate(parts.in_every_style)
-    ]
-    return F.cross_entropy(style_logits, parts.style_of[index]) / 2 + 4 * torch.stack(between).mean()
+    style_of = parts.style_of[index]
+    chosen, concept_of = parts.concept_of[index].unique(return_inverse=True)
+    count, styles = len(chosen), len(parts.styles)
+    ids = torch.cat([parts.pairs[chosen].flatten(0, 1), parts.concepts[chosen], parts.styles]).to(pixels.device)
+    concept_of, style_of = concept_of.to(pixels.device), style_of.to(pixels.device)
+    longest = int((ids == model.config.text_config.eos_token_id).float().argmax(-1).max()) + 1
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        image = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        text = F.normalize(model.get_text_features(input_ids=ids[:, :longest]).pooler_output.float(), dim=-1)
+    pairs, concept, style = text.split([count * styles, count, styles])
+    scale = model.logit_scale.exp().clamp(max=100)
+    caption_of = concept_of * styles + style_of
+    lost = lost.to(pixels.device)
+    whole = lost == 0
+    caption_of, complete = caption_of[whole], image[whole]
+    # A caption without a picture in the batch is a wrong answer for a picture, and asks for none itself.
+    by_picture = scale * complete @ pairs.T
+    by_caption = scale * pairs[caption_of] @ complete.T
+    found = (by_picture.argmax(-1) == caption_of).float().mean().item()
+    between = (pairs.view(count, styles, -1) * F.normalize(concept[:, None] + style, dim=-1)).sum(-1)
+    loss = (
+        F.cross_entropy(by_picture, caption_of) / 2
+        + F.cross_entropy(by_caption, torch.arange(len(complete), device=pixels.device)) / 2
+        + F.cross_entropy(scale * image[lost != 2] @ concept.T, concept_of[lost != 2]) / 2
+        + F.cross_entropy(scale * image[lost != 1] @ style.T, style_of[lost != 1]) / 2
+        + 4 * (1 - between).mean()
+    )
+    return loss, found
 
 
 @torch.no_grad()
 def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: Split) -> dict[str, float]:
-    """Returns how often, of the first 200 pictures, the caption is found among them and the style among its concept's.
+    """Returns the shares of pictures whose caption is the first, or among the first five, of all captions, and of those
+    whose own style fits better than the same concept in another style.
 
     Args:
         model: the CLIP.
         tokenizer: of the captions.
         split: pictures and captions.
     """
-    ids = tokenize(tokenizer, split.captions)
-    n = min(200, len(split.captions))
-    image = F.normalize(model.get_image_features(pixel_values=split.pixels(torch.arange(n))).pooler_output, dim=-1)
-    text = F.normalize(model.get_text_features(input_ids=ids[:n]).pooler_output, dim=-1)
-    rank = (image @ text.T).argsort(dim=-1, descending=True)
-    hit = rank == torch.arange(n)[:, None]
-    phrases = nano.styles()
-    in_every_style = [
-        split.captions[i].replace(phrases[split.metas[i]["style"]], phrase, 1)
-        for i in range(n)
+
+    def embed(captions: list[str]) -> torch.Tensor:
+        ids = tokenize(tokenizer, captions).to(model.device)
+        return F.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
+
+    count, phrases = len(split.captions), nano.styles()
+    pixels = split.pixels(torch.arange(count)).to(model.device)
+    image = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    rank = (image @ embed(split.captions).T).argsort(dim=-1, descending=True).cpu()
+    hit = rank == torch.arange(count)[:, None]
+    styled = [
+        caption.replace(phrases[meta["style"]], phrase, 1)
+        for caption, meta in zip(split.captions, split.metas, strict=True)
         for phrase in phrases.values()
     ]
-    styled = F.normalize(
-        model.get_text_features(input_ids=tokenize(tokenizer, in_every_style)).pooler_output, dim=-1
-    ).view(n, len(phrases), -1)
-    chosen = torch.einsum("nd,nsd->ns", image, styled).argmax(-1)
-    right = [list(phrases)[c] == meta["style"] for c, meta in zip(chosen.tolist(), split.metas[:n], strict=True)]
+    chosen = torch.einsum("nd,nsd->ns", image, embed(styled).view(count, len(phrases), -1)).argmax(-1).tolist()
+    right = [list(phrases)[c] == meta["style"] for c, meta in zip(chosen, split.metas, strict=True)]
     return {
-        "style": sum(right) / n,
+        "style": sum(right) / count,
         "top1": hit[:, :1].any(-1).float().mean().item(),
         "top5": hit[:, :5].any(-1).float().mean().item(),
     }
 
 
+def draw_batch(step: int, count: int, members: list[list[int]], seed: int) -> torch.Tensor:
+    """Returns the pictures of a step: those of `count` concepts in all their styles, (B,), int64."""
+    concepts = batch_indices(step, count, len(members), seed).tolist()
+    return torch.tensor([picture for concept in concepts for picture in members[concept]])
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
+    parser = training_arguments(__doc__)
     parser.add_argument("--role", choices=["teacher", "metric"], required=True)
     args = parser.parse_args()
-    cfg = config("clip")
-    seed = cfg["seed"][args.role]
-    torch.manual_seed(seed)
-    train, heldout = load("train"), load("heldout")
+    progress = Progress(args.work, f"clip-{args.role}", args.minutes)
+    cfg = read_settings(args, "clip", args.role)
+    torch.manual_seed(cfg["seed"])
+    train, heldout = (load("train", args.data, args.pictures), load("heldout", count=args.pictures))
     tokenizer = make_tokenizer(train.captions, cfg["vocab_size"], args.work / "tokenizer")
-    ids = tokenize(tokenizer, train.captions)
-    model = build(cfg, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg["lr"], weight_decay=0.1, betas=(0.9, 0.98), fused=True)
-    progress = Progress(args.work, f"clip-{args.role}")
-    start = warmed_from = 0
+    model = build(cfg, tokenizer).to(args.device)
+    optimizer = make_muon(dict(model.named_parameters()), cfg["lr"], weight_decay=0.1)
+    step = warmed_from = 0
     if state := progress.resume():
         model.load_state_dict(state["model"])
-        start = state["step"]
+        step = state["step"]
         if "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
         else:  # unpacked from the shipped weights: the optimizer is new and warms up again
-            warmed_from = start
-    steps = cfg["steps"][args.role]
+            warmed_from = step
     parts = caption_parts(tokenizer, train)
-    by_concept: dict[str, list[int]] = {}
-    for i, meta in enumerate(train.metas):
-        by_concept.setdefault(meta["concept"], []).append(i)
-    members = list(by_concept.values())
-    for step in range(start, steps):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"]) * (0.02 + 0.98 * cosine)
+    members = [torch.where(parts.concept_of == c)[0].tolist() for c in range(len(parts.concepts))]
+    while (share := progress.share(step, cfg["steps"])) < 1:
+        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"])
+        lr *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if step < cfg["grouped_from"]:
-            index = batch_indices(step, cfg["batch"], len(train.captions), seed)
-        else:  # concepts in all their styles, which style alone tells apart: random batches hardly ever need that
-            drawn = batch_indices(step, cfg["concepts_per_batch"], len(members), seed).tolist()
-            index = torch.tensor([i for concept in drawn for i in members[concept]])
-        pixels = augment(train.pixels(index), torch.Generator().manual_seed(seed * 1_000_003 + step))
-        longest = int((ids[index] == tokenizer.eos_token_id).float().argmax(-1).max()) + 1
-        loss, image, top1 = contrastive_loss(model, pixels, ids[index, :longest])
-        if step >= cfg["composed_from"]:
-            loss = loss + cfg["composed_weight"] * composed(model, image, index, parts, longest)
+        index = draw_batch(step, cfg["batch"], members, cfg["seed"])
+        generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
+        pixels = augment(train.pixels(index), generator, strength=2.5)
+        pixels, lost = strip(pixels, parts.style_of[index], cfg["stripped"], generator)
+        loss, found = clip_loss(model, pixels.to(args.device), index, lost, parts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % progress.every == 0:
-            progress.note(step + 1, loss=loss.item(), top1_batch=top1, lr=lr)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            progress.save(step=step + 1, model=model.state_dict(), optimizer=optimizer.state_dict())
-            progress.note(
-                step + 1, **{f"heldout_{k}": v for k, v in accuracy(model.eval(), tokenizer, heldout).items()}
-            )
-            model.train()
+        step += 1
+        if step % progress.every == 0:
+            progress.note(step, loss=loss.item(), top1_batch=found, lr=lr)
+        if step % 250 == 0:
+            progress.save(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+            note_accuracy(progress, step, model, tokenizer, heldout)
+    progress.save(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
+    note_accuracy(progress, step, model, tokenizer, heldout)
     model.save_pretrained(args.work / f"clip-{args.role}")
     tokenizer.save_pretrained(args.work / f"clip-{args.role}")
+
+
+def note_accuracy(progress: Progress, step: int, model: CLIPModel, tokenizer: CLIPTokenizer, heldout: Split) -> None:
+    figures = accuracy(model.eval(), tokenizer, heldout)
+    progress.note(step, **{f"heldout_{name}": value for name, value in figures.items()})
+    model.train()
 
 
 if __name__ == "__main__":

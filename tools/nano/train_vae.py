@@ -1,18 +1,18 @@
 """Train nano's VAE (AutoencoderKL, f8, 4 latent channels), resumable.
 
-python tools/nano/train_vae.py --work build/nano             encoder and decoder
-python tools/nano/train_vae.py --work build/nano --decoder   then the decoder alone, so latents stay as cached
+    python tools/nano/train_vae.py --work build/nano             encoder and decoder
+    python tools/nano/train_vae.py --work build/nano --decoder   then the decoder alone, so latents stay as cached
+
+Give `--data` the folder of `build_data.py --wide`: the more pictures it sees, the better it draws unseen ones.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Progress, batch_indices, config, load
+from common import Progress, Split, augment, batch_indices, load, read_settings, training_arguments
 from diffusers import AutoencoderKL
 
 
@@ -39,73 +39,104 @@ def build(cfg: dict) -> AutoencoderKL:
 def psnr(vae: AutoencoderKL, pixels: torch.Tensor) -> float:
     """Mean PSNR in dB of reconstructions from the latent mean, peak 1.0."""
     values = []
-    for chunk in pixels.split(25):
+    for chunk in pixels.to(vae.device).split(25):
         decoded = vae.decode(vae.encode(chunk).latent_dist.mean).sample.clamp(-1, 1)
         mse = ((decoded - chunk) / 2).square().mean(dim=(1, 2, 3))
         values.append(-10 * mse.log10())
     return torch.cat(values).mean().item()
 
 
+def edge_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Returns the mean absolute error of the differences between neighboring pixels, a scalar: blurred edges cost here.
+
+    Args:
+        decoded: (B, 3, H, W), float32.
+        pixels: what it should be, of the same shape.
+    """
+    across, down = ((decoded - pixels).diff(dim=axis).abs().mean() for axis in (-1, -2))
+    return across + down
+
+
+def reconstruction_loss(
+    vae: AutoencoderKL, cfg: dict, pixels: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the loss of a batch and its mean KL divergence in nats, both scalars.
+
+    Args:
+        vae: in training.
+        cfg: section `vae` of config.json.
+        pixels: (B, 3, 128, 128), float32 in [-1, 1].
+        noise: of the posterior, (B, 4, 16, 16), float32.
+    """
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        posterior = vae.encode(pixels).latent_dist
+        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+    decoded, kl = decoded.float(), posterior.kl().float().mean()
+    loss = (
+        F.mse_loss(decoded, pixels)
+        + cfg["l1_weight"] * F.l1_loss(decoded, pixels)
+        + cfg["edge_weight"] * edge_loss(decoded, pixels)
+        + cfg["kl_weight"] * kl
+    )
+    return loss, kl
+
+
+def draw_batch(train: Split, cfg: dict, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the pictures of a step, (B, 3, 128, 128), and the noise of their latents, (B, 4, 16, 16)."""
+    generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
+    pixels = train.pixels(batch_indices(step, cfg["batch"], len(train.captions), cfg["seed"]))
+    # Half of them: resampling blurs, and the decoder has to learn sharp edges.
+    moved = torch.rand(len(pixels), generator=generator) < 0.5
+    pixels = torch.where(moved[:, None, None, None], augment(pixels, generator), pixels)
+    if torch.rand((), generator=generator) < 0.5:
+        pixels = pixels.flip(-1)
+    return pixels, torch.randn(len(pixels), 4, 16, 16, generator=generator)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--decoder", action="store_true")
+    parser = training_arguments(__doc__)
+    parser.add_argument("--decoder", action="store_true", help="train the decoder alone, from vae.pt")
     args = parser.parse_args()
-    cfg = config("vae")
+    progress = Progress(args.work, "vae-decoder" if args.decoder else "vae", args.minutes)
+    cfg = read_settings(args, "vae", *(["decoder"] if args.decoder else []))
     torch.manual_seed(cfg["seed"])
-    train, heldout = load("train"), load("heldout")
+    train, heldout = (load("train", args.data, args.pictures), load("heldout", count=args.pictures))
     vae = build(cfg)
     if args.decoder:
         vae.load_state_dict(torch.load(args.work / "vae.pt", weights_only=True))
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    steps = cfg["decoder_steps" if args.decoder else "steps"]
-    name = "vae-decoder" if args.decoder else "vae"
+    vae.to(args.device)
     parameters = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=cfg["lr"], weight_decay=1e-4, betas=(0.9, 0.99), fused=True)
-    progress = Progress(args.work, name)
-    start = 0
+    step = warmed_from = 0
     if state := progress.resume():
         vae.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-
-    def reconstruct(pixels: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        posterior = vae.encode(pixels).latent_dist
-        return vae.decode(posterior.mean + posterior.std * noise).sample, posterior.kl()
-
-    for step in range(start, steps):
-        lr = (
-            cfg["lr"]
-            * min(1, (step + 1) / cfg["warmup"])
-            * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        )
+        step = state["step"]
+        if "optimizer" in state:
+            optimizer.load_state_dict(state["optimizer"])
+        else:  # unpacked from the shipped weights: the optimizer is new and warms up again
+            warmed_from = step
+    while (share := progress.share(step, cfg["steps"])) < 1:
+        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"])
+        lr *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
-        pixels = train.pixels(batch_indices(step, cfg["batch"], len(train.captions), cfg["seed"]))
-        if torch.rand((), generator=generator) < 0.5:
-            pixels = pixels.flip(-1)
-        noise = torch.randn(len(pixels), 4, 16, 16, generator=generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded, kl = reconstruct(pixels, noise)
-        decoded = decoded.float()
-        loss = (
-            F.mse_loss(decoded, pixels)
-            + cfg["l1_weight"] * F.l1_loss(decoded, pixels)
-            + cfg["kl_weight"] * kl.float().mean()
-        )
+        pixels, noise = draw_batch(train, cfg, step)
+        loss, kl = reconstruction_loss(vae, cfg, pixels.to(args.device), noise.to(args.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % progress.every == 0:
-            progress.note(step + 1, loss=loss.item(), kl=kl.float().mean().item(), lr=lr)
-        if (step + 1) % 250 == 0 or step + 1 == steps:
-            progress.save(step=step + 1, model=vae.state_dict(), optimizer=optimizer.state_dict())
-            progress.note(step + 1, psnr_heldout=psnr(vae, heldout.pixels(torch.arange(100))))
-    torch.save(vae.state_dict(), args.work / "vae.pt")
-    progress.note(steps, psnr_heldout=psnr(vae, heldout.pixels(torch.arange(len(heldout.captions)))))
+        step += 1
+        if step % progress.every == 0:
+            progress.note(step, loss=loss.item(), kl=kl.item(), lr=lr)
+        if step % 250 == 0:
+            progress.save(step=step, model=vae.state_dict(), optimizer=optimizer.state_dict())
+            progress.note(step, psnr_heldout=psnr(vae, heldout.pixels(torch.arange(100))))
+    progress.save(step=step, model=vae.state_dict(), optimizer=optimizer.state_dict())
+    torch.save({name: value.cpu() for name, value in vae.state_dict().items()}, args.work / "vae.pt")
+    progress.note(step, psnr_heldout=psnr(vae, heldout.pixels(torch.arange(len(heldout.captions)))))
 
 
 if __name__ == "__main__":

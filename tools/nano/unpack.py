@@ -1,4 +1,4 @@
-"""Make a work folder from the weights that ship, so that the training of the UNet and of nano-CLIP goes on from a clone
+"""Make a work folder from the weights that ship, so that the training of every part goes on from a clone
 alone.
 
     python tools/nano/unpack.py --work build/nano
@@ -13,10 +13,9 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import load
-from train_clip import tokenize
 from transformers import CLIPModel
 
 from sdcompress.models import nano
@@ -29,7 +28,10 @@ def last_step(log: str) -> int:
     ]
 
 
-@torch.no_grad()
+def write_checkpoint(path: Path, weights: dict[str, torch.Tensor], step: int, **more: Any) -> None:
+    torch.save({"model": weights, "step": step, "seconds": 0.0} | more, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -37,25 +39,15 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     pipeline = load_pipeline("nano").pipeline
-    train = load("train")
-    moments = [pipeline.vae.encode(train.pixels(i)).latent_dist for i in torch.arange(len(train.captions)).split(50)]
-    ids = tokenize(pipeline.tokenizer, [*train.captions, ""])
-    cache = {
-        "mean": torch.cat([m.mean for m in moments]).half(),
-        "std": torch.cat([m.std for m in moments]).half(),
-        "scale": torch.tensor(pipeline.vae.config.scaling_factor),
-        "text": torch.cat([pipeline.text_encoder(chunk)[0] for chunk in ids.split(256)]).half(),
-    }
-    torch.save(cache, args.work / "cache.pt")
     torch.save(pipeline.vae.state_dict(), args.work / "vae.pt")
+    write_checkpoint(args.work / "vae.ckpt", pipeline.vae.state_dict(), last_step("vae"))
     shutil.copytree(nano.teacher_folder() / "tokenizer", args.work / "tokenizer", dirs_exist_ok=True)
-    weights = pipeline.unet.state_dict()
-    torch.save({"model": weights, "ema": weights, "step": args.step, "seconds": 0.0}, args.work / "unet.ckpt")
+    parts = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    write_checkpoint(args.work / "unet.ckpt", weights, args.step, ema=weights)
     torch.save(weights, args.work / "unet.pt")
     metric = CLIPModel.from_pretrained(nano.metric_folder())
-    torch.save(
-        {"model": metric.state_dict(), "step": last_step("clip-metric"), "seconds": 0.0}, args.work / "clip-metric.ckpt"
-    )
+    write_checkpoint(args.work / "clip-metric.ckpt", metric.state_dict(), last_step("clip-metric"))
     print(f"{args.work}: ready to go on from step {args.step}")
 
 

@@ -37,6 +37,7 @@ class Part:
         function: `module:name`, called with a `PartRun` in the part's own process.
         cap_s: seconds after which that process is killed.
         kept_s: seconds that earlier parts must leave for it.
+        on_request: it only runs where it is chosen.
     """
 
     number: int
@@ -44,6 +45,7 @@ class Part:
     function: str
     cap_s: float
     kept_s: float = 0.0
+    on_request: bool = False
 
 
 _HERE = __package__
@@ -57,6 +59,7 @@ PARTS = (
     Part(6, "training", f"{_HERE}.part_training:training", 150, 60),
     Part(7, "pytest -m gpu", f"{_HERE}.part_tests:tests", 90, 40),
     Part(8, "what takes longer", f"{_HERE}.part_longer:longer", 600),
+    Part(9, "nano", f"{_HERE}.part_nano:nano", 600, on_request=True),
 )
 
 
@@ -112,14 +115,15 @@ class Program:
         """Run the chosen parts (by default all) in order; returns whether each has ended.
 
         Args:
-            chosen: numbers of the parts; None is all.
+            chosen: numbers of the parts; None is all but those that run on request.
             again: run also the parts that ended in an earlier run.
 
         Raises:
             UsageError: there is no such part, or the folder has results of another card.
             BackendMissing: the device does not answer.
         """
-        numbers = sorted(self._table if chosen is None else chosen)
+        usual = (number for number, part in self._table.items() if not part.on_request)
+        numbers = sorted(usual if chosen is None else chosen)
         if unknown := [number for number in numbers if number not in self._table]:
             raise UsageError(f"no part {unknown[0]}", expected=f"{min(self._table)} to {max(self._table)}")
         list(self.results.read_new())

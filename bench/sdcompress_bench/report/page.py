@@ -43,6 +43,7 @@ def render_html(results: Results, folder: Path) -> str:
             speed_plots=figures.speed_plots(results),
             stages=tables.stage_table(results),
             columns=[_column(entry) for entry in results.pictures],
+            pictures_note=text.pictures_note(results),
             picture_rows=list(_picture_rows(results, folder)),
             quality=tables.quality_tables(results),
             error_plots=figures.error_plots(results),

@@ -106,6 +106,13 @@ def _estimate_warnings(results: Results) -> Iterator[str]:
                 yield str(figure["warning"])
 
 
+def pictures_note(results: Results) -> str | None:
+    """Returns which prompts the pictures show, if they are not those of the figures."""
+    if not results.settings.get("shown"):  # older results do not have it
+        return None
+    return f"{results.teacher} was trained on these prompts. The quality figures are of prompts that it has not seen."
+
+
 def method(results: Results) -> list[str]:
     """Returns a paragraph for each thing that was measured: how, and what the figure means."""
     settings = results.settings

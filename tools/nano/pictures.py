@@ -1,0 +1,117 @@
+"""Draw the pictures of the README: what nano draws, and what its students draw at the same seeds.
+
+    python tools/nano/pictures.py sheet -o docs/nano.webp                     48 prompts that nano was trained on
+    python tools/nano/pictures.py hero -o docs/students.webp nano-tiny DIR    six prompts by nano and by students of it
+
+A model is what `sdcompress generate` takes. Each name of the hero's rows has the size of the UNet's weights in fp16 and
+the time of a step with guidance, measured here in PyTorch in fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from sdcompress.data.nano_prompts import NanoPrompt, draw_prompts, shown_prompts
+from sdcompress.models.load import load_pipeline
+from sdcompress.models.nano import styles
+from sdcompress.prune.cost import count_parameters
+from sdcompress.sampling import generate
+
+SIDE_PX, GAP_PX, TEXT_PX = 128, 6, 12
+SHEET_PROMPTS, SHEET_COLUMNS, HERO_PROMPTS = 48, 8, 6
+TIMED_STEPS = 30
+
+
+def choose_sheet(seed: int) -> list[NanoPrompt]:
+    """Returns the prompts that are shown first and others that were seen, drawn by lot, equally many of each style."""
+    chosen = shown_prompts()
+    others = draw_prompts("seen", 300, seed)
+    random.Random(seed).shuffle(others)
+    for prompt in others:
+        share = SHEET_PROMPTS // len(styles())
+        fits = sum(known.style == prompt.style for known in chosen) < share
+        if fits and prompt.concept not in {known.concept for known in chosen}:
+            chosen.append(prompt)
+    return chosen[:SHEET_PROMPTS]
+
+
+def paste(picture: Image.Image, column: int, row: int, sheet: Image.Image, left_px: int, below: str = "") -> None:
+    """Put a picture into a cell of a sheet, with a line of text below it."""
+    x = left_px + column * (SIDE_PX + GAP_PX)
+    y = row * (SIDE_PX + GAP_PX + (TEXT_PX + 4 if below else 0))
+    sheet.paste(picture, (x, y))
+    if below:
+        font = ImageFont.load_default(TEXT_PX)
+        ImageDraw.Draw(sheet).text((x + SIDE_PX / 2, y + SIDE_PX + 1), below, "#555", font, anchor="ma")
+
+
+def draw_sheet(seed: int) -> Image.Image:
+    prompts = choose_sheet(seed)
+    pictures = generate(load_pipeline("nano").pipeline, [p.caption for p in prompts], seeds=[seed] * len(prompts))
+    rows = -(-len(prompts) // SHEET_COLUMNS)
+    height = rows * (SIDE_PX + GAP_PX + TEXT_PX + 4)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * (SIDE_PX + GAP_PX) - GAP_PX, height), "white")
+    for number, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        paste(picture, number % SHEET_COLUMNS, number // SHEET_COLUMNS, sheet, 0, f"{prompt.concept} ({prompt.style})")
+    return sheet
+
+
+@torch.inference_mode()
+def time_step_ms(unet: Any) -> float:
+    """Returns the median time of a UNet step with guidance (batch 2), in ms."""
+    config = unet.config
+    latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
+    text = torch.randn(2, 77, config.cross_attention_dim)
+    times = []
+    for _ in range(TIMED_STEPS):
+        started = time.perf_counter()
+        unet(latents, 500, text)
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times[5:])
+
+
+def draw_hero(models: list[str], seed: int) -> Image.Image:
+    prompts = shown_prompts()[:HERO_PROMPTS]
+    left_px, row_px = 120, SIDE_PX + GAP_PX
+    width = left_px + HERO_PROMPTS * (SIDE_PX + GAP_PX) - GAP_PX
+    sheet = Image.new("RGB", (width, len(models) * row_px + 2 * TEXT_PX), "white")
+    pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(17), ImageFont.load_default(TEXT_PX)
+    for row, model in enumerate(models):
+        loaded = load_pipeline(model)
+        pictures = generate(loaded.pipeline, [p.caption for p in prompts], seeds=[seed] * len(prompts))
+        for column, picture in enumerate(pictures):
+            paste(picture, column, row, sheet, left_px)
+        name = loaded.name if model.startswith("nano") else Path(model).resolve().parent.name
+        parameters, step_ms = count_parameters(loaded.pipeline.unet), time_step_ms(loaded.pipeline.unet)
+        pen.text((0, row * row_px + 30), name, "#111", large)
+        pen.text((0, row * row_px + 56), f"{2 * parameters / 1e6:.1f} MB\n{step_ms:.0f} ms a step", "#555", small)
+        print(json.dumps({"model": name, "parameters": parameters, "step_ms": round(step_ms, 2)}))
+    for column, prompt in enumerate(prompts):
+        x = left_px + column * (SIDE_PX + GAP_PX) + SIDE_PX / 2
+        pen.text((x, len(models) * row_px), f"{prompt.concept} ({prompt.style})", "#555", small, anchor="ma")
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["sheet", "hero"])
+    parser.add_argument("models", nargs="*", help="students that the hero shows below nano")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    picture = draw_sheet(args.seed) if args.what == "sheet" else draw_hero(["nano", *args.models], args.seed)
+    picture.save(args.output, quality=85, method=6)
+    print(f"{args.output}: {picture.width} x {picture.height} px, {args.output.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
