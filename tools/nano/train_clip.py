@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from common import Progress, Split, augment, batch_indices, load, read_settings, training_arguments
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdcompress.models import nano
@@ -275,10 +276,32 @@ def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: Split) -> dict[s
     }
 
 
-def draw_batch(step: int, count: int, members: list[list[int]], seed: int) -> torch.Tensor:
-    """Returns the pictures of a step: those of `count` concepts in all their styles, (B,), int64."""
-    concepts = batch_indices(step, count, len(members), seed).tolist()
-    return torch.tensor([picture for concept in concepts for picture in members[concept]])
+def group_concepts(parts: CaptionParts, names: list[str]) -> list[list[list[int]]]:
+    """Returns the pictures of each concept, in two pools: concepts that nano draws, and the others if there are any.
+
+    Args:
+        parts: of the training captions.
+        names: each picture's concept.
+    """
+    known = nano.concepts()
+    pools: tuple[list[list[int]], list[list[int]]] = ([], [])
+    for concept in range(len(parts.concepts)):
+        members = torch.where(parts.concept_of == concept)[0].tolist()
+        pools[names[members[0]] not in known].append(members)
+    return [pool for pool in pools if pool]
+
+
+def draw_batch(step: int, count: int, pools: list[list[list[int]]], seed: int) -> torch.Tensor:
+    """Returns the pictures of a step, (B,), int64: those of `count` concepts, equally many from each pool."""
+    share = count // len(pools)
+    return torch.tensor(
+        [
+            picture
+            for pool in pools
+            for concept in batch_indices(step, share, len(pool), seed).tolist()
+            for picture in pool[concept]
+        ]
+    )
 
 
 def main() -> None:
@@ -292,22 +315,25 @@ def main() -> None:
     tokenizer = make_tokenizer(train.captions, cfg["vocab_size"], args.work / "tokenizer")
     model = build(cfg, tokenizer).to(args.device)
     optimizer = make_muon(dict(model.named_parameters()), cfg["lr"], weight_decay=0.1)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg["ema"]))
     step = warmed_from = 0
     if state := progress.resume():
         model.load_state_dict(state["model"])
+        average.module.load_state_dict(state.get("average", state["model"]))
+        average.n_averaged.fill_(state["step"])
         step = state["step"]
         if "optimizer" in state:
             optimizer.load_state_dict(state["optimizer"])
         else:  # unpacked from the shipped weights: the optimizer is new and warms up again
             warmed_from = step
     parts = caption_parts(tokenizer, train)
-    members = [torch.where(parts.concept_of == c)[0].tolist() for c in range(len(parts.concepts))]
+    pools = group_concepts(parts, [meta["concept"] for meta in train.metas])
     while (share := progress.share(step, cfg["steps"])) < 1:
         lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"])
         lr *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        index = draw_batch(step, cfg["batch"], members, cfg["seed"])
+        index = draw_batch(step, cfg["batch"], pools, cfg["seed"])
         generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
         pixels = augment(train.pixels(index), generator, strength=2.5)
         pixels, lost = strip(pixels, parts.style_of[index], cfg["stripped"], generator)
@@ -316,22 +342,30 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(model)
         step += 1
         if step % progress.every == 0:
             progress.note(step, loss=loss.item(), top1_batch=found, lr=lr)
         if step % 250 == 0:
-            progress.save(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
-            note_accuracy(progress, step, model, tokenizer, heldout)
-    progress.save(step=step, model=model.state_dict(), optimizer=optimizer.state_dict())
-    note_accuracy(progress, step, model, tokenizer, heldout)
-    model.save_pretrained(args.work / f"clip-{args.role}")
+            keep(progress, step, model, average, optimizer)
+            note_accuracy(progress, step, average.module, tokenizer, heldout)
+    keep(progress, step, model, average, optimizer)
+    note_accuracy(progress, step, average.module, tokenizer, heldout)
+    average.module.save_pretrained(args.work / f"clip-{args.role}")
     tokenizer.save_pretrained(args.work / f"clip-{args.role}")
+
+
+def keep(
+    progress: Progress, step: int, model: CLIPModel, average: AveragedModel, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write the checkpoint."""
+    states = {"model": model.state_dict(), "average": average.module.state_dict(), "optimizer": optimizer.state_dict()}
+    progress.save(step=step, **states)
 
 
 def note_accuracy(progress: Progress, step: int, model: CLIPModel, tokenizer: CLIPTokenizer, heldout: Split) -> None:
     figures = accuracy(model.eval(), tokenizer, heldout)
     progress.note(step, **{f"heldout_{name}": value for name, value in figures.items()})
-    model.train()
 
 
 if __name__ == "__main__":
