@@ -78,6 +78,7 @@ class ChainResult:
         results: the measurements.
         report: the report's page.
         seconds: of wall clock.
+        stage_seconds: kind of artifact → seconds that its stages took in this run.
     """
 
     teacher: str
@@ -88,6 +89,7 @@ class ChainResult:
     results: Results
     report: Path
     seconds: float
+    stage_seconds: Mapping[str, float]
 
 
 def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str | None = None) -> ChainResult:
@@ -129,6 +131,7 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
         results,
         settings.output / "report" / "report.html",
         time.monotonic() - started,
+        stages.seconds,
     )
 
 

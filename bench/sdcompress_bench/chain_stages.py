@@ -44,11 +44,19 @@ class Stage:
 
 @dataclass
 class StageRunner:
-    """Runs the stages in turn and reports which of how many it is at."""
+    """Runs the stages in turn and reports which of how many it is at.
+
+    Attributes:
+        report: shows progress.
+        total: number of stages.
+        started: how many have begun.
+        seconds: kind of artifact → seconds that its stages took; without stages that were done before.
+    """
 
     report: Reporter
     total: int
     started: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, stage: Stage, make: Callable[[], Any]) -> None:
         """Call `make`, unless the stage is done.
@@ -65,4 +73,6 @@ class StageRunner:
         started = time.monotonic()
         self.report.show_line(head)
         make()
-        self.report.show_line(f"{head}: {time.monotonic() - started:.0f} s")
+        took_s = time.monotonic() - started
+        self.seconds[stage.kind] = self.seconds.get(stage.kind, 0.0) + took_s
+        self.report.show_line(f"{head}: {took_s:.0f} s")

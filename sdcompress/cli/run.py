@@ -75,6 +75,10 @@ def command(compute_capability: tuple[int, int] | None, steps: int | None, **set
     run_and_print(ChainSettings(**settings, overrides={"steps": steps}, compute_capabilities=capabilities))
 
 
+_STAGES = {"cache": "data", "onnx": "graphs", "student": "training", "engine": "engines", "results": "bench"}
+"""Kind of artifact → what the card calls the stages that make it."""
+
+
 def run_and_print(settings: ChainSettings) -> None:
     """Run the chain and print the closing card.
 
@@ -87,7 +91,8 @@ def run_and_print(settings: ChainSettings) -> None:
     rows = [row for model in result.results.models for row in _model_rows(result, model)]
     if result.no_engine is not None:
         rows.append(("no engine", result.no_engine))
-    rows += [("time", f"{result.seconds:.0f} s"), ("report", result.report)]
+    parts = ", ".join(f"{_STAGES[kind]} {seconds:.0f} s" for kind, seconds in result.stage_seconds.items())
+    rows += [("time", f"{result.seconds:.0f} s{f' ({parts})' if parts else ''}"), ("report", result.report)]
     student = next(iter(result.students.values()))
     card(
         f"{result.teacher} → {', '.join(result.students)}",

@@ -84,22 +84,31 @@ def batch_indices(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
     return out
 
 
-def augment(pixels: torch.Tensor, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
+def augment(
+    pixels: torch.Tensor, generator: torch.Generator, strength: float = 1.0, turned: bool = False
+) -> torch.Tensor:
     """Returns pictures shifted, scaled and darkened a little: on white, what stays the same picture.
 
     Args:
         pixels: (B, 3, H, W), float32 in [-1, 1].
         generator: of the random numbers.
         strength: 1 shifts by up to 4 px of 128, scales by 0.94 to 1.04 and darkens by up to 2%; 2 by twice as much.
+        turned: also turn pictures by up to 12 degrees and mix their colors a little.
     """
     count = len(pixels)
     scale = 1 / (1 + strength * (0.1 * torch.rand(count, generator=generator) - 0.06))
     shift = (torch.rand(count, 2, generator=generator) - 0.5) * 0.125 * strength
+    angle = (torch.rand(count, generator=generator) - 0.5) * (0.42 if turned else 0.0)
     theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = scale
+    theta[:, 0, 0] = theta[:, 1, 1] = scale * angle.cos()
+    theta[:, 0, 1], theta[:, 1, 0] = -scale * angle.sin(), scale * angle.sin()
     theta[:, :, 2] = shift
     grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
     moved = F.grid_sample(pixels - 1, grid, mode="bicubic", align_corners=False).clamp(-2, 0) + 1
+    if turned:
+        mix = torch.eye(3) + 0.12 * torch.randn(count, 3, 3, generator=generator)
+        mix = mix / mix.sum(-1, keepdim=True)  # white and gray stay as they are
+        moved = torch.einsum("bij,bjhw->bihw", mix, moved).clamp(-1, 1)
     return (moved + 1) * (1 - 0.02 * strength * torch.rand(count, 1, 1, 1, generator=generator)) - 1
 
 

@@ -30,7 +30,7 @@ from sdcompress.models import nano
 from sdcompress.train.muon import make_muon
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-TILES = 4
+TILES = (2, 4)
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -113,6 +113,7 @@ class CaptionParts:
         styles: the style phrases alone, (S, 77).
         concepts: the concepts alone, (C, 77).
         pairs: each concept in each style, (C, S, 77). No picture is needed for them, so held-out pairs are among them.
+        seen: which of the pairs have a picture, (C, S), bool.
     """
 
     style_of: torch.Tensor
@@ -120,6 +121,7 @@ class CaptionParts:
     styles: torch.Tensor
     concepts: torch.Tensor
     pairs: torch.Tensor
+    seen: torch.Tensor
 
 
 def caption_parts(tokenizer: CLIPTokenizer, split: Split) -> CaptionParts:
@@ -130,12 +132,17 @@ def caption_parts(tokenizer: CLIPTokenizer, split: Split) -> CaptionParts:
     ]
     concepts = list(dict.fromkeys(names))
     pairs = tokenize(tokenizer, [f"{phrase} {name}" for name in concepts for phrase in phrases.values()])
+    style_of = torch.tensor([list(phrases).index(meta["style"]) for meta in split.metas])
+    concept_of = torch.tensor([concepts.index(name) for name in names])
+    seen = torch.zeros(len(concepts), len(phrases), dtype=torch.bool)
+    seen[concept_of, style_of] = True
     return CaptionParts(
-        torch.tensor([list(phrases).index(meta["style"]) for meta in split.metas]),
-        torch.tensor([concepts.index(name) for name in names]),
+        style_of,
+        concept_of,
         tokenize(tokenizer, [phrase.removesuffix(" of") for phrase in phrases.values()]),
         tokenize(tokenizer, concepts),
         pairs.view(len(concepts), len(phrases), -1),
+        seen,
     )
 
 
@@ -164,15 +171,16 @@ def strip_concept(pixels: torch.Tensor, style_of: torch.Tensor, generator: torch
         style_of: each picture's style, (B,).
         generator: of the random numbers.
     """
-    size = pixels.shape[-1] // TILES
-    tiles = pixels.unfold(2, size, size).unfold(3, size, size)  # (B, 3, T, T, size, size)
+    rows = int(TILES[torch.randint(len(TILES), (), generator=generator)])
+    size = pixels.shape[-1] // rows
+    tiles = pixels.unfold(2, size, size).unfold(3, size, size)  # (B, 3, rows, rows, size, size)
     mixed = torch.empty_like(tiles)
     for style in style_of.unique():
         members = torch.where(style_of == style)[0]
-        for row in range(TILES):
-            for column in range(TILES):
+        for row in range(rows):
+            for column in range(rows):
                 source = members[torch.randperm(len(members), generator=generator)]
-                there = torch.randint(TILES, (2,), generator=generator)
+                there = torch.randint(rows, (2,), generator=generator)
                 mixed[members, :, row, column] = tiles[source, :, there[0], there[1]]
     return mixed.permute(0, 1, 2, 4, 3, 5).reshape(pixels.shape)
 
@@ -227,8 +235,10 @@ def clip_loss(
     lost = lost.to(pixels.device)
     whole = lost == 0
     caption_of, complete = caption_of[whole], image[whole]
-    # A caption without a picture in the batch is a wrong answer for a picture, and asks for none itself.
-    by_picture = scale * complete @ pairs.T
+    # A held-out pair is no wrong answer: else the judge would learn that its concept never has its style.
+    seen = parts.seen[chosen].to(pixels.device)
+    by_picture = (scale * complete @ pairs.T).masked_fill(~seen.flatten(), -torch.inf)
+    by_style = (scale * image @ style.T).masked_fill(~seen[concept_of] & (lost != 2)[:, None], -torch.inf)
     by_caption = scale * pairs[caption_of] @ complete.T
     found = (by_picture.argmax(-1) == caption_of).float().mean().item()
     between = (pairs.view(count, styles, -1) * F.normalize(concept[:, None] + style, dim=-1)).sum(-1)
@@ -236,7 +246,7 @@ def clip_loss(
         F.cross_entropy(by_picture, caption_of) / 2
         + F.cross_entropy(by_caption, torch.arange(len(complete), device=pixels.device)) / 2
         + F.cross_entropy(scale * image[lost != 2] @ concept.T, concept_of[lost != 2]) / 2
-        + F.cross_entropy(scale * image[lost != 1] @ style.T, style_of[lost != 1]) / 2
+        + F.cross_entropy(by_style[lost != 1], style_of[lost != 1]) / 2
         + 4 * (1 - between).mean()
     )
     return loss, found
@@ -335,7 +345,7 @@ def main() -> None:
             group["lr"] = lr
         index = draw_batch(step, cfg["batch"], pools, cfg["seed"])
         generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
-        pixels = augment(train.pixels(index), generator, strength=2.5)
+        pixels = augment(train.pixels(index), generator, strength=2.5, turned=True)
         pixels, lost = strip(pixels, parts.style_of[index], cfg["stripped"], generator)
         loss, found = clip_loss(model, pixels.to(args.device), index, lost, parts)
         loss.backward()
