@@ -5,7 +5,8 @@
 Fetches the pinned npm packages (MIT and Apache-2.0), draws each concept of `concepts.csv` in each style at 256 px on
 white, reduces it to 128 px, drops blanks and exact duplicates, and writes `train/*.tar.gz`, `heldout/*.tar.gz`,
 `index.json` and `NOTICE`. `concepts.csv` also says which style of a concept is held out for evaluation, and whether a
-mirrored picture still shows the concept. Needs npm, and from PyPI resvg-py and Pillow. The result depends on the pinned
+mirrored picture still shows the concept. A held-out picture that is nearly the same in another style is left out: a
+model would have seen it. Needs npm, and from PyPI resvg-py and Pillow. The result depends on the pinned
 versions, `concepts.csv` and the seed only.
 
     python tools/nano/build_data.py --wide --out build/nano/wide-data
@@ -30,12 +31,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import resvg_py
 from PIL import Image
 
 SIZE_PX = 128
 SUPERSAMPLE = 2
 SAMPLES_PER_SHARD = 300
+SMALL_PX, NEAR = 32, 0.07
+"""Two pictures are nearly the same if their RMSE is below this, at this size and in [0, 1]: as near as a training
+picture and the same one moved a little and passed through the VAE (`copies.py`)."""
 CONCEPTS = Path(__file__).with_name("concepts.csv")
 
 EMOJIBASE = "emojibase-data@17.0.0"
@@ -256,6 +261,48 @@ def draw(cache: Path, wide: bool) -> list[dict]:
     return out
 
 
+def views(picture: Image.Image, shifts: range) -> np.ndarray:
+    """Returns the picture as 32 x 32 pixels in [0, 1], shifted in both directions, (views, 3072).
+
+    Args:
+        picture: RGB.
+        shifts: in pixels of the small picture; white comes in at the edges.
+    """
+    small = np.asarray(picture.resize((SMALL_PX, SMALL_PX), Image.Resampling.BOX), dtype=np.float64) / 255
+    edge = max(map(abs, shifts))
+    padded = np.pad(small, [(edge, edge), (edge, edge), (0, 0)], constant_values=1.0)
+    return np.stack(
+        [padded[edge + y : edge + y + SMALL_PX, edge + x : edge + x + SMALL_PX].ravel() for y in shifts for x in shifts]
+    )
+
+
+def is_near_copy(row: dict, others: list[dict]) -> bool:
+    """Returns whether a picture is nearly the same as one of others, shifted by up to 4 of 128 pixels.
+
+    Args:
+        row: one of `draw`.
+        others: of the same concept.
+    """
+    moved = views(row["picture"], range(-1, 2))
+    fixed = (views(other["picture"], range(1)) for other in others)
+    return any(np.sqrt(((moved - each) ** 2).mean(1)).min() < NEAR for each in fixed)
+
+
+def split_rows(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Returns the training and the held-out pictures; a held-out one that is a near copy of another is in neither."""
+    by_concept: dict[str, list[dict]] = {}
+    for row in rows:
+        by_concept.setdefault(row["concept"].name, []).append(row)
+    train = [row for row in rows if row["concept"].held_out != row["style"].name]
+    heldout = [
+        row
+        for row in rows
+        if row["concept"].held_out == row["style"].name
+        and not is_near_copy(row, [other for other in by_concept[row["concept"].name] if other is not row])
+    ]
+    return train, heldout
+
+
 def describe(row: dict) -> None:
     """Add the key, the caption and the metadata to a picture of `draw`."""
     style, concept = row["style"], row["concept"]
@@ -362,15 +409,14 @@ def main() -> None:
     rows = draw(args.cache, args.wide)
     for row in rows:
         describe(row)
-    train = [row for row in rows if row["concept"].held_out != row["style"].name]
+    train, heldout = split_rows(rows)
     random.Random(args.seed).shuffle(train)
-    heldout = [row for row in rows if row["concept"].held_out == row["style"].name]
 
     shards = {
         "train": write_shards(train, "train", args.out, args.quality),
         "heldout": write_shards(heldout, "heldout", args.out, args.quality),
     }
-    index = make_index(rows, {"train": len(train), "heldout": len(heldout)}, shards, args)
+    index = make_index(train + heldout, {"train": len(train), "heldout": len(heldout)}, shards, args)
     (args.out / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     write_notice(args.out / "NOTICE")
     total = sum((args.out / f).stat().st_size for f in index["sha256"])
