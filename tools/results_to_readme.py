@@ -46,18 +46,11 @@ def nano() -> str:
         "heldout": "nano, held-out pairs of style and concept",
         "heldout_real_pictures": "the real pictures of those pairs, which the judge has never seen",
     }
-    near = {name: f"{row['as_near_as_copies']:.0%}" for name, row in found["nearest_training_picture"].items()}
     return section(
         f"Nano (UNet {found['parameters']['unet'] / 1e6:.1f} M parameters, sha256 `{found['sha256'][:12]}`),"
-        f" {found['steps']} steps; VAE reconstruction {found['vae_psnr_db']:.1f} dB on held-out pictures:",
-        ("pictures", "prompts", "right style", "right caption first", "in the top 5"),
-        (
-            [label, str(found[key]["style"]["count"]), *(percent(found[key][n]) for n in ("style", "top1", "top5"))]
-            for key, label in rows.items()
-        ),
-        "How much is remembered: half of the copies of training pictures (moved a little, passed through the VAE) lie"
-        f" within some distance of a training picture. So do {near['seen']} of nano's pictures of seen prompts,"
-        f" {near['heldout']} of held-out pairs, and {near['real']} of the real held-out pictures.",
+        f" {found['prompts']} prompts each, {found['steps']} steps; VAE reconstruction {found['vae_psnr_db']:.1f} dB:",
+        ("pictures", "right style", "right caption first of 200", "in the top 5"),
+        ([label, *(percent(found[key][name]) for name in ("style", "top1", "top5"))] for key, label in rows.items()),
     )
 
 

@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from sdcompress_bench.environment import environment
-from sdcompress_bench.fidelity import compare_steps, make_probe, predict
-from sdcompress_bench.quality import ClipMetric, judge_pipeline, real_pictures
-from sdcompress_bench.scenario import Prompt
+from sdcompress_bench.nano_students import PLAN, StudentJudge, format_arms, open_cache
 from sdcompress_engines.progress import Reporter
 
-from sdcompress.data import nano_prompts
-from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
-from sdcompress.data.sources import open_source
-from sdcompress.models import nano
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
@@ -40,32 +33,6 @@ ARMS: dict[str, dict[str, float]] = {
     "task loss alone": {"output_kd_weight": 0.0, "feature_kd_weight": 0.0},
     "distilled": {},
 }
-PLAN = "bk-tiny"
-TIMESTEPS = (1, 101, 301, 501, 701, 901, 999)
-
-
-class Judge:
-    """Judges pipelines on held-out prompts, and against the teacher's noise prediction.
-
-    Args:
-        teacher: the teacher's pipeline.
-        count: number of prompts.
-    """
-
-    def __init__(self, teacher: Any, count: int) -> None:
-        self.metric, self.styles = ClipMetric(nano.metric_folder()), nano.styles()
-        heldout = nano_prompts.draw_prompts("heldout", count)
-        self.prompts = [Prompt(prompt.caption, prompt.style) for prompt in heldout]
-        pictures, prompts = real_pictures(nano.shards("heldout")[0], self.prompts)
-        self.probe = make_probe(teacher, pictures[:16], [prompt.caption for prompt in prompts[:16]], TIMESTEPS, 0)
-        self.reference = predict(teacher, self.probe)
-
-    def judge(self, pipeline: Any) -> dict[str, float]:
-        """Returns style accuracy, retrieval top-5, and the mean relative L2 to the teacher over timesteps."""
-        captions = [prompt.caption for prompt in self.prompts]
-        shares = judge_pipeline(self.metric, pipeline, captions, self.prompts, self.styles)
-        steps = compare_steps(predict(pipeline, self.probe), self.reference, self.probe.timesteps)
-        return shares | {"output_relative_l2": statistics.fmean(step.relative_l2 for step in steps)}
 
 
 def run_arms(
@@ -92,19 +59,6 @@ def run_arms(
             yield arm, seed, folder
 
 
-def open_cache(teacher: LoadedPipeline, folder: Path, report: Reporter) -> LatentCache:
-    """Returns the latents of nano's training pictures; they are encoded first if the folder does not exist.
-
-    Args:
-        teacher: its VAE encodes the pictures.
-        folder: of the cache.
-        report: shows progress.
-    """
-    if folder.is_dir():
-        return LatentCache.open(folder, teacher.sha256)
-    return build_cache(open_source("nano"), teacher, folder, report=report)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, required=True)
@@ -117,7 +71,7 @@ def main() -> None:
     teacher = load_pipeline("nano")
     pipeline: Any = teacher.pipeline
     cache = open_cache(teacher, args.work / "cache", report)
-    judge = Judge(pipeline, args.prompts)
+    judge = StudentJudge(pipeline, args.prompts)
     untrained = with_unet(pipeline, build_student(pipeline.unet, make_plan(pipeline.unet.config, PLAN)).eval())
     rows: list[dict[str, Any]] = [{"arm": "teacher", "seed": None} | judge.judge(pipeline)]
     rows.append({"arm": "untrained", "seed": None} | judge.judge(untrained))
@@ -136,31 +90,8 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(format_table(rows, config.steps), encoding="utf-8")
-    print(format_table(rows, config.steps))
-
-
-def format_table(rows: list[dict[str, Any]], steps: int) -> str:
-    """Returns the mean over seeds (lowest to highest) of each arm, as Markdown."""
-    names = {
-        "style_accuracy": "right style",
-        "retrieval_top5": "right caption in the top 5",
-        "output_relative_l2": "noise prediction, relative L2 to the teacher",
-    }
-    lines = [
-        f"bk-tiny of nano, {steps} steps; held-out prompts",
-        "",
-        "| | " + " | ".join(names.values()) + " |",
-        "|---|" + "---|" * len(names),
-    ]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        cells = []
-        for name in names:
-            values = [row[name] for row in rows if row["arm"] == arm]
-            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):.3f}{spread}")
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    args.output.with_suffix(".md").write_text(format_arms(rows, config.steps), encoding="utf-8")
+    print(format_arms(rows, config.steps))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from distillation import PLAN, Judge, format_table, open_cache
 from sdcompress_bench.environment import environment
+from sdcompress_bench.nano_students import PLAN, StudentJudge, format_arms, open_cache
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data.cache import LatentCache
@@ -61,7 +61,9 @@ class Sweep:
         report: shows progress.
     """
 
-    def __init__(self, teacher: LoadedPipeline, cache: LatentCache, judge: Judge, work: Path, report: Reporter) -> None:
+    def __init__(
+        self, teacher: LoadedPipeline, cache: LatentCache, judge: StudentJudge, work: Path, report: Reporter
+    ) -> None:
         self.teacher, self.cache, self.judge, self.work, self.report = teacher, cache, judge, work, report
         self.plan = make_plan(teacher.pipeline.unet.config, PLAN)
 
@@ -93,7 +95,7 @@ def main() -> None:
     args = parser.parse_args()
     report = ConsoleReporter()
     teacher = load_pipeline("nano")
-    judge = Judge(teacher.pipeline, args.prompts)
+    judge = StudentJudge(teacher.pipeline, args.prompts)
     sweep = Sweep(teacher, open_cache(teacher, args.work / "cache", report), judge, args.work, report)
     rows = [sweep.run(arm, 0, overrides) for arm, overrides in ARMS.items()]
     best = sorted(rows[1:], key=lambda row: row[DISTANCE])[:FINALISTS]
@@ -112,8 +114,8 @@ def main() -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(format_table(rows, START.steps), encoding="utf-8")
-    print(format_table(rows, START.steps))
+    args.output.with_suffix(".md").write_text(format_arms(rows, START.steps), encoding="utf-8")
+    print(format_arms(rows, START.steps))
 
 
 if __name__ == "__main__":

@@ -103,15 +103,12 @@ def command(
 
     from sdcompress.backends.assemble import close_pipeline, open_pipeline
     from sdcompress.backends.registry import backend_name
-    from sdcompress.data.nano_prompts import describe_unknown
-    from sdcompress.models.nano import draws_like_nano
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
     weighted_loras = _check_options(model, backend, artifacts, loras, output)
     report = ConsoleReporter()
-    if draws_like_nano(model) and (unknown := describe_unknown(prompt)):
-        report.show_line(unknown)
+    _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
     pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
     if weighted_loras:
@@ -139,6 +136,15 @@ def command(
             ("time", f"{drawn - loaded:.1f} s (and {loaded - started:.1f} s to load)"),
         ],
     )
+
+
+def _warn_of_unknown(model: str, prompt: str, report: ConsoleReporter) -> None:
+    """Print a line where nano does not know what the prompt asks for."""
+    from sdcompress.data.nano_prompts import describe_unknown
+    from sdcompress.models.nano import draws_like_nano
+
+    if draws_like_nano(model) and (unknown := describe_unknown(prompt)):
+        report.show_line(unknown)
 
 
 def _check_options(

@@ -31,16 +31,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import resvg_py
+from near_copies import is_near_copy
 from PIL import Image
 
 SIZE_PX = 128
 SUPERSAMPLE = 2
 SAMPLES_PER_SHARD = 300
-SMALL_PX, NEAR = 32, 0.07
-"""Two pictures are nearly the same if their RMSE is below this, at this size and in [0, 1]: as near as a training
-picture and the same one moved a little and passed through the VAE (`copies.py`)."""
 CONCEPTS = Path(__file__).with_name("concepts.csv")
 
 EMOJIBASE = "emojibase-data@17.0.0"
@@ -261,33 +258,6 @@ def draw(cache: Path, wide: bool) -> list[dict]:
     return out
 
 
-def views(picture: Image.Image, shifts: range) -> np.ndarray:
-    """Returns the picture as 32 x 32 pixels in [0, 1], shifted in both directions, (views, 3072).
-
-    Args:
-        picture: RGB.
-        shifts: in pixels of the small picture; white comes in at the edges.
-    """
-    small = np.asarray(picture.resize((SMALL_PX, SMALL_PX), Image.Resampling.BOX), dtype=np.float64) / 255
-    edge = max(map(abs, shifts))
-    padded = np.pad(small, [(edge, edge), (edge, edge), (0, 0)], constant_values=1.0)
-    return np.stack(
-        [padded[edge + y : edge + y + SMALL_PX, edge + x : edge + x + SMALL_PX].ravel() for y in shifts for x in shifts]
-    )
-
-
-def is_near_copy(row: dict, others: list[dict]) -> bool:
-    """Returns whether a picture is nearly the same as one of others, shifted by up to 4 of 128 pixels.
-
-    Args:
-        row: one of `draw`.
-        others: of the same concept.
-    """
-    moved = views(row["picture"], range(-1, 2))
-    fixed = (views(other["picture"], range(1)) for other in others)
-    return any(np.sqrt(((moved - each) ** 2).mean(1)).min() < NEAR for each in fixed)
-
-
 def split_rows(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """Returns the training and the held-out pictures; a held-out one that is a near copy of another is in neither."""
     by_concept: dict[str, list[dict]] = {}
@@ -298,7 +268,9 @@ def split_rows(rows: list[dict]) -> tuple[list[dict], list[dict]]:
         row
         for row in rows
         if row["concept"].held_out == row["style"].name
-        and not is_near_copy(row, [other for other in by_concept[row["concept"].name] if other is not row])
+        and not is_near_copy(
+            row["picture"], [other["picture"] for other in by_concept[row["concept"].name] if other is not row]
+        )
     ]
     return train, heldout
 
