@@ -199,3 +199,14 @@ def test_generate_draws_the_same_picture_for_the_same_seed(cli: Cli, tmp_path: P
     a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
     assert a == b
     assert a != c
+
+
+def test_generate_says_what_nano_does_not_know_and_draws_all_the_same(
+    cli: Cli, tmp_path: Path, random_folder: Path
+) -> None:
+    code, _, err = cli("generate", "nano", "a flat icon of a puppy", "--steps", 1, "-o", tmp_path / "a.png")
+    assert code == 0, err
+    assert "nano was not trained on 'puppy'; the nearest that it knows is 'dog face'" in err
+    assert (tmp_path / "a.png").is_file()
+    _, _, err = cli("generate", random_folder, "a flat icon of a puppy", "--steps", 1, "-o", tmp_path / "b.png")
+    assert "nano" not in err

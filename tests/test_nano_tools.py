@@ -1,0 +1,94 @@
+"""The programs that make nano: batches, augmentation, near copies, and what the judge's pictures lose."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageChops, ImageDraw
+
+TOOLS = Path(__file__).parents[1] / "tools/nano"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns a function that imports a module of tools/nano."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def load_module(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return load_module
+
+
+def picture(color: str, shape: str = "ellipse") -> Image.Image:
+    image = Image.new("RGB", (128, 128), "white")
+    getattr(ImageDraw.Draw(image), shape)((30, 20, 90, 100), fill=color)
+    return image
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_an_epoch_has_each_picture_once(load: Any) -> None:
+    batches = [load("common").batch_indices(step, 6, 24, seed=3) for step in range(4)]
+    assert sorted(torch.cat(batches).tolist()) == list(range(24))
+    assert not torch.equal(batches[0], load("common").batch_indices(4, 6, 24, seed=3))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_augmentation_moves_a_picture_and_keeps_it_on_white(load: Any, turned: bool) -> None:
+    pixels = torch.ones(4, 3, 128, 128)
+    pixels[:, :, 50:80, 40:90] = -1
+    moved = load("common").augment(pixels, generator(), strength=1.0, turned=turned)
+    assert moved[:, :, 0, 0].min() > 0.9
+    assert not torch.allclose(moved, pixels, atol=0.1)
+    assert (moved - pixels).abs().mean() < 0.15
+
+
+def test_a_copy_is_found_wherever_it_lies_and_another_picture_is_not(load: Any) -> None:
+    is_near_copy = load("near_copies").is_near_copy
+    ours = picture("red")
+    assert is_near_copy(ours, [picture("blue"), ImageChops.offset(ours, 4, -4)])
+    assert not is_near_copy(ours, [picture("blue"), picture("red", "rectangle")])
+    assert not is_near_copy(ours, [])
+
+
+def test_what_has_lost_its_style_is_black_and_white_and_shows_the_outline(load: Any) -> None:
+    pixels = torch.ones(2, 3, 128, 128)
+    pixels[:, 0, 40:90, 40:90], pixels[:, 1:, 40:90, 40:90] = 1.0, -0.8
+    bare = load("train_clip").strip_style(pixels, generator())
+    assert torch.equal(bare[:, 0], bare[:, 1])
+    assert bare[:, :, 40, 60].max() < 0
+    assert bare[:, :, 10, 10].min() == 1
+
+
+def test_what_has_lost_its_concept_is_made_of_pictures_of_the_same_style(load: Any) -> None:
+    style_of = torch.tensor([0, 0, 1, 1])
+    pixels = torch.stack([torch.full((3, 128, 128), value) for value in (0.1, 0.2, 0.8, 0.9)])
+    mixed = load("train_clip").strip_concept(pixels, style_of, generator())
+    assert set(mixed[:2].unique().tolist()) <= set(pixels[:2].unique().tolist())
+    assert set(mixed[2:].unique().tolist()) <= set(pixels[2:].unique().tolist())
+
+
+def test_pictures_that_lost_something_are_as_many_as_asked(load: Any) -> None:
+    pixels, style_of = torch.ones(4000, 3, 16, 16), torch.zeros(4000, dtype=torch.long)
+    stripped, lost = load("train_clip").strip(pixels, style_of, (0.3, 0.2), generator())
+    assert [round((lost == kind).float().mean().item(), 1) for kind in (0, 1, 2)] == [0.5, 0.3, 0.2]
+    assert stripped.shape == pixels.shape
+
+
+def test_the_nearest_training_picture_is_found_mirrored_and_shifted(load: Any) -> None:
+    copies = load("copies")
+    training = torch.rand(5, 3, 32, 32, generator=generator())
+    training[3] = 1.0
+    training[3, :, 5:20, 8:12] = 0.0
+    asked = training[3:4].flip(-1).roll(1, -2)
+    distance, index = copies.find_nearest(asked, training)
+    assert index.item() == 3
+    assert distance.item() < 0.01
