@@ -48,9 +48,12 @@ def nano() -> str:
     }
     return section(
         f"Nano (UNet {found['parameters']['unet'] / 1e6:.1f} M parameters, sha256 `{found['sha256'][:12]}`),"
-        f" {found['prompts']} prompts each, {found['steps']} steps; VAE reconstruction {found['vae_psnr_db']:.1f} dB:",
-        ("pictures", "right style", "right caption first of 200", "in the top 5"),
-        ([label, *(percent(found[key][name]) for name in ("style", "top1", "top5"))] for key, label in rows.items()),
+        f" {found['steps']} steps; VAE reconstruction {found['vae_psnr_db']:.1f} dB:",
+        ("pictures", "prompts", "right style", "right caption first", "in the top 5"),
+        (
+            [label, str(found[key]["style"]["count"]), *(percent(found[key][n]) for n in ("style", "top1", "top5"))]
+            for key, label in rows.items()
+        ),
     )
 
 

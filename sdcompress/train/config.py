@@ -33,7 +33,7 @@ class TrainConfig(BaseModel):
         "adamw",
         description=(
             "adamw8bit keeps its state in 8 bits and saves 6 bytes of memory per weight; needs bitsandbytes. muon"
-            " learns more in a step of a short run, and takes the same learning rate."
+            " makes the updates of matrices and convolutions orthogonal, at the same learning rate (arXiv 2502.16982)."
         ),
     )
     weight_decay: float = Field(0.01, ge=0, description="Weight decay of the optimizer.")
