@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,20 @@ def open_cache(teacher: LoadedPipeline, folder: Path, report: Reporter) -> Laten
     if folder.is_dir():
         return LatentCache.open(folder, teacher.sha256)
     return build_cache(open_source("nano"), teacher, folder, report=report)
+
+
+def write_study(output: Path, result: dict[str, Any]) -> None:
+    """Write the result of a study as JSON and its table as Markdown beside it, and print the table.
+
+    Args:
+        output: the JSON file.
+        result: with `rows` and `steps`.
+    """
+    table = format_arms(result["rows"], result["steps"])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
+    output.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(table)
 
 
 def format_arms(rows: list[dict[str, Any]], steps: int) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_bench.environment import environment
-from sdcompress_bench.nano_students import PLAN, StudentJudge, format_arms, open_cache
+from sdcompress_bench.nano_students import PLAN, StudentJudge, open_cache, write_study
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data.cache import LatentCache
@@ -104,6 +104,7 @@ def main() -> None:
     result = {
         "teacher_sha256": teacher.sha256,
         "plan": PLAN,
+        "steps": START.steps,
         "start": START.model_dump(mode="json"),
         "arms": ARMS,
         "prompts": len(judge.prompts),
@@ -112,10 +113,7 @@ def main() -> None:
         "rows": rows,
         "environment": environment(),
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    args.output.with_suffix(".md").write_text(format_arms(rows, START.steps), encoding="utf-8")
-    print(format_arms(rows, START.steps))
+    write_study(args.output, result)
 
 
 if __name__ == "__main__":

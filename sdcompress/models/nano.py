@@ -63,7 +63,7 @@ def styles() -> dict[str, str]:
 
 def concepts() -> dict[str, list[str]]:
     """Returns each concept that nano draws → other words for it."""
-    return dict(_read_index()["concepts"])
+    return {name: words.split(", ") for name, words in _read_index()["concepts"].items()}
 
 
 def draws_like_nano(model: str | Path) -> bool:

@@ -344,7 +344,7 @@ def make_index(
             }
             for s in STYLES
         },
-        "concepts": {r["concept"].name: r["concept"].tags for r in rows},
+        "concepts": {r["concept"].name: ", ".join(r["concept"].tags) for r in rows},
         "shards": shards,
         "sha256": {
             f: hashlib.sha256((args.out / f).read_bytes()).hexdigest() for f in shards["train"] + shards["heldout"]

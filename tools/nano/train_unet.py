@@ -11,8 +11,8 @@ nothing.
 Epsilon prediction on SD1's schedule, Min-SNR weighting (arXiv 2303.09556), EMA. Each picture is cached in several
 views, shifted and scaled a little and mirrored where that still shows the concept. Some captions are dropped, and some
 lose their style or their concept, so that each is also learned alone. The learning rate is constant after warm-up and
-falls to zero over the last `--cooldown` steps, so that a run can be stopped for a release and
-continued later from its last checkpoint before the cooldown.
+falls to zero over the last `--cooldown` steps, so that a run can be stopped for a release and continued later from its
+last checkpoint before the cooldown.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def load_latents(
 ) -> tuple[Latents, float]:
     """Returns the latents of a split and the VAE's scaling factor (1 / standard deviation of the training latents).
 
-    They are computed once and kept in the work folder.
+    They are computed once for the split's pictures and kept in the work folder.
 
     Args:
         work: with `vae.pt` and the tokenizer.
@@ -114,11 +114,11 @@ def load_latents(
         count: how many of the split's pictures; None is all.
         device: of the VAE.
     """
-    path = work / f"latents-{split}.pt"
+    pictures = load(split, data, count)
+    path = work / f"latents-{split}-{len(pictures.captions)}.pt"
     if not path.exists():
         vae = build_vae(config("vae")).eval().to(device)
         vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
-        pictures = load(split, data, count)
         mean, std = encode_views(vae, pictures, cfg["views"] if split == "train" else 1, cfg["seed"])
         tokenizer = make_tokenizer([], 0, work / "tokenizer")
         phrases = [nano.styles()[meta["style"]] for meta in pictures.metas]
@@ -131,7 +131,9 @@ def load_latents(
             "nothing": tokenize(tokenizer, [""])[0],
             "scale": 1 / mean[:, 0].float().std().item(),
         }
-        torch.save(state, path)
+        temporary = path.with_suffix(f".{os.getpid()}")  # each process of a run may be here at the same time
+        torch.save(state, temporary)
+        replace_file(temporary, path)
     state = torch.load(path, weights_only=True)
     scale = state.pop("scale")
     return Latents(**state), scale
