@@ -59,6 +59,34 @@ def test_a_copy_is_found_wherever_it_lies_and_another_picture_is_not(load: Any) 
     assert not is_near_copy(ours, [])
 
 
+def test_more_pictures_are_neither_known_nor_held_out_nor_nearly_held_out(load: Any) -> None:
+    def split(**pictures: Image.Image) -> Any:
+        pixels = [
+            torch.frombuffer(bytearray(p.tobytes()), dtype=torch.uint8).view(128, 128, 3) for p in pictures.values()
+        ]
+        return load("common").Split(torch.stack(pixels).permute(0, 3, 1, 2), list(pictures), [{} for _ in pictures])
+
+    heldout = split(disc=picture("red"))
+    known = split(square=picture("red", "rectangle"))
+    near, new = ImageChops.offset(picture("red"), 4, 0), picture("blue", "rectangle")
+    more = split(disc=picture("green"), square=picture("red", "rectangle"), near=near, new=new)
+    assert load("train_unet").select_more(more, known, heldout).captions == ["new"]
+
+
+def test_half_of_the_judges_pictures_have_passed_through_the_vae(load: Any) -> None:
+    train_clip, split = load("train_clip"), load("common").Split
+    vae = load("train_vae").build(load("common").config("vae"))
+    train = split(torch.full((400, 3, 32, 32), 255, dtype=torch.uint8), ["white"] * 400, [{}] * 400)
+    decoded = train_clip.pass_through_vae(vae.eval(), train, seed=0)
+    assert decoded.images.shape == train.images.shape
+    index = torch.arange(400)
+    drawn = train_clip.draw_pixels(train, decoded, index, generator())
+    passed = (drawn != train.pixels(index)).flatten(1).any(1)
+    assert 150 < passed.sum() < 250
+    assert torch.equal(drawn[passed], decoded.pixels(index)[passed])
+    assert torch.equal(train_clip.draw_pixels(train, None, index, generator()), train.pixels(index))
+
+
 def test_what_has_lost_its_style_is_black_and_white_and_shows_the_outline(load: Any) -> None:
     pixels = torch.ones(2, 3, 128, 128)
     pixels[:, 0, 40:90, 40:90], pixels[:, 1:, 40:90, 40:90] = 1.0, -0.8

@@ -32,6 +32,23 @@ def is_near_copy(picture: Image.Image, others: list[Image.Image]) -> bool:
         picture: RGB.
         others: RGB, of the same concept.
     """
-    moved = views(picture, range(-1, 2))
-    fixed = (views(other, range(1)) for other in others)
-    return any(np.sqrt(((moved - each) ** 2).mean(1)).min() < NEAR for each in fixed)
+    return bool(others) and bool(find_near_copies([picture], others)[0])
+
+
+def find_near_copies(pictures: list[Image.Image], others: list[Image.Image]) -> np.ndarray:
+    """Returns for each picture, (N,), whether it is nearly the same as one of the others.
+
+    It is also tried shifted, by up to 1/32 of its side.
+
+    Args:
+        pictures: N pictures, RGB.
+        others: RGB, at least one.
+    """
+    fixed = np.concatenate([views(other, range(1)) for other in others])
+    squares = (fixed**2).sum(1)
+    found = []
+    for picture in pictures:
+        moved = views(picture, range(-1, 2))
+        distances = (moved**2).sum(1)[:, None] + squares - 2 * moved @ fixed.T
+        found.append(distances.min() < NEAR**2 * fixed.shape[1])
+    return np.array(found)

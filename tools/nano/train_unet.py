@@ -1,7 +1,10 @@
 """Train nano's UNet and its text encoder on cached latents, resumable.
 
-    python tools/nano/train_unet.py --work build/nano [--steps STEP]
+    python tools/nano/train_unet.py --work build/nano [--steps STEP] [--more build/nano/wide-data]
     torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano
+
+With `--more`, every second step is of other pictures: of more things in the same styles, so that a style is learned
+apart from the things. What is held out, or nearly the same as a picture that is, is left out of them.
 
 The second form runs one process a core, which is faster than one process with a thread a core.
 
@@ -28,6 +31,8 @@ import torch.distributed
 from common import DATA, Progress, Split, augment, batch_indices, config, load, read_settings, training_arguments
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
+from near_copies import find_near_copies
+from PIL import Image
 from sdcompress_engines.files import replace_file
 from train_clip import make_tokenizer, tokenize
 from train_vae import build as build_vae
@@ -104,8 +109,6 @@ def load_latents(
 ) -> tuple[Latents, float]:
     """Returns the latents of a split and the VAE's scaling factor (1 / standard deviation of the training latents).
 
-    They are computed once for the split's pictures and kept in the work folder.
-
     Args:
         work: with `vae.pt` and the tokenizer.
         split: `train` or `heldout`.
@@ -114,12 +117,47 @@ def load_latents(
         count: how many of the split's pictures; None is all.
         device: of the VAE.
     """
-    pictures = load(split, data, count)
-    path = work / f"latents-{split}-{len(pictures.captions)}.pt"
+    return encode(work, split, load(split, data, count), cfg, cfg["views"] if split == "train" else 1, device)
+
+
+def select_more(more: Split, known: Split, heldout: Split) -> Split:
+    """Returns the pictures of `more` that are neither known, nor held out, nor nearly the same as a held-out one.
+
+    Args:
+        more: to choose from.
+        known: pictures that are trained on in any case.
+        heldout: pictures that must stay unseen.
+    """
+    captions = {*known.captions, *heldout.captions}
+    unseen = [to_picture(image) for image in heldout.images]
+    near = find_near_copies([to_picture(image) for image in more.images], unseen)
+    kept = [i for i, caption in enumerate(more.captions) if caption not in captions and not near[i]]
+    return Split(more.images[kept], [more.captions[i] for i in kept], [more.metas[i] for i in kept])
+
+
+def to_picture(image: torch.Tensor) -> Image.Image:
+    """Returns a picture of a (3, H, W) tensor, uint8."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def encode(work: Path, name: str, pictures: Split, cfg: dict, views: int, device: str) -> tuple[Latents, float]:
+    """Returns the latents of pictures and the scaling factor that they give.
+
+    They are computed once and kept in the work folder.
+
+    Args:
+        work: with `vae.pt` and the tokenizer.
+        name: of the file.
+        pictures: to encode.
+        cfg: section `unet` of config.json.
+        views: of each picture.
+        device: of the VAE.
+    """
+    path = work / f"latents-{name}-{len(pictures.captions)}.pt"
     if not path.exists():
         vae = build_vae(config("vae")).eval().to(device)
         vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True))
-        mean, std = encode_views(vae, pictures, cfg["views"] if split == "train" else 1, cfg["seed"])
+        mean, std = encode_views(vae, pictures, views, cfg["seed"])
         tokenizer = make_tokenizer([], 0, work / "tokenizer")
         phrases = [nano.styles()[meta["style"]] for meta in pictures.metas]
         concepts = [c.removeprefix(p).strip() for c, p in zip(pictures.captions, phrases, strict=True)]
@@ -250,6 +288,7 @@ def keep_average(work: Path, ema: dict[str, torch.Tensor], step: int, cooldown: 
 
 def main() -> None:
     parser = training_arguments(__doc__)
+    parser.add_argument("--more", type=Path, default=None, help="shards of more things, for every second step")
     parser.add_argument("--cooldown", type=int, default=0, help="over how many of the last steps the rate falls")
     args = parser.parse_args()
     progress = Progress(args.work, "unet", args.minutes)
@@ -260,6 +299,10 @@ def main() -> None:
     (train, scale), (heldout, _) = (
         load_latents(args.work, split, cfg, args.data, args.pictures, args.device) for split in ("train", "heldout")
     )
+    more = None
+    if args.more:
+        chosen = select_more(load("train", args.more), load("train", args.data), load("heldout", args.data))
+        more, _ = encode(args.work, "more", chosen, cfg, cfg["more_views"], args.device)
     model = build_model(args.work, cfg).to(args.device)
     ema = {k: v.clone() for k, v in model.state_dict().items()}
     optimizer = make_muon(dict(model.named_parameters()), cfg["lr"], weight_decay=0.01)
@@ -278,7 +321,8 @@ def main() -> None:
         cooling = (until - step) / args.cooldown if args.cooldown else 5 * (1 - share) if args.minutes < math.inf else 1
         for group in optimizer.param_groups:
             group["lr"] = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"], cooling)
-        loss = weighted_loss(model, cfg, train, scale, step, alphas, slice(rank, None, world))
+        data = train if more is None or step % 2 else more
+        loss = weighted_loss(model, cfg, data, scale, step, alphas, slice(rank, None, world))
         loss.backward()
         if world > 1:
             average_gradients(model, world)

@@ -3,6 +3,8 @@
     python tools/nano/train_vae.py --work build/nano             encoder and decoder
     python tools/nano/train_vae.py --work build/nano --decoder   then the decoder alone, so latents stay as cached
 
+The decoder alone is trained on latents with a little noise, because those that nano draws are not exact either.
+
 Give `--data` the folder of `build_data.py --wide`: the more pictures it sees, the better it draws unseen ones.
 """
 
@@ -70,7 +72,8 @@ def reconstruction_loss(
     """
     with torch.autocast(pixels.device.type, torch.bfloat16):
         posterior = vae.encode(pixels).latent_dist
-        decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        spread = (posterior.std.square() + cfg.get("latent_noise", 0.0) ** 2).sqrt()
+        decoded = vae.decode(posterior.mean + spread * noise).sample
     decoded, kl = decoded.float(), posterior.kl().float().mean()
     loss = (
         F.mse_loss(decoded, pixels)
