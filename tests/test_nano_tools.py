@@ -90,7 +90,7 @@ def test_half_of_the_judges_pictures_have_passed_through_the_vae(load: Any) -> N
 def test_what_has_lost_its_style_is_black_and_white_and_shows_the_outline(load: Any) -> None:
     pixels = torch.ones(2, 3, 128, 128)
     pixels[:, 0, 40:90, 40:90], pixels[:, 1:, 40:90, 40:90] = 1.0, -0.8
-    bare = load("train_clip").strip_style(pixels, generator())
+    bare = load("stripped").strip_style(pixels, generator())
     assert torch.equal(bare[:, 0], bare[:, 1])
     assert bare[:, :, 40, 60].max() < 0
     assert bare[:, :, 10, 10].min() == 1
@@ -99,14 +99,14 @@ def test_what_has_lost_its_style_is_black_and_white_and_shows_the_outline(load: 
 def test_what_has_lost_its_concept_is_made_of_pictures_of_the_same_style(load: Any) -> None:
     style_of = torch.tensor([0, 0, 1, 1])
     pixels = torch.stack([torch.full((3, 128, 128), value) for value in (0.1, 0.2, 0.8, 0.9)])
-    mixed = load("train_clip").strip_concept(pixels, style_of, generator())
+    mixed = load("stripped").strip_concept(pixels, style_of, generator())
     assert set(mixed[:2].unique().tolist()) <= set(pixels[:2].unique().tolist())
     assert set(mixed[2:].unique().tolist()) <= set(pixels[2:].unique().tolist())
 
 
 def test_pictures_that_lost_something_are_as_many_as_asked(load: Any) -> None:
     pixels, style_of = torch.ones(4000, 3, 16, 16), torch.zeros(4000, dtype=torch.long)
-    stripped, lost = load("train_clip").strip(pixels, style_of, (0.3, 0.2), generator())
+    stripped, lost = load("stripped").strip(pixels, style_of, (0.3, 0.2), generator())
     assert [round((lost == kind).float().mean().item(), 1) for kind in (0, 1, 2)] == [0.5, 0.3, 0.2]
     assert stripped.shape == pixels.shape
 
