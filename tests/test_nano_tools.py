@@ -73,18 +73,13 @@ def test_more_pictures_are_neither_known_nor_held_out_nor_nearly_held_out(load: 
     assert load("train_unet").select_more(more, known, heldout).captions == ["new"]
 
 
-def test_half_of_the_judges_pictures_have_passed_through_the_vae(load: Any) -> None:
-    train_clip, split = load("train_clip"), load("common").Split
-    vae = load("train_vae").build(load("common").config("vae"))
-    train = split(torch.full((400, 3, 32, 32), 255, dtype=torch.uint8), ["white"] * 400, [{}] * 400)
-    decoded = train_clip.pass_through_vae(vae.eval(), train, seed=0)
-    assert decoded.images.shape == train.images.shape
-    index = torch.arange(400)
-    drawn = train_clip.draw_pixels(train, decoded, index, generator())
-    passed = (drawn != train.pixels(index)).flatten(1).any(1)
-    assert 150 < passed.sum() < 250
-    assert torch.equal(drawn[passed], decoded.pixels(index)[passed])
-    assert torch.equal(train_clip.draw_pixels(train, None, index, generator()), train.pixels(index))
+def test_the_decoder_alone_learns_from_latents_with_noise(load: Any) -> None:
+    train_vae, cfg = load("train_vae"), load("common").config("vae")
+    assert cfg["latent_noise"] == 0 < cfg["decoder"]["latent_noise"]
+    vae = train_vae.build(cfg)
+    pixels, noise = torch.rand(2, 3, 32, 32, generator=generator()), torch.randn(2, 4, 4, 4, generator=generator())
+    plain, noisy = (train_vae.reconstruction_loss(vae, cfg | {"latent_noise": n}, pixels, noise)[0] for n in (0.0, 3.0))
+    assert not torch.isclose(plain, noisy, rtol=1e-3)
 
 
 def test_what_has_lost_its_style_is_black_and_white_and_shows_the_outline(load: Any) -> None:

@@ -38,7 +38,7 @@ def is_near_copy(picture: Image.Image, others: list[Image.Image]) -> bool:
 def find_near_copies(pictures: list[Image.Image], others: list[Image.Image]) -> np.ndarray:
     """Returns for each picture, (N,), whether it is nearly the same as one of the others.
 
-    It is also tried shifted, by up to 1/32 of its side.
+    Each is also tried shifted, by up to 1/32 of its side.
 
     Args:
         pictures: N pictures, RGB.

@@ -1,11 +1,9 @@
 """Train a small CLIP on nano's pictures and captions, resumable.
 
     python tools/nano/train_clip.py --work build/nano --role teacher   its text encoder conditions nano's UNet
-    python tools/nano/train_clip.py --work build/nano --role metric --data build/nano/wide-data --vae build/nano/vae.pt
+    python tools/nano/train_clip.py --work build/nano --role metric --data build/nano/wide-data
 
-The second is nano-CLIP, the judge: another seed, more pictures (`build_data.py --wide`), used to measure only. Half of
-its training pictures have passed through nano's VAE, as all that nano draws has: a judge that knows none of these takes
-what the VAE smooths for another style.
+The second is nano-CLIP, the judge: another seed, more pictures (`build_data.py --wide`), used to measure only.
 
 A batch holds whole concepts in all their styles, because random batches hardly ever need the style to tell two captions
 apart. A picture has to find its caption, its concept alone and its style alone, and a caption's embedding has to lie
@@ -23,20 +21,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Progress, Split, augment, batch_indices, config, load, read_settings, training_arguments
-from diffusers import AutoencoderKL
+from common import Progress, Split, augment, batch_indices, load, read_settings, training_arguments
 from stripped import strip
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from train_vae import build as build_vae
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from sdcompress.models import nano
 from sdcompress.train.muon import make_muon
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-LATENT_NOISE = 0.25
-"""Latents get noise of up to this share of their standard deviation."""
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -258,45 +252,8 @@ def draw_batch(step: int, count: int, pools: list[list[list[int]]], seed: int) -
     )
 
 
-@torch.no_grad()
-def pass_through_vae(vae: AutoencoderKL, split: Split, seed: int) -> Split:
-    """Returns a split with its pictures encoded and decoded again, the latents off by noise as drawn ones are.
-
-    Args:
-        vae: in float32.
-        split: the pictures.
-        seed: of the noise.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    decoded = torch.empty_like(split.images)
-    for index in torch.arange(len(split.captions)).split(8):  # small ones stay in a CPU's cache
-        mean = vae.encode(split.pixels(index).to(vae.device)).latent_dist.mean.cpu()
-        strength = LATENT_NOISE * mean.std() * torch.rand(len(index), 1, 1, 1, generator=generator)
-        latents = mean + strength * torch.randn(mean.shape, generator=generator)
-        pixels = vae.decode(latents.to(vae.device)).sample.cpu()
-        decoded[index] = pixels.clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return Split(decoded, split.captions, split.metas)
-
-
-def draw_pixels(train: Split, decoded: Split | None, index: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Returns a batch's pictures as they are, or half of them as the VAE gives them, (B, 3, H, W).
-
-    Args:
-        train: the pictures.
-        decoded: the same, passed through the VAE; None takes the pictures only.
-        index: the batch's pictures, (B,).
-        generator: of the random numbers.
-    """
-    pixels = train.pixels(index)
-    if decoded is None:
-        return pixels
-    passed = torch.rand(len(index), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(passed, decoded.pixels(index), pixels)
-
-
 def main() -> None:
     parser = training_arguments(__doc__)
-    parser.add_argument("--vae", type=Path, default=None, help="weights of nano's VAE: half of the pictures pass it")
     parser.add_argument("--role", choices=["teacher", "metric"], required=True)
     args = parser.parse_args()
     progress = Progress(args.work, f"clip-{args.role}", args.minutes)
@@ -317,11 +274,6 @@ def main() -> None:
             optimizer.load_state_dict(state["optimizer"])
         else:  # unpacked from the shipped weights: the optimizer is new and warms up again
             warmed_from = step
-    decoded = None
-    if args.vae:
-        vae = build_vae(config("vae")).eval().to(args.device)
-        vae.load_state_dict(torch.load(args.vae, weights_only=True))
-        decoded = pass_through_vae(vae, train, cfg["seed"])
     parts = caption_parts(tokenizer, train)
     pools = group_concepts(parts, [meta["concept"] for meta in train.metas])
     while (share := progress.share(step, cfg["steps"])) < 1:
@@ -331,7 +283,7 @@ def main() -> None:
             group["lr"] = lr
         index = draw_batch(step, cfg["batch"], pools, cfg["seed"])
         generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
-        pixels = augment(draw_pixels(train, decoded, index, generator), generator, strength=2.5, turned=True)
+        pixels = augment(train.pixels(index), generator, strength=2.5, turned=True)
         pixels, lost = strip(pixels, parts.style_of[index], cfg["stripped"], generator)
         loss, found = clip_loss(model, pixels.to(args.device), index, lost, parts)
         loss.backward()

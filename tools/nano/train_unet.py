@@ -3,8 +3,8 @@
     python tools/nano/train_unet.py --work build/nano [--steps STEP] [--more build/nano/wide-data]
     torchrun --nproc-per-node 2 tools/nano/train_unet.py --work build/nano
 
-With `--more`, every second step is of other pictures: of more things in the same styles, so that a style is learned
-apart from the things. What is held out, or nearly the same as a picture that is, is left out of them.
+With `--more`, every second step is of pictures of other things in the same styles, which lowers the loss of held-out
+pictures. A picture that is held out, or nearly the same as one that is, is not among them.
 
 The second form runs one process a core, which is faster than one process with a thread a core.
 

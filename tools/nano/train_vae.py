@@ -72,7 +72,7 @@ def reconstruction_loss(
     """
     with torch.autocast(pixels.device.type, torch.bfloat16):
         posterior = vae.encode(pixels).latent_dist
-        spread = (posterior.std.square() + cfg.get("latent_noise", 0.0) ** 2).sqrt()
+        spread = (posterior.std.square() + cfg["latent_noise"] ** 2).sqrt()
         decoded = vae.decode(posterior.mean + spread * noise).sample
     decoded, kl = decoded.float(), posterior.kl().float().mean()
     loss = (
