@@ -115,3 +115,18 @@ def test_the_nearest_training_picture_is_found_mirrored_and_shifted(load: Any) -
     distance, index = copies.find_nearest(asked, training)
     assert index.item() == 3
     assert distance.item() < 0.01
+
+
+def test_models_of_the_hero_may_follow_the_options(load: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pictures = load("pictures")
+    drawn: list[str] = []
+
+    def draw(models: list[str], seed: int) -> Image.Image:
+        drawn.extend(models)
+        return Image.new("RGB", (8, 8))
+
+    monkeypatch.setattr(pictures, "draw_hero", draw)
+    monkeypatch.setattr("sys.argv", ["pictures.py", "hero", "-o", str(tmp_path / "hero.webp"), "nano-tiny", "student"])
+    pictures.main()
+    assert drawn == ["nano", "nano-tiny", "student"]
+    assert (tmp_path / "hero.webp").is_file()

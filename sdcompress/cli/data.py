@@ -207,7 +207,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     type=float,
     default=7.5,
     show_default=True,
-    help="Classifier-free guidance scale; 1 is no guidance; nano needs 4.",
+    help="Classifier-free guidance scale; 1 is no guidance; nano needs 2.5.",
 )
 @click.option(
     "--size",
@@ -256,7 +256,7 @@ def generate(
     The same command continues a stopped run and ends with the same files.
 
     \b
-      sdcompress data generate nano --prompts prompts.txt -n 200 --guidance 4 -o nano-pictures
+      sdcompress data generate nano --prompts prompts.txt -n 200 --guidance 2.5 -o nano-pictures
       sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --backend trt -o rv4-pictures
     """
     from sdcompress.generate.dataset import generate_dataset, is_export

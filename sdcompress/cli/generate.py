@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "--guidance",
     type=float,
     default=None,
-    help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 4]",
+    help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 2.5]",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
 @click.option(

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdcompress.train.precision import DTYPES, resolve_precision
+
 SECOND_BETA, EPSILON = 0.99, 1e-8
 ENDS = ("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding", "embeddings")
 """The layers of a UNet or a text encoder that AdamW trains: they do not map hidden features to hidden features."""
@@ -94,12 +96,14 @@ class Muon(torch.optim.Optimizer):
 def make_orthogonal(matrices: torch.Tensor) -> torch.Tensor:
     """Returns roughly the nearest semi-orthogonal matrices, float32: five steps of a quintic Newton-Schulz iteration.
 
-    The iteration runs in bf16, as in the author's code; singular values end between 0.7 and 1.2.
+    The iteration runs in bf16, as in the author's code, where the device computes in it, else in float32. Singular
+    values end between 0.7 and 1.2.
 
     Args:
         matrices: (N, rows, columns), any floating dtype.
     """
-    wide = matrices.bfloat16()
+    has_bf16 = resolve_precision("auto", matrices.device.type) == "bf16"
+    wide = matrices.to(DTYPES["bf16" if has_bf16 else "fp32"])
     tall = wide.shape[-2] > wide.shape[-1]
     if tall:
         wide = wide.mT

@@ -22,6 +22,12 @@ DATA = ROOT / "sdcompress/assets/nano/data"
 CONFIG = Path(__file__).with_name("config.json")
 
 
+def mixed_precision(device_type: str) -> torch.autocast:
+    """Returns an autocast to bf16, which does nothing on a device that would only emulate it, many times as slowly."""
+    fast = device_type != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device_type, torch.bfloat16, enabled=fast)
+
+
 def config(section: str) -> dict[str, Any]:
     return json.loads(CONFIG.read_text(encoding="utf-8"))[section]
 

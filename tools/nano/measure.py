@@ -2,7 +2,7 @@
 
     python tools/nano/measure.py -o bench/results/nano-teacher.json [--sheet sheet.webp]
 
-200 prompts seen in training and all held-out (style, concept) pairs, 25 steps, nano's own guidance scale (4), one seed
+200 prompts seen in training and all held-out (style, concept) pairs, 25 steps, nano's own guidance scale, one seed
 a picture. The judge is nano-CLIP, which conditions nothing; its own figures on the real pictures are the ceiling. How
 near the pictures are to training pictures is measured as `copies.py` says.
 """
@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import load
+from common import load, mixed_precision
 from copies import measure_copies
 from sdcompress_bench.environment import environment
 from sdcompress_bench.quality import ClipMetric, Share, judge
@@ -69,7 +69,7 @@ def main() -> None:
         prompts = [Prompt(p.caption, p.style) for p in nano_prompts.draw_prompts(split, counts[split])]
         with (
             torch.inference_mode(),
-            torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported()),
+            mixed_precision("cpu"),
         ):
             images = generate(
                 pipeline,

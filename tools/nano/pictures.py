@@ -1,7 +1,7 @@
 """Draw the pictures of the README: what nano draws, and what its students draw at the same seeds.
 
     python tools/nano/pictures.py sheet -o docs/nano.webp                     48 prompts that nano was trained on
-    python tools/nano/pictures.py hero -o docs/students.webp nano-tiny DIR    six prompts by nano and by students of it
+    python tools/nano/pictures.py hero -o docs/students.webp nano-tiny        six prompts by nano and by students of it
 
 A model is what `sdcompress generate` takes. Each name of the hero's rows has the size of the UNet's weights in fp16 and
 the time of a step with guidance, measured here in PyTorch in fp32.
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", help="students that the hero shows below nano")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # models may come after the options
     picture = draw_sheet(args.seed) if args.what == "sheet" else draw_hero(["nano", *args.models], args.seed)
     picture.save(args.output, quality=85, method=6)
     print(f"{args.output}: {picture.width} x {picture.height} px, {args.output.stat().st_size} bytes")

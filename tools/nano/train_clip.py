@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Progress, Split, augment, batch_indices, load, read_settings, training_arguments
+from common import Progress, Split, augment, batch_indices, load, mixed_precision, read_settings, training_arguments
 from stripped import strip
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -164,7 +164,7 @@ def clip_loss(
     ids = torch.cat([parts.pairs[chosen].flatten(0, 1), parts.concepts[chosen], parts.styles]).to(pixels.device)
     concept_of, style_of = concept_of.to(pixels.device), style_of.to(pixels.device)
     longest = int((ids == model.config.text_config.eos_token_id).float().argmax(-1).max()) + 1
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with mixed_precision(pixels.device.type):
         image = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
         text = F.normalize(model.get_text_features(input_ids=ids[:, :longest]).pooler_output.float(), dim=-1)
     pairs, concept, style = text.split([count * styles, count, styles])

@@ -28,7 +28,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed
-from common import DATA, Progress, Split, augment, batch_indices, config, load, read_settings, training_arguments
+from common import (
+    DATA,
+    Progress,
+    Split,
+    augment,
+    batch_indices,
+    config,
+    load,
+    mixed_precision,
+    read_settings,
+    training_arguments,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from near_copies import find_near_copies
@@ -227,7 +238,7 @@ def weighted_loss(
     device = model.unet.device
     latents, noise, ids, timesteps = (part[mine].to(device) for part in (latents, noise, ids, timesteps))
     a = alphas[timesteps].view(-1, 1, 1, 1)
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with mixed_precision(latents.device.type):
         predicted = model(a.sqrt() * latents + (1 - a).sqrt() * noise, timesteps, ids)
     error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
     snr = (alphas / (1 - alphas))[timesteps]

@@ -14,7 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from common import Progress, Split, augment, batch_indices, load, read_settings, training_arguments
+from common import Progress, Split, augment, batch_indices, load, mixed_precision, read_settings, training_arguments
 from diffusers import AutoencoderKL
 
 
@@ -70,7 +70,7 @@ def reconstruction_loss(
         pixels: (B, 3, 128, 128), float32 in [-1, 1].
         noise: of the posterior, (B, 4, 16, 16), float32.
     """
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with mixed_precision(pixels.device.type):
         posterior = vae.encode(pixels).latent_dist
         spread = (posterior.std.square() + cfg["latent_noise"] ** 2).sqrt()
         decoded = vae.decode(posterior.mean + spread * noise).sample

@@ -2,7 +2,7 @@
 alone.
 
     python tools/nano/unpack.py --work build/nano
-    python tools/nano/train_unet.py --work build/nano --until 20000
+    python tools/nano/train_unet.py --work build/nano --steps 20000 --cooldown 800
 
 The optimizer's moments are not shipped: they start anew, with a new warm-up.
 """

@@ -138,7 +138,7 @@ def _calls(pipeline: Any, setup: PeerSetup, case: dict[str, Any]) -> tuple[Calla
         torch.from_numpy(inputs[name]).to(case["device"], _dtype(setup)) for name in ("sample", "context", "latents")
     )
     timestep = torch.tensor(501, device=case["device"])
-    guidance = 4.0 if case["model"] == "nano" else 7.5
+    guidance = 2.5 if case["model"] == "nano" else 7.5
 
     def picture() -> Any:
         options = {"num_inference_steps": case["steps"], "guidance_scale": guidance}
