@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from sdcompress_engines.manifest import faults, read_manifest
 
 from sdcompress.cli import cli
+from sdcompress.train.precision import resolve_precision
 
 FIXTURE = Path(__file__).parent / "fixtures/artifacts-a086a6f.tar.xz"
 Command = Callable[..., str]
@@ -93,9 +94,12 @@ def test_a_killed_run_is_resumed_with_its_losses_and_to_its_weights(command: Com
     resumed = load_file(folder / "run/pipeline/unet/diffusion_pytorch_model.safetensors")
     expected = load_file(folder / "resumed-unet.safetensors")
     assert resumed.keys() == expected.keys()
-    furthest = (
-        2 * after[-1]["learning_rate"]
-    )  # Adam's step is at most the learning rate; two steps after the checkpoint
+    # Adam's step is at most the learning rate, so in two steps each run moves at most so far from the checkpoint.
+    furthest = 2 * after[-1]["learning_rate"]
+    if (
+        resolve_precision("auto", "cpu") == "fp32"
+    ):  # the earlier run was in bf16: weights may move in opposite directions
+        furthest *= 2
     for name, weight in expected.items():  # attention is computed in another order since then
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=furthest, msg=name)
 
