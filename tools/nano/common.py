@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from sdcompress_engines.files import replace_file
 
+from sdcompress.train.precision import resolve_precision
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "sdcompress/assets/nano/data"
 CONFIG = Path(__file__).with_name("config.json")
@@ -24,8 +26,7 @@ CONFIG = Path(__file__).with_name("config.json")
 
 def mixed_precision(device_type: str) -> torch.autocast:
     """Returns an autocast to bf16, which does nothing on a device that would only emulate it, many times as slowly."""
-    fast = device_type != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device_type, torch.bfloat16, enabled=fast)
+    return torch.autocast(device_type, torch.bfloat16, enabled=resolve_precision("auto", device_type) == "bf16")
 
 
 def config(section: str) -> dict[str, Any]:
