@@ -106,6 +106,13 @@ def test_pictures_that_lost_something_are_as_many_as_asked(load: Any) -> None:
     assert stripped.shape == pixels.shape
 
 
+def test_one_picture_of_every_batch_stays_whole(load: Any) -> None:
+    pixels, style_of = torch.ones(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
+    for seed in range(30):
+        lost = load("stripped").strip(pixels, style_of, (0.5, 0.5), torch.Generator().manual_seed(seed))[1]
+        assert lost.tolist() == [0]
+
+
 def test_the_nearest_training_picture_is_found_mirrored_and_shifted(load: Any) -> None:
     copies = load("copies")
     training = torch.rand(5, 3, 32, 32, generator=generator())

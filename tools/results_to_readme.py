@@ -43,8 +43,10 @@ def nano() -> str:
     rows = {
         "seen": "nano, prompts seen in training",
         "seen_real_pictures": "the real pictures of those prompts, which the judge has seen too",
+        "seen_real_pictures_through_vae": "the same real pictures, after nano's VAE",
         "heldout": "nano, held-out pairs of style and concept",
         "heldout_real_pictures": "the real pictures of those pairs, which the judge has never seen",
+        "heldout_real_pictures_through_vae": "the same real pictures, after nano's VAE",
     }
     return section(
         f"Nano (UNet {found['parameters']['unet'] / 1e6:.1f} M parameters, sha256 `{found['sha256'][:12]}`),"

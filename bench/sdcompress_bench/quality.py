@@ -41,7 +41,7 @@ class ClipMetric:
     Pictures are normalized by its `preprocessor_config.json`, or to [-1, 1] if it has none (nano-CLIP).
 
     Args:
-        folder: of a transformers `CLIPModel` and its tokenizer.
+        folder: of a transformers `CLIPModel`, or of a `ResNetClip`, and its tokenizer.
         device: where it runs.
 
     Raises:
@@ -49,8 +49,10 @@ class ClipMetric:
     """
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        from transformers import CLIPModel, CLIPTokenizer
+        from transformers import CLIPTokenizer
         from transformers.utils import logging
+
+        from .resnet_clip import load_clip
 
         if not (folder / "config.json").is_file():
             raise ModelError(
@@ -58,7 +60,7 @@ class ClipMetric:
             )
         logging.disable_progress_bar()  # it would overwrite the reporter's
         try:
-            self.model = CLIPModel.from_pretrained(folder).eval().to(device)
+            self.model = load_clip(folder).eval().to(device)
         finally:
             logging.enable_progress_bar()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder)

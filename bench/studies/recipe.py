@@ -33,20 +33,17 @@ START = DistillConfig(
 ARMS: dict[str, dict[str, Any]] = {
     "starting point": {},
     "feature loss as it is": {"feature_norm": "none"},
-    "feature loss ÷ 3": {"feature_kd_weight": 1 / 3},
     "feature loss × 3": {"feature_kd_weight": 3.0},
     "no feature loss": {"feature_kd_weight": 0.0},
     "attention loss too": {"attention_kd_weight": 1.0},
-    "min-SNR 5": {"snr_gamma": 5.0},
-    "rate 2.5e-4": {"learning_rate": 2.5e-4},
     "rate 1e-3": {"learning_rate": 1e-3},
     "rate 2e-3": {"learning_rate": 2e-3},
-    "Muon, rate 5e-4": {"optimizer": "muon"},
     "Muon, rate 1e-3": {"optimizer": "muon", "learning_rate": 1e-3},
     "Muon, rate 2e-3": {"optimizer": "muon", "learning_rate": 2e-3},
     "Muon, rate 4e-3": {"optimizer": "muon", "learning_rate": 4e-3},
+    "rate 4e-3": {"learning_rate": 4e-3},
 }
-FINALISTS, FINAL_SEEDS = 3, 3
+FINALISTS, FINAL_SEEDS = 2, 3
 DISTANCE = "output_relative_l2"
 
 
@@ -77,6 +74,9 @@ class Sweep:
         """
         config = START.model_copy(update={"seed": seed, "checkpoint_every": 60, "sample_every": 0} | overrides)
         folder = self.work / f"{list(ARMS).index(arm):02}-{config.steps}-{seed}"
+        kept = folder / "row.json"
+        if kept.is_file():
+            return json.loads(kept.read_text(encoding="utf-8"))
         if not (folder / PIPELINE).is_dir():
             resume = (folder / "checkpoints").is_dir()
             distill(self.teacher, self.plan, self.cache, config, folder, resume=resume, report=self.report)
@@ -84,6 +84,7 @@ class Sweep:
         row = {"arm": arm, "seed": seed, "train_s": last["seconds"]}
         row |= self.judge.judge(load_pipeline(folder).pipeline)
         self.report.show_line(json.dumps(row))
+        kept.write_text(json.dumps(row), encoding="utf-8")
         return row
 
 

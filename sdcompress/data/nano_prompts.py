@@ -18,7 +18,7 @@ SHOWN = (
     "a black line drawing of a bicycle",
     "a 3d render of a hamburger",
     "a flat icon of a sailboat",
-    "a cartoon of a snowman",
+    "a cartoon of a house",
     "a 3d render of a cactus",
 )
 """Captions that nano was trained on, for the pictures that people see first."""

@@ -217,7 +217,7 @@ def test_an_exported_unet_is_measured_on_onnx_runtime(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_nano_is_trained_in_the_minutes_there_are(few_packages: Path, tmp_path: Path) -> None:
-    done = run_script(tmp_path / "gpu", few_packages, "--parts", "nano", "--minutes", "2")
+    done = run_script(tmp_path / "gpu", few_packages, "--parts", "nano", "--minutes", "3")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["row"]: row for row in read(tmp_path / "gpu")["rows"]}
     assert not [row for row in rows.values() if "failed" in row], rows

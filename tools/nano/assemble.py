@@ -13,12 +13,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from captions import make_tokenizer
 from common import ROOT, config
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from train_clip import make_tokenizer
+from sdcompress_bench.resnet_clip import load_clip
 from train_unet import SCHEDULE, build_model, load_latents
 from train_vae import build as build_vae
-from transformers import CLIPModel
 
 ASSETS = ROOT / "sdcompress/assets/nano"
 
@@ -63,7 +63,7 @@ def teacher(work: Path) -> None:
 
 def metric(work: Path) -> None:
     shutil.rmtree(ASSETS / "clip", ignore_errors=True)
-    CLIPModel.from_pretrained(work / "clip-metric").half().save_pretrained(ASSETS / "clip")
+    load_clip(work / "clip-metric").half().save_pretrained(ASSETS / "clip")
     make_tokenizer([], 0, work / "tokenizer").save_pretrained(ASSETS / "clip")
     strip_names(ASSETS / "clip")
 

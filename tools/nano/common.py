@@ -119,6 +119,18 @@ def augment(
     return (moved + 1) * (1 - 0.02 * strength * torch.rand(count, 1, 1, 1, generator=generator)) - 1
 
 
+def mirror_some(pixels: torch.Tensor, may_mirror: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns pictures of which about half of those that may be are mirrored.
+
+    Args:
+        pixels: (B, 3, H, W).
+        may_mirror: whether a mirrored picture still shows its concept, (B,), bool.
+        generator: of the random numbers.
+    """
+    mirrored = may_mirror & (torch.rand(len(pixels), generator=generator) < 0.5)
+    return torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+
+
 def training_arguments(description: str) -> argparse.ArgumentParser:
     """Returns a parser with the options that every training script has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -45,6 +45,18 @@ def find_nearest(small: torch.Tensor, training: torch.Tensor) -> tuple[torch.Ten
 
 
 @torch.no_grad()
+def pass_through(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """Returns pictures as the VAE's decoder gives them back, (B, 3, H, W), in [-1, 1].
+
+    Args:
+        vae: in float32.
+        pixels: (B, 3, H, W), in [-1, 1].
+    """
+    parts = [vae.decode(vae.encode(part).latent_dist.mean).sample for part in pixels.split(8)]
+    return torch.cat(parts).clamp(-1, 1)
+
+
+@torch.no_grad()
 def measure_copies(vae: AutoencoderKL, train: Split, heldout: Split, drawn: dict[str, Sequence[Image.Image]]) -> dict:
     """Returns the distance to the nearest training picture for several sets of pictures: median, tenth and ninetieth.
 
@@ -61,9 +73,8 @@ def measure_copies(vae: AutoencoderKL, train: Split, heldout: Split, drawn: dict
     every = torch.arange(len(train.captions))
     training = torch.cat([shrink(train.pixels(index) / 2 + 0.5) for index in every.split(100)])
     pixels = augment(train.pixels(every[:200]), torch.Generator().manual_seed(0))
-    passed = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in pixels.split(8)])
     sets = {
-        "copies": passed.clamp(-1, 1) / 2 + 0.5,
+        "copies": pass_through(vae, pixels) / 2 + 0.5,
         "real": heldout.pixels(torch.arange(len(heldout.captions))) / 2 + 0.5,
     } | {name: torch.stack([to_pixels(image) for image in images]) for name, images in drawn.items()}
     found: dict[str, Any] = {}

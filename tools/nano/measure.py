@@ -3,8 +3,9 @@
     python tools/nano/measure.py -o bench/results/nano-teacher.json [--sheet sheet.webp]
 
 200 prompts seen in training and all held-out (style, concept) pairs, 25 steps, nano's own guidance scale, one seed
-a picture. The judge is nano-CLIP, which conditions nothing; its own figures on the real pictures are the ceiling. How
-near the pictures are to training pictures is measured as `copies.py` says.
+a picture. The judge is nano-CLIP, which conditions nothing; its own figures on the real pictures are the ceiling, and
+those on the real pictures that passed through the VAE are the ceiling of the UNet. How near the pictures are to
+training pictures is measured as `copies.py` says.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from pathlib import Path
 
 import torch
 from common import load, mixed_precision
-from copies import measure_copies
+from copies import measure_copies, pass_through
+from PIL import Image
 from sdcompress_bench.environment import environment
-from sdcompress_bench.quality import ClipMetric, Share, judge
+from sdcompress_bench.quality import ClipMetric, Share, judge, to_pixels
 from sdcompress_bench.scenario import Prompt
+from train_unet import to_picture
 from train_vae import psnr
 
 from sdcompress.data import nano_prompts
@@ -35,6 +38,11 @@ STEPS, GUIDANCE = 25, NANO.guidance_scale
 
 def plain(figures: dict) -> dict:
     return {k: asdict(v) if isinstance(v, Share) else v for k, v in figures.items()}
+
+
+def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """Returns the pictures of (B, 3, H, W), in [-1, 1]."""
+    return [to_picture(each) for each in pixels.add(1).mul(127.5).round().byte()]
 
 
 def main() -> None:
@@ -80,10 +88,11 @@ def main() -> None:
                 batch_size=40,
             )
         result[split] = plain(judge(metric, images, prompts, styles))
-        real = {record.caption: record for record in open_source(shards)}
-        result[f"{split}_real_pictures"] = plain(
-            judge(metric, [real[p.caption].picture() for p in prompts], prompts, styles)
-        )
+        records = {record.caption: record for record in open_source(shards)}
+        real = [records[p.caption].picture() for p in prompts]
+        result[f"{split}_real_pictures"] = plain(judge(metric, real, prompts, styles))
+        passed = pass_through(pipeline.vae, torch.stack([to_pixels(picture) for picture in real]) * 2 - 1)
+        result[f"{split}_real_pictures_through_vae"] = plain(judge(metric, to_pictures(passed), prompts, styles))
         drawn[split] = images
     result["nearest_training_picture"] = measure_copies(pipeline.vae, load("train"), heldout, drawn)
     result |= {"seconds": round(time.time() - started, 1), "environment": environment()}

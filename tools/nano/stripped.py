@@ -52,7 +52,8 @@ def strip(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns a batch in which some pictures lost their style and some their concept, and what each has lost.
 
-    Without this, the judge remembers which picture has which style, and knows a concept by its colors.
+    Without this, the judge remembers which picture has which style, and knows a concept by its colors. The first
+    picture stays whole, so that every loss has a picture: the mean of none is NaN.
 
     Args:
         pixels: (B, 3, H, W), float32 in [-1, 1].
@@ -61,6 +62,7 @@ def strip(
         generator: of the random numbers.
     """
     draw = torch.rand(len(pixels), generator=generator)
+    draw[0] = 0.5
     lost = torch.where(draw < shares[0], 1, torch.where(draw > 1 - shares[1], 2, 0))
     pixels = pixels.clone()
     if (without := lost == 1).any():

@@ -7,81 +7,47 @@ The second is nano-CLIP, the judge: another seed, more pictures (`build_data.py 
 
 A batch holds whole concepts in all their styles, because random batches hardly ever need the style to tell two captions
 apart. A picture has to find its caption, its concept alone and its style alone, and a caption's embedding has to lie
-between those of its parts: otherwise an unseen pair of style and concept means something of its own.
-
-The tokenizer (a BPE trained on the captions, in CLIP's format) is made on the first call and shared.
+between those of its parts: otherwise an unseen pair of style and concept means something of its own. Two linear
+classifiers, which are thrown away at the end, tell a picture's concept among all concepts, not only among the batch's.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import Progress, Split, augment, batch_indices, load, mixed_precision, read_settings, training_arguments
+from captions import CaptionParts, caption_parts, make_tokenizer, tokenize
+from common import (
+    Progress,
+    Split,
+    augment,
+    batch_indices,
+    load,
+    mirror_some,
+    mixed_precision,
+    read_settings,
+    training_arguments,
+)
+from sdcompress_bench.resnet_clip import ResNetClip
 from stripped import strip
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    ResNetConfig,
+    VisionTextDualEncoderConfig,
+)
 
 from sdcompress.models import nano
 from sdcompress.train.muon import make_muon
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
-
-def make_tokenizer(captions: list[str], vocab_size: int, folder: Path) -> CLIPTokenizer:
-    """Returns the tokenizer in a folder, after training one there if there is none.
-
-    Args:
-        captions: to train on.
-        vocab_size: number of tokens.
-        folder: of the tokenizer.
-    """
-    if not (folder / "tokenizer_config.json").exists():
-        bpe = Tokenizer(models.BPE(unk_token=END, end_of_word_suffix="</w>"))
-        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        bpe.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        bpe.train_from_iterator(
-            captions,
-            trainers.BpeTrainer(
-                vocab_size=vocab_size,
-                special_tokens=[],
-                initial_alphabet=alphabet,
-                end_of_word_suffix="</w>",
-                show_progress=False,
-            ),
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        bpe.model.save(str(folder))
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        # CLIP's files hold the alphabet twice, bare and word-final, so that any text can be spelled, and the two marks
-        # last.
-        tokens = sorted(vocab, key=vocab.get)
-        tokens += [c + "</w>" for c in sorted(alphabet) if c + "</w>" not in vocab]
-        tokens += [START, END]
-        merges = [
-            tuple(line.split())
-            for line in (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            if not line.startswith("#")
-        ]
-        tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
-        tokenizer.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
-
-
-def build(cfg: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
+def build(cfg: dict, tokenizer: CLIPTokenizer) -> CLIPModel | ResNetClip:
+    """Returns a new CLIP: of a ResNet if the settings of its pictures' tower have depths, else of a transformer."""
     text = cfg["text"] | {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": 77,
@@ -90,82 +56,67 @@ def build(cfg: dict, tokenizer: CLIPTokenizer) -> CLIPModel:
         "pad_token_id": tokenizer.pad_token_id,
         "projection_dim": cfg["projection_dim"],
     }
-    vision = cfg["vision"] | {"image_size": 128, "projection_dim": cfg["projection_dim"]}
+    vision = cfg["vision"] | {"image_size": 128}
     # Eager attention: on a CPU its backward is several times as fast as the fused one at these sizes.
-    return CLIPModel(
-        CLIPConfig(
-            text_config=text, vision_config=vision, projection_dim=cfg["projection_dim"], attn_implementation="eager"
-        )
-    )
+    more = {"projection_dim": cfg["projection_dim"], "attn_implementation": "eager"}
+    if "depths" not in vision:
+        vision["projection_dim"] = cfg["projection_dim"]
+        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, **more))
+    tower = ResNetConfig(**vision, hidden_size=vision["hidden_sizes"][-1])
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(tower, CLIPTextConfig(**text), **more)
+    return ResNetClip(config).to(memory_format=torch.channels_last)
 
 
-def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    return tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+class Classifiers(nn.Module):
+    """Tell a picture's concept and style from what the pictures' tower gives, (B, F).
 
-
-@dataclass(frozen=True)
-class CaptionParts:
-    """The captions of a split taken apart, as token ids.
-
-    Attributes:
-        style_of: index of each picture's style, (N,).
-        concept_of: index of each picture's concept, (N,).
-        styles: the style phrases alone, (S, 77).
-        concepts: the concepts alone, (C, 77).
-        pairs: each concept in each style, (C, S, 77). No picture is needed for them, so held-out pairs are among them.
-        seen: which of the pairs have a picture, (C, S), bool.
+    Args:
+        features: F.
+        parts: of the training captions.
     """
 
-    style_of: torch.Tensor
-    concept_of: torch.Tensor
-    styles: torch.Tensor
-    concepts: torch.Tensor
-    pairs: torch.Tensor
-    seen: torch.Tensor
+    def __init__(self, features: int, parts: CaptionParts) -> None:
+        super().__init__()
+        self.concept, self.style = nn.Linear(features, len(parts.concepts)), nn.Linear(features, len(parts.styles))
 
-
-def caption_parts(tokenizer: CLIPTokenizer, split: Split) -> CaptionParts:
-    phrases = nano.styles()
-    names = [
-        caption.removeprefix(phrases[meta["style"]]).strip()
-        for caption, meta in zip(split.captions, split.metas, strict=True)
-    ]
-    concepts = list(dict.fromkeys(names))
-    pairs = tokenize(tokenizer, [f"{phrase} {name}" for name in concepts for phrase in phrases.values()])
-    style_of = torch.tensor([list(phrases).index(meta["style"]) for meta in split.metas])
-    concept_of = torch.tensor([concepts.index(name) for name in names])
-    seen = torch.zeros(len(concepts), len(phrases), dtype=torch.bool)
-    seen[concept_of, style_of] = True
-    return CaptionParts(
-        style_of,
-        concept_of,
-        tokenize(tokenizer, [phrase.removesuffix(" of") for phrase in phrases.values()]),
-        tokenize(tokenizer, concepts),
-        pairs.view(len(concepts), len(phrases), -1),
-        seen,
-    )
+    def loss(
+        self, features: torch.Tensor, concept_of: torch.Tensor, style_of: torch.Tensor, lost: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the cross entropy of both answers, a scalar; nobody is asked for what a picture has lost."""
+        concept, style = lost != 2, lost != 1
+        return 0.5 * F.cross_entropy(
+            self.concept(features[concept]), concept_of[concept], label_smoothing=0.1
+        ) + 0.25 * F.cross_entropy(self.style(features[style]), style_of[style], label_smoothing=0.1)
 
 
 def clip_loss(
-    model: CLIPModel, pixels: torch.Tensor, index: torch.Tensor, lost: torch.Tensor, parts: CaptionParts
+    model: CLIPModel | ResNetClip,
+    classifiers: Classifiers,
+    pixels: torch.Tensor,
+    index: torch.Tensor,
+    lost: torch.Tensor,
+    parts: CaptionParts,
 ) -> tuple[torch.Tensor, float]:
     """Returns the loss of a batch, a scalar, and the share of pictures that find their caption among the batch's.
 
     Args:
         model: the CLIP in training.
+        classifiers: trained with it.
         pixels: (B, 3, H, W), float32.
         index: the batch's pictures, (B,).
         lost: what each has lost and is not asked for, (B,), int64: 0 nothing, 1 its style, 2 its concept.
         parts: of the training captions.
     """
     style_of = parts.style_of[index]
+    known = parts.concept_of[index].to(pixels.device)
     chosen, concept_of = parts.concept_of[index].unique(return_inverse=True)
     count, styles = len(chosen), len(parts.styles)
     ids = torch.cat([parts.pairs[chosen].flatten(0, 1), parts.concepts[chosen], parts.styles]).to(pixels.device)
     concept_of, style_of = concept_of.to(pixels.device), style_of.to(pixels.device)
     longest = int((ids == model.config.text_config.eos_token_id).float().argmax(-1).max()) + 1
     with mixed_precision(pixels.device.type):
-        image = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        features = model.vision_model(pixel_values=pixels).pooler_output.flatten(1)
+        image = F.normalize(model.visual_projection(features).float(), dim=-1)
         text = F.normalize(model.get_text_features(input_ids=ids[:, :longest]).pooler_output.float(), dim=-1)
     pairs, concept, style = text.split([count * styles, count, styles])
     scale = model.logit_scale.exp().clamp(max=100)
@@ -186,12 +137,13 @@ def clip_loss(
         + F.cross_entropy(scale * image[lost != 2] @ concept.T, concept_of[lost != 2]) / 2
         + F.cross_entropy(by_style[lost != 1], style_of[lost != 1]) / 2
         + 4 * (1 - between).mean()
+        + classifiers.loss(features.float(), known, style_of, lost)
     )
     return loss, found
 
 
 @torch.no_grad()
-def accuracy(model: CLIPModel, tokenizer: CLIPTokenizer, split: Split) -> dict[str, float]:
+def accuracy(model: CLIPModel | ResNetClip, tokenizer: CLIPTokenizer, split: Split) -> dict[str, float]:
     """Returns the shares of pictures whose caption is the first, or among the first five, of all captions, and of those
     whose own style fits better than the same concept in another style.
 
@@ -252,6 +204,85 @@ def draw_batch(step: int, count: int, pools: list[list[list[int]]], seed: int) -
     )
 
 
+def without(split: Split, captions: list[str]) -> Split:
+    """Returns a split without the pictures of some captions."""
+    kept = [i for i, caption in enumerate(split.captions) if caption not in set(captions)]
+    return Split(split.images[kept], [split.captions[i] for i in kept], [split.metas[i] for i in kept])
+
+
+class Training:
+    """What a step changes: the CLIP, its moving average, the classifiers, the optimizer.
+
+    Args:
+        model: the CLIP.
+        classifiers: trained with it.
+        cfg: section `clip` of config.json.
+        device: cpu or cuda.
+    """
+
+    def __init__(self, model: CLIPModel | ResNetClip, classifiers: Classifiers, cfg: dict, device: str) -> None:
+        self.model, self.classifiers, self.cfg = model.to(device), classifiers.to(device), cfg
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(cfg["ema"]), use_buffers=True)
+        self.optimizers = [
+            make_muon(dict(self.model.named_parameters()), cfg["lr"], weight_decay=0.05),
+            torch.optim.AdamW(self.classifiers.parameters(), cfg["lr"], weight_decay=0.05),
+        ]
+        self.step = self.warmed_from = 0
+
+    def resume(self, progress: Progress) -> None:
+        """Go on from a checkpoint, if there is one."""
+        if (state := progress.resume()) is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.average.module.load_state_dict(state.get("average", state["model"]))
+        self.average.n_averaged.fill_(state["step"])
+        self.step = state["step"]
+        if "optimizers" in state:
+            self.classifiers.load_state_dict(state["classifiers"])
+            for optimizer, known in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(known)
+        else:  # unpacked from the shipped weights: the rest is new, and the rate warms up again
+            self.warmed_from = self.step
+
+    def keep(self, progress: Progress) -> None:
+        """Write the checkpoint."""
+        parts = {"model": self.model, "average": self.average.module, "classifiers": self.classifiers}
+        states = {name: part.state_dict() for name, part in parts.items()}
+        progress.save(step=self.step, optimizers=[each.state_dict() for each in self.optimizers], **states)
+
+    def update(self, loss: torch.Tensor, share: float) -> float:
+        """Take a step; returns its learning rate.
+
+        Args:
+            loss: a scalar.
+            share: of the training that is done, 0 to 1.
+        """
+        lr = self.cfg["lr"] * min(1, (self.step + 1 - self.warmed_from) / self.cfg["warmup"])
+        lr *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return lr
+
+
+def note_accuracy(
+    progress: Progress, training: Training, tokenizer: CLIPTokenizer, train: Split, heldout: Split
+) -> None:
+    """Log the average's accuracy on held-out pictures."""
+    model = training.average.module
+    # The batches in training hold pictures that have lost something; BatchNorm is to know whole ones.
+    index = torch.randperm(len(train.captions), generator=torch.Generator().manual_seed(0))[:1024]
+    update_bn([train.pixels(part) for part in index.split(128)], model.vision_model, model.device)
+    figures = accuracy(model.eval(), tokenizer, heldout)
+    progress.note(training.step, **{f"heldout_{name}": value for name, value in figures.items()})
+
+
 def main() -> None:
     parser = training_arguments(__doc__)
     parser.add_argument("--role", choices=["teacher", "metric"], required=True)
@@ -259,61 +290,33 @@ def main() -> None:
     progress = Progress(args.work, f"clip-{args.role}", args.minutes)
     cfg = read_settings(args, "clip", args.role)
     torch.manual_seed(cfg["seed"])
-    train, heldout = (load("train", args.data, args.pictures), load("heldout", count=args.pictures))
+    heldout = load("heldout", count=args.pictures)
+    train = without(load("train", args.data, args.pictures), heldout.captions)
     tokenizer = make_tokenizer(train.captions, cfg["vocab_size"], args.work / "tokenizer")
-    model = build(cfg, tokenizer).to(args.device)
-    optimizer = make_muon(dict(model.named_parameters()), cfg["lr"], weight_decay=0.1)
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg["ema"]))
-    step = warmed_from = 0
-    if state := progress.resume():
-        model.load_state_dict(state["model"])
-        average.module.load_state_dict(state.get("average", state["model"]))
-        average.n_averaged.fill_(state["step"])
-        step = state["step"]
-        if "optimizer" in state:
-            optimizer.load_state_dict(state["optimizer"])
-        else:  # unpacked from the shipped weights: the optimizer is new and warms up again
-            warmed_from = step
     parts = caption_parts(tokenizer, train)
+    model = build(cfg, tokenizer)
+    training = Training(model, Classifiers(model.visual_projection.in_features, parts), cfg, args.device)
+    training.resume(progress)
     pools = group_concepts(parts, [meta["concept"] for meta in train.metas])
-    while (share := progress.share(step, cfg["steps"])) < 1:
-        lr = cfg["lr"] * min(1, (step + 1 - warmed_from) / cfg["warmup"])
-        lr *= 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        index = draw_batch(step, cfg["batch"], pools, cfg["seed"])
-        generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + step)
+    may_mirror = torch.tensor([meta["mirror"] for meta in train.metas])
+    while (share := progress.share(training.step, cfg["steps"])) < 1:
+        index = draw_batch(training.step, cfg["batch"], pools, cfg["seed"])
+        generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + training.step)
         pixels = augment(train.pixels(index), generator, strength=2.5, turned=True)
+        pixels = mirror_some(pixels, may_mirror[index], generator)
         pixels, lost = strip(pixels, parts.style_of[index], cfg["stripped"], generator)
-        loss, found = clip_loss(model, pixels.to(args.device), index, lost, parts)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.update_parameters(model)
-        step += 1
-        if step % progress.every == 0:
-            progress.note(step, loss=loss.item(), top1_batch=found, lr=lr)
-        if step % 250 == 0:
-            keep(progress, step, model, average, optimizer)
-            note_accuracy(progress, step, average.module, tokenizer, heldout)
-    keep(progress, step, model, average, optimizer)
-    note_accuracy(progress, step, average.module, tokenizer, heldout)
-    average.module.save_pretrained(args.work / f"clip-{args.role}")
+        pixels = pixels.to(args.device, memory_format=torch.channels_last)
+        loss, found = clip_loss(training.model, training.classifiers, pixels, index, lost, parts)
+        lr = training.update(loss, share)
+        if training.step % progress.every == 0:
+            progress.note(training.step, loss=loss.item(), top1_batch=found, lr=lr)
+        if training.step % 250 == 0:
+            training.keep(progress)
+            note_accuracy(progress, training, tokenizer, train, heldout)
+    training.keep(progress)
+    note_accuracy(progress, training, tokenizer, train, heldout)
+    training.average.module.save_pretrained(args.work / f"clip-{args.role}")
     tokenizer.save_pretrained(args.work / f"clip-{args.role}")
-
-
-def keep(
-    progress: Progress, step: int, model: CLIPModel, average: AveragedModel, optimizer: torch.optim.Optimizer
-) -> None:
-    """Write the checkpoint."""
-    states = {"model": model.state_dict(), "average": average.module.state_dict(), "optimizer": optimizer.state_dict()}
-    progress.save(step=step, **states)
-
-
-def note_accuracy(progress: Progress, step: int, model: CLIPModel, tokenizer: CLIPTokenizer, heldout: Split) -> None:
-    figures = accuracy(model.eval(), tokenizer, heldout)
-    progress.note(step, **{f"heldout_{name}": value for name, value in figures.items()})
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed
+from captions import make_tokenizer, tokenize
 from common import (
     DATA,
     Progress,
@@ -36,6 +37,7 @@ from common import (
     batch_indices,
     config,
     load,
+    mirror_some,
     mixed_precision,
     read_settings,
     training_arguments,
@@ -45,7 +47,6 @@ from diffusers.models.attention_processor import AttnProcessor
 from near_copies import find_near_copies
 from PIL import Image
 from sdcompress_engines.files import replace_file
-from train_clip import make_tokenizer, tokenize
 from train_vae import build as build_vae
 from transformers import CLIPModel, CLIPTextModel
 
@@ -105,9 +106,7 @@ def encode_views(vae: AutoencoderKL, split: Split, views: int, seed: int) -> tup
         for index in torch.arange(len(split.captions)).split(8):  # small ones stay in a CPU's cache
             pixels = split.pixels(index)
             if view > 0:
-                pixels = augment(pixels, generator)
-                mirrored = may_mirror[index] & (torch.rand(len(index), generator=generator) < 0.5)
-                pixels[mirrored] = pixels[mirrored].flip(-1)
+                pixels = mirror_some(augment(pixels, generator), may_mirror[index], generator)
             posterior = vae.encode(pixels.to(vae.device)).latent_dist
             mean.append(posterior.mean.half().cpu())
             std.append(posterior.std.half().cpu())

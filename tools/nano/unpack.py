@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPModel
+from sdcompress_bench.resnet_clip import load_clip
 
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline
@@ -46,7 +46,7 @@ def main() -> None:
     weights = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     write_checkpoint(args.work / "unet.ckpt", weights, args.step, ema=weights)
     torch.save(weights, args.work / "unet.pt")
-    metric = CLIPModel.from_pretrained(nano.metric_folder())
+    metric = load_clip(nano.metric_folder())
     write_checkpoint(args.work / "clip-metric.ckpt", metric.state_dict(), last_step("clip-metric"))
     print(f"{args.work}: ready to go on from step {args.step}")
 
