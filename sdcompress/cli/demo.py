@@ -22,12 +22,11 @@ from sdcompress.cli._console import force_option
 @click.option(
     "--steps",
     type=click.IntRange(1),
-    default=100,
-    show_default=True,
-    help="Training steps of each student; the nano recipe has 180.",
+    default=None,
+    help="Training steps of each student.  [default: the nano recipe's]",
 )
 @force_option
-def command(output: Path, steps: int, force: bool) -> None:
+def command(output: Path, steps: int | None, force: bool) -> None:
     """Run every stage on nano, the built-in teacher: two students, their ONNX graphs and engines, and the report.
 
     It needs no download and no GPU, and takes minutes on two cores. It is `sdcompress run` with nano's own data and
