@@ -96,10 +96,8 @@ def test_a_killed_run_is_resumed_with_its_losses_and_to_its_weights(command: Com
     assert resumed.keys() == expected.keys()
     # Adam's step is at most the learning rate, so in two steps each run moves at most so far from the checkpoint.
     furthest = 2 * after[-1]["learning_rate"]
-    if (
-        resolve_precision("auto", "cpu") == "fp32"
-    ):  # the earlier run was in bf16: weights may move in opposite directions
-        furthest *= 2
+    if resolve_precision("auto", "cpu") == "fp32":
+        furthest *= 2  # the earlier run was in bf16: weights may move in opposite directions
     for name, weight in expected.items():  # attention is computed in another order since then
         torch.testing.assert_close(resumed[name], weight, rtol=0, atol=furthest, msg=name)
 

@@ -45,6 +45,10 @@ class Split:
         """float32 in [-1, 1], (B, 3, 128, 128)."""
         return self.images[index].float().div(127.5).sub(1)
 
+    def take(self, kept: list[int]) -> Split:
+        """Returns the split of some of its pictures."""
+        return Split(self.images[kept], [self.captions[i] for i in kept], [self.metas[i] for i in kept])
+
 
 def load(split: str, data: Path = DATA, count: int | None = None) -> Split:
     """Returns a split of a data set.

@@ -204,12 +204,6 @@ def draw_batch(step: int, count: int, pools: list[list[list[int]]], seed: int) -
     )
 
 
-def without(split: Split, captions: list[str]) -> Split:
-    """Returns a split without the pictures of some captions."""
-    kept = [i for i, caption in enumerate(split.captions) if caption not in set(captions)]
-    return Split(split.images[kept], [split.captions[i] for i in kept], [split.metas[i] for i in kept])
-
-
 class Training:
     """What a step changes: the CLIP, its moving average, the classifiers, the optimizer.
 
@@ -291,7 +285,8 @@ def main() -> None:
     cfg = read_settings(args, "clip", args.role)
     torch.manual_seed(cfg["seed"])
     heldout = load("heldout", count=args.pictures)
-    train = without(load("train", args.data, args.pictures), heldout.captions)
+    train = load("train", args.data, args.pictures)
+    train = train.take([i for i, caption in enumerate(train.captions) if caption not in heldout.captions])
     tokenizer = make_tokenizer(train.captions, cfg["vocab_size"], args.work / "tokenizer")
     parts = caption_parts(tokenizer, train)
     model = build(cfg, tokenizer)

@@ -142,7 +142,7 @@ def select_more(more: Split, known: Split, heldout: Split) -> Split:
     unseen = [to_picture(image) for image in heldout.images]
     near = find_near_copies([to_picture(image) for image in more.images], unseen)
     kept = [i for i, caption in enumerate(more.captions) if caption not in captions and not near[i]]
-    return Split(more.images[kept], [more.captions[i] for i in kept], [more.metas[i] for i in kept])
+    return more.take(kept)
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
