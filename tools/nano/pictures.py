@@ -4,7 +4,7 @@
     python tools/nano/pictures.py hero -o docs/students.webp nano-tiny        six prompts by nano and by students of it
 
 A model is what `sdcompress generate` takes. Each name of the hero's rows has the size of the UNet's weights in fp16 and
-the time of a step with guidance, measured here in PyTorch in fp32.
+the time of a step with guidance, measured here in PyTorch in fp32. These figures go to `bench/results/students.json`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import ROOT
 from PIL import Image, ImageDraw, ImageFont
+from sdcompress_bench.environment import environment
 
 from sdcompress.data.nano_prompts import NanoPrompt, draw_prompts, shown_prompts
 from sdcompress.models.load import load_pipeline
@@ -29,6 +31,7 @@ from sdcompress.sampling import generate
 SIDE_PX, GAP_PX, TEXT_PX = 128, 6, 12
 SHEET_PROMPTS, SHEET_COLUMNS, HERO_PROMPTS = 48, 8, 6
 TIMED_STEPS = 30
+FIGURES = ROOT / "bench/results/students.json"
 
 
 def choose_sheet(seed: int) -> list[NanoPrompt]:
@@ -66,35 +69,42 @@ def draw_sheet(seed: int) -> Image.Image:
 
 
 @torch.inference_mode()
-def time_step_ms(unet: Any) -> float:
-    """Returns the median time of a UNet step with guidance (batch 2), in ms."""
-    config = unet.config
-    latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
-    text = torch.randn(2, 77, config.cross_attention_dim)
-    times = []
+def time_steps_ms(unets: list[Any]) -> list[float]:
+    """Returns the median time of a step with guidance (batch 2) of each UNet, in ms; they take turns."""
+    times: list[list[float]] = [[] for _ in unets]
     for _ in range(TIMED_STEPS):
-        started = time.perf_counter()
-        unet(latents, 500, text)
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times[5:])
+        for unet, own in zip(unets, times, strict=True):
+            config = unet.config
+            latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
+            text = torch.randn(2, 77, config.cross_attention_dim)
+            started = time.perf_counter()
+            unet(latents, 500, text)
+            own.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(each[5:]) for each in times]
 
 
 def draw_hero(models: list[str], seed: int) -> Image.Image:
+    """Returns the pictures of each model, one row a model; its figures also go to `FIGURES`."""
     prompts = shown_prompts()[:HERO_PROMPTS]
     left_px, row_px = 120, SIDE_PX + GAP_PX
     width = left_px + HERO_PROMPTS * (SIDE_PX + GAP_PX) - GAP_PX
     sheet = Image.new("RGB", (width, len(models) * row_px + 2 * TEXT_PX), "white")
     pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(17), ImageFont.load_default(TEXT_PX)
-    for row, model in enumerate(models):
-        loaded = load_pipeline(model)
+    every = [load_pipeline(model) for model in models]
+    steps_ms = time_steps_ms([loaded.pipeline.unet for loaded in every])
+    rows = []
+    for row, (model, loaded, step_ms) in enumerate(zip(models, every, steps_ms, strict=True)):
         pictures = generate(loaded.pipeline, [p.caption for p in prompts], seeds=[seed] * len(prompts))
         for column, picture in enumerate(pictures):
             paste(picture, column, row, sheet, left_px)
         name = loaded.name if model.startswith("nano") else Path(model).resolve().parent.name
-        parameters, step_ms = count_parameters(loaded.pipeline.unet), time_step_ms(loaded.pipeline.unet)
+        parameters = count_parameters(loaded.pipeline.unet)
         pen.text((0, row * row_px + 30), name, "#111", large)
         pen.text((0, row * row_px + 56), f"{2 * parameters / 1e6:.1f} MB\n{step_ms:.0f} ms a step", "#555", small)
-        print(json.dumps({"model": name, "parameters": parameters, "step_ms": round(step_ms, 2)}))
+        rows.append({"model": name, "parameters": parameters, "step_ms": round(step_ms, 2)})
+        print(json.dumps(rows[-1]))
+    result = {"rows": rows, "environment": environment()}
+    FIGURES.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
     for column, prompt in enumerate(prompts):
         x = left_px + column * (SIDE_PX + GAP_PX) + SIDE_PX / 2
         pen.text((x, len(models) * row_px), f"{prompt.concept} ({prompt.style})", "#555", small, anchor="ma")
