@@ -73,6 +73,15 @@ def test_more_pictures_are_neither_known_nor_held_out_nor_nearly_held_out(load: 
     assert load("train_unet").select_more(more, known, heldout).captions == ["new"]
 
 
+def test_a_training_is_as_far_as_its_steps_or_its_minutes_whichever_is_further(load: Any, tmp_path: Path) -> None:
+    progress = load("common").Progress(tmp_path, "part", minutes=1)
+    progress.started -= 15
+    assert progress.share(1, 10) == pytest.approx(0.25, abs=0.05)
+    assert progress.share(5, 10) == 0.5
+    progress.started -= 60
+    assert progress.share(5, 10) == 1
+
+
 def test_the_decoder_alone_learns_from_latents_with_noise(load: Any) -> None:
     train_vae, cfg = load("train_vae"), load("common").config("vae")
     assert cfg["latent_noise"] == 0 < cfg["decoder"]["latent_noise"]

@@ -1,4 +1,4 @@
-"""The chain behind `sdcompress run` and `sdcompress demo`: encode, export, distill, build engines, measure.
+"""The chain behind `sdcompress run` and `sdcompress demo`: encode, distill, export, build engines, measure.
 
 Every stage leaves one artifact in the run's folder. A stage is skipped if its artifact is complete and was made from
 the same inputs, so a run that was stopped continues with the first unfinished stage.
@@ -10,10 +10,10 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import BackendMissing, storage_errors
 from sdcompress_engines.manifest import MANIFEST_NAME, check_free, sha256_file, sha256_tree
@@ -21,6 +21,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
 from .chain_stages import Stage, StageRunner
+from .export_jobs import ExportJob, count_workers, run_exports
 from .results import Results, read_results
 from .scenario import ModelUnderTest
 from .suite import run_suite
@@ -115,12 +116,11 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
     teacher = load_pipeline(settings.teacher)
     cache = _encode_data(stages, teacher, inputs, settings.output)
-    exporter = _Exporter(stages, settings, machine, teacher.name)
+    exporter = _Exporter(stages, settings, machine, teacher.name, _count_parameters(teacher))
     models = [ModelUnderTest(teacher.name, settings.teacher, sha256=teacher.sha256)]
-    exporter.export(models[0])
     for name, plan in inputs.plans.items():
         models.append(_distill_student(stages, teacher, name, plan, cache, inputs.config, settings.output / name))
-        exporter.export(models[-1])
+    exporter.export(models)
     results = _measure(stages, settings, [exporter.with_artifacts(model) for model in models], cache.size_px, command)
     return ChainResult(
         teacher.name,
@@ -259,9 +259,11 @@ def _distill_student(
 class _Exporter:
     """Exports the models of a run, and builds their engines.
 
+    Without a GPU the teacher gets no engine: it would not be measured.
+
     Attributes:
         teacher: its name.
-        first_exports: precision → the first export in it. Later ones take its equal components.
+        parameters: of the teacher, the largest model.
         graphs: model → its ONNX folder in fp32.
         engines: model → its engine folder.
     """
@@ -270,49 +272,45 @@ class _Exporter:
     settings: ChainSettings
     machine: _Machine
     teacher: str
-    first_exports: dict[str, Path] = field(default_factory=dict)
+    parameters: int
     graphs: dict[str, Path] = field(default_factory=dict)
     engines: dict[str, Path] = field(default_factory=dict)
 
-    def export(self, model: ModelUnderTest) -> None:
-        """Write a model's ONNX graphs and its engine, as far as this machine runs or builds them.
-
-        Without a GPU the teacher gets no engine: it would not be measured.
-        """
-        folder = self.settings.output / model.name
-        if self.machine.onnxruntime:
-            self.graphs[model.name] = folder / "onnx"
-            self._write_graphs(f"export {model.name} to ONNX", model, "fp32", folder / "onnx")
-        if self.machine.no_engine is None and (self.machine.gpu or model.name != self.teacher):
-            self.engines[model.name] = folder / "engine"
-            self._write_graphs(f"export {model.name} in fp16", model, "fp16", folder / "onnx-fp16")
-            self._build_engine(model.name, folder / "onnx-fp16", folder / "engine")
+    def export(self, models: Sequence[ModelUnderTest]) -> None:
+        """Write the ONNX graphs of the models and their engines, as far as this machine runs or builds them."""
+        jobs: dict[str, ExportJob] = {}
+        for model in models:
+            folder, source = self.settings.output / model.name, {"pipeline": model.sha256}
+            if self.machine.onnxruntime:
+                self.graphs[model.name] = folder / "onnx"
+                jobs[f"export {model.name} to ONNX"] = ExportJob(str(model.path), "fp32", folder / "onnx", source)
+            if self.machine.no_engine is None and (self.machine.gpu or model.name != self.teacher):
+                self.engines[model.name] = folder / "engine"
+                jobs[f"export {model.name} in fp16"] = ExportJob(str(model.path), "fp16", folder / "onnx-fp16", source)
+        self._write_graphs(jobs)
+        for name, folder in self.engines.items():
+            self._build_engine(name, folder.with_name("onnx-fp16"), folder)
 
     def with_artifacts(self, model: ModelUnderTest) -> ModelUnderTest:
         """Returns a model with the folders that its backends run from."""
         engine = self.engines.get(model.name) if self.machine.gpu else None
         return dataclasses.replace(model, onnx=self.graphs.get(model.name), engine=engine)
 
-    def _write_graphs(
-        self, label: str, model: ModelUnderTest, precision: Literal["fp32", "fp16"], folder: Path
-    ) -> None:
-        from sdcompress.export.onnx import export_onnx
-        from sdcompress.models.load import load_pipeline
+    def _write_graphs(self, jobs: Mapping[str, ExportJob]) -> None:
+        """Do the exports that are missing, by label; later ones take equal components of earlier ones."""
 
-        source = {"pipeline": model.sha256}
-        self.stages.run(
-            Stage(label, folder, "onnx", source),
-            lambda: export_onnx(
-                load_pipeline(model.path).pipeline,
-                folder,
-                precision=precision,
-                source=source,
-                reuse=self.first_exports.get(precision),
-                force=True,
-                report=self.stages.report,
-            ),
-        )
-        self.first_exports.setdefault(precision, folder)
+        def make(missing: list[Stage], finish: Callable[[Path], None]) -> None:
+            wanted = {stage.folder for stage in missing}
+            there: dict[str, Path] = {}
+            for job in jobs.values():
+                if job.folder not in wanted:
+                    there.setdefault(job.precision, job.folder)
+            todo = [job for job in jobs.values() if job.folder in wanted]
+            workers = count_workers(len(todo), self.parameters)
+            run_exports(todo, workers, there, lambda job: finish(job.folder))
+
+        stages = [Stage(label, job.folder, "onnx", job.source) for label, job in jobs.items()]
+        self.stages.run_together("exporting graphs", stages, make)
 
     def _build_engine(self, name: str, graphs: Path, folder: Path) -> None:
         from sdcompress.export.tensorrt import build_engines
@@ -326,6 +324,11 @@ class _Exporter:
                 graphs, folder, compute_capabilities=capabilities, force=True, report=self.stages.report
             ),
         )
+
+
+def _count_parameters(model: LoadedPipeline) -> int:
+    parts = (part for part in model.pipeline.components.values() if hasattr(part, "parameters"))
+    return sum(weight.numel() for part in parts for weight in part.parameters())
 
 
 def _measure(

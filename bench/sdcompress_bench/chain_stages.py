@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,3 +76,34 @@ class StageRunner:
         took_s = time.monotonic() - started
         self.seconds[stage.kind] = self.seconds.get(stage.kind, 0.0) + took_s
         self.report.show_line(f"{head}: {took_s:.0f} s")
+
+    def run_together(
+        self, label: str, stages: Sequence[Stage], make: Callable[[list[Stage], Callable[[Path], None]], Any]
+    ) -> None:
+        """Call `make` once with all of the stages that are not done. Their wall clock is counted once.
+
+        Args:
+            label: of all of them.
+            stages: all of one kind.
+            make: writes the artifacts of the stages it gets, and calls its second argument with each finished folder.
+        """
+        heads = {}
+        for stage in stages:
+            self.started += 1
+            heads[stage.folder] = f"[{self.started}/{self.total}] {stage.label}"
+        missing = [stage for stage in stages if not stage.is_done()]
+        for stage in stages:
+            if stage not in missing:
+                self.report.show_line(f"{heads[stage.folder]}: there already, {stage.folder}")
+        if not missing:
+            return
+        started = time.monotonic()
+        with self.report.task(label, total=len(missing)) as advance:
+
+            def finish(folder: Path) -> None:
+                advance()
+                self.report.show_line(f"{heads[folder]}: finished after {time.monotonic() - started:.0f} s")
+
+            make(missing, finish)
+        kind = missing[0].kind
+        self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - started

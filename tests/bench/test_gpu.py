@@ -216,12 +216,13 @@ def test_an_exported_unet_is_measured_on_onnx_runtime(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_nano_is_trained_in_the_minutes_there_are(few_packages: Path, tmp_path: Path) -> None:
-    done = run_script(tmp_path / "gpu", few_packages, "--parts", "nano", "--minutes", "3")
+def test_all_of_nano_is_trained_part_by_part(few_packages: Path, tmp_path: Path) -> None:
+    done = run_script(tmp_path / "gpu", few_packages, "--parts", "nano", "--minutes", "4.7")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {row["row"]: row for row in read(tmp_path / "gpu")["rows"]}
     assert not [row for row in rows.values() if "failed" in row], rows
     assert set(rows) == {"VAE", "text encoder", "UNet", "judge"}
+    assert [row["step"] for row in rows.values()] == [10, 10, 10, 10]
     assert rows["VAE"]["psnr_heldout"] > 5
     assert {"vae.pt", "unet.pt", "clip-teacher", "clip-metric"} <= {
         path.name for path in (tmp_path / "gpu/nano").iterdir()

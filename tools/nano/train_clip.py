@@ -1,9 +1,10 @@
 """Train a small CLIP on nano's pictures and captions, resumable.
 
     python tools/nano/train_clip.py --work build/nano --role teacher   its text encoder conditions nano's UNet
-    python tools/nano/train_clip.py --work build/nano --role metric --data build/nano/wide-data
+    python tools/nano/train_clip.py --work build/nano --role metric --data build/nano/wide-data --vae build/nano/vae.pt
 
-The second is nano-CLIP, the judge: another seed, more pictures (`build_data.py --wide`), used to measure only.
+The second is nano-CLIP, the judge: another seed, more pictures (`build_data.py --wide`), used to measure only. With
+`--vae` it sees half of the pictures as nano's VAE gives them back, a little blurred, as all are that nano draws.
 
 A batch holds whole concepts in all their styles, because random batches hardly ever need the style to tell two captions
 apart. A picture has to find its caption, its concept alone and its style alone, and a caption's embedding has to lie
@@ -14,6 +15,7 @@ classifiers, which are thrown away at the end, tell a picture's concept among al
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,16 +25,19 @@ from common import (
     Split,
     augment,
     batch_indices,
+    config,
     load,
     mirror_some,
     mixed_precision,
     read_settings,
     training_arguments,
 )
+from copies import pass_through
 from sdcompress_bench.resnet_clip import ResNetClip
 from stripped import strip
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
+from train_vae import build as build_vae
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -204,6 +209,22 @@ def draw_batch(step: int, count: int, pools: list[list[list[int]]], seed: int) -
     )
 
 
+@torch.no_grad()
+def redraw(images: torch.Tensor, vae_file: Path, device: str) -> torch.Tensor:
+    """Returns pictures as a VAE gives them back, (N, 3, H, W), uint8.
+
+    Args:
+        images: (N, 3, H, W), uint8.
+        vae_file: its weights, as `train_vae.py` writes them.
+        device: cpu or cuda.
+    """
+    vae = build_vae(config("vae"))
+    vae.load_state_dict(torch.load(vae_file, weights_only=True))
+    vae.to(device).eval()
+    parts = (pass_through(vae, part.to(device).float() / 127.5 - 1) for part in images.split(64))
+    return torch.cat([part.add(1).mul(127.5).round().byte().cpu() for part in parts])
+
+
 class Training:
     """What a step changes: the CLIP, its moving average, the classifiers, the optimizer.
 
@@ -280,6 +301,7 @@ def note_accuracy(
 def main() -> None:
     parser = training_arguments(__doc__)
     parser.add_argument("--role", choices=["teacher", "metric"], required=True)
+    parser.add_argument("--vae", type=Path, default=None, help="weights of a VAE that redraws half of the pictures")
     args = parser.parse_args()
     progress = Progress(args.work, f"clip-{args.role}", args.minutes)
     cfg = read_settings(args, "clip", args.role)
@@ -294,10 +316,13 @@ def main() -> None:
     training.resume(progress)
     pools = group_concepts(parts, [meta["concept"] for meta in train.metas])
     may_mirror = torch.tensor([meta["mirror"] for meta in train.metas])
+    redrawn = Split(redraw(train.images, args.vae, args.device), [], []) if args.vae else train
     while (share := progress.share(training.step, cfg["steps"])) < 1:
         index = draw_batch(training.step, cfg["batch"], pools, cfg["seed"])
         generator = torch.Generator().manual_seed(cfg["seed"] * 1_000_003 + training.step)
-        pixels = augment(train.pixels(index), generator, strength=2.5, turned=True)
+        again = torch.rand(len(index), 1, 1, 1, generator=generator) < 0.5
+        pixels = torch.where(again, redrawn.pixels(index), train.pixels(index))
+        pixels = augment(pixels, generator, strength=2.5, turned=True)
         pixels = mirror_some(pixels, may_mirror[index], generator)
         pixels, lost = strip(pixels, parts.style_of[index], cfg["stripped"], generator)
         pixels = pixels.to(args.device, memory_format=torch.channels_last)

@@ -21,6 +21,9 @@ ROOT = Path(__file__).resolve().parents[3]
 RESERVE_S = 25.0
 """Seconds for starting the last script and writing its results."""
 
+SMOKE = ["--batch", "4", "--pictures", "24", "--steps", "10"]
+"""Steps, not minutes: on a busy machine the imports alone take long."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -80,9 +83,7 @@ def train(run: PartRun, training: Training, work: Path, seconds: float) -> Mappi
     limit_s = min(training.share * seconds, max(5.0, run.seconds_left() - RESERVE_S))
     command = [sys.executable, str(ROOT / "tools/nano" / script), *options, "--work", str(work)]
     command += ["--device", run.device.type, "--minutes", f"{limit_s / 60:.3f}"]
-    command += (
-        ["--batch", "4", "--pictures", "24"] if run.smoke else ["--batch", str(training.batch), "--steps", "1000000"]
-    )
+    command += SMOKE if run.smoke else ["--batch", str(training.batch), "--steps", "1000000"]
     if (wide := ROOT / "build/nano/wide-data").is_dir() and training.row in ("VAE", "judge"):
         command += ["--data", str(wide)]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
