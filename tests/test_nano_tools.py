@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageDraw
+
+from sdcompress.models.load import load_pipeline
 
 TOOLS = Path(__file__).parents[1] / "tools/nano"
 
@@ -89,6 +91,34 @@ def test_the_decoder_alone_learns_from_latents_with_noise(load: Any) -> None:
     pixels, noise = torch.rand(2, 3, 32, 32, generator=generator()), torch.randn(2, 4, 4, 4, generator=generator())
     plain, noisy = (train_vae.reconstruction_loss(vae, cfg | {"latent_noise": n}, pixels, noise)[0] for n in (0.0, 3.0))
     assert not torch.isclose(plain, noisy, rtol=1e-3)
+
+
+def test_a_style_that_is_held_out_for_a_concept_is_no_wrong_answer(load: Any) -> None:
+    seen = torch.tensor([[True, True, False], [True, True, True]])
+    parts = SimpleNamespace(concepts=torch.zeros(2, 77), styles=torch.zeros(3, 77), seen=seen)
+    classifiers = load("train_clip").Classifiers(4, parts)
+    torch.nn.init.zeros_(classifiers.style.weight)
+    features, style_of = torch.randn(1, 4, generator=generator()), torch.tensor([0])
+
+    def loss(concept: int, lost: int) -> float:
+        return classifiers.loss(features, torch.tensor([concept]), style_of, torch.tensor([lost])).item()
+
+    before = [loss(0, 0), loss(1, 0)]
+    with torch.no_grad():
+        classifiers.style.bias[2] += 10
+    assert loss(0, 0) == pytest.approx(before[0])
+    assert loss(1, 0) > before[1] + 1
+
+
+def test_a_picture_redrawn_by_the_vae_is_near_the_picture(load: Any, tmp_path: Path) -> None:
+    pipeline = load_pipeline("nano").pipeline
+    torch.save(pipeline.vae.state_dict(), tmp_path / "vae.pt")
+    images = load("common").load("heldout", count=4).images
+    again = load("train_clip").redraw(images, tmp_path / "vae.pt", "cpu")
+    assert again.dtype == torch.uint8
+    assert again.shape == images.shape
+    error = (again.float() - images.float()).abs().mean()
+    assert 0.1 < error < 10
 
 
 def test_what_has_lost_its_style_is_black_and_white_and_shows_the_outline(load: Any) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from sdcompress_bench.latency import STAGES, Latency
-from sdcompress_bench.report import headline, render_html, render_markdown, write_report
+from sdcompress_bench.report import headline, render_html, render_markdown, svg, write_report
 from sdcompress_bench.results import Results, read_losses, read_results
 from sdcompress_bench.scenario import Gate
 from sdcompress_engines.errors import ArtifactError
@@ -338,3 +338,11 @@ def test_the_page_says_where_its_pictures_are_of_other_prompts_than_its_figures(
     assert note not in render_html(results, tmp_path)
     shown = dataclasses.replace(results, settings=results.settings | {"shown": 4})
     assert note in render_html(shown, tmp_path)
+
+
+def test_the_labels_of_near_dots_do_not_cover_each_other() -> None:
+    dots = [svg.Dot(x, y, y - 5, y + 5, name, "torch") for x, y, name in ((2.85, 75, "one"), (2.9, 75.2, "two"))]
+    plot = svg.scatter("Speed", [*dots, svg.Dot(1.0, 75, 70, 80, "far", "torch")], "pictures/s", "style")
+    height = {name: float(y) for y, name in re.findall(r'y="([\d.]+)" text-anchor[^>]*>(one|two|far)<', plot)}
+    assert abs(height["one"] - height["two"]) > 12
+    assert height["far"] == pytest.approx(height["one"])

@@ -83,15 +83,21 @@ class Classifiers(nn.Module):
     def __init__(self, features: int, parts: CaptionParts) -> None:
         super().__init__()
         self.concept, self.style = nn.Linear(features, len(parts.concepts)), nn.Linear(features, len(parts.styles))
+        self.unseen = ~parts.seen
 
     def loss(
         self, features: torch.Tensor, concept_of: torch.Tensor, style_of: torch.Tensor, lost: torch.Tensor
     ) -> torch.Tensor:
-        """Returns the cross entropy of both answers, a scalar; nobody is asked for what a picture has lost."""
+        """Returns the cross entropy of both answers, a scalar.
+
+        Nobody is asked for what a picture has lost. A style that no picture of the concept has is no wrong answer.
+        """
         concept, style = lost != 2, lost != 1
+        unseen = self.unseen.to(features.device)[concept_of] & concept[:, None]
+        by_style = self.style(features).masked_fill(unseen, -1e4)
         return 0.5 * F.cross_entropy(
             self.concept(features[concept]), concept_of[concept], label_smoothing=0.1
-        ) + 0.25 * F.cross_entropy(self.style(features[style]), style_of[style], label_smoothing=0.1)
+        ) + 0.25 * F.cross_entropy(by_style[style], style_of[style])
 
 
 def clip_loss(

@@ -91,6 +91,7 @@ def scatter(title: str, dots: Sequence[Dot], x_name: str, y_name: str, level: tu
     out = [_grid(x_axis, y_axis, x_name, y_name)]
     if level:
         out.append(_level_line(level, y_axis))
+    labels: list[tuple[float, float]] = []
     for dot in dots:
         x, y, low, high = x_axis.x(dot.x), y_axis.y(dot.y), y_axis.y(dot.low), y_axis.y(dot.high)
         anchor, shift = ("end", -9) if x > 70 else ("start", 9)
@@ -98,11 +99,27 @@ def scatter(title: str, dots: Sequence[Dot], x_name: str, y_name: str, level: tu
             f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{low:.1f}" y2="{high:.1f}" class="whisker faint"/><circle'
             f' cx="{x:.2f}%" cy="{y:.1f}" r="5" class="{dot.tone}"/>'
         )
+        if not dot.label:
+            continue
+        labels.append((x, _free_height(x, y, labels)))
         out.append(
-            f'<text x="{x:.2f}%" dx="{shift}" y="{y - 7:.1f}" text-anchor="{anchor}" class="label'
+            f'<text x="{x:.2f}%" dx="{shift}" y="{labels[-1][1]:.1f}" text-anchor="{anchor}" class="label'
             f' small">{escape(dot.label)}</text>'
         )
     return _figure(title, _PLOT + 44, "".join(out))
+
+
+def _free_height(x: float, y: float, labels: Sequence[tuple[float, float]]) -> float:
+    """Returns the baseline of a dot's label, in px: above the dot, or below where another label is in the way.
+
+    Args:
+        x: of the dot, in percent of the width.
+        y: of the dot, in px.
+        labels: positions of the labels that are there.
+    """
+    above, below = y - 7, y + 17
+    near = (abs(x - other_x) < 20 and abs(above - other_y) < 13 for other_x, other_y in labels)
+    return below if any(near) else above
 
 
 def lines(
