@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where the runs and the cache are kept")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=None, help="default: the nano recipe's")
-    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--prompts", type=int, default=154, help="default: all held-out pairs")
     args = parser.parse_args()
     report = ConsoleReporter()
     teacher = load_pipeline("nano")

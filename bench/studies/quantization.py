@@ -58,6 +58,12 @@ PROFILE = Profile(
 )
 
 
+class UNetAmongFp32(EngineUNet):
+    """A graph in any precision whose pipeline computes the latents and all other parts in fp32."""
+
+    dtype = torch.float32
+
+
 class Study:
     """Nano's UNet, its graphs, and the rows that quantization is calibrated and judged on.
 
@@ -85,7 +91,7 @@ class Study:
     def draw(self, graph: Path) -> list[Any]:
         """Returns the pictures of a graph."""
         with OnnxRuntimeRunner(graph) as runner:
-            self.pipeline.unet = EngineUNet(runner, self.config)
+            self.pipeline.unet = UNetAmongFp32(runner, self.config)
             return generate(self.pipeline, self.captions, seeds=list(range(len(self.captions))), steps=20)
 
     def compare_pictures(self, graph: Path) -> list[dict[str, Any]]:

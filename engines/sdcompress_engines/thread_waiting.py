@@ -12,6 +12,8 @@ VARIABLE = "OMP_WAIT_POLICY"
 """OpenMP reads it when PyTorch is imported. `PASSIVE` lets idle threads sleep, those of ONNX Runtime too."""
 BUSY_PERCENT = 40.0
 """Use of all cores by other work from which on idle threads sleep."""
+LOOKS = 6
+"""How many times in a row the cores have to be that busy: a program that is just ending is no other work."""
 
 
 def choose_waiting(sample_s: float = 0.05) -> None:
@@ -20,11 +22,13 @@ def choose_waiting(sample_s: float = 0.05) -> None:
     A value of `OMP_WAIT_POLICY` that is set already stays. Child processes inherit the choice.
 
     Args:
-        sample_s: how long the use of the cores is measured, in seconds.
+        sample_s: how long each look at the use of the cores takes, in seconds; the first quiet one is the last.
     """
     import psutil
 
-    if VARIABLE not in os.environ and psutil.cpu_percent(interval=sample_s) >= BUSY_PERCENT:
+    if VARIABLE in os.environ:
+        return
+    if all(psutil.cpu_percent(interval=sample_s) >= BUSY_PERCENT for _ in range(LOOKS)):
         os.environ[VARIABLE] = "PASSIVE"
 
 

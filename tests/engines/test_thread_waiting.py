@@ -26,6 +26,15 @@ def test_threads_sleep_on_a_busy_machine_unless_a_person_chose(
     assert environment.get(VARIABLE) == expected
 
 
+def test_a_program_that_is_just_ending_does_not_count_as_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    use, environment = [100.0, 100.0, 5.0], dict[str, str]()
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: use.pop(0))
+    monkeypatch.setattr("os.environ", environment)
+    choose_waiting()
+    assert environment == {}
+    assert use == []
+
+
 @pytest.mark.parametrize(("policy", "spinning"), [("passive", "0"), ("ACTIVE", None), ("", None)])
 def test_onnxruntime_follows_the_policy(
     policy: str, spinning: str | None, fp32_export: Any, monkeypatch: pytest.MonkeyPatch
