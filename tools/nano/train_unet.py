@@ -355,6 +355,8 @@ def main() -> None:
             progress.note(step, heldout_loss=heldout_loss(model, cfg, heldout, scale, alphas))
     if not rank:
         keep_average(args.work, ema, step, args.cooldown)
+        if step % 200:  # else it is in the log already
+            progress.note(step, heldout_loss=heldout_loss(model, cfg, heldout, scale, alphas))
 
 
 if __name__ == "__main__":
