@@ -9,7 +9,14 @@ import onnxruntime
 import psutil
 import pytest
 from sdcompress_engines.runners import OnnxRuntimeRunner
-from sdcompress_engines.thread_waiting import BUSY_PERCENT, VARIABLE, choose_waiting, idle_threads_sleep
+from sdcompress_engines.thread_waiting import (
+    BUSY_PERCENT,
+    COUNT,
+    VARIABLE,
+    choose_waiting,
+    fair_threads,
+    idle_threads_sleep,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,22 @@ def test_threads_sleep_on_a_busy_machine_unless_a_person_chose(
     monkeypatch.setattr("os.environ", environment)
     choose_waiting()
     assert environment.get(VARIABLE) == expected
+    assert (COUNT in environment) == (expected == "PASSIVE")
+
+
+@pytest.mark.parametrize(
+    ("cores", "percent", "threads"), [(2, 100, 1), (2, 50, 1), (16, 100, 8), (16, 50, 12), (1, 100, 1)]
+)
+def test_on_a_busy_machine_as_many_threads_compute_as_have_a_core(cores: int, percent: float, threads: int) -> None:
+    assert fair_threads(cores, percent) == threads
+
+
+def test_a_number_of_threads_that_a_person_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {COUNT: "7"}
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 100.0)
+    monkeypatch.setattr("os.environ", environment)
+    choose_waiting()
+    assert environment == {COUNT: "7", VARIABLE: "PASSIVE"}
 
 
 def test_a_program_that_is_just_ending_does_not_count_as_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
