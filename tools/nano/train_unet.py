@@ -303,8 +303,7 @@ def main() -> None:
     args = parser.parse_args()
     progress = Progress(args.work, "unet", args.minutes)
     cfg = read_settings(args, "unet")
-    rank, world = join_processes()
-    until = cfg["steps"]
+    (rank, world), until = join_processes(), cfg["steps"]
     torch.manual_seed(cfg["seed"])
     (train, scale), (heldout, _) = (
         load_latents(args.work, split, cfg, args.data, args.pictures, args.device) for split in ("train", "heldout")
