@@ -22,6 +22,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 from .build_suite import QUICK, build_suite
 from .chain_stages import Stage, StageRunner
 from .export_jobs import ExportJob, count_workers, run_exports
+from .outputs import count_weights
 from .results import Results, read_results
 from .scenario import ModelUnderTest
 from .suite import run_suite
@@ -116,7 +117,8 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
     teacher = load_pipeline(settings.teacher)
     cache = _encode_data(stages, teacher, inputs, settings.output)
-    exporter = _Exporter(stages, settings, machine, teacher.name, _count_parameters(teacher))
+    parameters = sum(map(count_weights, teacher.pipeline.components.values()))
+    exporter = _Exporter(stages, settings, machine, teacher.name, parameters)
     models = [ModelUnderTest(teacher.name, settings.teacher, sha256=teacher.sha256)]
     for name, plan in inputs.plans.items():
         models.append(_distill_student(stages, teacher, name, plan, cache, inputs.config, settings.output / name))
@@ -299,13 +301,9 @@ class _Exporter:
     def _write_graphs(self, jobs: Mapping[str, ExportJob]) -> None:
         """Do the exports that are missing, by label; later ones take equal components of earlier ones."""
 
-        def make(missing: list[Stage], finish: Callable[[Path], None]) -> None:
-            wanted = {stage.folder for stage in missing}
-            there: dict[str, Path] = {}
-            for job in jobs.values():
-                if job.folder not in wanted:
-                    there.setdefault(job.precision, job.folder)
-            todo = [job for job in jobs.values() if job.folder in wanted]
+        def make(missing: set[Path], finish: Callable[[Path], None]) -> None:
+            there: dict[str, Path] = {job.precision: job.folder for job in jobs.values() if job.folder not in missing}
+            todo = [job for job in jobs.values() if job.folder in missing]
             workers = count_workers(len(todo), self.parameters)
             run_exports(todo, workers, there, lambda job: finish(job.folder))
 
@@ -324,11 +322,6 @@ class _Exporter:
                 graphs, folder, compute_capabilities=capabilities, force=True, report=self.stages.report
             ),
         )
-
-
-def _count_parameters(model: LoadedPipeline) -> int:
-    parts = (part for part in model.pipeline.components.values() if hasattr(part, "parameters"))
-    return sum(weight.numel() for part in parts for weight in part.parameters())
 
 
 def _measure(

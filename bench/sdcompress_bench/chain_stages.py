@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,45 +66,47 @@ class StageRunner:
             stage: the stage.
             make: writes the stage's artifact.
         """
-        self.started += 1
-        head = f"[{self.started}/{self.total}] {stage.label}"
-        if stage.is_done():
-            self.report.show_line(f"{head}: there already, {stage.folder}")
+        head = self._begin(stage)
+        if head is None:
             return
-        started = time.monotonic()
         self.report.show_line(head)
-        make()
-        took_s = time.monotonic() - started
-        self.seconds[stage.kind] = self.seconds.get(stage.kind, 0.0) + took_s
-        self.report.show_line(f"{head}: {took_s:.0f} s")
+        with self._timed(stage.kind) as seconds:
+            make()
+        self.report.show_line(f"{head}: {seconds():.0f} s")
 
     def run_together(
-        self, label: str, stages: Sequence[Stage], make: Callable[[list[Stage], Callable[[Path], None]], Any]
+        self, label: str, stages: Sequence[Stage], make: Callable[[set[Path], Callable[[Path], None]], Any]
     ) -> None:
-        """Call `make` once with all of the stages that are not done. Their wall clock is counted once.
+        """Call `make` once for all of the stages that are not done. Their wall clock is counted once.
 
         Args:
             label: of all of them.
             stages: all of one kind.
-            make: writes the artifacts of the stages it gets, and calls its second argument with each finished folder.
+            make: writes artifacts into the folders that it gets, and calls its second argument with each finished one.
         """
-        heads = {}
-        for stage in stages:
-            self.started += 1
-            heads[stage.folder] = f"[{self.started}/{self.total}] {stage.label}"
-        missing = [stage for stage in stages if not stage.is_done()]
-        for stage in stages:
-            if stage not in missing:
-                self.report.show_line(f"{heads[stage.folder]}: there already, {stage.folder}")
-        if not missing:
+        heads = {stage.folder: head for stage in stages if (head := self._begin(stage)) is not None}
+        if not heads:
             return
-        started = time.monotonic()
-        with self.report.task(label, total=len(missing)) as advance:
+        with self._timed(stages[0].kind) as seconds, self.report.task(label, total=len(heads)) as advance:
 
             def finish(folder: Path) -> None:
                 advance()
-                self.report.show_line(f"{heads[folder]}: finished after {time.monotonic() - started:.0f} s")
+                self.report.show_line(f"{heads[folder]}: finished after {seconds():.0f} s")
 
-            make(missing, finish)
-        kind = missing[0].kind
+            make(set(heads), finish)
+
+    def _begin(self, stage: Stage) -> str | None:
+        """Returns the line that announces a stage; None for one that is done, which is reported."""
+        self.started += 1
+        head = f"[{self.started}/{self.total}] {stage.label}"
+        if not stage.is_done():
+            return head
+        self.report.show_line(f"{head}: there already, {stage.folder}")
+        return None
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[Callable[[], float]]:
+        """Add the time of the block to that of a kind of artifact. Yields a function: the seconds until now."""
+        started = time.monotonic()
+        yield lambda: time.monotonic() - started
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - started

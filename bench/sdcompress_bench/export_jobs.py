@@ -16,6 +16,7 @@ import sdcompress_engines.errors as engines_errors
 from sdcompress_engines.child_process import ChildProcess, explain_exit
 from sdcompress_engines.errors import ExportError
 from sdcompress_engines.resources import available_memory_bytes
+from sdcompress_engines.thread_waiting import COUNT
 
 _MODULE = "sdcompress_bench.export_worker"
 _ROOTS = tuple(Path(file).parents[1] for file in (__file__, engines_errors.__file__))
@@ -98,7 +99,8 @@ def run_exports(
             finished.setdefault(job.precision, job.folder)
             on_done(job)
 
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+    # One process alone keeps the number of threads that this one has, which is smaller on a busy machine.
+    threads = {COUNT: str(max(1, (os.cpu_count() or 1) // workers))} if workers > 1 else {}
     # The processes end first, also on an error or Ctrl-C; then their threads have nothing to wait for.
     with ThreadPoolExecutor(workers) as pool, ExitStack() as stack:
         stack.callback(_remove_partial, jobs)

@@ -40,7 +40,7 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
         image.save(folder / f"{number:04}.png")
     parts = ("unet", "text_encoder", "text_encoder_2", "vae")
     found: dict[str, Any] = {
-        "parameters": {name: _count_parameters(getattr(pipeline, name, None)) for name in parts},
+        "parameters": {name: count_weights(getattr(pipeline, name, None)) for name in parts},
         "finite": True,
     }
     probe = None
@@ -124,7 +124,8 @@ def _accepts(pipeline: TextToImagePipeline, probe: fidelity.Probe) -> bool:
     )
 
 
-def _count_parameters(component: Any) -> int:
+def count_weights(component: Any) -> int:
+    """Returns the number of parameters of a pipeline's component; 0 for one that is no module."""
     if not isinstance(component, torch.nn.Module):
         return 0
     return sum(parameter.numel() for parameter in component.parameters())

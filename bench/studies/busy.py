@@ -1,6 +1,7 @@
 """The cost of waiting threads on a busy machine: UNet steps by how threads wait, alone and beside other work.
 
     python bench/studies/busy.py -o bench/results/busy-machine.json --work build/busy
+    python bench/studies/busy.py -o bench/results/busy-nano.json --models nano
 
 The threads of OpenMP (PyTorch) and of ONNX Runtime spin while they wait for each other. On a busy machine they spin on
 a core that the awaited thread needs. Each setting runs in its own process: on a quiet machine, beside a busy loop on
@@ -37,10 +38,15 @@ BACKENDS: dict[str, dict[str, dict[str, str]]] = {
     "torch": {
         "OpenMP's default": {},
         "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
+        "one thread": {"OMP_NUM_THREADS": "1"},
         "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
         "GOMP_SPINCOUNT=30000": {"GOMP_SPINCOUNT": "30000"},
     },
-    "onnxruntime": {"spinning (its default)": {"SPIN": "1"}, "no spinning": {"SPIN": "0"}},
+    "onnxruntime": {
+        "spinning (its default)": {"SPIN": "1"},
+        "no spinning": {"SPIN": "0"},
+        "one thread": {"OMP_NUM_THREADS": "1"},
+    },
 }
 """Backend → setting → environment variables of the process; this study itself reads `SPIN`."""
 LOADS = ("quiet", "a busy loop on every core", "a second copy of itself")
