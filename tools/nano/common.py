@@ -77,6 +77,15 @@ def load(split: str, data: Path = DATA, count: int | None = None) -> Split:
     return Split(torch.stack(images[:count]).contiguous(), captions[:count], metas[:count])
 
 
+def to_bytes(pixels: torch.Tensor) -> torch.Tensor:
+    """Returns pictures as `Split.images` has them, (B, 3, H, W), uint8.
+
+    Args:
+        pixels: (B, 3, H, W), in [-1, 1].
+    """
+    return pixels.add(1).mul(127.5).round().byte()
+
+
 def batch_indices(step: int, batch: int, count: int, seed: int) -> torch.Tensor:
     """Returns the sample indices of a step, (batch,), int64; each epoch has its own permutation.
 

@@ -17,9 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import load, mixed_precision
+from common import load, mixed_precision, to_bytes
 from copies import measure_copies, pass_through
-from PIL import Image
 from sdcompress_bench.environment import environment
 from sdcompress_bench.quality import ClipMetric, Share, judge, to_pixels
 from sdcompress_bench.scenario import Prompt
@@ -38,11 +37,6 @@ STEPS, GUIDANCE = 25, NANO.guidance_scale
 
 def plain(figures: dict) -> dict:
     return {k: asdict(v) if isinstance(v, Share) else v for k, v in figures.items()}
-
-
-def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
-    """Returns the pictures of (B, 3, H, W), in [-1, 1]."""
-    return [to_picture(each) for each in pixels.add(1).mul(127.5).round().byte()]
 
 
 def main() -> None:
@@ -92,7 +86,9 @@ def main() -> None:
         real = [records[p.caption].picture() for p in prompts]
         result[f"{split}_real_pictures"] = plain(judge(metric, real, prompts, styles))
         passed = pass_through(pipeline.vae, torch.stack([to_pixels(picture) for picture in real]) * 2 - 1)
-        result[f"{split}_real_pictures_through_vae"] = plain(judge(metric, to_pictures(passed), prompts, styles))
+        result[f"{split}_real_pictures_through_vae"] = plain(
+            judge(metric, list(map(to_picture, to_bytes(passed))), prompts, styles)
+        )
         drawn[split] = images
     result["nearest_training_picture"] = measure_copies(pipeline.vae, load("train"), heldout, drawn)
     result |= {"seconds": round(time.time() - started, 1), "environment": environment()}

@@ -30,6 +30,7 @@ from common import (
     mirror_some,
     mixed_precision,
     read_settings,
+    to_bytes,
     training_arguments,
 )
 from copies import pass_through
@@ -228,7 +229,7 @@ def redraw(images: torch.Tensor, vae_file: Path, device: str) -> torch.Tensor:
     vae.load_state_dict(torch.load(vae_file, weights_only=True))
     vae.to(device).eval()
     parts = (pass_through(vae, part.to(device).float() / 127.5 - 1) for part in images.split(64))
-    return torch.cat([part.add(1).mul(127.5).round().byte().cpu() for part in parts])
+    return torch.cat([to_bytes(part).cpu() for part in parts])
 
 
 class Training:
