@@ -17,7 +17,8 @@ from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import ArtifactError, EngineError, UsageError
 from sdcompress_engines.flavour import FLAVOURS
 from sdcompress_engines.graph import read_graph
-from sdcompress_engines.manifest import FileEntry, by_parts, is_plain_path, read_manifest, save_manifest, write_manifest
+from sdcompress_engines.manifest import FileEntry, by_parts, read_manifest, save_manifest, write_manifest
+from sdcompress_engines.paths import is_plain_path
 
 from sdcompress.data.sources import open_source
 from sdcompress.export.aot import package_folder

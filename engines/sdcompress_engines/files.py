@@ -1,11 +1,19 @@
-"""Files that appear whole or not at all, on Linux and on Windows."""
+"""Files that appear whole or not at all, on Linux and on Windows, and files that are safe to open.
+
+Every file of ours is written by `atomic_file` or `write_atomically`, or in a folder of `manifest.staged`.
+"""
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from .errors import ArtifactError, SdCompressError
 
 _BUSY = (5, 32)
 """`winerror` of a refusal that may pass: access denied, and a file that another program has open."""
@@ -35,11 +43,32 @@ def replace_file(source: str | os.PathLike[str], target: str | os.PathLike[str])
     os.replace(source, target)
 
 
-def write_atomically(path: Path, data: bytes | str) -> None:
-    """Write a file beside its place and rename it into it, so that readers see the old content or all of the new.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a temporary file beside `path` that replaces it when the block ends.
 
-    Nothing is left beside it after an error. The content is not forced to the disk: after a power failure the file may
-    be empty.
+    Readers see the old content or all of the new, also after a power failure. After an error the old file is as it was,
+    and nothing is left beside it.
+
+    Args:
+        path: the file; its folder is there. A link is replaced, not followed.
+
+    Raises:
+        OSError: no space, no permission, or the file is in use.
+    """
+    # The suffix stays, because some writers choose the format by it. Names have at most 255 bytes.
+    partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial{path.suffix[:40]}")
+    try:
+        yield partial
+        sync(partial)
+        replace_file(partial, path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Write a file by `atomic_file`.
 
     Args:
         path: the file; its folder is there.
@@ -48,9 +77,51 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     Raises:
         OSError: no space, no permission, or the file is in use.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    try:
+    with atomic_file(path) as partial:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-        replace_file(partial, path)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: the file's content could not be written: no space, or a fault of the disk.
+    """
+    if path.is_dir():
+        if os.name == "posix":  # Windows cannot open a folder
+            with suppress(OSError):  # some network file systems cannot synchronize a folder
+                _sync(path, os.O_RDONLY)
+        return
+    _sync(path, os.O_RDWR)  # Windows synchronizes only what may be written
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def check_regular(path: Path, error: type[SdCompressError] = ArtifactError) -> None:
+    """Refuse what is no regular file. A pipe would be waited for, and a device has no end.
+
+    Args:
+        path: of the file. A link is followed.
+        error: the class to raise.
+
+    Raises:
+        SdCompressError: of the class `error`: the path leads to a folder, a pipe, a device or a socket.
+        OSError: there is nothing, or it may not be read.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISREG(mode):
+        return
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    raise error(f"is {kinds.get(stat.S_IFMT(mode), 'no file')}", where=path, expected="a regular file")

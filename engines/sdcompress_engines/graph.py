@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EngineError, UsageError
-from .manifest import canonical, is_plain_path, sha256_file
+from .manifest import canonical, sha256_file
+from .paths import is_plain_path
 
 AGAIN = "export it again: sdcompress export MODEL -o DIR"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from .errors import ArtifactError, StorageError, storage_errors
-from .files import replace_file
+from .files import replace_file, sync, write_atomically
+from .json_files import read_json_object
+from .paths import is_plain_path
 
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
@@ -111,14 +112,6 @@ def by_parts(path: PurePath) -> tuple[str, ...]:
     return path.parts
 
 
-def is_plain_path(name: str) -> bool:
-    """Returns whether a name in a manifest stays in its folder, on Linux and Windows.
-
-    Such a name is relative, with `/`, without `..` and without a drive.
-    """
-    return not re.search(r"[\\:\x00]", name) and all(part not in ("", ".", "..") for part in name.split("/"))
-
-
 def installed_versions() -> dict[str, str]:
     """Returns the versions of the packages that affect an artifact, of those that are installed."""
     versions = {}
@@ -168,7 +161,7 @@ def write_manifest(
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Seal a manifest and write it into `folder`. Returns it with its seal."""
     manifest = replace(manifest, seal=_seal(asdict(manifest)))
-    (folder / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=1) + "\n")
     return manifest
 
 
@@ -186,7 +179,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json_object(path)
         if raw["schema"] != SCHEMA_VERSION:
             raise ArtifactError(
                 f"manifest schema {raw['schema']}",
@@ -290,6 +283,8 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
         with storage_errors(target):
             temporary.chmod(0o755)
             yield temporary
+            for path in temporary.rglob("*"):
+                sync(path)
             if target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
                 replace_file(target, old / "was")

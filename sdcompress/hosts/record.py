@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import canonical, is_plain_path
+from sdcompress_engines.manifest import canonical
+from sdcompress_engines.paths import is_plain_path
 
 from sdcompress.hosts.entry import Entry
 from sdcompress.hosts.files import create_partial

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sdcompress_engines.files import replace_file, write_atomically
+from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.files import check_regular, replace_file, write_atomically
 
 
 def refuse_like_windows(patch: pytest.MonkeyPatch, times: int, winerror: int) -> list[str]:
@@ -82,3 +83,43 @@ def test_an_error_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="target"):
         write_atomically(tmp_path / "target", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append("sync"), fsync(descriptor)))
+    monkeypatch.setattr(os, "replace", lambda source, target: (done.append("rename"), replace(source, target)))
+    write_atomically(tmp_path / "target", "new")
+    assert done[:2] == ["sync", "rename"]
+
+
+def test_a_disk_that_fails_at_the_end_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "target").write_text("old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "target", "new")
+    assert (tmp_path / "target").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_names_of_any_length_that_the_system_has_are_written(tmp_path: Path) -> None:
+    write_atomically(tmp_path / ("x" * 255), "new")
+    assert (tmp_path / ("x" * 255)).read_text() == "new"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, getattr(os, "mkfifo", Path.mkdir)])
+def test_only_regular_files_are_opened(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "weights")
+    with pytest.raises(ArtifactError, match="expected a regular file"):
+        check_regular(tmp_path / "weights")
+
+
+def test_a_link_to_a_device_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights").symlink_to("/dev/zero")
+    with pytest.raises(ArtifactError, match="is a device"):
+        check_regular(tmp_path / "weights")

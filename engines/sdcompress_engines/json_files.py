@@ -1,0 +1,99 @@
+"""JSON that somebody else may have written: read with a limit of size and of depth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError, SdCompressError, shorten
+from .files import check_regular
+
+MOST_MIB = 32
+"""Largest JSON file that is read; the largest in use are tokenizers, of about 3 MiB."""
+MOST_LEVELS = 32
+"""Deepest nesting; the deepest in use are the results of a benchmark, with 9."""
+
+
+def read_json(path: Path, error: type[SdCompressError] = ArtifactError, *, most_mib: int = MOST_MIB) -> Any:
+    """Returns the content of a JSON file.
+
+    Args:
+        path: of the file.
+        error: the class to raise.
+        most_mib: limit of its size.
+
+    Raises:
+        SdCompressError: of the class `error`: it is no regular file, too large, no UTF-8, no JSON, or nested too deep.
+        OSError: there is nothing, or it may not be read.
+    """
+    check_regular(path, error)
+    size = path.stat().st_size
+    if size > most_mib * 2**20:
+        raise error(f"has {size / 2**20:,.0f} MiB", where=path, expected=f"a JSON file of at most {most_mib} MiB")
+    return parse_json(path.read_bytes(), path, error)
+
+
+def read_json_object(
+    path: Path, error: type[SdCompressError] = ArtifactError, *, most_mib: int = MOST_MIB
+) -> dict[str, Any]:
+    """Returns the content of a JSON file that holds one object.
+
+    Args:
+        path, error, most_mib: see `read_json`.
+
+    Raises:
+        SdCompressError: of the class `error`: as `read_json`, or the file holds another kind of value.
+        OSError: as `read_json`.
+    """
+    content = read_json(path, error, most_mib=most_mib)
+    if not isinstance(content, dict):
+        raise error(f"holds {_name_type(content)}", where=path, expected='a JSON object: {"NAME": VALUE, ...}')
+    return content
+
+
+def parse_json(text: bytes | str, where: str | Path | None = None, error: type[SdCompressError] = ArtifactError) -> Any:
+    """Returns the value of a JSON text, which may begin with a byte-order mark.
+
+    Args:
+        text: UTF-8 where it is bytes.
+        where: the file or key that holds it, for the message.
+        error: the class to raise.
+
+    Raises:
+        SdCompressError: of the class `error`: it is no UTF-8, no JSON, or nested too deep.
+    """
+    try:
+        content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError as problem:
+        raise _too_deep(where, error) from problem
+    except ValueError as problem:  # also UnicodeDecodeError, and numbers of thousands of digits
+        raise error(f"is not JSON ({shorten(problem, 120)})", where=where) from problem
+    if _is_too_deep(content):
+        raise _too_deep(where, error)
+    return content
+
+
+def _too_deep(where: str | Path | None, error: type[SdCompressError]) -> SdCompressError:
+    return error("is nested too deep", where=where, expected=f"JSON of at most {MOST_LEVELS} levels")
+
+
+def _is_too_deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(MOST_LEVELS):
+        level = [child for value in level for child in _children(value) if isinstance(child, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _name_type(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
