@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from sdcompress_engines.errors import UsageError
 
 from sdcompress.support.faults import faults_of
-from sdcompress.support.settings_file import read_mapping
+from sdcompress.support.yaml_files import read_mapping
 
 from .scenario import FIGURES, PRECISIONS, BackendSetup
 
@@ -197,6 +197,6 @@ def check_suite(values: dict[str, Any], where: Path | str) -> SuiteFile:
         UsageError: there are unknown settings or wrong values; all in one message.
     """
     try:
-        return SuiteFile(**values)
+        return SuiteFile.model_validate(values)
     except ValidationError as error:
         raise UsageError(faults_of(error, SuiteFile), where=where) from error

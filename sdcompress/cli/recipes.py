@@ -183,11 +183,11 @@ def read_kind(values: dict[str, Any], recipe: str) -> str:
     """
     import difflib
 
-    from sdcompress_engines.errors import UsageError
+    from sdcompress_engines.errors import UsageError, shorten
 
     from sdcompress.train.config import KINDS
 
-    kind = str(values.get("kind", "distill"))
+    kind = shorten(values.get("kind", "distill"), 60)
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         raise UsageError(
@@ -212,8 +212,9 @@ def read_purpose(text: str) -> str:
 
 def render_config(config: BaseModel, indent: str = "") -> str:
     """Returns a configuration as YAML, each knob below its description; it reads back as the same configuration."""
-    import yaml
     from pydantic import BaseModel
+
+    from sdcompress.support.yaml_files import write_yaml
 
     text = ""
     for name, info in type(config).model_fields.items():
@@ -223,12 +224,7 @@ def render_config(config: BaseModel, indent: str = "") -> str:
             text += f"{indent}{name}:\n{render_config(value, indent + '  ')}"
         else:
             plain = list(value) if isinstance(value, tuple) else value
-            text += indent + yaml.safe_dump(
-                {name: plain},
-                default_flow_style=None if isinstance(plain, list | dict) else False,
-                allow_unicode=True,
-                width=10_000,
-            )
+            text += indent + write_yaml({name: plain})
     return text
 
 
