@@ -45,7 +45,7 @@ _RESOLVERS = {None: list(_PLAIN.items())}
 class _FaultAt(Exception):
     """A fault of a YAML text, with its mark."""
 
-    def __init__(self, what: str, mark: yaml.Mark | None) -> None:
+    def __init__(self, what: str, mark: Any) -> None:
         super().__init__(what)
         self.mark = mark
 
@@ -200,7 +200,7 @@ def _merged_of(node: yaml.Node) -> dict[str, Any]:
     return merged
 
 
-def _scalar_of(node: yaml.ScalarNode) -> None | bool | int | float | str:
+def _scalar_of(node: yaml.ScalarNode) -> bool | int | float | str | None:
     text: str = node.value
     if node.tag in _PLAIN and not _PLAIN[node.tag].match(text):  # such as !!int x
         _refuse(f"{shorten(repr(text), 40)} with the tag !!{node.tag.removeprefix(_TAG)}", node)
