@@ -128,8 +128,7 @@ def _report(error: BaseException) -> int:
         return 130
     with suppress(OSError, OutputClosed):  # of stderr: then the status has to be enough
         if isinstance(error, click.ClickException):
-            error.message = str(SdCompressError(error.message))  # in one line, without what a terminal would obey
-            error.show()
+            _show(error)
             return error.exit_code
         if known := error if isinstance(error, SdCompressError) else system_error(error):
             print_error(str(known))
@@ -137,6 +136,16 @@ def _report(error: BaseException) -> int:
         traceback.print_exception(error)
         print_error("this is a fault of sdcompress. Please report it, with the lines above and `sdcompress doctor`")
     return error.exit_code if isinstance(error, click.ClickException) else 1
+
+
+def _show(error: click.ClickException) -> None:
+    """Print a mistake of the command line as click does, with what was typed cut and escaped."""
+    from sdcompress_engines.errors import SdCompressError
+
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
+    click.echo(f"Error: {SdCompressError(error.format_message())}", err=True)
 
 
 def _restart_with_docstrings() -> NoReturn:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib, typed_command
+from sdcompress.cli._console import (
+    ConsoleReporter,
+    card,
+    echo,
+    force_option,
+    json_option,
+    mib,
+    print_json,
+    typed_command,
+)
 
 if TYPE_CHECKING:
     from sdcompress_bench.results import Results, Row
@@ -174,12 +183,14 @@ def _read_suite(
 
 def _run(suite: Suite, skipped: dict[str, str], output: Path, *, force: bool, strict: bool, as_json: bool) -> None:
     """Measure a suite, print the result, and fail where a gate or, with `strict`, a case failed."""
+    import json
+
     from sdcompress_bench.suite import run_suite
     from sdcompress_engines.errors import GateFailed
 
     results = run_suite(suite, output, ConsoleReporter(), force, skipped=skipped, command=typed_command())
     if as_json:
-        click.echo((output / "results.json").read_text(encoding="utf-8"))
+        print_json(json.loads((output / "results.json").read_bytes()), indent=1)
     else:
         _print_card(results, output)
     failures = results.failed_gates()
@@ -216,7 +227,7 @@ def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bo
 
     before_file, after_file = (path / "results.json" if path.is_dir() else path for path in (before, after))
     comparison = compare(read_results(before_file), read_results(after_file), str(before), str(after))
-    click.echo(to_json(comparison) if as_json else render(comparison))
+    echo(to_json(comparison) if as_json else render(comparison))
     slower = [
         f"{line.scenario}, {line.stage}: {line.change.ratio - 1:+.1%}"
         for line in comparison.lines
@@ -252,27 +263,26 @@ def _list_suites() -> None:
     for name in suite_names():
         path = suite_path(name)
         if path is not None:
-            click.echo(f"{name:<10} {read_suite(path).title}")
+            echo(f"{name:<10} {read_suite(path).title}")
 
 
 def _print_dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None:
     """Print what would run: a line for each scenario, with the memory for its weights and activations."""
-    import json
 
     from sdcompress_bench.dry_run import list_scenarios
 
     rows = list_scenarios(suite, ConsoleReporter())
     if as_json:
-        click.echo(json.dumps({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1))
+        print_json({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1)
         return
     for row, scenario in zip(rows, suite.scenarios(), strict=True):
-        click.echo(
+        echo(
             f"{scenario.model.name:<12} {scenario.setup!s:<22} {scenario.size_px:>5} px  batch {scenario.batch:<3}"
             f" {mib(row['memory_bytes']):>14}   UNet step {row['unet_macs'] / 1e9:,.1f} GMACs"
         )
     for name, reason in skipped.items():
-        click.echo(f"left out: {name}, {reason}")
-    click.echo(
+        echo(f"left out: {name}, {reason}")
+    echo(
         f"{len(rows)} scenarios × {suite.rounds} rounds, {suite.device}; memory is weights and activations at their"
         " peak, without the runtime's own (0.5 to 1 GiB)"
     )

@@ -12,11 +12,13 @@ from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import (
     ConsoleReporter,
     card,
+    echo,
     force_option,
     given_parameters,
     json_option,
     mib,
     output_option,
+    print_json,
 )
 from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides
 from sdcompress.data.config import DataConfig
@@ -69,10 +71,9 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
       sdcompress data inspect pictures --min-size 512 --sheet sheet.png
       sdcompress data inspect "laion-art/*.tar" --where "aesthetic >= 7.5" --limit 100000 --json
     """
-    import json
     from dataclasses import asdict
 
-    from sdcompress_engines.errors import UsageError, storage_errors
+    from sdcompress_engines.errors import UsageError, shorten, storage_errors
 
     from sdcompress.data.report import SMALL_PX, inspect_source
     from sdcompress.data.sources import open_source
@@ -96,15 +97,13 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
             sheet.parent.mkdir(parents=True, exist_ok=True)
             picture.save(sheet)
     if as_json:
-        click.echo(json.dumps(asdict(figures)))
+        print_json(asdict(figures))
         return
     for title, spread in (*figures.fields.items(), ("words a caption", figures.caption_words)):
         if spread is not None:
-            click.echo(
-                "\n".join(["", f"{title}: {summarize(spread)}, of {spread.count:,} pictures", *draw_bars(spread)])
-            )
+            echo("\n".join(["", f"{title}: {summarize(spread)}, of {spread.count:,} pictures", *draw_bars(spread)]))
     if figures.captions:
-        click.echo("\n".join(["", "captions:", *(f"  {shorten(caption)}" for caption in figures.captions)]))
+        echo("\n".join(["", "captions:", *(f"  {shorten(caption, CAPTION_SHOWN)}" for caption in figures.captions)]))
     rows = figure_rows(figures)
     if sheet is not None:
         rows.append(("sheet", sheet if picture is not None else "not written: there is no picture to show"))
@@ -366,9 +365,3 @@ def draw_bars(spread: Spread) -> list[str]:
         bar = "█" * round(BAR * share / highest)
         lines.append(f"  {format_number(low):>10} – {format_number(high):<10} {bar:<{BAR}} {share:6.1%}")
     return lines
-
-
-def shorten(text: str) -> str:
-    """Returns a caption on one line, cut at `CAPTION_SHOWN` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= CAPTION_SHOWN else f"{text[: CAPTION_SHOWN - 1]}…"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from sdcompress_engines.command import command_line
 
-from sdcompress.cli._console import card, json_option, millions
+from sdcompress.cli._console import card, json_option, millions, print_json
 
 if TYPE_CHECKING:
     from sdcompress.prune.cost import Cost
@@ -57,7 +57,7 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
         rows.append(("plan", str(output)))
     if as_json:
         costs = {"before": before["total"].__dict__, "after": after["total"].__dict__}
-        click.echo(json.dumps({"plan": json.loads(plan.to_json()), **costs}))
+        print_json({"plan": json.loads(plan.to_json()), **costs})
         return
     card(
         f"{plan.name} for {teacher}",

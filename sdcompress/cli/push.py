@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.cli._console import ConsoleReporter, card, echo, mib
 
 
 @click.command()
@@ -65,12 +65,12 @@ def command(
     files = model.files() | ({PICTURE: model.samples} if model.samples else {})
     if dry_run:
         if output is None:
-            click.echo(text)
+            echo(text)
         else:
             write_card(output, text, model.samples)
         sizes = {CARD: len(text.encode())} | {name: path.stat().st_size for name, path in files.items()}
         width = max(map(len, sizes))
-        click.echo("\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in sizes.items()))
+        echo("\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in sizes.items()))
         return
     token = require_token()
     total = sum(path.stat().st_size for path in files.values())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from sdcompress_engines.command import command_line
 
-from sdcompress.cli._console import card, json_option
+from sdcompress.cli._console import card, echo, json_option, print_json
 from sdcompress.cli._training import set_option
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ def list_recipes(as_json: bool) -> None:
     \b
       sdcompress recipes list
     """
-    import json
-
     from sdcompress.train.recipes import recipe_names, recipe_path
 
     facts = []
@@ -56,11 +54,11 @@ def list_recipes(as_json: bool) -> None:
             }
         )
     if as_json:
-        click.echo(json.dumps(facts))
+        print_json(facts)
         return
     width = max(len(str(fact["name"])) for fact in facts)
     for fact in facts:
-        click.echo(
+        echo(
             f"{fact['name']:<{width}}  {fact['kind']:<8}  {fact['steps']:>7,} steps of {fact['batch_size']:>3} "
             f" {fact['purpose']}"
         )
@@ -82,10 +80,10 @@ def show(recipe: str, as_resolved: bool) -> None:
 
     if as_resolved:
         kind, config = resolve_recipe(recipe)
-        click.echo(f"kind: {kind}\n" + render_config(config), nl=False)
+        echo(f"kind: {kind}\n" + render_config(config), newline=False)
     else:
         read_recipe(recipe)
-        click.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+        echo(recipe_path(recipe).read_text(encoding="utf-8"), newline=False)
 
 
 @command.command()
@@ -136,11 +134,9 @@ def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
       sdcompress recipes validate mine.yaml
       sdcompress recipes validate segmind-tiny --set learning_rate=1e-5 --set batch_size=32
     """
-    import json
-
     kind, config = resolve_recipe(recipe, settings)
     if as_json:
-        click.echo(json.dumps({"kind": kind} | config.model_dump(mode="json")))
+        print_json({"kind": kind} | config.model_dump(mode="json"))
         return
     options = "".join(f" {command_line(['--set', setting])}" for setting in settings)
     card(
