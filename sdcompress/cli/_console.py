@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Callable, Container, Iterable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +14,7 @@ from click.core import ParameterSource
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import escape_controls
 
+from sdcompress.cli._types import FilePath
 from sdcompress.support.console import ConsoleReporter, is_first_process
 
 __all__ = [
@@ -95,7 +95,7 @@ def card(title: str, rows: Iterable[tuple[str, object]], next_command: str | Non
 
 def output_option(help: str = "Folder to write to; must not exist or be empty.") -> Callable[[Any], Any]:
     """Returns the decorator for `-o/--output DIR`, which is required."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help=help)
+    return click.option("-o", "--output", type=FilePath(), required=True, metavar="DIR", help=help)
 
 
 def force_option(function: Any) -> Any:

@@ -21,6 +21,7 @@ from sdcompress.cli._console import (
     print_json,
 )
 from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides
+from sdcompress.cli._types import BATCH, GUIDANCE, NAME, PICTURES, SEED, SIZE_PX, STEPS, FilePath
 from sdcompress.data.config import DataConfig
 
 if TYPE_CHECKING:
@@ -42,16 +43,16 @@ def command() -> None:
 
 
 @command.command(short_help="Report usable pictures, sizes, metadata and captions.")
-@click.argument("data")
+@click.argument("data", type=NAME)
 @click.option(
     "--sheet",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     default=None,
     metavar="FILE",
     help="Write a contact sheet of up to 64 pictures, drawn at random.",
 )
 @click.option(
-    "--limit", type=int, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]"
+    "--limit", type=PICTURES, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]"
 )
 @click.option(
     "--decode",
@@ -80,8 +81,6 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=sheet, expected="a name ending in .png, .webp or .jpg")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}", expected="1 or more")
     again = typed_options(options)
     config = data_config(options)
     figures, picture = inspect_source(
@@ -115,8 +114,8 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
 
 
 @command.command(short_help="Encode a data set once, for any number of trainings.")
-@click.argument("data")
-@click.argument("teacher")
+@click.argument("data", type=NAME)
+@click.argument("teacher", type=NAME)
 @click.option(
     "--vae-precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
@@ -183,27 +182,27 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
 
 
 @command.command(short_help="Make a data set of a teacher's own pictures.")
-@click.argument("teacher")
+@click.argument("teacher", type=NAME)
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     required=True,
     metavar="FILE",
     help="Prompts, one per line; they are used in turn.",
 )
-@click.option("-n", "--count", type=int, required=True, metavar="N", help="Pictures to make.")
+@click.option("-n", "--count", type=PICTURES, required=True, metavar="N", help="Pictures to make.")
 @click.option(
     "--batch-size",
-    type=int,
+    type=BATCH,
     default=16,
     show_default=True,
     help="Pictures drawn at once: more is faster and takes more memory.",
 )
-@click.option("--steps", type=int, default=25, show_default=True, help="Denoising steps.")
+@click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps.")
 @click.option(
     "--guidance",
-    type=float,
+    type=GUIDANCE,
     default=7.5,
     show_default=True,
     help="Classifier-free guidance scale; 1 is no guidance; nano needs 2.5.",
@@ -211,19 +210,19 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
 @click.option(
     "--size",
     "size_px",
-    type=int,
+    type=SIZE_PX,
     default=None,
     metavar="PX",
     help="Side of the pictures in pixels.  [default: the teacher's own]",
 )
 @click.option(
     "--seed",
-    type=int,
+    type=SEED,
     default=0,
     show_default=True,
     help="Seed of the first picture; the next picture has the next seed.",
 )
-@click.option("--backend", default="torch", show_default=True, help=help_text())
+@click.option("--backend", type=NAME, default="torch", show_default=True, help=help_text())
 @click.option(
     "--format",
     "picture_format",

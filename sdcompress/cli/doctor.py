@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from sdcompress.cli._console import ConsoleReporter, card, echo, json_option, mib, print_json
+from sdcompress.cli._types import MINUTES, NAME
 
 if TYPE_CHECKING:
     from sdcompress.backends.diagnosis import BackendResult, Diagnosis
@@ -20,18 +21,24 @@ Line = tuple[str, str, str, str, "str | None"]
 @click.command()
 @click.option(
     "--model",
+    type=NAME,
     default="nano",
     show_default=True,
     metavar="MODEL",
     help="Test the backends on this model, at its own size.",
 )
 @click.option(
-    "--backend", "backends", multiple=True, metavar="NAME", help="Test only this one, beside torch; repeat for more."
+    "--backend",
+    "backends",
+    type=NAME,
+    multiple=True,
+    metavar="NAME",
+    help="Test only this one, beside torch; repeat for more.",
 )
 @click.option("--full", is_flag=True, help="Compile all of nano's UNet, not a small UNet with the same operators.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0.2),
+    type=MINUTES,
     default=None,
     metavar="N",
     help="Stop after this time.  [default: 2; with --full or --model, 60]",

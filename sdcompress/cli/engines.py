@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from sdcompress.cli._console import card, echo, json_option, mib, print_json
+from sdcompress.cli._types import DAYS, NAME, FilePath
 
 store_option = click.option(
     "--store",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FilePath(exists=True, file_okay=False),
     metavar="DIR",
     help="Folder of the store.  [default: the user's own]",
 )
@@ -31,7 +32,7 @@ def command() -> None:
 
 
 @command.command("list", short_help="The engines, and whether each loads here.")
-@click.argument("folder", required=False, metavar="[FOLDER]", type=click.Path(path_type=Path))
+@click.argument("folder", required=False, metavar="[FOLDER]", type=FilePath())
 @store_option
 @json_option
 def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None:
@@ -67,7 +68,7 @@ def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None
 
 
 @command.command(short_help="All facts about one engine.")
-@click.argument("engine", metavar="KEY|PATH")
+@click.argument("engine", type=NAME, metavar="KEY|PATH")
 @store_option
 @json_option
 def show(engine: str, store: Path | None, as_json: bool) -> None:
@@ -100,7 +101,7 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
 
 
 @command.command(short_help="Read every engine and compare it with its manifest.")
-@click.argument("folder", required=False, metavar="[FOLDER]", type=click.Path(path_type=Path))
+@click.argument("folder", required=False, metavar="[FOLDER]", type=FilePath())
 @store_option
 @json_option
 def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
@@ -138,10 +139,10 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
 
 
 @command.command(short_help="Remove engines from the store.")
-@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.argument("keys", type=NAME, nargs=-1, metavar="[KEY]...")
 @click.option(
     "--older-than",
-    type=click.FloatRange(0),
+    type=DAYS,
     metavar="DAYS",
     help="Remove engines that were neither built nor used in the last DAYS days.",
 )
@@ -184,7 +185,7 @@ def prune(
 
 
 @command.command(short_help="The path of the store, or of one engine.")
-@click.argument("key", required=False, metavar="[KEY]")
+@click.argument("key", type=NAME, required=False, metavar="[KEY]")
 @store_option
 def path(key: str | None, store: Path | None) -> None:
     """Print the path of the store, or of one engine file.

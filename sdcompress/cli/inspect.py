@@ -7,10 +7,11 @@ from typing import Any
 import click
 
 from sdcompress.cli._console import card, json_option, mib, print_json
+from sdcompress.cli._types import NAME
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=NAME)
 @json_option
 def command(path: str, as_json: bool) -> None:
     """Describe PATH: a pipeline, a checkpoint, a LoRA, or any artifact of sdcompress. No weights are loaded.

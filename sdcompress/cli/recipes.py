@@ -10,6 +10,7 @@ from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import card, echo, json_option, print_json
 from sdcompress.cli._training import set_option
+from sdcompress.cli._types import NAME, FilePath
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -65,7 +66,7 @@ def list_recipes(as_json: bool) -> None:
 
 
 @command.command()
-@click.argument("recipe", metavar="NAME|FILE")
+@click.argument("recipe", type=NAME, metavar="NAME|FILE")
 @click.option(
     "--resolved", "as_resolved", is_flag=True, help="Print every knob with its value and meaning, defaults included."
 )
@@ -87,8 +88,8 @@ def show(recipe: str, as_resolved: bool) -> None:
 
 
 @command.command()
-@click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("name", type=NAME)
+@click.argument("file", type=FilePath())
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def copy(name: str, file: Path, force: bool) -> None:
     """Copy a recipe to FILE, where you can change it.
@@ -124,7 +125,7 @@ def copy(name: str, file: Path, force: bool) -> None:
 
 
 @command.command()
-@click.argument("recipe", metavar="NAME|FILE")
+@click.argument("recipe", type=NAME, metavar="NAME|FILE")
 @set_option("Any knob, such as ema_decay=0.999 or data.flip=true; repeat for more.")
 @json_option
 def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:

@@ -13,3 +13,5 @@ MOST_GUIDANCE = 100.0
 MOST_SEED = 2**62 - 1
 """Seeds of pictures are counted up from one, and stay in the 64 bits of torch and of JSON's readers."""
 MOST_THREADS = 4096
+LEAST_OPSET, MOST_OPSET = 18, 23
+"""ONNX opsets that torch's exporter writes its graphs in."""
