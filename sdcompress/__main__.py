@@ -1,6 +1,18 @@
-"""`python -m sdcompress`"""
+"""`python -m sdcompress`, and what the command `sdcompress` runs."""
 
-from sdcompress.cli import main
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line and exit. Ctrl-C during the imports ends it too."""
+    try:
+        from sdcompress.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

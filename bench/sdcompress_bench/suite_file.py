@@ -5,20 +5,31 @@ from __future__ import annotations
 import re
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from sdcompress_engines.errors import UsageError
 
-from sdcompress.support.settings_file import describe_errors, read_mapping
+from sdcompress.support.bounds import (
+    LEAST_PX,
+    MOST_BATCH,
+    MOST_GUIDANCE,
+    MOST_PICTURES,
+    MOST_PX,
+    MOST_SEED,
+    MOST_STEPS,
+    MOST_THREADS,
+    STEP_PX,
+)
+from sdcompress.support.faults import faults_of
+from sdcompress.support.settings import Settings
+from sdcompress.support.yaml_files import read_mapping
 
 from .scenario import FIGURES, PRECISIONS, BackendSetup
 
 
-class ModelEntry(BaseModel):
+class ModelEntry(Settings):
     """A model of a suite: a path, a known name or a hub id, or a published shape with random weights."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str | None = Field(None, description="Its name in the report. None is the model's own name.")
     path: str | None = Field(None, description="A diffusers folder, a single file, a hub id, or a built-in's name.")
@@ -36,10 +47,8 @@ class ModelEntry(BaseModel):
         return self
 
 
-class GateEntry(BaseModel):
+class GateEntry(Settings):
     """A limit on a figure; if it is exceeded, `bench` ends with exit status 3."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     figure: str = Field(description=f"One of {', '.join(FIGURES)}.")
     model: str | None = Field(None, description="Limits this model only.")
@@ -58,16 +67,15 @@ class GateEntry(BaseModel):
         return self
 
 
-class SuiteFile(BaseModel):
+class SuiteFile(Settings):
     """The settings of a suite. Unknown keys are errors; all errors are reported at once."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str = Field("", description="The title of the report.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="The first is the teacher.")
     backends: tuple[str, ...] | None = Field(
         None,
+        min_length=1,
         description=(
             "Any of torch, compile, aot, ort, trt, each with `:precision` if it is not the usual one. None is what this"
             " machine has."
@@ -77,33 +85,45 @@ class SuiteFile(BaseModel):
     precision: Literal["fp32", "fp16", "bf16"] | None = Field(
         None, description="Of backends without one. None is fp16 on a GPU, fp32 on a CPU."
     )
-    size_px: tuple[int, ...] | None = Field(
-        None, description="Sides of the pictures. None is the size that the teacher was trained on."
+    size_px: tuple[Annotated[int, Field(ge=LEAST_PX, le=MOST_PX, multiple_of=STEP_PX)], ...] | None = Field(
+        None, min_length=1, description="Sides of the pictures. None is the size that the teacher was trained on."
     )
-    batch: tuple[int, ...] = Field((1,), description="Pictures in one call; each value is a row.")
-    steps: int = Field(25, ge=1, description="Sampling steps.")
+    batch: tuple[Annotated[int, Field(ge=1, le=MOST_BATCH)], ...] = Field(
+        (1,), min_length=1, description="Pictures in one call; each value is a row."
+    )
+    steps: int = Field(25, ge=1, le=MOST_STEPS, description="Sampling steps.")
     guidance_scale: float | None = Field(
-        None, description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 4 for nano."
+        None,
+        ge=0,
+        le=MOST_GUIDANCE,
+        description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 4 for nano.",
     )
     prompts: str | None = Field(None, description="A file of captions: txt, csv, tsv, jsonl, or COCO's json.")
     reference: str | None = Field(None, description="A folder of real pictures, for FID and KID.")
     clip: str | None = Field(None, description="A CLIP (transformers folder) that judges the pictures.")
-    seed: int = Field(0, ge=0, description="Seed of the first picture; the next picture has the next seed.")
-    rounds: int = Field(5, ge=1, description="How often each case is started in a new process.")
-    samples: int = Field(20, ge=1, description="The most timed calls of a stage in a round.")
-    end_to_end_samples: int = Field(3, ge=1, description="The most timed pictures in a round.")
-    stage_budget_s: float = Field(10.0, gt=0, description="Ends a stage earlier.")
-    scenario_timeout_s: float = Field(3600.0, gt=0, description="Ends a case that hangs.")
-    pictures: int = Field(6, ge=0, description="Pictures in the grid.")
-    quality_pictures: int | None = Field(
-        None, ge=0, description="Pictures for CLIP, FID and KID. None is all prompts of a file, or those of nano."
+    seed: int = Field(
+        0, ge=0, le=MOST_SEED, description="Seed of the first picture; the next picture has the next seed."
     )
-    timesteps: tuple[int, ...] = Field(
+    rounds: int = Field(5, ge=1, le=1000, description="How often each case is started in a new process.")
+    samples: int = Field(20, ge=1, le=10**6, description="The most timed calls of a stage in a round.")
+    end_to_end_samples: int = Field(3, ge=1, le=10**6, description="The most timed pictures in a round.")
+    stage_budget_s: float = Field(10.0, gt=0, le=1e6, description="Ends a stage earlier.")
+    scenario_timeout_s: float = Field(3600.0, gt=0, le=1e7, description="Ends a case that hangs.")
+    pictures: int = Field(6, ge=0, le=10**4, description="Pictures in the grid.")
+    quality_pictures: int | None = Field(
+        None,
+        ge=0,
+        le=MOST_PICTURES,
+        description="Pictures for CLIP, FID and KID. None is all prompts of a file, or those of nano.",
+    )
+    timesteps: tuple[Annotated[int, Field(ge=0, lt=MOST_STEPS)], ...] = Field(
         (1, 101, 301, 501, 701, 901, 999), min_length=1, description="Timesteps at which the UNets are compared."
     )
-    probes: int = Field(4, ge=1, description="Latents at each timestep.")
-    sensitivity: int = Field(0, ge=0, description="Planted faults that show what a gate detects; 0 plants none.")
-    threads: int | None = Field(None, ge=1, description="CPU threads.")
+    probes: int = Field(4, ge=1, le=10**4, description="Latents at each timestep.")
+    sensitivity: int = Field(
+        0, ge=0, le=10**4, description="Planted faults that show what a gate detects; 0 plants none."
+    )
+    threads: int | None = Field(None, ge=1, le=MOST_THREADS, description="CPU threads.")
     gates: tuple[GateEntry, ...] = ()
 
     @field_validator("models", mode="before")
@@ -196,6 +216,6 @@ def check_suite(values: dict[str, Any], where: Path | str) -> SuiteFile:
         UsageError: there are unknown settings or wrong values; all in one message.
     """
     try:
-        return SuiteFile(**values)
+        return SuiteFile.model_validate(values)
     except ValidationError as error:
-        raise UsageError(describe_errors(error, SuiteFile, "setting"), where=where) from error
+        raise UsageError(faults_of(error, SuiteFile), where=where) from error

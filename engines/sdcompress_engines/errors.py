@@ -6,13 +6,20 @@ The library raises them. Only the command line turns one into a line and an exit
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
 
+_LONGEST_WORD, _LONGEST_PART = 300, 2000
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
 
 class SdCompressError(Exception):
     """What failed, where, what was expected, and what to type next, in one line.
+
+    Each part is cut to a readable length, and control characters in it are escaped: a name may come from anywhere.
 
     Args:
         what: what failed, with the offending value.
@@ -33,12 +40,13 @@ class SdCompressError(Exception):
     ) -> None:
         self.what, self.expected, self.hint = what, expected, hint
         self.where = None if where is None else fspath(where)
-        line = what if self.where is None else f"{self.where}: {what}"
+        line = "" if self.where is None else f"{_cut_words(escape_controls(os.fsdecode(self.where)))}: "
+        line += _clean(what)
         if expected:
-            line += f"; expected {expected}"
+            line += f"; expected {_clean(expected)}"
         if hint:
-            line += f". Try: {hint}"
-        super().__init__(" ".join(line.split()))
+            line += f". Try: {_clean(hint)}"
+        super().__init__(line)
 
 
 class UsageError(SdCompressError):
@@ -93,15 +101,32 @@ class GateFailed(SdCompressError):
     exit_code = 3
 
 
+_NO_SPACE = "no space left on the device"
 _STORAGE = {
-    errno.ENOSPC: ("no space left on the device", "free some space or choose another -o"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another -o"),
-    errno.EACCES: ("no permission to write here", "choose another -o"),
-    errno.EPERM: ("no permission to write here", "choose another -o"),
-    errno.EROFS: ("the file system is read-only", "choose another -o"),
-    errno.EEXIST: ("a part of this path is a file, not a folder", "choose another -o"),
-    errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another -o"),
+    errno.ENOSPC: _NO_SPACE,
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "no permission to write here",
+    errno.EPERM: "no permission to write here",
+    errno.EROFS: "the file system is read-only",
+    errno.EEXIST: "a part of this path is a file, not a folder",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
 }
+"""What a refused write means. The hint is another output."""
+_REFUSED = _STORAGE | {
+    errno.EACCES: "no permission to read or write this",
+    errno.EPERM: "no permission to read or write this",
+    errno.ENAMETOOLONG: "the name is too long for this file system",
+    errno.ELOOP: "the links in this path lead in a circle",
+    errno.EFBIG: "the file is too large for this file system",
+    errno.EIO: "the disk failed",
+    errno.EEXIST: "exists",
+    errno.ENOENT: "does not exist",
+    errno.EISDIR: "is a folder, and a file is needed",
+    errno.EMFILE: "too many files are open",
+    errno.ENFILE: "too many files are open",
+    errno.EPIPE: "a program that this command started has ended early",
+}
+"""What a refused access means, where it is not known whether it was to an output."""
 
 _IN_USE = ("is in use by another program", "close the program that uses it")
 _WINDOWS_STORAGE = {  # by `winerror`, because their errno fits many other faults
@@ -117,10 +142,53 @@ def storage_error(error: OSError, path: str | PathLike[str]) -> StorageError | N
 
     Args:
         error: met while `path` was written.
-        path: the file or folder, for the message where the error names none.
+        path: the file or folder, for the message where the error names none. Of a file elsewhere, which was read, the
+            hint is not to write elsewhere.
     """
-    known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0) or _STORAGE.get(error.errno or 0)
-    return StorageError(known[0], where=error.filename or path, hint=known[1]) if known else None
+    where = error.filename or path
+    if windows := _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0):
+        return StorageError(windows[0], where=where, hint=windows[1])
+    known = error.errno or 0
+    if known not in _STORAGE:
+        return None
+    if not _is_related(where, path):
+        return StorageError(_REFUSED[known], where=where)
+    is_full = known in (errno.ENOSPC, errno.EDQUOT)
+    return StorageError(_STORAGE[known], where=where, hint=f"{'free some space or ' * is_full}choose another -o")
+
+
+def _is_related(path: str | bytes | int | PathLike[str], output: str | PathLike[str]) -> bool:
+    """Returns whether a path is the output, lies in it, is a temporary file beside it, or holds it."""
+    if isinstance(path, int):  # a file descriptor
+        return True
+    one, other = (os.path.abspath(os.fsdecode(each)).split(os.sep) for each in (path, output))
+    if len(one) < len(other):
+        return other[: len(one)] == one
+    stem = os.path.splitext(other[-1])[0][:40]
+    return one[: len(other) - 1] == other[:-1] and stem in one[len(other) - 1]
+
+
+def system_error(error: BaseException) -> SdCompressError | None:
+    """Returns the error for what the system refused to a command: a path, or memory; None for a fault of the program.
+
+    Args:
+        error: that nothing nearer to its cause has understood.
+    """
+    text = str(error)
+    if isinstance(error, OSError):
+        known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0, (_REFUSED.get(error.errno or 0), None))
+        what = known[0] or (shorten(error.strerror) if error.filename and error.strerror else None)
+        where = error.filename if isinstance(error.filename, str | bytes) else None
+        return StorageError(what, where=None if where is None else os.fsdecode(where), hint=known[1]) if what else None
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return SdCompressError("not enough memory", hint="a smaller size, batch or model, or close other programs")
+    if isinstance(error, ValueError) and "embedded null" in text:
+        return UsageError("a path holds the character NUL", expected="a path that this system can open")
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop from"):
+        return StorageError(_REFUSED[errno.ELOOP], where=text.removeprefix("Symlink loop from ").strip("'"))
+    if isinstance(error, RuntimeError) and "home directory" in text:
+        return UsageError("the home folder of a path that begins with ~ is not known", expected="a path without ~")
+    return None
 
 
 @contextmanager
@@ -136,11 +204,36 @@ def storage_errors(path: str | PathLike[str]) -> Iterator[None]:
     except RuntimeError as error:  # torch and safetensors report a full disk so, with the text of the OSError
         text = str(error)
         if "No space left" in text or "file write failed" in text or "os error 28" in text:
-            raise StorageError(*_STORAGE[errno.ENOSPC][:1], where=path, hint=_STORAGE[errno.ENOSPC][1]) from error
+            raise StorageError(_NO_SPACE, where=path, hint="free some space or choose another -o") from error
         raise
 
 
 def shorten(error: object, length: int = 300) -> str:
-    """Returns an error's message, or another text, in one line of at most `length` characters and dots."""
-    line = " ".join(str(error).split())
+    """Returns an error's message, or another text, in one line of at most `length` characters and dots.
+
+    Control characters in it are escaped.
+    """
+    line = escape_controls(" ".join(str(error).split()))
     return line if len(line) <= length else f"{line[:length]} ..."
+
+
+def escape_controls(text: str) -> str:
+    """Returns a text without what a terminal would obey or cannot show: `\\x1b` for an escape, `\\n` for a line end.
+
+    Marks that change the direction of writing, and the bytes of a name that is no UTF-8, are escaped too.
+    """
+    return _CONTROLS.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code - 0xDC00:02x}" if 0xDC80 <= code <= 0xDCFF else match[0].encode("unicode_escape").decode("ascii")
+
+
+def _clean(text: str) -> str:
+    return shorten(_cut_words(text), _LONGEST_PART)
+
+
+def _cut_words(text: str) -> str:
+    """Returns a text in which the middle of every longer word is left out."""
+    return re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: f"{word[0][:200]}...{word[0][-60:]}", text)

@@ -18,7 +18,7 @@ from typing import Any
 from .errors import ArtifactError, StorageError, storage_errors
 from .files import replace_file, sync, write_atomically
 from .json_files import read_json_object
-from .paths import is_plain_path
+from .paths import expand_user, is_plain_path
 
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
@@ -303,7 +303,7 @@ def staged(target: Path, force: bool = False) -> Iterator[Path]:
 
 def cache_folder() -> Path:
     """Returns the folder for derived files: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
-    return Path(os.environ.get("SDCOMPRESS_CACHE") or Path("~/.cache/sdcompress").expanduser())
+    return Path(os.environ.get("SDCOMPRESS_CACHE") or expand_user("~/.cache/sdcompress"))
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from .errors import ArtifactError, shorten
+from .errors import ArtifactError, UsageError, shorten
 
 
 def is_plain_path(name: object) -> bool:
@@ -50,3 +50,17 @@ def file_inside(folder: Path, name: object, *, source: Path, links: bool = False
                 hint="put a copy of the file in its place",
             )
     return path
+
+
+def expand_user(path: str | os.PathLike[str]) -> Path:
+    """Returns a path whose leading `~` or `~user` is replaced by the home folder.
+
+    Raises:
+        UsageError: there is no such user, or the user has no home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            "the home folder of this path is not known", where=path, expected="a path without ~"
+        ) from error

@@ -36,21 +36,28 @@ class Profile:
                 )
 
 
+MOST = {"batch": 1024, "height": 8192, "width": 8192, "tokens": 100 * CONTEXT_TOKENS}
+"""Largest value of each range."""
+
+
 def parse_range(text: str, what: str = "range") -> Range:
     """Returns min, opt and max: `512` is one fixed size, `512:768:1024` a range.
 
     Args:
         text: one of the two forms.
-        what: the name of the range, for the message.
+        what: the name of the range, a key of `MOST`.
 
     Raises:
-        UsageError: neither form, or not min ≤ opt ≤ max.
+        UsageError: neither form, not min ≤ opt ≤ max, or over the limit.
     """
-    numbers = [int(part) for part in text.split(":")] if re.fullmatch(r"\d+(:\d+:\d+)?", text) else []
+    number = "[0-9]{1,9}"
+    numbers = [int(part) for part in text.split(":")] if re.fullmatch(f"{number}(:{number}:{number})?", text) else []
     values = numbers * 3 if len(numbers) == 1 else numbers
-    if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2]:
+    most = MOST.get(what, MOST["height"])
+    if len(values) != 3 or not 0 < values[0] <= values[1] <= values[2] <= most:
         raise UsageError(
-            f"{what} {text!r}", expected="one size, or MIN:OPT:MAX with MIN ≤ OPT ≤ MAX, like 512:768:1024"
+            f"{what} {text!r}",
+            expected=f"one size, or MIN:OPT:MAX with MIN ≤ OPT ≤ MAX ≤ {most}, like 512:768:1024",
         )
     return values[0], values[1], values[2]
 

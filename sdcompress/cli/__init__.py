@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
-import io
 import os
 import sys
+import traceback
+from contextlib import suppress
+from typing import NoReturn
 
 import click
 
@@ -75,50 +78,88 @@ def cli() -> None:
     """
 
 
-def accept_all_characters() -> None:
-    """Let stdout and stderr take every character.
-
-    On Windows, the code page of a redirected stream lacks some of the characters that the commands print.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            chosen = stream.isatty() or os.environ.get("PYTHONIOENCODING")
-            stream.reconfigure(encoding=None if chosen else "utf-8", errors="replace")
-
-
 def main() -> None:
     """Run the command line and exit.
 
-    A user's mistake gets one line and an exit code; only a fault of the program gets a traceback.
+    A user's mistake, and what the system refuses, get one line and an exit code. Only a fault of the program gets a
+    traceback.
     """
-    from sdcompress_engines.errors import SdCompressError, storage_error
-    from sdcompress_engines.thread_waiting import choose_waiting
+    if sys.flags.optimize > 1:
+        _restart_with_docstrings()
+    from sdcompress.cli._streams import close_streams, prepare_streams
 
-    accept_all_characters()
+    prepare_streams()
     # The libraries read these when they are imported. Their notices of missing optional parts (torchvision) do not
     # help the person who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
-        choose_waiting()
+    sys.exit(close_streams(_run()))
+
+
+def _run() -> int:
+    """Run the command that was typed; returns its exit status."""
+    from sdcompress_engines.thread_waiting import choose_waiting
+
+    streams = sys.stdout, sys.stderr
     try:
-        code = cli(standalone_mode=False)
-    except SdCompressError as error:
-        click.echo(f"sdcompress: {error}", err=True)
-        code = error.exit_code
-    except click.exceptions.Abort:
-        click.echo("sdcompress: stopped", err=True)
-        code = 130
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except KeyboardInterrupt:
-        click.echo("sdcompress: stopped", err=True)
-        code = 130
-    except OSError as error:
-        known = storage_error(error, error.filename or ".")
-        if known is None:
+        if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
+            choose_waiting()
+        code = cli(prog_name="sdcompress", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except SystemExit:
+        if sys.stdout is streams[0]:
             raise
-        click.echo(f"sdcompress: {known}", err=True)
-        code = known.exit_code
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.stdout, sys.stderr = streams  # click replaces them after a broken pipe, here that of a child process
+        return _report(BrokenPipeError(errno.EPIPE, "broken pipe"))
+    except BaseException as error:
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Print what ended the command; returns the exit status."""
+    from sdcompress_engines.errors import SdCompressError, system_error
+
+    from sdcompress.cli._streams import BROKEN_PIPE_STATUS, OutputClosed, print_error
+
+    if isinstance(error, OutputClosed):
+        return BROKEN_PIPE_STATUS
+    if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
+        print_error("stopped")
+        return 130
+    with suppress(OSError, OutputClosed):  # of stderr: then the status has to be enough
+        if isinstance(error, click.ClickException):
+            _show(error)
+            return error.exit_code
+        if known := error if isinstance(error, SdCompressError) else system_error(error):
+            print_error(str(known))
+            return known.exit_code
+        traceback.print_exception(error)
+        print_error("this is a fault of sdcompress. Please report it, with the lines above and `sdcompress doctor`")
+    return error.exit_code if isinstance(error, click.ClickException) else 1
+
+
+def _show(error: click.ClickException) -> None:
+    """Print a mistake of the command line as click does, with what was typed cut and escaped."""
+    from sdcompress_engines.errors import SdCompressError
+
+    context = getattr(error, "ctx", None)
+    if context is not None:
+        click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
+    click.echo(f"Error: {SdCompressError(error.format_message())}", err=True)
+
+
+def _restart_with_docstrings() -> NoReturn:
+    """Run this command line in a Python that keeps docstrings, which `-OO` removes.
+
+    The help texts of the commands are docstrings, and transformers cannot be imported without its own.
+    """
+    program = f"import sys; sys.path[:] = {sys.path!r}; from sdcompress.cli import main; main()"
+    command = [sys.executable, "-P", "-c", program, *sys.argv[1:]]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
+    if os.name == "posix":
+        os.execve(sys.executable, command, environment)
+    import signal
+    import subprocess
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command decides what Ctrl-C does
+    sys.exit(subprocess.run(command, env=environment, check=False).returncode)

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import sys
 from collections.abc import Callable, Container, Iterable
-from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 from sdcompress_engines.command import command_line
+from sdcompress_engines.errors import escape_controls
 
+from sdcompress.cli._types import FilePath
 from sdcompress.support.console import ConsoleReporter, is_first_process
 
 __all__ = [
     "ConsoleReporter",
     "card",
+    "echo",
     "force_option",
     "given_parameters",
     "json_option",
     "mib",
     "millions",
     "output_option",
+    "print_json",
     "suggest",
     "typed_command",
 ]
@@ -54,6 +59,21 @@ def given_parameters(names: Container[str]) -> list[click.Parameter]:
     ]
 
 
+def echo(text: str = "", *, newline: bool = True) -> None:
+    """Print lines on stdout. What a terminal would obey is escaped: names and captions may come from anywhere.
+
+    Args:
+        text: one line or several.
+        newline: end the last line.
+    """
+    click.echo(re.sub(r"[^\n\t]+", lambda part: escape_controls(part[0]), text), nl=newline)
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Print a value as JSON on stdout, in ASCII: every encoding of a pipe holds it."""
+    click.echo(json.dumps(value, indent=indent))
+
+
 def card(title: str, rows: Iterable[tuple[str, object]], next_command: str | None = None) -> None:
     """Print the closing card of a stage on stdout: what was made, where, and what to type next.
 
@@ -64,18 +84,18 @@ def card(title: str, rows: Iterable[tuple[str, object]], next_command: str | Non
     """
     if not is_first_process():
         return
-    rows = [(key, str(value)) for key, value in rows]
+    rows = [(key, escape_controls(str(value))) for key, value in rows]
     width = max((len(key) for key, _ in rows), default=0)
     lines = [f"{key:<{width}}  {value}" for key, value in rows]
     rule = "─" * min(100, max(len(line) for line in [title, *lines]))
-    click.echo("\n".join(["", title, rule, *lines]))
+    echo("\n".join(["", title, rule, *lines]))
     if next_command:
-        click.echo(f"{rule}\nnext: {next_command}")
+        echo(f"{rule}\nnext: {next_command}")
 
 
 def output_option(help: str = "Folder to write to; must not exist or be empty.") -> Callable[[Any], Any]:
     """Returns the decorator for `-o/--output DIR`, which is required."""
-    return click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help=help)
+    return click.option("-o", "--output", type=FilePath(), required=True, metavar="DIR", help=help)
 
 
 def force_option(function: Any) -> Any:

@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import click
 
 from sdcompress.cli._console import force_option, output_option
+from sdcompress.cli._types import NAME, OPSET, Capability, FilePath, Shapes, Whole
 
 # As in `sdcompress_engines.signature` and `.profiles`, which load torch; a test checks that they are equal.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 HOSTS = ("diffusers", "webui", "comfyui")
 PRESETS = ("dynamic", "webui", "sd15-512", "sd15-dynamic", "sdxl-1024")
 QUANTIZED = ("fp8", "int8")
-
-
-class CapabilityType(click.ParamType):
-    """Reads a compute capability such as 8.9 as (8, 9)."""
-
-    name = "MAJOR.MINOR"
-
-    def convert(
-        self, value: str | tuple[int, int], param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, int]:
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(\d+)\.(\d)", value)
-        if match is None:
-            self.fail(f"{value!r} is not a compute capability; 8.9 is one", param, ctx)
-        return int(match[1]), int(match[2])
 
 
 _MODEL_OPTIONS = (
@@ -65,10 +48,12 @@ _MODEL_OPTIONS = (
         multiple=True,
         help="Component to export; repeat for more.  [default: all that text-to-image needs]",
     ),
-    click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="LoRA to bake in; repeat for more."),
+    click.option(
+        "--lora", "loras", type=NAME, multiple=True, metavar="FILE[:WEIGHT]", help="LoRA to bake in; repeat for more."
+    ),
     click.option(
         "--opset",
-        type=click.IntRange(18),
+        type=OPSET,
         default=None,
         help="ONNX opset.  [default: 23; 20 for TensorRT before 10.14]",
     ),
@@ -83,6 +68,7 @@ _ENGINE_OPTIONS = (
     click.option(
         "--profile",
         "profiles",
+        type=NAME,
         multiple=True,
         metavar="PRESET|RANGES",
         help=(
@@ -92,19 +78,24 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--batch",
+        type=Shapes("batch"),
         default=None,
         metavar="MIN:OPT:MAX",
         help="Samples in one UNet call; with guidance, a picture takes two.",
     ),
     click.option(
         "--height",
+        type=Shapes("height"),
         default=None,
         metavar="MIN:OPT:MAX",
         help="Height of the picture in pixels; one number makes it fixed.",
     ),
-    click.option("--width", default=None, metavar="MIN:OPT:MAX", help="Width of the picture in pixels."),
+    click.option(
+        "--width", type=Shapes("width"), default=None, metavar="MIN:OPT:MAX", help="Width of the picture in pixels."
+    ),
     click.option(
         "--tokens",
+        type=Shapes("tokens"),
         default=None,
         metavar="MIN:OPT:MAX",
         help="Tokens of the prompt: 77, or a multiple of 77 for long prompts.",
@@ -112,7 +103,7 @@ _ENGINE_OPTIONS = (
     click.option(
         "--compute-capability",
         "compute_capabilities",
-        type=CapabilityType(),
+        type=Capability(),
         multiple=True,
         help=(
             "GPU to build for; repeat for more.  [default: this machine's for tensorrt, all from 8.0 on for"
@@ -121,14 +112,14 @@ _ENGINE_OPTIONS = (
     ),
     click.option(
         "--optimization-level",
-        type=click.IntRange(0, 5),
+        type=Whole(0, 5),
         default=None,
         help="How long tensorrt searches.  [default: 3]",
     ),
     click.option(
         "--workspace",
         "workspace_mib",
-        type=click.IntRange(1),
+        type=Whole(1, 2**20),
         default=None,
         metavar="MIB",
         help="Limit of a layer's scratch memory.",
@@ -164,7 +155,7 @@ _ENGINE_OPTIONS = (
 _CHECK_OPTIONS = (
     click.option(
         "--calibration-prompts",
-        type=click.Path(path_type=Path),
+        type=FilePath(),
         default=None,
         metavar="FILE",
         help="fp8, int8: prompts to calibrate with, one a line.  [default: built-in ones]",

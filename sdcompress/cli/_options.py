@@ -10,6 +10,8 @@ import click
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sdcompress.cli._types import TEXT, Number, Whole
+
 PIXELS = "_px"
 
 
@@ -18,8 +20,8 @@ def field_options(
 ) -> Callable[[Any], Any]:
     """Returns the decorator that adds one option for each field, in the fields' order.
 
-    An option is None, or an empty tuple, where it is not given: the configuration then keeps its own value. Limits such
-    as `ge` stay with pydantic, which names all errors in one message.
+    An option is None, or an empty tuple, where it is not given: the configuration then keeps its own value. The limits
+    of a number, such as `ge`, are the option's too.
 
     Args:
         model: the configuration's class.
@@ -57,12 +59,26 @@ def make_option(name: str, field: FieldInfo, metavar: str | None = None) -> Call
         settings["type"] = click.Choice(get_args(value_type))
     elif is_repeated(field):
         option_name = option_name.removesuffix("s")
-        settings |= {"multiple": True, "type": str}
+        settings |= {"multiple": True, "type": TEXT}
     else:
-        settings["type"] = value_type
+        settings["type"] = number_type(value_type, field)
     if metavar or unit:
         settings["metavar"] = metavar or unit
     return click.option(f"--{option_name.replace('_', '-')}", name, **settings)
+
+
+def number_type(value_type: type, field: FieldInfo) -> Whole | Number:
+    """Returns the type of an option whose field is a number with bounds.
+
+    Args:
+        value_type: int or float.
+        field: with `ge` and `le`; of a float also `gt` and `lt`.
+    """
+    limits = {name: value for limit in field.metadata for name, value in vars(limit).items()}
+    if value_type is int:
+        return Whole(limits.get("ge"), limits.get("le"), limits.get("multiple_of", 1))
+    least, most = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))
+    return Number(least, most, open_least="gt" in limits, open_most="lt" in limits)
 
 
 def pop_given(model: type[BaseModel], options: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import click
 
 from sdcompress.cli._console import ConsoleReporter, force_option, output_option
 from sdcompress.cli._options import field_options, pop_given
+from sdcompress.cli._types import NAME, TEXT, FilePath
 from sdcompress.data.config import DataConfig
 from sdcompress.train.config import TrainConfig
 
@@ -40,7 +41,7 @@ data_options = field_options(
 
 def set_option(help: str) -> Callable[[Any], Any]:
     """Returns the decorator for `--set KNOB=VALUE`, which can be repeated."""
-    return click.option("--set", "settings", multiple=True, metavar="KNOB=VALUE", help=help)
+    return click.option("--set", "settings", type=TEXT, multiple=True, metavar="KNOB=VALUE", help=help)
 
 
 def training_options(config_class: type[TrainConfig], output_help: str) -> Callable[[Any], Any]:
@@ -51,11 +52,11 @@ def training_options(config_class: type[TrainConfig], output_help: str) -> Calla
         output_help: help text of `-o`.
     """
     decorators = (
-        click.option("--data", required=True, metavar="DATA", help=DATA_HELP),
+        click.option("--data", type=NAME, required=True, metavar="DATA", help=DATA_HELP),
         click.option(
             "--cache",
             "cache_folder",
-            type=click.Path(path_type=Path),
+            type=FilePath(),
             default=None,
             metavar="DIR",
             help="Latents and text embeddings; encoded now if the folder does not exist."
@@ -63,6 +64,7 @@ def training_options(config_class: type[TrainConfig], output_help: str) -> Calla
         ),
         click.option(
             "--recipe",
+            type=NAME,
             default=None,
             metavar="NAME|FILE",
             help="Named settings (`sdcompress recipes list`) in place of the defaults; the options override them.",

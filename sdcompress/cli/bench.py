@@ -7,7 +7,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib, typed_command
+from sdcompress.cli._console import (
+    ConsoleReporter,
+    card,
+    echo,
+    force_option,
+    json_option,
+    mib,
+    print_json,
+    typed_command,
+)
+from sdcompress.cli._types import (
+    BATCH,
+    GUIDANCE,
+    NAME,
+    SEED,
+    SIZE_PX,
+    STEPS,
+    THREADS,
+    FilePath,
+    Several,
+    Whole,
+)
+from sdcompress.support.bounds import MOST_PICTURES
 
 if TYPE_CHECKING:
     from sdcompress_bench.results import Results, Row
@@ -37,17 +59,18 @@ def command() -> None:
 
 
 @command.command("run")
-@click.argument("targets", metavar="SUITE|MODEL...", nargs=-1)
+@click.argument("targets", type=NAME, metavar="SUITE|MODEL...", nargs=-1)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="DIR",
     help="Folder to write to.  [default: bench-NAME in this folder, or the next free bench-NAME-2]",
 )
 @click.option(
     "--backend",
     "backends",
+    type=Several(NAME, "torch,ort"),
     metavar="NAMES",
     help=(
         "One or more of torch, compile, aot, onnxruntime (ort), tensorrt (trt), with commas; `aot:bf16` adds a"
@@ -63,41 +86,54 @@ def command() -> None:
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to run.  [default: cuda if there is a GPU]"
 )
 @click.option(
-    "--size", "size_px", metavar="PX[,PX]", help="Side of the pictures.  [default: the size the teacher was trained on]"
+    "--size",
+    "size_px",
+    type=Several(SIZE_PX, "256,512"),
+    metavar="PX[,PX]",
+    help="Side of the pictures.  [default: the size the teacher was trained on]",
 )
-@click.option("--batch", metavar="N[,N]", help="Pictures in one batch; each size is a row.  [default: 1]")
-@click.option("--steps", type=click.IntRange(1), help="Sampling steps.  [default: 25]")
+@click.option(
+    "--batch",
+    type=Several(BATCH, "1,4"),
+    metavar="N[,N]",
+    help="Pictures in one batch; each size is a row.  [default: 1]",
+)
+@click.option("--steps", type=STEPS, help="Sampling steps.  [default: 25]")
 @click.option(
     "--guidance",
     "guidance_scale",
-    type=float,
+    type=GUIDANCE,
     help="Guidance scale; at 1 or less the UNet runs once a step, not twice.  [default: 7.5; nano and its students 4]",
 )
 @click.option(
-    "--prompts", metavar="FILE", help="Captions: txt (one a line), csv, tsv (PartiPrompts), jsonl, or COCO's json."
+    "--prompts",
+    type=NAME,
+    metavar="FILE",
+    help="Captions: txt (one a line), csv, tsv (PartiPrompts), jsonl, or COCO's json.",
 )
 @click.option(
     "--prompt-count",
     "quality_pictures",
-    type=click.IntRange(0),
+    type=Whole(0, MOST_PICTURES),
     metavar="N",
     help="Number of pictures for the quality figures.  [default: all of FILE; 200 held-out prompts for nano]",
 )
-@click.option("--reference", metavar="FOLDER", help="Real pictures; FID and KID are measured against them too.")
+@click.option(
+    "--reference", type=NAME, metavar="FOLDER", help="Real pictures; FID and KID are measured against them too."
+)
 @click.option(
     "--clip",
+    type=NAME,
     metavar="PATH",
     help="A CLIP (transformers folder) that judges the pictures.  [default: nano-CLIP for nano]",
 )
-@click.option("--seed", type=click.IntRange(0), help="Of the first picture; the next has the next seed.  [default: 0]")
+@click.option("--seed", type=SEED, help="Of the first picture; the next has the next seed.  [default: 0]")
 @click.option(
     "--rounds",
-    type=click.IntRange(1),
+    type=Whole(1, 1000),
     help="How often each case is started afresh; 5 rounds show whether a change of 5% is noise.  [default: 5]",
 )
-@click.option(
-    "--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: the runtime's own choice]"
-)
+@click.option("--threads", type=THREADS, metavar="N", help="CPU threads.  [default: the runtime's own choice]")
 @click.option("--quick", is_flag=True, help="One round, few samples, few pictures: a first look, not for publication.")
 @click.option(
     "--strict", is_flag=True, help="A backend that is not installed is an error, and so is a case that fails."
@@ -109,7 +145,7 @@ def command() -> None:
 def run_command(
     targets: tuple[str, ...],
     output: Path | None,
-    backends: str | None,
+    backends: tuple[str, ...] | None,
     quick: bool,
     strict: bool,
     dry_run: bool,
@@ -143,9 +179,8 @@ def run_command(
     if output is not None:
         check_free(output, force)
     options = {name: value for name, value in options.items() if value is not None}
-    options |= {name: _read_numbers(text, name) for name in ("size_px", "batch") if (text := options.get(name))}
     if backends is not None:
-        options |= {"backends": [part for part in backends.split(",") if part.strip()], "gpu_backends": None}
+        options |= {"backends": backends, "gpu_backends": None}
     path = suite_path(targets[0]) if len(targets) == 1 else None
     suite, skipped = _read_suite(path, targets, options, quick, strict)
     if dry_run:
@@ -174,12 +209,14 @@ def _read_suite(
 
 def _run(suite: Suite, skipped: dict[str, str], output: Path, *, force: bool, strict: bool, as_json: bool) -> None:
     """Measure a suite, print the result, and fail where a gate or, with `strict`, a case failed."""
+    import json
+
     from sdcompress_bench.suite import run_suite
     from sdcompress_engines.errors import GateFailed
 
     results = run_suite(suite, output, ConsoleReporter(), force, skipped=skipped, command=typed_command())
     if as_json:
-        click.echo((output / "results.json").read_text(encoding="utf-8"))
+        print_json(json.loads((output / "results.json").read_bytes()), indent=1)
     else:
         _print_card(results, output)
     failures = results.failed_gates()
@@ -195,8 +232,8 @@ def _run(suite: Suite, skipped: dict[str, str], output: Path, *, force: bool, st
 
 
 @command.command("compare")
-@click.argument("before", type=click.Path(path_type=Path), metavar="BEFORE")
-@click.argument("after", type=click.Path(path_type=Path), metavar="AFTER")
+@click.argument("before", type=FilePath(), metavar="BEFORE")
+@click.argument("after", type=FilePath(), metavar="AFTER")
 @click.option("--fail-on-slower", is_flag=True, help="Exit code 3 if something became slower beyond noise.")
 @json_option
 def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bool) -> None:
@@ -216,7 +253,7 @@ def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bo
 
     before_file, after_file = (path / "results.json" if path.is_dir() else path for path in (before, after))
     comparison = compare(read_results(before_file), read_results(after_file), str(before), str(after))
-    click.echo(to_json(comparison) if as_json else render(comparison))
+    echo(to_json(comparison) if as_json else render(comparison))
     slower = [
         f"{line.scenario}, {line.stage}: {line.change.ratio - 1:+.1%}"
         for line in comparison.lines
@@ -224,16 +261,6 @@ def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bo
     ]
     if fail_on_slower and slower:
         raise GateFailed(f"slower: {'; '.join(slower)}", where=after, expected="nothing slower beyond noise")
-
-
-def _read_numbers(text: str, name: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise click.BadParameter(
-            f"{text!r} is not a list of whole numbers, such as 1,4",
-            param_hint="--size" if name == "size_px" else "--batch",
-        ) from error
 
 
 def _free_folder(name: str) -> Path:
@@ -252,27 +279,26 @@ def _list_suites() -> None:
     for name in suite_names():
         path = suite_path(name)
         if path is not None:
-            click.echo(f"{name:<10} {read_suite(path).title}")
+            echo(f"{name:<10} {read_suite(path).title}")
 
 
 def _print_dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None:
     """Print what would run: a line for each scenario, with the memory for its weights and activations."""
-    import json
 
     from sdcompress_bench.dry_run import list_scenarios
 
     rows = list_scenarios(suite, ConsoleReporter())
     if as_json:
-        click.echo(json.dumps({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1))
+        print_json({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1)
         return
     for row, scenario in zip(rows, suite.scenarios(), strict=True):
-        click.echo(
+        echo(
             f"{scenario.model.name:<12} {scenario.setup!s:<22} {scenario.size_px:>5} px  batch {scenario.batch:<3}"
             f" {mib(row['memory_bytes']):>14}   UNet step {row['unet_macs'] / 1e9:,.1f} GMACs"
         )
     for name, reason in skipped.items():
-        click.echo(f"left out: {name}, {reason}")
-    click.echo(
+        echo(f"left out: {name}, {reason}")
+    echo(
         f"{len(rows)} scenarios × {suite.rounds} rounds, {suite.device}; memory is weights and activations at their"
         " peak, without the runtime's own (0.5 to 1 GiB)"
     )

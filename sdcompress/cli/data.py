@@ -12,13 +12,16 @@ from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import (
     ConsoleReporter,
     card,
+    echo,
     force_option,
     given_parameters,
     json_option,
     mib,
     output_option,
+    print_json,
 )
 from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides
+from sdcompress.cli._types import BATCH, GUIDANCE, NAME, PICTURES, SEED, SIZE_PX, STEPS, FilePath
 from sdcompress.data.config import DataConfig
 
 if TYPE_CHECKING:
@@ -40,16 +43,16 @@ def command() -> None:
 
 
 @command.command(short_help="Report usable pictures, sizes, metadata and captions.")
-@click.argument("data")
+@click.argument("data", type=NAME)
 @click.option(
     "--sheet",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     default=None,
     metavar="FILE",
     help="Write a contact sheet of up to 64 pictures, drawn at random.",
 )
 @click.option(
-    "--limit", type=int, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]"
+    "--limit", type=PICTURES, default=None, metavar="N", help="Stop after N pictures with a caption.  [default: all]"
 )
 @click.option(
     "--decode",
@@ -69,18 +72,15 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
       sdcompress data inspect pictures --min-size 512 --sheet sheet.png
       sdcompress data inspect "laion-art/*.tar" --where "aesthetic >= 7.5" --limit 100000 --json
     """
-    import json
     from dataclasses import asdict
 
-    from sdcompress_engines.errors import UsageError, storage_errors
+    from sdcompress_engines.errors import UsageError, shorten, storage_errors
 
     from sdcompress.data.report import SMALL_PX, inspect_source
     from sdcompress.data.sources import open_source
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=sheet, expected="a name ending in .png, .webp or .jpg")
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit {limit}", expected="1 or more")
     again = typed_options(options)
     config = data_config(options)
     figures, picture = inspect_source(
@@ -96,15 +96,13 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
             sheet.parent.mkdir(parents=True, exist_ok=True)
             picture.save(sheet)
     if as_json:
-        click.echo(json.dumps(asdict(figures)))
+        print_json(asdict(figures))
         return
     for title, spread in (*figures.fields.items(), ("words a caption", figures.caption_words)):
         if spread is not None:
-            click.echo(
-                "\n".join(["", f"{title}: {summarize(spread)}, of {spread.count:,} pictures", *draw_bars(spread)])
-            )
+            echo("\n".join(["", f"{title}: {summarize(spread)}, of {spread.count:,} pictures", *draw_bars(spread)]))
     if figures.captions:
-        click.echo("\n".join(["", "captions:", *(f"  {shorten(caption)}" for caption in figures.captions)]))
+        echo("\n".join(["", "captions:", *(f"  {shorten(caption, CAPTION_SHOWN)}" for caption in figures.captions)]))
     rows = figure_rows(figures)
     if sheet is not None:
         rows.append(("sheet", sheet if picture is not None else "not written: there is no picture to show"))
@@ -116,8 +114,8 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
 
 
 @command.command(short_help="Encode a data set once, for any number of trainings.")
-@click.argument("data")
-@click.argument("teacher")
+@click.argument("data", type=NAME)
+@click.argument("teacher", type=NAME)
 @click.option(
     "--vae-precision",
     type=click.Choice(["auto", "fp32", "bf16"]),
@@ -184,27 +182,27 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
 
 
 @command.command(short_help="Make a data set of a teacher's own pictures.")
-@click.argument("teacher")
+@click.argument("teacher", type=NAME)
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     required=True,
     metavar="FILE",
     help="Prompts, one per line; they are used in turn.",
 )
-@click.option("-n", "--count", type=int, required=True, metavar="N", help="Pictures to make.")
+@click.option("-n", "--count", type=PICTURES, required=True, metavar="N", help="Pictures to make.")
 @click.option(
     "--batch-size",
-    type=int,
+    type=BATCH,
     default=16,
     show_default=True,
     help="Pictures drawn at once: more is faster and takes more memory.",
 )
-@click.option("--steps", type=int, default=25, show_default=True, help="Denoising steps.")
+@click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps.")
 @click.option(
     "--guidance",
-    type=float,
+    type=GUIDANCE,
     default=7.5,
     show_default=True,
     help="Classifier-free guidance scale; 1 is no guidance; nano needs 2.5.",
@@ -212,19 +210,19 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
 @click.option(
     "--size",
     "size_px",
-    type=int,
+    type=SIZE_PX,
     default=None,
     metavar="PX",
     help="Side of the pictures in pixels.  [default: the teacher's own]",
 )
 @click.option(
     "--seed",
-    type=int,
+    type=SEED,
     default=0,
     show_default=True,
     help="Seed of the first picture; the next picture has the next seed.",
 )
-@click.option("--backend", default="torch", show_default=True, help=help_text())
+@click.option("--backend", type=NAME, default="torch", show_default=True, help=help_text())
 @click.option(
     "--format",
     "picture_format",
@@ -366,9 +364,3 @@ def draw_bars(spread: Spread) -> list[str]:
         bar = "█" * round(BAR * share / highest)
         lines.append(f"  {format_number(low):>10} – {format_number(high):<10} {bar:<{BAR}} {share:6.1%}")
     return lines
-
-
-def shorten(text: str) -> str:
-    """Returns a caption on one line, cut at `CAPTION_SHOWN` characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= CAPTION_SHOWN else f"{text[: CAPTION_SHOWN - 1]}…"

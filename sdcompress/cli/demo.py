@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from sdcompress.cli._console import force_option
+from sdcompress.cli._types import TRAINING_STEPS, FilePath
 
 
 @click.command()
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     default=Path("demo"),
     show_default=True,
     metavar="DIR",
@@ -21,7 +22,7 @@ from sdcompress.cli._console import force_option
 )
 @click.option(
     "--steps",
-    type=click.IntRange(1),
+    type=TRAINING_STEPS,
     default=None,
     help="Training steps of each student.  [default: the nano recipe's]",
 )

@@ -11,14 +11,16 @@ from sdcompress_engines.command import command_line
 from sdcompress.cli._console import ConsoleReporter, card, mib, millions
 from sdcompress.cli._options import field_options
 from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._types import NAME
 from sdcompress.train.config import DistillConfig
 
 
 @click.command()
-@click.argument("teacher")
+@click.argument("teacher", type=NAME)
 @click.option(
     "--plan",
     "plan_name",
+    type=NAME,
     default=None,
     help="bk-base, bk-small, bk-tiny, or the path of a plan.json.  [default: the recipe's, else bk-tiny]",
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from sdcompress.cli._console import ConsoleReporter, card, json_option, mib
+from sdcompress.cli._console import ConsoleReporter, card, echo, json_option, mib, print_json
+from sdcompress.cli._types import MINUTES, NAME
 
 if TYPE_CHECKING:
     from sdcompress.backends.diagnosis import BackendResult, Diagnosis
@@ -21,18 +21,24 @@ Line = tuple[str, str, str, str, "str | None"]
 @click.command()
 @click.option(
     "--model",
+    type=NAME,
     default="nano",
     show_default=True,
     metavar="MODEL",
     help="Test the backends on this model, at its own size.",
 )
 @click.option(
-    "--backend", "backends", multiple=True, metavar="NAME", help="Test only this one, beside torch; repeat for more."
+    "--backend",
+    "backends",
+    type=NAME,
+    multiple=True,
+    metavar="NAME",
+    help="Test only this one, beside torch; repeat for more.",
 )
 @click.option("--full", is_flag=True, help="Compile all of nano's UNet, not a small UNet with the same operators.")
 @click.option(
     "--minutes",
-    type=click.FloatRange(0.2),
+    type=MINUTES,
     default=None,
     metavar="N",
     help="Stop after this time.  [default: 2; with --full or --model, 60]",
@@ -55,12 +61,10 @@ def command(model: str, backends: tuple[str, ...], full: bool, minutes: float | 
     The backends are torch, compile, aot (AOTInductor), onnxruntime (ort), tensorrt (trt) and tensorrt-rtx. A model of
     SD1.5's size takes minutes for each on a CPU.
     """
-    import json
-
     examine = _load_examine()
     diagnosis = examine(model, backends, full=full, minutes=minutes, report=ConsoleReporter())
     if as_json:
-        click.echo(json.dumps(diagnosis.to_json(), allow_nan=False))
+        print_json(diagnosis.to_json())
     else:
         print_diagnosis(diagnosis)
     if not diagnosis.healthy:
@@ -104,15 +108,13 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     ]
     _print_table("installation", lines)
     _print_table(f"backends, on {diagnosis.model}", [_backend_line(result) for result in diagnosis.backends])
-    click.echo()
+    echo()
     if any(result.subject == "small" for result in diagnosis.backends):
-        click.echo(
-            f"small UNet: two levels with {diagnosis.model}'s operators; sdcompress doctor --full compiles all of it"
-        )
+        echo(f"small UNet: two levels with {diagnosis.model}'s operators; sdcompress doctor --full compiles all of it")
     if machine["load"] > machine["cores"]:
         busy = f"load {machine['load']:g} on {machine['cores']} cores"
-        click.echo(f"busy: other programs were running ({busy}), so the times are longer than on an idle machine")
-    click.echo(f"{verdict(diagnosis)} ({diagnosis.seconds:.0f} s)\nnext: {next_command(diagnosis)}")
+        echo(f"busy: other programs were running ({busy}), so the times are longer than on an idle machine")
+    echo(f"{verdict(diagnosis)} ({diagnosis.seconds:.0f} s)\nnext: {next_command(diagnosis)}")
 
 
 def verdict(diagnosis: Diagnosis) -> str:
@@ -161,21 +163,16 @@ def _backend_text(result: BackendResult) -> str:
 
 
 def _choose_mark(ok: bool | None) -> str:
-    """Returns the mark of a line, in ASCII if the encoding of stdout has no other."""
-    signs = {True: "✓", False: "✗", None: "–"}
-    try:
-        "".join(signs.values()).encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        signs = {True: "+", False: "x", None: "-"}
-    return signs[ok]
+    return {True: "✓", False: "✗", None: "–"}[ok]
 
 
 def _print_table(title: str, lines: Sequence[Line]) -> None:
     """Print a table, and below each fault the command that fixes it."""
     words, names = max(len(line[1]) for line in lines), max(len(line[2]) for line in lines)
-    click.echo(f"\n{title}")
-    colors = {"✓": "green", "+": "green", "✗": "red", "x": "red"}
+    echo(f"\n{title}")
+    colors = {"✓": "green", "✗": "red"}
     for mark, word, name, text, fix in lines:
-        click.echo(f"{click.style(mark, fg=colors.get(mark))} {word:<{words}}  {name:<{names}}  {text}")
+        click.secho(mark, fg=colors.get(mark), nl=False)
+        echo(f" {word:<{words}}  {name:<{names}}  {text}")
         if fix:
-            click.echo(f"{'':<{words + names + 6}}fix: {fix}")
+            echo(f"{'':<{words + names + 6}}fix: {fix}")

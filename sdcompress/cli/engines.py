@@ -8,11 +8,12 @@ from typing import Any
 
 import click
 
-from sdcompress.cli._console import card, json_option, mib
+from sdcompress.cli._console import card, echo, json_option, mib, print_json
+from sdcompress.cli._types import DAYS, NAME, FilePath
 
 store_option = click.option(
     "--store",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    type=FilePath(exists=True, file_okay=False),
     metavar="DIR",
     help="Folder of the store.  [default: the user's own]",
 )
@@ -31,7 +32,7 @@ def command() -> None:
 
 
 @command.command("list", short_help="The engines, and whether each loads here.")
-@click.argument("folder", required=False, metavar="[FOLDER]", type=click.Path(path_type=Path))
+@click.argument("folder", required=False, metavar="[FOLDER]", type=FilePath())
 @store_option
 @json_option
 def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None:
@@ -41,8 +42,6 @@ def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None
       sdcompress engines list
       sdcompress engines list engines/engine --json
     """
-    import json
-
     from sdcompress_engines.store import EngineStore
 
     from sdcompress.export.engine_facts import BUILD, describe_entry, describe_folder
@@ -50,10 +49,10 @@ def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None
     opened = EngineStore(store)
     facts = describe_folder(folder) if folder else [describe_entry(entry) for entry in opened.entries()]
     if as_json:
-        click.echo(json.dumps(facts))
+        print_json(facts)
         return
     if not facts:
-        click.echo(f"no engines in {folder or opened.root}\nnext: {BUILD}")
+        echo(f"no engines in {folder or opened.root}\nnext: {BUILD}")
         return
     rows = [
         ("key", "component", "model", "precision", "built with", "cards", "profile", "size", "age", "loads here"),
@@ -61,15 +60,15 @@ def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    click.echo(
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    echo(
         f"{len(facts)} {'engine' if len(facts) == 1 else 'engines'}, {mib(sum(fact['bytes'] for fact in facts))} in"
         f" {folder or opened.root}"
     )
 
 
 @command.command(short_help="All facts about one engine.")
-@click.argument("engine", metavar="KEY|PATH")
+@click.argument("engine", type=NAME, metavar="KEY|PATH")
 @store_option
 @json_option
 def show(engine: str, store: Path | None, as_json: bool) -> None:
@@ -79,8 +78,6 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
       sdcompress engines show 3fa2
       sdcompress engines show engines/engine/unet.engine
     """
-    import json
-
     from sdcompress_engines.store import EngineStore
 
     from sdcompress.export.engine_facts import describe_entry, describe_path, find_entry
@@ -90,7 +87,7 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
     else:
         facts = [describe_entry(find_entry(EngineStore(store), engine), contents=True)]
     if as_json:
-        click.echo(json.dumps(facts))
+        print_json(facts)
         return
     for fact in facts:
         card(
@@ -104,7 +101,7 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
 
 
 @command.command(short_help="Read every engine and compare it with its manifest.")
-@click.argument("folder", required=False, metavar="[FOLDER]", type=click.Path(path_type=Path))
+@click.argument("folder", required=False, metavar="[FOLDER]", type=FilePath())
 @store_option
 @json_option
 def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
@@ -116,8 +113,6 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
       sdcompress engines verify
       sdcompress engines verify engines/engine
     """
-    import json
-
     from sdcompress_engines.errors import GateFailed
     from sdcompress_engines.store import EngineStore
     from sdcompress_engines.store_entries import Finding, Verdict
@@ -130,13 +125,13 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
     damaged = [finding for finding in verdict.findings if finding.faults]
     if as_json:
         findings = [{"path": str(finding.folder), "faults": list(finding.faults)} for finding in verdict.findings]
-        click.echo(json.dumps({"findings": findings, "swept": [str(swept.folder) for swept in verdict.swept]}))
+        print_json({"findings": findings, "swept": [str(swept.folder) for swept in verdict.swept]})
     else:
         for finding in verdict.findings:
-            click.echo(f"{finding.folder.name:<20}  {'; '.join(finding.faults) or 'intact'}")
+            echo(f"{finding.folder.name:<20}  {'; '.join(finding.faults) or 'intact'}")
         for swept in verdict.swept:
-            click.echo(f"removed {swept.folder.name} ({mib(swept.bytes)}), {swept.reason}")
-        click.echo(f"{len(verdict.findings) - len(damaged)} of {len(verdict.findings)} intact in {place}")
+            echo(f"removed {swept.folder.name} ({mib(swept.bytes)}), {swept.reason}")
+        echo(f"{len(verdict.findings) - len(damaged)} of {len(verdict.findings)} intact in {place}")
     if damaged:
         hint = "build it again: " + BUILD if folder else "sdcompress engines prune --unusable, then export again"
         names = ", ".join(finding.folder.name for finding in damaged)
@@ -144,10 +139,10 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
 
 
 @command.command(short_help="Remove engines from the store.")
-@click.argument("keys", nargs=-1, metavar="[KEY]...")
+@click.argument("keys", type=NAME, nargs=-1, metavar="[KEY]...")
 @click.option(
     "--older-than",
-    type=click.FloatRange(0),
+    type=DAYS,
     metavar="DAYS",
     help="Remove engines that were neither built nor used in the last DAYS days.",
 )
@@ -181,16 +176,16 @@ def prune(
     chosen = [find_entry(opened, key).digest for key in keys]
     pruned = opened.prune(older_than, unusable, everything, chosen, dry_run)
     for gone in pruned:
-        click.echo(f"{gone.folder.name}  {mib(gone.bytes):>12}  {gone.reason}")
+        echo(f"{gone.folder.name}  {mib(gone.bytes):>12}  {gone.reason}")
     left = sum(entry.bytes for entry in opened.entries())
-    click.echo(
+    echo(
         f"{'would free' if dry_run else 'freed'} {mib(sum(gone.bytes for gone in pruned))} in {len(pruned)}"
         f" {'folder' if len(pruned) == 1 else 'folders'}; {mib(left)} in {opened.root}"
     )
 
 
 @command.command(short_help="The path of the store, or of one engine.")
-@click.argument("key", required=False, metavar="[KEY]")
+@click.argument("key", type=NAME, required=False, metavar="[KEY]")
 @store_option
 def path(key: str | None, store: Path | None) -> None:
     """Print the path of the store, or of one engine file.
@@ -207,7 +202,7 @@ def path(key: str | None, store: Path | None) -> None:
 
     opened = EngineStore(store)
     if key is None:
-        click.echo(str(opened.root))
+        echo(str(opened.root))
         return
     entry = find_entry(opened, key)
     if isinstance(entry, BrokenEngine):
@@ -216,7 +211,7 @@ def path(key: str | None, store: Path | None) -> None:
             where=entry.folder,
             hint="sdcompress engines prune --unusable, then export again",
         )
-    click.echo(str(entry.path))
+    echo(str(entry.path))
 
 
 def _table_row(fact: Mapping[str, Any]) -> tuple[str, ...]:

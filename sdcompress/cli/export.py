@@ -12,6 +12,7 @@ from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, given_parameters, mib
 from sdcompress.cli._export_options import QUANTIZED, export_options
+from sdcompress.cli._types import NAME
 
 if TYPE_CHECKING:
     from sdcompress.export.components import Precision
@@ -24,7 +25,7 @@ _SHAPES = ("batch", "height", "width", "tokens")
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @export_options
 def command(
     model: str,

@@ -10,11 +10,12 @@ from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._types import NAME
 from sdcompress.train.config import FinetuneConfig
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @training_options(
     FinetuneConfig, "Training folder: checkpoints, metrics.jsonl, samples, and the pipeline under pipeline/."
 )

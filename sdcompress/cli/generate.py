@@ -9,6 +9,7 @@ import click
 
 from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import ConsoleReporter, card
+from sdcompress.cli._types import GUIDANCE, NAME, SEED, SIZE_PX, STEPS, TEXT, FilePath
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -17,27 +18,28 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
-@click.argument("prompt")
-@click.option("--negative-prompt", default=None, help="What the picture should not show.")
-@click.option("--steps", type=click.IntRange(1, 1000), default=25, show_default=True, help="Denoising steps.")
+@click.argument("model", type=NAME)
+@click.argument("prompt", type=TEXT)
+@click.option("--negative-prompt", type=TEXT, default=None, help="What the picture should not show.")
+@click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps.")
 @click.option(
     "--guidance",
-    type=float,
+    type=GUIDANCE,
     default=None,
     help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 2.5]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the initial noise.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the initial noise.")
 @click.option(
     "--size",
     "size_px",
-    type=int,
+    type=SIZE_PX,
     default=None,
     metavar="PX",
     help="Side of the picture in pixels.  [default: the model's own]",
 )
 @click.option(
     "--backend",
+    type=NAME,
     default="torch",
     show_default=True,
     help=help_text(),
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--artifacts",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     default=None,
     metavar="DIR",
     help="Graphs or engines of MODEL that `export` wrote.  [default: exported once and cached]",
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
 @click.option(
     "--lora",
     "loras",
+    type=NAME,
     multiple=True,
     metavar="FILE[:WEIGHT]",
     help="LoRA for this model, in diffusers' or kohya's naming; repeat for more.",
@@ -71,7 +74,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     default=Path("out.png"),
     show_default=True,
     metavar="FILE",

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from sdcompress.cli._console import card, json_option, mib
+from sdcompress.cli._console import card, json_option, mib, print_json
+from sdcompress.cli._types import NAME
 
 
 @click.command()
-@click.argument("path")
+@click.argument("path", type=NAME)
 @json_option
 def command(path: str, as_json: bool) -> None:
     """Describe PATH: a pipeline, a checkpoint, a LoRA, or any artifact of sdcompress. No weights are loaded.
@@ -21,14 +22,13 @@ def command(path: str, as_json: bool) -> None:
       sdcompress inspect segmind/small-sd --json
       sdcompress inspect runs/bk-tiny/pipeline
     """
-    import json
     from dataclasses import asdict
 
     from sdcompress.models.describe import describe_model
 
     facts, manifest = describe_model(path)
     if as_json:
-        click.echo(json.dumps(facts | ({"manifest": asdict(manifest)} if manifest else {})))
+        print_json(facts | ({"manifest": asdict(manifest)} if manifest else {}))
         return
     card(path, [(key, _format(key, value)) for key, value in facts.items()])
 

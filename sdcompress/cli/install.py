@@ -9,6 +9,7 @@ import click
 from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.cli._types import NAME, FilePath
 from sdcompress.hosts.definitions import hosts
 
 if TYPE_CHECKING:
@@ -16,18 +17,21 @@ if TYPE_CHECKING:
     from sdcompress.hosts.transaction import Outcome
 
 host_argument = click.argument("host", type=click.Choice(list(hosts())))
-path_argument = click.argument("path", type=click.Path(path_type=Path))
+path_argument = click.argument("path", type=FilePath())
 
 
 @click.command()
 @host_argument
 @path_argument
-@click.argument("engines", nargs=-1, type=click.Path(path_type=Path), metavar="[ENGINE]...")
-@click.option("--name", default=None, help="Name of the engine in the program's list.  [default: its model's]")
+@click.argument("engines", nargs=-1, type=FilePath(), metavar="[ENGINE]...")
+@click.option(
+    "--name", type=NAME, default=None, help="Name of the engine in the program's list.  [default: its model's]"
+)
 @click.option("--link", is_flag=True, help="Create links to the files instead of copies.")
 @click.option(
     "--with-weights",
     "weights",
+    type=NAME,
     default=None,
     metavar="MODEL",
     help=(

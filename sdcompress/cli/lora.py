@@ -11,6 +11,7 @@ from sdcompress_engines.command import command_line
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._options import field_options
 from sdcompress.cli._training import load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._types import NAME, FilePath
 from sdcompress.train.config import LoraConfig
 
 
@@ -26,7 +27,7 @@ def command() -> None:
 
 
 @command.command()
-@click.argument("model")
+@click.argument("model", type=NAME)
 @field_options(LoraConfig, ("rank",))
 @training_options(LoraConfig, "Training folder: checkpoints, metrics.jsonl, samples, and the LoRA under lora/.")
 def train(
@@ -66,13 +67,17 @@ def train(
 
 
 @command.command()
-@click.argument("lora", type=click.Path(path_type=Path))
+@click.argument("lora", type=FilePath())
 @click.option(
-    "--teacher", required=True, help="The model that the LoRA was trained for: a checkpoint, a hub id, or nano."
+    "--teacher",
+    type=NAME,
+    required=True,
+    help="The model that the LoRA was trained for: a checkpoint, a hub id, or nano.",
 )
 @click.option(
     "--plan",
     "plan_name",
+    type=NAME,
     default="bk-tiny",
     show_default=True,
     help="The student's block-removal plan: bk-base, bk-small, bk-tiny, or a plan.json.",
@@ -87,7 +92,7 @@ def train(
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     required=True,
     metavar="FILE",
     help="The student's LoRA, .safetensors.",

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 from sdcompress_engines.command import command_line
 
-from sdcompress.cli._console import card, json_option, millions
+from sdcompress.cli._console import card, json_option, millions, print_json
+from sdcompress.cli._types import NAME, FilePath
 
 if TYPE_CHECKING:
     from sdcompress.prune.cost import Cost
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("teacher")
+@click.argument("teacher", type=NAME)
 @click.option(
     "--preset",
+    type=NAME,
     default="bk-tiny",
     show_default=True,
     help="bk-base (alias sd-small), bk-small, bk-tiny (alias sd-tiny), or the path of a plan.json.",
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     default=None,
     metavar="FILE",
     help="Write the plan here, for `distill --plan FILE`.",
@@ -57,7 +59,7 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
         rows.append(("plan", str(output)))
     if as_json:
         costs = {"before": before["total"].__dict__, "after": after["total"].__dict__}
-        click.echo(json.dumps({"plan": json.loads(plan.to_json()), **costs}))
+        print_json({"plan": json.loads(plan.to_json()), **costs})
         return
     card(
         f"{plan.name} for {teacher}",

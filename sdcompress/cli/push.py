@@ -6,31 +6,34 @@ from pathlib import Path
 
 import click
 
-from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.cli._console import ConsoleReporter, card, echo, mib
+from sdcompress.cli._types import NAME, TEXT, FilePath
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
-@click.argument("repo")
+@click.argument("folder", metavar="DIR", type=FilePath())
+@click.argument("repo", type=NAME)
 @click.option("--private", is_flag=True, help="Make a new repository private.")
 @click.option("--dry-run", is_flag=True, help="Print the card and the files, and upload nothing; needs no network.")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     default=None,
     metavar="DIR",
     help="With --dry-run: write the card and its picture to this folder instead of printing the card.",
 )
-@click.option("--message", default=None, help="Message of the commit.  [default: Upload NAME]")
+@click.option("--message", type=TEXT, default=None, help="Message of the commit.  [default: Upload NAME]")
 @click.option(
     "--license",
+    type=NAME,
     default=None,
     metavar="NAME",
     help="The license, by the hub's name, such as creativeml-openrail-m.  [default: other, to be checked]",
 )
 @click.option(
     "--base-model",
+    type=NAME,
     default=None,
     metavar="HUB-ID",
     help="Hub id of the teacher, or of the LoRA's base model.  [default: the name it was trained under]",
@@ -65,12 +68,12 @@ def command(
     files = model.files() | ({PICTURE: model.samples} if model.samples else {})
     if dry_run:
         if output is None:
-            click.echo(text)
+            echo(text)
         else:
             write_card(output, text, model.samples)
         sizes = {CARD: len(text.encode())} | {name: path.stat().st_size for name, path in files.items()}
         width = max(map(len, sizes))
-        click.echo("\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in sizes.items()))
+        echo("\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in sizes.items()))
         return
     token = require_token()
     total = sum(path.stat().st_size for path in files.values())

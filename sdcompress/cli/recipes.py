@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from sdcompress_engines.command import command_line
 
-from sdcompress.cli._console import card, json_option
+from sdcompress.cli._console import card, echo, json_option, print_json
 from sdcompress.cli._training import set_option
+from sdcompress.cli._types import NAME, FilePath
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -39,8 +40,6 @@ def list_recipes(as_json: bool) -> None:
     \b
       sdcompress recipes list
     """
-    import json
-
     from sdcompress.train.recipes import recipe_names, recipe_path
 
     facts = []
@@ -56,18 +55,18 @@ def list_recipes(as_json: bool) -> None:
             }
         )
     if as_json:
-        click.echo(json.dumps(facts))
+        print_json(facts)
         return
     width = max(len(str(fact["name"])) for fact in facts)
     for fact in facts:
-        click.echo(
+        echo(
             f"{fact['name']:<{width}}  {fact['kind']:<8}  {fact['steps']:>7,} steps of {fact['batch_size']:>3} "
             f" {fact['purpose']}"
         )
 
 
 @command.command()
-@click.argument("recipe", metavar="NAME|FILE")
+@click.argument("recipe", type=NAME, metavar="NAME|FILE")
 @click.option(
     "--resolved", "as_resolved", is_flag=True, help="Print every knob with its value and meaning, defaults included."
 )
@@ -82,15 +81,15 @@ def show(recipe: str, as_resolved: bool) -> None:
 
     if as_resolved:
         kind, config = resolve_recipe(recipe)
-        click.echo(f"kind: {kind}\n" + render_config(config), nl=False)
+        echo(f"kind: {kind}\n" + render_config(config), newline=False)
     else:
         read_recipe(recipe)
-        click.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+        echo(recipe_path(recipe).read_text(encoding="utf-8"), newline=False)
 
 
 @command.command()
-@click.argument("name")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("name", type=NAME)
+@click.argument("file", type=FilePath())
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def copy(name: str, file: Path, force: bool) -> None:
     """Copy a recipe to FILE, where you can change it.
@@ -126,7 +125,7 @@ def copy(name: str, file: Path, force: bool) -> None:
 
 
 @command.command()
-@click.argument("recipe", metavar="NAME|FILE")
+@click.argument("recipe", type=NAME, metavar="NAME|FILE")
 @set_option("Any knob, such as ema_decay=0.999 or data.flip=true; repeat for more.")
 @json_option
 def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
@@ -136,11 +135,9 @@ def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
       sdcompress recipes validate mine.yaml
       sdcompress recipes validate segmind-tiny --set learning_rate=1e-5 --set batch_size=32
     """
-    import json
-
     kind, config = resolve_recipe(recipe, settings)
     if as_json:
-        click.echo(json.dumps({"kind": kind} | config.model_dump(mode="json")))
+        print_json({"kind": kind} | config.model_dump(mode="json"))
         return
     options = "".join(f" {command_line(['--set', setting])}" for setting in settings)
     card(
@@ -183,11 +180,11 @@ def read_kind(values: dict[str, Any], recipe: str) -> str:
     """
     import difflib
 
-    from sdcompress_engines.errors import UsageError
+    from sdcompress_engines.errors import UsageError, shorten
 
     from sdcompress.train.config import KINDS
 
-    kind = str(values.get("kind", "distill"))
+    kind = shorten(values.get("kind", "distill"), 60)
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
         raise UsageError(
@@ -212,8 +209,9 @@ def read_purpose(text: str) -> str:
 
 def render_config(config: BaseModel, indent: str = "") -> str:
     """Returns a configuration as YAML, each knob below its description; it reads back as the same configuration."""
-    import yaml
     from pydantic import BaseModel
+
+    from sdcompress.support.yaml_files import write_yaml
 
     text = ""
     for name, info in type(config).model_fields.items():
@@ -223,12 +221,7 @@ def render_config(config: BaseModel, indent: str = "") -> str:
             text += f"{indent}{name}:\n{render_config(value, indent + '  ')}"
         else:
             plain = list(value) if isinstance(value, tuple) else value
-            text += indent + yaml.safe_dump(
-                {name: plain},
-                default_flow_style=None if isinstance(plain, list | dict) else False,
-                allow_unicode=True,
-                width=10_000,
-            )
+            text += indent + write_yaml({name: plain})
     return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,17 +17,18 @@ from sdcompress.cli._console import (
     output_option,
     typed_command,
 )
-from sdcompress.cli._export_options import CapabilityType
 from sdcompress.cli._training import DATA_HELP
+from sdcompress.cli._types import NAME, TRAINING_STEPS, Capability, FilePath
 
 if TYPE_CHECKING:
     from sdcompress_bench.chain import ChainResult, ChainSettings
 
 
 @click.command()
-@click.argument("teacher")
+@click.argument("teacher", type=NAME)
 @click.option(
     "--data",
+    type=NAME,
     required=True,
     metavar="DATA",
     help=DATA_HELP,
@@ -36,23 +36,24 @@ if TYPE_CHECKING:
 @click.option(
     "--plan",
     "plans",
+    type=NAME,
     multiple=True,
     default=("bk-tiny",),
     show_default=True,
     help="bk-base, bk-small, bk-tiny, or a plan.json; repeat for several students.",
 )
-@click.option("--recipe", default=None, metavar="NAME|FILE", help="Training settings, such as nano.")
-@click.option("--steps", type=int, default=None, help="Training steps; overrides the recipe.")
+@click.option("--recipe", type=NAME, default=None, metavar="NAME|FILE", help="Training settings, such as nano.")
+@click.option("--steps", type=TRAINING_STEPS, default=None, help="Training steps; overrides the recipe.")
 @click.option(
     "--compute-capability",
-    type=CapabilityType(),
+    type=Capability(),
     default=None,
     help="GPU to build engines for.  [default: this machine's GPU; without one, 8.0 and newer]",
 )
 @click.option(
     "--prompts",
     "prompts_file",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     default=None,
     metavar="FILE",
     help="Captions for the report, one a line.",

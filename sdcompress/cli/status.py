@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from sdcompress_engines.command import command_line
 
-from sdcompress.cli._console import card, json_option, mib
+from sdcompress.cli._console import card, json_option, mib, print_json
 from sdcompress.cli.install import host_argument, path_argument
 
 if TYPE_CHECKING:
@@ -28,15 +28,13 @@ def command(host: str, path: Path, as_json: bool) -> None:
     sdcompress status webui ~/stable-diffusion-webui
     sdcompress status comfyui ~/ComfyUI --json
     """
-    import json
-
     from sdcompress.hosts.find import find_host
     from sdcompress.hosts.status import read_status
 
     program, root = find_host(host, path)
     state = read_status(program, root)
     if as_json:
-        click.echo(json.dumps(_to_json(state), ensure_ascii=False))
+        print_json(_to_json(state))
         return
     rows = [("plugin", _describe_plugin(state)), ("engines", str(root / program.models))]
     rows += [("", _describe_engine(engine)) for engine in state.engines]

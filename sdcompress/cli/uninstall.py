@@ -7,13 +7,14 @@ from pathlib import Path
 import click
 
 from sdcompress.cli._console import card
+from sdcompress.cli._types import NAME
 from sdcompress.cli.install import host_argument, outcome_rows, path_argument
 
 
 @click.command()
 @host_argument
 @path_argument
-@click.argument("names", nargs=-1, metavar="[ENGINE]...")
+@click.argument("names", type=NAME, nargs=-1, metavar="[ENGINE]...")
 def command(host: str, path: Path, names: tuple[str, ...]) -> None:
     """Remove what `install` has put into the program's folder PATH: everything, or only the named engines.
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from sdcompress.support.bounds import LEAST_PX, MOST_PX, STEP_PX
+from sdcompress.support.settings import Settings
 
 
-class DataConfig(BaseModel):
+class DataConfig(Settings):
     """The `data` section of a recipe. Unknown keys are refused.
 
     The descriptions of the fields are also the help texts of the command line.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     size_px: int | None = Field(
         None,
-        ge=64,
-        multiple_of=8,
+        ge=LEAST_PX,
+        le=MOST_PX,
+        multiple_of=STEP_PX,
         description="Side of the training pictures in pixels; by default the side that the UNet was made for.",
     )
     where: tuple[str, ...] = Field(
@@ -27,13 +29,14 @@ class DataConfig(BaseModel):
     min_size_px: int = Field(
         0,
         ge=0,
+        le=10**6,
         description="Use only pictures whose short side has at least this many pixels; with 0, small pictures are"
         " enlarged.",
     )
     max_aspect: float | None = Field(
-        None, ge=1, description="Use only pictures whose long side is at most this many times their short side."
+        None, ge=1, le=1e6, description="Use only pictures whose long side is at most this many times their short side."
     )
-    captions: dict[str, float] = Field(
+    captions: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(
         default_factory=dict,
         description="Metadata columns that hold captions, each with the share at which it is drawn; by default the"
         " first of text, caption and prompt.",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sdcompress_engines.errors import UsageError
+from sdcompress_engines.errors import UsageError, shorten
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -68,9 +68,10 @@ def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
     for text in texts:
         match = _CONDITION.fullmatch(text)
         number = as_number(match[3]) if match else None
-        if match is None or number is None:
+        if match is None or number is None or math.isinf(number):
             raise UsageError(
-                f"--where {text!r}", expected='FIELD, one of >= <= > < == !=, and a number, such as "aesthetic >= 7.5"'
+                f"--where {shorten(repr(text), 120)}",
+                expected='FIELD, one of >= <= > < == !=, and a finite number: "aesthetic >= 7.5"',
             )
         conditions.append(Condition(match[1], match[2], number))
     return tuple(conditions)

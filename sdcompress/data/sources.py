@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.paths import expand_user
 
 from sdcompress.data.config import DataConfig
 from sdcompress.data.folder import FolderSource
@@ -36,7 +37,7 @@ def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = N
         return ShardSource("nano", nano.shards("train"), config)
     if str(data).startswith(HUB_PREFIX):
         return HubSource(str(data).removeprefix(HUB_PREFIX), config)
-    path = Path(data).expanduser()
+    path = expand_user(data)
     if path.is_dir():
         return _open_folder(path, config)
     files = [path] if path.is_file() else _match_files(str(path))

@@ -20,6 +20,7 @@ from sdcompress.export.components import (
 from sdcompress.export.onnx_file import OPSET
 from sdcompress.export.quantize.precisions import INSTALL, Quantized, missing
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
+from sdcompress.support.bounds import LEAST_OPSET, MOST_OPSET
 from sdcompress.support.pipeline import TextToImagePipeline
 
 
@@ -83,11 +84,13 @@ def choose_settings(
         opset: of the standard operators; None is `OPSET`.
 
     Raises:
-        UsageError: an unknown component, precision, host or runtime. ModelError: the pipeline lacks a component.
+        UsageError: an unknown component, precision, host, runtime or opset. ModelError: the pipeline lacks a component.
             BackendMissing: a quantized precision, and what it needs is not installed.
     """
     if runtime not in get_args(Runtime):
         raise UsageError(f"no runtime {runtime!r}", expected=" or ".join(get_args(Runtime)))
+    if opset is not None and not LEAST_OPSET <= opset <= MOST_OPSET:
+        raise UsageError(f"opset {opset}", expected=f"{LEAST_OPSET} to {MOST_OPSET}, which torch exports")
     if precision not in (*DTYPES, *QUANTIZED):
         raise UsageError(f"no precision {precision!r}", expected=" or ".join((*DTYPES, *QUANTIZED)))
     if precision in QUANTIZED and (reason := missing()) is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,16 @@ from typing import Any, Literal
 from sdcompress_engines.errors import DataError, UsageError
 
 from sdcompress.backends.registry import backend_name
+from sdcompress.support.bounds import (
+    LEAST_PX,
+    MOST_BATCH,
+    MOST_GUIDANCE,
+    MOST_PICTURES,
+    MOST_PX,
+    MOST_SEED,
+    MOST_STEPS,
+    STEP_PX,
+)
 
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {"webp": {"quality": 95}, "png": {}}
 """Picture format → Pillow's options for it."""
@@ -49,18 +58,18 @@ class GenerateSettings:
         """
         backend_name(self.backend)
         checks = (
-            (self.count >= 1, f"{self.count} pictures, at least 1 is needed"),
-            (self.batch_size >= 1, f"batches of {self.batch_size}, at least 1 is needed"),
-            (1 <= self.steps <= 1000, f"{self.steps} steps, 1 to 1000 are possible"),
+            (1 <= self.count <= MOST_PICTURES, f"{self.count} pictures, 1 to {MOST_PICTURES:,} are possible"),
+            (1 <= self.batch_size <= MOST_BATCH, f"batches of {self.batch_size}, 1 to {MOST_BATCH:,} are possible"),
+            (1 <= self.steps <= MOST_STEPS, f"{self.steps} steps, 1 to {MOST_STEPS} are possible"),
             (
-                math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
-                f"guidance {self.guidance_scale:g}, 0 or more is needed",
+                0 <= self.guidance_scale <= MOST_GUIDANCE,
+                f"guidance {self.guidance_scale:g}, 0 to {MOST_GUIDANCE:g} is possible",
             ),
             (
-                self.size_px is None or (self.size_px >= 64 and self.size_px % 8 == 0),
-                f"{self.size_px} px, a multiple of 8 from 64 up is needed",
+                self.size_px is None or (LEAST_PX <= self.size_px <= MOST_PX and self.size_px % STEP_PX == 0),
+                f"{self.size_px} px, a multiple of {STEP_PX} from {LEAST_PX} to {MOST_PX} is needed",
             ),
-            (0 <= self.seed < 2**62, f"seed {self.seed}, 0 or more is needed"),
+            (0 <= self.seed <= MOST_SEED, f"seed {self.seed}, 0 to {MOST_SEED} is possible"),
             (
                 self.picture_format in SAVE_OPTIONS,
                 f"format {self.picture_format!r}, {' or '.join(SAVE_OPTIONS)} is needed",

@@ -10,6 +10,7 @@ from pathlib import Path
 from sdcompress_engines.engine_files import find_manifest_folder, folder_faults
 from sdcompress_engines.errors import ArtifactError, EngineMismatch, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from sdcompress_engines.paths import expand_user
 
 from sdcompress.hosts.entry import Entry
 from sdcompress.hosts.host import Host
@@ -59,7 +60,7 @@ def read_engine_folder(path: str | Path, host: Host, name: str | None = None) ->
         ArtifactError: the folder holds no engine, or a damaged one.
         EngineMismatch: the engine has a signature that the host does not call.
     """
-    given = Path(path).expanduser().absolute()
+    given = expand_user(path).absolute()
     build = f"sdcompress export MODEL --trt --signature {host.signatures[0]} -o DIR"
     if not given.is_dir():
         raise UsageError("no such folder", where=given, expected="one that `sdcompress export` has written", hint=build)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdcompress_engines.errors import UsageError
+from sdcompress_engines.paths import expand_user
 
 from sdcompress.hosts.definitions import hosts
 from sdcompress.hosts.host import Host
@@ -19,7 +20,7 @@ def find_host(name: str, path: str | Path) -> tuple[Host, Path]:
     known = hosts()
     if name not in known:
         raise UsageError(f"no host {name!r}", expected=" or ".join(known))
-    host, root = known[name], Path(path).expanduser().absolute()
+    host, root = known[name], expand_user(path).absolute()
     if not root.is_dir():
         raise UsageError("no such folder", where=root, expected=f"the folder of {host.title}")
     missing = host.missing_mark(root)

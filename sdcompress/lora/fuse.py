@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,28 @@ from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress.lora.files import Layers
 from sdcompress.support.pipeline import TextToImagePipeline
 
+MOST_WEIGHT = 100.0
+"""Largest factor of a LoRA's change; 1 is usual."""
+
 
 def parse_lora(text: str) -> tuple[Path, float]:
     """Returns the file and the weight of a LoRA option, `FILE` or `FILE:WEIGHT`; the default weight is 1.
 
     Raises:
-        UsageError: the weight is no number.
+        UsageError: the weight is no number, or too large.
     """
     name, colon, weight = text.rpartition(":")
     is_drive = len(name) == 1 and name.isalpha() and weight.startswith(("\\", "/"))
     if not colon or weight.endswith(".safetensors") or is_drive:
         return Path(text), 1.0
     try:
-        return Path(name), float(weight)
-    except ValueError as error:
-        raise UsageError(f"--lora {text!r}", expected="FILE or FILE:WEIGHT, such as style.safetensors:0.8") from error
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= MOST_WEIGHT:
+        expected = f"FILE or FILE:WEIGHT, such as style.safetensors:0.8, with a weight of at most {MOST_WEIGHT:g}"
+        raise UsageError(f"--lora {text!r}", expected=expected)
+    return Path(name), number
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.paths import expand_user
 
 from sdcompress.models.locate import BUILT_IN, display_name, hash_pipeline, locate_pipeline, read_model_index
 from sdcompress.support.pipeline import TextToImagePipeline
@@ -55,7 +56,7 @@ def load_pipeline(name_or_path: str | Path, *, as_stored: bool = False) -> Loade
         pipeline = _load_folder(folder, as_stored)
     pipeline.set_progress_bar_config(disable=True)
     name = str(name_or_path)
-    from_hub = folder.is_dir() and not Path(name).expanduser().exists()
+    from_hub = folder.is_dir() and not expand_user(name).exists()
     if name not in BUILT_IN and not from_hub:
         name = display_name(folder)
     return LoadedPipeline(name, pipeline, hash_pipeline(folder), folder)

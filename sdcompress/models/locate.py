@@ -10,6 +10,7 @@ from typing import Any
 
 from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.manifest import sha256_file, sha256_tree
+from sdcompress_engines.paths import expand_user
 
 BUILT_IN = ("nano", "nano-tiny")
 
@@ -34,7 +35,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
         from sdcompress.models import nano
 
         return nano.pipeline_folder(name)
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_dir():
         for candidate in (path, path / "pipeline"):
             if (candidate / "model_index.json").is_file():

@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import click
+from sdcompress_engines.errors import escape_controls
 from sdcompress_engines.progress import Advance, Reporter
 
 
@@ -23,11 +24,12 @@ class ConsoleReporter(Reporter):
     PLAIN_EVERY_S = 10.0
 
     def __init__(self) -> None:
-        self.terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self.terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
     def show_line(self, text: str) -> None:
         if is_first_process():
-            click.echo(text, err=True)
+            with suppress(OSError):  # of a full disk behind stderr, for which no work is given up
+                click.echo(escape_controls(text), err=True)
 
     @contextmanager
     def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
@@ -48,15 +50,15 @@ class ConsoleReporter(Reporter):
         )
 
         columns = (
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total, note="")
+            task = bar.add_task(escape_controls(label), total=total, note="")
             yield lambda n=1, note="": bar.update(task, advance=n, note=note)
 
     @contextmanager

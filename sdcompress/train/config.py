@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from sdcompress.data.config import DataConfig
+from sdcompress.support.bounds import MOST_BATCH, MOST_SEED, MOST_TRAINING_STEPS
+from sdcompress.support.settings import Settings
+
+_MOST_RATE, _MOST_WEIGHT = 100.0, 1e6
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Settings):
     """The settings that every kind of training has. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    steps: int = Field(1000, ge=1, description="Number of optimizer steps.")
-    batch_size: int = Field(16, ge=1, description="Pictures per step, over all processes and accumulation steps.")
+    steps: int = Field(1000, ge=1, le=MOST_TRAINING_STEPS, description="Number of optimizer steps.")
+    batch_size: int = Field(
+        16, ge=1, le=MOST_BATCH, description="Pictures per step, over all processes and accumulation steps."
+    )
     gradient_accumulation: int = Field(
-        1, ge=1, description="Splits a batch into this many passes: less memory, the same result."
+        1, ge=1, le=MOST_BATCH, description="Splits a batch into this many passes: less memory, the same result."
     )
     learning_rate: float = Field(
-        5e-5, gt=0, description="Learning rate after warm-up; too high diverges, too low wastes steps."
+        5e-5, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; too high diverges, too low wastes steps."
     )
-    lr_warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    lr_warmup_steps: int = Field(0, ge=0, le=MOST_TRAINING_STEPS, description="Steps of linear warm-up.")
     lr_schedule: Literal["constant", "cosine"] = Field(
         "constant", description="Learning rate after warm-up: constant, or cosine to zero at the last step."
     )
@@ -36,14 +40,18 @@ class TrainConfig(BaseModel):
             " makes the updates of matrices and convolutions orthogonal, at the same learning rate (arXiv 2502.16982)."
         ),
     )
-    weight_decay: float = Field(0.01, ge=0, description="Weight decay of the optimizer.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this norm.")
+    weight_decay: float = Field(0.01, ge=0, le=_MOST_WEIGHT, description="Weight decay of the optimizer.")
+    max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="Gradients are clipped to this norm.")
     snr_gamma: float | None = Field(
-        None, gt=0, description="Min-SNR weighting of the task and output losses (arXiv 2303.09556); 5 is usual."
+        None,
+        gt=0,
+        le=_MOST_WEIGHT,
+        description="Min-SNR weighting of the task and output losses (arXiv 2303.09556); 5 is usual.",
     )
     noise_offset: float = Field(
         0.0,
         ge=0,
+        le=_MOST_WEIGHT,
         description=(
             "Adds noise that is constant over each channel, so that very dark and very bright pictures are learned;"
             " 0.05 is usual, 0 is off."
@@ -73,20 +81,23 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: about half the memory, a third more time."
     )
-    checkpoint_every: int = Field(500, ge=1, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
-    log_every: int = Field(10, ge=1, description="Steps between lines of metrics.jsonl.")
+    checkpoint_every: int = Field(500, ge=1, le=MOST_TRAINING_STEPS, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, le=1000, description="Number of newest checkpoints to keep.")
+    log_every: int = Field(10, ge=1, le=MOST_TRAINING_STEPS, description="Steps between lines of metrics.jsonl.")
     tracker: Literal["none", "tensorboard", "wandb"] = Field(
         "none", description="Service that records the losses besides metrics.jsonl."
     )
     sample_every: int = Field(
-        500, ge=0, description="Steps between pictures of the validation prompts; 0 draws no pictures."
+        500,
+        ge=0,
+        le=MOST_TRAINING_STEPS,
+        description="Steps between pictures of the validation prompts; 0 draws no pictures.",
     )
     validation_prompts: tuple[str, ...] = Field((), description="Prompts that are drawn as pictures during training.")
     divergence_factor: float = Field(
-        50.0, gt=1, description="Stop when the loss is this many times its running average."
+        50.0, gt=1, le=1e12, description="Stop when the loss is this many times its running average."
     )
-    seed: int = Field(0, ge=0, description="Seed of everything random in the run.")
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="Seed of everything random in the run.")
     data: DataConfig = Field(
         default_factory=DataConfig, description="Which pictures are used, and how they are cropped."
     )
@@ -98,12 +109,17 @@ class DistillConfig(TrainConfig):
     plan: str | None = Field(
         None, description="Block-removal plan if --plan is not given: bk-base, bk-small, bk-tiny or a file."
     )
-    task_weight: float = Field(1.0, ge=0, description="Weight of the loss against the true noise.")
-    output_kd_weight: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's prediction.")
-    feature_kd_weight: float = Field(1.0, ge=0, description="Weight of the loss against the teacher's block outputs.")
+    task_weight: float = Field(1.0, ge=0, le=_MOST_WEIGHT, description="Weight of the loss against the true noise.")
+    output_kd_weight: float = Field(
+        1.0, ge=0, le=_MOST_WEIGHT, description="Weight of the loss against the teacher's prediction."
+    )
+    feature_kd_weight: float = Field(
+        1.0, ge=0, le=_MOST_WEIGHT, description="Weight of the loss against the teacher's block outputs."
+    )
     attention_kd_weight: float = Field(
         0.0,
         ge=0,
+        le=_MOST_WEIGHT,
         description=(
             "Weight of the loss against the teacher's self-attention outputs (KOALA, arXiv 2312.04005); 0 is off."
         ),
@@ -137,7 +153,7 @@ class FinetuneConfig(TrainConfig):
     """How every weight of a UNet is trained on new data."""
 
     learning_rate: float = Field(
-        1e-5, gt=0, description="Learning rate after warm-up; full finetuning needs a small one."
+        1e-5, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; full finetuning needs a small one."
     )
 
 
@@ -145,13 +161,13 @@ class LoraConfig(TrainConfig):
     """How a low-rank adapter is trained (arXiv 2106.09685)."""
 
     learning_rate: float = Field(
-        1e-4, gt=0, description="Learning rate after warm-up; ten times that of finetuning is usual."
+        1e-4, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; ten times that of finetuning is usual."
     )
     rank: int = Field(
-        16, ge=1, description="Rank of the adapter's matrices: higher learns more and makes a bigger file."
+        16, ge=1, le=4096, description="Rank of the adapter's matrices: higher learns more and makes a bigger file."
     )
     alpha: int | None = Field(
-        None, ge=1, description="The adapter is scaled by alpha / rank; by default alpha equals rank."
+        None, ge=1, le=2**20, description="The adapter is scaled by alpha / rank; by default alpha equals rank."
     )
     targets: tuple[str, ...] = Field(
         ("to_q", "to_k", "to_v", "to_out.0"), description="Names of the linear layers that are adapted."

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from contextlib import suppress
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
-from sdcompress_engines.errors import UsageError
+from sdcompress_engines.errors import UsageError, shorten
 
-from sdcompress.support.settings_file import describe_errors, read_mapping
+from sdcompress.support.faults import faults_of
+from sdcompress.support.yaml_files import parse_yaml, read_mapping
 from sdcompress.train.config import KINDS, TrainConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 KIND = "kind"
+_SETTING = re.compile(r"\w{1,80}(\.\w{1,80}){0,3}=.*", re.DOTALL)
 
 Config = TypeVar("Config", bound=TrainConfig)
 
@@ -72,7 +73,7 @@ def load_config(
     where: str | Path = "the options"
     if recipe is not None:
         where, values = recipe, read_recipe(recipe)
-        kind = values.pop(KIND, "distill")
+        kind = shorten(values.pop(KIND, "distill"), 60)
         if KINDS.get(kind) is not config_class:
             wanted = next(name for name, known in KINDS.items() if known is config_class)
             raise UsageError(
@@ -82,9 +83,9 @@ def load_config(
     for setting in settings:
         values = _merge(values, _parse_setting(setting))
     try:
-        return config_class(**values)
+        return config_class.model_validate(values)
     except ValidationError as error:
-        raise UsageError(describe_errors(error, config_class, "knob"), where=where) from error
+        raise UsageError(faults_of(error, config_class, "knob"), where=where) from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -101,20 +102,12 @@ def _parse_setting(setting: str) -> dict[str, Any]:
     """Returns a text such as "data.flip=true" as a nested mapping.
 
     Raises:
-        UsageError: the text is not name=value, or the value is not YAML.
+        UsageError: the text is not name=value, or the value is not YAML as `parse_yaml` reads it.
     """
-    name, equals, text = setting.partition("=")
-    if not equals or not name:
-        raise UsageError(f"--set {setting!r}", expected="name=value, such as data.flip=true")
-    try:
-        value: Any = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(
-            f"--set {setting!r} has no readable value", expected="name=value, such as data.flip=true"
-        ) from error
-    if isinstance(value, str):  # YAML reads 1e-4 as text; no knob holds a number as text
-        with suppress(ValueError):
-            value = float(value)
+    if not _SETTING.fullmatch(setting):
+        raise UsageError(f"--set {shorten(repr(setting), 120)}", expected="name=value, such as data.flip=true")
+    name, _, text = setting.partition("=")
+    value = parse_yaml(text, f"--set {name}")
     for part in reversed(name.split(".")):
         value = {part: value}
     return dict(value)

@@ -74,7 +74,7 @@ def test_a_share_that_is_no_number_is_refused() -> None:
 
 def test_the_help_has_description_default_and_unit() -> None:
     text = " ".join(parse("--help")["output"].split())
-    assert "--size PX Side of a picture. --rate RATE A rate. [default: 0.5]" in text
+    assert "--size PX Side of a picture. [x>=8] --rate RATE A rate. [default: 0.5] [x>0]" in text
     assert "--flip Mirror. --crop [center|random] Where. [default: center]" in text
     assert "--caption TEXT Columns; repeat for more. --prompt TEXT Texts; repeat for more." in text
 
