@@ -130,7 +130,7 @@ def _open_safetensors(path: Path) -> Weights:
 def _open_pickle(path: Path) -> Weights:
     tensors = _collect_tensors(read_pickle(path), path)
     if not tensors:
-        raise ModelError("holds no tensors", where=path, expected="a Stable Diffusion checkpoint")
+        raise ModelError("holds no tensors", where=path, expected="the weights of a model by their names")
     return Weights(
         path,
         {key: tuple(value.shape) for key, value in tensors.items()},
