@@ -10,7 +10,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from sdcompress_engines.errors import UsageError
 
-from sdcompress.support.settings_file import describe_errors, read_mapping
+from sdcompress.support.faults import faults_of
+from sdcompress.support.settings_file import read_mapping
 
 from .scenario import FIGURES, PRECISIONS, BackendSetup
 
@@ -198,4 +199,4 @@ def check_suite(values: dict[str, Any], where: Path | str) -> SuiteFile:
     try:
         return SuiteFile(**values)
     except ValidationError as error:
-        raise UsageError(describe_errors(error, SuiteFile, "setting"), where=where) from error
+        raise UsageError(faults_of(error, SuiteFile), where=where) from error

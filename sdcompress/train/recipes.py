@@ -11,7 +11,8 @@ import yaml
 from pydantic import ValidationError
 from sdcompress_engines.errors import UsageError
 
-from sdcompress.support.settings_file import describe_errors, read_mapping
+from sdcompress.support.faults import faults_of
+from sdcompress.support.settings_file import read_mapping
 from sdcompress.train.config import KINDS, TrainConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -84,7 +85,7 @@ def load_config(
     try:
         return config_class(**values)
     except ValidationError as error:
-        raise UsageError(describe_errors(error, config_class, "knob"), where=where) from error
+        raise UsageError(faults_of(error, config_class, "knob"), where=where) from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
