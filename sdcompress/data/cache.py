@@ -17,7 +17,7 @@ from sdcompress.data.cache_check import describe_layout, find_index_fault, find_
 from sdcompress.data.config import DataConfig
 from sdcompress.data.precision import Precision
 from sdcompress.data.records import Source
-from sdcompress.support.settings_file import describe_errors
+from sdcompress.support.faults import faults_of
 
 INDEX = "index.safetensors"
 """Where each picture and caption is, see `LatentCache.index`."""
@@ -225,7 +225,7 @@ def _check_facts(folder: Path, manifest: Manifest) -> _Facts:
     try:
         return _Facts.model_validate(manifest.config | inputs)
     except ValidationError as error:
-        fault = shorten(describe_errors(error, _Facts, "entry"))
+        fault = shorten(faults_of(error, _Facts, "entry"))
         raise DataError(
             f"has a manifest that is not a cache's ({fault})", where=folder / MANIFEST_NAME, hint=REBUILD_HINT
         ) from error
