@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import DataError
-from sdcompress_engines.json_files import parse_json
+from sdcompress_engines.json_files import read_json_lines
 from sdcompress_engines.manifest import by_parts
 
 from sdcompress.data.config import DataConfig
@@ -58,7 +57,7 @@ class FolderSource(Source):
         """File name → its row of the metadata file."""
         rows: list[Any] = []
         if (path := self.root / "metadata.jsonl").is_file():
-            rows = list(_read_json_lines(path))
+            rows = list(read_json_lines(path, DataError))
         elif (path := self.root / "metadata.csv").is_file():
             rows = _read_csv(path)
         # A table that was written on Windows may have backslashes.
@@ -95,23 +94,6 @@ class FolderSource(Source):
                     skipped.add("caption is no text", key)
                     continue
             yield from self._build_records(key, encoded, caption, meta, skipped)
-
-
-def _read_json_lines(path: Path) -> Iterator[Any]:
-    """Yields the value of each line of a file.
-
-    Raises:
-        DataError: a line is no JSON, or too long.
-    """
-    with path.open("rb") as file:
-        for number in count(1):
-            line = file.readline(MAX_TEXT_BYTES + 1)
-            if len(line) > MAX_TEXT_BYTES:
-                raise DataError(f"line {number} has over {MAX_TEXT_BYTES:,} bytes", where=path, expected="one record")
-            if not line:
-                return
-            if text := line.decode("utf-8-sig", "replace").strip():
-                yield parse_json(text, f"{path}: line {number}", DataError)
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
