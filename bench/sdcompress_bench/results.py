@@ -254,7 +254,7 @@ def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
     for number, entry in enumerate(read_json_lines(path), 1):
         if not isinstance(entry, dict):
             raise ArtifactError(f"entry {number} is no object", where=path, expected="the metrics.jsonl of a training")
-        step = entry.get("step")
+        step: Any = entry.get("step")
         for name, value in entry.items():
             if "loss" in name and _is_finite(value) and _is_finite(step):
                 series.setdefault(name, []).append([step, value])

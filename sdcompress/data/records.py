@@ -15,6 +15,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 from sdcompress_engines.errors import ArtifactError, DataError, shorten
+from sdcompress_engines.files import check_regular
 from sdcompress_engines.json_files import parse_json
 from sdcompress_engines.manifest import by_parts
 
@@ -244,6 +245,27 @@ def read_limited(path: Path, most_bytes: int) -> bytes | None:
     with path.open("rb") as file:
         content = file.read(most_bytes + 1)
     return content if len(content) <= most_bytes else None
+
+
+def read_prompt_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file of prompts, stripped; blank lines are left out.
+
+    Raises:
+        DataError: it is no regular file, too large, no UTF-8 text, or has no prompts or one that is too long.
+    """
+    expected = "a UTF-8 text file of prompts, one a line"
+    check_regular(path, DataError)
+    encoded = read_limited(path, MAX_PICTURE_BYTES)
+    text = None if encoded is None else decode_text(encoded)
+    if text is None:
+        fault = "is too large" if encoded is None else "cannot be read (UnicodeDecodeError)"
+        raise DataError(fault, where=path, expected=expected)
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise DataError("holds no prompt", where=path, expected=expected)
+    if longest := next((prompt for prompt in prompts if len(prompt) > MAX_CAPTION), None):
+        raise DataError(f"has a prompt of {len(longest):,} characters", where=path, expected=f"at most {MAX_CAPTION:,}")
+    return prompts
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
