@@ -1,4 +1,4 @@
-"""Which dependencies can run code from a file that they are given, where sdcompress calls them, and what guards the call.
+"""Which dependencies can run code from a file, where sdcompress calls them, and what guards the call.
 
     python tools/code_loaders.py             the table, with the installed versions; for SECURITY.md
     python tools/code_loaders.py --check     exit 1 if a call is in a file where none is expected

@@ -100,7 +100,7 @@ def compare(before: Results, after: Results, before_name: str = "before", after_
     lines = []
     for key in shared:
         for stage in STAGES:
-            x, y = (side[key].samples_ms[stage] for side in sides)
+            x, y = ([run for run in side[key].samples_ms.get(stage, []) if run] for side in sides)
             medians = [side[key].summary(stage) for side in sides]
             if medians[0] and medians[1]:
                 lines.append(TimeLine(_named(key), stage, medians[0].median, medians[1].median, change(x, y)))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from sdcompress_engines.errors import ModelError
 from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
 
 from sdcompress.support.pipeline import TextToImagePipeline
@@ -276,7 +277,13 @@ def compare_steps(output: torch.Tensor, reference: torch.Tensor, timesteps: Sequ
     Args:
         output, reference: noise predictions, (T, B, C, h, w).
         timesteps: T of them.
+
+    Raises:
+        ModelError: the predictions have different shapes.
     """
+    if output.shape != reference.shape or len(output) != len(timesteps):
+        shapes = f"{tuple(output.shape)} and {tuple(reference.shape)}"
+        raise ModelError(f"noise predictions of {shapes}", expected=f"one shape, and {len(timesteps)} timesteps")
     return [
         StepError(t, relative_l2(o, r), cosine(o, r), psnr_db(o, r))
         for t, o, r in zip(timesteps, output, reference, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -10,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import storage_errors
+from sdcompress_engines.manifest import canonical
 
 from . import isolated
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 class Journal:
@@ -53,25 +57,31 @@ class Journal:
             self.known[name] = outcome
             if self.path is not None:
                 with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"case": name, "outcome": outcome}) + "\n")
+                    file.write(json.dumps({"case": name, "outcome": outcome, "seal": _seal(name, outcome)}) + "\n")
                     file.flush()
                     os.fsync(file.fileno())
         return self.known[name]
 
 
 def _read(path: Path, fingerprint: str) -> dict[str, dict[str, Any]]:
-    """Returns case → outcome of a journal with this fingerprint; a line cut by a crash is left out."""
+    """Returns case → outcome of a journal with this fingerprint; a line that was cut or edited is left out."""
     try:
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         if json.loads(head)["fingerprint"] != fingerprint:
             return {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except _UNREADABLE:
         return {}
     known = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            known[entry["case"]] = entry["outcome"]
-        except (ValueError, KeyError, TypeError):
+            if entry["seal"] == _seal(entry["case"], entry["outcome"]):
+                known[entry["case"]] = entry["outcome"]
+        except _UNREADABLE:
             continue
     return known
+
+
+def _seal(name: str, outcome: Mapping[str, Any]) -> str:
+    """Returns a hash of an outcome: its values are used without a further check."""
+    return hashlib.sha256(canonical([name, outcome])).hexdigest()

@@ -17,12 +17,14 @@ On a GPU the first three are timed by CUDA events; everything else, and everythi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+from pydantic import ConfigDict, Field
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .artifacts import Artifacts, find_artifacts
 from .journal import Journal
+from .results_schema import Count, Name
 from .scenario import BackendSetup, Scenario, Suite
 from .stats import Summary, summarize_rounds
 
@@ -50,16 +52,18 @@ class Latency:
         failed: why there are no figures, or None where there are.
     """
 
-    key: str
-    model: str
-    backend: str
-    precision: str
-    size_px: int
-    batch: int
-    unet_batch: int
-    steps: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    key: Name
+    model: Name
+    backend: Name
+    precision: Name
+    size_px: Count
+    batch: Count
+    unet_batch: Count
+    steps: Count
     guidance_scale: float
-    samples_ms: dict[str, list[list[float]]] = field(default_factory=dict)
+    samples_ms: dict[str, list[list[Annotated[float, Field(gt=0)]]]] = field(default_factory=dict)
     load_ms: list[float] = field(default_factory=list)
     first_image_ms: list[float] = field(default_factory=list)
     peak_rss_mib: float = 0.0

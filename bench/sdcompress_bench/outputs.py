@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
+from sdcompress_engines.errors import ArtifactError
 
+from sdcompress.checkpoints.tensor_files import is_dense, read_pickle
+from sdcompress.data.records import Record
 from sdcompress.support.pipeline import TextToImagePipeline
 
 from . import fidelity
 
 PREDICTION, PROBE = "prediction.pt", "probe.pt"
+_AGAIN = "delete the folder, and measure again"
 
 
 def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
@@ -96,12 +100,25 @@ def measure_sensitivity(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_probe(path: Path) -> fidelity.Probe:
-    return fidelity.Probe(**torch.load(path, weights_only=True))
+    """Returns the probe in a file that `write_outputs` wrote.
+
+    Raises:
+        ArtifactError: the file is damaged or something else.
+    """
+    content = read_pickle(path, ArtifactError, what="probe", hint=_AGAIN)
+    try:
+        probe = fidelity.Probe(**content)
+        whole = len(probe.timesteps) == len(probe.latents) and is_dense(probe.encoder_hidden_states)
+    except TypeError:
+        whole = False
+    if not whole:
+        raise ArtifactError("is no probe", where=path, expected="latents, timesteps and embeddings", hint=_AGAIN)
+    return probe
 
 
 def read_pictures(folder: Path, count: int | None = None) -> list[Image.Image]:
     """Returns the pictures of a case, RGB, in the order of its captions; at most `count` where given."""
-    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))[:count]]
+    return [Record(str(path), path.read_bytes(), "").picture() for path in sorted(folder.glob("*.png"))[:count]]
 
 
 def count_pictures(folder: Path) -> int:
@@ -109,8 +126,16 @@ def count_pictures(folder: Path) -> int:
 
 
 def read_prediction(folder: Path) -> torch.Tensor:
-    prediction: torch.Tensor = torch.load(folder / PREDICTION, weights_only=True)
-    return prediction
+    """Returns the noise prediction that `write_outputs` wrote: (T, B, C, h, w), float32.
+
+    Raises:
+        ArtifactError: the file is damaged or something else.
+    """
+    path = folder / PREDICTION
+    prediction = read_pickle(path, ArtifactError, what="prediction", hint=_AGAIN)
+    if not is_dense(prediction) or prediction.ndim != 5 or prediction.dtype != torch.float32:
+        raise ArtifactError("is no prediction", where=path, expected="a tensor of five dimensions", hint=_AGAIN)
+    return cast("torch.Tensor", prediction)
 
 
 def _accepts(pipeline: TextToImagePipeline, probe: fidelity.Probe) -> bool:

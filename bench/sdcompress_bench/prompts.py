@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,24 @@ from typing import Any, overload
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.errors import DataError, UsageError, shorten
+from sdcompress_engines.files import check_regular
+from sdcompress_engines.json_files import parse_json
 
-from sdcompress.data.records import CAPTION_COLUMNS, PICTURE_SUFFIXES, Record, is_text
+from sdcompress.data.records import (
+    CAPTION_COLUMNS,
+    MAX_CAPTION,
+    MAX_PICTURE_BYTES,
+    PICTURE_SUFFIXES,
+    Record,
+    is_text,
+    read_limited,
+)
 
 from .scenario import Prompt
+
+MOST_MIB = 256
+"""Largest file of prompts that is read; COCO's captions of its training pictures have 66 MiB."""
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
@@ -34,8 +46,9 @@ def read_prompts(path: str | Path) -> list[Prompt]:
         DataError: its content has another format, or no prompts; the message has the line.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UsageError("no such file of prompts", where=path)
+    check_regular(path, DataError)
     if (read := _READERS.get(path.suffix.lower())) is None:
         kind = f"of type {path.suffix}" if path.suffix else "without an ending"
         raise UsageError(f"prompts in a file {kind}", where=path, expected=", ".join(_READERS))
@@ -43,6 +56,10 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     for where, caption, style in read(path, _text(path)):
         if not is_text(caption) or not caption.strip():
             raise DataError(f"caption {caption!r:.60}" if caption else "no caption", where=where, expected="text")
+        if len(caption) > MAX_CAPTION:
+            raise DataError(
+                f"a caption of {len(caption):,} characters", where=where, expected=f"at most {MAX_CAPTION:,}"
+            )
         prompts.append(Prompt(" ".join(caption.split()), style if is_text(style) else ""))
     if not prompts:
         raise DataError("has no prompts", where=path, expected="at least one")
@@ -75,8 +92,11 @@ class Pictures(Sequence[torch.Tensor]):
         if isinstance(index, slice):
             return Pictures(self.paths[index], self.size_px)
         path = self.paths[index]
+        encoded = read_limited(path, MAX_PICTURE_BYTES)
+        if encoded is None:
+            raise DataError("is too large", where=path, expected=f"at most {MAX_PICTURE_BYTES:,} bytes")
         picture = ImageOps.fit(
-            Record(str(path), path.read_bytes(), "").picture(), (self.size_px, self.size_px), Image.Resampling.LANCZOS
+            Record(str(path), encoded, "").picture(), (self.size_px, self.size_px), Image.Resampling.LANCZOS
         )
         return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
@@ -102,7 +122,9 @@ _Rows = Iterator[tuple[str, Any, Any]]
 
 
 def _text(path: Path) -> str:
-    encoded = path.read_bytes()
+    encoded = read_limited(path, MOST_MIB * 2**20)
+    if encoded is None:
+        raise DataError("is too large", where=path, expected=f"prompts, in at most {MOST_MIB} MiB")
     try:
         return encoded.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -140,14 +162,14 @@ def _read_tsv(path: Path, text: str) -> _Rows:
 
 def _read_jsonl(path: Path, text: str) -> _Rows:
     for where, line, _ in _read_lines(path, text):
-        row = _json(where, line)
+        row = parse_json(line, where, DataError)
         if not isinstance(row, dict):
             raise DataError(f"a JSON {type(row).__name__}", where=where, expected='an object like {"caption": "a cat"}')
         yield where, row[_caption_column(row, where)], row.get("style")
 
 
 def _read_coco(path: Path, text: str) -> _Rows:
-    content = _json(str(path), text)
+    content = parse_json(text, path, DataError)
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list):
         raise DataError(
@@ -175,20 +197,10 @@ def _caption_column(names: Sequence[str] | Mapping[str, Any], where: str) -> str
             if name.lower() == column:
                 return name
     raise DataError(
-        f"no captions among the columns {', '.join(names) or '(none)'}",
+        f"no captions among the columns {shorten(', '.join(names) or '(none)')}",
         where=where,
         expected=f"one of {', '.join(CAPTION_COLUMNS)}",
     )
-
-
-def _json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise DataError("is nested too deeply", where=where, expected="JSON") from error
-    except ValueError as error:
-        line = f"line {error.lineno}, " if isinstance(error, json.JSONDecodeError) and error.lineno > 1 else ""
-        raise DataError(f"is not JSON ({line}{getattr(error, 'msg', error)})", where=where, expected="JSON") from error
 
 
 _READERS: dict[str, Callable[[Path, str], _Rows]] = {

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +9,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from sdcompress_engines.errors import DataError, ModelError
+from sdcompress_engines.errors import DataError, ModelError, shorten
+from sdcompress_engines.files import check_regular
+from sdcompress_engines.json_files import read_json_object
 
+from sdcompress.checkpoints.tensor_files import one_error
+from sdcompress.data.records import MAX_TEXT_BYTES, PICTURE_SUFFIXES, Record, decode_text, read_object
+from sdcompress.data.tar import open_tar, read_tar
 from sdcompress.support.pipeline import TextToImagePipeline
 
 from .scenario import Prompt
@@ -45,7 +47,7 @@ class ClipMetric:
         device: where it runs.
 
     Raises:
-        ModelError: the folder has no such model.
+        ModelError: the folder has no such model, or a damaged one.
     """
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
@@ -60,16 +62,19 @@ class ClipMetric:
             )
         logging.disable_progress_bar()  # it would overwrite the reporter's
         try:
-            self.model = load_clip(folder).eval().to(device)
+            with one_error(folder, "CLIP model"):
+                self.model = load_clip(folder).eval().to(device)
+                self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         finally:
             logging.enable_progress_bar()
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.device = device
         file = folder / "preprocessor_config.json"
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        self.mean, self.std = (
-            torch.tensor(config.get(key, [0.5] * 3), device=device).view(3, 1, 1) for key in ("image_mean", "image_std")
-        )
+        config = read_json_object(file, ModelError) if file.is_file() else {}
+        with one_error(file, "preprocessor_config.json"):
+            self.mean, self.std = (
+                torch.tensor(config.get(key, [0.5] * 3), dtype=torch.float32, device=device).view(3, 1, 1)
+                for key in ("image_mean", "image_std")
+            )
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[Image.Image], batch: int = 64) -> torch.Tensor:
@@ -208,27 +213,28 @@ def read_shard(shard: Path) -> tuple[list[Image.Image], list[Prompt]]:
     """Returns the pictures (RGB) of a webdataset shard (a tar file), and their prompts, in the shard's order.
 
     Raises:
-        DataError: the shard has no pictures with captions.
+        DataError: the shard has no pictures with captions, or a broken one.
     """
     images: dict[str, Image.Image] = {}
-    texts: dict[str, str] = {}
-    metas: dict[str, dict[str, Any]] = {}
-    with tarfile.open(shard) as tar:
-        for member in tar:
-            stem, _, ending = member.name.rpartition(".")
-            file = tar.extractfile(member)
-            if file is None:
-                continue
-            if ending == "txt":
-                texts[stem] = file.read().decode().strip()
-            elif ending == "json":
-                metas[stem] = json.loads(file.read())
-            elif ending in ("webp", "png", "jpg", "jpeg"):
-                images[stem] = Image.open(io.BytesIO(file.read())).convert("RGB")
-    by_caption = {texts[stem]: stem for stem in images if stem in texts}
+    texts: dict[str, str | None] = {}
+    styles: dict[str, Any] = {}
+    with one_error(shard, "shard", DataError):
+        check_regular(shard, DataError)
+        with open_tar(shard) as stream:
+            for name, payload, _ in read_tar(stream):
+                stem, _, ending = name.rpartition(".")
+                if payload is None:
+                    continue
+                if ending == "txt":
+                    texts[stem] = decode_text(payload[:MAX_TEXT_BYTES])
+                elif ending == "json":
+                    styles[stem] = read_object(payload).get("style")
+                elif f".{ending}" in PICTURE_SUFFIXES:
+                    images[stem] = Record(f"{shard}:{shorten(name, 80)}", payload, "").picture()
+    by_caption = {text.strip(): stem for stem in images if (text := texts.get(stem))}
     if not by_caption:
         raise DataError("no picture with a caption", where=shard, expected="pairs of picture and .txt")
-    prompts = [Prompt(caption, metas.get(stem, {}).get("style", "")) for caption, stem in by_caption.items()]
+    prompts = [Prompt(caption, str(styles.get(stem) or "")) for caption, stem in by_caption.items()]
     return [images[stem] for stem in by_caption.values()], prompts
 
 

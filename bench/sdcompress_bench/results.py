@@ -6,15 +6,20 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sdcompress_engines.errors import ArtifactError, UsageError
+from pydantic import ConfigDict
+from sdcompress_engines.errors import ArtifactError, UsageError, shorten
+from sdcompress_engines.json_files import read_json_lines, read_json_object
 
 from .latency import Latency
+from .results_schema import check_results
 from .scenario import BackendSetup, Gate
 from .stats import Summary
 
 RESULTS_SCHEMA = 2
+LARGEST = 1e300
+"""Largest loss that is read; whole numbers in JSON have no limit, and NaN is below nothing."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,8 @@ class Results:
         seconds: time of the whole run; None where it was stopped and continued.
         schema: of this file.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     created: str
     command: str
@@ -217,24 +224,20 @@ def read_results(path: Path) -> Results:
 
     Raises:
         UsageError: there is no such file.
-        ArtifactError: it is no results file, or has another schema.
+        ArtifactError: it is no results file, or has another schema; one message names the faults.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UsageError("no such file", where=path, expected="a results.json of `sdcompress bench`")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["schema"] != RESULTS_SCHEMA:
-            raise ArtifactError(
-                f"results schema {raw['schema']}",
-                where=path,
-                expected=f"schema {RESULTS_SCHEMA}",
-                hint="measure again with the installed version: sdcompress bench SUITE",
-            )
-        return Results(**raw | {"latency": [Latency(**run) for run in raw["latency"]]})
-    except (ValueError, KeyError, TypeError) as error:
+    raw = read_json_object(path)
+    if (schema := raw.get("schema")) != RESULTS_SCHEMA:
         raise ArtifactError(
-            f"is no results file ({error})", where=path, expected="a results.json of `sdcompress bench`"
-        ) from error
+            "is no results file: it has no schema" if schema is None else f"results schema {shorten(schema, 40)}",
+            where=path,
+            expected=f"schema {RESULTS_SCHEMA}",
+            hint="measure again with the installed version: sdcompress bench SUITE",
+        )
+    found: Results = check_results(raw, Results, path)
+    return found
 
 
 def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
@@ -245,20 +248,21 @@ def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
         points: at most this many pairs a loss; each is the mean of an equal number of lines.
 
     Raises:
-        ArtifactError: a line is not JSON.
+        ArtifactError: a line is not JSON, or no object.
     """
     series: dict[str, list[list[float]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ArtifactError(
-                f"line {number} is not JSON", where=path, expected="the metrics.jsonl of a training"
-            ) from error
+    for number, entry in enumerate(read_json_lines(path), 1):
+        if not isinstance(entry, dict):
+            raise ArtifactError(f"entry {number} is no object", where=path, expected="the metrics.jsonl of a training")
+        step: Any = entry.get("step")
         for name, value in entry.items():
-            if "loss" in name and isinstance(value, int | float) and "step" in entry:
-                series.setdefault(name, []).append([entry["step"], value])
+            if "loss" in name and _is_finite(value) and _is_finite(step):
+                series.setdefault(name, []).append([step, value])
     return {name: _thin(pairs, points) for name, pairs in series.items()}
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def _thin(pairs: list[list[float]], points: int) -> list[list[float]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .engine_key import EngineKey
 from .errors import ArtifactError, UsageError
+from .files import check_regular
 from .flavour import REBUILD
 from .manifest import MANIFEST_NAME, Manifest, faults, read_manifest
 
@@ -21,8 +22,9 @@ def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
         UsageError: no such file. ArtifactError: no manifest beside it, an edited one, or a file that is cut or altered.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise UsageError("no such file", where=path, hint="make it with: sdcompress export MODEL --trt -o DIR")
+    check_regular(path)
     manifest = read_manifest(path.parent)
     if manifest is None:
         raise ArtifactError(

@@ -115,8 +115,28 @@ def check_regular(path: Path, error: type[SdCompressError] = ArtifactError) -> N
         OSError: there is nothing, or it may not be read.
     """
     mode = path.stat().st_mode
-    if stat.S_ISREG(mode):
-        return
+    if not stat.S_ISREG(mode):
+        raise error(f"is {_name_kind(mode)}", where=path, expected="a regular file")
+
+
+def check_tree(folder: Path, error: type[SdCompressError] = ArtifactError) -> None:
+    """Refuse a folder with a pipe, a device or a socket somewhere in it. Libraries open whatever has the right name.
+
+    Args:
+        folder: a model or another artifact. Links are followed, but not into other folders.
+        error: the class to raise.
+
+    Raises:
+        SdCompressError: of the class `error`, as of `check_regular`.
+    """
+    for path in folder.rglob("*"):
+        with suppress(OSError):  # a link to nothing
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise error(f"is {_name_kind(mode)}", where=path, expected="a regular file")
+
+
+def _name_kind(mode: int) -> str:
     kinds = {
         stat.S_IFDIR: "a folder",
         stat.S_IFIFO: "a named pipe",
@@ -124,4 +144,4 @@ def check_regular(path: Path, error: type[SdCompressError] = ArtifactError) -> N
         stat.S_IFBLK: "a device",
         stat.S_IFSOCK: "a socket",
     }
-    raise error(f"is {kinds.get(stat.S_IFMT(mode), 'no file')}", where=path, expected="a regular file")
+    return kinds.get(stat.S_IFMT(mode), "no file")

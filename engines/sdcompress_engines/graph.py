@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EngineError, UsageError
+from .files import check_regular
 from .manifest import canonical, sha256_file
 from .paths import is_plain_path
 
@@ -112,8 +113,9 @@ def load_structure(path: Path) -> Any:
     import onnx
     from google.protobuf.message import DecodeError
 
-    if not path.is_file():
+    if not path.exists():
         raise UsageError("no such file", where=path, hint="make it with: sdcompress export MODEL -o DIR")
+    check_regular(path, EngineError)
     try:
         return onnx.load(path, load_external_data=False)
     except (DecodeError, ValueError, RuntimeError, UnicodeDecodeError) as error:

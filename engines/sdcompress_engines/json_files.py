@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from .files import check_regular
 
 MOST_MIB = 32
 """Largest JSON file that is read; the largest in use are tokenizers, of about 3 MiB."""
+MOST_LINE_BYTES = 2**20
+"""Longest line of a file of JSON lines; the longest in use are rows of metadata, of a few thousand bytes."""
 MOST_LEVELS = 32
 """Deepest nesting; the deepest in use are the results of a benchmark, with 9."""
 
@@ -51,6 +53,32 @@ def read_json_object(
     if not isinstance(content, dict):
         raise error(f"holds {_name_type(content)}", where=path, expected='a JSON object: {"NAME": VALUE, ...}')
     return content
+
+
+def read_json_lines(
+    path: Path, error: type[SdCompressError] = ArtifactError, *, most_bytes: int = MOST_LINE_BYTES
+) -> Iterator[Any]:
+    """Yields the value of each line of a file that is not blank.
+
+    Args:
+        path: of the file.
+        error: the class to raise.
+        most_bytes: limit of a line.
+
+    Raises:
+        SdCompressError: of the class `error`: it is no regular file, or a line is too long, no JSON or too deep.
+        OSError: there is nothing, or it may not be read.
+    """
+    check_regular(path, error)
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(most_bytes + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) > most_bytes:
+                raise error(f"has over {most_bytes:,} bytes", where=where, expected="a line of JSON")
+            if line.strip():
+                yield parse_json(line.rstrip(b"\r\n"), where, error)
 
 
 def parse_json(text: bytes | str, where: str | Path | None = None, error: type[SdCompressError] = ArtifactError) -> Any:

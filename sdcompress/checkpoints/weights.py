@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
-import struct
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from sdcompress_engines.errors import ModelError
+from sdcompress_engines.errors import ModelError, shorten
 
 from sdcompress.checkpoints.ldm_keys import METADATA_KEY, UNET, VAE
+from sdcompress.checkpoints.tensor_files import is_dense, one_error, open_safetensors, read_pickle
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
@@ -33,21 +29,10 @@ _DTYPES = {
     "I32": "int32",
 }
 
-# What torch.load raises for a cut or foreign file, beside UnpicklingError.
-_BROKEN_PICKLE_ERRORS = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    KeyError,
-    AttributeError,
-    IndexError,
-    TypeError,
-    struct.error,
-)
-
 _CONFIG_NAME = re.compile(r"(model_index\.json|[a-z0-9_]+/[A-Za-z0-9_]+\.(json|txt))")
 _REQUIRED_CONFIGS = ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+
+_MOST_NESTED = 4  # a pickle may contain itself
 
 _EMA = "model_ema.diffusion_model"
 # The keys of an EMA copy are written without dots; this matches the parts between the dots.
@@ -123,56 +108,29 @@ def open_weights(path: Path) -> Weights:
 
 
 def _open_safetensors(path: Path) -> Weights:
-    try:
-        file = safe_open(path, "pt")
-        names = _map_to_ldm(file.keys())
-        views = {key: file.get_slice(name) for key, name in names.items()}
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"is not a complete safetensors file ({str(error).splitlines()[0]})",
-            where=path,
-            hint="copy or download it again",
-        ) from error
+    file = open_safetensors(path)
+    names = _map_to_ldm(file.keys())
+    views = {key: file.get_slice(name) for key, name in names.items()}
     shapes = {key: tuple(view.get_shape()) for key, view in views.items()}
+
+    def read(key: str) -> torch.Tensor:
+        with one_error(path, "safetensors file"):
+            tensor: torch.Tensor = file.get_tensor(names[key])
+            return tensor
+
     return Weights(
         path,
         shapes,
         {key: _DTYPES.get(view.get_dtype(), view.get_dtype()) for key, view in views.items()},
         file.metadata() or {},
-        lambda key: file.get_tensor(names[key]),
+        read,
     )
 
 
-def _find_reason(error: BaseException) -> str:
-    """Returns the line of a torch error that names the fault; torch puts its advice before it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Unpickler error" in line), lines[0] if lines else type(error).__name__)
-
-
 def _open_pickle(path: Path) -> Weights:
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|class|operand) `?([A-Za-z_0-9][\w.]*)", str(error))
-        if named is None:
-            raise ModelError(
-                f"is not a complete checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
-            ) from error
-        raise ModelError(
-            f"is a pickle with more than tensors in it ({named[1]}), which could run code; it was not loaded",
-            where=path,
-            expected="tensors only",
-            hint="the .safetensors of the same model",
-        ) from error
-    except _BROKEN_PICKLE_ERRORS as error:
-        raise ModelError(
-            f"is not a complete checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
-        ) from error
-    tensors = _collect_tensors(loaded)
+    tensors = _collect_tensors(read_pickle(path), path)
     if not tensors:
-        raise ModelError("holds no tensors", where=path, expected="a Stable Diffusion checkpoint")
+        raise ModelError("holds no tensors", where=path, expected="the weights of a model by their names")
     return Weights(
         path,
         {key: tuple(value.shape) for key, value in tensors.items()},
@@ -182,14 +140,17 @@ def _open_pickle(path: Path) -> Weights:
     )
 
 
-def _collect_tensors(content: object) -> dict[str, torch.Tensor]:
+def _collect_tensors(content: object, path: Path) -> dict[str, torch.Tensor]:
     """Returns LDM key → tensor of an unpickled checkpoint, which may nest its weights under `state_dict`."""
     state = content
-    while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
+    for _ in range(_MOST_NESTED):
+        if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+            state = state["state_dict"]
     if not isinstance(state, dict):
         return {}
     stored = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
+    if sparse := next((key for key, value in stored.items() if not is_dense(value)), None):
+        raise ModelError(f"does not hold all numbers of {shorten(sparse, 120)}", where=path, expected="dense tensors")
     return {key: stored[name] for key, name in _map_to_ldm(stored).items()}
 
 

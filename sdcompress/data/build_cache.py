@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from sdcompress_engines.errors import storage_errors
+from pydantic import BaseModel, ValidationError
+from safetensors.torch import save_file
+from sdcompress_engines.errors import ArtifactError, DataError, storage_errors
 from sdcompress_engines.files import replace_file
+from sdcompress_engines.json_files import read_json, read_json_object
 from sdcompress_engines.manifest import FileEntry, check_free, require_space, sha256_file, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.checkpoints.tensor_files import read_safetensors
 from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings, unit_name
 from sdcompress.data.config import DataConfig
 from sdcompress.data.embed import embed_in_batches, text_encoders_on
@@ -136,8 +139,8 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
     marker = partial / BUILD
     if marker.is_file():
         try:
-            begun = {"precision": "fp32"} | json.loads(marker.read_text(encoding="utf-8"))
-        except (ValueError, TypeError):
+            begun = {"precision": "fp32"} | read_json_object(marker)
+        except ArtifactError:
             begun = {}
         done = len(list(partial.glob("unit-*.json")))
         if begun == json.loads(json.dumps(identity)):
@@ -165,8 +168,33 @@ def _encode_units(partial: Path, source: Source, encoder: UnitEncoder, state: Pa
     """
     with report.task("encode pictures") as advance:
         for number in range(state.process_index, source.count_units(), state.num_processes):
-            if not (partial / f"{unit_name(number)}.json").is_file():
+            if _read_facts(partial, number) is None:
                 _write_unit(partial, number, encoder.encode(source, number, advance))
+
+
+def _read_facts(folder: Path, number: int) -> dict[str, Any] | None:
+    """Returns the sidecar of a unit, or None where the unit is not complete."""
+    sidecar, path = folder / f"{unit_name(number)}.json", folder / unit_name(number)
+    if not sidecar.is_file():
+        return None
+    try:
+        facts = _UnitFacts.model_validate(read_json(sidecar))
+    except (ArtifactError, ValidationError):
+        return None
+    return facts.model_dump() if path.is_file() and path.stat().st_size == facts.bytes else None
+
+
+class _UnitFacts(BaseModel):
+    """What the sidecar of a unit records; see `_write_unit`."""
+
+    sha256: str
+    bytes: int
+    read: int
+    reasons: dict[str, list[str]]
+    filtered: dict[str, int]
+    fields: list[str]
+    tiled: int = 0
+    tile_px: int | None = None
 
 
 def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
@@ -226,12 +254,16 @@ def _sum_units(folder: Path, count: int) -> _Totals:
     caption_entries = captions = tiled = 0
     tiles_px: list[int] = []
     for number in range(count):
-        facts = json.loads((folder / f"{unit_name(number)}.json").read_text(encoding="utf-8"))
+        facts = _read_facts(folder, number)
+        if facts is None:
+            raise DataError(
+                "was damaged while the cache was built", where=folder / unit_name(number), hint="the same command again"
+            )
         skipped.merge(Skipped(facts["read"], facts["reasons"], facts["filtered"], set(facts["fields"])))
-        tiled += facts.get("tiled", 0)
-        tiles_px += [facts["tile_px"]] if facts.get("tile_px") else []
+        tiled += facts["tiled"]
+        tiles_px += [facts["tile_px"]] if facts["tile_px"] else []
         hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
-        unit = load_file(folder / unit_name(number))
+        unit = read_safetensors(folder / unit_name(number), DataError)
         pictures = {
             name.removeprefix("pictures."): tensor for name, tensor in unit.items() if name.startswith("pictures.")
         }

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from sdcompress_engines.errors import DataError
-from sdcompress_engines.manifest import Manifest, faults, read_manifest
+from pydantic import BaseModel, Field, ValidationError
+from sdcompress_engines.errors import DataError, shorten
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, faults, read_manifest
 
+from sdcompress.checkpoints.tensor_files import read_safetensors
+from sdcompress.data.cache_check import describe_layout, find_index_fault, find_text_fault, find_unit_fault
 from sdcompress.data.config import DataConfig
 from sdcompress.data.precision import Precision
 from sdcompress.data.records import Source
+from sdcompress.support.faults import faults_of
 
 INDEX = "index.safetensors"
 """Where each picture and caption is, see `LatentCache.index`."""
@@ -88,8 +91,28 @@ class LatentCache:
 
     def _unit(self, number: int) -> dict[str, torch.Tensor]:
         if number not in self._units:
-            self._units[number] = load_file(self.folder / unit_name(number))
+            path = self.folder / unit_name(number)
+            unit = read_safetensors(path, DataError, hint=REBUILD_HINT)
+            fault = find_unit_fault(unit, self.index, number, self.views)
+            first = next(iter(self._units.values()), unit)
+            if not fault and describe_layout(unit) != describe_layout(first):
+                fault = f"has {describe_layout(unit)}, and other units {describe_layout(first)}"
+            _refuse(path, fault)
+            self._units[number] = unit
         return self._units[number]
+
+    def _read_empty(self, unit: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Returns the embedding of the empty caption, of the sizes of those in `unit`."""
+        if not self._empty:
+            path = self.folder / EMPTY
+            empty = read_safetensors(path, DataError, hint=REBUILD_HINT)
+            names = [name for name in ("text", "pooled", "ids") if name in unit]
+            fault = find_text_fault(empty)
+            if not fault and any(name not in empty or empty[name].shape[1:] != unit[name].shape[1:] for name in names):
+                fault = "has other sizes than the captions"
+            _refuse(path, fault)
+            self._empty = empty
+        return self._empty
 
     def sample(self, i: int, view: int, pick: float, *, drop_caption: bool = False) -> CachedSample:
         """Returns one view of one picture with one caption.
@@ -99,21 +122,27 @@ class LatentCache:
             view: index of the view, below `views`.
             pick: in [0, 1); chooses the caption by the captions' shares.
             drop_caption: take the empty caption instead.
+
+        Raises:
+            DataError: a file was damaged or edited.
         """
         unit = self._unit(int(self.index["unit"][i]))
         bucket, row = int(self.index["bucket"][i]), int(self.index["row"][i]) + view
         if drop_caption:
-            self._empty = self._empty or load_file(self.folder / EMPTY)
-            texts, place = self._empty, 0
+            texts, place = self._read_empty(unit), 0
         else:
             texts, place = unit, int(self.index["caption_row"][self._choose_caption(i, pick)])
         pooled = texts["pooled"][place].float() if "pooled" in texts else None
         ids = texts["ids"][place].long() if "ids" in texts else None
         std = (0.5 * unit[f"logvar.{bucket}"][row].float()).exp()
+        mean, text = unit[f"mean.{bucket}"][row].float(), texts["text"][place].float()
+        if not all(part.isfinite().all() for part in (mean, std, text)):
+            number = int(self.index["unit"][i])
+            _refuse(self.folder / unit_name(number), f"has numbers that are not finite, of picture {i}")
         return CachedSample(
-            mean=unit[f"mean.{bucket}"][row].float(),
+            mean=mean,
             std=std,
-            text=texts["text"][place].float(),
+            text=text,
             pooled=pooled,
             ids=ids,
             time_ids=unit[f"time_ids.{bucket}"][row].float(),
@@ -151,20 +180,61 @@ class LatentCache:
             DataError: the folder is damaged or no cache, or the cache does not fit.
         """
         manifest = _read_cache_manifest(folder)
+        facts = _check_facts(folder, manifest)
         _check_origin(folder, manifest, teacher_sha256, source)
         _check_settings(folder, manifest, size_px, config)
-        recorded = manifest.config
+        index = read_safetensors(folder / INDEX, DataError, hint=REBUILD_HINT)
+        _refuse(folder / INDEX, find_index_fault(index))
+        for number in index["unit"].unique().tolist():
+            if unit_name(number) not in manifest.files:
+                _refuse(folder / INDEX, f"names {unit_name(number)}, which the cache does not have")
         return cls(
             folder=folder,
-            index=load_file(folder / INDEX),
-            views=recorded["views"],
+            index=index,
+            views=facts.views,
             sha256=manifest.inputs["data"],
             teacher_sha256=manifest.inputs["teacher"],
-            size_px=recorded["size_px"],
-            source=recorded["source"],
-            precision=recorded.get("precision", "fp32"),
-            tile_px=recorded.get("tile_px"),
+            size_px=facts.size_px,
+            source=facts.source,
+            precision=facts.precision,
+            tile_px=facts.tile_px,
         )
+
+
+class _Facts(BaseModel):
+    """What the manifest of a cache records, as far as it is used."""
+
+    views: int = Field(ge=1, le=64)
+    size_px: int = Field(ge=1, le=2**16)
+    source: str
+    files: str
+    data: dict[str, Any]
+    precision: Precision = "fp32"
+    tile_px: int | None = None
+    data_sha256: str
+    teacher: str
+
+
+def _check_facts(folder: Path, manifest: Manifest) -> _Facts:
+    """Returns the facts in the manifest of a cache.
+
+    Raises:
+        DataError: they are missing or of another kind; one message names all.
+    """
+    inputs = {"data_sha256": manifest.inputs.get("data"), "teacher": manifest.inputs.get("teacher")}
+    try:
+        return _Facts.model_validate(manifest.config | inputs)
+    except ValidationError as error:
+        fault = shorten(faults_of(error, _Facts, "entry"))
+        raise DataError(
+            f"has a manifest that is not a cache's ({fault})", where=folder / MANIFEST_NAME, hint=REBUILD_HINT
+        ) from error
+
+
+def _refuse(path: Path, fault: str) -> None:
+    """Refuse a file of a cache, where there is a fault."""
+    if fault:
+        raise DataError(fault, where=path, expected="a file of a cache, as it was written", hint=REBUILD_HINT)
 
 
 def _read_cache_manifest(folder: Path) -> Manifest:

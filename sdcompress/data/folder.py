@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import DataError
+from sdcompress_engines.json_files import read_json_lines
 from sdcompress_engines.manifest import by_parts
 
 from sdcompress.data.config import DataConfig
 from sdcompress.data.records import (
+    LONG_TEXT,
+    MAX_PICTURE_BYTES,
+    MAX_TEXT_BYTES,
+    OVERSIZE,
     PICTURE_SUFFIXES,
     UNIT_PICTURES,
     Record,
@@ -21,13 +25,14 @@ from sdcompress.data.records import (
     choose_caption,
     decode_text,
     fingerprint_files,
+    read_limited,
     read_object,
 )
 from sdcompress.data.skipped import Skipped
 
 
 class FolderSource(Source):
-    """The pictures of a folder and its subfolders.
+    """The pictures of a folder and its subfolders. Links to pictures are followed, links to folders are not.
 
     Captions and metadata are in `metadata.jsonl` or `metadata.csv` of the folder, with the column `file_name` and one
     of `CAPTION_COLUMNS`, or in a `.json` or `.txt` file beside each picture.
@@ -52,11 +57,7 @@ class FolderSource(Source):
         """File name → its row of the metadata file."""
         rows: list[Any] = []
         if (path := self.root / "metadata.jsonl").is_file():
-            for number, line in enumerate(path.read_text(errors="replace", encoding="utf-8-sig").split("\n"), 1):
-                try:
-                    rows += [json.loads(line)] if line.strip() else []
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"line {number} is not JSON ({error})", where=path) from error
+            rows = list(read_json_lines(path, DataError))
         elif (path := self.root / "metadata.csv").is_file():
             rows = _read_csv(path)
         # A table that was written on Windows may have backslashes.
@@ -76,15 +77,23 @@ class FolderSource(Source):
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:
             key = path.relative_to(self.root).as_posix()
             meta = self._table.get(key, {})
-            if (sidecar := path.with_suffix(".json")).is_file():
-                meta = read_object(sidecar.read_bytes()) | meta
+            texts = {
+                suffix: read_limited(sidecar, MAX_TEXT_BYTES)
+                for suffix in (".json", ".txt")
+                if (sidecar := path.with_suffix(suffix)).is_file()
+            }
+            encoded = read_limited(path, MAX_PICTURE_BYTES)
+            if encoded is None or None in texts.values():
+                skipped.add(OVERSIZE if encoded is None else LONG_TEXT, key)
+                continue
+            meta = read_object(texts.get(".json") or b"{}") | meta
             caption = choose_caption(meta)
-            if caption is None and (sidecar := path.with_suffix(".txt")).is_file():
-                caption = decode_text(sidecar.read_bytes())
+            if caption is None and ".txt" in texts:
+                caption = decode_text(texts[".txt"] or b"")
                 if caption is None:
                     skipped.add("caption is no text", key)
                     continue
-            yield from self._build_records(key, path.read_bytes(), caption, meta, skipped)
+            yield from self._build_records(key, encoded, caption, meta, skipped)
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
-from sdcompress_engines.errors import DataError
+from PIL import Image, ImageOps
+from sdcompress_engines.errors import ArtifactError, DataError, shorten
+from sdcompress_engines.files import check_regular
+from sdcompress_engines.json_files import parse_json
 from sdcompress_engines.manifest import by_parts
 
 from sdcompress.data.config import DataConfig
@@ -26,19 +29,20 @@ PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 """Metadata columns that hold a caption, in the order in which they are tried."""
 MAX_PIXELS = 64_000_000
+MAX_PICTURE_ASPECT = 64
+"""Longest side of a picture over its shortest; enlarged to the short side, a picture of one row would fill memory."""
+MAX_PICTURE_BYTES = 256 * 2**20
+MAX_TEXT_BYTES = 2**20
+"""Largest caption or metadata of one picture that is read."""
+MAX_CAPTION = 20_000
+"""Longest caption, in characters; text encoders read the first 77 tokens."""
+OVERSIZE = f"file of over {MAX_PICTURE_BYTES // 2**20} MiB"
+LONG_TEXT = f"text of over {MAX_TEXT_BYTES // 2**20} MiB"
 UNIT_PICTURES = 1000
 """Pictures in one unit of a folder."""
 MAX_FIELDS = 40
 """Largest number of metadata names that are collected for an error message."""
 
-_BROKEN = (
-    UnidentifiedImageError,
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 _WARNINGS = threading.Lock()
 
 
@@ -70,23 +74,19 @@ class Record:
         Raises:
             DataError: the bytes are no picture.
         """
-        try:
+        with self._reading():
             return self._open().size
-        except _BROKEN as error:
-            raise DataError(f"is not a readable picture ({type(error).__name__})", where=self.key) from error
 
     def picture(self) -> Image.Image:
         """Returns the decoded picture: upright, RGB, with transparency replaced by white.
 
         Raises:
-            DataError: the bytes are no picture, or one of more than `MAX_PIXELS`.
+            DataError: the bytes are no picture, or one of more than `MAX_PIXELS` or with sides of over 1 to
+                `MAX_PICTURE_ASPECT`.
         """
-        try:
+        with self._reading():
             picture = self._open()
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(
-                    f"has {picture.width} x {picture.height} pixels", where=self.key, expected=f"at most {MAX_PIXELS:,}"
-                )
+            self._check_size(*picture.size)
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):
                 picture = picture.point(lambda value: value / 256).convert("L")
@@ -95,7 +95,23 @@ class Record:
                 canvas.alpha_composite(picture.convert("RGBA"))
                 picture = canvas
             return picture.convert("RGB")
-        except _BROKEN as error:
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > MAX_PIXELS:
+            raise DataError(f"has {width} x {height} pixels", where=self.key, expected=f"at most {MAX_PIXELS:,}")
+        if max(width, height) > MAX_PICTURE_ASPECT * min(width, height):
+            raise DataError(
+                f"has {width} x {height} pixels", where=self.key, expected=f"sides of at most 1 to {MAX_PICTURE_ASPECT}"
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn whatever Pillow raises into one error: a damaged picture reaches any line of its readers."""
+        try:
+            yield
+        except DataError:
+            raise
+        except Exception as error:
             raise DataError(f"is not a readable picture ({type(error).__name__})", where=self.key) from error
 
     def _open(self) -> Image.Image:
@@ -170,7 +186,7 @@ class Source:
             holds = condition.holds(record.meta)
             if holds is None:
                 if len(skipped.fields) < MAX_FIELDS:
-                    skipped.fields |= record.meta.keys()
+                    skipped.fields |= {shorten(name, 40) for name in islice(record.meta, MAX_FIELDS)}
                 return f"no number in {condition.field!r}"
             if not holds:
                 return f"not {condition.text}"
@@ -188,12 +204,12 @@ class Source:
     def _build_records(
         self, key: str, encoded: bytes, caption: Any, meta: dict[str, Any], skipped: Skipped
     ) -> Iterator[Record]:
-        """Yields one record, or none where a caption is no text.
+        """Yields one record, or none where a caption is no text or too long.
 
         Args:
             key, encoded, meta: as of `Record`.
             caption: the caption where the config names no columns; of any type, as it was read.
-            skipped: counts a caption that is no text.
+            skipped: counts a caption that is no text or too long.
         """
         found = (
             [(meta.get(column), share) for column, share in self.config.captions.items() if meta.get(column)]
@@ -202,6 +218,9 @@ class Source:
         )
         if any(not is_text(text) for text, _ in found if text is not None):
             skipped.add("caption is no text", key)
+            return
+        if any(len(text) > MAX_CAPTION for text, _ in found if text is not None):
+            skipped.add(f"caption of over {MAX_CAPTION:,} characters", key)
             return
         texts = [
             (str(text).strip(), share) for text, share in found if text is not None and str(text).strip() and share > 0
@@ -219,6 +238,34 @@ class Source:
 def choose_caption(meta: dict[str, Any]) -> Any:
     """Returns the value of the first of `CAPTION_COLUMNS` that is not empty, or None. It may be no text."""
     return next((meta[column] for column in CAPTION_COLUMNS if meta.get(column)), None)
+
+
+def read_limited(path: Path, most_bytes: int) -> bytes | None:
+    """Returns the bytes of a file, or None where it has more than `most_bytes`."""
+    with path.open("rb") as file:
+        content = file.read(most_bytes + 1)
+    return content if len(content) <= most_bytes else None
+
+
+def read_prompt_lines(path: Path) -> list[str]:
+    """Returns the lines of a text file of prompts, stripped; blank lines are left out.
+
+    Raises:
+        DataError: it is no regular file, too large, no UTF-8 text, or has no prompts or one that is too long.
+    """
+    expected = "a UTF-8 text file of prompts, one a line"
+    check_regular(path, DataError)
+    encoded = read_limited(path, MAX_PICTURE_BYTES)
+    text = None if encoded is None else decode_text(encoded)
+    if text is None:
+        fault = "is too large" if encoded is None else "cannot be read (UnicodeDecodeError)"
+        raise DataError(fault, where=path, expected=expected)
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise DataError("holds no prompt", where=path, expected=expected)
+    if longest := next((prompt for prompt in prompts if len(prompt) > MAX_CAPTION), None):
+        raise DataError(f"has a prompt of {len(longest):,} characters", where=path, expected=f"at most {MAX_CAPTION:,}")
+    return prompts
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
@@ -242,8 +289,8 @@ def is_text(value: object) -> bool:
 def read_object(payload: bytes | str) -> dict[str, Any]:
     """Returns a JSON object, or an empty one where the text is anything else."""
     try:
-        content = json.loads(payload)
-    except (ValueError, RecursionError):
+        content = parse_json(payload)
+    except ArtifactError:
         return {}
     return content if isinstance(content, dict) else {}
 

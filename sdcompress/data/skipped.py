@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sdcompress_engines.errors import DataError
+from sdcompress_engines.errors import DataError, shorten
 
 EXAMPLE_KEYS = 3
 """Keys that a message names for each reason."""
+KEY_SHOWN = 80
+"""Longest key in a message; a shard may name a member with a million characters."""
 
 
 @dataclass
@@ -33,7 +35,7 @@ class Skipped:
 
     def add(self, reason: str, key: str) -> None:
         """Count a picture that could not be used."""
-        self.reasons.setdefault(reason, []).append(key)
+        self.reasons.setdefault(reason, []).append(shorten(key, KEY_SHOWN))
 
     def add_filtered(self, condition: str) -> None:
         """Count a picture that did not meet a condition."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.errors import DataError, UsageError, shorten
 from sdcompress_engines.paths import expand_user
 
 from sdcompress.data.config import DataConfig
@@ -15,6 +16,11 @@ from sdcompress.data.hub import HUB_PREFIX, HubSource
 from sdcompress.data.records import PICTURE_SUFFIXES, Source
 from sdcompress.data.shards import SHARD_SUFFIXES, ShardSource, expand_braces
 from sdcompress.models import nano
+
+EXPECTED = (
+    "a folder of captioned pictures, webdataset shards (a folder, a glob, a list such as data/{00000..00099}.tar),"
+    " hub:owner/name, or nano"
+)
 
 
 def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = None) -> Source:
@@ -33,21 +39,18 @@ def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = N
     config = config or DataConfig()
     if not isinstance(data, str | Path):
         return ShardSource("shards", list(data), config)
+    if not str(data).strip() or str(data) == "-":  # a script's empty variable is not the working folder
+        raise UsageError(f"no data is named {str(data)!r}", expected=EXPECTED)
     if str(data) == "nano":
         return ShardSource("nano", nano.shards("train"), config)
     if str(data).startswith(HUB_PREFIX):
         return HubSource(str(data).removeprefix(HUB_PREFIX), config)
     path = expand_user(data)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_folder(path, config)
-    files = [path] if path.is_file() else _match_files(str(path))
+    files = [path] if os.path.isfile(path) else _match_files(str(path))
     if not files:
-        raise UsageError(
-            "does not exist",
-            where=str(data),
-            expected="a folder of captioned pictures, webdataset shards (a folder, a glob, a list such as"
-            " data/{00000..00099}.tar), hub:owner/name, or nano",
-        )
+        raise UsageError("does not exist", where=shorten(data, 200), expected=EXPECTED)
     wrong = next((p for p in files if not p.name.endswith(SHARD_SUFFIXES)), None)
     if wrong is not None:
         raise DataError("is not a webdataset shard", where=wrong, expected="a .tar file, or a folder")

@@ -11,19 +11,50 @@ import gzip
 import re
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
 MAX_MEMBER_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
+MAX_RATIO = 50
+"""Most bytes of a shard for one compressed byte; pictures do not shrink, and a bomb shrinks to a thousandth."""
+MIN_LIMIT_BYTES = 2**30
+"""A shard may have as many bytes, however small its file."""
 LINK = "member is a link or a device"
 OUTSIDE = "member points outside the shard"
 OVERSIZE = f"member of over {MAX_MEMBER_BYTES // 2**20} MiB"
 
 
-def open_tar(path: Path) -> BinaryIO:
-    """Returns the archive's bytes as a stream, decompressed where its name ends in `.gz` or `.tgz`."""
-    return cast("BinaryIO", gzip.open(path, "rb")) if path.suffix in (".gz", ".tgz") else path.open("rb")
+class _Decompressed:
+    """The decompressed bytes of a file, of which there may not be too many.
+
+    Args:
+        path: the compressed file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = gzip.open(path, "rb")  # noqa: SIM115
+        self.left = max(MIN_LIMIT_BYTES, MAX_RATIO * path.stat().st_size)
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise tarfile.ReadError(f"over {MAX_RATIO} times as many bytes as the file has")
+        return data
+
+
+@contextmanager
+def open_tar(path: Path) -> Iterator[BinaryIO]:
+    """Yields the archive's bytes as a stream, decompressed where its name ends in `.gz` or `.tgz`."""
+    if path.suffix in (".gz", ".tgz"):
+        stream = _Decompressed(path)
+        with stream.file:
+            yield cast("BinaryIO", stream)
+    else:
+        with path.open("rb") as file:
+            yield file
 
 
 def read_tar(stream: BinaryIO) -> Iterator[tuple[str, bytes | None, str]]:
@@ -45,7 +76,9 @@ def read_tar(stream: BinaryIO) -> Iterator[tuple[str, bytes | None, str]]:
             else:
                 records = _parse_pax_records(extended)
                 long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if records.get("size", "").isdecimal() else long_size
+                if any(name.startswith("GNU.sparse.") for name in records):
+                    raise tarfile.HeaderError("sparse members are not read")
+                long_size = _parse_size(records["size"]) if "size" in records else long_size
             continue
         if info.type in (tarfile.GNUTYPE_LONGLINK, tarfile.XGLTYPE):
             _read_payload(stream, info.size, 0)
@@ -78,6 +111,13 @@ def _parse_pax_records(extended: bytes) -> dict[str, str]:
         found[head[2].decode(errors="replace")] = extended[head.end() : int(head[1]) - 1].decode(errors="replace")
         extended = extended[int(head[1]) :]
     return found
+
+
+def _parse_size(text: str) -> int:
+    """Returns the size in a pax header; Python refuses to read a number of thousands of digits."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise tarfile.HeaderError("no size")
+    return int(text)
 
 
 def _read_exactly(stream: BinaryIO, size: int) -> bytes:

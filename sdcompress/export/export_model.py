@@ -15,6 +15,7 @@ from sdcompress_engines.flavour import Flavour, choose_flavour, present_card
 from sdcompress_engines.manifest import check_free, sha256_file, staged
 from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.data.records import read_prompt_lines
 from sdcompress.export.components import DTYPES
 from sdcompress.export.onnx import ExportResult, export_onnx
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
@@ -214,9 +215,6 @@ def read_calibration_prompts(path: Path) -> list[str]:
         DataError: the file cannot be read, or has no prompts.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        return read_prompt_lines(path)
+    except OSError as error:
         raise DataError(f"cannot be read ({error})", where=path, expected="prompts, one a line") from error
-    if not any(lines):
-        raise DataError("has no prompts", where=path, expected="prompts, one a line")
-    return [line for line in lines if line]

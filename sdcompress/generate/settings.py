@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sdcompress_engines.errors import DataError, UsageError
 
 from sdcompress.backends.registry import backend_name
+from sdcompress.data.records import read_prompt_lines
 from sdcompress.support.bounds import (
     LEAST_PX,
     MOST_BATCH,
@@ -87,19 +88,9 @@ def read_prompts(file: Path) -> list[str]:
         UsageError: there is no such file.
         DataError: it cannot be read, is no UTF-8 text, or holds no prompt.
     """
-    if not file.is_file():
-        raise UsageError(
-            "is a folder" if file.is_dir() else "does not exist",
-            where=file,
-            expected="a text file of prompts, one a line",
-        )
+    if not file.exists():
+        raise UsageError("does not exist", where=file, expected="a text file of prompts, one a line")
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"cannot be read ({type(error).__name__})", where=file, expected="a UTF-8 text file of prompts, one a line"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise DataError("holds no prompt", where=file, expected="prompts, one a line")
-    return prompts
+        return read_prompt_lines(file)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error})", where=file, expected="prompts, one a line") from error

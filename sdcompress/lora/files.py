@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from sdcompress_engines.errors import ModelError, UsageError, storage_errors
+from safetensors.torch import save_file
+from sdcompress_engines.errors import ModelError, UsageError, shorten, storage_errors
 from sdcompress_engines.files import replace_file
 from sdcompress_engines.ldm_keys import ldm_unet_keys
 
+from sdcompress.checkpoints.tensor_files import COPY_AGAIN
+from sdcompress.checkpoints.weights import Weights, open_weights
 from sdcompress.lora.names import clip_modules, find_layer, kohya_prefix, split_key
+
+FAULTS_SHOWN = 3
+"""Faulty layers that a message names."""
+NAME_SHOWN = 80
+"""Longest name of a layer in a message."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,14 @@ class LoraLayer:
         """Returns the change of a weight of this shape, float32."""
         return (self.up.float().flatten(1) @ self.down.float().flatten(1)).view(shape) * (self.alpha / self.rank)
 
+    def fits(self, shape: torch.Size) -> bool:
+        """Returns whether this is the change of a weight of this shape; a 1 x 1 convolution is a matrix."""
+        return _drop_ones((len(self.up), *self.down.shape[1:])) == _drop_ones(tuple(shape))
+
+    def describe_shape(self) -> str:
+        """Returns the shape of the weight that this changes, for a message."""
+        return _name_shape((len(self.up), *self.down.shape[1:]))
+
 
 Layers = dict[tuple[str, str], LoraLayer]
 """(component, module name) → layer."""
@@ -47,66 +62,128 @@ def read_lora(path: Path, modules: Iterable[str]) -> Layers:
     """Returns the layers of a LoRA file in either naming.
 
     Args:
-        path: a `.safetensors` file.
+        path: a `.safetensors` file, or a pickle of tensors.
         modules: the layers of the UNet that the file was made for. kohya's names have an underscore for every dot, and
             are matched against these, by the names of diffusers or of the LDM layout.
 
     Raises:
         UsageError: there is no such file.
-        ModelError: the file is no LoRA, is another kind of adapter (LoHa, LoKr, DoRA), or was made for another UNet.
+        ModelError: the file is no LoRA, is another kind of adapter (LoHa, LoKr, DoRA), was made for another UNet, or
+            has layers whose tensors do not fit each other; the message names the first of them.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UsageError("does not exist", where=path, expected="a LoRA, .safetensors")
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    weights = open_weights(path)
+    parts = _group_by_layer(weights, modules)
+    layers, faults = Layers(), list[str]()
+    for place, keys in parts.items():
+        layer = _read_layer(weights, keys)
+        if isinstance(layer, LoraLayer):
+            layers[place] = layer
+        else:
+            faults.append(f"{shorten(place[1], NAME_SHOWN)} {layer}")
+    if faults:
         raise ModelError(
-            f"is not a readable safetensors file ({str(error).splitlines()[0]})",
+            f"has {describe_faults(faults, len(parts))}",
             where=path,
-            hint="copy or download it again",
-        ) from error
-    parts = _group_by_layer(tensors, modules, path)
-    broken = next((name for name, layer in parts.items() if not {"down", "up"} <= layer.keys()), None)
-    if broken:
-        raise ModelError(f"has only one half of the layer {broken[1]}", where=path, hint="copy or download it again")
-    return {
-        name: LoraLayer(layer["down"], layer["up"], float(layer["alpha"] if "alpha" in layer else len(layer["down"])))
-        for name, layer in parts.items()
-    }
+            expected="two floating-point matrices of one rank and finite numbers a layer",
+            hint=COPY_AGAIN,
+        )
+    return layers
 
 
-def _group_by_layer(
-    tensors: Mapping[str, torch.Tensor], modules: Iterable[str], path: Path
-) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
-    """Returns (component, module name) → role → tensor.
+def describe_faults(faults: list[str], total: int) -> str:
+    """Returns how many layers are faulty, and what is wrong with the first of them.
+
+    Args:
+        faults: name and fault of each faulty layer.
+        total: number of all layers.
+    """
+    more = ", ..." if len(faults) > FAULTS_SHOWN else ""
+    return f"{len(faults)} of {total} layers that cannot be used: {', '.join(faults[:FAULTS_SHOWN])}{more}"
+
+
+def _group_by_layer(weights: Weights, modules: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Returns (component, module name) → role → key.
 
     Raises:
         ModelError: no tensor, or not every one, belongs to a layer of the model.
     """
     known = {"unet": _unet_names(list(modules))}
     known["text_encoder"] = known["text_encoder_2"] = {name.replace(".", "_"): name for name in clip_modules()}
-    parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    parts: dict[tuple[str, str], dict[str, str]] = {}
     unknown: list[str] = []
-    for key, tensor in tensors.items():
+    for key in weights.shapes:
         split = split_key(key)
         layer = find_layer(split[0], known) if split else None
         if split is None or layer is None:
             unknown.append(key)
+        elif split[1] in parts.setdefault(layer, {}):
+            raise ModelError(
+                f"names the layer {shorten(layer[1], NAME_SHOWN)} twice, as {shorten(key, NAME_SHOWN)} and as"
+                f" {shorten(parts[layer][split[1]], NAME_SHOWN)}",
+                where=weights.path,
+                expected="one naming",
+            )
         else:
-            parts.setdefault(layer, {})[split[1]] = tensor
+            parts[layer][split[1]] = key
     if not parts:
         raise ModelError(
-            "is not a LoRA" if tensors else "is empty",
-            where=path,
+            "is not a LoRA" if weights.shapes else "is empty",
+            where=weights.path,
             expected="layers named as diffusers or kohya's scripts name them",
         )
     if unknown:
         raise ModelError(
-            f"has {len(unknown)} of {len(tensors)} tensors that belong to no layer here, such as {unknown[0]}",
-            where=path,
+            f"has {len(unknown)} of {len(weights.shapes)} tensors that belong to no layer here, such as"
+            f" {shorten(unknown[0], NAME_SHOWN)}",
+            where=weights.path,
             expected="a plain LoRA made for this UNet's family",
         )
     return parts
+
+
+def _read_layer(weights: Weights, keys: Mapping[str, str]) -> LoraLayer | str:
+    """Returns a layer, or what is wrong with it.
+
+    Args:
+        weights: the open file.
+        keys: role → key of the layer's tensors.
+    """
+    if not {"down", "up"} <= keys.keys():
+        return "has only one half"
+    shapes = {role: weights.shapes[key] for role, key in keys.items()}
+    if fault := _find_shape_fault(shapes):
+        return fault
+    tensors = {role: weights.read(key) for role, key in keys.items()}
+    for role, tensor in tensors.items():
+        if not tensor.is_floating_point() and role != "alpha":
+            return f"is of type {str(tensor.dtype).removeprefix('torch.')}"
+        if tensor.is_complex() or not tensor.float().isfinite().all():
+            return "has numbers that are not finite"
+    down, up = tensors["down"], tensors["up"]
+    return LoraLayer(down, up, float(tensors["alpha"]) if "alpha" in tensors else float(len(down)))
+
+
+def _find_shape_fault(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Returns why the shapes of a layer's tensors, by role, do not fit each other; "" where they do."""
+    down, up, alpha = shapes["down"], shapes["up"], shapes.get("alpha", ())
+    matrices = f"has matrices of {_name_shape(up)} and {_name_shape(down)}"
+    if not {len(down), len(up)} <= {2, 4} or 0 in (*down, *up):
+        return matrices
+    if down[0] != up[1]:
+        return f"{matrices}, of the ranks {up[1]} and {down[0]}"
+    if up[2:] not in ((), (1, 1)):
+        return f"{matrices}, of which the first is no 1 x 1 convolution"
+    return "" if math.prod(alpha) == 1 else f"has an alpha of {math.prod(alpha)} numbers"
+
+
+def _drop_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _name_shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape[:6])) or "one number"
 
 
 def _unet_names(modules: list[str]) -> dict[str, str]:

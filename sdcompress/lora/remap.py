@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sdcompress.lora.files import Layers
+from sdcompress.lora.fuse import find_targets
 from sdcompress.prune.plan import BlockPlan
+from sdcompress.prune.student import meta_unet
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,13 @@ def remap_lora(layers: Layers, plan: BlockPlan, student_modules: Iterable[str]) 
         layers: of the teacher's LoRA.
         plan: from the teacher to the student.
         student_modules: the layers of the student's UNet.
+
+    Raises:
+        ModelError: the teacher's UNet does not have one of the layers, or has it in another shape.
     """
+    find_targets(
+        {place: layer for place, layer in layers.items() if place[0] == "unet"}, {"unet": meta_unet(plan.teacher)}
+    )
     places = {plan.teacher_key(name): name for name in student_modules}
     kept: Layers = {}
     dropped = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.files import check_regular, check_tree
 from sdcompress_engines.manifest import sha256_file, sha256_tree
 from sdcompress_engines.paths import expand_user
 
@@ -28,7 +29,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
 
     Raises:
         UsageError: the path does not exist.
-        ModelError: the folder or the hub repository holds no pipeline.
+        ModelError: the folder or the hub repository holds no pipeline, or the path is no regular file.
     """
     name = str(name_or_path)
     if name in BUILT_IN:
@@ -39,6 +40,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     if path.is_dir():
         for candidate in (path, path / "pipeline"):
             if (candidate / "model_index.json").is_file():
+                check_tree(candidate, ModelError)
                 return candidate
         raise ModelError(
             "is not a diffusers pipeline: it has no model_index.json",
@@ -49,6 +51,8 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
         )
     if path.is_file():
         return path
+    if path.exists():
+        check_regular(path, ModelError)
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
         return _download(name)
     raise UsageError(

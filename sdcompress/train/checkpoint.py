@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sdcompress_engines.errors import ArtifactError, TrainingError, storage_errors
+from sdcompress_engines.errors import ArtifactError, TrainingError, shorten, storage_errors
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import faults, read_manifest, write_manifest
+from sdcompress_engines.manifest import Manifest, faults, read_manifest, write_manifest
 from torch import nn
+
+from sdcompress.checkpoints.tensor_files import is_dense, one_error, read_pickle
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,6 +24,9 @@ PREFIX = "step-"
 STATE = "state.pt"
 SHARDED = "sharded"
 DIFFERENCES_SHOWN = 5
+AVERAGES = ("exp_avg", "exp_avg_sq", "average", "first", "second")
+"""Names of running averages in the states of torch's AdamW and of `Muon`."""
+_DELETE = "delete the folder; the run then resumes from the checkpoint before it"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -117,8 +122,9 @@ class Checkpoints:
             if is_intact(path):
                 manifest = read_manifest(path)
                 if manifest is not None:
-                    check_identity(manifest.config["identity"], self.identity, self.folder.parent)
-                    return manifest.config["step"], path
+                    step, identity = _read_facts(path, manifest)
+                    check_identity(identity, self.identity, self.folder.parent)
+                    return step, path
         return None
 
     def load(self, path: Path, trained: nn.Module, optimizer: Any) -> dict[str, torch.Tensor] | None:
@@ -132,23 +138,98 @@ class Checkpoints:
         Raises:
             TrainingError: the checkpoint is intact but cannot be read.
         """
-        try:
-            if self.sharded:
+        if self.sharded:
+            with one_error(path, "checkpoint", TrainingError, _DELETE):
                 self.accelerator.load_state(str(path / SHARDED))
-                return None
-            state = torch.load(path / STATE, weights_only=True, map_location="cpu")
+            return None
+        state = read_pickle(path / STATE, TrainingError, hint=_DELETE)
+        _check_state(path / STATE, state, trained, optimizer)
+        with one_error(path / STATE, "checkpoint", TrainingError, _DELETE):
             trained.load_state_dict(state["trained"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
             if state["scaler"] and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-            average: dict[str, torch.Tensor] | None = state["average"]
-            return average
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
-            raise TrainingError(
-                f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})",
-                where=path,
-                hint="delete it; the run then resumes from the checkpoint before it",
-            ) from error
+        average: dict[str, torch.Tensor] | None = state["average"]
+        return average
+
+
+def _read_facts(path: Path, manifest: Manifest) -> tuple[int, dict[str, Any]]:
+    """Returns the step and the identity in a checkpoint's manifest.
+
+    Raises:
+        TrainingError: they are missing or of another kind.
+    """
+    step, identity = manifest.config.get("step"), manifest.config.get("identity")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 1 or not isinstance(identity, dict):
+        raise TrainingError(
+            f"has a manifest with the step {shorten(repr(step), 40)}",
+            where=path,
+            expected="a number from 1 on, and what distinguishes the run",
+            hint=_DELETE,
+        )
+    return step, identity
+
+
+def _check_state(path: Path, state: Any, trained: nn.Module, optimizer: Any) -> None:
+    """Refuse a checkpoint that does not hold every trained weight, its average and its optimizer state.
+
+    Args:
+        path: of the file, for the message.
+        state: its content.
+        trained, optimizer: what it is loaded into.
+
+    Raises:
+        TrainingError: something is missing, of another shape, or not finite.
+    """
+    wanted = {name: weight.shape for name, weight in trainable_state(trained).items()}
+    faults = []
+    if not isinstance(state, dict) or not {"trained", "optimizer", "average", "scaler"} <= state.keys():
+        faults.append("it lacks a part")
+    else:
+        for part in ("trained", "average"):
+            if part == "trained" or state[part] is not None:
+                faults += [f"{part} {fault}" for fault in _find_weight_faults(state[part], wanted)]
+        faults += [f"optimizer {fault}" for fault in _find_optimizer_faults(state["optimizer"], optimizer)]
+    if faults:
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise TrainingError(
+            f"is not a checkpoint of this run ({shorten(faults[0], 160)}{more})", where=path, hint=_DELETE
+        )
+
+
+def _find_weight_faults(stored: Any, wanted: dict[str, torch.Size]) -> list[str]:
+    if not isinstance(stored, dict):
+        return ["holds no weights"]
+    faults = [f"has no {name}" for name in wanted if name not in stored]
+    faults += [f"has an unknown {name}" for name in stored if name not in wanted]
+    for name, shape in wanted.items():
+        value = stored.get(name)
+        if value is None:
+            continue
+        if not is_dense(value) or value.shape != shape or not value.is_floating_point():
+            faults.append(f"has {name} in another shape or type")
+        elif not value.isfinite().all():
+            faults.append(f"has {name} with numbers that are not finite")
+    return faults
+
+
+def _find_optimizer_faults(stored: Any, optimizer: Any) -> list[str]:
+    """Returns what does not fit: averages have their parameter's shape; 8-bit states have further tensors."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("state"), dict):
+        return ["has no state"]
+    shapes = [parameter.shape for group in optimizer.param_groups for parameter in group["params"]]
+    faults = []
+    for place, values in stored["state"].items():
+        if place not in range(len(shapes)) or not isinstance(values, dict):
+            faults.append(f"has an unknown state {shorten(repr(place), 40)}")
+            continue
+        tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        faults += [
+            f"has a {name} of {tuple(value.shape)} for parameter {place}"
+            for name, value in tensors.items()
+            if not is_dense(value) or (name in AVERAGES and value.shape != shapes[place])
+        ]
+    return faults
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -175,7 +256,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], output: Path)
     ]
     if differing:
         raise TrainingError(
-            "holds the checkpoints of another run: " + "; ".join(differing[:DIFFERENCES_SHOWN]),
+            "holds the checkpoints of another run: " + shorten("; ".join(differing[:DIFFERENCES_SHOWN])),
             where=output,
             hint="--force to start over, or another -o",
         )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from sdcompress_engines.errors import TrainingError
+from sdcompress_engines.errors import ArtifactError, TrainingError
+from sdcompress_engines.json_files import parse_json
 
 from sdcompress.train.checkpoint import CHECKPOINTS, flatten, list_checkpoints
 from sdcompress.train.config import TrainConfig
@@ -97,8 +98,18 @@ class LossMonitor:
 
 
 def keep_lines_up_to(path: Path, step: int) -> None:
-    """Remove the lines of later steps and cut lines, which a killed run wrote after its last checkpoint."""
+    """Remove the lines of later steps, which a killed run wrote after its last checkpoint, and what is no such line."""
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        kept = [line for line in lines if (found := _read_step(line)) is not None and found <= step]
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _read_step(line: str) -> int | None:
+    """Returns the step of a line, or None where it was cut or edited."""
+    try:
+        entry = parse_json(line)
+    except ArtifactError:
+        return None
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return step if isinstance(step, int) else None

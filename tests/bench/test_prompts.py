@@ -83,8 +83,8 @@ def test_lines_and_tables(tmp_path: Path) -> None:
         ("a.jsonl", '{"caption": "a cat"}\n{"title": "a dog"}\n', "a.jsonl:2: no captions among the columns title"),
         ("a.jsonl", '{"caption": 7}\n', "a.jsonl:1: caption 7"),
         ("a.jsonl", '{"caption": "\\ud800"}\n', "a.jsonl:1: caption '\\ud800'"),
-        ("a.json", '{"annotations": [\n{"image_id": 1,]}', "a.json: is not JSON (line 2, "),
-        ("a.json", "[" * 200_000, "a.json: is nested too deeply"),
+        ("a.json", '{"annotations": [\n{"image_id": 1,]}', "a.json: is not JSON ("),
+        ("a.json", "[" * 200_000, "a.json: is nested too deep"),
         ("a.json", '["a cat"]', "a.json: has no annotations; expected COCO's captions"),
         (
             "a.json",

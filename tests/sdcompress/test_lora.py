@@ -190,7 +190,7 @@ def test_a_file_that_is_no_lora_for_this_unet_is_refused(trained: Path, model: L
     with pytest.raises(ModelError, match="is not a LoRA"):
         read_lora(tmp_path / "other.safetensors", modules)
     (tmp_path / "cut.safetensors").write_bytes((trained / FILE).read_bytes()[:-100])
-    with pytest.raises(ModelError, match="not a readable safetensors"):
+    with pytest.raises(ModelError, match="is not a complete safetensors"):
         read_lora(tmp_path / "cut.safetensors", modules)
     tensors = load_file(trained / KOHYA_FILE)
     save_file(
