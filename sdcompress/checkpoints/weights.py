@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import struct
@@ -16,7 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from sdcompress_engines.errors import ModelError
+from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.files import check_regular
+from sdcompress_engines.json_files import parse_json
 
 from sdcompress.checkpoints.ldm_keys import METADATA_KEY, UNET, VAE
 
@@ -88,12 +89,13 @@ class Weights:
         if METADATA_KEY not in self.metadata:
             return None
         try:
+            content = parse_json(self.metadata[METADATA_KEY], self.path, ModelError)
             files = {
-                name: json.loads(text) if name.endswith(".json") else str(text)
-                for name, text in json.loads(self.metadata[METADATA_KEY]).items()
+                str(name): parse_json(text, f"{self.path}/{name}", ModelError) if name.endswith(".json") else str(text)
+                for name, text in content.items()
             }
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"carries broken configs ({error})", where=self.path) from error
+        except (TypeError, AttributeError) as error:
+            raise ModelError(f"carries broken configs ({shorten(error, 120)})", where=self.path) from error
         unsafe = [name for name in files if not _CONFIG_NAME.fullmatch(name)]
         missing = [name for name in _REQUIRED_CONFIGS if not isinstance(files.get(name), dict)]
         if unsafe or missing:
@@ -102,19 +104,26 @@ class Weights:
         return files
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: Path, *, ldm: bool = True) -> Weights:
     """Open a weight file.
 
     Of a `.safetensors` file only the header is read. A pickle is read whole, and only tensors are accepted
     (`weights_only`).
 
+    Args:
+        path: of the file.
+        ldm: map the keys to the LDM layout; else they stay as they are.
+
     Raises:
         ModelError: the kind of file is not supported, the file is broken or cut, or a pickle contains code.
     """
+    map_keys = _map_to_ldm if ldm else _keep
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        check_regular(path, ModelError)
+        return _open_safetensors(path, map_keys)
     if path.suffix in PICKLE_SUFFIXES:
-        return _open_pickle(path)
+        check_regular(path, ModelError)
+        return _open_pickle(path, map_keys)
     raise ModelError(
         f"is a {path.suffix} file" if path.suffix else "has no suffix",
         where=path,
@@ -122,10 +131,13 @@ def open_weights(path: Path) -> Weights:
     )
 
 
-def _open_safetensors(path: Path) -> Weights:
+_MapKeys = Callable[[Iterable[str]], dict[str, str]]
+
+
+def _open_safetensors(path: Path, map_keys: _MapKeys) -> Weights:
     try:
         file = safe_open(path, "pt")
-        names = _map_to_ldm(file.keys())
+        names = map_keys(file.keys())
         views = {key: file.get_slice(name) for key, name in names.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
@@ -149,7 +161,7 @@ def _find_reason(error: BaseException) -> str:
     return next((line for line in lines if "Unpickler error" in line), lines[0] if lines else type(error).__name__)
 
 
-def _open_pickle(path: Path) -> Weights:
+def _open_pickle(path: Path, map_keys: _MapKeys) -> Weights:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
@@ -170,7 +182,7 @@ def _open_pickle(path: Path) -> Weights:
         raise ModelError(
             f"is not a complete checkpoint ({_find_reason(error)})", where=path, hint="copy or download it again"
         ) from error
-    tensors = _collect_tensors(loaded)
+    tensors = _collect_tensors(loaded, map_keys)
     if not tensors:
         raise ModelError("holds no tensors", where=path, expected="a Stable Diffusion checkpoint")
     return Weights(
@@ -182,7 +194,7 @@ def _open_pickle(path: Path) -> Weights:
     )
 
 
-def _collect_tensors(content: object) -> dict[str, torch.Tensor]:
+def _collect_tensors(content: object, map_keys: _MapKeys) -> dict[str, torch.Tensor]:
     """Returns LDM key → tensor of an unpickled checkpoint, which may nest its weights under `state_dict`."""
     state = content
     while isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -190,7 +202,11 @@ def _collect_tensors(content: object) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         return {}
     stored = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
-    return {key: stored[name] for key, name in _map_to_ldm(stored).items()}
+    return {key: stored[name] for key, name in map_keys(stored).items()}
+
+
+def _keep(names: Iterable[str]) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 def _map_to_ldm(names: Iterable[str]) -> dict[str, str]:
