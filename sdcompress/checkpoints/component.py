@@ -13,6 +13,8 @@ from sdcompress.checkpoints.weights import Weights
 
 HALF = (torch.float16, torch.bfloat16)
 
+_SCALES = ("scale_weight", "weight_scale", "scale_input", "weight_quant_state")
+"""Ends of keys beside a weight that is stored in fp8 or in blocks, and means nothing without them."""
 _HINT = "copy or download it again"
 
 
@@ -109,6 +111,12 @@ def _check_header(name: str, weights: Weights, wanted: Mapping[Source, torch.Siz
             hint=f"{_HINT}, or convert it to a diffusers folder" if weights.path.is_file() else _HINT,
         )
     for source, shape in wanted.items():
+        if any(f"{source.key.removesuffix('weight')}{scale}" in weights.shapes for scale in _SCALES):
+            raise ModelError(
+                f"the {name}'s {source.key} is stored in a scaled format",
+                where=weights.path,
+                expected="float16, bfloat16 or float32",
+            )
         if "float" not in weights.dtypes[source.key]:
             raise ModelError(
                 f"the {name}'s {source.key} is stored as {weights.dtypes[source.key]}",

@@ -1,4 +1,4 @@
-"""The weights of a component in a diffusers folder: a file, shards, a half-precision variant, or a pickle of tensors."""
+"""The weights of a component in a diffusers folder: a file, shards, a variant in half precision, or a pickle."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ _WHOLE = {
     "unet": re.compile(re.escape(UNET)),
     "vae": re.compile(re.escape(VAE) + r"(encoder|decoder|quant_conv|post_quant_conv)\."),
 }
-"""Component → its keys in a checkpoint, all of which must be taken. OpenCLIP's encoders carry parts that no family uses."""
+"""Component → its keys in a checkpoint, all of which must be taken."""
 
 
 def load_single_file(path: Path, *, as_stored: bool = False) -> TextToImagePipeline:
@@ -79,8 +79,12 @@ def _load_component(
         component = build_module(name, config, weights.path)
     sources = _map_sources(weights, name, component, family)
     taken = {source.key for source in sources.values()}
-    prefix = _WHOLE.get(name)
-    unknown = [key for key in weights.shapes if prefix and prefix.match(key) and key not in taken]
+    whole = _WHOLE.get(name)
+    if whole is None and not is_openclip(
+        component.config
+    ):  # OpenCLIP's last layer is in the file, and no family uses it
+        whole = re.compile(re.escape(family.text_prefixes["openai"]) + r"(text_model\.)?encoder\.")
+    unknown = [key for key in weights.shapes if whole and whole.match(key) and key not in taken]
     return load_parameters(component, name, weights, sources, choose_dtype, unknown)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from sdcompress_engines.errors import ModelError, SdCompressError, shorten
 
 from sdcompress.families.registry import families, family_of_pipeline
+from sdcompress.families.schemas.base import some_of
 from sdcompress.families.schemas.check import check_config
 from sdcompress.families.schemas.scheduler import SCHEDULERS
 from sdcompress.families.schemas.tokenizer import check_tokenizer, read_tokenizer_files
@@ -88,7 +89,7 @@ def build_scheduler(config: Mapping[str, Any], where: str | Path, class_name: st
     checked = check_config("scheduler", config, where)
     name = class_name or checked.get("_class_name")
     if name not in SCHEDULERS:
-        raise ModelError(f"names no scheduler ({name})", where=where, expected=", ".join(SCHEDULERS))
+        raise ModelError(f"names no scheduler ({name})", where=where, expected=some_of(SCHEDULERS))
     scheduler_class: Any = getattr(diffusers, name)
     with library_errors("scheduler", where):
         options = {key: value for key, value in checked.items() if key != "_class_name"}

@@ -46,6 +46,8 @@ def describe_errors(error: ValidationError, model: type[BaseModel], noun: str) -
 
 
 def _describe_error(error: ErrorDetails, model: type[BaseModel], noun: str) -> str:
+    if not error["loc"]:  # of the whole
+        return str(error["ctx"]["error"]) if error["type"] == "value_error" else error["msg"]
     *path, last = (str(part) for part in error["loc"])
     name = ".".join([*path, last])
     if error["type"] == "extra_forbidden":

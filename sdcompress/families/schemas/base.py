@@ -6,7 +6,7 @@ diffusers and transformers keep them as attributes, which can replace methods; e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -87,7 +87,7 @@ def check_content(
     refuse_code(plain, where)
     named = plain.get("_class_name")
     if named is not None and classes and named not in classes:
-        raise ModelError(f"is for the class {shorten(repr(named), 80)}", where=where, expected=" or ".join(classes))
+        raise ModelError(f"is for the class {shorten(repr(named), 80)}", where=where, expected=some_of(classes))
     try:
         checked = schema.model_validate(plain)
     except ValidationError as error:
@@ -100,6 +100,11 @@ def check_content(
     if isinstance(version := plain.get(_VERSION), str) and _is_version(version):
         kept[_VERSION] = version  # diffusers mends the configs of its early versions
     return kept, checked
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Returns the first names of a list as words."""
+    return f"{' or '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
 
 
 def refuse_code(content: Mapping[str, Any], where: str | Path) -> None:

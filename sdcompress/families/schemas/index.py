@@ -12,7 +12,7 @@ from typing import Any
 from sdcompress_engines.errors import ModelError, shorten
 
 from sdcompress.families.registry import families
-from sdcompress.families.schemas.base import refuse_code, with_lists
+from sdcompress.families.schemas.base import refuse_code, some_of, with_lists
 from sdcompress.families.schemas.scheduler import SCHEDULERS
 from sdcompress.families.schemas.tokenizer import CLASSES as TOKENIZERS
 
@@ -76,7 +76,7 @@ def check_index(content: Mapping[str, Any], where: str | Path) -> dict[str, Any]
             raise ModelError(
                 f"has no {name}" if entry in (None, [None, None]) else f"names {shorten(entry, 80)} as its {name}",
                 where=where,
-                expected=f"{' or '.join(accepted[:4])}{', ...' if len(accepted) > 4 else ''} of {library}",
+                expected=f"{some_of(accepted)} of {library}",
             )
     for name in _SWITCHES:
         if not isinstance(index.get(name, False), bool | None):

@@ -34,8 +34,6 @@ class TextEncoderSchema(ComponentSchema):
     hidden_act: _Activation = "quick_gelu"
     layer_norm_eps: Annotated[float, within(1e-12, 0.1)] = 1e-5
     attention_dropout: Annotated[float, within(0, 0.99)] = 0.0
-    initializer_range: Annotated[float, within(0, 10)] = 0.02
-    initializer_factor: Annotated[float, within(0, 100)] = 1.0
     pad_token_id: Annotated[int, within(-1, _MOST_TOKENS)] | None = 1
     bos_token_id: Annotated[int, within(0, _MOST_TOKENS)] | None = 49406
     eos_token_id: Annotated[int, within(0, _MOST_TOKENS)] | None = 49407
