@@ -51,8 +51,7 @@ class ClipMetric:
     """
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        from transformers import CLIPTokenizer
-        from transformers.utils import logging
+        from sdcompress.families.build import load_tokenizer
 
         from .resnet_clip import load_clip
 
@@ -60,21 +59,15 @@ class ClipMetric:
             raise ModelError(
                 "not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer"
             )
-        logging.disable_progress_bar()  # it would overwrite the reporter's
-        try:
-            with one_error(folder, "CLIP model"):
-                self.model = load_clip(folder).eval().to(device)
-                self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        finally:
-            logging.enable_progress_bar()
+        self.model = load_clip(folder).eval().to(device)
+        self.tokenizer = load_tokenizer(folder)
         self.device = device
         file = folder / "preprocessor_config.json"
         config = read_json_object(file, ModelError) if file.is_file() else {}
-        with one_error(file, "preprocessor_config.json"):
-            self.mean, self.std = (
-                torch.tensor(config.get(key, [0.5] * 3), dtype=torch.float32, device=device).view(3, 1, 1)
-                for key in ("image_mean", "image_std")
-            )
+        self.mean, self.std = (
+            torch.tensor(_read_color(config, key, file), device=device).view(3, 1, 1)
+            for key in ("image_mean", "image_std")
+        )
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[Image.Image], batch: int = 64) -> torch.Tensor:
@@ -252,6 +245,16 @@ def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Im
         else list(range(min(len(prompts), len(found))))
     )
     return [images[i] for i in picked], [found[i] for i in picked]
+
+
+def _read_color(config: Mapping[str, Any], key: str, file: Path) -> list[float]:
+    """Returns the three numbers by which pictures are normalized; 0.5 where the config has none."""
+    values = config.get(key, [0.5] * 3)
+    if not (
+        isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) and 0 < v < 256 for v in values)
+    ):
+        raise ModelError(f"{key}: {shorten(repr(values), 60)}", where=file, expected="three positive numbers")
+    return [float(value) for value in values]
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

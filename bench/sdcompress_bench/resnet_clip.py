@@ -6,13 +6,18 @@ have both. On a few thousand pictures a ResNet needs far fewer steps than a visi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.json_files import read_json_object
 from transformers import CLIPModel, VisionTextDualEncoderModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from sdcompress.checkpoints.component import is_finite
+from sdcompress.families.build import library_errors
+from sdcompress.families.schemas.base import refuse_code
 
 
 class ResNetClip(VisionTextDualEncoderModel):
@@ -33,7 +38,30 @@ def load_clip(folder: Path) -> CLIPModel | ResNetClip:
 
     Args:
         folder: with a transformers config and weights.
+
+    Raises:
+        ModelError: the config names another kind or code, or a weight is missing, of another shape or not finite.
     """
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    model = ResNetClip if kind == ResNetClip.config_class.model_type else CLIPModel
-    return model.from_pretrained(folder, dtype=torch.float32)
+    path = folder / "config.json"
+    config = read_json_object(path, ModelError)
+    parts = [config.get(f"{tower}_config") or {} for tower in ("text", "vision")]
+    for part in (config, *parts):
+        refuse_code(part if isinstance(part, dict) else {}, path)
+    kind = config.get("model_type")
+    towers = [part.get("model_type") if isinstance(part, dict) else None for part in parts]
+    dual = kind == ResNetClip.config_class.model_type and towers == ["clip_text_model", "resnet"]
+    if kind != "clip" and not dual:
+        raise ModelError(
+            f"is a model of the type {shorten(repr(kind), 60)}",
+            where=path,
+            expected="a CLIPModel, or a dual encoder of a ResNet and a CLIP text encoder",
+        )
+    with library_errors("CLIP model", folder):
+        model, found = (ResNetClip if dual else CLIPModel).from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    wrong = [str(key) for key in (*found["missing_keys"], *found["mismatched_keys"])]
+    wrong += [name for name, weight in model.named_parameters() if not is_finite(weight.detach())]
+    if wrong:
+        raise ModelError(f"has {len(wrong)} weights missing or broken, first {shorten(wrong[0], 80)}", where=folder)
+    return model

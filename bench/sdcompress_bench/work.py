@@ -306,16 +306,7 @@ def _configs(model: str | Path | Mapping[str, Mapping[str, Any]]) -> dict[str, M
 
 def _build(name: str, config: Mapping[str, Any]) -> Any:
     """Returns a component on the meta device, without weights."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    from sdcompress.families.build import build_module
 
-    from sdcompress.support.quiet import quiet
-
-    with torch.device("meta"), quiet():
-        if name == "unet":
-            return UNet2DConditionModel.from_config(dict(config))
-        if name == "vae":
-            return AutoencoderKL.from_config(dict(config))
-        return (CLIPTextModel if name == "text_encoder" else CLIPTextModelWithProjection)(
-            CLIPTextConfig.from_dict(dict(config))
-        )
+    with torch.device("meta"):
+        return build_module(name, config, f"the config of the {name}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from sdcompress_engines.unet import EngineUNet
 from sdcompress_engines.vae import EngineVaeDecoder
 
 from sdcompress.backends.registry import backends
-from sdcompress.models.locate import read_model_index
+from sdcompress.families.build import build_scheduler, load_tokenizer
+from sdcompress.models.locate import read_component_config, read_model_index
 from sdcompress.support.pipeline import TextToImagePipeline
 
 
@@ -59,20 +58,22 @@ def open_exported(
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list):
             continue
-        library, class_name = entry
+        class_name = entry[1]
         if class_name is None:
             components[name] = None
         elif name == "unet":
-            config = _read_config(configs / name)
+            config = read_component_config(configs, name)
             components[name] = EngineUNet(open_graph.open(name), config, fallback=make_unet, report=report)
         elif name in ("text_encoder", "text_encoder_2"):
             wrapper = EngineTextEncoder if name == "text_encoder" else EngineTextEncoderWithProjection
-            components[name] = wrapper(open_graph.open(name), _read_config(configs / name))
+            components[name] = wrapper(open_graph.open(name), read_component_config(configs, name))
         elif name == "vae":
             decoder, encoder = open_graph.open("vae_decoder"), open_graph.open_optional("vae_encoder")
-            components[name] = EngineVaeDecoder(decoder, _read_config(configs / name), encoder=encoder)
+            components[name] = EngineVaeDecoder(decoder, read_component_config(configs, name), encoder=encoder)
+        elif name == "scheduler":
+            components[name] = build_scheduler(read_component_config(configs, name), configs / name, class_name)
         else:
-            components[name] = getattr(importlib.import_module(library), class_name).from_pretrained(configs / name)
+            components[name] = load_tokenizer(configs / name)
     if "safety_checker" in components:
         components["requires_safety_checker"] = False
     pipeline: TextToImagePipeline = getattr(diffusers, index["_class_name"])(**components)
@@ -112,8 +113,3 @@ class _GraphOpener:
         return open_runner(
             paths[0], device=self.device, memory=self.memory, cuda_graph=component == "unet", kernels=self.kernels
         )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError
@@ -19,6 +21,8 @@ from sdcompress.checkpoints.unet_shapes import derive_config_from_shapes
 from sdcompress.checkpoints.weights import Weights
 from sdcompress.families.family import Family
 from sdcompress.families.registry import OTHER, family_of, published_families
+from sdcompress.families.schemas.check import check_config, config_file
+from sdcompress.families.schemas.index import check_index, component_classes
 
 V_BIAS_SPREAD = 0.09
 """Separates epsilon from v-prediction training in the bias of SD2's last attention; ComfyUI's figure."""
@@ -35,7 +39,7 @@ def derive_unet_config(weights: Weights) -> dict[str, Any]:
             determine.
     """
     if weights.configs is not None:
-        return dict(weights.configs["unet/config.json"])
+        return check_config("unet", weights.configs["unet/config.json"], f"{weights.path}/unet/config.json")
     shapes = {key.removeprefix(UNET): shape for key, shape in weights.shapes.items() if key.startswith(UNET)}
     try:
         derived = derive_config_from_shapes(shapes)
@@ -116,7 +120,7 @@ def derive_configs(weights: Weights) -> dict[str, dict[str, Any]]:
     """
     check_checkpoint(weights)
     if weights.configs is not None:
-        return {name: dict(content) for name, content in weights.configs.items() if isinstance(content, dict)}
+        return _check_all(weights.configs, weights.path)
     unet = derive_unet_config(weights)
     family = family_of(unet)
     folder = family.config_folder
@@ -133,4 +137,17 @@ def derive_configs(weights: Weights) -> dict[str, dict[str, Any]]:
             configs["model_index.json"]["scheduler"] = ["diffusers", "DDIMScheduler"]
             scheduler |= {"_class_name": "DDIMScheduler", "clip_sample": False}
         scheduler |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return configs | {"unet/config.json": unet}
+    return _check_all(configs | {"unet/config.json": unet}, weights.path)
+
+
+def _check_all(configs: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the configs that are objects, with the known entries of the pipeline's index and of its components."""
+    checked = {name: dict(content) for name, content in configs.items() if isinstance(content, dict)}
+    checked["model_index.json"] = index = check_index(checked["model_index.json"], f"{path}/model_index.json")
+    for component in component_classes(index["_class_name"]):
+        if not component.startswith("tokenizer"):
+            name = config_file(component)
+            if name not in checked:
+                raise ModelError(f"carries no {name}", where=path, expected="the configs of a whole pipeline")
+            checked[name] = check_config(component, checked[name], f"{path}/{name}")
+    return checked

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import ModelError
 
+from sdcompress.checkpoints.component import Source, keep_half, load_parameters
 from sdcompress.checkpoints.configs import derive_configs
 from sdcompress.checkpoints.ldm_keys import (
     UNET,
@@ -24,13 +22,20 @@ from sdcompress.checkpoints.ldm_keys import (
     vae_keys,
 )
 from sdcompress.checkpoints.weights import Weights, open_weights
+from sdcompress.families.build import build_module, build_pipeline, build_scheduler, build_tokenizer
 from sdcompress.families.configs import CONFIGS
 from sdcompress.families.family import Family
 from sdcompress.families.registry import family_of_pipeline
-from sdcompress.families.vocabulary import VOCABULARY
+from sdcompress.families.schemas.check import check_match
+from sdcompress.families.schemas.tokenizer import FILES
+from sdcompress.families.vocabulary import VOCABULARY, shared_vocabulary
 from sdcompress.support.pipeline import TextToImagePipeline
 
-_HALF = (torch.float16, torch.bfloat16)
+_WHOLE = {
+    "unet": re.compile(re.escape(UNET)),
+    "vae": re.compile(re.escape(VAE) + r"(encoder|decoder|quant_conv|post_quant_conv)\."),
+}
+"""Component → its keys in a checkpoint, all of which must be taken."""
 
 
 def load_single_file(path: Path, *, as_stored: bool = False) -> TextToImagePipeline:
@@ -41,107 +46,55 @@ def load_single_file(path: Path, *, as_stored: bool = False) -> TextToImagePipel
         as_stored: keep half precision where the file holds it; else fp32.
 
     Raises:
-        ModelError: the file is no whole checkpoint; its configs build no pipeline; or a weight is missing or has
-            another shape than its config requires.
+        ModelError: the file is no whole checkpoint; its configs build no pipeline; or a weight is missing, is not
+            finite, has another shape than its config requires, or is not asked for.
     """
     weights = open_weights(path)
     configs = derive_configs(weights)
-    channels = configs["unet/config.json"].get("in_channels", 4)
-    if channels != configs["vae/config.json"].get("latent_channels", 4):
-        raise ModelError(
-            f"has a UNet of {channels} input channels: an inpainting or editing model",
-            where=path,
-            expected="a text-to-image model, whose UNet takes the VAE's 4 channels",
-        )
-    try:
-        return _build_pipeline(weights, configs, as_stored)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise ModelError(
-            f"has configs that build no pipeline ({(str(error) or type(error).__name__).splitlines()[0]})", where=path
-        ) from error
-
-
-def _build_pipeline(weights: Weights, configs: dict[str, dict[str, Any]], as_stored: bool) -> TextToImagePipeline:
-    import diffusers
-
     index = configs["model_index.json"]
-    family = family_of_pipeline(str(index.get("_class_name")), configs["unet/config.json"])
-    parts: dict[str, Any] = {}
-    for name in ("unet", "vae", *family.text_encoders):
-        parts[name] = _load_component(weights, name, configs[f"{name}/config.json"], family, as_stored)
-    parts["scheduler"] = _build_scheduler(configs["scheduler/scheduler_config.json"], weights.path)
+    unet = configs["unet/config.json"]
+    family = family_of_pipeline(str(index["_class_name"]), unet)
+    modules = {name: configs[f"{name}/config.json"] for name in ("unet", "vae", *family.text_encoders)}
+    check_match(modules, path)
+    choose_dtype = keep_half if as_stored else lambda stored: torch.float32
+    parts: dict[str, Any] = {"scheduler": build_scheduler(configs["scheduler/scheduler_config.json"], path)}
     for name in family.tokenizers:
-        parts[name] = _load_tokenizer(weights, name, configs)
-    options = dict(family.pipeline_options)
-    if "force_zeros_for_empty_prompt" in index:
-        options["force_zeros_for_empty_prompt"] = bool(index["force_zeros_for_empty_prompt"])
-    pipeline: TextToImagePipeline = getattr(diffusers, family.pipeline_class)(**parts, **options)
-    return pipeline
+        parts[name] = build_tokenizer(_find_tokenizer_files(weights, name, configs), path)
+    for name, config in modules.items():
+        parts[name] = _load_component(weights, name, config, family, choose_dtype)
+    return build_pipeline(index, parts, path)
 
 
-def _build_scheduler(config: dict[str, Any], path: Path) -> Any:
-    import diffusers
-
-    # The name comes from the file, so only a scheduler is accepted.
-    scheduler_class: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if not (isinstance(scheduler_class, type) and issubclass(scheduler_class, diffusers.SchedulerMixin)):
-        raise ModelError(f"names a scheduler that diffusers does not have, {config.get('_class_name')!r}", where=path)
-    scheduler: Any = scheduler_class
-    return scheduler.from_config(config)
-
-
-def _load_component(weights: Weights, name: str, config: dict[str, Any], family: Family, as_stored: bool) -> Any:
+def _load_component(
+    weights: Weights,
+    name: str,
+    config: dict[str, Any],
+    family: Family,
+    choose_dtype: Callable[[torch.dtype], torch.dtype],
+) -> Any:
     """Returns a component with its weights, in eval mode."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        component = _build_component(name, config, family)
+        component = build_module(name, config, weights.path)
     sources = _map_sources(weights, name, component, family)
-    state = {}
-    for key, empty in component.state_dict().items():
-        if not empty.is_meta:
-            state[key] = empty
-            continue
-        tensor = _read_parameter(weights, name, sources[key], empty.shape)
-        dtype = tensor.dtype if as_stored and tensor.dtype in _HALF else torch.float32
-        state[key] = tensor.to(dtype, copy=True).contiguous()
-    component.load_state_dict(state, assign=True)
-    return component.eval()
+    taken = {source.key for source in sources.values()}
+    whole = _WHOLE.get(name)
+    if whole is None and not is_openclip(
+        component.config
+    ):  # OpenCLIP's last layer is in the file, and no family uses it
+        whole = re.compile(re.escape(family.text_prefixes["openai"]) + r"(text_model\.)?encoder\.")
+    unknown = [key for key in weights.shapes if whole and whole.match(key) and key not in taken]
+    return load_parameters(component, name, weights, sources, choose_dtype, unknown)
 
 
-def _build_component(name: str, config: dict[str, Any], family: Family) -> Any:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    if name == "unet":
-        return UNet2DConditionModel.from_config(config)
-    if name == "vae":
-        return AutoencoderKL.from_config(config)
-    encoder_class = CLIPTextModelWithProjection if name in family.projected_text_encoders else CLIPTextModel
-    options = {key: value for key, value in config.items() if key not in ("architectures", "dtype", "torch_dtype")}
-    return encoder_class(CLIPTextConfig(**options))
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The tensor of the file that a parameter comes from.
-
-    Attributes:
-        key: in the LDM layout.
-        convert: the file's tensor → the parameter.
-    """
-
-    key: str
-    convert: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
-
-
-def _map_sources(weights: Weights, name: str, component: Any, family: Family) -> dict[str, _Source]:
+def _map_sources(weights: Weights, name: str, component: Any, family: Family) -> dict[str, Source]:
     """Returns parameter → source, for every parameter on the meta device."""
     keys = [key for key, value in component.state_dict().items() if value.is_meta]
     if name == "unet":
-        return {key: _Source(UNET + ldm_key) for key, ldm_key in unet_keys(keys).items()}
+        return {key: Source(UNET + ldm_key) for key, ldm_key in unet_keys(keys).items()}
     if name == "vae":
-        return {key: _Source(VAE + ldm_key) for key, ldm_key in vae_keys(keys).items()}
+        return {key: Source(VAE + ldm_key) for key, ldm_key in vae_keys(keys).items()}
     openclip = is_openclip(component.config)
     prefix, projection = text_prefixes(family.text_prefixes, openclip)
     plain = {key: key.removeprefix("text_model.") for key in keys}
@@ -153,57 +106,25 @@ def _map_sources(weights: Weights, name: str, component: Any, family: Family) ->
     if not any(key.startswith(prefix) for key in weights.shapes):
         prefix = prefix.removesuffix("text_model.")  # some checkpoints of 2022 leave it out
     return {
-        key: _Source((projection if bare.startswith("text_projection") else prefix) + bare)
+        key: Source((projection if bare.startswith("text_projection") else prefix) + bare)
         for key, bare in plain.items()
     }
 
 
-def _openclip_source(ldm_key: str, name: str) -> _Source:
+def _openclip_source(ldm_key: str, name: str) -> Source:
     index = qkv_index(name)
     if index is not None:
-        return _Source(ldm_key, lambda tensor: tensor.chunk(3)[index])
-    return _Source(ldm_key, (lambda tensor: tensor.T) if ldm_key.endswith("text_projection") else lambda tensor: tensor)
+        return Source(ldm_key, lambda tensor: tensor.chunk(3)[index])
+    return Source(ldm_key, (lambda tensor: tensor.T) if ldm_key.endswith("text_projection") else lambda tensor: tensor)
 
 
-def _read_parameter(weights: Weights, component: str, source: _Source, shape: torch.Size) -> torch.Tensor:
-    """Returns a parameter in the file's dtype.
-
-    Raises:
-        ModelError: the file lacks it, or has it in another shape.
-    """
-    if source.key not in weights.shapes:
-        raise ModelError(
-            f"the {component} lacks {source.key}",
-            where=weights.path,
-            expected=f"shape {tuple(shape)}",
-            hint="copy or download it again, or convert it to a diffusers folder",
-        )
-    tensor = source.convert(weights.read(source.key))
-    if tensor.shape != shape and tensor.numel() == shape.numel():
-        tensor = tensor.view(shape)  # attention weights are 1×1 convolutions in LDM's VAE
-    if tensor.shape != shape:
-        raise ModelError(
-            f"the {component}'s {source.key} has shape {tuple(tensor.shape)}",
-            where=weights.path,
-            expected=f"{tuple(shape)}",
-            hint="convert it to a diffusers folder with its own config",
-        )
-    return tensor
-
-
-def _load_tokenizer(weights: Weights, name: str, configs: Mapping[str, Any]) -> Any:
-    """Returns a tokenizer from the configs; its vocabulary is CLIP's where the file carries none."""
-    from transformers import CLIPTokenizer
-
+def _find_tokenizer_files(weights: Weights, name: str, configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the files of a tokenizer; the vocabulary is CLIP's where the checkpoint carries none."""
     source = configs if weights.configs is None else weights.configs
-    files = {path.partition("/")[2]: content for path, content in source.items() if path.startswith(f"{name}/")}
+    files = {file: source[f"{name}/{file}"] for file in FILES if f"{name}/{file}" in source}
     if not {"vocab.json", "tokenizer.json"} & set(files):
         files |= {
-            file: (CONFIGS / VOCABULARY / file).read_text(encoding="utf-8") for file in ("vocab.json", "merges.txt")
+            "vocab.json": dict(shared_vocabulary()),
+            "merges.txt": (CONFIGS / VOCABULARY / "merges.txt").read_text(encoding="utf-8"),
         }
-    with tempfile.TemporaryDirectory() as scratch:
-        for file, content in files.items():
-            (Path(scratch) / file).write_text(
-                content if isinstance(content, str) else json.dumps(content), encoding="utf-8"
-            )
-        return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
+    return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.json_files import parse_json
 
 from sdcompress.checkpoints.ldm_keys import METADATA_KEY, UNET, VAE
 from sdcompress.checkpoints.tensor_files import is_dense, one_error, open_safetensors, read_pickle
@@ -73,12 +73,13 @@ class Weights:
         if METADATA_KEY not in self.metadata:
             return None
         try:
+            content = parse_json(self.metadata[METADATA_KEY], self.path, ModelError)
             files = {
-                name: json.loads(text) if name.endswith(".json") else str(text)
-                for name, text in json.loads(self.metadata[METADATA_KEY]).items()
+                str(name): parse_json(text, f"{self.path}/{name}", ModelError) if name.endswith(".json") else str(text)
+                for name, text in content.items()
             }
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ModelError(f"carries broken configs ({error})", where=self.path) from error
+        except (TypeError, AttributeError) as error:
+            raise ModelError(f"carries broken configs ({shorten(error, 120)})", where=self.path) from error
         unsafe = [name for name in files if not _CONFIG_NAME.fullmatch(name)]
         missing = [name for name in _REQUIRED_CONFIGS if not isinstance(files.get(name), dict)]
         if unsafe or missing:
@@ -87,19 +88,24 @@ class Weights:
         return files
 
 
-def open_weights(path: Path) -> Weights:
+def open_weights(path: Path, *, ldm: bool = True) -> Weights:
     """Open a weight file.
 
     Of a `.safetensors` file only the header is read. A pickle is read whole, and only tensors are accepted
     (`weights_only`).
 
+    Args:
+        path: of the file.
+        ldm: map the keys to the LDM layout; else they stay as they are.
+
     Raises:
         ModelError: the kind of file is not supported, the file is broken or cut, or a pickle contains code.
     """
+    map_keys = _map_to_ldm if ldm else _keep
     if path.suffix == ".safetensors":
-        return _open_safetensors(path)
+        return _open_safetensors(path, map_keys)
     if path.suffix in PICKLE_SUFFIXES:
-        return _open_pickle(path)
+        return _open_pickle(path, map_keys)
     raise ModelError(
         f"is a {path.suffix} file" if path.suffix else "has no suffix",
         where=path,
@@ -107,9 +113,12 @@ def open_weights(path: Path) -> Weights:
     )
 
 
-def _open_safetensors(path: Path) -> Weights:
+_MapKeys = Callable[[Iterable[str]], dict[str, str]]
+
+
+def _open_safetensors(path: Path, map_keys: _MapKeys) -> Weights:
     file = open_safetensors(path)
-    names = _map_to_ldm(file.keys())
+    names = map_keys(file.keys())
     views = {key: file.get_slice(name) for key, name in names.items()}
     shapes = {key: tuple(view.get_shape()) for key, view in views.items()}
 
@@ -127,8 +136,8 @@ def _open_safetensors(path: Path) -> Weights:
     )
 
 
-def _open_pickle(path: Path) -> Weights:
-    tensors = _collect_tensors(read_pickle(path), path)
+def _open_pickle(path: Path, map_keys: _MapKeys) -> Weights:
+    tensors = _collect_tensors(read_pickle(path), path, map_keys)
     if not tensors:
         raise ModelError("holds no tensors", where=path, expected="the weights of a model by their names")
     return Weights(
@@ -140,8 +149,8 @@ def _open_pickle(path: Path) -> Weights:
     )
 
 
-def _collect_tensors(content: object, path: Path) -> dict[str, torch.Tensor]:
-    """Returns LDM key → tensor of an unpickled checkpoint, which may nest its weights under `state_dict`."""
+def _collect_tensors(content: object, path: Path, map_keys: _MapKeys) -> dict[str, torch.Tensor]:
+    """Returns key → tensor of an unpickled checkpoint, which may nest its weights under `state_dict`."""
     state = content
     for _ in range(_MOST_NESTED):
         if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -151,7 +160,11 @@ def _collect_tensors(content: object, path: Path) -> dict[str, torch.Tensor]:
     stored = {key: value for key, value in state.items() if isinstance(key, str) and isinstance(value, torch.Tensor)}
     if sparse := next((key for key, value in stored.items() if not is_dense(value)), None):
         raise ModelError(f"does not hold all numbers of {shorten(sparse, 120)}", where=path, expected="dense tensors")
-    return {key: stored[name] for key, name in _map_to_ldm(stored).items()}
+    return {key: stored[name] for key, name in map_keys(stored).items()}
+
+
+def _keep(names: Iterable[str]) -> dict[str, str]:
+    return {name: name for name in names}
 
 
 def _map_to_ldm(names: Iterable[str]) -> dict[str, str]:

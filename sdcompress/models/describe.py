@@ -134,17 +134,16 @@ def _describe_components(folder: Path) -> tuple[dict[str, int], set[str]]:
 
     They come from the safetensors headers; for components in pickles, the number comes from the config.
     """
+    from sdcompress.checkpoints.folder import find_weight_files
     from sdcompress.checkpoints.weights import open_weights
 
     parameters: dict[str, int] = {}
     dtypes: set[str] = set()
     for component in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = sorted(component.glob("*.safetensors"))
-        # A variant (`model.fp16.safetensors`) lies beside the whole file or alone; it is counted only alone.
-        files = [file for file in files if "." not in file.name.removesuffix(".safetensors")] or files
+        files = [file for file in find_weight_files(component) if file.suffix == ".safetensors"]
         shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            weights = open_weights(file)
+            weights = open_weights(file, ldm=False)
             floating = {name: shape for name, shape in weights.shapes.items() if "float" in weights.dtypes[name]}
             shapes |= floating
             dtypes |= {weights.dtypes[name] for name in floating}
@@ -158,23 +157,13 @@ def _count_by_config(component: Path) -> int | None:
     """Returns the parameters of a UNet, VAE or text encoder from its config alone; None for another component."""
     import torch
 
+    from sdcompress.families.build import build_module
     from sdcompress.prune.cost import count_parameters
-    from sdcompress.support.quiet import quiet
 
-    path = component / "config.json"
-    if not path.is_file():
+    if component.name not in ("unet", "vae", "text_encoder", "text_encoder_2"):
         return None
-    with torch.device("meta"), quiet():
-        if component.name.startswith("text_encoder"):
-            import transformers
-
-            config = transformers.CLIPTextConfig.from_pretrained(component)
-            projected = config.architectures == ["CLIPTextModelWithProjection"]
-            encoder_class = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-            return count_parameters(encoder_class(config))
-        if component.name not in ("unet", "vae"):
-            return None
-        import diffusers
-
-        module_class = diffusers.UNet2DConditionModel if component.name == "unet" else diffusers.AutoencoderKL
-        return count_parameters(module_class.from_config(read_component_config(component.parent, component.name)))
+    if not (component / "config.json").is_file():
+        return None
+    config = read_component_config(component.parent, component.name)
+    with torch.device("meta"):
+        return count_parameters(build_module(component.name, config, component / "config.json"))

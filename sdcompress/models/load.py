@@ -6,15 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import ModelError
 from sdcompress_engines.paths import expand_user
 
-from sdcompress.models.locate import BUILT_IN, display_name, hash_pipeline, locate_pipeline, read_model_index
+from sdcompress.models.locate import (
+    BUILT_IN,
+    display_name,
+    hash_pipeline,
+    locate_pipeline,
+    read_component_config,
+    read_model_index,
+)
 from sdcompress.support.pipeline import TextToImagePipeline
 from sdcompress.support.quiet import quiet
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @dataclass(frozen=True)
@@ -64,50 +70,27 @@ def load_pipeline(name_or_path: str | Path, *, as_stored: bool = False) -> Loade
 
 def _load_folder(folder: Path, as_stored: bool) -> TextToImagePipeline:
     import torch
-    from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
+
+    from sdcompress.checkpoints.component import keep_half
+    from sdcompress.checkpoints.folder import load_component, open_component
+    from sdcompress.families.build import build_pipeline, build_scheduler, load_tokenizer
+    from sdcompress.families.schemas.check import check_match
+    from sdcompress.families.schemas.index import component_classes
 
     index = read_model_index(folder)
-    if not (index.get("unet") or [None])[0]:
-        raise ModelError(
-            f"{index.get('_class_name', 'the pipeline')} has no UNet",
-            where=folder,
-            expected="a Stable Diffusion pipeline with a UNet2DConditionModel",
-        )
-    options: dict[str, Any] = (
-        {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
-    )
-    try:
-        with quiet():
-            pipeline: TextToImagePipeline = DiffusionPipeline.from_pretrained(
-                folder,
-                local_files_only=True,
-                low_cpu_mem_usage=as_stored,
-                dtype=_read_stored_dtype(folder) if as_stored else torch.float32,
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"does not load: {str(error).splitlines()[0]}", where=folder, expected="a whole diffusers pipeline"
-        ) from error
-    except SafetensorError as error:
-        raise ModelError(
-            f"has a broken weight file: {error}", where=folder, hint="copy or download it again"
-        ) from error
-    return pipeline
-
-
-def _read_stored_dtype(folder: Path) -> torch.dtype:
-    """Returns float16 or bfloat16 where the first file of the UNet's weights holds it, else float32."""
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    first = next(iter(sorted((folder / "unet").glob("*.safetensors"))), None)
-    try:
-        if first is not None:
-            with safe_open(first, "pt") as file:
-                stored = file.get_slice(next(iter(file.keys()))).get_dtype()
-            return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
-    except (SafetensorError, OSError, StopIteration):
-        pass  # loading the pipeline reports the fault
-    return torch.float32
+    components = component_classes(index["_class_name"])
+    tokenizers = [name for name in components if name.startswith("tokenizer")]
+    configs = {name: read_component_config(folder, name) for name in components if name not in tokenizers}
+    scheduler = configs.pop("scheduler")
+    check_match(configs, folder)
+    parts: dict[str, Any] = {
+        "scheduler": build_scheduler(scheduler, folder / "scheduler", class_name=index["scheduler"][1])
+    }
+    parts |= {name: load_tokenizer(folder / name) for name in tokenizers}
+    dtype = torch.float32
+    if as_stored:
+        stored = open_component(folder / "unet").dtypes
+        dtype = keep_half(getattr(torch, next(iter(stored.values()), "float32"), torch.float32))
+    for name, config in configs.items():
+        parts[name] = load_component(folder / name, name, config, lambda stored: dtype)
+    return build_pipeline(index, parts, folder)

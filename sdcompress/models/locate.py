@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,17 @@ from typing import Any
 
 from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.files import check_regular, check_tree
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import sha256_file, sha256_tree
 from sdcompress_engines.paths import expand_user
 
+from sdcompress.families.schemas.check import check_config, config_file
+from sdcompress.families.schemas.index import check_index
+
 BUILT_IN = ("nano", "nano-tiny")
 
+_MOST_CONFIG_MIB = 2
+"""Largest config that is read: a scheduler's, with a list of 1,000 betas, has 0.03 MiB."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -94,21 +99,16 @@ def read_model_index(folder: Path) -> dict[str, Any]:
     """Returns a pipeline's `model_index.json`; for a single file, the one that its weights imply.
 
     Raises:
-        ModelError: the index is not JSON, or the file is no checkpoint.
+        ModelError: the index is broken, or names classes that no known pipeline holds; or the file is no checkpoint.
     """
     if folder.is_file():
         return dict(_read_file_configs(folder)["model_index.json"])
-    return _read_json(folder / "model_index.json", "a pipeline's index")
+    path = folder / "model_index.json"
+    return check_index(_read_config(path), path)
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ModelError(f"is not JSON ({error})", where=path) from error
-    if not isinstance(content, dict):
-        raise ModelError(f"is not {what}", where=path)
-    return content
+def _read_config(path: Path) -> dict[str, Any]:
+    return read_json_object(path, ModelError, most_mib=_MOST_CONFIG_MIB)
 
 
 def _read_file_configs(path: Path) -> dict[str, Any]:
@@ -127,10 +127,10 @@ def read_component_config(name_or_path: str | Path, component: str) -> dict[str,
 
     Raises:
         UsageError: the path does not exist.
-        ModelError: there is no pipeline, or it has no such component.
+        ModelError: there is no pipeline, it has no such component, or the config is broken.
     """
     folder = locate_pipeline(name_or_path)
-    name = f"{component}/{'scheduler_config' if component == 'scheduler' else 'config'}.json"
+    name = config_file(component)
     if folder.is_file():
         configs = _read_file_configs(folder)
         if name not in configs:
@@ -140,7 +140,7 @@ def read_component_config(name_or_path: str | Path, component: str) -> dict[str,
         raise ModelError(
             f"has no {name}", where=folder, expected="a Stable Diffusion pipeline with a UNet2DConditionModel"
         )
-    return _read_json(folder / name, "a config")
+    return check_config(component, _read_config(folder / name), folder / name)
 
 
 def read_unet_config(name_or_path: str | Path) -> dict[str, Any]:
@@ -150,10 +150,7 @@ def read_unet_config(name_or_path: str | Path) -> dict[str, Any]:
         UsageError: the path does not exist.
         ModelError: there is no pipeline, or its UNet is no `UNet2DConditionModel`.
     """
-    config = read_component_config(name_or_path, "unet")
-    if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-        raise ModelError(f"is a {config['_class_name']}", where=name_or_path, expected="a UNet2DConditionModel")
-    return config
+    return read_component_config(name_or_path, "unet")
 
 
 def refuse_student(unet_config: Mapping[str, Any], where: str | Path) -> None:

@@ -9,13 +9,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from sdcompress_engines.errors import PlanError
 
+from sdcompress.families.build import build_module
 from sdcompress.prune.plan import BlockPlan
 
 
 def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
-    """Returns a UNet of a config whose parameters are on the meta device and take no memory."""
+    """Returns a UNet of a config whose parameters are on the meta device and take no memory.
+
+    Raises:
+        ModelError: the config is broken.
+    """
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(config)
+        unet: UNet2DConditionModel = build_module("unet", config, "the UNet's config")
+        return unet
 
 
 def build_student(teacher: UNet2DConditionModel, plan: BlockPlan) -> UNet2DConditionModel:

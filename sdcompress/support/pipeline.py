@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+_SAMPLE_SIZE = 64
+"""Side of the latents where the UNet's config has none, as in diffusers."""
+
 
 class TextToImagePipeline(Protocol):
     """A diffusers pipeline such as `StableDiffusionPipeline`, whatever runs its components.
@@ -57,4 +60,5 @@ class TextToImagePipeline(Protocol):
 
 def native_size_px(pipeline: TextToImagePipeline) -> int:
     """Returns the side of the pictures that the pipeline's UNet was made for."""
-    return int(pipeline.unet.config.sample_size) * pipeline.vae_scale_factor
+    size = pipeline.unet.config.sample_size or _SAMPLE_SIZE
+    return int(max(size) if isinstance(size, list | tuple) else size) * pipeline.vae_scale_factor
