@@ -157,8 +157,8 @@ def context_width(config: Mapping[str, Any]) -> int:
     """
     width = _entry(config, "cross_attention_dim")
     if isinstance(width, (list, tuple)):
-        attended = [each for each, kinds in zip(width, _level_kinds(config, len(width))) if "CrossAttn" in kinds]
-        attended = attended or list(width)
+        levels = zip(width, _level_kinds(config, len(width)), strict=True)
+        attended = [each for each, kinds in levels if "CrossAttn" in kinds] or list(width)
         if any(each != attended[0] for each in attended):
             raise ModelError(
                 f"the UNet config has cross_attention_dim {shorten(width, 80)}",
@@ -173,7 +173,7 @@ def _level_kinds(config: Mapping[str, Any], levels: int) -> list[str]:
     sides = [_entry(config, "down_block_types"), _entry(config, "up_block_types")]
     if levels == 0 or not all(isinstance(side, (list, tuple)) and len(side) == levels for side in sides):
         raise ModelError(f"the UNet config has {levels} values of cross_attention_dim", expected="one for each level")
-    kinds = [f"{down} {up}" for down, up in zip(sides[0], reversed(sides[1]))]
+    kinds = [f"{down} {up}" for down, up in zip(sides[0], reversed(sides[1]), strict=True)]
     kinds[-1] += f" {config.get('mid_block_type', 'UNetMidBlock2DCrossAttn')}"
     return kinds
 

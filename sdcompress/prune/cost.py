@@ -51,8 +51,8 @@ def unet_cost(config: Mapping[str, Any]) -> dict[str, Cost]:
     77 tokens.
 
     Raises:
-        ModelError: diffusers cannot build a UNet of this config, or it takes other inputs than latents, a timestep, text
-            and SDXL's sizes.
+        ModelError: diffusers cannot build a UNet of this config, or it takes other inputs than latents, a timestep,
+            text and SDXL's sizes.
     """
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sdcompress_engines.errors import PlanError, SdCompressError, shorten
 from sdcompress_engines.json_files import parse_json
@@ -21,9 +21,16 @@ from sdcompress.families.family import UNetConfig
 from sdcompress.families.unet_blocks import DEPTHS, UP_DEPTHS, UNetBlocks, read_blocks, spread_over_levels
 
 # Entries of a UNet config that may hold one value a level, outermost first; up_block_types runs the other way.
-_PER_LEVEL = ("block_out_channels", "down_block_types", "attention_head_dim", "cross_attention_dim", "only_cross_attention")
+_PER_LEVEL = (
+    "block_out_channels",
+    "down_block_types",
+    "attention_head_dim",
+    "cross_attention_dim",
+    "only_cross_attention",
+)
 
 _LONGEST_NAME = 64
+_STRICT = {"strict": True, "extra": "forbid"}  # how pydantic reads the classes from JSON
 PLAN_HINT = "sdcompress plan TEACHER --preset bk-tiny -o plan.json"
 
 
@@ -34,11 +41,11 @@ class LevelPlan:
     Attributes:
         down: indices of the resnet–attention pairs that stay in the teacher's down block.
         up: indices of the pairs that stay in its up block; always one more than `down`.
-        transformer_blocks: indices of the transformer blocks that stay in each attention, the mid block's included; None
-            keeps all (SDXL has up to ten).
+        transformer_blocks: indices of the transformer blocks that stay in each attention, the mid block's included;
+            None keeps all (SDXL has up to ten).
     """
 
-    __pydantic_config__ = {"strict": True, "extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     down: tuple[int, ...]
     up: tuple[int, ...]
@@ -71,7 +78,7 @@ class BlockPlan:
         mid: whether `mid_block` stays.
     """
 
-    __pydantic_config__ = {"strict": True, "extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     name: str
     teacher: dict[str, Any]
@@ -283,8 +290,8 @@ def _check_removed_levels(plan: BlockPlan, channels: list[int]) -> None:
         return
     if channels[kept] != channels[kept - 1]:
         raise PlanError(
-            f"level {kept} cannot be removed: it has {channels[kept]} channels and its neighbor {channels[kept - 1]}, so"
-            " the blocks around the gap would not fit",
+            f"level {kept} cannot be removed: it has {channels[kept]} channels and its neighbor {channels[kept - 1]},"
+            " so the blocks around the gap would not fit",
             expected="equal channels on both sides (SD1.x and SD2.x have them, SDXL does not)",
         )
     if plan.mid:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,6 +92,26 @@ def keep_lists(draw: st.DrawFn, config: dict[str, Any]) -> tuple[list[LevelPlan]
         inner = draw(st.permutations(range(1, count)))[: len(down) - 1]
         levels.append(LevelPlan(tuple(down), (0, *sorted(inner), count)))
     return levels, kept == len(channels) and draw(st.booleans())
+
+
+@st.composite
+def cut_lists(draw: st.DrawFn, teacher: UNet2DConditionModel, levels: Levels, mid: bool) -> list[LevelPlan]:
+    """The same levels, some of which keep some of their transformer blocks."""
+    blocks: Any = teacher
+    result = []
+    for i, level in enumerate(levels):
+        sides = [(blocks.down_blocks[i], level.down), (blocks.up_blocks[-1 - i], level.up)]
+        if mid and blocks.mid_block is not None and i == len(levels) - 1:
+            sides.append((blocks.mid_block, (0,)))
+        counts = [
+            len(block.attentions[pair].transformer_blocks)
+            for block, pairs in sides
+            if getattr(block, "attentions", None)
+            for pair in pairs
+        ]
+        kept = draw(st.none() | st.sets(st.integers(0, min(counts) - 1), min_size=1)) if counts else None
+        result.append(replace(level, transformer_blocks=None if kept is None else tuple(sorted(kept))))
+    return result
 
 
 def build_teacher(config: dict[str, Any], seed: int = 0) -> UNet2DConditionModel:
