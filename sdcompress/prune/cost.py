@@ -57,10 +57,9 @@ def unet_cost(config: Mapping[str, Any]) -> dict[str, Cost]:
     from torch.utils.flop_counter import FlopCounterMode
 
     unet = meta_unet(config).eval()
-    inputs = _meta_inputs(unet.config)
     try:
         with FlopCounterMode(display=False, depth=3) as counter, torch.no_grad():
-            unet(**inputs)
+            unet(**_meta_inputs(unet.config))
     except (ValueError, TypeError, RuntimeError) as error:
         raise ModelError(
             f"the UNet does not run on latents, a timestep and text alone ({shorten(error, 200)})",
