@@ -3,14 +3,14 @@
     python bench/peers/training.py -o bench/results/training-peers-nano.json
     python bench/peers/training.py --model sd15 --precision bf16 -o bench/results/training-peers-sd15.json
 
-The first command measures nano, in fp32 and bf16, with one thread and with two. The second is for a GPU.
-
-The manner of the public distillation scripts (BK-SDM, distill-sd): the teacher in fp32, the VAE's encoder and the text
-encoder at every step, pictures decoded in the loop, fused attention as torch chooses it. Both loops compute the same
-losses (bk-tiny, weights 1, 1, 1) on the same pictures with the same optimizer and the student under the same autocast.
-Each measurement is a process of its own, in turn A B A B. Our loop has its cache before the clock starts; the time to
-build it is reported separately. SD1.5 has random weights, because the time of a step does not depend on them. The share
-of the peak is that of the UNets' own operations in the best matrix product of this machine.
+The first command measures nano, in fp32 and bf16, with one thread and with two. The second is for a GPU. The manner of
+the public distillation scripts (BK-SDM, distill-sd): the VAE's encoder and the text encoder at every step, pictures
+decoded in the loop, fused attention as torch chooses it. The teacher stays in fp32, as distill-sd keeps its weights
+(under autocast); BK-SDM casts them. Both loops compute the same losses (bk-tiny, weights 1, 1, 1) on the same pictures
+with the same optimizer and the student under the same autocast. Each measurement is a process of its own, in turn A B A
+B. Our loop has its cache before the clock starts; building it is timed separately. SD1.5 has random weights, because
+they do not change the time. The share of the peak is that of the UNets' own operations in the best matrix product of
+this machine.
 """
 
 from __future__ import annotations

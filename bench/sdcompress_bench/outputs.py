@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.signature import context_width
 
 from sdcompress.checkpoints.tensor_files import is_dense, read_pickle
 from sdcompress.data.records import Record
@@ -144,7 +145,7 @@ def _accepts(pipeline: TextToImagePipeline, probe: fidelity.Probe) -> bool:
     added = config.addition_embed_type == "text_time"
     return bool(
         config.in_channels == probe.latents.shape[2]
-        and config.cross_attention_dim == probe.encoder_hidden_states.shape[-1]
+        and context_width(config) == probe.encoder_hidden_states.shape[-1]
         and added == (probe.text_embeds is not None)
     )
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from sdcompress_engines.errors import ModelError, UsageError
-from sdcompress_engines.signature import CONTEXT_TOKENS
+from sdcompress_engines.signature import CONTEXT_TOKENS, context_width
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -281,7 +281,7 @@ def _unet_example(config: Any, rows: int, side: int) -> dict[str, Any]:
     example: dict[str, Any] = {
         "sample": torch.empty(rows, config.in_channels, side, side),
         "timestep": torch.empty(rows),
-        "encoder_hidden_states": torch.empty(rows, CONTEXT_TOKENS, config.cross_attention_dim),
+        "encoder_hidden_states": torch.empty(rows, CONTEXT_TOKENS, context_width(config)),
     }
     if config.addition_embed_type == "text_time":
         width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim

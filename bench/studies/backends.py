@@ -29,6 +29,7 @@ import torch
 from sdcompress_bench.environment import environment
 from sdcompress_engines.exactness import relative_l2, use_ieee_fp32
 from sdcompress_engines.resources import peak_rss_mib
+from sdcompress_engines.signature import context_width
 
 from sdcompress.export.components import DTYPES
 from sdcompress.models.random import random_pipeline
@@ -127,7 +128,7 @@ def draw_inputs(config: Any, batch: int, dtype: torch.dtype, device: str = "cpu"
     generator = torch.Generator().manual_seed(0)
     side = int(config["sample_size"])
     sample = torch.randn(batch, config["in_channels"], side, side, generator=generator)
-    context = torch.randn(batch, 77, config["cross_attention_dim"], generator=generator)
+    context = torch.randn(batch, 77, context_width(config), generator=generator)
     return {
         "sample": sample.to(device, dtype),
         "timestep": torch.full((batch,), 501.0, device=device),

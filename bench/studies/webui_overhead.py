@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from sdcompress_bench.environment import environment
 from sdcompress_bench.stats import median_interval
+from sdcompress_engines.signature import context_width
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "plugins" / "sd_webui_sdcompress"
@@ -76,7 +77,7 @@ def measure(folder: Path, unet: Any, work: Path, device: str, calls: int, rounds
     (root / "models" / "sdcompress").mkdir(parents=True)
     (root / "models" / "sdcompress" / "measured").symlink_to(folder.resolve())
     generator, dtype = torch.Generator().manual_seed(0), torch.float32 if device == "cpu" else torch.float16
-    side, channels, width = unet.config.sample_size, unet.config.in_channels, unet.config.cross_attention_dim
+    side, channels, width = unet.config.sample_size, unet.config.in_channels, context_width(unet.config)
     sample = torch.randn(2, channels, side, side, generator=generator).to(device, dtype)
     context = torch.randn(2, 77, width, generator=generator).to(device, dtype)
     inputs = (sample, torch.full((2,), 501.0, device=device), context)

@@ -65,7 +65,7 @@ class EngineFolder:
     @property
     def context_width(self) -> int:
         """The width of the text embeddings that it takes."""
-        return int(self.unet["cross_attention_dim"])
+        return signature.context_width(self.unet)
 
     @property
     def profiles(self) -> list[Mapping[str, Any]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .library import signature
+
 
 def ldm_layout(unet: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a UNet's blocks as ComfyUI's `unet_config` describes them. With it ComfyUI finds the layers of a LoRA.
@@ -42,7 +44,7 @@ def ldm_layout(unet: Mapping[str, Any]) -> dict[str, Any]:
         "transformer_depth_middle": (
             -2 if middle is None else _spread(depths[-1], 1)[0] if "CrossAttn" in middle else -1
         ),
-        "context_dim": unet["cross_attention_dim"],
+        "context_dim": signature.context_width(unet),
         "use_linear_in_transformer": bool(unet.get("use_linear_projection")),
         "adm_in_channels": unet.get("projection_class_embeddings_input_dim"),
         "use_temporal_attention": False,

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> None:
     """Show what a block-removal plan keeps of TEACHER's UNet; no weights are loaded.
 
+    What `distill` would refuse is refused here too: a student, and a plan that removes nothing.
+
     \b
       sdcompress plan nano --preset bk-tiny
       sdcompress plan ./realistic-vision-v4 --preset sd-small -o plan.json
@@ -45,11 +47,13 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
 
     from sdcompress_engines.errors import storage_errors
 
-    from sdcompress.models.locate import read_unet_config
+    from sdcompress.models.locate import read_unet_config, refuse_student
     from sdcompress.prune.cost import unet_cost
     from sdcompress.prune.presets import read_plan
 
-    plan = read_plan(preset, read_unet_config(teacher))
+    config = read_unet_config(teacher)
+    refuse_student(config, teacher)
+    plan = read_plan(preset, config)
     before, after = unet_cost(plan.teacher), unet_cost(plan.student_config())
     rows = _rows(plan, before, after)
     if output:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.signature import context_width
 
 from sdcompress.prune.student import meta_unet
 
@@ -34,7 +36,11 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_unet_parameters(config: Mapping[str, Any]) -> int:
-    """Returns the number of parameters of a UNet of this config; entries that start with `_` are ignored."""
+    """Returns the number of parameters of a UNet of this config; entries that start with `_` are ignored.
+
+    Raises:
+        ModelError: diffusers cannot build a UNet of this config.
+    """
     return count_parameters(meta_unet({key: value for key, value in config.items() if not key.startswith("_")}))
 
 
@@ -43,12 +49,22 @@ def unet_cost(config: Mapping[str, Any]) -> dict[str, Cost]:
 
     MACs are counted on the meta device by torch's FLOP counter, in one forward pass at the UNet's own sample size with
     77 tokens.
+
+    Raises:
+        ModelError: diffusers cannot build a UNet of this config, or it takes other inputs than latents, a timestep,
+            text and SDXL's sizes.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
     unet = meta_unet(config).eval()
-    with FlopCounterMode(display=False, depth=3) as counter, torch.no_grad():
-        unet(**_meta_inputs(config))
+    try:
+        with FlopCounterMode(display=False, depth=3) as counter, torch.no_grad():
+            unet(**_meta_inputs(unet.config))
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(
+            f"the UNet does not run on latents, a timestep and text alone ({shorten(error, 200)})",
+            expected="a UNet of Stable Diffusion",
+        ) from error
     flops = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     total = Cost(count_parameters(unet), flops["Global"] // 2)
     names = (
@@ -68,12 +84,10 @@ def _meta_inputs(config: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of one forward pass at batch 1, on the meta device."""
     size = config.get("sample_size") or 64
     height, width = size if isinstance(size, list | tuple) else (size, size)
-    cross = config["cross_attention_dim"]
-    context_width = cross[0] if isinstance(cross, list | tuple) else cross
     inputs: dict[str, Any] = {
         "sample": torch.empty(1, config["in_channels"], height, width, device="meta"),
         "timestep": torch.empty(1, device="meta"),
-        "encoder_hidden_states": torch.empty(1, _TOKENS, context_width, device="meta"),
+        "encoder_hidden_states": torch.empty(1, _TOKENS, context_width(config), device="meta"),
     }
     if config.get("addition_embed_type") == "text_time":
         text_width = config["projection_class_embeddings_input_dim"] - _TIME_IDS * config["addition_time_embed_dim"]

@@ -8,28 +8,30 @@ the highest resolution.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from sdcompress_engines.errors import PlanError
+from sdcompress_engines.errors import PlanError, SdCompressError, shorten
+from sdcompress_engines.json_files import parse_json
 
 from sdcompress.families.family import UNetConfig
+from sdcompress.families.unet_blocks import DEPTHS, UP_DEPTHS, UNetBlocks, read_blocks, spread_over_levels
 
 # Entries of a UNet config that may hold one value a level, outermost first; up_block_types runs the other way.
 _PER_LEVEL = (
     "block_out_channels",
     "down_block_types",
     "attention_head_dim",
-    "num_attention_heads",
     "cross_attention_dim",
     "only_cross_attention",
 )
 
-# The number of transformer blocks of each attention: one for all, or one a level, which may be one a pair. The second
-# is given where the up blocks differ from the down blocks; it begins with the innermost level.
-_DEPTHS, _UP_DEPTHS = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
+_LONGEST_NAME = 64
+_STRICT = {"strict": True, "extra": "forbid"}  # how pydantic reads the classes from JSON
+PLAN_HINT = "sdcompress plan TEACHER --preset bk-tiny -o plan.json"
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,30 @@ class LevelPlan:
     Attributes:
         down: indices of the resnet–attention pairs that stay in the teacher's down block.
         up: indices of the pairs that stay in its up block; always one more than `down`.
-        transformer_blocks: indices of the transformer blocks that stay in each attention; None keeps all (SDXL has up
-            to ten).
+        transformer_blocks: indices of the transformer blocks that stay in each attention, the mid block's included;
+            None keeps all (SDXL has up to ten).
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     down: tuple[int, ...]
     up: tuple[int, ...]
     transformer_blocks: tuple[int, ...] | None = None
 
-    def select_depth(self, depth: int | Sequence[int], pairs: Sequence[int]) -> int | list[int]:
-        """Returns the number of transformer blocks that stay in each attention: one for all, or pair by pair.
+    def select_depth(self, depth: int | Sequence[int], pairs: Sequence[int], attended: bool) -> int | list[int]:
+        """Returns the entry of a block's transformer blocks in the student's config.
 
         Args:
-            depth: the teacher's, in the same form.
+            depth: the teacher's: one number for all pairs, or one a pair.
             pairs: indices of the pairs that stay: `down` or `up`.
+            attended: whether the block has attention.
         """
         if self.transformer_blocks is not None:
             return len(self.transformer_blocks)
-        return depth if isinstance(depth, int) else [depth[i] for i in pairs]
+        if isinstance(depth, int):
+            return depth
+        # Of a down block without attention, the mid block still takes the first number.
+        return [depth[i] for i in pairs] if attended else depth[0]
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,8 @@ class BlockPlan:
         mid: whether `mid_block` stays.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     name: str
     teacher: dict[str, Any]
     levels: tuple[LevelPlan, ...]
@@ -78,10 +88,20 @@ class BlockPlan:
     def __post_init__(self) -> None:
         check_plan(self)
 
+    @cached_property
+    def blocks(self) -> UNetBlocks:
+        """The teacher's blocks."""
+        return read_blocks(self.teacher)
+
     @property
     def dropped_levels(self) -> int:
         """The number of innermost levels that are removed."""
         return len(self.teacher["block_out_channels"]) - len(self.levels)
+
+    @property
+    def removes_nothing(self) -> bool:
+        """Whether the student has every block of the teacher."""
+        return read_blocks(self.student_config()) == self.blocks
 
     def student_config(self) -> dict[str, Any]:
         """Returns the student's UNet config, from which `UNet2DConditionModel.from_config` builds the student."""
@@ -93,12 +113,18 @@ class BlockPlan:
         config["up_block_types"] = list(config["up_block_types"][removed:])
         pairs = [len(level.down) for level in self.levels]
         config["layers_per_block"] = pairs[0] if len(set(pairs)) == 1 else pairs
-        if not isinstance(config.get(_DEPTHS, 1), int) or any(v.transformer_blocks is not None for v in self.levels):
-            depths = spread_over_levels(self.teacher, _DEPTHS, 1)[:kept]
-            config[_DEPTHS] = [v.select_depth(depth, v.down) for v, depth in zip(self.levels, depths, strict=True)]
-        if config.get(_UP_DEPTHS) is not None:
-            depths = config[_UP_DEPTHS][removed:]
-            config[_UP_DEPTHS] = [v.select_depth(n, v.up) for v, n in zip(self.levels[::-1], depths, strict=True)]
+        teachers = list(zip(self.levels, self.blocks.levels, strict=False))
+        if not isinstance(config.get(DEPTHS, 1), int) or any(v.transformer_blocks is not None for v in self.levels):
+            depths = spread_over_levels(self.teacher, DEPTHS, 1)
+            config[DEPTHS] = [
+                v.select_depth(depth, v.down, any(t.down)) for (v, t), depth in zip(teachers, depths, strict=False)
+            ]
+        up_depths = explicit_up_depths(self.teacher)
+        if up_depths is not None:
+            config[UP_DEPTHS] = [
+                v.select_depth(depth, v.up, any(t.up))
+                for (v, t), depth in zip(reversed(teachers), up_depths[removed:], strict=True)
+            ]
         if not self.mid:
             config["mid_block_type"] = None
         return config
@@ -108,23 +134,47 @@ class BlockPlan:
 
         For example, `up_blocks.0.resnets.1.x` → `up_blocks.1.resnets.2.x`.
         """
+        return self._rename(key, lambda kept, index: kept[index], to_student=False)
+
+    def student_key(self, key: str) -> str | None:
+        """Returns the student's name of a teacher's parameter or module; None where the plan removes it."""
+        if key.startswith("mid_block.") and not self.mid:
+            return None
+        try:
+            return self._rename(key, lambda kept, index: kept.index(index), to_student=True)
+        except ValueError:  # the index is not among those that stay
+            return None
+
+    def _rename(self, key: str, move: Callable[[Sequence[int], int], int], *, to_student: bool) -> str:
+        """Returns a name with every index in it moved.
+
+        Args:
+            key: of a parameter or module.
+            move: (the teacher's indices that stay, index) → the index on the other side.
+            to_student: whether `key` is the teacher's.
+        """
         parts = key.split(".")
-        if parts[0] == "mid_block":
-            level = self.levels[-1]
-        elif parts[0] in ("down_blocks", "up_blocks"):
-            block = int(parts[1])
-            down = parts[0] == "down_blocks"
-            level = self.levels[block if down else len(self.levels) - 1 - block]
-            parts[1] = str(block if down else block + self.dropped_levels)
-            if len(parts) > 3 and parts[2] in ("resnets", "attentions"):
-                parts[3] = str((level.down if down else level.up)[int(parts[3])])
-        else:
-            return key
-        if "transformer_blocks" in parts and level.transformer_blocks is not None:
-            place = parts.index("transformer_blocks") + 1
-            if place < len(parts):
-                parts[place] = str(level.transformer_blocks[int(parts[place])])
+        for place, kept in self._indices(parts, to_student):
+            parts[place] = str(move(kept, int(parts[place])))
         return ".".join(parts)
+
+    def _indices(self, parts: list[str], to_student: bool) -> Iterator[tuple[int, Sequence[int]]]:
+        """Yield the place of each index in a name, and which of the teacher's modules stay there."""
+        side, levels = parts[0], len(self.levels)
+        if side not in ("down_blocks", "mid_block", "up_blocks"):
+            return
+        level = self.levels[-1]
+        if side != "mid_block" and len(parts) > 1:
+            down, given = side == "down_blocks", int(parts[1])
+            yield 1, range(levels) if down else range(self.dropped_levels, self.dropped_levels + levels)
+            block = given - self.dropped_levels if to_student and not down else given
+            level = self.levels[block if down else levels - 1 - block]
+            if len(parts) > 3 and parts[2] in ("resnets", "attentions"):
+                yield 3, level.down if down else level.up
+            elif len(parts) > 3 and parts[2] == "downsamplers" and self.dropped_levels and level is self.levels[-1]:
+                yield 3, ()
+        if "transformer_blocks" in parts[:-1] and level.transformer_blocks is not None:
+            yield parts.index("transformer_blocks") + 1, level.transformer_blocks
 
     def feature_pairs(self, choice: str = "blocks") -> list[tuple[str, str]]:
         """Returns pairs (student module, teacher module) whose outputs have equal shapes, from input to output.
@@ -151,8 +201,8 @@ class BlockPlan:
             return f"down_blocks.{i}", f"up_blocks.{self.dropped_levels - 1}"
         # On the teacher's side it is the end of the block, whether or not the student keeps that pair.
         last = len(self.levels[i].down) - 1
-        last_of_teacher = spread_over_levels(self.teacher, "layers_per_block", 2)[i] - 1
-        if "CrossAttn" in self.teacher["down_block_types"][i]:
+        last_of_teacher = len(self.blocks.levels[i].down) - 1
+        if any(self.blocks.levels[i].down):
             return (
                 f"down_blocks.{i}.attentions.{last}.proj_out",
                 f"down_blocks.{i}.attentions.{last_of_teacher}.proj_out",
@@ -174,34 +224,40 @@ class BlockPlan:
         Raises:
             PlanError: the text is no plan, or the plan is illegal.
         """
+        return cls.from_content(parse_json(text, where, PlanError), where)
+
+    @classmethod
+    def from_content(cls, content: Any, where: str | Path = "plan.json") -> BlockPlan:
+        """Returns the plan in the parsed content of a `plan.json`.
+
+        Raises:
+            PlanError: the content is no plan, or the plan is illegal.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
         try:
-            raw = json.loads(text)
-            levels = tuple(
-                LevelPlan(
-                    tuple(v["down"]),
-                    tuple(v["up"]),
-                    None if v["transformer_blocks"] is None else tuple(v["transformer_blocks"]),
-                )
-                for v in raw["levels"]
-            )
-            return cls(name=raw["name"], teacher=raw["teacher"], levels=levels, mid=raw["mid"])
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"is not a plan ({error})", where=where, hint="sdcompress plan TEACHER --preset bk-tiny -o plan.json"
-            ) from error
+            return TypeAdapter(cls).validate_json(json.dumps(content))
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg'].lower()}" for each in error.errors()]
+            reason = shorten("; ".join(faults))
+        except PlanError as error:
+            raise PlanError(error.what, where=where, expected=error.expected, hint=PLAN_HINT) from error
+        except SdCompressError as error:
+            reason = str(error)
+        raise PlanError(f"is not a plan ({reason})", where=where, hint=PLAN_HINT)
 
 
-def spread_over_levels(config: UNetConfig, key: str, default: Any) -> list[Any]:
-    """Returns one value a level of an entry of a UNet config, outermost level first.
+def explicit_up_depths(config: UNetConfig) -> list[Any] | None:
+    """Returns the entries of the up blocks' transformer blocks, innermost level first.
 
-    Args:
-        config: of the UNet.
-        key: of the entry, which may hold one value for all levels.
-        default: for an entry that is missing or None.
+    Returns None where they are those of the down blocks in reverse. diffusers reads lists of one number a pair from a
+    JSON file only where both sides are given.
     """
-    value = config.get(key)
-    value = default if value is None else value
-    return list(value) if isinstance(value, list | tuple) else [value] * len(config["block_out_channels"])
+    given = config.get(UP_DEPTHS)
+    if given is not None:
+        return list(given)
+    depths = spread_over_levels(config, DEPTHS, 1)
+    return depths[::-1] if any(isinstance(depth, list | tuple) for depth in depths) else None
 
 
 def check_plan(plan: BlockPlan) -> None:
@@ -209,47 +265,49 @@ def check_plan(plan: BlockPlan) -> None:
 
     Raises:
         PlanError: it cannot; the message gives the reason.
+        ModelError: the teacher's config is not one of a UNet that can be pruned.
     """
-    channels = plan.teacher.get("block_out_channels")
-    if not channels:
-        raise PlanError("the UNet config has no block_out_channels", expected="the config of a UNet2DConditionModel")
-    _check_removed_levels(plan, list(channels))
-    layers = spread_over_levels(plan.teacher, "layers_per_block", 2)
-    depths = spread_over_levels(plan.teacher, _DEPTHS, 1)
-    reverse = plan.teacher.get(_UP_DEPTHS)
-    up_depths = depths if reverse is None else list(reversed(reverse))
-    for i, level in enumerate(plan.levels):
-        _check_pairs(level, i, layers[i])
+    if not 0 < len(plan.name) <= _LONGEST_NAME or not plan.name.isprintable():
+        raise PlanError(f"the name of the plan is {shorten(repr(plan.name), 80)}", expected="a short printable name")
+    blocks = plan.blocks
+    _check_removed_levels(plan, [level.channels for level in blocks.levels])
+    if plan.mid and blocks.mid is None:
+        raise PlanError("the plan keeps a mid block, and the UNet has none")
+    for i, (level, whole) in enumerate(zip(plan.levels, blocks.levels, strict=False)):
+        _check_pairs(level, i, len(whole.down))
         if level.transformer_blocks is not None:
-            _check_transformer_blocks(level.transformer_blocks, i, (depths[i], up_depths[i]))
+            depths = [whole.down[pair] for pair in level.down] + [whole.up[pair] for pair in level.up]
+            if plan.mid and i == len(plan.levels) - 1:
+                depths.append(blocks.mid or 0)
+            _check_transformer_blocks(level.transformer_blocks, i, [depth for depth in depths if depth > 0])
 
 
 def _check_removed_levels(plan: BlockPlan, channels: list[int]) -> None:
-    if not 1 <= len(plan.levels) <= len(channels):
-        raise PlanError(f"the plan keeps {len(plan.levels)} levels of {len(channels)}")
-    for i in range(len(plan.levels), len(channels)):
-        if channels[i] != channels[i - 1]:
-            raise PlanError(
-                f"level {i} cannot be removed: it has {channels[i]} channels and its neighbor {channels[i - 1]}, so the"
-                " blocks around the gap would not fit",
-                expected="equal channels on both sides (SD1.x and SD2.x have them, SDXL does not)",
-                hint="a preset that keeps every level: bk-base or bk-small",
-            )
-    if plan.mid and len(plan.levels) < len(channels):
+    kept = len(plan.levels)
+    if not 1 <= kept <= len(channels):
+        raise PlanError(f"the plan keeps {kept} levels of {len(channels)}", expected="at least one, and no more")
+    if kept == len(channels):
+        return
+    if channels[kept] != channels[kept - 1]:
+        raise PlanError(
+            f"level {kept} cannot be removed: it has {channels[kept]} channels and its neighbor {channels[kept - 1]},"
+            " so the blocks around the gap would not fit",
+            expected="equal channels on both sides (SD1.x and SD2.x have them, SDXL does not)",
+        )
+    if plan.mid:
         raise PlanError("the mid block cannot stay when the innermost level is removed: it needs that level's output")
 
 
 def _check_pairs(level: LevelPlan, i: int, layers: int) -> None:
     """Check the resnet–attention pairs of level `i`, whose down block has `layers` in the teacher."""
+    for side, kept, count in (("down", level.down, layers), ("up", level.up, layers + 1)):
+        _check_ascending(kept, count, f"level {i} keeps {side} pairs")
     if len(level.up) != len(level.down) + 1:
         raise PlanError(
             f"level {i} keeps {len(level.down)} down and {len(level.up)} up pairs",
             expected="one more up pair than down pairs: each up pair takes one skip tensor",
         )
-    for side, kept, count in (("down", level.down, layers), ("up", level.up, layers + 1)):
-        if list(kept) != sorted(set(kept)) or not set(kept) <= set(range(count)):
-            raise PlanError(f"level {i} keeps {side} pairs {list(kept)}", expected=f"ascending indices below {count}")
-    if level.down[:1] != (0,):
+    if level.down[0] != 0:
         raise PlanError(f"level {i} does not keep down pair 0, where the channels change")
     if level.up[0] != 0 or level.up[-1] != layers:
         raise PlanError(
@@ -258,12 +316,14 @@ def _check_pairs(level: LevelPlan, i: int, layers: int) -> None:
         )
 
 
-def _check_transformer_blocks(kept: tuple[int, ...], i: int, depths: tuple[Any, Any]) -> None:
-    """Check the transformer blocks of level `i`, whose attentions have `depths` (down, up) in the teacher."""
-    if not all(isinstance(depth, int) for depth in depths):
-        raise PlanError(f"level {i} has pairs of different numbers of transformer blocks; all of them must stay")
-    if not kept or not set(kept) <= set(range(min(depths))):
-        raise PlanError(
-            f"level {i} keeps transformer blocks {list(kept)}",
-            expected=f"some of 0 to {min(depths) - 1}",
-        )
+def _check_transformer_blocks(kept: tuple[int, ...], i: int, depths: list[int]) -> None:
+    """Check the transformer blocks of level `i`, whose attentions that stay have `depths` in the teacher."""
+    if not depths:
+        raise PlanError(f"level {i} has no attention, so no transformer blocks", expected="null for that level")
+    _check_ascending(kept, min(depths), f"level {i} keeps transformer blocks")
+
+
+def _check_ascending(kept: tuple[int, ...], count: int, what: str) -> None:
+    """Refuse indices that are not ascending, of none, or of more than the `count` modules that there are."""
+    if not kept or list(kept) != sorted(set(kept)) or not 0 <= kept[0] <= kept[-1] < count:
+        raise PlanError(f"{what} {shorten(list(kept), 80)}", expected=f"ascending indices from 0 to {count - 1}")

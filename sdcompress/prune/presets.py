@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import PlanError, UsageError
+from sdcompress_engines.errors import PlanError, UsageError, shorten
+from sdcompress_engines.json_files import read_json
 
 from sdcompress.families.family import UNetConfig
-from sdcompress.families.unet_blocks import has_mid_block
-from sdcompress.prune.plan import BlockPlan, LevelPlan, spread_over_levels
+from sdcompress.families.unet_blocks import UP_DEPTHS, read_blocks, spread_over_levels
+from sdcompress.prune.plan import PLAN_HINT, BlockPlan, LevelPlan, explicit_up_depths
 
 
 @dataclass(frozen=True)
@@ -69,34 +70,61 @@ def make_plan(
 
     Raises:
         UsageError: the preset is unknown.
-        PlanError: this UNet cannot be pruned so; the message gives the reason.
+        PlanError: this UNet cannot be pruned so, or nothing would be removed; the message gives the reason.
+        ModelError: the config is not one of a UNet that can be pruned.
     """
-    teacher = _strip_private_keys(config)
-    if "block_out_channels" not in teacher:
-        raise PlanError("the UNet config has no block_out_channels", expected="the config of a UNet2DConditionModel")
+    teacher = _normalize_config(config)
     if preset is None:
         if levels is None:
             raise PlanError("neither a preset nor keep-lists were given")
-        return BlockPlan("custom", teacher, tuple(levels), mid)
+        plan = BlockPlan("custom", teacher, tuple(levels), mid and read_blocks(teacher).mid is not None)
+        _check_removal(plan)
+        return plan
     name = preset_name(preset)
-    rule = PRESETS[name]
-    layers = spread_over_levels(teacher, "layers_per_block", 2)
-    has_mid = has_mid_block(teacher)
-    if not has_mid and not rule.mid and max(layers) == 1:
+    try:
+        return _apply_preset(name, teacher)
+    except PlanError as error:
+        others = [other for other in PRESETS if other != name and _fits(other, teacher)]
         raise PlanError(
-            f"{name} removes nothing here: the UNet has one pair a level and no mid block, so it is a student already",
-            hint="a whole teacher",
-        )
-    kept = len(layers) - rule.dropped_levels
-    return BlockPlan(name, teacher, tuple(LevelPlan(down=(0,), up=(0, n)) for n in layers[:kept]), rule.mid and has_mid)
+            f"{name}: {error.what}", expected=error.expected, hint=" or ".join(others) or "a whole teacher"
+        ) from error
 
 
-def _strip_private_keys(config: UNetConfig) -> dict[str, Any]:
+def _apply_preset(name: str, teacher: dict[str, Any]) -> BlockPlan:
+    rule, blocks = PRESETS[name], read_blocks(teacher)
+    levels = blocks.levels[: max(0, len(blocks.levels) - rule.dropped_levels)]
+    kept = tuple(LevelPlan(down=(0,), up=(0, len(level.down))) for level in levels)
+    plan = BlockPlan(name, teacher, kept, rule.mid and blocks.mid is not None)
+    _check_removal(plan)
+    return plan
+
+
+def _fits(name: str, teacher: dict[str, Any]) -> bool:
+    try:
+        _apply_preset(name, teacher)
+    except PlanError:
+        return False
+    return True
+
+
+def _check_removal(plan: BlockPlan) -> None:
+    if plan.removes_nothing:
+        raise PlanError("removes nothing here: the UNet has no more blocks than the plan keeps")
+
+
+def _normalize_config(config: UNetConfig) -> dict[str, Any]:
     """Returns a UNet config as JSON holds it, without diffusers' private keys.
 
     With `_use_default_values`, diffusers would ignore entries that the plan sets.
     """
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
+    read_blocks(config)
+    teacher = {key: _without_tuples(value) for key, value in config.items() if not key.startswith("_")}
+    up_depths = explicit_up_depths(teacher)
+    return teacher if up_depths is None else teacher | {UP_DEPTHS: up_depths}
+
+
+def _without_tuples(value: Any) -> Any:
+    return [_without_tuples(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def read_plan(name_or_path: str, config: UNetConfig) -> BlockPlan:
@@ -108,19 +136,25 @@ def read_plan(name_or_path: str, config: UNetConfig) -> BlockPlan:
 
     Raises:
         UsageError: there is neither such a preset nor such a file.
-        PlanError: the plan was made for another UNet.
+        PlanError: the file is no plan, was made for another UNet, or removes nothing.
+        ModelError: the config is not one of a UNet that can be pruned.
     """
     path = Path(name_or_path)
     if not path.is_file():
         return make_plan(config, name_or_path)
-    plan = BlockPlan.from_json(path.read_text(encoding="utf-8"), path)
-    teacher = _strip_private_keys(config)
-    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types"):
-        if plan.teacher.get(key) != teacher.get(key):
-            raise PlanError(
-                f"was made for a UNet with {key} {plan.teacher.get(key)}",
-                where=path,
-                expected=f"{teacher.get(key)}, as the teacher has",
-                hint="sdcompress plan TEACHER --preset bk-tiny -o plan.json",
-            )
+    plan = BlockPlan.from_content(read_json(path, PlanError), path)
+    teacher = _normalize_config(config)
+    for key in ("block_out_channels", "layers_per_block", "cross_attention_dim", "down_block_types", "up_block_types"):
+        planned, found = (spread_over_levels(each, key, 2) for each in (plan.teacher, teacher))
+        if planned != found:
+            raise _other_unet(path, f"{key} {shorten(planned, 100)}", f"{found}, as the teacher has")
+    if plan.blocks != read_blocks(teacher):
+        raise _other_unet(path, "other transformer blocks or another mid block", "a plan of this teacher")
+    plan = BlockPlan(plan.name, teacher, plan.levels, plan.mid)
+    if plan.removes_nothing:
+        raise PlanError("removes nothing: it keeps every block of the UNet", where=path, hint=PLAN_HINT)
     return plan
+
+
+def _other_unet(path: Path, made_for: str, expected: str) -> PlanError:
+    return PlanError(f"was made for a UNet with {made_for}", where=path, expected=expected, hint=PLAN_HINT)

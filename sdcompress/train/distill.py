@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from sdcompress_engines.errors import storage_errors
+from sdcompress_engines.errors import PlanError, storage_errors
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
@@ -106,13 +106,22 @@ def make_objective(
         student: the network that `plan` makes of it.
         plan: pairs the student's modules with the teacher's.
         config: the loss weights, the feature pairs and the precision.
+
+    Raises:
+        PlanError: self-attentions are to be compared, and the student has none.
     """
     weights = config.loss_weights()
+    attentions = attention_pairs(student, plan)
+    if weights["attention_kd_loss"] > 0 and not attentions:
+        raise PlanError(
+            f"{plan.name} leaves no attention in the student for attention_kd_weight to compare",
+            hint="--set attention_kd_weight=0",
+        )
     needs_teacher = any(weight > 0 for name, weight in weights.items() if name != "task_loss")
     return BlockDistillation(
         copy_frozen(teacher_unet, config.precision) if needs_teacher else None,
         plan.feature_pairs(config.feature_pairs),
         weights,
         config.feature_norm,
-        attention_pairs(student, plan),
+        attentions,
     )

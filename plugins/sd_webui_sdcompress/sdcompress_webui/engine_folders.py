@@ -16,7 +16,7 @@ from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
 from sdcompress_engines.runners.base import TensorSpec
 from sdcompress_engines.runners.shapes import Ranges
-from sdcompress_engines.signature import CONTEXT_TOKENS, signature
+from sdcompress_engines.signature import CONTEXT_TOKENS, context_width, signature
 
 from .calls import ADDED, CONTEXT, SAMPLE, SIGNATURE
 from .traits import Traits, is_whole
@@ -183,7 +183,7 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
     if manifest.kind == "engine":
         profiles = tuple(_read_profile(folder, profile) for profile in config["profiles"]["unet"])
     traits = Traits(
-        context_width=int(unet["cross_attention_dim"]),
+        context_width=context_width(unet),
         added_width=next((int(spec.shape[1]) for spec in graph.inputs if spec.name == ADDED), 0),
         channels=int(unet["in_channels"]),
         prediction=scheduler.get("prediction_type"),

@@ -85,7 +85,7 @@ def is_whole(unet_config: Mapping[str, Any]) -> bool:
         return False
     if unet_config.get("addition_embed_type") == "text_time":
         return (
-            list(unet_config.get("transformer_layers_per_block") or ()) == [1, 2, 10]
+            unet_config.get("transformer_layers_per_block") in ([1, 2, 10], (1, 2, 10))
             and unet_config.get("reverse_transformer_layers_per_block") is None
         )
     return len(kinds) == 4 and kinds[-1] == "DownBlock2D"
