@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,10 +16,10 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
-from .errors import ArtifactError, StorageError, storage_errors
+from .errors import ArtifactError, StorageError, shorten, storage_errors
 from .files import replace_file, sync, write_atomically
 from .json_files import read_json_object
-from .paths import is_plain_path
+from .paths import file_inside, is_link, is_plain_path
 
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
@@ -173,11 +174,12 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Returns the folder's manifest, or None where it has none.
 
     Raises:
-        ArtifactError: the file is no manifest that this version reads, or it was edited.
+        ArtifactError: the file is a link or no manifest that this version reads, or it was edited.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not path.is_file() and not is_link(path):
         return None
+    file_inside(folder, MANIFEST_NAME, source=folder)
     try:
         raw = read_json_object(path)
         if raw["schema"] != SCHEMA_VERSION:
@@ -208,23 +210,36 @@ def read_manifest(folder: Path) -> Manifest | None:
             if not isinstance(getattr(manifest, name), dict)
         ]:
             raise ValueError(f"{wrong[0]} is no mapping")
-        if wrong := [
-            name
-            for name, entry in manifest.files.items()
-            if not isinstance(entry.sha256, str) or not isinstance(entry.bytes, int)
-        ]:
-            raise ValueError(f"no sha256 and size of {wrong[0]}")
+        if not isinstance(manifest.kind, str) or not isinstance(manifest.created, str):
+            raise ValueError("the kind or the time is no text")
+        if wrong := [name for name in ("inputs", "versions") if not _holds_texts(getattr(manifest, name))]:
+            raise ValueError(f"{wrong[0]} holds more than texts")
         if wrong := [name for name in manifest.files if not is_plain_path(name)]:
-            raise ValueError(f"{wrong[0]!r} is no path in its folder")
+            raise ValueError(f"{shorten(repr(wrong[0]), 120)} is no path in its folder")
+        if wrong := [name for name, entry in manifest.files.items() if not _is_whole(entry)]:
+            raise ValueError(f"no sha256 and size of {shorten(wrong[0], 120)}")
         return manifest
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(
-            f"broken manifest ({error})", where=path, hint="delete the folder and make it again"
+            f"broken manifest ({shorten(error)})", where=path, hint="delete the folder and make it again"
         ) from error
 
 
+def _holds_texts(mapping: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, str) for value in mapping.values())
+
+
+def _is_whole(entry: FileEntry) -> bool:
+    return (
+        isinstance(entry.sha256, str)
+        and re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None
+        and type(entry.bytes) is int
+        and entry.bytes >= 0
+    )
+
+
 def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> list[str]:
-    """Returns what is wrong with an artifact folder: missing, cut or altered files; nothing where it is whole.
+    """Returns what is wrong with an artifact folder: missing, cut or altered files, or links; nothing where it is whole.
 
     Args:
         folder: the artifact.
@@ -239,14 +254,25 @@ def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> l
         return [f"{folder / MANIFEST_NAME} is missing"]
     found = [] if kind in (None, manifest.kind) else [f"is of kind {manifest.kind!r}, not {kind!r}"]
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != entry.bytes:
-            found.append(f"{name} has {path.stat().st_size} bytes, not {entry.bytes}")
-        elif contents and sha256_file(path) != entry.sha256:
-            found.append(f"{name} is not what the manifest says (sha256 differs)")
+        try:
+            fault = _find_fault(file_inside(folder, name, source=folder / MANIFEST_NAME), entry, contents)
+        except ArtifactError:
+            fault = "is a link, or lies behind one"
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror or error})"
+        if fault is not None:
+            found.append(f"{name} {fault}")
     return found
+
+
+def _find_fault(path: Path, entry: FileEntry, contents: bool) -> str | None:
+    if not path.is_file():
+        return "is no regular file" if path.exists() else "is missing"
+    if path.stat().st_size != entry.bytes:
+        return f"has {path.stat().st_size} bytes, not {entry.bytes}"
+    if contents and sha256_file(path) != entry.sha256:
+        return "is not what the manifest says (sha256 differs)"
+    return None
 
 
 def check_free(target: Path, force: bool = False) -> None:
