@@ -23,6 +23,7 @@ from .paths import file_inside, is_link, is_plain_path
 
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
+_MAKE_AGAIN = "delete the folder and make it again"
 _PACKAGES = (
     "sdcompress",
     "torch",
@@ -182,47 +183,59 @@ def read_manifest(folder: Path) -> Manifest | None:
     file_inside(folder, MANIFEST_NAME, source=folder)
     try:
         raw = read_json_object(path)
-        if raw["schema"] != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"manifest schema {raw['schema']}",
-                where=path,
-                expected=f"schema {SCHEMA_VERSION}",
-                hint="make this artifact again with the installed version",
-            )
-        seal = raw.get("seal", "")
-        if seal and seal != _seal(raw):
-            raise ArtifactError(
-                "this manifest was edited: its seal does not match its content",
-                where=path,
-                hint="put the file back as it was, or delete the folder and make it again",
-            )
-        if not seal and raw["kind"] == "engine":
-            raise ArtifactError(
-                "this engine's manifest has no seal: it was edited, or written by an older version",
-                where=path,
-                hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR",
-            )
-        raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        manifest = Manifest(**raw)
-        if wrong := [
-            name
-            for name in ("inputs", "config", "figures", "versions")
-            if not isinstance(getattr(manifest, name), dict)
-        ]:
-            raise ValueError(f"{wrong[0]} is no mapping")
-        if not isinstance(manifest.kind, str) or not isinstance(manifest.created, str):
-            raise ValueError("the kind or the time is no text")
-        if wrong := [name for name in ("inputs", "versions") if not _holds_texts(getattr(manifest, name))]:
-            raise ValueError(f"{wrong[0]} holds more than texts")
-        if wrong := [name for name in manifest.files if not is_plain_path(name)]:
-            raise ValueError(f"{shorten(repr(wrong[0]), 120)} is no path in its folder")
-        if wrong := [name for name, entry in manifest.files.items() if not _is_whole(entry)]:
-            raise ValueError(f"no sha256 and size of {shorten(wrong[0], 120)}")
-        return manifest
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ArtifactError as error:
+        raise ArtifactError(f"broken manifest: {error.what}", where=path, hint=_MAKE_AGAIN) from error
+    try:
+        _check_seal(raw, path)
+        return _parse_manifest(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"broken manifest ({shorten(error)})", where=path, hint=_MAKE_AGAIN) from error
+
+
+def _check_seal(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse a manifest of another schema, an edited one, and an engine's without a seal."""
+    if raw["schema"] != SCHEMA_VERSION:
         raise ArtifactError(
-            f"broken manifest ({shorten(error)})", where=path, hint="delete the folder and make it again"
-        ) from error
+            f"manifest schema {shorten(raw['schema'], 60)}",
+            where=path,
+            expected=f"schema {SCHEMA_VERSION}",
+            hint="make this artifact again with the installed version",
+        )
+    seal = raw.get("seal", "")
+    if seal and seal != _seal(raw):
+        raise ArtifactError(
+            "this manifest was edited: its seal does not match its content",
+            where=path,
+            hint="put the file back as it was, or delete the folder and make it again",
+        )
+    if not seal and raw["kind"] == "engine":
+        raise ArtifactError(
+            "this engine's manifest has no seal: it was edited, or written by an older version",
+            where=path,
+            hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR",
+        )
+
+
+def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
+    """Returns the manifest in a JSON object.
+
+    Raises:
+        ValueError: a field is of another kind, or a file's name leads out of the folder. KeyError, TypeError,
+            AttributeError: as ValueError.
+    """
+    manifest = Manifest(**{**raw, "files": {name: FileEntry(**entry) for name, entry in raw["files"].items()}})
+    mappings = ("inputs", "config", "figures", "versions")
+    if wrong := [name for name in mappings if not isinstance(getattr(manifest, name), dict)]:
+        raise ValueError(f"{wrong[0]} is no mapping")
+    if not isinstance(manifest.kind, str) or not isinstance(manifest.created, str):
+        raise ValueError("the kind or the time is no text")
+    if wrong := [name for name in ("inputs", "versions") if not _holds_texts(getattr(manifest, name))]:
+        raise ValueError(f"{wrong[0]} holds more than texts")
+    if wrong := [name for name in manifest.files if not is_plain_path(name)]:
+        raise ValueError(f"{shorten(repr(wrong[0]), 120)} is no path in its folder")
+    if wrong := [name for name, entry in manifest.files.items() if not _is_whole(entry)]:
+        raise ValueError(f"no sha256 and size of {shorten(wrong[0], 120)}")
+    return manifest
 
 
 def _holds_texts(mapping: Mapping[str, Any]) -> bool:
@@ -239,7 +252,7 @@ def _is_whole(entry: FileEntry) -> bool:
 
 
 def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> list[str]:
-    """Returns what is wrong with an artifact folder: missing, cut or altered files, or links; nothing where it is whole.
+    """Returns what is wrong with an artifact folder: missing, cut or altered files, and links; nothing if it is whole.
 
     Args:
         folder: the artifact.

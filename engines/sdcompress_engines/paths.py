@@ -67,9 +67,7 @@ def file_inside(
         SdCompressError: of the class `error`: the name leads out of the folder, or is a link or lies behind one.
     """
     if not is_plain_path(name):
-        raise error(
-            f"names the file {shorten(repr(name), 120)}", where=source, expected=f"a name inside {folder}"
-        )
+        raise error(f"names the file {shorten(repr(name), 120)}", where=source, expected=f"a name inside {folder}")
     path = folder
     for part in str(name).split("/"):
         path = path / part
