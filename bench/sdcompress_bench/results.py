@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import ArtifactError, UsageError
+from sdcompress_engines.errors import ArtifactError, UsageError, shorten
+from sdcompress_engines.paths import file_inside
 
 from .latency import Latency
 from .scenario import BackendSetup, Gate
 from .stats import Summary
 
 RESULTS_SCHEMA = 2
+RESULTS_NAME = "results.json"
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,27 @@ class Results:
         path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def picture_files(results: Results, folder: Path) -> Iterator[list[Path]]:
+    """Yields the files of each column of the picture grid, one a caption.
+
+    Args:
+        results: that name them.
+        folder: of the results file, which the pictures lie in.
+
+    Raises:
+        ArtifactError: a name leads out of the folder or to a link, or the captions are more.
+    """
+    for entry in results.pictures:
+        names = entry["files"]
+        if len(names) < len(results.captions):
+            raise ArtifactError(
+                f"names {len(names)} pictures of {shorten(entry['model'], 60)}",
+                where=folder / RESULTS_NAME,
+                expected=f"{len(results.captions)}, one a caption",
+            )
+        yield [file_inside(folder, name, source=folder / RESULTS_NAME) for name in names]
+
+
 def _excess(gate: Mapping[str, Any]) -> str:
     return f"relative L2 {gate['error']:.2e} over {gate['limit']:.2e} at timestep {gate['timestep']}"
 
@@ -217,7 +240,7 @@ def read_results(path: Path) -> Results:
 
     Raises:
         UsageError: there is no such file.
-        ArtifactError: it is no results file, or has another schema.
+        ArtifactError: it is no results file, has another schema, or names pictures outside its folder.
     """
     if not path.is_file():
         raise UsageError("no such file", where=path, expected="a results.json of `sdcompress bench`")
@@ -230,7 +253,9 @@ def read_results(path: Path) -> Results:
                 expected=f"schema {RESULTS_SCHEMA}",
                 hint="measure again with the installed version: sdcompress bench SUITE",
             )
-        return Results(**raw | {"latency": [Latency(**run) for run in raw["latency"]]})
+        results = Results(**raw | {"latency": [Latency(**run) for run in raw["latency"]]})
+        list(picture_files(results, path.parent))
+        return results
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
             f"is no results file ({error})", where=path, expected="a results.json of `sdcompress bench`"

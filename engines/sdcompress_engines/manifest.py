@@ -162,9 +162,19 @@ def write_manifest(
 
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Seal a manifest and write it into `folder`. Returns it with its seal."""
-    manifest = replace(manifest, seal=_seal(asdict(manifest)))
-    write_atomically(folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=1) + "\n")
+    manifest = seal_manifest(manifest)
+    write_atomically(folder / MANIFEST_NAME, manifest_text(manifest))
     return manifest
+
+
+def seal_manifest(manifest: Manifest) -> Manifest:
+    """Returns the manifest with the seal of its content."""
+    return replace(manifest, seal=_seal(asdict(manifest)))
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Returns the content of the manifest's file."""
+    return json.dumps(asdict(manifest), indent=1) + "\n"
 
 
 def _seal(raw: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.manifest import sha256_file, sha256_tree
 
+from sdcompress.models.weight_index import check_weight_indexes
+
 BUILT_IN = ("nano", "nano-tiny")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,7 +29,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
 
     Raises:
         UsageError: the path does not exist.
-        ModelError: the folder or the hub repository holds no pipeline.
+        ModelError: the folder or the hub repository holds no pipeline, or an index of weights names files elsewhere.
     """
     name = str(name_or_path)
     if name in BUILT_IN:
@@ -38,6 +40,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     if path.is_dir():
         for candidate in (path, path / "pipeline"):
             if (candidate / "model_index.json").is_file():
+                check_weight_indexes(candidate)
                 return candidate
         raise ModelError(
             "is not a diffusers pipeline: it has no model_index.json",
@@ -49,7 +52,9 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
-        return _download(name)
+        downloaded = _download(name)
+        check_weight_indexes(downloaded)
+        return downloaded
     raise UsageError(
         "does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}"
     )
