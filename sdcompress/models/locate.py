@@ -11,8 +11,6 @@ from typing import Any
 from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.manifest import sha256_file, sha256_tree
 
-from sdcompress.models.weight_index import check_weight_indexes
-
 BUILT_IN = ("nano", "nano-tiny")
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -29,7 +27,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
 
     Raises:
         UsageError: the path does not exist.
-        ModelError: the folder or the hub repository holds no pipeline, or an index of weights names files elsewhere.
+        ModelError: the folder or the hub repository holds no pipeline.
     """
     name = str(name_or_path)
     if name in BUILT_IN:
@@ -40,7 +38,6 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     if path.is_dir():
         for candidate in (path, path / "pipeline"):
             if (candidate / "model_index.json").is_file():
-                check_weight_indexes(candidate)
                 return candidate
         raise ModelError(
             "is not a diffusers pipeline: it has no model_index.json",
@@ -52,9 +49,7 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     if path.is_file():
         return path
     if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
-        downloaded = _download(name)
-        check_weight_indexes(downloaded)
-        return downloaded
+        return _download(name)
     raise UsageError(
         "does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}"
     )
