@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict
 from sdcompress_engines.errors import ArtifactError, UsageError, shorten
 from sdcompress_engines.json_files import read_json_lines, read_json_object
+from sdcompress_engines.paths import file_inside
 
 from .latency import Latency
 from .results_schema import check_results
@@ -20,6 +21,7 @@ from .stats import Summary
 RESULTS_SCHEMA = 2
 LARGEST = 1e300
 """Largest loss that is read; whole numbers in JSON have no limit, and NaN is below nothing."""
+RESULTS_NAME = "results.json"
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,27 @@ class Results:
         path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
 
 
+def picture_files(results: Results, folder: Path) -> Iterator[list[Path]]:
+    """Yields the files of each column of the picture grid, one a caption.
+
+    Args:
+        results: that name them.
+        folder: of the results file, which the pictures lie in.
+
+    Raises:
+        ArtifactError: a name leads out of the folder or to a link, or the captions are more.
+    """
+    for entry in results.pictures:
+        names = entry["files"]
+        if len(names) < len(results.captions):
+            raise ArtifactError(
+                f"names {len(names)} pictures of {shorten(entry['model'], 60)}",
+                where=folder / RESULTS_NAME,
+                expected=f"{len(results.captions)}, one a caption",
+            )
+        yield [file_inside(folder, name, source=folder / RESULTS_NAME) for name in names]
+
+
 def _excess(gate: Mapping[str, Any]) -> str:
     return f"relative L2 {gate['error']:.2e} over {gate['limit']:.2e} at timestep {gate['timestep']}"
 
@@ -224,7 +247,8 @@ def read_results(path: Path) -> Results:
 
     Raises:
         UsageError: there is no such file.
-        ArtifactError: it is no results file, or has another schema; one message names the faults.
+        ArtifactError: it is no results file, has another schema, or names pictures outside its folder; one message
+            names the faults.
     """
     if not path.exists():
         raise UsageError("no such file", where=path, expected="a results.json of `sdcompress bench`")
@@ -237,6 +261,7 @@ def read_results(path: Path) -> Results:
             hint="measure again with the installed version: sdcompress bench SUITE",
         )
     found: Results = check_results(raw, Results, path)
+    list(picture_files(found, path.parent))
     return found
 
 

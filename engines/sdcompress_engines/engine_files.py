@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from .engine_key import EngineKey
 from .errors import ArtifactError, UsageError
 from .files import check_regular
 from .flavour import REBUILD
+from .json_files import parse_json
 from .manifest import MANIFEST_NAME, Manifest, faults, read_manifest
+from .paths import file_inside, is_link
 
 SUFFIX = ".engine"
 
@@ -19,7 +22,8 @@ def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
     """Returns an engine file's bytes, checked against the manifest of its folder, and that manifest.
 
     Raises:
-        UsageError: no such file. ArtifactError: no manifest beside it, an edited one, or a file that is cut or altered.
+        UsageError: no such file. ArtifactError: no manifest beside it, an edited one, or a file that is cut, altered or
+            a link.
     """
     path = Path(path)
     if not path.exists():
@@ -39,7 +43,7 @@ def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
             f"the {MANIFEST_NAME} beside it is of kind {manifest.kind!r} and {fault}", where=path, hint=REBUILD
         )
     try:
-        data = path.read_bytes()
+        data = file_inside(path.parent, path.name, source=path.parent / MANIFEST_NAME).read_bytes()
     except OSError as error:
         raise ArtifactError(
             f"the engine cannot be read ({error.strerror or error})", where=path, hint=REBUILD
@@ -63,9 +67,39 @@ def read_engine(path: str | PathLike[str]) -> tuple[bytes, Manifest]:
 
 
 def find_manifest_folder(folder: Path) -> Path | None:
-    """Returns the folder with the manifest: `folder`, or its `engine` or `onnx` folder; None if no manifest exists."""
-    places = (folder, folder / "engine", folder / "onnx")
+    """Returns the folder with the manifest: `folder`, or its `engine` or `onnx` folder; None if no manifest exists.
+
+    `folder` may be a link, as `sdcompress install --link` makes one, and the folders in it may not.
+    """
+    places = (folder, *(folder / name for name in ("engine", "onnx") if not is_link(folder / name)))
     return next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
+
+
+def read_config(folder: Path, manifest: Manifest, name: str) -> dict[str, Any] | None:
+    """Returns a config of the exported pipeline, checked against the manifest, or None where the manifest has none.
+
+    Args:
+        folder: that holds the manifest.
+        manifest: of the folder.
+        name: of the config, such as `pipeline/unet/config.json`.
+
+    Raises:
+        ArtifactError: the file is missing, altered or a link, or no config.
+    """
+    entry = manifest.files.get(name)
+    if entry is None:
+        return None
+    path = file_inside(folder, name, source=folder / MANIFEST_NAME)
+    try:
+        content = path.read_bytes() if path.is_file() else b""
+    except OSError as error:
+        raise ArtifactError(f"cannot be read ({error.strerror or error})", where=path) from error
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise ArtifactError("does not match the manifest: its sha256 differs", where=path)
+    config = parse_json(content, path)
+    if not isinstance(config, dict):
+        raise ArtifactError("is not a config", where=path)
+    return config
 
 
 def folder_faults(folder: Path, kind: str, *, contents: bool = True) -> list[str]:

@@ -10,10 +10,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .errors import EngineError, UsageError
+from .errors import EngineError, UsageError, shorten
 from .files import check_regular
 from .manifest import canonical, sha256_file
-from .paths import is_plain_path
+from .paths import file_inside
 
 AGAIN = "export it again: sdcompress export MODEL -o DIR"
 
@@ -43,27 +43,14 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
 
     Raises:
         UsageError: no such file. EngineError: the file is no whole graph, its external data is missing or cut, or it
-            names files outside its folder.
+            names files outside its folder, or links.
     """
     from google.protobuf.message import DecodeError
 
     path = Path(path)
     model = load_structure(path)
-    external: dict[str, int] = {}
     try:
-        for tensor in tensors(model.graph):
-            if tensor.data_location != tensor.EXTERNAL:
-                continue
-            entry = {item.key: item.value for item in tensor.external_data}
-            name = entry.get("location", "")
-            if not is_plain_path(name):
-                raise EngineError(
-                    f"the weight {tensor.name!r} names the file {name!r}",
-                    where=path,
-                    expected="a file beside the graph",
-                    hint=AGAIN,
-                )
-            external[name] = max(external.get(name, 0), int(entry.get("offset", 0)) + int(entry.get("length", 0)))
+        external = _read_external(model, path)
         facts = GraphFacts(
             opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
             operators=Counter(node.op_type for node in model.graph.node),
@@ -73,7 +60,7 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
             external=tuple(sorted(external)),
         )
     except (ValueError, TypeError, AttributeError, DecodeError) as error:  # text that is not UTF-8 comes as bytes
-        raise EngineError(f"not a whole ONNX graph ({error})", where=path, hint=AGAIN) from error
+        raise EngineError(f"not a whole ONNX graph ({shorten(error)})", where=path, hint=AGAIN) from error
     if not facts.opset or not facts.operators or not facts.outputs:
         raise EngineError("not a whole ONNX graph: it has no opset, no nodes or no outputs", where=path, hint=AGAIN)
     for name, needed in external.items():
@@ -94,9 +81,35 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
     return facts
 
 
+def _read_external(model: Any, path: Path) -> dict[str, int]:
+    """Returns name → needed bytes of the files beside a graph that hold its weights.
+
+    Raises:
+        EngineError: a weight names a file outside the folder, or a link. ValueError: a place is no number.
+    """
+    needed: dict[str, int] = {}
+    for tensor in _model_tensors(model):
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        entry = {item.key: item.value for item in tensor.external_data}
+        name = entry.get("location", "")
+        file_inside(path.parent, name, source=path, error=EngineError)
+        start, length = int(entry.get("offset", 0)), int(entry.get("length", 0))
+        if start < 0 or length < 0:
+            raise ValueError(f"the weight {shorten(tensor.name, 60)!r} begins at {start} and has {length} bytes")
+        needed[name] = max(needed.get(name, 0), start + length)
+    return needed
+
+
 def sha256_graph(path: Path) -> str:
-    """Returns the sha256 of a graph, as engine keys hold it: of its file, or of all its files where it has several."""
-    return sha256_files({file.name: sha256_file(file) for file in sorted(path.parent.glob(f"{path.name}*"))})
+    """Returns the sha256 of a graph, as engine keys hold it: of its file, or of all its files where it has several.
+
+    Raises:
+        EngineError: one of them is a link.
+    """
+    names = sorted(file.name for file in path.parent.iterdir() if file.name.startswith(path.name))
+    files = {name: file_inside(path.parent, name, source=path, error=EngineError) for name in names}
+    return sha256_files({name: sha256_file(file) for name, file in files.items() if file.is_file()})
 
 
 def sha256_files(files: Mapping[str, str]) -> str:
@@ -125,12 +138,33 @@ def load_structure(path: Path) -> Any:
 
 
 def tensors(graph: Any) -> Iterator[Any]:
-    """Yields every stored tensor of a graph: its initializers and the constants of its nodes."""
+    """Yields every stored tensor of a graph and of the graphs in it: initializers and the constants of its nodes."""
     yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
+        yield from _node_tensors(node)
+
+
+def _node_tensors(node: Any) -> Iterator[Any]:
+    for attribute in node.attribute:
+        if attribute.HasField("t"):
+            yield attribute.t
+        yield from attribute.tensors
+        for sparse in (*attribute.sparse_tensors, *([attribute.sparse_tensor] * attribute.HasField("sparse_tensor"))):
+            yield from (sparse.values, sparse.indices)
+        for graph in (*attribute.graphs, *([attribute.g] * attribute.HasField("g"))):
+            yield from tensors(graph)
+
+
+def _model_tensors(model: Any) -> Iterator[Any]:
+    """Yields every stored tensor of a model, also of its functions and of a training that it describes."""
+    graphs = (graph for info in model.training_info for graph in (info.initialization, info.algorithm))
+    for graph in (model.graph, *graphs):
+        yield from tensors(graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _node_tensors(node)
 
 
 def _sizes(value: Any) -> tuple[int | str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,14 @@ from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
-from .errors import ArtifactError, StorageError, storage_errors
+from .errors import ArtifactError, StorageError, shorten, storage_errors
 from .files import replace_file, sync, write_atomically
 from .json_files import read_json_object
-from .paths import expand_user, is_plain_path
+from .paths import expand_user, file_inside, is_link, is_plain_path
 
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
+_MAKE_AGAIN = "delete the folder and make it again"
 _PACKAGES = (
     "sdcompress",
     "torch",
@@ -160,9 +162,19 @@ def write_manifest(
 
 def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Seal a manifest and write it into `folder`. Returns it with its seal."""
-    manifest = replace(manifest, seal=_seal(asdict(manifest)))
-    write_atomically(folder / MANIFEST_NAME, json.dumps(asdict(manifest), indent=1) + "\n")
+    manifest = seal_manifest(manifest)
+    write_atomically(folder / MANIFEST_NAME, manifest_text(manifest))
     return manifest
+
+
+def seal_manifest(manifest: Manifest) -> Manifest:
+    """Returns the manifest with the seal of its content."""
+    return replace(manifest, seal=_seal(asdict(manifest)))
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Returns the content of the manifest's file."""
+    return json.dumps(asdict(manifest), indent=1) + "\n"
 
 
 def _seal(raw: Mapping[str, Any]) -> str:
@@ -173,58 +185,84 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Returns the folder's manifest, or None where it has none.
 
     Raises:
-        ArtifactError: the file is no manifest that this version reads, or it was edited.
+        ArtifactError: the file is a link or no manifest that this version reads, or it was edited.
     """
     path = folder / MANIFEST_NAME
-    if not path.is_file():
+    if not path.is_file() and not is_link(path):
         return None
+    file_inside(folder, MANIFEST_NAME, source=folder)
     try:
         raw = read_json_object(path)
-        if raw["schema"] != SCHEMA_VERSION:
-            raise ArtifactError(
-                f"manifest schema {raw['schema']}",
-                where=path,
-                expected=f"schema {SCHEMA_VERSION}",
-                hint="make this artifact again with the installed version",
-            )
-        seal = raw.get("seal", "")
-        if seal and seal != _seal(raw):
-            raise ArtifactError(
-                "this manifest was edited: its seal does not match its content",
-                where=path,
-                hint="put the file back as it was, or delete the folder and make it again",
-            )
-        if not seal and raw["kind"] == "engine":
-            raise ArtifactError(
-                "this engine's manifest has no seal: it was edited, or written by an older version",
-                where=path,
-                hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR",
-            )
-        raw["files"] = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
-        manifest = Manifest(**raw)
-        if wrong := [
-            name
-            for name in ("inputs", "config", "figures", "versions")
-            if not isinstance(getattr(manifest, name), dict)
-        ]:
-            raise ValueError(f"{wrong[0]} is no mapping")
-        if wrong := [
-            name
-            for name, entry in manifest.files.items()
-            if not isinstance(entry.sha256, str) or not isinstance(entry.bytes, int)
-        ]:
-            raise ValueError(f"no sha256 and size of {wrong[0]}")
-        if wrong := [name for name in manifest.files if not is_plain_path(name)]:
-            raise ValueError(f"{wrong[0]!r} is no path in its folder")
-        return manifest
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except ArtifactError as error:
+        raise ArtifactError(f"broken manifest: {error.what}", where=path, hint=_MAKE_AGAIN) from error
+    try:
+        _check_seal(raw, path)
+        return _parse_manifest(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"broken manifest ({shorten(error)})", where=path, hint=_MAKE_AGAIN) from error
+
+
+def _check_seal(raw: Mapping[str, Any], path: Path) -> None:
+    """Refuse a manifest of another schema, an edited one, and an engine's without a seal."""
+    if raw["schema"] != SCHEMA_VERSION:
         raise ArtifactError(
-            f"broken manifest ({error})", where=path, hint="delete the folder and make it again"
-        ) from error
+            f"manifest schema {shorten(raw['schema'], 60)}",
+            where=path,
+            expected=f"schema {SCHEMA_VERSION}",
+            hint="make this artifact again with the installed version",
+        )
+    seal = raw.get("seal", "")
+    if seal and seal != _seal(raw):
+        raise ArtifactError(
+            "this manifest was edited: its seal does not match its content",
+            where=path,
+            hint="put the file back as it was, or delete the folder and make it again",
+        )
+    if not seal and raw["kind"] == "engine":
+        raise ArtifactError(
+            "this engine's manifest has no seal: it was edited, or written by an older version",
+            where=path,
+            hint="delete the folder and build it again: sdcompress export MODEL --trt -o DIR",
+        )
+
+
+def _parse_manifest(raw: Mapping[str, Any]) -> Manifest:
+    """Returns the manifest in a JSON object.
+
+    Raises:
+        ValueError: a field is of another kind, or a file's name leads out of the folder. KeyError, TypeError,
+            AttributeError: as ValueError.
+    """
+    manifest = Manifest(**{**raw, "files": {name: FileEntry(**entry) for name, entry in raw["files"].items()}})
+    mappings = ("inputs", "config", "figures", "versions")
+    if wrong := [name for name in mappings if not isinstance(getattr(manifest, name), dict)]:
+        raise ValueError(f"{wrong[0]} is no mapping")
+    if not isinstance(manifest.kind, str) or not isinstance(manifest.created, str):
+        raise ValueError("the kind or the time is no text")
+    if wrong := [name for name in ("inputs", "versions") if not _holds_texts(getattr(manifest, name))]:
+        raise ValueError(f"{wrong[0]} holds more than texts")
+    if wrong := [name for name in manifest.files if not is_plain_path(name)]:
+        raise ValueError(f"{shorten(repr(wrong[0]), 120)} is no path in its folder")
+    if wrong := [name for name, entry in manifest.files.items() if not _is_whole(entry)]:
+        raise ValueError(f"no sha256 and size of {shorten(wrong[0], 120)}")
+    return manifest
+
+
+def _holds_texts(mapping: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, str) for value in mapping.values())
+
+
+def _is_whole(entry: FileEntry) -> bool:
+    return (
+        isinstance(entry.sha256, str)
+        and re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None
+        and type(entry.bytes) is int
+        and entry.bytes >= 0
+    )
 
 
 def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> list[str]:
-    """Returns what is wrong with an artifact folder: missing, cut or altered files; nothing where it is whole.
+    """Returns what is wrong with an artifact folder: missing, cut or altered files, and links; nothing if it is whole.
 
     Args:
         folder: the artifact.
@@ -239,14 +277,25 @@ def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> l
         return [f"{folder / MANIFEST_NAME} is missing"]
     found = [] if kind in (None, manifest.kind) else [f"is of kind {manifest.kind!r}, not {kind!r}"]
     for name, entry in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != entry.bytes:
-            found.append(f"{name} has {path.stat().st_size} bytes, not {entry.bytes}")
-        elif contents and sha256_file(path) != entry.sha256:
-            found.append(f"{name} is not what the manifest says (sha256 differs)")
+        try:
+            fault = _find_fault(file_inside(folder, name, source=folder / MANIFEST_NAME), entry, contents)
+        except ArtifactError:
+            fault = "is a link, or lies behind one"
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror or error})"
+        if fault is not None:
+            found.append(f"{name} {fault}")
     return found
+
+
+def _find_fault(path: Path, entry: FileEntry, contents: bool) -> str | None:
+    if not path.is_file():
+        return "is no regular file" if path.exists() else "is missing"
+    if path.stat().st_size != entry.bytes:
+        return f"has {path.stat().st_size} bytes, not {entry.bytes}"
+    if contents and sha256_file(path) != entry.sha256:
+        return "is not what the manifest says (sha256 differs)"
+    return None
 
 
 def check_free(target: Path, force: bool = False) -> None:

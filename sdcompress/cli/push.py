@@ -57,7 +57,7 @@ def command(
     """
     from sdcompress.publish.finished_model import CARD, PICTURE, find_finished_model
     from sdcompress.publish.model_card import check_names, model_card
-    from sdcompress.publish.upload import check_repo, require_token, upload, upload_folder, write_card
+    from sdcompress.publish.upload import check_repo, require_token, upload, write_card
 
     if output and not dry_run:
         raise click.UsageError("-o needs --dry-run")
@@ -65,23 +65,26 @@ def command(
     check_names(license, base_model)  # before every file is read
     model = find_finished_model(folder)
     text = model_card(model, repo, license, base_model)
-    files = model.files() | ({PICTURE: model.samples} if model.samples else {})
+    contents = {CARD: text.encode()} | model.contents() | ({PICTURE: model.samples} if model.samples else {})
+    sizes = {
+        name: len(content) if isinstance(content, bytes) else content.stat().st_size
+        for name, content in contents.items()
+    }
     if dry_run:
         if output is None:
             echo(text)
         else:
             write_card(output, text, model.samples)
-        sizes = {CARD: len(text.encode())} | {name: path.stat().st_size for name, path in files.items()}
         width = max(map(len, sizes))
         echo("\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in sizes.items()))
         return
     token = require_token()
-    total = sum(path.stat().st_size for path in files.values())
-    with upload_folder(files, text) as collected, ConsoleReporter().task(f"upload {mib(total)}"):
-        url = upload(collected, repo, token, private=private, message=message or f"Upload {repo.rpartition('/')[2]}")
+    total = sum(sizes.values())
+    with ConsoleReporter().task(f"upload {mib(total)}"):
+        url = upload(contents, repo, token, private=private, message=message or f"Upload {repo.rpartition('/')[2]}")
     rows: list[tuple[str, object]] = [
         ("repository", url),
-        ("files", f"{len(files) + 1}, {mib(total)}"),
+        ("files", f"{len(sizes)}, {mib(total)}"),
         ("license", license or "other: to be checked, see the card"),
     ]
     card(

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.manifest import Manifest, read_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from sdcompress_engines.paths import file_inside
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
 
@@ -76,8 +77,10 @@ class ComponentExporter:
     def _export(self, component: str, earlier: Manifest | None) -> ExportedComponent:
         started = time.monotonic()
         if self.reuse and earlier and self._has_equal_graph(earlier, component):
-            for file in self.reuse.glob(f"{component}.onnx*"):
-                shutil.copy(file, self.folder / file.name)
+            for name in earlier.files:
+                if name.startswith(f"{component}.onnx"):
+                    file = file_inside(self.reuse, name, source=self.reuse / MANIFEST_NAME)
+                    shutil.copy(file, file_inside(self.folder, name, source=self.reuse / MANIFEST_NAME))
             known = earlier.figures[component]["parity"]
             parity = Parity(**known) if isinstance(known, dict) else None
             return ExportedComponent(parity, time.monotonic() - started)

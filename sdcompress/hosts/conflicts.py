@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.paths import is_link
 
 from sdcompress.hosts.engine_folder import engine_of
 from sdcompress.hosts.entry import Entry
@@ -72,8 +73,7 @@ def _is_behind_stale_link(host: Host, root: Path, path: str, stale: Mapping[str,
         ArtifactError: a folder above is another link inside our folders, or a file.
     """
     for above in map(str, PurePosixPath(path).parents):
-        inside = above == host.extension or any(above.startswith(f"{folder}/") for folder in host.folders)
-        if inside and (root / above).is_symlink():
+        if host.owns(above) and is_link(root / above):
             if above in stale and stale[above].is_at(root / above):
                 return True
             raise ArtifactError(

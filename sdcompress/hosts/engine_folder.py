@@ -8,16 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdcompress_engines.engine_files import find_manifest_folder, folder_faults
-from sdcompress_engines.errors import ArtifactError, EngineMismatch, UsageError
+from sdcompress_engines.errors import ArtifactError, EngineMismatch, UsageError, shorten
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
-from sdcompress_engines.paths import expand_user
+from sdcompress_engines.paths import expand_user, is_plain_path
 
 from sdcompress.hosts.entry import Entry
 from sdcompress.hosts.host import Host
 from sdcompress.hosts.record import Record
 
 _FOLDER_NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]{1,100}')
-"""A folder name that Linux and Windows accept."""
+"""A folder name that Linux and Windows accept, together with `is_plain_path`."""
+_FILES = re.compile(r"unet\.engine|unet\.onnx([._]data)?|pipeline/(.+/)?[^/]+\.(json|txt)")
+"""The files that an engine folder consists of: graph, weights, configs and tokenizers; nothing that a host executes."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,28 @@ def read_engine_folder(path: str | Path, host: Host, name: str | None = None) ->
         raise ArtifactError(f"is damaged: {'; '.join(damage[:3])}", where=folder, hint=f"build it again: {build}")
     folder_name = given.parent.name if given.name in ("engine", "onnx") else given.name
     chosen = name or str(manifest.config.get("model_name") or folder_name)
-    if not _FOLDER_NAME.fullmatch(chosen) or chosen[0] in ". " or chosen[-1] in ". ":
-        raise UsageError(f"{chosen!r} is not a valid name for a folder", hint="--name NAME")
+    if not (_FOLDER_NAME.fullmatch(chosen) and is_plain_path(chosen)) or chosen[0] in ". ":
+        raise UsageError(f"{shorten(repr(chosen), 120)} is not a valid name for a folder", hint="--name NAME")
+    _check_files(manifest, folder)
     files = {path: Entry(entry.sha256, entry.bytes) for path, entry in manifest.files.items()}
     return Engine(chosen, folder, manifest, files | {MANIFEST_NAME: Entry.of(folder / MANIFEST_NAME)})
+
+
+def _check_files(manifest: Manifest, folder: Path) -> None:
+    """Refuse an engine folder with other files than `export` writes, such as scripts.
+
+    Raises:
+        ArtifactError: it has such a file, or two that are one on a file system without upper and lower case.
+    """
+    strange = [name for name in manifest.files if not _FILES.fullmatch(name)]
+    if strange:
+        raise ArtifactError(
+            f"names the file {shorten(repr(strange[0]), 120)}, which no engine consists of",
+            where=folder / MANIFEST_NAME,
+            expected="unet.engine or unet.onnx, and the configs and tokenizers in pipeline/",
+        )
+    if len({name.lower() for name in manifest.files}) < len(manifest.files):
+        raise ArtifactError("names two files that differ only in upper and lower case", where=folder / MANIFEST_NAME)
 
 
 def _check_signature(manifest: Manifest, host: Host, folder: Path, build: str) -> None:

@@ -11,8 +11,10 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.paths import is_link
 
 from sdcompress.hosts.entry import Entry, Item
+from sdcompress.hosts.host import Host
 
 PARTIAL = ".sdcompress-partial"
 """The suffix of a copy that has not been renamed into its place yet."""
@@ -47,11 +49,14 @@ def copy_beside(item: Item, target: Path) -> Path:
     return partial
 
 
-def remove_unchanged(root: Path, entries: Mapping[str, Entry]) -> tuple[list[str], dict[str, str]]:
+def remove_unchanged(host: Host, root: Path, entries: Mapping[str, Entry]) -> tuple[list[str], dict[str, str]]:
     """Delete the files and links that are still as they were installed, and the byte code compiled from them.
 
+    Nothing behind a link is deleted.
+
     Args:
-        root: the host's folder.
+        host: the program.
+        root: its folder.
         entries: path in `root` → what was installed there.
 
     Returns:
@@ -60,7 +65,9 @@ def remove_unchanged(root: Path, entries: Mapping[str, Entry]) -> tuple[list[str
     removed, kept = [], {}
     for name, entry in entries.items():
         path = root / name
-        if entry.is_at(path):
+        if (link := host.find_link_above(root, name)) is not None:
+            kept[name] = f"lies behind the link {link}"
+        elif entry.is_at(path):
             path.unlink()
             removed.append(name)
             if path.suffix == ".py":
@@ -72,29 +79,33 @@ def remove_unchanged(root: Path, entries: Mapping[str, Entry]) -> tuple[list[str
 
 def _remove_compiled(source: Path) -> None:
     cache = source.parent / "__pycache__"
-    for compiled in cache.iterdir() if cache.is_dir() else ():
+    for compiled in cache.iterdir() if cache.is_dir() and not is_link(cache) else ():
         if re.fullmatch(rf"{re.escape(source.stem)}\.[\w.-]+\.pyc", compiled.name):
             compiled.unlink(missing_ok=True)
     with suppress(OSError):  # there is no such folder, or it holds other files
         cache.rmdir()
 
 
-def make_folders(root: Path, folder: str) -> list[str]:
-    """Create a folder in `root` and its parents, and return the created ones, outermost first."""
-    missing = [
-        str(place)
-        for place in [*reversed(PurePosixPath(folder).parents), PurePosixPath(folder)]
-        if not (root / place).exists()
-    ]
-    for place in missing:
-        (root / place).mkdir()
+def missing_folders(root: Path, *paths: str) -> list[str]:
+    """Returns the folders above these paths in `root` that are not there, outermost first."""
+    above = {folder for path in paths for folder in PurePosixPath(path).parents}
+    return [str(folder) for folder in sorted(above) if not (root / folder).exists()]
+
+
+def make_folders(root: Path, *paths: str) -> list[str]:
+    """Create the missing folders above these paths in `root`, and return them, outermost first."""
+    missing = missing_folders(root, *paths)
+    for folder in missing:
+        (root / folder).mkdir()
     return missing
 
 
-def prune_folders(root: Path, folders: Iterable[str]) -> tuple[str, ...]:
-    """Remove those of `folders` that are empty, and return the others."""
+def prune_folders(host: Host, root: Path, folders: Iterable[str]) -> tuple[str, ...]:
+    """Remove those of `folders` that are empty and not behind a link, and return the others."""
     left = []
     for folder in sorted(set(folders), key=lambda name: -len(PurePosixPath(name).parts)):
+        if host.find_link_above(root, folder) is not None:
+            continue
         try:
             (root / folder).rmdir()
         except FileNotFoundError:
@@ -104,11 +115,12 @@ def prune_folders(root: Path, folders: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(left))
 
 
-def find_leftovers(root: Path, folders: Iterable[str]) -> list[str]:
-    """Returns the partial copies that an interrupted install has left, as paths in `root`."""
+def find_leftovers(host: Host, root: Path) -> list[str]:
+    """Returns the partial copies that an interrupted install has left, as paths in `root`; links are not followed."""
     return sorted(
         path.relative_to(root).as_posix()
-        for folder in folders
-        if (root / folder).is_dir()
+        for folder in host.folders
+        if (root / folder).is_dir() and not (host.owns(folder) and is_link(root / folder))
         for path in (root / folder).rglob(f".*{PARTIAL}")
+        if path.is_file() and not is_link(path)
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from sdcompress_engines.paths import is_link
 
 RECORD = "installed.json"
 """The name of the file that records what was installed; it lies in the plugin's folder."""
@@ -49,6 +51,23 @@ class Host:
     def folders(self) -> tuple[str, str]:
         """The two folders that an install writes into."""
         return self.extension, self.models
+
+    def owns(self, path: str) -> bool:
+        """Returns whether a path is the plugin's folder, or lies in it or in the folder of the engines."""
+        return path == self.extension or path.startswith(tuple(f"{folder}/" for folder in self.folders))
+
+    def find_link_above(self, root: Path, path: str) -> Path | None:
+        """Returns the outermost link among our folders above a path, or None.
+
+        People may turn the host's own folders into links, such as `extensions` and `models/sdcompress`. Behind other
+        links lies what no install has written.
+
+        Args:
+            root: the host's folder.
+            path: of a file or folder in it.
+        """
+        above = map(str, reversed(PurePosixPath(path).parents))
+        return next((root / folder for folder in above if self.owns(folder) and is_link(root / folder)), None)
 
     def missing_mark(self, root: Path) -> str | None:
         """Returns the first mark of this host that `root` lacks, or None if `root` is the host's folder."""

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import ArtifactError, UsageError
+from sdcompress_engines.manifest import MANIFEST_NAME
+from sdcompress_engines.paths import file_inside
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.hosts.engine_folder import Engine, engine_names, engine_of, read_engine_folder
@@ -86,7 +88,11 @@ def _read_engines(engines: Sequence[str | Path], host: Host, name: str | None) -
 def _engine_items(engine: Engine, place: str, *, link: bool) -> dict[str, Item]:
     if link:
         return {place: Item(engine.folder, Entry(link=str(engine.folder)))}
-    return {f"{place}/{path}": Item(engine.folder / path, entry) for path, entry in engine.files.items()}
+    source = engine.folder / MANIFEST_NAME
+    return {
+        f"{place}/{path}": Item(file_inside(engine.folder, path, source=source), entry)
+        for path, entry in engine.files.items()
+    }
 
 
 def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Outcome:
@@ -113,7 +119,7 @@ def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Outcome:
             ),
         )
     if record is None:
-        raise UsageError("nothing is installed here by sdcompress", where=root)
+        return _remove_begun(host, root)
     installed = engine_names(host, record)
     if unknown := sorted(set(names) - set(installed)):
         raise UsageError(
@@ -122,14 +128,30 @@ def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Outcome:
     chosen = {path: entry for path, entry in record.files.items() if not names or engine_of(host, path) in names}
     left = {path: entry for path, entry in record.files.items() if path not in chosen}
     with host_storage_errors(host, root):
-        removed, kept = remove_unchanged(root, chosen)
+        removed, kept = remove_unchanged(host, root, chosen)
         if not left:
-            for file in [*find_leftovers(root, host.folders), host.record]:
+            for file in [*find_leftovers(host, root), host.record]:
                 (root / file).unlink(missing_ok=True)
-        folders = prune_folders(root, record.folders)
+        folders = prune_folders(host, root, record.folders)
         if left:
             write_record(root / host.record, replace(record, files=left, folders=folders))
     return _note_running(Outcome(removed=tuple(sorted(removed)), kept=kept), host, root)
+
+
+def _remove_begun(host: Host, root: Path) -> Outcome:
+    """Remove what an install has left that was stopped before it wrote its record.
+
+    Raises:
+        UsageError: there is nothing.
+    """
+    with host_storage_errors(host, root):
+        leftovers = find_leftovers(host, root)
+        for file in leftovers:
+            (root / file).unlink(missing_ok=True)
+        is_begun = (root / host.extension).is_dir() and not prune_folders(host, root, [host.extension])
+    if not leftovers and not is_begun:
+        raise UsageError("nothing is installed here by sdcompress", where=root)
+    return Outcome(removed=(*leftovers, *([host.extension] if is_begun else [])))
 
 
 def _note_running(outcome: Outcome, host: Host, root: Path) -> Outcome:

@@ -8,12 +8,14 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sdcompress_engines.files import replace_file
+from sdcompress_engines.errors import ArtifactError, shorten
+from sdcompress_engines.files import check_regular, replace_file
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import canonical
-from sdcompress_engines.paths import is_plain_path
+from sdcompress_engines.paths import file_inside, is_link, is_plain_path
 
 from sdcompress.hosts.entry import Entry
 from sdcompress.hosts.files import create_partial
@@ -41,7 +43,10 @@ class Record:
 
 def read_host_record(host: Host, root: Path) -> tuple[Record | None, str | None]:
     """Returns the record in the host's folder, and what is wrong with it, as `read_record` does."""
-    return read_record(root / host.record, host.folders)
+    path = root / host.record
+    if is_link(path) or (link := host.find_link_above(root, host.record)) is not None:
+        return None, f"it lies behind the link {path if is_link(path) else link}"
+    return read_record(path, host.folders)
 
 
 def read_record(path: Path, allowed: tuple[str, ...]) -> tuple[Record | None, str | None]:
@@ -52,29 +57,52 @@ def read_record(path: Path, allowed: tuple[str, ...]) -> tuple[Record | None, st
         allowed: the folders that it may list files in. A record that lists any other file is refused.
     """
     try:
-        raw = json.loads(path.read_bytes())
+        raw = read_json_object(path)
     except FileNotFoundError:
         return None, None
-    except (OSError, ValueError) as error:
-        return None, f"it cannot be read: {error}"
+    except (OSError, ArtifactError) as error:
+        return None, f"it cannot be read: {shorten(error.what if isinstance(error, ArtifactError) else error)}"
     try:
         seal = raw.pop("seal")
         if raw["schema"] != SCHEMA:
-            return None, f"it has schema {raw['schema']}, not {SCHEMA}"
+            return None, f"it has schema {shorten(raw['schema'], 60)}, not {SCHEMA}"
         if seal != hashlib.sha256(canonical(raw)).hexdigest():
             return None, "it was edited: its seal does not match its content"
-        record = Record(
-            {name: Entry(**entry) for name, entry in raw["files"].items()},
-            tuple(raw["folders"]),
-            raw["version"],
-            raw["created"],
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return None, f"it does not list what was installed ({type(error).__name__}: {error})"
+        record = _parse_record(raw)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"it does not list what was installed ({type(error).__name__}: {shorten(error, 120)})"
     inside = tuple(f"{folder}/" for folder in allowed)
+    above = {str(parent) for folder in allowed for parent in PurePosixPath(folder).parents}
     outside = [name for name in record.files if not is_plain_path(name) or not name.startswith(inside)]
-    outside += [name for name in record.folders if not is_plain_path(name)]
-    return (None, f"it names {outside[0]}, which sdcompress does not install") if outside else (record, None)
+    outside += [
+        name
+        for name in record.folders
+        if not is_plain_path(name) or not (name in above or f"{name}/".startswith(inside))
+    ]
+    if outside:
+        return None, f"it names {shorten(repr(outside[0]), 120)}, which sdcompress does not install"
+    return record, None
+
+
+def _parse_record(raw: Mapping[str, Any]) -> Record:
+    """Returns the record in a JSON object.
+
+    Raises:
+        ValueError: an entry is missing or of another kind. KeyError, TypeError, AttributeError: as ValueError.
+    """
+    record = Record(
+        {name: Entry(**entry) for name, entry in raw["files"].items()},
+        tuple(raw["folders"]),
+        raw["version"],
+        raw["created"],
+    )
+    texts = [record.version, record.created, *record.folders]
+    texts += [text for entry in record.files.values() for text in (entry.sha256, entry.link)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("an entry is no text")
+    if not all(type(entry.bytes) is int for entry in record.files.values()):
+        raise ValueError("a size is no number")
+    return record
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -95,7 +123,12 @@ def write_record(path: Path, record: Record) -> None:
 
 
 def back_up_record(path: Path) -> Path:
-    """Copy a broken record to an unused name beside it, and return the copy's path."""
+    """Copy a broken record to an unused name beside it, and return the copy's path.
+
+    Raises:
+        ArtifactError: it is a link, or no regular file.
+    """
+    check_regular(file_inside(path.parent, path.name, source=path))
     backup = next(
         place
         for number in range(1, 10_000)

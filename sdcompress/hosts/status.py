@@ -84,21 +84,19 @@ def read_status(host: Host, root: Path) -> Status:
         root=root,
         record=record,
         broken=broken,
-        changed=_find_changes(root, record or Record()),
-        engines=tuple(
-            _read_engine_status(folder.name, find_manifest_folder(folder) or folder, folder.name in installed)
-            for folder in folders
-        ),
-        leftovers=tuple(find_leftovers(root, host.folders)),
+        changed=_find_changes(host, root, record or Record()),
+        engines=tuple(_read_engine_status(folder, folder.name in installed) for folder in folders),
+        leftovers=tuple(find_leftovers(host, root)),
         packages=read_packages(root),
     )
 
 
-def _find_changes(root: Path, record: Record) -> dict[str, str]:
-    changed = {
+def _find_changes(host: Host, root: Path, record: Record) -> dict[str, str]:
+    behind = {path: link for path in record.files if (link := host.find_link_above(root, path)) is not None}
+    changed = {path: f"lies behind the link {link}" for path, link in behind.items()} | {
         path: "was changed since it was installed" if os.path.lexists(root / path) else "is missing"
         for path, entry in record.files.items()
-        if not entry.is_at(root / path)
+        if path not in behind and not entry.is_at(root / path)
     }
     return changed | {
         path: f"is a link to {entry.link}, which is not there"
@@ -107,8 +105,10 @@ def _find_changes(root: Path, record: Record) -> dict[str, str]:
     }
 
 
-def _read_engine_status(name: str, folder: Path, is_recorded: bool) -> EngineStatus:
+def _read_engine_status(place: Path, is_recorded: bool) -> EngineStatus:
+    name, folder = place.name, place
     try:
+        folder = find_manifest_folder(place) or place
         manifest = read_manifest(folder)
         if manifest is None:
             return EngineStatus(name, folder, is_recorded, {}, f"has no {MANIFEST_NAME}", None)
@@ -116,6 +116,8 @@ def _read_engine_status(name: str, folder: Path, is_recorded: bool) -> EngineSta
         return EngineStatus(name, folder, is_recorded, _read_facts(manifest), fault, _find_obstacle(manifest, folder))
     except SdCompressError as error:
         return EngineStatus(name, folder, is_recorded, {}, error.what, None)
+    except OSError as error:
+        return EngineStatus(name, folder, is_recorded, {}, f"cannot be read ({error.strerror or error})", None)
 
 
 def _read_facts(manifest: Manifest) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from sdcompress_engines.progress import Reporter
 from sdcompress.hosts.conflicts import check_stale, check_target
 from sdcompress.hosts.engine_folder import engine_of
 from sdcompress.hosts.entry import Entry, Item
-from sdcompress.hosts.files import copy_beside, make_folders, prune_folders, remove_unchanged
+from sdcompress.hosts.files import copy_beside, make_folders, missing_folders, prune_folders, remove_unchanged
 from sdcompress.hosts.host import Host
 from sdcompress.hosts.record import Record, back_up_record, read_host_record, write_record
 from sdcompress.hosts.storage import check_links, nearest_existing
@@ -162,14 +162,16 @@ def _write(host: Host, root: Path, change: _Change, record: Record, report: Repo
     if change.select(links=True):
         check_links(nearest_existing(root / host.models))  # before anything is removed
     folders, copies = list(record.folders), list[tuple[Path, Path]]()
+    links = {path: entry for path, entry in change.stale_links.items() if entry.is_at(root / path)}
     # Until the end the record lists old and new files, so that an uninstall finds all of them whatever happens.
     both = {**change.before, **record.files}
     try:
         # Links go first: a folder that replaces a link must not be created behind it.
-        removed, _ = remove_unchanged(root, change.stale_links)
-        for path in [host.record, *change.to_write]:
-            folders += make_folders(root, str(PurePosixPath(path).parent))
+        removed, _ = remove_unchanged(host, root, links)
+        folders += missing_folders(root, host.record, *change.to_write)
+        make_folders(root, host.record)
         write_record(root / host.record, Record(both, tuple(folders), record.version, record.created))
+        make_folders(root, *change.to_write)
         with report.task(f"copying to {host.title}", total=change.bytes_to_write >> 20) as advance:
             for path in change.select(links=False):
                 item = change.items[path]
@@ -179,21 +181,23 @@ def _write(host: Host, root: Path, change: _Change, record: Record, report: Repo
             replace_file(copy, target)
     except BaseException:
         left = Record(both, tuple(folders), record.version, record.created)
-        _roll_back(host, root, [copy for copy, _ in copies], change, left)
+        _roll_back(host, root, [copy for copy, _ in copies], change, links, left)
         raise
     stale_files = {path: entry for path, entry in change.stale.items() if not entry.link}
-    removed += remove_unchanged(root, stale_files)[0]
-    folders = list(prune_folders(root, folders))
+    removed += remove_unchanged(host, root, stale_files)[0]
+    folders = list(prune_folders(host, root, folders))
     for path in change.select(links=True):
         item = change.items[path]
-        folders += make_folders(root, str(PurePosixPath(path).parent))
+        folders += make_folders(root, path)
         (root / path).unlink(missing_ok=True)
         os.symlink(item.entry.link, root / path, target_is_directory=item.source.is_dir())
     write_record(root / host.record, Record(record.files, tuple(folders), record.version, record.created))
     return sorted(removed)
 
 
-def _roll_back(host: Host, root: Path, copies: Sequence[Path], change: _Change, record: Record) -> None:
+def _roll_back(
+    host: Host, root: Path, copies: Sequence[Path], change: _Change, links: Mapping[str, Entry], record: Record
+) -> None:
     """After a failure, delete the copies, restore the links and record what is there.
 
     If nothing is left, the record is deleted.
@@ -203,20 +207,25 @@ def _roll_back(host: Host, root: Path, copies: Sequence[Path], change: _Change, 
         root: its folder.
         copies: that are not in their place.
         change: that failed.
+        links: that were there before.
         record: of the old and the new files.
     """
     with suppress(OSError):
         for copy in copies:
             copy.unlink(missing_ok=True)
-        folders = [*prune_folders(root, record.folders), *_restore_links(root, change.stale_links)]
-        present = {path: entry for path, entry in record.files.items() if os.path.lexists(root / path)}
+        folders = [*prune_folders(host, root, record.folders), *_restore_links(root, links)]
+        present = {
+            path: entry
+            for path, entry in record.files.items()
+            if os.path.lexists(root / path) and host.find_link_above(root, path) is None
+        }
         replaced = {path: change.before[path] for path in change.to_write if path in change.before}
         present |= {path: entry for path, entry in replaced.items() if entry.is_at(root / path)}
         if present:
             write_record(root / host.record, Record(present, tuple(folders), record.version, record.created))
         else:
             (root / host.record).unlink(missing_ok=True)
-            prune_folders(root, folders)
+            prune_folders(host, root, folders)
 
 
 def _restore_links(root: Path, links: Mapping[str, Entry]) -> list[str]:
@@ -225,7 +234,7 @@ def _restore_links(root: Path, links: Mapping[str, Entry]) -> list[str]:
     for path, entry in links.items():
         with suppress(OSError):
             if not os.path.lexists(root / path):
-                folders += make_folders(root, str(PurePosixPath(path).parent))
+                folders += make_folders(root, path)
                 os.symlink(entry.link, root / path, target_is_directory=Path(entry.link).is_dir())
     return folders
 

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.errors import ModelError, UsageError, shorten
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
+from sdcompress_engines.paths import file_inside
 
 from sdcompress.publish.finished_model import PICTURE, FinishedModel
+from sdcompress.support.markdown import code_span, escape_markdown
 
 if TYPE_CHECKING:
     from sdcompress.prune.plan import BlockPlan, LevelPlan
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
 _TAGS = {"student": ("distillation", "block-pruning"), "finetuned": (), "lora": ("lora",)}
 _LOSSES = {
     "task_weight": "weight of the denoising loss against the true noise",
@@ -62,15 +65,28 @@ def model_card(model: FinishedModel, repo: str, license: str | None = None, base
             an id.
 
     Raises:
-        UsageError: the license or the base model is no such name.
-        ModelError, PlanError: the config of the UNet or the plan cannot be read.
+        UsageError: the repository, the license or the base model is no such name.
+        ModelError, PlanError: the config of the UNet, the plan or the record of the training cannot be read.
     """
     check_names(license, base_model)
+    if not _HUB_ID.fullmatch(repo):
+        raise UsageError("is not a repository name", where=repo, expected="OWNER/NAME")
+    try:
+        return _write_card(model, repo, license, base_model)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise ModelError(
+            f"its record of the training has an unexpected value ({type(error).__name__}: {shorten(error, 120)})",
+            where=model.folder / MANIFEST_NAME,
+            hint="train it again",
+        ) from error
+
+
+def _write_card(model: FinishedModel, repo: str, license: str | None, base_model: str | None) -> str:
     manifest = model.manifest
     base = base_model or _name_of_base(manifest)
     sections = [
         _front_matter(manifest, license, base),
-        f"# {repo.rpartition('/')[2]}\n",
+        f"# {escape_markdown(repo.rpartition('/')[2])}\n",
         _summary(model, base),
         _samples(model),
         _loading(manifest, repo, base),
@@ -100,15 +116,15 @@ def _front_matter(manifest: Manifest, license: str | None, base: str) -> str:
 
 def _summary(model: FinishedModel, base: str) -> str:
     if model.manifest.kind == "lora":
-        return f"A LoRA for `{base}`.\n"
+        return f"A LoRA for {code_span(base)}.\n"
     if model.manifest.kind == "finetuned":
-        return f"`{base}`, with every weight of its UNet trained further.\n"
+        return f"{code_span(base)}, with every weight of its UNet trained further.\n"
     plan = _read_plan(model)
     before, after = _count_teacher_parameters(plan), _count_unet_parameters(model.folder)
     return (
-        f"A smaller student of `{base}`: blocks of its UNet were removed ({plan.name}), and the rest was trained by"
-        f" distillation. The UNet has {after:,} parameters and the teacher's {before:,}: {1 - after / before:.1%}"
-        " fewer.\n"
+        f"A smaller student of {code_span(base)}: blocks of its UNet were removed ({escape_markdown(plan.name)}), and"
+        f" the rest was trained by distillation. The UNet has {after:,} parameters and the teacher's {before:,}:"
+        f" {1 - after / before:.1%} fewer.\n"
     )
 
 
@@ -118,7 +134,7 @@ def _samples(model: FinishedModel) -> str:
     prompts = model.manifest.config.get("train", {}).get("validation_prompts", [])
     lines = [f"![samples]({PICTURE})\n"]
     if prompts:
-        lines += ["Drawn during training, row by row:\n", *(f"- {prompt}" for prompt in prompts)]
+        lines += ["Drawn during training, row by row:\n", *(f"- {escape_markdown(prompt)}" for prompt in prompts)]
     return "\n".join(lines) + "\n"
 
 
@@ -162,8 +178,10 @@ def _architecture(model: FinishedModel) -> str:
     if model.manifest.kind == "lora":
         train = model.manifest.config.get("train", {})
         rank, alpha = train.get("rank"), train.get("alpha") or train.get("rank")
-        layers = ", ".join(train.get("targets", [])) + (" and the text encoder" if train.get("text_encoder") else "")
-        return f"## What is in it\n\nMatrices of rank {rank} (alpha {alpha:g}) for the layers {layers}.\n"
+        layers = escape_markdown(", ".join(train.get("targets", []))) + (
+            " and the text encoder" if train.get("text_encoder") else ""
+        )
+        return f"## What is in it\n\nMatrices of rank {rank:d} (alpha {alpha:g}) for the layers {layers}.\n"
     after = _count_unet_parameters(model.folder)
     if model.manifest.kind == "finetuned":
         return (
@@ -173,7 +191,7 @@ def _architecture(model: FinishedModel) -> str:
     plan = _read_plan(model)
     lines = [
         "## What was removed\n",
-        f"Of the teacher's resnet–attention pairs, counted from 0 (plan {plan.name}, after"
+        f"Of the teacher's resnet–attention pairs, counted from 0 (plan {escape_markdown(plan.name)}, after"
         " [BK-SDM](https://arxiv.org/abs/2305.15798)):\n",
         "| | removed | stays |\n|---|---|---|",
         *_block_rows(plan),
@@ -193,7 +211,7 @@ def _block_rows(plan: BlockPlan) -> list[str]:
     rows = []
     for i, channels in enumerate(plan.teacher["block_out_channels"]):
         removed, stays = _describe_level(plan.levels[i], layers[i]) if i < len(plan.levels) else ("all", "nothing")
-        rows.append(f"| level {i} ({channels} channels) | {removed} | {stays} |")
+        rows.append(f"| level {i} ({channels:d} channels) | {removed} | {stays} |")
     if plan.teacher.get("mid_block_type", "") is not None:
         rows.append(f"| mid block | {'nothing | all' if plan.mid else 'all | nothing'} |")
     return rows
@@ -233,11 +251,11 @@ def _count_teacher_parameters(plan: BlockPlan) -> int:
 def _count_unet_parameters(folder: Path) -> int:
     from sdcompress.prune.cost import count_unet_parameters
 
-    path = folder / "unet/config.json"
+    path = file_inside(folder, "unet/config.json", source=folder / MANIFEST_NAME)
     try:
-        return count_unet_parameters(json.loads(path.read_text(encoding="utf-8")))
+        return count_unet_parameters(read_json_object(path, ModelError))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"is not the config of a UNet ({error})", where=path) from error
+        raise ModelError(f"is not the config of a UNet ({shorten(error, 120)})", where=path) from error
 
 
 def _training(manifest: Manifest) -> str:
@@ -256,21 +274,20 @@ def _training(manifest: Manifest) -> str:
         *((f"last {name}", f"{value:.4f}") for name, value in figures.get("losses", {}).items()),
         *((text, f"{train[name]}") for name, text in _OPTIONS.items() if train.get(name)),
         ("seed", manifest.seed),
-        ("data", f"sha256 `{manifest.inputs.get('data', 'unknown')}`" + (f"; {', '.join(data)}" if data else "")),
     ]
-    return "## How it was trained\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows)
+    lines = [f"| {escape_markdown(name)} | {escape_markdown(value)} |" for name, value in rows]
+    source = "; ".join([code_span(manifest.inputs.get("data", "unknown")), *map(escape_markdown, data)])
+    return "\n".join(["## How it was trained\n\n| | |\n|---|---|", *lines, f"| data | sha256 {source} |\n"])
 
 
 def _license_note(license: str | None, base: str) -> str:
+    derived = f"this model derives from {code_span(base)}, whose license"
     if license is None:
         return (
-            f"## License\n\n**To be checked:** this model derives from `{base}`, whose license decides which one this"
-            " model may have. None was stated when this card was written.\n"
+            f"## License\n\n**To be checked:** {derived} decides which one this model may have. None was stated when"
+            " this card was written.\n"
         )
-    return (
-        f"## License\n\n{license}, as stated by the uploader. This model derives from `{base}`, whose license binds it"
-        " too.\n"
-    )
+    return f"## License\n\n{license}, as stated by the uploader; {derived} binds it too.\n"
 
 
 def _origin(manifest: Manifest, base: str) -> str:
@@ -280,8 +297,9 @@ def _origin(manifest: Manifest, base: str) -> str:
         for name in ("sdcompress", "torch", "diffusers")
         if name in manifest.versions
     )
-    date = f", {manifest.created[:10]}" if manifest.created else ""
+    made = escape_markdown(f"{versions}, {manifest.created[:10]}" if manifest.created else versions)
     return (
-        f"## Where it comes from\n\n- {title}: `{base}`, sha256 `{manifest.inputs.get(role, 'unknown')}`\n"
-        f"- made with {versions}{date}; `{MANIFEST_NAME}` holds the whole configuration and the sha256 of every file\n"
+        f"## Where it comes from\n\n- {title}: {code_span(base)}, sha256"
+        f" {code_span(manifest.inputs.get(role, 'unknown'))}\n"
+        f"- made with {made}; `{MANIFEST_NAME}` holds the whole configuration and the sha256 of every file\n"
     )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,38 +73,11 @@ def require_token() -> str:
     return token
 
 
-@contextmanager
-def upload_folder(files: Mapping[str, Path], card: str) -> Iterator[Path]:
-    """Collect files and a card in a temporary folder, so that the finished folder does not change.
+def upload(contents: Mapping[str, Path | bytes], repo: str, token: str, *, private: bool, message: str) -> str:
+    """Create the repository where it does not exist, and upload files in one commit; returns its address.
 
     Args:
-        files: name in the repository → file.
-        card: text of the model card.
-    """
-    with tempfile.TemporaryDirectory(prefix="sdcompress-push-") as name:
-        folder = Path(name)
-        for target, source in files.items():
-            (folder / target).parent.mkdir(parents=True, exist_ok=True)
-            _link_or_copy(source.resolve(), folder / target)
-        (folder / CARD).write_text(card, encoding="utf-8")
-        yield folder
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Link a file; copy it where links are not possible: on Windows, few users may create symbolic links."""
-    for link in (os.symlink, os.link):
-        try:
-            return link(source, target)
-        except OSError:
-            continue
-    shutil.copyfile(source, target)
-
-
-def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) -> str:
-    """Create the repository where it does not exist, and upload a folder in one commit; returns its address.
-
-    Args:
-        folder: all files of the new commit.
+        contents: name in the repository → file or content.
         repo: OWNER/NAME.
         token: with write access.
         private: whether a new repository is private.
@@ -116,13 +86,14 @@ def upload(folder: Path, repo: str, token: str, *, private: bool, message: str) 
     Raises:
         ArtifactError: the hub cannot be reached, or refuses; the message gives the reason.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        files = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(repo, files, commit_message=message)
     except OfflineModeIsEnabled as error:
         raise ArtifactError(
             "was not uploaded: HF_HUB_OFFLINE is set", where=repo, hint="unset HF_HUB_OFFLINE"

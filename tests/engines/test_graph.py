@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,40 @@ def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str) -
     model = onnx.load(path, load_external_data=False)
     next(entry for entry in model.graph.initializer[0].external_data if entry.key == "location").value = location
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(EngineError, match="a file beside the graph"):
+    with pytest.raises(EngineError, match="a name inside"):
+        read_graph(path)
+
+
+def place_in_initializer(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
+    graph.initializer.append(tensor)
+
+
+def place_in_subgraph(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
+    inner = onnx.helper.make_graph([], "inner", [], [], [tensor])
+    graph.node.append(onnx.helper.make_node("If", ["c"], ["o"], then_branch=inner, else_branch=inner))
+
+
+def place_in_constant(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
+    graph.node.append(onnx.helper.make_node("Constant", [], ["o"], value=tensor))
+
+
+def place_in_sparse(graph: onnx.GraphProto, tensor: onnx.TensorProto) -> None:
+    graph.sparse_initializer.append(onnx.SparseTensorProto(values=tensor, dims=[4]))
+
+
+@pytest.mark.parametrize("place", [place_in_initializer, place_in_subgraph, place_in_constant, place_in_sparse])
+@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "link"])
+def test_no_weight_of_a_graph_lies_outside_wherever_it_is_stored(
+    tmp_path: Path, place: Callable[[onnx.GraphProto, onnx.TensorProto], None], location: str
+) -> None:
+    path = write_graph(tmp_path)
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    tensor = onnx.TensorProto(name="w", data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value=location)
+    model = onnx.load(path, load_external_data=False)
+    place(model.graph, tensor)
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match=r"a name inside|is a link"):
         read_graph(path)
 
 

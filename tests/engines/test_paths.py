@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
-from sdcompress_engines.errors import ArtifactError
-from sdcompress_engines.paths import file_inside
+from hypothesis import given, settings
+from sdcompress_engines.errors import ArtifactError, EngineError
+from sdcompress_engines.paths import file_inside, is_plain_path
+
+from ..hostile_text import NAMES
 
 
-@pytest.mark.parametrize("name", ["unet.onnx", "pipeline/unet/config.json", "..hidden", "a b", "é.bin"])
+@pytest.mark.parametrize("name", ["unet.onnx", "pipeline/unet/config.json", "..hidden", "a b", "é.bin", "console.txt"])
 def test_plain_names_lead_into_the_folder(tmp_path: Path, name: str) -> None:
     path = file_inside(tmp_path, name, source=tmp_path / "sdcompress.json")
     assert path.resolve().is_relative_to(tmp_path.resolve())
@@ -18,11 +21,27 @@ def test_plain_names_lead_into_the_folder(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "..", "a\\..\\x", "C:/x", "C:x", "a\0b", "a\nb", "x" * 300,
-     None, 7, ["a"], {"a": 1}, True, "\ud800" * 100],
+     "a/" * 600 + "a", ".. ", "... /x", "unet.onnx.", "NUL", "con.txt", "a/COM1", None, 7, ["a"], {"a": 1}, True,
+     "\ud800" * 100],
 )  # fmt: skip
 def test_other_names_are_refused(tmp_path: Path, name: object) -> None:
     with pytest.raises(ArtifactError, match="a name inside"):
         file_inside(tmp_path, name, source=tmp_path / "sdcompress.json")
+    with pytest.raises(EngineError, match="a name inside"):
+        file_inside(tmp_path, name, source=tmp_path / "unet.onnx", error=EngineError)
+
+
+@settings(deadline=None, max_examples=300)
+@given(NAMES)
+def test_no_name_leads_out_of_the_folder_on_linux_or_windows(name: str) -> None:
+    folder = Path("/some/folder")
+    if is_plain_path(name):
+        assert file_inside(folder, name, source=folder).parts[:3] == folder.parts
+        windows = PureWindowsPath("C:/some/folder") / name
+        assert windows.parts == ("C:\\", "some", "folder", *name.split("/"))
+    else:
+        with pytest.raises(ArtifactError):
+            file_inside(folder, name, source=folder)
 
 
 def test_a_link_is_refused_as_a_file_and_on_the_way(tmp_path: Path) -> None:
@@ -37,3 +56,21 @@ def test_a_link_is_refused_as_a_file_and_on_the_way(tmp_path: Path) -> None:
         with pytest.raises(ArtifactError, match="is a link"):
             file_inside(folder, name, source=folder / "sdcompress.json")
         assert file_inside(folder, name, source=folder / "sdcompress.json", links=True).read_text() == "secret"
+
+
+def test_the_links_of_a_hub_cache_are_taken_and_others_in_it_are_not(tmp_path: Path) -> None:
+    repository = tmp_path / "models--me--style"
+    snapshot = repository / "snapshots/0123abcd"
+    (snapshot / "unet").mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    (repository / "blobs/abc").write_text("blob")
+    (snapshot / "unet/config.json").symlink_to("../../../blobs/abc")
+    assert file_inside(snapshot, "unet/config.json", source=snapshot).read_text() == "blob"
+    (tmp_path / "secret").write_text("secret")
+    (repository / "blobs/out").symlink_to(tmp_path / "secret")
+    (snapshot / "blob").symlink_to("../../blobs/out")
+    (snapshot / "direct").symlink_to(tmp_path / "secret")
+    (snapshot / "folder").symlink_to("../../blobs")
+    for name in ("blob", "direct", "folder/abc"):
+        with pytest.raises(ArtifactError, match="is a link"):
+            file_inside(snapshot, name, source=snapshot)

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress.backends.registry import backends
+from sdcompress.support.markdown import code_block, escape_markdown
+from sdcompress.support.pictures import read_picture
 
 from ..markdown import table_lines
-from ..results import Results
+from ..results import Results, picture_files
 from ..scenario import BackendSetup
 from . import figures, tables, text
 from .tables import Table
@@ -24,13 +26,22 @@ _INTERVAL = re.compile(r"(\([^()]{1,24}\))")
 
 
 def write_report(results: Results, folder: Path) -> None:
-    """Write `report.html` and `report.md` into the folder that has the results' pictures."""
-    (folder / "report.html").write_text(render_html(results, folder), encoding="utf-8")
-    (folder / "report.md").write_text(render_markdown(results), encoding="utf-8")
+    """Write `report.html` and `report.md` into the folder that has the results' pictures.
+
+    Raises:
+        ArtifactError: a picture is not there, lies outside the folder, or is none.
+    """
+    for name, page in (("report.html", render_html(results, folder)), ("report.md", render_markdown(results))):
+        # Text of others may hold halves of characters, which UTF-8 has no bytes for.
+        (folder / name).write_bytes(page.encode("utf-8", "replace"))
 
 
 def render_html(results: Results, folder: Path) -> str:
-    """Returns the page as one self-contained string; the pictures are read from `folder` and embedded."""
+    """Returns the page as one self-contained string; the pictures are read from `folder` and embedded.
+
+    Raises:
+        ArtifactError: as of `write_report`.
+    """
     return (
         _environment()
         .get_template("report.html.j2")
@@ -80,23 +91,28 @@ def _column(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def _picture_rows(results: Results, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yields each caption with its pictures in base64, one a column; nothing where there are no pictures."""
-    for index, caption in enumerate(results.captions if results.pictures else ()):
-        files = [folder / entry["files"][index] for entry in results.pictures]
-        yield caption, [base64.b64encode(file.read_bytes()).decode() for file in files]
+    """Yields each caption with its pictures as `data:` addresses, one a column; nothing without pictures."""
+    files = list(picture_files(results, folder))
+    for index, caption in enumerate(results.captions if files else ()):
+        yield caption, [_data_address(column[index]) for column in files]
+
+
+def _data_address(picture: Path) -> str:
+    content, media_type = read_picture(picture)
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def render_markdown(results: Results) -> str:
     """Returns the headline, the tables, the notes and the command as Markdown."""
-    lines = [f"# {text.headline(results)}", "", text.subline(results), ""]
+    lines = [f"# {escape_markdown(text.headline(results))}", "", escape_markdown(text.subline(results)), ""]
     lines += _markdown_table(tables.answer_table(results))
     for table in (*tables.quality_tables(results), *tables.limit_tables(results), *tables.gate_tables(results)):
-        lines += ["", f"**{table.title}**", "", *_markdown_table(table)]
-    lines += ["", *(f"- {note}" for note in text.notes(results)), "", f"Machine: {text.machine(results)}."]
-    lines += ["", "```", results.command, "```"]
+        lines += ["", f"**{escape_markdown(table.title)}**", "", *_markdown_table(table)]
+    lines += ["", *(f"- {escape_markdown(note)}" for note in text.notes(results))]
+    lines += ["", f"Machine: {escape_markdown(text.machine(results))}.", "", *code_block(results.command)]
     return "\n".join(lines) + "\n"
 
 
 def _markdown_table(table: Table) -> list[str]:
-    rows = ([cell.replace("|", r"\|") for cell in row] for row in table.rows)
-    return table_lines(table.head, rows, table.left)
+    head, *rows = ([escape_markdown(cell) for cell in row] for row in (table.head, *table.rows))
+    return table_lines(head, rows, table.left)

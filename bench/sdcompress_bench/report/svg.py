@@ -65,7 +65,7 @@ def bars(title: str, rows: Sequence[Bar]) -> str:
         width, low, high = (100 * v / top for v in (row.value, row.low, row.high))
         out.append(
             f'<text x="0" y="{y + 14}" class="label">{escape(row.label)}</text><rect x="0" y="{y + 20}"'
-            f' width="{width:.2f}%" height="12" rx="2" class="{row.tone}"/>'
+            f' width="{width:.2f}%" height="12" rx="2" class="{escape(row.tone)}"/>'
         )
         out.append(f'<line x1="{low:.2f}%" x2="{high:.2f}%" y1="{y + 26}" y2="{y + 26}" class="whisker"/>')
         out += [
@@ -97,7 +97,7 @@ def scatter(title: str, dots: Sequence[Dot], x_name: str, y_name: str, level: tu
         anchor, shift = ("end", -9) if x > 70 else ("start", 9)
         out.append(
             f'<line x1="{x:.2f}%" x2="{x:.2f}%" y1="{low:.1f}" y2="{high:.1f}" class="whisker faint"/><circle'
-            f' cx="{x:.2f}%" cy="{y:.1f}" r="5" class="{dot.tone}"/>'
+            f' cx="{x:.2f}%" cy="{y:.1f}" r="5" class="{escape(dot.tone)}"/>'
         )
         if not dot.label:
             continue
@@ -157,9 +157,9 @@ def lines(
         points = " ".join(f"{x_axis.x(x) * 10:.1f},{y_axis.y(y):.1f}" for x, y in line.points if not log or y > 0)
         out.append(
             f'<svg x="0" y="0" width="100%" height="{_PLOT}" viewBox="0 0 1000 {_PLOT}"'
-            f' preserveAspectRatio="none"><polyline points="{points}" class="curve {line.tone}"/></svg>'
+            f' preserveAspectRatio="none"><polyline points="{points}" class="curve {escape(line.tone)}"/></svg>'
         )
-    legend = "".join(f'<span><i class="{line.tone}"></i>{escape(line.label)}</span>' for line in series)
+    legend = "".join(f'<span><i class="{escape(line.tone)}"></i>{escape(line.label)}</span>' for line in series)
     return _figure(title, _PLOT + 44, "".join(out), f'<div class="legend">{legend}</div>')
 
 

@@ -18,6 +18,8 @@ import torch
 
 from ..errors import BackendMissing, EngineError, EngineMismatch, shorten
 from ..flavour import platform_name
+from ..json_files import MOST_MIB, parse_json
+from ..paths import is_plain_path
 from .base import TensorSpec
 
 EXPORT_AGAIN = "export it again on this machine"
@@ -86,13 +88,19 @@ def read_facts(path: str | PathLike[str]) -> Facts:
     path = Path(path)
     try:
         with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if not is_plain_path(name):  # torch unpacks the package
+                    raise EngineError(
+                        f"the package names the file {shorten(repr(name), 120)}", where=path, hint=EXPORT_AGAIN
+                    )
             if damaged := archive.testzip():
                 raise EngineError(f"the package is damaged: {damaged}", where=path, hint=EXPORT_AGAIN)
-            for name in archive.namelist():
-                if name.endswith("_metadata.json"):
-                    metadata = json.loads(archive.read(name))
+            for member in archive.infolist():
+                if member.filename.endswith("_metadata.json") and member.file_size <= MOST_MIB * 2**20:
+                    metadata = parse_json(archive.read(member), path, EngineError)
                     if _KEY in metadata:
-                        return _parse_facts(json.loads(metadata[_KEY]), metadata.get("AOTI_CPU_ISA", ""))
+                        facts = parse_json(metadata[_KEY], path, EngineError)
+                        return _parse_facts(facts, metadata.get("AOTI_CPU_ISA", ""))
     except EngineError:
         raise
     except Exception as error:  # a damaged archive can raise almost any exception
@@ -159,7 +167,7 @@ def _parse_facts(raw: Mapping[str, Any], isa: str) -> Facts:
             TensorSpec(
                 str(entry["name"]),
                 tuple(size if isinstance(size, int) else str(size) for size in entry["shape"]),
-                getattr(torch, entry["dtype"]),
+                _parse_dtype(entry["dtype"]),
             )
             for entry in entries
         )
@@ -174,3 +182,10 @@ def _parse_facts(raw: Mapping[str, Any], isa: str) -> Facts:
         specs(raw["outputs"]),
         {str(name): AxisRange(**given) for name, given in raw["axes"].items()},
     )
+
+
+def _parse_dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is no dtype")
+    return found

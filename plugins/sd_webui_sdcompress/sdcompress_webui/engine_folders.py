@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.engine_files import folder_faults
-from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError
+from sdcompress_engines.engine_files import folder_faults, read_config
+from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError, shorten
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
+from sdcompress_engines.paths import file_inside, is_link
 from sdcompress_engines.runners.base import TensorSpec
 from sdcompress_engines.runners.shapes import Ranges
 from sdcompress_engines.signature import CONTEXT_TOKENS, context_width, signature
@@ -89,7 +89,9 @@ class Artifact:
             ArtifactError: a file is missing, cut or altered.
         """
         for name, entry in self.manifest.files.items():
-            if name.startswith(self.file.name) and sha256_file(self.folder / name) != entry.sha256:
+            if not name.startswith(self.file.name):
+                continue
+            if sha256_file(file_inside(self.folder, name, source=self.folder / MANIFEST_NAME)) != entry.sha256:
                 raise ArtifactError(
                     f"{name} does not match the manifest: its sha256 differs",
                     where=self.folder,
@@ -113,9 +115,10 @@ class Unreadable:
 
 
 def find_artifacts(root: Path) -> list[Artifact | Unreadable]:
-    """Returns what lies in the folders of `root`, two levels deep. Symbolic links are followed.
+    """Returns what lies in the folders of `root`, two levels deep.
 
-    So a folder that `sdcompress export` has written can be copied here unchanged.
+    So a folder that `sdcompress export` has written can be copied here unchanged. A folder in `root` may be a link, and
+    one in it may not.
 
     Raises:
         UsageError: `root` cannot be listed.
@@ -133,7 +136,7 @@ def find_artifacts(root: Path) -> list[Artifact | Unreadable]:
     artifacts: list[Artifact | Unreadable] = []
     for top in tops:
         try:
-            folders = [top, *_subfolders(top)]
+            folders = [top, *(folder for folder in _subfolders(top) if not is_link(folder))]
         except OSError as error:
             artifacts.append(Unreadable(top, f"cannot be listed ({error.strerror or error})"))
             continue
@@ -163,7 +166,7 @@ def _read_folder(folder: Path) -> Artifact | Unreadable | None:
         return Unreadable(folder, _describe(error), manifest)
     # Whatever a strange manifest or config leads to: one folder must not hide the others from the menu.
     except Exception as error:
-        return Unreadable(folder, f"cannot be read ({type(error).__name__}: {error})", manifest)
+        return Unreadable(folder, f"cannot be read ({type(error).__name__}: {shorten(error)})", manifest)
 
 
 def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
@@ -175,8 +178,10 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
     """
     config = manifest.config
     _check_kind(folder, manifest)
-    unet = _read_json(folder, manifest, "pipeline/unet/config.json")
-    scheduler = _read_json(folder, manifest, "pipeline/scheduler/scheduler_config.json", needed=False)
+    unet = read_config(folder, manifest, "pipeline/unet/config.json")
+    if unet is None:
+        raise ArtifactError("has no pipeline/unet/config.json, which describes the UNet", where=folder)
+    scheduler = read_config(folder, manifest, "pipeline/scheduler/scheduler_config.json") or {}
     name, source, precision, _ = identify(folder, manifest)
     graph = signature("unet", unet, _DTYPES.get(precision, torch.float32), host=SIGNATURE)
     profiles: tuple[Ranges, ...] = (_any_shape(graph.inputs, graph.multiple),)
@@ -233,7 +238,7 @@ def identify(folder: Path, manifest: Manifest) -> tuple[str, str, str, str]:
     config = manifest.config
     precisions = config.get("precisions")
     precision = (precisions.get("unet") if isinstance(precisions, dict) else None) or config.get("precision") or ""
-    name = " + ".join([str(config.get("model_name") or folder.name), *baked_loras(manifest)])
+    name = shorten(" + ".join([str(config.get("model_name") or folder.name), *baked_loras(manifest)]), 200)
     backend = str(config.get("flavour")) if manifest.kind == "engine" else "onnxruntime"
     return name, str(manifest.inputs.get("pipeline", "")), str(precision), backend
 
@@ -241,24 +246,6 @@ def identify(folder: Path, manifest: Manifest) -> tuple[str, str, str, str]:
 def baked_loras(manifest: Manifest) -> tuple[str, ...]:
     """Returns the LoRAs that are baked in, as `NAME:WEIGHT`, in the order of their names."""
     return tuple(sorted(name.removeprefix("lora ") for name in manifest.inputs if name.startswith("lora ")))
-
-
-def _read_json(folder: Path, manifest: Manifest, name: str, needed: bool = True) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        if not needed:
-            return {}
-        raise ArtifactError(f"has no {name}, which describes the UNet", where=folder)
-    entry = manifest.files.get(name)
-    if entry is not None and sha256_file(path) != entry.sha256:
-        raise ArtifactError(f"{name} does not match the manifest: its sha256 differs", where=folder)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{name} is not readable ({error})", where=folder) from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{name} is not a JSON object", where=folder)
-    return content
 
 
 def _read_profile(folder: Path, profile: Any) -> Ranges:

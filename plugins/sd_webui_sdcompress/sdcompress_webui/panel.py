@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.command import command_line
+from sdcompress_engines.errors import shorten
 from sdcompress_engines.manifest import Manifest
 from sdcompress_engines.profiles import ShapeRanges, format_range
 from sdcompress_engines.runners.shapes import Ranges, Shape
@@ -123,21 +124,30 @@ def table_rows(artifacts: Iterable[Artifact | Unreadable], checkpoint: Traits | 
     """
     rows = []
     for each in artifacts:
-        command = build_command(each.manifest)
-        if isinstance(each, Unreadable):
-            rows.append(Row(each.folder, "", "", "", each.fault, command))
-            continue
-        config: Mapping[str, Any] = each.manifest.config
-        cards = ", ".join(f"{major}.{minor}" for major, minor in config.get("compute_capabilities") or ())
-        built = f"{each.backend} {each.precision}"
-        if each.manifest.kind == "engine":
-            built += f", {config['version']} for {cards or '8.0 and newer'}"
-        ranges = profile_ranges(each.manifest)
-        shapes = "; ".join(map(str, ranges)) or f"any, in steps of {each.multiple * each.vae_scale} px"
-        model = f"{each.name} ({'whole' if each.whole else 'student'}, {each.traits.family})"
-        fault = each.find_obstacle() or (each.traits.find_mismatch(checkpoint) if checkpoint else None)
-        rows.append(Row(each.folder, model, built, shapes, fault, command))
+        try:
+            rows.append(_read_row(each, checkpoint))
+        except (TypeError, ValueError, LookupError, AttributeError, OverflowError) as error:
+            # A strange manifest must not hide the other rows.
+            unreadable = f"its manifest has an unexpected value ({shorten(error, 120)})"
+            fault = each.fault if isinstance(each, Unreadable) else unreadable
+            rows.append(Row(each.folder, "", "", "", fault, build_command(None)))
     return rows
+
+
+def _read_row(artifact: Artifact | Unreadable, checkpoint: Traits | None) -> Row:
+    command = build_command(artifact.manifest)
+    if isinstance(artifact, Unreadable):
+        return Row(artifact.folder, "", "", "", artifact.fault, command)
+    config: Mapping[str, Any] = artifact.manifest.config
+    cards = ", ".join(f"{major}.{minor}" for major, minor in config.get("compute_capabilities") or ())
+    built = f"{artifact.backend} {artifact.precision}"
+    if artifact.manifest.kind == "engine":
+        built += f", {config['version']} for {cards or '8.0 and newer'}"
+    ranges = profile_ranges(artifact.manifest)
+    shapes = "; ".join(map(str, ranges)) or f"any, in steps of {artifact.multiple * artifact.vae_scale} px"
+    model = f"{artifact.name} ({'whole' if artifact.whole else 'student'}, {artifact.traits.family})"
+    fault = artifact.find_obstacle() or (artifact.traits.find_mismatch(checkpoint) if checkpoint else None)
+    return Row(artifact.folder, model, built, shapes, fault, command)
 
 
 def tab_html(
