@@ -91,10 +91,12 @@ def main() -> None:
 
     A user's mistake gets one line and an exit code; only a fault of the program gets a traceback.
     """
+    from sdcompress_engines.child_process import SAFE_PATH
     from sdcompress_engines.errors import SdCompressError, storage_error
     from sdcompress_engines.thread_waiting import choose_waiting
 
     accept_all_characters()
+    os.environ.update(SAFE_PATH)  # for processes that libraries start, such as compilers' workers
     # The libraries read these when they are imported. Their notices of missing optional parts (torchvision) do not
     # help the person who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
