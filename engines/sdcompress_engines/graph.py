@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EngineError, UsageError
+from .files import check_regular
 from .manifest import canonical, sha256_file
-from .paths import is_plain_path
+from .paths import file_inside
+
 
 AGAIN = "export it again: sdcompress export MODEL -o DIR"
 
@@ -41,8 +43,8 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
     """Returns the facts of an ONNX file.
 
     Raises:
-        UsageError: no such file. EngineError: the file is no whole graph, its external data is missing or cut, or it
-            names files outside its folder.
+        UsageError: no such file. EngineError: the file is no whole graph, or its external data is missing or cut.
+            ArtifactError: it names a file outside its folder, a link, or what is no regular file.
     """
     from google.protobuf.message import DecodeError
 
@@ -55,13 +57,6 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
                 continue
             entry = {item.key: item.value for item in tensor.external_data}
             name = entry.get("location", "")
-            if not is_plain_path(name):
-                raise EngineError(
-                    f"the weight {tensor.name!r} names the file {name!r}",
-                    where=path,
-                    expected="a file beside the graph",
-                    hint=AGAIN,
-                )
             external[name] = max(external.get(name, 0), int(entry.get("offset", 0)) + int(entry.get("length", 0)))
         facts = GraphFacts(
             opset=next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0),
@@ -76,13 +71,14 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
     if not facts.opset or not facts.operators or not facts.outputs:
         raise EngineError("not a whole ONNX graph: it has no opset, no nodes or no outputs", where=path, hint=AGAIN)
     for name, needed in external.items():
-        data = path.parent / name
-        if not data.is_file():
+        data = file_inside(path.parent, name, source=path)
+        if not data.exists():
             raise EngineError(
                 f"its weights are missing: {name} is not beside it",
                 where=path,
                 hint=f"copy {name} here too, or {AGAIN}",
             )
+        check_regular(data)
         if data.stat().st_size < needed:
             raise EngineError(
                 f"its weights are cut: {name} has {data.stat().st_size:,} bytes",

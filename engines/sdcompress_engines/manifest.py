@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -211,7 +212,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         if wrong := [
             name
             for name, entry in manifest.files.items()
-            if not isinstance(entry.sha256, str) or not isinstance(entry.bytes, int)
+            if not _is_sha256(entry.sha256) or not isinstance(entry.bytes, int)
         ]:
             raise ValueError(f"no sha256 and size of {wrong[0]}")
         if wrong := [name for name in manifest.files if not is_plain_path(name)]:
@@ -221,6 +222,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ArtifactError(
             f"broken manifest ({error})", where=path, hint="delete the folder and make it again"
         ) from error
+
+
+def _is_sha256(text: Any) -> bool:
+    return isinstance(text, str) and re.fullmatch(r"[0-9a-f]{64}", text) is not None
 
 
 def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> list[str]:
