@@ -1,4 +1,4 @@
-"""The check of an export folder (graphs or engines, with the configs in `pipeline/`) before anything of it is opened."""
+"""The check of an export folder, before anything of it is opened: graphs or engines, and configs in `pipeline/`."""
 
 from __future__ import annotations
 

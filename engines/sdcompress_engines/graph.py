@@ -15,7 +15,6 @@ from .files import check_regular
 from .manifest import canonical, sha256_file
 from .paths import file_inside
 
-
 AGAIN = "export it again: sdcompress export MODEL -o DIR"
 
 

@@ -16,7 +16,7 @@ from sdcompress_engines.unet import EngineUNet
 
 from sdcompress.backends.backend import Backend, UNetRequest
 from sdcompress.backends.cached import cached_artifacts
-from sdcompress.backends.exported import open_exported
+from sdcompress.backends.exported import artifact_kinds, looks_exported, open_exported
 from sdcompress.backends.registry import (
     AUTO,
     FALLBACKS,
@@ -68,7 +68,8 @@ def open_pipeline(
 
     Raises:
         UsageError: unknown backend or path. BackendMissing: the runtime is not installed, or has no device.
-            ModelError: not a pipeline. EngineMismatch: artifacts of another model.
+            ModelError: not a pipeline. EngineMismatch: artifacts of another model. ArtifactError: an export that is
+            not as its manifest says. NotTrusted: an engine or package that was built elsewhere.
     """
     backend = backend_name(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,6 +79,8 @@ def open_pipeline(
     if manifest is not None and (owner := backend_of_artifact(manifest.kind)) is not None:
         _check_export_runs(str(model), manifest.kind, owner, backend, fallback)
         return open_exported(Path(model), device, steady=steady)
+    if Path(model).is_dir() and looks_exported(Path(model)):
+        check_export(Path(model), artifact_kinds())  # refuses it: no manifest, or one of another kind
     if backend == AUTO:
         if precision is not None or artifacts is not None:
             what = "a precision or artifacts with the backend auto, which chooses both"

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.manifest import Manifest, read_manifest
+from sdcompress_engines.manifest import Manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
 
 from sdcompress.export.components import DTYPES, component_graph, part_of, signature_of
+from sdcompress.export.graph_folder import read_graph_folder
 from sdcompress.export.onnx_file import write_onnx
 from sdcompress.export.parity import Parity, compare_onnx
 from sdcompress.export.quantize.quantize_unet import QuantizedUNet, quantize_unet
@@ -70,14 +71,15 @@ class ComponentExporter:
         Raises:
             ExportError: torch or modelopt failed. DataError, StorageError: as `quantize_unet`.
         """
-        earlier = read_manifest(self.reuse) if self.reuse else None
+        earlier = read_graph_folder(self.reuse) if self.reuse and self.reuse.is_dir() else None
         return {component: self._export(component, earlier) for component in self.settings.precisions}
 
     def _export(self, component: str, earlier: Manifest | None) -> ExportedComponent:
         started = time.monotonic()
         if self.reuse and earlier and self._has_equal_graph(earlier, component):
-            for file in self.reuse.glob(f"{component}.onnx*"):
-                shutil.copy(file, self.folder / file.name)
+            for name in earlier.files:
+                if name.startswith(f"{component}.onnx"):
+                    shutil.copy(self.reuse / name, self.folder / name)
             known = earlier.figures[component]["parity"]
             parity = Parity(**known) if isinstance(known, dict) else None
             return ExportedComponent(parity, time.monotonic() - started)

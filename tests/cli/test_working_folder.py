@@ -23,10 +23,9 @@ def working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working folder of this test, with modules that leave a file where they are imported."""
     folder = tmp_path / "working"
     folder.mkdir()
+    note = str(tmp_path / "imported")
     for name in NAMES:
-        (folder / f"{name}.py").write_text(
-            f"open({str(tmp_path / 'imported')!r}, 'a').write({name + chr(10)!r})\nraise ImportError('not the module')\n"
-        )
+        (folder / f"{name}.py").write_text(f"open({note!r}, 'a').write({name!r} + ' ')\nraise ImportError('not it')\n")
     monkeypatch.chdir(folder)
     return folder
 

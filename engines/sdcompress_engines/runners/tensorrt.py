@@ -26,7 +26,6 @@ from ..trust import check_trusted
 from .base import Runner, TensorSpec, cuda_device
 from .execution import Execution
 from .memory import SharedMemory
-
 from .shapes import Ranges, axis_names, choose_profile, make_shape_error
 from .tensorrt_library import DTYPES, KERNELS, create_log, explain_invalid
 
