@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .library import engine_files, errors, flavour, manifest, signature
+from .library import engine_files, errors, export_folder, flavour, manifest, signature, trust
 
 if TYPE_CHECKING:
     from sdcompress_engines.manifest import Manifest
@@ -115,14 +114,16 @@ def read_folder(name: str, folder: Path) -> EngineFolder:
     graph = folder / ("unet.engine" if folder_manifest.kind == "engine" else "unet.onnx")
     if graph.name not in folder_manifest.files:
         raise errors.EngineMismatch(f"holds no {graph.name}", where=folder, expected="the engine of a UNet", hint=BUILD)
-    unet = _read_config(folder, "unet/config.json")
+    unet = _read_config(folder, folder_manifest, "unet/config.json")
     family, host = _read_family(unet, folder), str(folder_manifest.config.get("signature"))
     if host not in signature.HOSTS or (host == "diffusers" and family == "sdxl"):
         raise errors.EngineMismatch(
             f"has the signature {host!r}, which ComfyUI does not call", where=folder, expected="comfyui", hint=BUILD
         )
-    prediction, schedule = _read_sampling(_read_config(folder, "scheduler/scheduler_config.json"), folder)
-    scaling = _read_config(folder, "vae/config.json", needed=False).get("scaling_factor")
+    prediction, schedule = _read_sampling(
+        _read_config(folder, folder_manifest, "scheduler/scheduler_config.json"), folder
+    )
+    scaling = _read_config(folder, folder_manifest, "vae/config.json", needed=False).get("scaling_factor")
     precision = folder_manifest.config.get("precisions", {}).get("unet", folder_manifest.config.get("precision"))
     if precision not in _DTYPES:
         raise errors.ArtifactError(
@@ -148,31 +149,29 @@ def _check_sizes(folder: Path, folder_manifest: Manifest) -> None:
 
 
 def check_contents(folder: EngineFolder) -> None:
-    """Compare the bytes of an ONNX graph with the manifest, so that no runtime opens an altered graph.
+    """Compare the files of an ONNX folder with the manifest, so that no runtime opens an altered graph.
 
     Raises:
-        ArtifactError: they differ.
+        ArtifactError: a file is missing, cut, altered or a link.
     """
     if folder.graph.suffix != ".onnx":
         return  # `engine_files.read_engine` reads an engine once, and checks what it has read
-    for name, entry in folder.manifest.files.items():
-        if name.startswith(folder.graph.name) and manifest.sha256_file(folder.graph.parent / name) != entry.sha256:
-            raise errors.ArtifactError(
-                "was altered: its sha256 is not the one of its manifest",
-                where=folder.graph.parent / name,
-                expected=f"{entry.sha256[:12]}...",
-                hint=_INSTALL,
-            )
+    export_folder.check_export(folder.graph.parent, ["onnx"], unnamed=True)
 
 
 def find_obstacle(folder: EngineFolder) -> str | None:
-    """Returns why the engine does not load on this machine, or None."""
+    """Returns why the engine does not load on this machine, or may not, or None."""
     if folder.graph.suffix == ".onnx":
         from .library import runners
 
         return runners.onnxruntime_install.missing()
-    error = flavour.obstacle(folder.manifest.config, folder.graph)
-    return None if error is None else str(error)
+    try:
+        if (error := flavour.obstacle(folder.manifest.config, folder.graph)) is not None:
+            return str(error)
+        trust.check_trusted(folder.graph, folder.manifest.files[folder.graph.name].sha256)
+    except errors.NotTrusted as problem:
+        return str(problem)
+    return None
 
 
 def _read_family(unet: Mapping[str, Any], where: Path) -> str:
@@ -217,16 +216,10 @@ def _read_sampling(scheduler: Mapping[str, Any], where: Path) -> tuple[str, dict
     return prediction, settings | ({"zsnr": True} if scheduler.get("rescale_betas_zero_snr") else {})
 
 
-def _read_config(folder: Path, name: str, needed: bool = True) -> dict[str, Any]:
-    path = folder / "pipeline" / name
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not needed:
-            return {}
-        raise errors.ArtifactError("is missing, so the engine's model is unknown", where=path, hint=BUILD) from None
-    except (OSError, ValueError) as error:
-        raise errors.ArtifactError(f"cannot be read ({error})", where=path, hint=BUILD) from error
-    if not isinstance(content, dict):
-        raise errors.ArtifactError("is not a config", where=path, hint=BUILD)
-    return content
+def _read_config(folder: Path, folder_manifest: Manifest, name: str, needed: bool = True) -> dict[str, Any]:
+    content = export_folder.read_named_json(folder, folder_manifest, f"pipeline/{name}")
+    if content is None and needed:
+        raise errors.ArtifactError(
+            "is missing, so the engine's model is unknown", where=folder / "pipeline" / name, hint=BUILD
+        )
+    return content or {}

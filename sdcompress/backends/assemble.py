@@ -10,6 +10,7 @@ import torch
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import BackendMissing, EngineMismatch, UsageError
 from sdcompress_engines.exactness import use_ieee_fp32
+from sdcompress_engines.export_folder import check_export
 from sdcompress_engines.manifest import read_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.unet import EngineUNet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from typing import Any
 import torch
 from sdcompress_engines.engine_files import folder_faults
 from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError
+from sdcompress_engines.export_folder import check_export, read_named_json
 from sdcompress_engines.flavour import obstacle
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.runners.base import TensorSpec
 from sdcompress_engines.runners.shapes import Ranges
 from sdcompress_engines.signature import CONTEXT_TOKENS, signature
+from sdcompress_engines.trust import find_consent
 
 from .calls import ADDED, CONTEXT, SAMPLE, SIGNATURE
 from .traits import Traits, is_whole
@@ -24,6 +25,7 @@ from .traits import Traits, is_whole
 _FILES = {"engine": "unet.engine", "onnx": "unet.onnx"}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _ENDLESS = 2**20
+NOT_ALLOWED = "it was built elsewhere and is executable code: allow it in the sdcompress tab, if you trust its source"
 
 
 @dataclass(frozen=True)
@@ -73,28 +75,34 @@ class Artifact:
         """The LoRAs that are baked in, as `NAME:WEIGHT`."""
         return baked_loras(self.manifest)
 
+    @property
+    def sha256(self) -> str:
+        """Of the engine or graph, as its manifest has it."""
+        return self.manifest.files[self.file.name].sha256
+
+    @property
+    def needs_consent(self) -> bool:
+        """Whether it is an engine, which is executable code, that was built elsewhere and is not allowed to run."""
+        return self.manifest.kind == "engine" and find_consent(self.sha256) is None
+
     def find_obstacle(self) -> str | None:
-        """Returns why this machine cannot run it, or None. The file is not opened."""
+        """Returns why this machine cannot run it, or may not, or None. The file is not opened."""
         if self.manifest.kind == "engine":
             error = obstacle(self.manifest.config)
-            return None if error is None else _describe(error)
+            if error is not None:
+                return _describe(error)
+            return NOT_ALLOWED if self.needs_consent else None
         from sdcompress_engines.runners.onnxruntime_install import missing
 
         return missing()
 
     def check_contents(self) -> None:
-        """Compare every byte of the graph with the manifest. The runner of an engine does this itself.
+        """Compare every file with the manifest. The runner of an engine does this itself.
 
         Raises:
-            ArtifactError: a file is missing, cut or altered.
+            ArtifactError: a file is missing, cut, altered or a link.
         """
-        for name, entry in self.manifest.files.items():
-            if name.startswith(self.file.name) and sha256_file(self.folder / name) != entry.sha256:
-                raise ArtifactError(
-                    f"{name} does not match the manifest: its sha256 differs",
-                    where=self.folder,
-                    hint="install it again: sdcompress install webui WEBUI ENGINE",
-                )
+        check_export(self.folder, [self.manifest.kind], unnamed=True)
 
 
 @dataclass(frozen=True)
@@ -244,21 +252,10 @@ def baked_loras(manifest: Manifest) -> tuple[str, ...]:
 
 
 def _read_json(folder: Path, manifest: Manifest, name: str, needed: bool = True) -> dict[str, Any]:
-    path = folder / name
-    if not path.is_file():
-        if not needed:
-            return {}
+    content = read_named_json(folder, manifest, name)
+    if content is None and needed:
         raise ArtifactError(f"has no {name}, which describes the UNet", where=folder)
-    entry = manifest.files.get(name)
-    if entry is not None and sha256_file(path) != entry.sha256:
-        raise ArtifactError(f"{name} does not match the manifest: its sha256 differs", where=folder)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{name} is not readable ({error})", where=folder) from error
-    if not isinstance(content, dict):
-        raise ArtifactError(f"{name} is not a JSON object", where=folder)
-    return content
+    return content or {}
 
 
 def _read_profile(folder: Path, profile: Any) -> Ranges:
