@@ -120,9 +120,8 @@ def read_folder(name: str, folder: Path) -> EngineFolder:
         raise errors.EngineMismatch(
             f"has the signature {host!r}, which ComfyUI does not call", where=folder, expected="comfyui", hint=BUILD
         )
-    prediction, schedule = _read_sampling(
-        _read_config(folder, folder_manifest, "scheduler/scheduler_config.json"), folder
-    )
+    scheduler = _read_config(folder, folder_manifest, "scheduler/scheduler_config.json")
+    prediction, schedule = _read_sampling(scheduler, folder)
     scaling = _read_config(folder, folder_manifest, "vae/config.json", needed=False).get("scaling_factor")
     precision = folder_manifest.config.get("precisions", {}).get("unet", folder_manifest.config.get("precision"))
     if precision not in _DTYPES:

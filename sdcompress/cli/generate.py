@@ -9,6 +9,7 @@ import click
 
 from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import ConsoleReporter, card
+from sdcompress.cli._trust import allow_all, trust_option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     metavar="FILE[:WEIGHT]",
     help="LoRA for this model, in diffusers' or kohya's naming; repeat for more.",
 )
+@trust_option
 @click.option(
     "-o",
     "--output",
@@ -90,6 +92,7 @@ def command(
     artifacts: Path | None,
     fallback: str | None,
     loras: tuple[str, ...],
+    trust: bool,
     output: Path,
 ) -> None:
     """Generate a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
@@ -107,6 +110,8 @@ def command(
 
     backend = backend_name(backend)
     weighted_loras = _check_options(model, backend, artifacts, loras, output)
+    if trust:
+        allow_all([Path(model), artifacts])
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()

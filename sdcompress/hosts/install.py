@@ -10,6 +10,7 @@ from pathlib import Path
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import ArtifactError, UsageError
 from sdcompress_engines.progress import SILENT, Reporter
+from sdcompress_engines.trust import CODE_SUFFIXES, find_consent, trust_command
 
 from sdcompress.hosts.engine_folder import Engine, engine_names, engine_of, read_engine_folder
 from sdcompress.hosts.entry import Entry, Item
@@ -68,7 +69,8 @@ def install(
         if weights is not None:
             item = prepare_weights(weights, opened, stack, report)
             items |= {f"{host.models}/{engine.name}/{WEIGHTS}": item for engine in opened}
-        return _note_running(put_files(host, root, items, {engine.name for engine in opened}, report), host, root)
+        outcome = put_files(host, root, items, {engine.name for engine in opened}, report)
+        return _note_running(_note_foreign(outcome, opened), host, root)
 
 
 def _read_engines(engines: Sequence[str | Path], host: Host, name: str | None) -> list[Engine]:
@@ -130,6 +132,17 @@ def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Outcome:
         if left:
             write_record(root / host.record, replace(record, files=left, folders=folders))
     return _note_running(Outcome(removed=tuple(sorted(removed)), kept=kept), host, root)
+
+
+def _note_foreign(outcome: Outcome, engines: Sequence[Engine]) -> Outcome:
+    """Returns the outcome, with a note for each engine that was built elsewhere and is not allowed to run yet."""
+    notes = [
+        f"{engine.name} was built elsewhere and is executable code, so the host refuses it until you allow it:"
+        f" {trust_command(engine.folder)}"
+        for engine in engines
+        if any(n.endswith(CODE_SUFFIXES) and not find_consent(e.sha256) for n, e in engine.manifest.files.items())
+    ]
+    return replace(outcome, notes=(*outcome.notes, *notes))
 
 
 def _note_running(outcome: Outcome, host: Host, root: Path) -> Outcome:

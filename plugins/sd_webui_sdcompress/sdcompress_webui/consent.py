@@ -8,21 +8,21 @@ from html import escape
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.trust import allow
 
-from .engine_folders import Artifact, Unreadable
+from .engine_folders import NOT_ALLOWED, Artifact, Unreadable
 
 NONE = "none"
 """The choice of no engine."""
 
 
 def find_waiting(artifacts: Iterable[Artifact | Unreadable]) -> dict[str, Artifact]:
-    """Returns the engines that wait for a consent, by the text of their choice.
+    """Returns the engines that only lack a consent, by the text of their choice.
 
     The text begins with the sha256, so that a choice always means the file that was shown.
 
     Args:
         artifacts: what `find_artifacts` has found.
     """
-    waiting = [each for each in artifacts if isinstance(each, Artifact) and each.needs_consent]
+    waiting = [each for each in artifacts if isinstance(each, Artifact) and each.find_obstacle() == NOT_ALLOWED]
     return {f"{each.sha256[:16]} {each.folder.name}": each for each in waiting}
 
 
@@ -36,23 +36,21 @@ def question_html(waiting: Iterable[Artifact]) -> str:
     if not rows:
         return ""
     return (
-        "<p><b>These engines were built elsewhere.</b> An engine is executable code: it can do on this computer whatever"
-        " you can do. Allow one only if you trust the person or site that you have it from, and compare its sha256 with"
-        " the one that is published there. What is said below of its origin stands in the engine's own folder, and is no"
-        f" proof. The consent is kept for this sha256 alone.</p><ul>{rows}</ul>"
+        "<p><b>These engines were built elsewhere.</b> An engine is executable code: it can do on this computer"
+        " whatever you can do. Allow one only if you trust the person or site that you have it from, and compare its"
+        " sha256 with the one that is published there. What is said below of its origin stands in the engine's own"
+        f" folder, and is no proof. The consent is kept for this sha256 alone.</p><ul>{rows}</ul>"
     )
 
 
 def _row_html(artifact: Artifact) -> str:
     manifest, config = artifact.manifest, artifact.manifest.config
+    library = f"{config.get('flavour')} {config.get('version')}"
     facts = (
         ("folder", artifact.folder),
         ("model", artifact.name),
         ("sha256", artifact.sha256),
-        (
-            "built",
-            f"{manifest.created} with {config.get('flavour')} {config.get('version')} on {config.get('platform')}",
-        ),
+        ("built", f"{manifest.created} with {library} on {config.get('platform')}"),
         ("from model", artifact.source or "unknown"),
     )
     return f"<li>{', '.join(f'{escape(name)}: <code>{escape(str(value))}</code>' for name, value in facts)}</li>"

@@ -80,18 +80,13 @@ class Artifact:
         """Of the engine or graph, as its manifest has it."""
         return self.manifest.files[self.file.name].sha256
 
-    @property
-    def needs_consent(self) -> bool:
-        """Whether it is an engine, which is executable code, that was built elsewhere and is not allowed to run."""
-        return self.manifest.kind == "engine" and find_consent(self.sha256) is None
-
     def find_obstacle(self) -> str | None:
         """Returns why this machine cannot run it, or may not, or None. The file is not opened."""
         if self.manifest.kind == "engine":
             error = obstacle(self.manifest.config)
             if error is not None:
                 return _describe(error)
-            return NOT_ALLOWED if self.needs_consent else None
+            return None if find_consent(self.sha256) else NOT_ALLOWED
         from sdcompress_engines.runners.onnxruntime_install import missing
 
         return missing()
