@@ -26,7 +26,7 @@ from .command import command_line
 from .errors import ArtifactError, EngineError, NotTrusted, UsageError, storage_errors
 from .files import write_atomically
 from .json_files import read_json_object
-from .manifest import MANIFEST_NAME, read_manifest, sha256_file
+from .manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
 
 CODE_SUFFIXES = (".engine", ".pt2")
 """Files that are executable code."""
@@ -96,6 +96,12 @@ def check_trusted(path: str | PathLike[str], sha256: str) -> None:
             expected="one that was built on this machine, or that you allow to run",
             hint=f"{trust_command(path)}, if you trust where it comes from",
         )
+
+
+def find_unallowed(manifest: Manifest) -> list[str]:
+    """Returns the engines and packages of a manifest that were built elsewhere and are not allowed to run."""
+    code = {name: entry.sha256 for name, entry in manifest.files.items() if name.endswith(CODE_SUFFIXES)}
+    return [name for name, sha256 in code.items() if find_consent(sha256) is None]
 
 
 def trust_command(path: str | PathLike[str]) -> str:
@@ -173,7 +179,7 @@ def find_code(path: Path, kinds: Collection[str] = ("engine", "package")) -> lis
     for place in (path / name for name in PLACES):
         manifest = read_manifest(place)
         if manifest is not None and manifest.kind in kinds:
-            return [place / name for name in manifest.files if Path(name).suffix in CODE_SUFFIXES]
+            return [place / name for name in manifest.files if name.endswith(CODE_SUFFIXES)]
     return []
 
 

@@ -16,7 +16,7 @@ from sdcompress_engines.manifest import Manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners import Runner, SharedMemory, open_runner
 from sdcompress_engines.text_encoders import EngineTextEncoder, EngineTextEncoderWithProjection
-from sdcompress_engines.trust import CODE_SUFFIXES, check_trusted
+from sdcompress_engines.trust import check_trusted, find_unallowed
 from sdcompress_engines.unet import EngineUNet
 from sdcompress_engines.vae import EngineVaeDecoder
 
@@ -62,9 +62,8 @@ def open_exported(
             ),
         )
     manifest = check_export(folder, artifact_kinds())
-    for name, file in manifest.files.items():
-        if name.endswith(CODE_SUFFIXES):
-            check_trusted(folder / name, file.sha256)
+    for name in find_unallowed(manifest):
+        check_trusted(folder / name, manifest.files[name].sha256)
     index = read_model_index(configs)
     parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
     described = {name: read_config(folder, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sdcompress.cli._console import ConsoleReporter, card, force_option, json_option, mib, typed_command
+from sdcompress.cli._trust import allow_all, trust_option
 
 if TYPE_CHECKING:
     from sdcompress_bench.results import Results, Row
@@ -102,6 +103,7 @@ def command() -> None:
 @click.option(
     "--strict", is_flag=True, help="A backend that is not installed is an error, and so is a case that fails."
 )
+@trust_option
 @click.option("--dry-run", is_flag=True, help="List what would run and the memory it needs, and measure nothing.")
 @click.option("--list", "list_suites", is_flag=True, help="List the built-in suites.")
 @force_option
@@ -112,6 +114,7 @@ def run_command(
     backends: str | None,
     quick: bool,
     strict: bool,
+    trust: bool,
     dry_run: bool,
     list_suites: bool,
     force: bool,
@@ -148,6 +151,8 @@ def run_command(
         options |= {"backends": [part for part in backends.split(",") if part.strip()], "gpu_backends": None}
     path = suite_path(targets[0]) if len(targets) == 1 else None
     suite, skipped = _read_suite(path, targets, options, quick, strict)
+    if trust:
+        allow_all(path for model in suite.models for path in (Path(model.path), model.engine))
     if dry_run:
         return _print_dry_run(suite, skipped, as_json)
     output = output or _free_folder(path.stem if path else suite.models[-1].name)

@@ -109,9 +109,7 @@ def command(
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
-    weighted_loras = _check_options(model, backend, artifacts, loras, output)
-    if trust:
-        allow_all([Path(model), artifacts])
+    weighted_loras = _check_options(model, backend, artifacts, loras, output, trust)
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
@@ -153,9 +151,9 @@ def _warn_of_unknown(model: str, prompt: str, report: ConsoleReporter) -> None:
 
 
 def _check_options(
-    model: str, backend: str, artifacts: Path | None, loras: tuple[str, ...], output: Path
+    model: str, backend: str, artifacts: Path | None, loras: tuple[str, ...], output: Path, trust: bool
 ) -> list[tuple[Path, float]]:
-    """Returns the file and weight of each LoRA, after a check of all options that need no model."""
+    """Returns the file and weight of each LoRA, after a check of all options that need no model, and the consent."""
     from sdcompress_engines.errors import UsageError
 
     from sdcompress.lora.fuse import parse_lora
@@ -171,6 +169,8 @@ def _check_options(
         raise UsageError("no such folder", where=artifacts, hint=f"sdcompress export {model} -o {artifacts}")
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=output, expected="a name ending in .png, .webp or .jpg")
+    if trust:
+        allow_all([Path(model), artifacts])
     return weighted_loras
 
 

@@ -75,9 +75,9 @@ def find_engine_folder(folder: Path, kinds: Collection[str] = ("engine",)) -> Pa
 
 
 def list_faults(folder: Path) -> list[str]:
-    """Returns what is wrong with a folder of engines, packages or graphs, its manifest included; nothing if all is well.
+    """Returns what is wrong with a folder of engines, packages or graphs; nothing if all is well.
 
-    Every byte is read.
+    Every byte is read. A damaged manifest is a fault, too.
     """
     try:
         manifest = read_manifest(folder)

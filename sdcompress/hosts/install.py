@@ -10,7 +10,7 @@ from pathlib import Path
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import ArtifactError, UsageError
 from sdcompress_engines.progress import SILENT, Reporter
-from sdcompress_engines.trust import CODE_SUFFIXES, find_consent, trust_command
+from sdcompress_engines.trust import find_unallowed, trust_command
 
 from sdcompress.hosts.engine_folder import Engine, engine_names, engine_of, read_engine_folder
 from sdcompress.hosts.entry import Entry, Item
@@ -140,7 +140,7 @@ def _note_foreign(outcome: Outcome, engines: Sequence[Engine]) -> Outcome:
         f"{engine.name} was built elsewhere and is executable code, so the host refuses it until you allow it:"
         f" {trust_command(engine.folder)}"
         for engine in engines
-        if any(n.endswith(CODE_SUFFIXES) and not find_consent(e.sha256) for n, e in engine.manifest.files.items())
+        if find_unallowed(engine.manifest)
     ]
     return replace(outcome, notes=(*outcome.notes, *notes))
 

@@ -13,7 +13,7 @@ from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
-from sdcompress_engines.trust import CODE_SUFFIXES, find_consent, trust_command
+from sdcompress_engines.trust import find_unallowed, trust_command
 
 from sdcompress.hosts.engine_folder import engine_names
 from sdcompress.hosts.environment import read_packages
@@ -136,6 +136,7 @@ def _find_obstacle(manifest: Manifest, folder: Path) -> str | None:
     if manifest.kind == "engine":
         if (error := obstacle(manifest.config, folder)) is not None:
             return error.what
-        foreign = any(name.endswith(CODE_SUFFIXES) and not find_consent(e.sha256) for name, e in manifest.files.items())
-        return f"was built elsewhere and is not allowed to run; {trust_command(folder)}" if foreign else None
+        if find_unallowed(manifest):
+            return f"it was built elsewhere and is not allowed to run ({trust_command(folder)})"
+        return None
     return onnxruntime_missing() if manifest.kind == "onnx" else None
