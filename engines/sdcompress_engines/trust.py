@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from .command import command_line
-from .errors import ArtifactError, EngineError, NotTrusted, UsageError, storage_errors
+from .errors import ArtifactError, NotTrusted, SdCompressError, UsageError, storage_errors
 from .files import write_atomically
 from .json_files import read_json_object
 from .manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
@@ -154,7 +154,7 @@ def record_built(path: Path) -> None:
     """
     try:
         _store(path, sha256_file(path), "built here")
-    except (OSError, EngineError) as error:
+    except (OSError, SdCompressError) as error:
         warnings.warn(
             f"{path}: it is not kept that this machine has built it ({error}), so its first use will ask",
             RuntimeWarning,

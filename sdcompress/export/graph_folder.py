@@ -16,17 +16,14 @@ from sdcompress.export.components import DTYPES
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 from sdcompress.support.settings_file import describe_errors
 
-_Precision = Literal[(*DTYPES, *QUANTIZED)]  # type: ignore[valid-type]
-_Component = Literal[tuple(COMPONENTS)]  # type: ignore[valid-type]
-
 
 class GraphConfig(BaseModel):
     """What the manifest of an ONNX folder has to say about its graphs, besides what is there for people to read."""
 
-    components: Annotated[list[_Component], Field(min_length=1)]
+    components: Annotated[list[Literal[tuple(COMPONENTS)]], Field(min_length=1)]  # type: ignore[valid-type]
     signature: Literal[tuple(HOSTS)]  # type: ignore[valid-type]
-    precision: _Precision
-    precisions: dict[_Component, _Precision]
+    precision: Literal[(*DTYPES, *QUANTIZED)]  # type: ignore[valid-type]
+    precisions: dict[str, Literal[(*DTYPES, *QUANTIZED)]]  # type: ignore[valid-type]
     model_name: Annotated[str, Field(max_length=1000)] = ""
 
     @field_validator("precisions")
