@@ -26,8 +26,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test reads or fills the user's cache; processes that tests start inherit this."""
+    """No test reads or fills the user's cache and settings; processes that tests start inherit this."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDCOMPRESS_CONFIG", str(tmp_path_factory.mktemp("config")))
         patch.setenv("SDCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -158,6 +158,15 @@ def test_engines_and_plugins_keep_to_python_310_syntax() -> None:
         ast.parse(path.read_text(encoding="utf-8"), filename=str(path), feature_version=(3, 10))
 
 
+def test_every_python_process_is_started_by_the_helper_that_keeps_the_working_folder_out() -> None:
+    helper, script = "child_process.py", "part_nano.py"  # the latter runs a script, which imports what lies beside it
+    paths = tracked("engines/*.py", "plugins/*.py", "sdcompress/*.py", "bench/sdcompress_bench/*.py")
+    assert len(paths) > 200
+    starts = re.compile(r"(?<!\{)\bsys\.executable\b(?!\})")  # in braces it is part of a text, such as a hint
+    found = {path.name for path in paths if starts.search(path.read_text(encoding="utf-8"))}
+    assert found == {helper, script}
+
+
 def test_weights_and_data_fit() -> None:
     assets = ROOT / "sdcompress/assets/nano"
     weights = [p.stat().st_size for p in assets.rglob("*.safetensors")]

@@ -20,6 +20,7 @@ from .manifest import cache_folder, require_space
 from .profiles import Profile
 from .progress import SILENT, Reporter
 from .resources import available_memory_bytes
+from .trust import record_built
 
 # Memory of a build: a multiple of the graph's weights, and bytes besides. Measured on whole and pruned UNets
 # (bench/results/engines-cpu.json) and rounded up.
@@ -121,6 +122,7 @@ def build_engine(
         replace_file(partial, engine_path)
     finally:
         partial.unlink(missing_ok=True)
+    record_built(engine_path)
     return BuildResult(time.monotonic() - started, engine_path.stat().st_size, flavour.name, version, cards, peak_mib)
 
 

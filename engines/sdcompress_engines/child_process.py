@@ -3,6 +3,8 @@
 The parent sends JSON messages, one a line, on the child's stdin. The child answers with JSON events, one a line, on its
 stdout. A prefix distinguishes events from what native code prints there.
 
+None of these processes imports from the working folder, where a `json.py` may lie: see `python_command`.
+
 Parent: `run_job` for one job, or `ChildProcess` where messages go back and forth.
 Child: `receive_message`, `send_event` and, where the parent decides about Ctrl-C, `ignore_interrupts`.
 """
@@ -30,10 +32,36 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 _MARK = "sdcompress:"
 _KEPT_LINES = 5
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""The variable that keeps the working folder off the import path of every Python (3.11 or newer) that inherits it."""
+
+
+def python_command(module: str) -> list[str]:
+    """Returns the command that runs a module in this Python, without the working folder on the import path.
+
+    Folders in `PYTHONPATH` stay.
+
+    Args:
+        module: full name of the module.
+    """
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    return python_code(f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)")
+
+
+def python_code(code: str) -> list[str]:
+    """Returns the command that runs statements in this Python, with the import path of `python_command`.
+
+    Args:
+        code: the statements.
+    """
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-c", code]
+    return [sys.executable, "-c", f"import sys; del sys.path[0]; {code}"]
 
 
 class ChildProcess:
-    """A module that runs in a Python process of its own, as `python -m MODULE`.
+    """A module that runs in a Python process of its own, by `python_command`.
 
     Args:
         module: full name of the module.
@@ -50,14 +78,14 @@ class ChildProcess:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        variables = {**os.environ, **(environment or {})}
+        variables = {**os.environ, **(environment or {}), **SAFE_PATH}
         if paths:
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, [*map(str, paths), variables.get("PYTHONPATH")]))
         self.timed_out = False
         self._printed: deque[str] = deque(maxlen=_KEPT_LINES)
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            python_command(module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 from .engine_key import EngineKey
 from .errors import ArtifactError, UsageError
 from .files import check_regular
 from .flavour import REBUILD
-from .json_files import parse_json
 from .manifest import MANIFEST_NAME, Manifest, faults, read_manifest
 from .paths import file_inside, is_link
 
@@ -73,33 +71,6 @@ def find_manifest_folder(folder: Path) -> Path | None:
     """
     places = (folder, *(folder / name for name in ("engine", "onnx") if not is_link(folder / name)))
     return next((place for place in places if (place / MANIFEST_NAME).is_file()), None)
-
-
-def read_config(folder: Path, manifest: Manifest, name: str) -> dict[str, Any] | None:
-    """Returns a config of the exported pipeline, checked against the manifest, or None where the manifest has none.
-
-    Args:
-        folder: that holds the manifest.
-        manifest: of the folder.
-        name: of the config, such as `pipeline/unet/config.json`.
-
-    Raises:
-        ArtifactError: the file is missing, altered or a link, or no config.
-    """
-    entry = manifest.files.get(name)
-    if entry is None:
-        return None
-    path = file_inside(folder, name, source=folder / MANIFEST_NAME)
-    try:
-        content = path.read_bytes() if path.is_file() else b""
-    except OSError as error:
-        raise ArtifactError(f"cannot be read ({error.strerror or error})", where=path) from error
-    if hashlib.sha256(content).hexdigest() != entry.sha256:
-        raise ArtifactError("does not match the manifest: its sha256 differs", where=path)
-    config = parse_json(content, path)
-    if not isinstance(config, dict):
-        raise ArtifactError("is not a config", where=path)
-    return config
 
 
 def folder_faults(folder: Path, kind: str, *, contents: bool = True) -> list[str]:

@@ -87,6 +87,10 @@ class EngineError(SdCompressError):
     """An engine that could not be built, loaded or run."""
 
 
+class NotTrusted(EngineError):
+    """An engine or package that was built elsewhere, and that the user has not allowed to run."""
+
+
 class EngineMismatch(EngineError):
     """An engine that was built for another model, card, version, platform or shape."""
 

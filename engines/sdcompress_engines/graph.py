@@ -64,13 +64,14 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
     if not facts.opset or not facts.operators or not facts.outputs:
         raise EngineError("not a whole ONNX graph: it has no opset, no nodes or no outputs", where=path, hint=AGAIN)
     for name, needed in external.items():
-        data = path.parent / name
-        if not data.is_file():
+        data = file_inside(path.parent, name, source=path)
+        if not data.exists():
             raise EngineError(
                 f"its weights are missing: {name} is not beside it",
                 where=path,
                 hint=f"copy {name} here too, or {AGAIN}",
             )
+        check_regular(data)
         if data.stat().st_size < needed:
             raise EngineError(
                 f"its weights are cut: {name} has {data.stat().st_size:,} bytes",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .library import engine_files, errors, flavour, manifest, paths, signature
+from .library import engine_files, errors, export_folder, flavour, manifest, signature, trust
 
 if TYPE_CHECKING:
     from sdcompress_engines.manifest import Manifest
@@ -132,9 +132,8 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
         raise errors.EngineMismatch(
             f"has the signature {host!r}, which ComfyUI does not call", where=folder, expected="comfyui", hint=BUILD
         )
-    prediction, schedule = _read_sampling(
-        _read_config(folder, folder_manifest, "scheduler/scheduler_config.json"), folder
-    )
+    scheduler = _read_config(folder, folder_manifest, "scheduler/scheduler_config.json")
+    prediction, schedule = _read_sampling(scheduler, folder)
     scaling = _read_config(folder, folder_manifest, "vae/config.json", needed=False).get("scaling_factor")
     precision = folder_manifest.config.get("precisions", {}).get("unet", folder_manifest.config.get("precision"))
     if precision not in _DTYPES:
@@ -161,34 +160,29 @@ def _check_sizes(folder: Path, folder_manifest: Manifest) -> None:
 
 
 def check_contents(folder: EngineFolder) -> None:
-    """Compare the bytes of an ONNX graph with the manifest, so that no runtime opens an altered graph.
+    """Compare the files of an ONNX folder with the manifest, so that no runtime opens an altered graph.
 
     Raises:
-        ArtifactError: they differ.
+        ArtifactError: a file is missing, cut, altered or a link.
     """
     if folder.graph.suffix != ".onnx":
         return  # `engine_files.read_engine` reads an engine once, and checks what it has read
-    for name, entry in folder.manifest.files.items():
-        if not name.startswith(folder.graph.name):
-            continue
-        path = paths.file_inside(folder.graph.parent, name, source=folder.graph.parent / manifest.MANIFEST_NAME)
-        if manifest.sha256_file(path) != entry.sha256:
-            raise errors.ArtifactError(
-                "was altered: its sha256 is not the one of its manifest",
-                where=path,
-                expected=f"{entry.sha256[:12]}...",
-                hint=_INSTALL,
-            )
+    export_folder.check_export(folder.graph.parent, ["onnx"], unnamed=True)
 
 
 def find_obstacle(folder: EngineFolder) -> str | None:
-    """Returns why the engine does not load on this machine, or None."""
+    """Returns why the engine does not load on this machine, or may not, or None."""
     if folder.graph.suffix == ".onnx":
         from .library import runners
 
         return runners.onnxruntime_install.missing()
-    error = flavour.obstacle(folder.manifest.config, folder.graph)
-    return None if error is None else str(error)
+    try:
+        if (error := flavour.obstacle(folder.manifest.config, folder.graph)) is not None:
+            return str(error)
+        trust.check_trusted(folder.graph, folder.manifest.files[folder.graph.name].sha256)
+    except errors.NotTrusted as problem:
+        return str(problem)
+    return None
 
 
 def _read_family(unet: Mapping[str, Any], where: Path) -> str:
@@ -234,9 +228,9 @@ def _read_sampling(scheduler: Mapping[str, Any], where: Path) -> tuple[str, dict
 
 
 def _read_config(folder: Path, folder_manifest: Manifest, name: str, needed: bool = True) -> dict[str, Any]:
-    content = engine_files.read_config(folder, folder_manifest, f"pipeline/{name}")
+    content = export_folder.read_named_json(folder, folder_manifest, f"pipeline/{name}")
     if content is None and needed:
         raise errors.ArtifactError(
-            f"has no pipeline/{name}, so the engine's model is unknown", where=folder, hint=BUILD
+            "is missing, so the engine's model is unknown", where=folder / "pipeline" / name, hint=BUILD
         )
     return content or {}

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sdcompress_engines import calls, engine_files, errors, flavour, manifest, paths, runners, signature, unet
+    from sdcompress_engines import (
+        calls,
+        engine_files,
+        errors,
+        export_folder,
+        flavour,
+        manifest,
+        runners,
+        signature,
+        trust,
+        unet,
+    )
 else:
     # Imported from its place beside this file, never by sys.path: another plugin may carry another version.
     _ROOT = (
@@ -15,9 +26,15 @@ else:
         if (Path(__file__).parent / "sdcompress_engines").is_dir()
         else "sdcompress_engines"
     )
-    calls, engine_files, errors, flavour, manifest, paths, runners, signature, unet = (
+    calls, engine_files, errors, export_folder, flavour, manifest, runners, signature, trust, unet = (
         importlib.import_module(f"{_ROOT}.{name}")
-        for name in ("calls", "engine_files", "errors", "flavour", "manifest", "paths", "runners", "signature", "unet")
+        for name in (
+            *("calls", "engine_files", "errors", "export_folder", "flavour"),
+            *("manifest", "runners", "signature", "trust", "unet"),
+        )
     )
 
-__all__ = ["calls", "engine_files", "errors", "flavour", "manifest", "paths", "runners", "signature", "unet"]
+__all__ = [
+    *("calls", "engine_files", "errors", "export_folder", "flavour"),
+    *("manifest", "runners", "signature", "trust", "unet"),
+]

@@ -10,13 +10,14 @@ import torch
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import BackendMissing, EngineMismatch, UsageError
 from sdcompress_engines.exactness import use_ieee_fp32
+from sdcompress_engines.export_folder import check_export
 from sdcompress_engines.manifest import read_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.unet import EngineUNet
 
 from sdcompress.backends.backend import Backend, UNetRequest
 from sdcompress.backends.cached import cached_artifacts
-from sdcompress.backends.exported import open_exported
+from sdcompress.backends.exported import artifact_kinds, looks_exported, open_exported
 from sdcompress.backends.registry import (
     AUTO,
     FALLBACKS,
@@ -68,15 +69,15 @@ def open_pipeline(
 
     Raises:
         UsageError: unknown backend or path. BackendMissing: the runtime is not installed, or has no device.
-            ModelError: not a pipeline. EngineMismatch: artifacts of another model.
+            ModelError: not a pipeline. EngineMismatch: artifacts of another model. ArtifactError: an export that is
+            not as its manifest says. NotTrusted: an engine or package that was built elsewhere.
     """
     backend = backend_name(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if fallback is not None and fallback not in FALLBACKS:
         raise UsageError(f"no fallback {fallback!r}", expected=" or ".join(FALLBACKS))
-    manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
-    if manifest is not None and (owner := backend_of_artifact(manifest.kind)) is not None:
-        _check_export_runs(str(model), manifest.kind, owner, backend, fallback)
+    if (owner := _find_owner(Path(model))) is not None:
+        _check_export_runs(str(model), owner, backend, fallback)
         return open_exported(Path(model), device, steady=steady)
     if backend == AUTO:
         if precision is not None or artifacts is not None:
@@ -104,18 +105,30 @@ def default_precision(device: str) -> Precision:
     return "fp16" if device.startswith("cuda") else "fp32"
 
 
-def _check_export_runs(model: str, kind: str, owner: Backend, backend: str, fallback: str | None) -> None:
+def _find_owner(model: Path) -> Backend | None:
+    """Returns the backend that runs an export folder; None where `model` is none.
+
+    Raises:
+        ArtifactError: a folder with graphs or engines whose manifest is missing, damaged or of another kind.
+    """
+    manifest = read_manifest(model) if model.is_dir() else None
+    owner = None if manifest is None else backend_of_artifact(manifest.kind)
+    if owner is None and model.is_dir() and looks_exported(model):
+        check_export(model, artifact_kinds())
+    return owner
+
+
+def _check_export_runs(model: str, owner: Backend, backend: str, fallback: str | None) -> None:
     """Refuse an export folder that the chosen backend or fallback cannot run.
 
     Args:
         model: the folder.
-        kind: of its manifest.
         owner: the backend that runs it.
         backend, fallback: the chosen ones.
     """
     if backend not in (owner.name, AUTO):
         raise UsageError(
-            f"is an export of kind {kind}, which the backend {backend} does not run",
+            f"is an export of kind {owner.artifact}, which the backend {backend} does not run",
             where=model,
             hint=f"--backend {owner.short_name}",
         )

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import ModelError
+from sdcompress_engines.errors import ModelError, SdCompressError, shorten
+from sdcompress_engines.export_folder import check_export
+from sdcompress_engines.graph import AGAIN
+from sdcompress_engines.manifest import Manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners import Runner, SharedMemory, open_runner
 from sdcompress_engines.text_encoders import EngineTextEncoder, EngineTextEncoderWithProjection
+from sdcompress_engines.trust import check_trusted, find_unallowed
 from sdcompress_engines.unet import EngineUNet
 from sdcompress_engines.vae import EngineVaeDecoder
 
-from sdcompress.backends.registry import backends
+from sdcompress.backends.registry import backend_of_artifact, backends
 from sdcompress.families.build import build_scheduler, load_tokenizer
 from sdcompress.models.locate import read_component_config, read_model_index
 from sdcompress.support.pipeline import TextToImagePipeline
+
+_RUN_FROM_GRAPHS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
 def open_exported(
@@ -30,6 +37,8 @@ def open_exported(
 ) -> TextToImagePipeline:
     """Returns a pipeline of the exported pipeline's class whose components are the folder's graphs or engines.
 
+    Every file is compared with the folder's manifest first, and every engine has to be built here or allowed.
+
     Args:
         folder: as `export_onnx` or `build_engines` writes it.
         device: `cpu`, `cuda` or `cuda:N`.
@@ -38,11 +47,10 @@ def open_exported(
         report: gets a line when the UNet in torch is used.
 
     Raises:
-        ModelError: `folder` is not an export, or a component's graph is missing. EngineError, EngineMismatch,
-            BackendMissing: as `open_runner`.
+        ModelError: `folder` is not an export, or a component's graph is missing. ArtifactError: it is not as its
+            manifest says. NotTrusted: an engine was built elsewhere. EngineError, EngineMismatch, BackendMissing: as
+            `open_runner`.
     """
-    import diffusers
-
     configs = folder / "pipeline"
     if not (configs / "model_index.json").is_file():
         raise ModelError(
@@ -52,24 +60,66 @@ def open_exported(
                 "a folder with graphs or engines and pipeline/; of `export --trt -o DIR` it is DIR/onnx or DIR/engine"
             ),
         )
+    manifest = check_export(folder, artifact_kinds())
+    for name in find_unallowed(manifest):
+        check_trusted(folder / name, manifest.files[name].sha256)
     index = read_model_index(configs)
-    open_graph = _GraphOpener(folder, device, steady)
+    parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
+    described = {name: read_component_config(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]}
+    try:
+        return _assemble(index, parts, described, _GraphOpener(folder, manifest, device, steady), make_unet, report)
+    except SdCompressError:
+        raise
+    except Exception as error:  # of the libraries whose classes the configs describe
+        raise ModelError(
+            f"its configs make no pipeline ({type(error).__name__}: {shorten(error, 200)})", where=configs, hint=AGAIN
+        ) from error
+
+
+def artifact_kinds() -> list[str]:
+    """Returns the kinds of manifest that an export folder may have."""
+    return [backend.artifact for backend in backends().values() if backend.artifact]
+
+
+def looks_exported(folder: Path) -> bool:
+    """Returns whether a folder holds graphs or engines of a pipeline, whatever its manifest says."""
+    suffixes = {backend.suffix for backend in backends().values() if backend.artifact}
+    names = os.listdir(folder) if (folder / "pipeline" / "model_index.json").is_file() else []
+    return any(Path(name).suffix in suffixes for name in names)
+
+
+def _assemble(
+    index: Mapping[str, Any],
+    parts: Mapping[str, Sequence[Any]],
+    described: Mapping[str, dict[str, Any]],
+    open_graph: _GraphOpener,
+    make_unet: Callable[[], torch.nn.Module] | None,
+    report: Reporter,
+) -> TextToImagePipeline:
+    """Returns the pipeline.
+
+    Args:
+        index: the pipeline's `model_index.json`.
+        parts: its components: name → library and class.
+        described: the configs of those that run from graphs.
+        open_graph: opens the graphs.
+        make_unet, report: see `open_exported`.
+    """
+    import diffusers
+
     components: dict[str, Any] = {}
-    for name, entry in index.items():
-        if name.startswith("_") or not isinstance(entry, list):
-            continue
-        class_name = entry[1]
+    configs = open_graph.folder / "pipeline"
+    for name, (_, class_name) in parts.items():
         if class_name is None:
             components[name] = None
         elif name == "unet":
-            config = read_component_config(configs, name)
-            components[name] = EngineUNet(open_graph.open(name), config, fallback=make_unet, report=report)
+            components[name] = EngineUNet(open_graph.open(name), described[name], fallback=make_unet, report=report)
         elif name in ("text_encoder", "text_encoder_2"):
             wrapper = EngineTextEncoder if name == "text_encoder" else EngineTextEncoderWithProjection
-            components[name] = wrapper(open_graph.open(name), read_component_config(configs, name))
+            components[name] = wrapper(open_graph.open(name), described[name])
         elif name == "vae":
             decoder, encoder = open_graph.open("vae_decoder"), open_graph.open_optional("vae_encoder")
-            components[name] = EngineVaeDecoder(decoder, read_component_config(configs, name), encoder=encoder)
+            components[name] = EngineVaeDecoder(decoder, described[name], encoder=encoder)
         elif name == "scheduler":
             components[name] = build_scheduler(read_component_config(configs, name), configs / name, class_name)
         else:
@@ -87,7 +137,10 @@ class _GraphOpener:
     Engines share one activation memory, because a pipeline runs its components one after another.
     """
 
-    def __init__(self, folder: Path, device: str, steady: bool) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, device: str, steady: bool) -> None:
+        backend = backend_of_artifact(manifest.kind)
+        self.suffix = None if backend is None else backend.suffix
+        self.files = manifest.files
         self.folder, self.device, self.kernels = folder, device, "eager" if steady else "lazy"
         self.memory = SharedMemory(device) if device.startswith("cuda") else None
 
@@ -104,12 +157,12 @@ class _GraphOpener:
 
     def open_optional(self, component: str) -> Runner | None:
         """Returns the open runner of a component, or None where the folder does not hold it."""
-        suffixes = {backend.suffix for backend in backends().values() if backend.artifact}
-        paths = sorted(path for path in self.folder.glob(f"{component}.*") if path.suffix in suffixes)
-        if not paths:
+        name = f"{component}{self.suffix}"
+        if name not in self.files:
             return None
-        if paths[0].suffix != ".engine":
-            return open_runner(paths[0], device=self.device)
+        path = self.folder / name
+        if self.suffix != ".engine":
+            return open_runner(path, device=self.device)
         return open_runner(
-            paths[0], device=self.device, memory=self.memory, cuda_graph=component == "unet", kernels=self.kernels
+            path, device=self.device, memory=self.memory, cuda_graph=component == "unet", kernels=self.kernels
         )

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from sdcompress_engines.child_process import explain_exit
+from sdcompress_engines.child_process import explain_exit, python_code
 from sdcompress_engines.command import command_line
 from sdcompress_engines.engine_files import engine_faults
 from sdcompress_engines.errors import SdCompressError
@@ -111,7 +111,7 @@ def import_fault(module: str) -> str | None:
     if importlib.util.find_spec(module) is None:
         return None
     try:
-        done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(python_code(f"import {module}"), capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return "the import did not finish within 60 s"
     return explain_exit(done.returncode, done.stderr.splitlines()) if done.returncode else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from sdcompress_engines.export_folder import check_export
 from sdcompress_engines.runners import Runner, TorchRunner
 
 from sdcompress.backends.backend import UNetRequest
@@ -57,6 +58,7 @@ def open_compiled(request: UNetRequest) -> Runner:
 def open_packaged(request: UNetRequest) -> Runner:
     """Returns an open runner of the UNet's AOTInductor package, from the given folder or from the cache."""
     if request.artifacts is not None:
+        check_export(request.artifacts, ["package"])
         return open_package(request.artifacts / PACKAGE, request.device)
     return open_package(
         cached_package(request.loaded, request.device, request.precision, request.report), request.device

@@ -17,6 +17,7 @@ from sdcompress.cli._console import (
     print_json,
     typed_command,
 )
+from sdcompress.cli._trust import allow_all, trust_option
 from sdcompress.cli._types import (
     BATCH,
     GUIDANCE,
@@ -138,6 +139,7 @@ def command() -> None:
 @click.option(
     "--strict", is_flag=True, help="A backend that is not installed is an error, and so is a case that fails."
 )
+@trust_option
 @click.option("--dry-run", is_flag=True, help="List what would run and the memory it needs, and measure nothing.")
 @click.option("--list", "list_suites", is_flag=True, help="List the built-in suites.")
 @force_option
@@ -148,6 +150,7 @@ def run_command(
     backends: tuple[str, ...] | None,
     quick: bool,
     strict: bool,
+    trust: bool,
     dry_run: bool,
     list_suites: bool,
     force: bool,
@@ -183,6 +186,8 @@ def run_command(
         options |= {"backends": backends, "gpu_backends": None}
     path = suite_path(targets[0]) if len(targets) == 1 else None
     suite, skipped = _read_suite(path, targets, options, quick, strict)
+    if trust:
+        allow_all(path for model in suite.models for path in (Path(model.path), model.engine))
     if dry_run:
         return _print_dry_run(suite, skipped, as_json)
     output = output or _free_folder(path.stem if path else suite.models[-1].name)

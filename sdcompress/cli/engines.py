@@ -9,7 +9,10 @@ from typing import Any
 import click
 
 from sdcompress.cli._console import card, echo, json_option, mib, print_json
+from sdcompress.cli._trust import SEAL, allow_all
 from sdcompress.cli._types import DAYS, NAME, FilePath
+
+NOT_ALLOWED = "built elsewhere, not allowed to run"
 
 store_option = click.option(
     "--store",
@@ -27,6 +30,8 @@ def command() -> None:
       sdcompress engines list                 the engines, and whether each loads here
       sdcompress engines show 3fa2
       sdcompress engines verify               exit code 3 if a file is damaged
+      sdcompress engines verify DOWNLOADED    the same for a folder, and whether its code was built here
+      sdcompress engines trust DOWNLOADED     allow that code to run
       sdcompress engines prune --unusable
     """
 
@@ -107,7 +112,9 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
 def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
     """Read every engine and compare it with its manifest. The exit code is 3 if one is damaged.
 
-    In the store it also removes the files that interrupted builds left.
+    It shows the sha256 of each engine and package (.pt2), and whether it was built here or allowed: those that were
+    built elsewhere run only after `sdcompress engines trust`. Nothing is opened. In the store it also removes the files
+    that interrupted builds left.
 
     \b
       sdcompress engines verify
@@ -117,25 +124,59 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
     from sdcompress_engines.store import EngineStore
     from sdcompress_engines.store_entries import Finding, Verdict
 
-    from sdcompress.export.engine_facts import BUILD, find_engine_folder, list_faults
+    from sdcompress.export.engine_facts import BUILD, describe_code, find_engine_folder, list_faults
 
     opened = EngineStore(store)
-    place = find_engine_folder(folder) if folder else opened.root
+    place = find_engine_folder(folder, ("engine", "package", "onnx")) if folder else opened.root
     verdict = Verdict((Finding(place, tuple(list_faults(place))),), ()) if folder else opened.verify()
     damaged = [finding for finding in verdict.findings if finding.faults]
+    code = {finding.folder: describe_code(finding.folder) for finding in verdict.findings if not finding.faults}
     if as_json:
-        findings = [{"path": str(finding.folder), "faults": list(finding.faults)} for finding in verdict.findings]
+        findings = [
+            {"path": str(finding.folder), "faults": list(finding.faults), "code": code.get(finding.folder, [])}
+            for finding in verdict.findings
+        ]
         print_json({"findings": findings, "swept": [str(swept.folder) for swept in verdict.swept]})
     else:
         for finding in verdict.findings:
             echo(f"{finding.folder.name:<20}  {'; '.join(finding.faults) or 'intact'}")
+            for file in code.get(finding.folder, []):
+                echo(f"  {file['file']:<18}  sha256 {file['sha256']}  {file['consent'] or NOT_ALLOWED}")
         for swept in verdict.swept:
             echo(f"removed {swept.folder.name} ({mib(swept.bytes)}), {swept.reason}")
         echo(f"{len(verdict.findings) - len(damaged)} of {len(verdict.findings)} intact in {place}")
+        if any(not file["consent"] for files in code.values() for file in files):
+            echo(SEAL)
     if damaged:
         hint = "build it again: " + BUILD if folder else "sdcompress engines prune --unusable, then export again"
         names = ", ".join(finding.folder.name for finding in damaged)
         raise GateFailed(f"{len(damaged)} damaged: {names}", where=place, hint=hint)
+
+
+@command.command(short_help="Allow engines that were built elsewhere to run.")
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...", type=FilePath())
+@click.option("--withdraw", is_flag=True, help="Take the consent back instead.")
+def trust(paths: tuple[Path, ...], withdraw: bool) -> None:
+    """Allow the engines and packages (.pt2) in each PATH to run on this machine, also in a WebUI or ComfyUI.
+
+    They are executable code, and can do whatever you can do. What this machine has built needs no consent. The consent
+    is kept for the sha256 of each file, for this user.
+
+    \b
+      sdcompress engines verify downloaded    what it is, and its sha256: compare it with the author's
+      sdcompress engines trust downloaded
+    """
+    from sdcompress_engines.errors import UsageError
+    from sdcompress_engines.trust import find_code
+    from sdcompress_engines.trust import withdraw as take_back
+
+    if lacking := [path for path in paths if not find_code(path)]:
+        raise UsageError("holds no engine and no package", where=lacking[0], hint="sdcompress engines verify")
+    if not withdraw:
+        allow_all(paths)
+        return
+    for file in (file for path in paths for file in find_code(path)):
+        echo(f"{file}: {'asks again' if take_back(file) else 'had no consent'}")
 
 
 @command.command(short_help="Remove engines from the store.")

@@ -9,6 +9,7 @@ import click
 
 from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import ConsoleReporter, card
+from sdcompress.cli._trust import allow_all, trust_option
 from sdcompress.cli._types import GUIDANCE, NAME, SEED, SIZE_PX, STEPS, TEXT, FilePath
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     metavar="FILE[:WEIGHT]",
     help="LoRA for this model, in diffusers' or kohya's naming; repeat for more.",
 )
+@trust_option
 @click.option(
     "-o",
     "--output",
@@ -93,6 +95,7 @@ def command(
     artifacts: Path | None,
     fallback: str | None,
     loras: tuple[str, ...],
+    trust: bool,
     output: Path,
 ) -> None:
     """Generate a picture of PROMPT with MODEL: nano, nano-tiny, a pipeline folder, a hub id, or an export folder.
@@ -109,7 +112,7 @@ def command(
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
-    weighted_loras = _check_options(model, backend, artifacts, loras, output)
+    weighted_loras = _check_options(model, backend, artifacts, loras, output, trust)
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
@@ -151,9 +154,9 @@ def _warn_of_unknown(model: str, prompt: str, report: ConsoleReporter) -> None:
 
 
 def _check_options(
-    model: str, backend: str, artifacts: Path | None, loras: tuple[str, ...], output: Path
+    model: str, backend: str, artifacts: Path | None, loras: tuple[str, ...], output: Path, trust: bool
 ) -> list[tuple[Path, float]]:
-    """Returns the file and weight of each LoRA, after a check of all options that need no model."""
+    """Returns the file and weight of each LoRA, after a check of all options that need no model, and the consent."""
     from sdcompress_engines.errors import UsageError
 
     from sdcompress.lora.fuse import parse_lora
@@ -169,6 +172,8 @@ def _check_options(
         raise UsageError("no such folder", where=artifacts, hint=f"sdcompress export {model} -o {artifacts}")
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=output, expected="a name ending in .png, .webp or .jpg")
+    if trust:
+        allow_all([Path(model), artifacts])
     return weighted_loras
 
 

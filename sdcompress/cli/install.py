@@ -9,6 +9,7 @@ import click
 from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
+from sdcompress.cli._trust import allow_all, trust_option
 from sdcompress.cli._types import NAME, FilePath
 from sdcompress.hosts.definitions import hosts
 
@@ -39,8 +40,9 @@ path_argument = click.argument("path", type=FilePath())
         " the engine cannot."
     ),
 )
+@trust_option
 def command(
-    host: str, path: Path, engines: tuple[Path, ...], name: str | None, link: bool, weights: str | None
+    host: str, path: Path, engines: tuple[Path, ...], name: str | None, link: bool, weights: str | None, trust: bool
 ) -> None:
     """Put the plugin for HOST, and each ENGINE, into the program's folder PATH.
 
@@ -57,6 +59,8 @@ def command(
     from sdcompress.hosts.install import install
 
     program, root = find_host(host, path)
+    if trust:
+        allow_all(engines)
     outcome = install(program, root, engines, name=name, link=link, weights=weights, report=ConsoleReporter())
     is_new = outcome.written or outcome.removed
     card(

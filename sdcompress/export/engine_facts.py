@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.engine_files import SUFFIX, engine_faults
+from sdcompress_engines.engine_files import SUFFIX, engine_faults, folder_faults
 from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.errors import ArtifactError, UsageError
+from sdcompress_engines.export_folder import check_export
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import Manifest, read_manifest
 from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import BrokenEngine, Entry
+from sdcompress_engines.trust import CODE_SUFFIXES, find_consent
 
 BUILD = "sdcompress export MODEL --trt -o DIR"
 """The command that builds engines, for hints."""
@@ -41,13 +43,14 @@ def find_entry(store: EngineStore, prefix: str) -> Entry:
     return entries[0]
 
 
-def find_engine_folder(folder: Path) -> Path:
+def find_engine_folder(folder: Path, kinds: Collection[str] = ("engine",)) -> Path:
     """Returns the folder that holds the engines: `folder`, or the `engine` folder in it.
 
     A folder whose manifest is damaged is returned too, so that the caller can report the damage.
 
     Args:
         folder: what `sdcompress export --trt` has written.
+        kinds: of the manifests to look for.
 
     Raises:
         UsageError: there is no such folder. ArtifactError: it holds no engines.
@@ -64,7 +67,7 @@ def find_engine_folder(folder: Path) -> Path:
             manifest = read_manifest(place)
         except ArtifactError:
             return place
-        if manifest is not None and manifest.kind == "engine":
+        if manifest is not None and manifest.kind in kinds:
             return place
     raise ArtifactError(
         "holds no engines", where=folder, expected="a folder that `sdcompress export --trt` has written", hint=BUILD
@@ -72,11 +75,39 @@ def find_engine_folder(folder: Path) -> Path:
 
 
 def list_faults(folder: Path) -> list[str]:
-    """Returns what is wrong with an engine folder, a damaged manifest included; nothing if all is well."""
+    """Returns what is wrong with a folder of engines, packages or graphs; nothing if all is well.
+
+    Every byte is read. A damaged manifest is a fault, too.
+    """
     try:
-        return engine_faults(folder)
+        manifest = read_manifest(folder)
+        found = folder_faults(folder, "engine" if manifest is None else manifest.kind)
+        if manifest is not None and not found:
+            check_export(folder, [manifest.kind], unnamed=True)
+        return found
     except ArtifactError as error:
         return [error.what]
+
+
+def describe_code(folder: Path) -> list[dict[str, Any]]:
+    """Returns file, sha256 and consent of each engine and package that a folder's manifest names.
+
+    The consent is a text such as `built here on 2026-11-29`; None where the file was built elsewhere and is not allowed
+    to run. No byte of the files is read.
+
+    Args:
+        folder: that holds the manifest.
+
+    Raises:
+        ArtifactError: the manifest cannot be read, or was edited.
+    """
+    manifest = read_manifest(folder)
+    code = {} if manifest is None else {n: e for n, e in manifest.files.items() if n.endswith(CODE_SUFFIXES)}
+    consents = {name: find_consent(entry.sha256) for name, entry in code.items()}
+    return [
+        {"file": name, "sha256": code[name].sha256, "consent": None if consent is None else str(consent)}
+        for name, consent in consents.items()
+    ]
 
 
 def describe_folder(folder: Path, *, contents: bool = False) -> list[dict[str, Any]]:

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
 from sdcompress_engines.paths import file_inside
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
 
 from sdcompress.export.components import DTYPES, component_graph, part_of, signature_of
+from sdcompress.export.graph_folder import read_graph_folder
 from sdcompress.export.onnx_file import write_onnx
 from sdcompress.export.parity import Parity, compare_onnx
 from sdcompress.export.quantize.quantize_unet import QuantizedUNet, quantize_unet
@@ -71,7 +72,7 @@ class ComponentExporter:
         Raises:
             ExportError: torch or modelopt failed. DataError, StorageError: as `quantize_unet`.
         """
-        earlier = read_manifest(self.reuse) if self.reuse else None
+        earlier = read_graph_folder(self.reuse) if self.reuse and self.reuse.is_dir() else None
         return {component: self._export(component, earlier) for component in self.settings.precisions}
 
     def _export(self, component: str, earlier: Manifest | None) -> ExportedComponent:

@@ -5,7 +5,6 @@ One profile, in pixels, gives the shapes of all components. Each engine is built
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,13 +13,10 @@ from typing import Any
 
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import targets
-from sdcompress_engines.errors import ArtifactError
 from sdcompress_engines.flavour import choose_flavour, present_card
 from sdcompress_engines.manifest import (
     MANIFEST_NAME,
     Manifest,
-    faults,
-    read_manifest,
     sha256_file,
     staged,
     write_manifest,
@@ -33,7 +29,9 @@ from sdcompress_engines.store_entries import StoredEngine
 
 from sdcompress.export.components import PARTS, latent_side
 from sdcompress.export.engine_build import EngineBuilder, vae_scale
+from sdcompress.export.graph_folder import read_graph_folder
 from sdcompress.export.settings import check_components
+from sdcompress.models.locate import read_component_config
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,13 @@ def build_engines(
         ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size that the model has no latents for.
             BackendMissing, EngineError, StorageError: as `build_engine`.
     """
-    manifest = _read_graphs(onnx_folder)
+    manifest = read_graph_folder(onnx_folder)
     requested = manifest.config["components"] if components is None else components
     chosen = check_components(requested, manifest.config["signature"])
-    configs = {component: _read_config(onnx_folder, component) for component in {*chosen, "unet", "vae_decoder"}}
+    configs = {
+        component: read_component_config(onnx_folder / "pipeline", PARTS[component])
+        for component in {*chosen, "unet", "vae_decoder"}
+    }
     library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
     ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"])))
@@ -136,24 +137,6 @@ def build_engines(
             figures={component: asdict(built) for component, built in builds.items()},
         )
     return EnginesResult(output, written, builds, ranges)
-
-
-def _read_graphs(onnx_folder: Path) -> Manifest:
-    """Returns the manifest of an `onnx` folder whose files are whole.
-
-    Raises:
-        ArtifactError: it is another folder, or a file is damaged.
-    """
-    manifest = read_manifest(onnx_folder)
-    if manifest is None or manifest.kind != "onnx":
-        raise ArtifactError("is not an exported ONNX folder", where=onnx_folder, hint="sdcompress export MODEL -o DIR")
-    if damaged := faults(onnx_folder, "onnx"):
-        raise ArtifactError(
-            f"is damaged: {'; '.join(damaged[:3])}",
-            where=onnx_folder,
-            hint="export it again: sdcompress export MODEL -o DIR",
-        )
-    return manifest
 
 
 def _merge_configs(engines: Mapping[str, StoredEngine], precision: str) -> dict[str, Any]:
@@ -196,10 +179,3 @@ def shape_ranges(
     for each in ranges:
         check_ranges(each, step)
     return ranges
-
-
-def _read_config(onnx_folder: Path, component: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(
-        (onnx_folder / "pipeline" / PARTS[component] / "config.json").read_text(encoding="utf-8")
-    )
-    return config

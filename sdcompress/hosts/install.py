@@ -12,6 +12,7 @@ from sdcompress_engines.errors import ArtifactError, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME
 from sdcompress_engines.paths import file_inside
 from sdcompress_engines.progress import SILENT, Reporter
+from sdcompress_engines.trust import find_unallowed, trust_command
 
 from sdcompress.hosts.engine_folder import Engine, engine_names, engine_of, read_engine_folder
 from sdcompress.hosts.entry import Entry, Item
@@ -70,7 +71,8 @@ def install(
         if weights is not None:
             item = prepare_weights(weights, opened, stack, report)
             items |= {f"{host.models}/{engine.name}/{WEIGHTS}": item for engine in opened}
-        return _note_running(put_files(host, root, items, {engine.name for engine in opened}, report), host, root)
+        outcome = put_files(host, root, items, {engine.name for engine in opened}, report)
+        return _note_running(_note_foreign(outcome, opened), host, root)
 
 
 def _read_engines(engines: Sequence[str | Path], host: Host, name: str | None) -> list[Engine]:
@@ -152,6 +154,17 @@ def _remove_begun(host: Host, root: Path) -> Outcome:
     if not leftovers and not is_begun:
         raise UsageError("nothing is installed here by sdcompress", where=root)
     return Outcome(removed=(*leftovers, *([host.extension] if is_begun else [])))
+
+
+def _note_foreign(outcome: Outcome, engines: Sequence[Engine]) -> Outcome:
+    """Returns the outcome, with a note for each engine that was built elsewhere and is not allowed to run yet."""
+    notes = [
+        f"{engine.name} was built elsewhere and is executable code, so the host refuses it until you allow it:"
+        f" {trust_command(engine.folder)}"
+        for engine in engines
+        if find_unallowed(engine.manifest)
+    ]
+    return replace(outcome, notes=(*outcome.notes, *notes))
 
 
 def _note_running(outcome: Outcome, host: Host, root: Path) -> Outcome:

@@ -13,6 +13,7 @@ from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
+from sdcompress_engines.trust import find_unallowed, trust_command
 
 from sdcompress.hosts.engine_folder import engine_names
 from sdcompress.hosts.environment import read_packages
@@ -135,6 +136,9 @@ def _read_facts(manifest: Manifest) -> dict[str, Any]:
 
 def _find_obstacle(manifest: Manifest, folder: Path) -> str | None:
     if manifest.kind == "engine":
-        error = obstacle(manifest.config, folder)
-        return None if error is None else error.what
+        if (error := obstacle(manifest.config, folder)) is not None:
+            return error.what
+        if find_unallowed(manifest):
+            return f"it was built elsewhere and is not allowed to run ({trust_command(folder)})"
+        return None
     return onnxruntime_missing() if manifest.kind == "onnx" else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from sdcompress_engines.errors import EngineError, UsageError
+from sdcompress_engines.errors import ArtifactError, EngineError, UsageError
 from sdcompress_engines.flavour import TENSORRT_RTX
 from sdcompress_engines.graph import read_graph
 
@@ -60,7 +61,7 @@ def test_missing_and_cut_weights_are_named(tmp_path: Path) -> None:
         read_graph(tmp_path / "other.onnx")
 
 
-@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", ""])
+@pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "", ".", "a/../../b", "C:\\x", "a\\..\\b"])
 def test_weights_outside_the_folder_are_refused(tmp_path: Path, location: str) -> None:
     path = write_graph(tmp_path)
     model = onnx.load(path, load_external_data=False)
@@ -100,6 +101,21 @@ def test_no_weight_of_a_graph_lies_outside_wherever_it_is_stored(
     place(model.graph, tensor)
     path.write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match=r"a name inside|is a link"):
+        read_graph(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no named pipes there")
+def test_weights_in_a_link_or_a_pipe_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "graph").mkdir()
+    path = write_graph(tmp_path / "graph")
+    data = path.with_name("small.onnx.data")
+    data.rename(tmp_path / "outside")
+    data.symlink_to(tmp_path / "outside")
+    with pytest.raises(EngineError, match="is a link"):
+        read_graph(path)
+    data.unlink()
+    os.mkfifo(data)
+    with pytest.raises(ArtifactError, match="is a named pipe"):
         read_graph(path)
 
 

@@ -19,8 +19,8 @@ from sdcompress_engines.flavour import FLAVOURS, TENSORRT, TENSORRT_RTX, platfor
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.runners import OnnxRuntimeRunner, SharedMemory, TensorRTRunner, TensorSpec, tensorrt_library
-from sdcompress_engines.runners.sealed_files import read_sealed, write_sealed
 from sdcompress_engines.runners.shapes import Ranges, axis_names, choose_profile, make_shape_error
+from sdcompress_engines.sealed_files import read_sealed, write_sealed
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
 

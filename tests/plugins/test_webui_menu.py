@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sdcompress_engines import trust
 from sdcompress_engines.errors import EngineMismatch
-from sdcompress_engines.manifest import read_manifest, save_manifest
+from sdcompress_engines.manifest import read_manifest, save_manifest, sha256_file
+from sdcompress_webui import engine_folders
 from sdcompress_webui.menu import Label
 
 from .places import WEBUI_PLUGIN
@@ -90,14 +92,56 @@ def test_the_tab_shows_engines_reasons_and_commands(webui: WebUI, installed: Pat
         assert named in text
     again = next(widget for widget in Widget.created if widget.clicked)
     shutil.rmtree(root)
-    assert "There are no engines yet" in again.clicked()
+    assert "There are no engines yet" in again.clicked()[0]
 
 
 def test_the_tab_knows_the_entry_that_the_settings_have_now(webui: WebUI) -> None:
     webui.tab()
     refresh = next(widget for widget in Widget.created if widget.clicked).clicked
     webui.opts.sd_unet = f"{TITLE} of yesterday"
-    assert "of yesterday" in refresh()
+    assert "of yesterday" in refresh()[0]
+
+
+@pytest.fixture
+def foreign(installed: Path, tiny_graph: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An engine folder that was built elsewhere, on a stand-in for a machine that could run it."""
+    monkeypatch.setenv("SDCOMPRESS_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setattr(engine_folders, "obstacle", lambda config: None)
+    return make_engine(installed / "models" / "sdcompress" / "from <afar>", tiny_graph, platform="<b>plan9</b>")
+
+
+def test_the_tab_asks_before_an_engine_that_was_built_elsewhere_runs(webui: WebUI, foreign: Path) -> None:
+    sha256 = sha256_file(foreign / "unet.engine")
+    entry = next(label for label in webui.list_unets() if "tensorrt-rtx" in label)
+    assert "built elsewhere and is executable code" in entry
+    webui.opts.sd_unet = str(entry)
+    with pytest.raises(EngineMismatch, match="allow it in the sdcompress tab"):
+        webui.apply_unet()
+    page = webui.tab()
+    assert sha256 in page
+    assert "&lt;b&gt;plan9" in page
+    assert "<b>plan9" not in page
+    button = next(widget for widget in Widget.created if widget.args[:1] == ("Allow this engine to run",))
+    assert "Choose one" in button.clicked("none")[0]
+    assert trust.find_consent(sha256) is None
+    choice = next(widget for widget in Widget.created if type(widget).__name__ == "Dropdown")
+    shown, update = button.clicked(choice.args[0][1])
+    assert f"may run now (sha256 {sha256})" in shown
+    assert "These engines were built elsewhere" not in shown
+    assert update["choices"] == ["none"]
+    consent = trust.find_consent(sha256)
+    assert consent is not None
+    assert consent.origin == "allowed"
+    assert "[sdcompress] tiny (tensorrt-rtx fp32)" in [str(label) for label in webui.list_unets()]
+
+
+def test_an_engine_that_differs_from_its_manifest_is_not_allowed(webui: WebUI, foreign: Path) -> None:
+    webui.tab()
+    button = next(widget for widget in Widget.created if widget.args[:1] == ("Allow this engine to run",))
+    choice = next(widget for widget in Widget.created if type(widget).__name__ == "Dropdown")
+    (foreign / "unet.engine").write_bytes(b"anothr" * 100)
+    assert "It is not allowed" in button.clicked(choice.args[0][1])[0]
+    assert not trust.trust_folder().exists()
 
 
 def test_the_install_script_reports_and_installs_nothing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The weights and logs lie in the folder `nano` of the results; `tools/nano/assemb
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -86,7 +87,10 @@ def train(run: PartRun, training: Training, work: Path, seconds: float) -> Mappi
     command += SMOKE if run.smoke else ["--batch", str(training.batch), "--steps", "1000000"]
     if (wide := ROOT / "build/nano/wide-data").is_dir() and training.row in ("VAE", "judge"):
         command += ["--data", str(wide)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, errors="replace", check=False)
+    own_folder = os.environ | {"PYTHONSAFEPATH": ""}  # the script imports the modules beside it
+    ended = subprocess.run(
+        command, cwd=ROOT, env=own_folder, capture_output=True, text=True, errors="replace", check=False
+    )
     run.log(ended.stdout + ended.stderr)
     if ended.returncode:
         last = ended.stderr.strip().splitlines() or [f"exit status {ended.returncode}"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from sdcompress_engines.child_process import python_command
 from sdcompress_engines.errors import shorten
 
 from .child import PartRun
@@ -55,9 +56,14 @@ def tests(run: PartRun) -> None:
 
 def outcomes(run: PartRun, paths: tuple[str, ...]) -> Iterator[tuple[str, str, str | None]]:
     """Yields (test, outcome, None) when a test has ended; at the end (test, outcome, reason) for each failure."""
-    command = [sys.executable, "-u", "-m", "pytest", *paths, "-m", MARK, *OPTIONS]
     with subprocess.Popen(
-        command, cwd=ROOT, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*python_command("pytest"), *paths, "-m", MARK, *OPTIONS],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     ) as process:
         try:
             assert process.stdout is not None

@@ -18,6 +18,7 @@ import torch
 from ..errors import BackendMissing, ExportError, SdCompressError, UsageError, shorten, storage_errors
 from ..files import replace_file
 from ..flavour import platform_name
+from ..trust import record_built
 from .aot_package import AxisRange, Facts, missing
 from .base import TensorSpec
 from .torch import COMPILER, lacks_compiler
@@ -70,6 +71,7 @@ def compile_package(
             except Exception as error:  # the compiler's exceptions share no base class
                 raise _compiler_error(error, examples[0].device.type, path) from error
             replace_file(compiled, path)
+    record_built(path)
     return path
 
 

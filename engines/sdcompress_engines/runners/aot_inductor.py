@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ArtifactError, BackendMissing, EngineError, EngineMismatch, shorten
 from ..manifest import read_manifest, sha256_file
+from ..trust import check_trusted
 from .aot_package import EXPORT_AGAIN, AxisRange, check_fits, missing, read_facts
 from .base import Runner, cuda_device, name_outputs
 from .cuda_graphs import GraphedCall, check_graph_device
@@ -20,7 +21,8 @@ from .cuda_graphs import GraphedCall, check_graph_device
 class AotInductorRunner(Runner):
     """A `.pt2` package. `device` is the one it was compiled for, and cannot be another kind.
 
-    The manifest beside it, where there is one, and the package's own checksums are checked before its code is loaded.
+    The manifest beside it, where there is one, the consent to run it, and the package's own checksums are checked
+    before its code is loaded.
 
     Args:
         path: the package.
@@ -47,12 +49,14 @@ class AotInductorRunner(Runner):
             raise BackendMissing(reason, where=self.path, hint="a newer torch")
         manifest = read_manifest(self.path.parent)
         entry = None if manifest is None else manifest.files.get(self.path.name)
-        if entry is not None and sha256_file(self.path) != entry.sha256:
+        digest = sha256_file(self.path)
+        if entry is not None and digest != entry.sha256:
             raise ArtifactError(
                 "the package is not the one of its manifest: it is cut or was altered",
                 where=self.path,
                 hint=EXPORT_AGAIN,
             )
+        check_trusted(self.path, digest)
         facts = read_facts(self.path)
         if not self._chosen:
             self.device = torch.device(facts.device)

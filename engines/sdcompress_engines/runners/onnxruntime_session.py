@@ -15,6 +15,7 @@ What ONNX Runtime does on a GPU, from its source and from the wheels of 1.23 to 
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -24,8 +25,9 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import BackendMissing, EngineError, SdCompressError, StorageError, shorten, storage_errors
-from ..manifest import cache_folder, read_manifest, sha256_file
+from ..manifest import cache_folder, read_manifest
 from ..thread_waiting import idle_threads_sleep
+from ..verified import sha256_once
 from .onnxruntime_install import INSTALL_GPU, INSTALL_RTX, PROVIDERS, import_tensorrt, suggest_fix
 from .shapes import Ranges
 
@@ -282,6 +284,8 @@ def _gpu_providers(
 ) -> list[Any] | None:
     """Returns the providers of a session, each with its options; None for a provider that is a plug-in."""
     name = PROVIDERS[request.provider]
+    if request.provider != "cuda":
+        _refuse_engine(request.path)
     common = _common_options(device, stream)
     # No TF32: a graph in fp32 is compared with torch's fp32, and in half precision little is fp32.
     own = {"do_copy_in_default_stream": "1", "use_tf32": "0", "prefer_nhwc": str(int(request.prefer_nhwc))}
@@ -310,6 +314,22 @@ def _gpu_providers(
     return [(name, engine), cuda, PROVIDERS["cpu"]]
 
 
+def _refuse_engine(path: Path) -> None:
+    """Refuse a graph in which an engine lies: these providers would run that code.
+
+    Raises:
+        EngineError: it has a node `EPContext`, on any level.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"EPContext") != -1:
+            raise EngineError(
+                "holds an engine of TensorRT (EPContext), which is executable code",
+                where=path,
+                expected="a graph of ONNX's operators",
+                hint="sdcompress export MODEL -o DIR",
+            )
+
+
 def _common_options(device: torch.device, stream: torch.cuda.Stream) -> dict[str, str]:
     return {"device_id": str(device.index), "user_compute_stream": str(stream.cuda_stream)}
 
@@ -324,11 +344,7 @@ def _make_cache(request: SessionRequest) -> str:
 
     The providers name their files by the graph's structure, which students of one shape share.
     """
-    path = request.path
-    manifest = read_manifest(path.parent)
-    entry = None if manifest is None else manifest.files.get(path.name)
-    digest = entry.sha256 if entry else sha256_file(path)
-    folder = cache_folder() / "onnxruntime" / digest[:24] / request.provider
+    folder = cache_folder() / "onnxruntime" / sha256_once(request.path)[:24] / request.provider
     try:
         with storage_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)

@@ -21,10 +21,11 @@ from ..errors import BackendMissing, EngineError, EngineMismatch, UsageError, sh
 from ..flavour import FLAVOURS, REBUILD, Flavour, check_fits_here, present_card
 from ..graph import sha256_graph
 from ..manifest import cache_folder, read_manifest
+from ..sealed_files import read_sealed, write_sealed
+from ..trust import check_trusted
 from .base import Runner, TensorSpec, cuda_device
 from .execution import Execution
 from .memory import SharedMemory
-from .sealed_files import read_sealed, write_sealed
 from .shapes import Ranges, axis_names, choose_profile, make_shape_error
 from .tensorrt_library import DTYPES, KERNELS, create_log, explain_invalid
 
@@ -115,6 +116,7 @@ class TensorRTRunner(Runner):
         self.device = cuda_device(self.device.index)
         self._forget()
         content, digest = self._read()
+        check_trusted(self.path or "", digest)
         self._log = create_log(trt)
         with torch.cuda.device(self.device):
             self._runtime = trt.Runtime(self._log)

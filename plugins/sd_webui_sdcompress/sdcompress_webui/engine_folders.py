@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.engine_files import folder_faults, read_config
+from sdcompress_engines.engine_files import folder_faults
 from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError, shorten
+from sdcompress_engines.export_folder import check_export, read_named_json
 from sdcompress_engines.flavour import obstacle
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
-from sdcompress_engines.paths import file_inside, is_link
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from sdcompress_engines.paths import is_link
 from sdcompress_engines.runners.base import TensorSpec
 from sdcompress_engines.runners.shapes import Ranges
 from sdcompress_engines.signature import CONTEXT_TOKENS, context_width, signature
+from sdcompress_engines.trust import find_consent
 
 from .calls import ADDED, CONTEXT, SAMPLE, SIGNATURE
 from .traits import Traits, is_whole
@@ -24,6 +26,7 @@ from .traits import Traits, is_whole
 _FILES = {"engine": "unet.engine", "onnx": "unet.onnx"}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _ENDLESS = 2**20
+NOT_ALLOWED = "it was built elsewhere and is executable code: allow it in the sdcompress tab, if you trust its source"
 
 
 @dataclass(frozen=True)
@@ -73,30 +76,29 @@ class Artifact:
         """The LoRAs that are baked in, as `NAME:WEIGHT`."""
         return baked_loras(self.manifest)
 
+    @property
+    def sha256(self) -> str:
+        """Of the engine or graph, as its manifest has it."""
+        return self.manifest.files[self.file.name].sha256
+
     def find_obstacle(self) -> str | None:
-        """Returns why this machine cannot run it, or None. The file is not opened."""
+        """Returns why this machine cannot run it, or may not, or None. The file is not opened."""
         if self.manifest.kind == "engine":
             error = obstacle(self.manifest.config)
-            return None if error is None else _describe(error)
+            if error is not None:
+                return _describe(error)
+            return None if find_consent(self.sha256) else NOT_ALLOWED
         from sdcompress_engines.runners.onnxruntime_install import missing
 
         return missing()
 
     def check_contents(self) -> None:
-        """Compare every byte of the graph with the manifest. The runner of an engine does this itself.
+        """Compare every file with the manifest. The runner of an engine does this itself.
 
         Raises:
-            ArtifactError: a file is missing, cut or altered.
+            ArtifactError: a file is missing, cut, altered or a link.
         """
-        for name, entry in self.manifest.files.items():
-            if not name.startswith(self.file.name):
-                continue
-            if sha256_file(file_inside(self.folder, name, source=self.folder / MANIFEST_NAME)) != entry.sha256:
-                raise ArtifactError(
-                    f"{name} does not match the manifest: its sha256 differs",
-                    where=self.folder,
-                    hint="install it again: sdcompress install webui WEBUI ENGINE",
-                )
+        check_export(self.folder, [self.manifest.kind], unnamed=True)
 
 
 @dataclass(frozen=True)
@@ -178,10 +180,10 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
     """
     config = manifest.config
     _check_kind(folder, manifest)
-    unet = read_config(folder, manifest, "pipeline/unet/config.json")
+    unet = read_named_json(folder, manifest, "pipeline/unet/config.json")
     if unet is None:
         raise ArtifactError("has no pipeline/unet/config.json, which describes the UNet", where=folder)
-    scheduler = read_config(folder, manifest, "pipeline/scheduler/scheduler_config.json") or {}
+    scheduler = read_named_json(folder, manifest, "pipeline/scheduler/scheduler_config.json") or {}
     name, source, precision, _ = identify(folder, manifest)
     graph = signature("unet", unet, _DTYPES.get(precision, torch.float32), host=SIGNATURE)
     profiles: tuple[Ranges, ...] = (_any_shape(graph.inputs, graph.multiple),)

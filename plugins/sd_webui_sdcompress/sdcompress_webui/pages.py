@@ -13,6 +13,7 @@ from typing import Any
 
 from sdcompress_engines.errors import SdCompressError
 
+from .consent import NONE, find_waiting, give_consent
 from .engine_folders import Artifact, Unreadable, find_artifacts
 from .host import Settings
 from .menu import Model, group_models
@@ -106,7 +107,7 @@ def missing_runtimes() -> list[str]:
 
 
 def create_tab(read_chosen: Callable[[], str | None], read_traits: Callable[[], Traits | None]) -> list[Any]:
-    """Returns the tab as `on_ui_tabs` takes it: the table, and a button that reads the folder again.
+    """Returns the tab as `on_ui_tabs` takes it: the table, a button that reads the folder again, and the consent.
 
     Args:
         read_chosen: returns the entry that the settings have now, or None.
@@ -114,11 +115,23 @@ def create_tab(read_chosen: Callable[[], str | None], read_traits: Callable[[], 
     """
     import gradio
 
-    def show() -> str:
+    def show(*notes: str) -> str:
         artifacts, entries, problems = _read_folder(read_chosen())
-        return tab_html(engine_folder(), artifacts, entries, read_traits(), [*problems, *missing_runtimes()])
+        return tab_html(engine_folder(), artifacts, entries, read_traits(), [*notes, *problems, *missing_runtimes()])
+
+    def list_waiting() -> list[str]:
+        return [NONE, *find_waiting(_read_folder(None)[0])]
+
+    def refresh(*notes: str) -> tuple[str, Any]:
+        return show(*notes), gradio.update(choices=list_waiting(), value=NONE)
+
+    def consent(choice: str) -> tuple[str, Any]:
+        return refresh(give_consent(choice, _read_folder(None)[0]))
 
     with gradio.Blocks(analytics_enabled=False) as blocks:
         table = gradio.HTML(value=show())
-        gradio.Button("Refresh").click(fn=show, inputs=[], outputs=[table])
+        again = gradio.Button("Refresh")
+        choice = gradio.Dropdown(list_waiting(), value=NONE, label="Engine that was built elsewhere")
+        again.click(fn=refresh, inputs=[], outputs=[table, choice])
+        gradio.Button("Allow this engine to run").click(fn=consent, inputs=[choice], outputs=[table, choice])
     return [(blocks, "sdcompress", "sdcompress_tab")]

@@ -15,6 +15,7 @@ from sdcompress_engines.profiles import ShapeRanges, format_range
 from sdcompress_engines.runners.shapes import Ranges, Shape
 
 from .calls import CONTEXT, SAMPLE
+from .consent import find_waiting, question_html
 from .engine_folders import Artifact, Unreadable
 from .limits import limits_html
 from .menu import Model
@@ -183,7 +184,8 @@ def tab_html(
         for entry in entries
         if not entry.usable and not any(path in folders for path, _ in entry.faults)
     )
-    return f"{head}<table><tr>{titles}</tr>{body}</table>{gone}{limits_html()}"
+    question = question_html(find_waiting(artifacts).values())
+    return f"{head}<table><tr>{titles}</tr>{body}</table>{question}{gone}{limits_html()}"
 
 
 def _row_html(root: Path, row: Row) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import warnings
 from pathlib import Path
 
-from ..files import write_atomically
+from .files import write_atomically
 
 
 def read_sealed(path: Path) -> bytes | None:
