@@ -14,13 +14,14 @@ from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import faults, read_manifest, write_manifest
 from torch import nn
 
+from sdcompress.train.sharding import gather, shard_like, shard_optimizer_state
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 CHECKPOINTS = "checkpoints"
 PREFIX = "step-"
 STATE = "state.pt"
-SHARDED = "sharded"
 DIFFERENCES_SHOWN = 5
 
 
@@ -41,9 +42,9 @@ def is_intact(path: Path) -> bool:
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint holds the trained weights, their average, the optimizer's and the gradient scaler's state. Under FSDP
-    and DeepSpeed, where no process has all weights, accelerate writes what each process has. Everything random in a run
-    is a function of (seed, step, sample), so no generator state is needed.
+    A checkpoint holds the trained weights, their average, the optimizer's and the gradient scaler's state, all of them
+    whole: shards are gathered, so a run may go on with another number of processes. Everything random in a run is a
+    function of (seed, step, sample), so no generator state is needed.
 
     Attributes:
         folder: holds one folder per checkpoint.
@@ -56,11 +57,6 @@ class Checkpoints:
     accelerator: Accelerator
     identity: dict[str, Any]
     keep: int
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the weights are spread over the processes."""
-        return str(self.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
     def save(self, step: int, trained: nn.Module, optimizer: Any, average: dict[str, torch.Tensor] | None) -> None:
         """Write `step-<n>/` by one rename and delete all but the newest checkpoints; every process calls it.
@@ -81,16 +77,15 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            if self.sharded:
-                self.accelerator.save_state(str(staging / SHARDED))
-            elif self.accelerator.is_main_process:
-                scaler = self.accelerator.scaler
-                state = {
-                    "trained": trainable_state(trained),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average,
-                    "scaler": scaler.state_dict() if scaler else None,
-                }
+            scaler = self.accelerator.scaler
+            state = {
+                "trained": trainable_state(trained),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            state = gather(state, keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
                 torch.save(state, staging / STATE)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
@@ -126,23 +121,22 @@ class Checkpoints:
 
         Args:
             path: the checkpoint's folder.
-            trained: the bare network, without accelerate's wrapper.
-            optimizer: of the trained parameters.
+            trained: the network in training, whole or in shards, without accelerate's wrapper.
+            optimizer: as `Accelerator.prepare` returned it.
 
         Raises:
             TrainingError: the checkpoint is intact but cannot be read.
         """
         try:
-            if self.sharded:
-                self.accelerator.load_state(str(path / SHARDED))
-                return None
             state = torch.load(path / STATE, weights_only=True, map_location="cpu")
-            trained.load_state_dict(state["trained"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
+            own = trainable_state(trained)
+            for name, weight in own.items():
+                weight.copy_(shard_like(state["trained"][name], weight))
+            optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))
             if state["scaler"] and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             average: dict[str, torch.Tensor] | None = state["average"]
-            return average
+            return average and {name: shard_like(average[name], weight) for name, weight in own.items()}
         except (RuntimeError, ValueError, KeyError, OSError) as error:
             raise TrainingError(
                 f"cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})",
