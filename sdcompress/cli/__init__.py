@@ -94,6 +94,8 @@ def main() -> None:
     from sdcompress_engines.errors import SdCompressError, storage_error
     from sdcompress_engines.thread_waiting import choose_waiting
 
+    from sdcompress.cli._processes import watch_processes
+
     accept_all_characters()
     # The libraries read these when they are imported. Their notices of missing optional parts (torchvision) do not
     # help the person who types a command.
@@ -102,7 +104,8 @@ def main() -> None:
     if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
         choose_waiting()
     try:
-        code = cli(standalone_mode=False)
+        with watch_processes():
+            code = cli(standalone_mode=False)
     except SdCompressError as error:
         click.echo(f"sdcompress: {error}", err=True)
         code = error.exit_code

@@ -41,7 +41,7 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
             gradient_accumulation_steps=config.gradient_accumulation,
             cpu=device_type == "cpu",
             project_dir=str(output),
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
             log_with=None if config.tracker == "none" else config.tracker,
         )
     if config.tracker != "none" and not accelerator.log_with:

@@ -307,7 +307,12 @@ def check_same_start(accelerator: Accelerator, first_step: int, output: Path) ->
 
 
 def place_networks(
-    trained: nn.Module, frozen: nn.Module | None, config: TrainConfig, accelerator: Accelerator, *, sharded: bool = False
+    trained: nn.Module,
+    frozen: nn.Module | None,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    sharded: bool = False,
 ) -> nn.Module:
     """Move the networks to the device, in the memory format that is fast there; `trained` goes to train mode.
 

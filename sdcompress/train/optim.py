@@ -45,7 +45,8 @@ def make_optimizer(config: TrainConfig, trained: nn.Module) -> torch.optim.Optim
     if config.optimizer == "adamw8bit":
         if is_set(SHARDING):
             raise UsageError(
-                "optimizer adamw8bit does not take weights in shards", expected="--set optimizer=adamw, or no --use_fsdp"
+                "optimizer adamw8bit does not take weights in shards",
+                expected="--set optimizer=adamw, or no --use_fsdp",
             )
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -94,7 +94,9 @@ def shard_like(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
         own: of the same shape.
     """
     moved = tensor.to(own.device)
-    return distribute_tensor(moved, own.device_mesh, own.placements, src_data_rank=None) if _is_shard(own) else moved
+    if not isinstance(own, DTensor):
+        return moved
+    return distribute_tensor(moved, own.device_mesh, own.placements, src_data_rank=None)
 
 
 def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -122,9 +124,5 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _is_shard(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, DTensor)
-
-
 def _has_shape_of(value: Any, parameter: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and _is_shard(parameter) and value.shape == parameter.shape
+    return isinstance(value, torch.Tensor) and isinstance(parameter, DTensor) and value.shape == parameter.shape
