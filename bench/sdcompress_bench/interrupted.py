@@ -97,7 +97,7 @@ class Command:
                 _signal_group(self.process.pid, signal.SIGKILL)
                 self.process.join()
         seconds = time.monotonic() - self.started
-        gone, alive = psutil.wait_procs(self.descendants.values(), timeout=5)
+        _, alive = psutil.wait_procs(self.descendants.values(), timeout=5)
         survivors = tuple(_name(process) for process in alive)
         for process in alive:
             with suppress(psutil.Error):
@@ -138,9 +138,20 @@ def _name(process: psutil.Process) -> str:
     return f"pid {process.pid}"
 
 
-def list_files(folder: Path) -> list[str]:
-    """Returns everything in a folder, hidden files included, by relative path."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+def list_files(folder: Path, without: tuple[str, ...] = ()) -> set[str]:
+    """Returns everything in a folder, hidden files included, by relative path.
+
+    Args:
+        folder: to list.
+        without: beginnings of the paths that are left out.
+    """
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    return {name for name in names if not name.startswith(without)}
+
+
+def is_hidden(name: str) -> bool:
+    """Returns whether a part of a relative path begins with a dot."""
+    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def fingerprint(folder: Path, patterns: Iterable[str], volatile: Iterable[str]) -> dict[str, str]:
@@ -161,8 +172,9 @@ def fingerprint(folder: Path, patterns: Iterable[str], volatile: Iterable[str]) 
 def _hash(path: Path, volatile: frozenset[str]) -> str:
     content = path.read_bytes()
     if path.suffix in (".json", ".jsonl"):
-        lines = content.decode().splitlines() if path.suffix == ".jsonl" else [content.decode()]
-        content = json.dumps([_without(json.loads(line), volatile) for line in lines], sort_keys=True).encode()
+        lines = content.splitlines() if path.suffix == ".jsonl" else [content]
+        with suppress(ValueError):  # a host's file
+            content = json.dumps([_without(json.loads(line), volatile) for line in lines], sort_keys=True).encode()
     return hashlib.sha256(content).hexdigest()
 
 
