@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 GRACE_S = 10.0
 """How long a process may take to end by itself after another one has ended."""
+LAUNCHER_CHECK_S = 2.0
 NOTICE_S = 3.0
 """How long the end of a process may take to be noticed after an exchange with it has failed."""
 LONGEST_EXCHANGE_S = 2 * 3600.0
@@ -50,7 +51,8 @@ def watch_processes() -> Iterator[None]:
         return
     from sdcompress_engines.errors import SdCompressError, shorten
 
-    watch = Watch(join_processes())
+    state = join_processes()
+    watch = Watch(state)
     try:
         yield
     except SdCompressError as error:
@@ -67,6 +69,7 @@ def watch_processes() -> Iterator[None]:
         raise
     else:
         watch.leave(None)
+        state.destroy_process_group()
 
 
 def join_processes() -> PartialState:
@@ -120,6 +123,8 @@ class Watch:
         self.other_ended, self._left = threading.Event(), threading.Event()
         self.connections: list[socket.socket] = []
         self._connect()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=self._await_launcher, args=(os.getppid(),), name="watch", daemon=True).start()
 
     def _connect(self) -> None:
         """Fill `connections`: of process 0 to all others, of the others to process 0."""
@@ -186,17 +191,29 @@ class Watch:
         if not message.get("done"):
             self._end_with(End(**message))
 
+    def _await_launcher(self, launcher: int) -> None:
+        """Wait for the end of `accelerate launch` or `torchrun`, which started this process and would end it."""
+        while os.getppid() == launcher:
+            time.sleep(LAUNCHER_CHECK_S)
+        self._end("the launcher was lost; it was killed" if self._first else None)
+
     def _end_with(self, end: End) -> None:
-        """Report the end of another process and pass it on; end this process if it does not end by itself."""
-        if self.other_ended.is_set() or self._left.is_set():
-            return
+        """End this process because of another, which is named where no other process of this machine does it."""
         if self._first:
             self._tell_others(asdict(end))
         lost, far = end.reason is None, end.host != self.me.host
+        line = None
         if (lost and (self._first or end.process == 0)) or (end.reason and far and self._first):
             who = f"process {end.process} of {self.count} (pid {end.pid} on {end.host})"
-            what = "was lost; it was killed, or its machine failed" if lost else f"failed: {end.reason}"
-            print(f"sdcompress: {who} {what}; all processes end", file=sys.stderr, flush=True)
+            line = f"{who} " + ("was lost; it was killed, or its machine failed" if lost else f"failed: {end.reason}")
+        self._end(line)
+
+    def _end(self, line: str | None) -> None:
+        """Report why all processes end; end this one if it does not end by itself."""
+        if self.other_ended.is_set() or self._left.is_set():
+            return
+        if line is not None:
+            print(f"sdcompress: {line}; all processes end", file=sys.stderr, flush=True)
         self.other_ended.set()
         time.sleep(GRACE_S)
         os._exit(1)

@@ -269,8 +269,8 @@ class TrainingRun:
         weights = gather(weights, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process or not self.sharded:
             self.kept.load_state_dict(weights, strict=False)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         seconds = time.monotonic() - self.began
         steps, batch_size = self.config.steps, self.config.batch_size
         on_cpu = self.accelerator.device.type == "cpu"

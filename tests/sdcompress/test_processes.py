@@ -14,9 +14,11 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -96,6 +98,14 @@ def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """Kill a launcher and the processes it has started, which have sessions of their own."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+
+
 def killed_until_it_ends(command: list[str], arguments: list[str], output: Path, kills: int, seed: int) -> list[int]:
     """Start a run, kill it after a random number of further steps and resume it, `kills` times; then let it end.
 
@@ -111,14 +121,12 @@ def killed_until_it_ends(command: list[str], arguments: list[str], output: Path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=ENVIRONMENT,
-            start_new_session=True,
         )
         while process.poll() is None and len(metrics(output)) < stop_at:
             time.sleep(0.01)
         time.sleep(draw.random() * 0.2)
         killed.append(len(metrics(output)))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
     done = run(command, arguments, output, "--resume")
     assert done.returncode == 0, done.stderr
     return killed
@@ -245,6 +253,26 @@ def test_a_lost_process_is_named_and_ends_the_other_within_a_minute(
     assert len(lines) == 1
     assert f"process {killed} of 2 (pid {processes[killed].pid} on {socket.gethostname()}) was lost" in lines[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_launcher(arguments: list[str], tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [*TORCHRUN, *arguments, "--steps", "9999", "-o", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    while launcher.poll() is None and len(metrics(tmp_path / "run")) < 2:
+        time.sleep(0.05)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(workers) >= 2
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert alive == []
 
 
 @pytest.mark.slow
