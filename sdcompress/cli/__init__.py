@@ -104,11 +104,14 @@ def _run() -> int:
     """Run the command that was typed; returns its exit status."""
     from sdcompress_engines.thread_waiting import choose_waiting
 
+    from sdcompress.cli._processes import watch_processes
+
     streams = sys.stdout, sys.stderr
     try:
         if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
             choose_waiting()
-        code = cli(prog_name="sdcompress", standalone_mode=False)
+        with watch_processes():
+            code = cli(prog_name="sdcompress", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except SystemExit:
         if sys.stdout is streams[0]:

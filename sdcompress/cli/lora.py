@@ -57,7 +57,7 @@ def train(
     rows: list[tuple[str, object]] = [
         ("diffusers", folder / FILE),
         ("WebUIs", folder / KOHYA_FILE),
-        ("size", mib((folder / FILE).stat().st_size)),
+        ("size", mib(sum(path.stat().st_size for path in folder.glob(FILE)))),  # other machines may not have it
     ]
     card(
         f"LoRA of rank {config.rank} for {loaded.name}",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from sdcompress_engines.errors import ArtifactError, DataError, storage_errors
 from sdcompress_engines.files import replace_file
 from sdcompress_engines.json_files import read_json, read_json_object
+from sdcompress_engines.locks import try_lock
 from sdcompress_engines.manifest import FileEntry, check_free, require_space, sha256_file, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 
@@ -71,7 +74,7 @@ def build_cache(
         DataError: nothing is usable, more is unusable than `config.max_unusable`, or there is too little memory for one
             picture.
         BackendMissing: `precision` is bf16 and the GPU has none.
-        ArtifactError, StorageError: `output` cannot be written.
+        ArtifactError, StorageError: `output` cannot be written, or another process is building it.
     """
     from accelerate import PartialState
 
@@ -82,7 +85,7 @@ def build_cache(
     chosen = agree_on_precision(choose_vae_precision(pipeline, state.device, precision))
     identity = _identify_build(source, teacher, size_px, config, chosen)
     partial = output.with_name(f".{output.name}.partial")
-    with storage_errors(output), text_encoders_on(pipeline, state.device):
+    with storage_errors(output), _locked(output, force, state), text_encoders_on(pipeline, state.device):
         if state.is_main_process:
             _start_or_continue(partial, identity, report)
         state.wait_for_everyone()
@@ -99,6 +102,32 @@ def build_cache(
             raise
         state.wait_for_everyone()
     return LatentCache.open(output)
+
+
+@contextmanager
+def _locked(output: Path, force: bool, state: PartialState) -> Iterator[None]:
+    """Keep other builds of the same cache out, for the block. The main process holds the lock for all of its build.
+
+    The lock lies beside the folder of the build, which is emptied and renamed.
+
+    Raises:
+        ArtifactError: another process is building the cache, or has just built it.
+        StorageError: the file system has no locks.
+    """
+    if not state.is_main_process:
+        yield
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(output.with_name(f".{output.name}.lock"), hint="choose another -o, on a local disk")
+    if lock is None:
+        raise ArtifactError(
+            "another process is building this cache", where=output, hint="wait for it, or choose another -o"
+        )
+    try:
+        check_free(output, force)
+        yield
+    finally:
+        lock.discard()
 
 
 def agree_on_precision(precision: Precision) -> Precision:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sdcompress.train.checkpoint import trainable_state
+from sdcompress.train.sharding import local
 
 # diffusers' EMAModel has another warm-up and other rounding, and saves a list where our checkpoints hold weights by
 # name: earlier runs would not resume to the same weights.
@@ -18,14 +19,15 @@ def update_average(average: dict[str, torch.Tensor], trained: nn.Module, decay: 
     """Move the average towards the weights of `trained`, in place.
 
     Args:
-        average: by parameter name, shapes and device as in `trained`.
+        average: by parameter name, shapes, shards and device as in `trained`.
         trained: the network.
         decay: the largest decay; the first steps use step / (10 + step), so that the initial weights soon lose
             influence.
         step: steps done, counted from 1.
     """
     decay = min(decay, step / (10 + step))
-    torch._foreach_lerp_(list(average.values()), list(trainable_state(trained).values()), 1 - decay)
+    weights = trainable_state(trained).values()
+    torch._foreach_lerp_([local(a) for a in average.values()], [local(w) for w in weights], 1 - decay)
 
 
 @contextmanager

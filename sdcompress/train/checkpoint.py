@@ -15,6 +15,7 @@ from sdcompress_engines.manifest import Manifest, faults, read_manifest, write_m
 from torch import nn
 
 from sdcompress.checkpoints.tensor_files import is_dense, one_error, read_pickle
+from sdcompress.train.sharding import gather, shard_like, shard_optimizer_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 CHECKPOINTS = "checkpoints"
 PREFIX = "step-"
 STATE = "state.pt"
-SHARDED = "sharded"
 DIFFERENCES_SHOWN = 5
 AVERAGES = ("exp_avg", "exp_avg_sq", "average", "first", "second")
 """Names of running averages in the states of torch's AdamW and of `Muon`."""
@@ -46,9 +46,9 @@ def is_intact(path: Path) -> bool:
 class Checkpoints:
     """The checkpoints of one run.
 
-    A checkpoint holds the trained weights, their average, the optimizer's and the gradient scaler's state. Under FSDP
-    and DeepSpeed, where no process has all weights, accelerate writes what each process has. Everything random in a run
-    is a function of (seed, step, sample), so no generator state is needed.
+    A checkpoint holds the trained weights, their average, the optimizer's and the gradient scaler's state, all of them
+    whole: shards are gathered, so a run may go on with another number of processes. Everything random in a run is a
+    function of (seed, step, sample), so no generator state is needed.
 
     Attributes:
         folder: holds one folder per checkpoint.
@@ -61,11 +61,6 @@ class Checkpoints:
     accelerator: Accelerator
     identity: dict[str, Any]
     keep: int
-
-    @property
-    def sharded(self) -> bool:
-        """Whether the weights are spread over the processes."""
-        return str(self.accelerator.distributed_type.value) in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 
     def save(self, step: int, trained: nn.Module, optimizer: Any, average: dict[str, torch.Tensor] | None) -> None:
         """Write `step-<n>/` by one rename and delete all but the newest checkpoints; every process calls it.
@@ -86,16 +81,15 @@ class Checkpoints:
                 shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            if self.sharded:
-                self.accelerator.save_state(str(staging / SHARDED))
-            elif self.accelerator.is_main_process:
-                scaler = self.accelerator.scaler
-                state = {
-                    "trained": trainable_state(trained),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average,
-                    "scaler": scaler.state_dict() if scaler else None,
-                }
+            scaler = self.accelerator.scaler
+            state = {
+                "trained": trainable_state(trained),
+                "optimizer": optimizer.state_dict(),
+                "average": average,
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            state = gather(state, keep=self.accelerator.is_main_process)
+            if self.accelerator.is_main_process:
                 torch.save(state, staging / STATE)
             self.accelerator.wait_for_everyone()
             if self.accelerator.is_main_process:
@@ -132,25 +126,23 @@ class Checkpoints:
 
         Args:
             path: the checkpoint's folder.
-            trained: the bare network, without accelerate's wrapper.
-            optimizer: of the trained parameters.
+            trained: the network in training, whole or in shards, without accelerate's wrapper.
+            optimizer: as `Accelerator.prepare` returned it.
 
         Raises:
             TrainingError: the checkpoint is intact but cannot be read.
         """
-        if self.sharded:
-            with one_error(path, "checkpoint", TrainingError, _DELETE):
-                self.accelerator.load_state(str(path / SHARDED))
-            return None
         state = read_pickle(path / STATE, TrainingError, hint=_DELETE)
         _check_state(path / STATE, state, trained, optimizer)
+        own = trainable_state(trained)
         with one_error(path / STATE, "checkpoint", TrainingError, _DELETE):
-            trained.load_state_dict(state["trained"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
+            for name, weight in own.items():
+                weight.copy_(shard_like(state["trained"][name], weight))
+            optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], optimizer))
             if state["scaler"] and self.accelerator.scaler:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
-        average: dict[str, torch.Tensor] | None = state["average"]
-        return average
+            average: dict[str, torch.Tensor] | None = state["average"]
+            return average and {name: shard_like(average[name], weight) for name, weight in own.items()}
 
 
 def _read_facts(path: Path, manifest: Manifest) -> tuple[int, dict[str, Any]]:

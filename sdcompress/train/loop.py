@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from sdcompress_engines.errors import TrainingError, UsageError
+from sdcompress_engines.errors import TrainingError
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
@@ -25,6 +25,7 @@ from sdcompress.train.kernels import compile_blocks, tune_convolutions, use_plai
 from sdcompress.train.metrics import LossMonitor, MetricsLog
 from sdcompress.train.objectives.objective import Objective
 from sdcompress.train.optim import compute_learning_rate, make_optimizer
+from sdcompress.train.sharding import SHARDING, gather, is_set, shard, whole
 from sdcompress.train.stopping import any_process_stops, catch_stop_signals
 
 Sampler = Callable[[nn.Module, int], None]
@@ -78,7 +79,7 @@ def train(
     """Train the parameters of `trained` that require a gradient, in place, up to step `config.steps`.
 
     The run continues from the newest intact checkpoint in `output`. On return `trained` holds the weights to keep: the
-    average where `ema_decay` is set.
+    average where `ema_decay` is set. Where the weights are in shards (FSDP), only the main process's `trained` does.
 
     Args:
         trained: the network, on any device; its trained parameters are float32.
@@ -89,19 +90,19 @@ def train(
         identity: what distinguishes the run from others (plan, teacher, data, configuration); a checkpoint of
             another identity is refused.
         frozen: the teacher, if the objective has one; it only moves to the device.
-        sampler: called with (network, steps done) every `sample_every` steps, on the main process. Under FSDP and
-            DeepSpeed, where no process has all weights, it is not called.
+        sampler: called with (network, steps done) every `sample_every` steps, on the main process. Where the
+            weights are in shards, so that no process has all of them, it is not called.
         label: names the run in the progress report.
         report: shows the progress.
 
     Raises:
         TrainingError: the loss is not finite or explodes, or the checkpoint belongs to another run.
-        UsageError: the batch does not divide over the processes, or an option does not fit FSDP or DeepSpeed.
+        UsageError: the batch does not divide over the processes, or an option does not fit them.
         Stopped: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
     run = TrainingRun(trained, objective, batches, config, output, identity, frozen)
     main = run.accelerator.is_main_process
-    if main and sampler is not None and run.checkpoints.sharded:
+    if main and sampler is not None and run.sharded:
         report.show_line(f"{label}: no pictures of the validation prompts, because no process has all weights")
         sampler = None
     with (
@@ -124,6 +125,7 @@ class TrainingRun:
     """The state of one run, and what it does at each step. The arguments are those of `train`.
 
     Attributes:
+        trained: the network in training; a copy of the argument where its weights are in shards.
         first_step: the step to start at, counted from 0: that of the newest checkpoint, else 0.
         losses: of the last logged step, by name.
     """
@@ -138,22 +140,16 @@ class TrainingRun:
         identity: dict[str, Any],
         frozen: nn.Module | None,
     ) -> None:
-        self.trained, self.objective, self.frozen = trained, objective, frozen
+        self.kept, self.objective, self.frozen = trained, objective, frozen
         self.config, self.output = config, output
         self.accelerator = make_accelerator(config, output)
-        self.parameters = [p for p in trained.parameters() if p.requires_grad]
-        optimizer = make_optimizer(config, trained)
+        self.sharded = is_set(SHARDING) and self.accelerator.num_processes > 1
         self.checkpoints = Checkpoints(output / CHECKPOINTS, self.accelerator, identity, config.keep_checkpoints)
-        for setting, used in (("ema_decay", config.ema_decay > 0), ("optimizer=muon", config.optimizer == "muon")):
-            if self.checkpoints.sharded and used:
-                raise UsageError(
-                    f"{setting} needs whole weights, which FSDP and DeepSpeed spread over the processes",
-                    expected="--set ema_decay=0 --set optimizer=adamw, or DDP",
-                )
         self.first_step, checkpoint = self.checkpoints.find_newest() or (0, None)
         check_same_start(self.accelerator, self.first_step, output)
-        place_networks(trained, frozen, config, self.accelerator)
-        self._prepare(optimizer, checkpoint)
+        self.trained = place_networks(trained, frozen, config, self.accelerator, sharded=self.sharded)
+        self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        self._prepare(checkpoint)
         self.losses: dict[str, float] = {}
         self.monitor = LossMonitor(config, output)
         self.metrics = MetricsLog(config, output, self.accelerator, self.first_step)
@@ -163,20 +159,17 @@ class TrainingRun:
             torch.cuda.reset_peak_memory_stats()
         self.began, self.paused_s = time.monotonic(), 0.0
 
-    def _prepare(self, optimizer: torch.optim.Optimizer, checkpoint: Path | None) -> None:
-        """Wrap network and optimizer for the processes of the run, and load the checkpoint."""
-        average: dict[str, torch.Tensor] | None = None
-        if checkpoint and not self.checkpoints.sharded:  # before DDP copies the weights to the other processes
-            average = self.checkpoints.load(checkpoint, self.trained, optimizer)
-        self.wrapped: Any
-        self.optimizer: Any
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.trained, optimizer)
-        if checkpoint and self.checkpoints.sharded:
-            self.checkpoints.load(checkpoint, self.trained, self.optimizer)
+    def _prepare(self, checkpoint: Path | None) -> None:
+        """Make the optimizer, wrap network and optimizer for the processes of the run, and load the checkpoint."""
+        self.wrapped: Any = self.trained
+        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.config, self.trained))
+        if not self.sharded:
+            self.wrapped = self.accelerator.prepare(self.trained)
+        average = self.checkpoints.load(checkpoint, self.trained, self.optimizer) if checkpoint else None
         self.average: dict[str, torch.Tensor] | None = None
         if self.config.ema_decay:
             start = average or trainable_state(self.trained)
-            self.average = {name: weight.to(self.accelerator.device).clone() for name, weight in start.items()}
+            self.average = {name: weight.clone() for name, weight in start.items()}
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -218,8 +211,10 @@ class TrainingRun:
         if logged or self._checkpoint_is_due(done):
             self.losses = self._reduce(totals)
             self.monitor.check(self.losses, done)
-        if logged and self.accelerator.is_main_process:
-            self.metrics.write(done, self.losses, learning_rate=learning_rate, grad_norm=float(norm))
+        if logged:
+            grad_norm = float(whole(norm))
+            if self.accelerator.is_main_process:
+                self.metrics.write(done, self.losses, learning_rate=learning_rate, grad_norm=grad_norm)
 
     def _compute_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
         with self.accelerator.autocast():
@@ -270,12 +265,12 @@ class TrainingRun:
 
     def finish(self) -> TrainResult:
         """Put the weights to keep into the network; returns how the run ended."""
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
-        if self.average is not None:
-            self.trained.load_state_dict(self.average, strict=False)
-        if self.checkpoints.sharded:
-            self.trained.load_state_dict(self.accelerator.get_state_dict(self.wrapped), strict=False)
+        weights = self.average or (trainable_state(self.trained) if self.sharded else {})
+        weights = gather(weights, keep=self.accelerator.is_main_process)
+        if self.accelerator.is_main_process or not self.sharded:
+            self.kept.load_state_dict(weights, strict=False)
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         seconds = time.monotonic() - self.began
         steps, batch_size = self.config.steps, self.config.batch_size
         on_cpu = self.accelerator.device.type == "cpu"
@@ -311,13 +306,24 @@ def check_same_start(accelerator: Accelerator, first_step: int, output: Path) ->
         )
 
 
-def place_networks(trained: nn.Module, frozen: nn.Module | None, config: TrainConfig, accelerator: Accelerator) -> None:
+def place_networks(
+    trained: nn.Module,
+    frozen: nn.Module | None,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    *,
+    sharded: bool = False,
+) -> nn.Module:
     """Move the networks to the device, in the memory format that is fast there; `trained` goes to train mode.
+
+    Returns the network to train: `trained`, or its copy in shards.
 
     Args:
         trained: gets gradient checkpointing if so configured.
-        frozen: the teacher, or None.
+        frozen: the teacher, or None; it is whole in every process.
         config, accelerator: the run's.
+        sharded: spread the weights of `trained` over the processes. They keep their memory format: `fully_shard` takes
+            no other.
     """
     trained.train()
     if config.gradient_checkpointing:
@@ -325,10 +331,11 @@ def place_networks(trained: nn.Module, frozen: nn.Module | None, config: TrainCo
             enable: Any = getattr(module, "enable_gradient_checkpointing", None)
             if enable is not None:
                 enable()
-    networks = [trained] if frozen is None else [frozen, trained]
+    networks = [network for network in (frozen, None if sharded else trained) if network is not None]
     for network in networks:
         network.to(accelerator.device)
     if accelerator.device.type != "cpu" and accelerator.mixed_precision != "no":
         for network in networks:
             # torch documents this argument, its stubs do not
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return shard(trained, accelerator) if sharded else trained

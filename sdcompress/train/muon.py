@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sdcompress.train.precision import DTYPES, resolve_precision
+from sdcompress.train.sharding import shard_like, whole
 
 SECOND_BETA, EPSILON = 0.99, 1e-8
 ENDS = ("conv_in", "conv_out", "time_embedding", "add_embedding", "class_embedding", "embeddings")
@@ -37,7 +38,8 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices and convolutions (out × in·height·width), AdamW for other weights.
 
     An orthogonal update has an RMS of about 1 / sqrt(longer side); times 0.2 · sqrt(longer side) it is as large as
-    AdamW's, so that both halves take one learning rate.
+    AdamW's, so that both halves take one learning rate. Of weights in shards the updates are gathered, because
+    an orthogonal matrix needs all of it: every process makes all of them orthogonal and applies its own part.
 
     Args:
         matrices: weights of two or more dimensions.
@@ -71,13 +73,13 @@ class Muon(torch.optim.Optimizer):
         for p, gradient in weights:
             average = self.state[p].setdefault("average", torch.zeros_like(p))
             average.lerp_(gradient, 1 - group["momentum"])
-            update = gradient.lerp(average, group["momentum"]).flatten(1)
+            update = whole(gradient.lerp(average, group["momentum"])).flatten(1)
             same_shape[update.shape].append((p, update))
         for shape, members in same_shape.items():
             updates = make_orthogonal(torch.stack([update for _, update in members]))
             for (p, _), update in zip(members, updates, strict=True):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+                p.add_(shard_like(update.reshape(p.shape), p), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
     def _update_others(self, weights: list[tuple[nn.Parameter, torch.Tensor]], group: dict[str, Any]) -> None:
         for p, gradient in weights:

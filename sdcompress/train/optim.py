@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import torch
-from sdcompress_engines.errors import BackendMissing
+from sdcompress_engines.errors import BackendMissing, UsageError
 from torch import nn
 
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.muon import make_muon
+from sdcompress.train.sharding import SHARDING, is_set
 
 
 def compute_learning_rate(config: TrainConfig, step: int) -> float:
@@ -35,12 +36,18 @@ def make_optimizer(config: TrainConfig, trained: nn.Module) -> torch.optim.Optim
 
     Raises:
         BackendMissing: bitsandbytes is not installed.
+        UsageError: bitsandbytes does not take weights in shards.
     """
     named = {name: p for name, p in trained.named_parameters() if p.requires_grad}
     parameters = list(named.values())
     if config.optimizer == "muon":
         return make_muon(named, config.learning_rate, config.weight_decay)
     if config.optimizer == "adamw8bit":
+        if is_set(SHARDING):
+            raise UsageError(
+                "optimizer adamw8bit does not take weights in shards",
+                expected="--set optimizer=adamw, or no --use_fsdp",
+            )
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError as error:

@@ -31,7 +31,7 @@ RECIPE = "recipe.json"
 
 @contextmanager
 def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
-    """Create and lock the training folder, for the block; the processes of one run enter it together.
+    """Create and lock the training folder, for the block; the processes of one run enter and leave it together.
 
     If the run cannot begin, because of a wrong option, plan or model or a missing backend, a new folder is removed
     again. A folder with checkpoints is never removed.
@@ -50,6 +50,7 @@ def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
     state.wait_for_everyone()
     try:
         yield
+        state.wait_for_everyone()
     except (UsageError, BackendMissing, ModelError, PlanError):
         if lock is not None and new and not (output / CHECKPOINTS).is_dir():
             _remove_folder(output, lock)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from sdcompress_engines.errors import ArtifactError, DataError, PlanError, TrainingError, UsageError
-from sdcompress_engines.progress import Reporter
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
@@ -19,7 +18,7 @@ from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.train.batches import Batches, NoisyBatch, SampleOrder
-from sdcompress.train.checkpoint import Checkpoints, list_checkpoints
+from sdcompress.train.checkpoint import list_checkpoints
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.objectives.block_distillation import BlockDistillation
@@ -138,26 +137,10 @@ def test_a_run_with_a_wrong_option_or_plan_leaves_no_folder(
         distill(teacher, plan, cache, indivisible, tmp_path / "run")
     with pytest.raises(PlanError, match="the teacher has"):
         distill(teacher, wider, cache, SHORT, tmp_path / "run")
-    monkeypatch.setattr(Checkpoints, "sharded", True)  # stand-in for FSDP
-    with pytest.raises(UsageError, match="ema_decay needs whole weights"):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UsageError, match="DeepSpeed is not supported"):
         distill(teacher, plan, cache, SHORT, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_where_no_process_has_all_weights_no_pictures_are_drawn(
-    teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Lines(Reporter):
-        def show_line(self, text: str) -> None:
-            lines.append(text)
-
-    lines: list[str] = []
-    drawing = {"steps": 1, "ema_decay": 0, "sample_every": 1, "validation_prompts": ("a cat",)}
-    monkeypatch.setattr(Checkpoints, "sharded", True)  # stand-in for FSDP
-    plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
-    distill(teacher, plan, cache, SHORT.model_copy(update=drawing), tmp_path / "run", report=Lines())
-    assert not (tmp_path / "run/samples").exists()
-    assert [line for line in lines if "no pictures" in line]
 
 
 def test_a_diverged_run_stops_and_says_so(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:

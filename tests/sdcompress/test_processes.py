@@ -1,4 +1,4 @@
-"""Training as processes: killed at any moment, shared by two, stopped by a signal.
+"""Training as processes: killed at any moment, shared by two, in shards, stopped by a signal, with one of them lost.
 
 Each run is the command as it is typed.
 """
@@ -10,15 +10,19 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 from sdcompress_engines.manifest import read_manifest
 
 from sdcompress.data.build_cache import build_cache
@@ -29,6 +33,9 @@ from sdcompress.train.checkpoint import is_intact, list_checkpoints
 STEPS = 24
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "sdcompress"]
+FSDP = [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--num_processes", "2"]
+FSDP += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+FSDP += ["-m", "sdcompress"]
 ALONE = [sys.executable, "-m", "sdcompress"]
 
 
@@ -91,6 +98,14 @@ def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return output
 
 
+def kill_all(process: subprocess.Popen[Any]) -> None:
+    """Kill a launcher and the processes it has started, which have sessions of their own."""
+    for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.wait()
+
+
 def killed_until_it_ends(command: list[str], arguments: list[str], output: Path, kills: int, seed: int) -> list[int]:
     """Start a run, kill it after a random number of further steps and resume it, `kills` times; then let it end.
 
@@ -106,14 +121,12 @@ def killed_until_it_ends(command: list[str], arguments: list[str], output: Path,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=ENVIRONMENT,
-            start_new_session=True,
         )
         while process.poll() is None and len(metrics(output)) < stop_at:
             time.sleep(0.01)
         time.sleep(draw.random() * 0.2)
         killed.append(len(metrics(output)))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_all(process)
     done = run(command, arguments, output, "--resume")
     assert done.returncode == 0, done.stderr
     return killed
@@ -141,6 +154,141 @@ def test_two_processes_are_two_and_give_the_losses_of_one(arguments: list[str], 
     resumed, expected = weights(tmp_path / "killed"), weights(tmp_path / "two")
     for name, tensor in expected.items():
         assert torch.allclose(resumed[name], tensor, atol=1e-5, rtol=1e-5), name
+
+
+@pytest.mark.slow
+def test_shards_give_the_losses_of_one_and_a_killed_run_goes_on_in_shards_or_alone(
+    arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    drawing = ["--set", 'validation_prompts=["a cat"]', "--sample-every", "12"]
+    done = run(FSDP, [*arguments, *drawing], tmp_path / "shards")
+    assert done.returncode == 0, done.stderr
+    assert "no pictures of the validation prompts" in done.stderr
+    assert not (tmp_path / "shards/samples").exists()
+    for one, two in zip(metrics(whole), metrics(tmp_path / "shards"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+    expected = weights(tmp_path / "shards")
+    assert {name: weight.shape for name, weight in expected.items()} == {
+        name: weight.shape for name, weight in weights(whole).items()
+    }
+    killed_until_it_ends(FSDP, [*arguments, *drawing], tmp_path / "killed", 1, seed=3)
+    shutil.copytree(tmp_path / "killed", tmp_path / "alone")
+    shutil.rmtree(tmp_path / "alone/checkpoints/step-00000021")
+    shutil.rmtree(tmp_path / "alone/pipeline")
+    done = run(ALONE, [*arguments, *drawing], tmp_path / "alone", "--resume")
+    assert done.returncode == 0, done.stderr
+    for resumed in (weights(tmp_path / "killed"), weights(tmp_path / "alone")):
+        for name, tensor in expected.items():
+            assert torch.allclose(resumed[name], tensor, atol=1e-4, rtol=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "settings", "tolerance"),
+    [
+        (["distill"], ["optimizer=muon", "attention_kd_weight=1"], 1e-3),
+        (["distill"], ["gradient_accumulation=2", "gradient_checkpointing=true", "max_grad_norm=0.5"], 1e-4),
+        (["distill"], ["precision=bf16"], 1e-2),
+        (["finetune"], ["ema_decay=0.9"], 1e-4),
+        (["lora", "train"], ["text_encoder=true", "gradient_checkpointing=true"], 1e-4),
+    ],
+)
+def test_every_kind_of_training_works_in_shards(
+    arguments: list[str], kind: list[str], settings: list[str], tolerance: float, tmp_path: Path
+) -> None:
+    command = [*kind, *arguments[1:], "--steps", "4", *(part for each in settings for part in ("--set", each))]
+    for name, launcher in (("one", ALONE), ("shards", FSDP)):
+        done = run(launcher, command, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "shards"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=tolerance)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.safetensors"))
+    assert files
+    for file in files:
+        one_file, other = (load_file(tmp_path / name / file) for name in ("one", "shards"))
+        assert {name: tensor.shape for name, tensor in one_file.items()} == {n: t.shape for n, t in other.items()}
+
+
+def test_deepspeed_is_refused_in_one_line(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "ACCELERATE_USE_DEEPSPEED", "true")
+        done = run(ALONE, arguments, tmp_path / "run")
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("sdcompress: ")]
+    assert "DeepSpeed is not supported" in line
+    assert not (tmp_path / "run").exists()
+
+
+def start_two(commands: list[list[str]]) -> list[subprocess.Popen[str]]:
+    """Start a group of two without a launcher that would end one for the other, as on two machines."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        subprocess.Popen(
+            [*ALONE, *command],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT | both | {"RANK": str(number), "LOCAL_RANK": str(number)},
+        )
+        for number, command in enumerate(commands)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_lost_process_is_named_and_ends_the_other_within_a_minute(
+    arguments: list[str], killed: int, tmp_path: Path
+) -> None:
+    processes = start_two([[*arguments, "--steps", "9999", "-o", str(tmp_path / "run")]] * 2)
+    while all(process.poll() is None for process in processes) and len(metrics(tmp_path / "run")) < 2:
+        time.sleep(0.05)
+    processes[killed].kill()
+    _, err = processes[1 - killed].communicate(timeout=60)
+    processes[killed].communicate()
+    assert processes[1 - killed].returncode == 1, err
+    lines = [line for line in err.splitlines() if line.startswith("sdcompress: ")]
+    assert len(lines) == 1
+    assert f"process {killed} of 2 (pid {processes[killed].pid} on {socket.gethostname()}) was lost" in lines[0]
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_processes_end_with_their_launcher(arguments: list[str], tmp_path: Path) -> None:
+    launcher = subprocess.Popen(
+        [*TORCHRUN, *arguments, "--steps", "9999", "-o", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=ENVIRONMENT,
+    )
+    while launcher.poll() is None and len(metrics(tmp_path / "run")) < 2:
+        time.sleep(0.05)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    assert len(workers) >= 2
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert alive == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_says_why_and_ends_the_other(
+    random_folder: Path, pictures: Path, failing: int, tmp_path: Path
+) -> None:
+    commands = [["data", "cache", str(pictures), str(random_folder), "-o", str(tmp_path / "cache")] for _ in range(2)]
+    commands[failing][2] = str(tmp_path / "nothing")
+    processes = start_two(commands)
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert processes[failing].returncode in (1, 2)
+    assert processes[1 - failing].returncode == 1
+    assert len([line for line in errors[failing].splitlines() if line.startswith("sdcompress: ")]) == 1
+    assert not any("Traceback" in error for error in errors)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.slow

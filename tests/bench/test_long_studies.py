@@ -1,0 +1,70 @@
+"""The studies that run for long: a few rounds of each, and how memory is judged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STUDIES = ROOT / "bench" / "studies"
+
+
+def load_study(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"study_{name}", STUDIES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_study(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(STUDIES / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+
+
+@pytest.mark.parametrize(("growth_mib", "flat"), [(0.0, True), (0.1, True), (1.0, False), (-1.0, False)])
+def test_memory_is_flat_within_two_percent_after_warm_up(growth_mib: float, flat: bool) -> None:
+    readings = [300.0] * 20 + [500.0 + growth_mib * number for number in range(80)]
+    judged = load_study("soak").judge({"memory_mib": readings})
+    assert judged["flat"] is flat
+    assert judged["first_mib"] == pytest.approx(500 + 4.5 * growth_mib)
+
+
+@pytest.mark.slow
+def test_soak_reads_the_memory_after_each_part_of_the_calls(tmp_path: Path) -> None:
+    output = tmp_path / "soak.json"
+    done = run_study(
+        "soak", "--calls", "6", "--only", "generate, torch", "-o", str(output), "--work", str(tmp_path / "work")
+    )
+    assert done.returncode in (0, 3), done.stderr  # six calls do not decide whether memory is flat
+    figures = json.loads(output.read_text())["subjects"]["generate, torch"]
+    assert len(figures["memory_mib"]) == 6
+    assert min(figures["memory_mib"]) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="kills process groups")
+def test_a_killed_install_loses_nothing_and_the_study_goes_on_after_its_rows(tmp_path: Path) -> None:
+    output = tmp_path / "kills.jsonl"
+    arguments = ["--kills", "2", "--only", "install", "-o", str(output), "--work", str(tmp_path / "work")]
+    done = run_study("kills", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert first["environment"]["cores"]
+    assert all(row["lost"] == 0 and row["equal"] for row in rows)
+    assert sum(len(row["kills"]) for row in rows) >= 2
+    again = run_study("kills", *arguments, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert len(output.read_text().splitlines()) == 1 + len(rows)
