@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError, UsageError
+from sdcompress_engines.files import write_atomically
 
 from .latency import Latency
 from .scenario import BackendSetup, Gate
@@ -200,7 +201,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write `results.json`."""
-        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(asdict(self), indent=1, default=str) + "\n")
 
 
 def _excess(gate: Mapping[str, Any]) -> str:

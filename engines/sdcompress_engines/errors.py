@@ -6,9 +6,15 @@ The library raises them. Only the command line turns one into a line and an exit
 from __future__ import annotations
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class SdCompressError(Exception):
@@ -39,6 +45,11 @@ class SdCompressError(Exception):
         if hint:
             line += f". Try: {hint}"
         super().__init__(" ".join(line.split()))
+
+    def with_hint(self, hint: str) -> Self:
+        """Returns the same error with a further hint behind its own."""
+        hints = f"{self.hint}; {hint}" if self.hint else hint
+        return type(self)(self.what, where=self.where, expected=self.expected, hint=hints)
 
 
 class UsageError(SdCompressError):
@@ -93,15 +104,30 @@ class GateFailed(SdCompressError):
     exit_code = 3
 
 
-_STORAGE = {
-    errno.ENOSPC: ("no space left on the device", "free some space or choose another -o"),
-    errno.EDQUOT: ("the disk quota is used up", "free some space or choose another -o"),
+_FULL_HINT = "free some space or choose another -o"
+_FULL = {
+    errno.ENOSPC: ("no space left on the device", _FULL_HINT),
+    errno.EDQUOT: ("the disk quota is used up", _FULL_HINT),
+    errno.EFBIG: (
+        "the file is larger than the file system or this account's limit (ulimit -f) allows",
+        "raise the limit or choose another -o",
+    ),
+    errno.EIO: ("the disk reports a fault (input/output error)", "check the disk or choose another -o"),
+    errno.EROFS: ("the file system is read-only", "choose another -o"),
+}
+"""Refusals of a write that libraries also report as text, by errno."""
+_STORAGE = _FULL | {
     errno.EACCES: ("no permission to write here", "choose another -o"),
     errno.EPERM: ("no permission to write here", "choose another -o"),
-    errno.EROFS: ("the file system is read-only", "choose another -o"),
     errno.EEXIST: ("a part of this path is a file, not a folder", "choose another -o"),
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another -o"),
+    errno.EISDIR: ("is a folder, not a file", "choose another -o"),
+    errno.ENAMETOOLONG: ("a name in this path is too long", "choose another -o"),
+    errno.ELOOP: ("the links in this path lead to each other", "choose another -o"),
+    errno.EBUSY: ("is in use by the system, as a mount point is", "choose another -o"),
 }
+_TORCH_WRITES = re.compile(r"file write failed|inline_container\.cc.*unexpected pos")
+"""What torch reports where its own writer fails; the reason is nearly always a full disk."""
 
 _IN_USE = ("is in use by another program", "close the program that uses it")
 _WINDOWS_STORAGE = {  # by `winerror`, because their errno fits many other faults
@@ -112,15 +138,24 @@ _WINDOWS_STORAGE = {  # by `winerror`, because their errno fits many other fault
 }
 
 
-def storage_error(error: OSError, path: str | PathLike[str]) -> StorageError | None:
-    """Returns the `StorageError` for an OSError, or None where it is no known fault of the file system.
+def storage_error(error: BaseException, path: str | PathLike[str]) -> StorageError | None:
+    """Returns the `StorageError` for an exception, or None where it is no known fault of the file system.
+
+    torch, safetensors and tokenizers report a full disk as exceptions of their own, with the text of the system's.
 
     Args:
         error: met while `path` was written.
         path: the file or folder, for the message where the error names none.
     """
-    known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0) or _STORAGE.get(error.errno or 0)
-    return StorageError(known[0], where=error.filename or path, hint=known[1]) if known else None
+    known, where = None, path
+    if isinstance(error, OSError):
+        known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0) or _STORAGE.get(error.errno or 0)
+        where = error.filename or path
+    elif isinstance(error, Exception) and not isinstance(error, SdCompressError):
+        known = next((_FULL[number] for number in _FULL if os.strerror(number) in str(error)), None)
+        if known is None and _TORCH_WRITES.search(str(error)):
+            known = _FULL[errno.ENOSPC]
+    return StorageError(known[0], where=where, hint=known[1]) if known else None
 
 
 @contextmanager
@@ -128,16 +163,11 @@ def storage_errors(path: str | PathLike[str]) -> Iterator[None]:
     """Turn errors such as "no space" and "no permission", met while `path` is written, into `StorageError`."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         known = storage_error(error, path)
         if known is None:
             raise
         raise known from error
-    except RuntimeError as error:  # torch and safetensors report a full disk so, with the text of the OSError
-        text = str(error)
-        if "No space left" in text or "file write failed" in text or "os error 28" in text:
-            raise StorageError(*_STORAGE[errno.ENOSPC][:1], where=path, hint=_STORAGE[errno.ENOSPC][1]) from error
-        raise
 
 
 def shorten(error: object, length: int = 300) -> str:

@@ -67,7 +67,7 @@ def command(
         if output is None:
             click.echo(text)
         else:
-            write_card(output, text, model.samples)
+            write_card(output, text, model.samples, [folder])
         sizes = {CARD: len(text.encode())} | {name: path.stat().st_size for name, path in files.items()}
         width = max(map(len, sizes))
         click.echo("\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in sizes.items()))

@@ -39,7 +39,7 @@ class ShardSource(Source):
 
     def __init__(self, name: str, paths: list[Path], config: DataConfig) -> None:
         super().__init__(name, config)
-        self.paths = paths
+        self.paths = self.inputs = paths
 
     def count_units(self) -> int:
         return len(self.paths)

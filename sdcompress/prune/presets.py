@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,11 @@ def make_plan(
         )
     kept = len(layers) - rule.dropped_levels
     return BlockPlan(name, teacher, tuple(LevelPlan(down=(0,), up=(0, n)) for n in layers[:kept]), rule.mid and has_mid)
+
+
+def plan_files(*names_or_paths: str | None) -> list[Path]:
+    """Returns the files among presets and paths of plans, as `read_plan` takes them."""
+    return [Path(name) for name in names_or_paths if name and os.path.isfile(name)]
 
 
 def _strip_private_keys(config: UNetConfig) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompress_engines.errors import ArtifactError, UsageError
-from sdcompress_engines.manifest import staged
+from sdcompress_engines.files import write_atomically
+from sdcompress_engines.output_folders import staged
 
 from sdcompress.publish.finished_model import CARD, PICTURE
 
@@ -22,20 +23,21 @@ if TYPE_CHECKING:
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests")
 
 
-def write_card(output: Path, text: str, picture: Path | None) -> None:
+def write_card(output: Path, text: str, picture: Path | None, inputs: Iterable[Path] = ()) -> None:
     """Write the card and the picture in it to a folder of their own.
 
     Args:
         output: the new folder.
         text: of the card.
         picture: None where the card shows none.
+        inputs: the folder of the model.
 
     Raises:
-        ArtifactError: the folder exists and is not empty.
+        ArtifactError: the folder exists and is not empty, or lies in the model's.
         StorageError: there is no space or no permission.
     """
-    with staged(output) as out:
-        (out / CARD).write_text(text, encoding="utf-8")
+    with staged(output, inputs=inputs) as out:
+        write_atomically(out / CARD, text)
         if picture:
             shutil.copyfile(picture, out / PICTURE)
 
@@ -89,7 +91,7 @@ def upload_folder(files: Mapping[str, Path], card: str) -> Iterator[Path]:
         for target, source in files.items():
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             _link_or_copy(source.resolve(), folder / target)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        write_atomically(folder / CARD, card)
         yield folder
 
 

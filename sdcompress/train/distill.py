@@ -64,9 +64,12 @@ def distill(
         TrainingError: divergence, or a resume of another run.
     """
     pipeline: Any = teacher.pipeline
-    with run_folder(output, resume=resume, force=force), storage_errors(output):
-        write_once(output / "plan.json", plan.to_json())
+    with (
+        run_folder(output, resume=resume, force=force, inputs=[teacher.folder, cache.folder], result=PIPELINE),
+        storage_errors(output),
+    ):
         write_recipe(config, output)
+        write_once(output / "plan.json", plan.to_json())
         torch.manual_seed(config.seed)
         student = build_student(pipeline.unet, plan).float()
         objective = make_objective(pipeline.unet, student, plan, config)

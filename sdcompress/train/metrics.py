@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from sdcompress_engines.errors import TrainingError
+from sdcompress_engines.files import append_line, write_atomically
 
 from sdcompress.train.checkpoint import CHECKPOINTS, flatten, list_checkpoints
 from sdcompress.train.config import TrainConfig
@@ -53,8 +54,7 @@ class MetricsLog:
             "grad_norm": grad_norm,
         } | losses
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
+        append_line(self.path, json.dumps(rounded))
         self.accelerator.log(line, step=step)
 
 
@@ -101,4 +101,4 @@ def keep_lines_up_to(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_atomically(path, "".join(line + "\n" for line in kept))

@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 from sdcompress_engines.errors import ArtifactError, StorageError
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    faults,
-    read_manifest,
-    staged,
-    write_manifest,
-)
+from sdcompress_engines.manifest import MANIFEST_NAME, FileEntry, Manifest, faults, read_manifest, write_manifest
+from sdcompress_engines.output_folders import staged
 
 
 def test_a_manifest_is_sealed_and_an_edit_shows(tmp_path: Path) -> None:
@@ -48,13 +41,14 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
     target = tmp_path / "out"
     target.mkdir()
     (target / "file").write_text("before")
+    write_manifest(target, "results")
 
     def replace(source: Path, place: Path) -> None:
         if source.suffix == ".partial":
             raise PermissionError(13, "in use", str(place))
         replace_file(source, place)
 
-    monkeypatch.setattr("sdcompress_engines.manifest.replace_file", replace)
+    monkeypatch.setattr("sdcompress_engines.output_folders.replace_file", replace)
     with pytest.raises(StorageError), staged(target, force=True) as folder:
         (folder / "file").write_text("after")
     assert (target / "file").read_text() == "before"

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdcompress_engines.files import write_atomically
+
 from sdcompress.backends.registry import backends
 
 from ..markdown import table_lines
@@ -25,8 +27,8 @@ _INTERVAL = re.compile(r"(\([^()]{1,24}\))")
 
 def write_report(results: Results, folder: Path) -> None:
     """Write `report.html` and `report.md` into the folder that has the results' pictures."""
-    (folder / "report.html").write_text(render_html(results, folder), encoding="utf-8")
-    (folder / "report.md").write_text(render_markdown(results), encoding="utf-8")
+    write_atomically(folder / "report.html", render_html(results, folder))
+    write_atomically(folder / "report.md", render_markdown(results))
 
 
 def render_html(results: Results, folder: Path) -> str:

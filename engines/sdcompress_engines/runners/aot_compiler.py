@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendMissing, ExportError, SdCompressError, UsageError, shorten, storage_errors
-from ..files import replace_file
+from ..files import replace_file, sync
 from ..flavour import platform_name
 from .aot_package import AxisRange, Facts, missing
 from .base import TensorSpec
@@ -69,6 +69,7 @@ def compile_package(
                 raise
             except Exception as error:  # the compiler's exceptions share no base class
                 raise _compiler_error(error, examples[0].device.type, path) from error
+            sync(compiled)
             replace_file(compiled, path)
     return path
 
