@@ -132,9 +132,8 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
         for name, plan in inputs.plans.items():
             models.append(_distill_student(stages, teacher, name, plan, cache, inputs.config, settings.output / name))
         exporter.export(models)
-        results = _measure(
-            stages, settings, [exporter.with_artifacts(model) for model in models], cache.size_px, command
-        )
+        models = [exporter.with_artifacts(model) for model in models]
+        results = _measure(stages, settings, models, cache.size_px, command)
     return ChainResult(
         teacher.name,
         {model.name: Path(model.path) for model in models[1:]},
@@ -202,16 +201,16 @@ def _begun_folder(settings: ChainSettings) -> Iterator[None]:
         "plans": list(settings.plans),
         "recipe": settings.recipe,
     }
-    with storage_errors(output), nullcontext() if _continues(settings) else moved_aside(output):
-        with parents_made(output):
-            output.mkdir(exist_ok=True)
-            try:
-                write_atomically(output / MARKER, json.dumps(marker) + "\n")
-                yield
-            except BaseException:
-                if [path.name for path in output.iterdir()] == [MARKER]:
-                    shutil.rmtree(output)
-                raise
+    kept = nullcontext() if _continues(settings) else moved_aside(output)
+    with storage_errors(output), kept, parents_made(output):
+        output.mkdir(exist_ok=True)
+        try:
+            write_atomically(output / MARKER, json.dumps(marker) + "\n")
+            yield
+        except BaseException:
+            if {path.name for path in output.iterdir()} <= {MARKER}:
+                shutil.rmtree(output)
+            raise
 
 
 @contextmanager

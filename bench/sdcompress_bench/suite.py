@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import BackendMissing, SdCompressError
+from sdcompress_engines.files import parents_made
 from sdcompress_engines.manifest import canonical, installed_versions, sha256_file, write_manifest
 from sdcompress_engines.output_folders import check_free, staged
 from sdcompress_engines.progress import SILENT, Reporter
@@ -64,9 +65,8 @@ def run_suite(
         files: that the suite was read from.
 
     Raises:
-        ArtifactError: `output` is not empty, or holds what is measured.
+        ArtifactError: `output` is not empty, or holds an input. BackendMissing: no backend is left.
         ModelError, UsageError: a model does not exist, or the teacher does not run.
-        BackendMissing: no backend is left.
     """
     if not suite.setups:
         raise BackendMissing(f"no backend to measure: {skipped}", hint="--backend torch")
@@ -76,8 +76,7 @@ def run_suite(
     work = output.absolute().with_name(f".{output.name}.work")
     suite = dataclasses.replace(suite, models=tuple(prepare_model(model, report) for model in suite.models))
     facts = environment()
-    journal = _open_journal(suite, facts, work, report)
-    with _continuable(journal, work):
+    with _open_journal(suite, facts, work, report) as journal:
         artifacts = prepare_artifacts(suite, journal, report)
         peaks = _measure_peaks(suite, journal, report)
         latency = [_with_roofline(run, suite, peaks) for run in measure(suite, artifacts, journal, report)]
@@ -101,8 +100,7 @@ def run_suite(
             warnings=collect_warnings(suite, facts, journal),
             seconds=None if journal.continued else round(time.monotonic() - started, 1),
         )
-        results = dataclasses.replace(results, gates=results.judge(suite.gates))
-        _write_results(results, suite, folder)
+        results = _write_results(results, suite, folder)
     shutil.rmtree(work, ignore_errors=True)
     return results
 
@@ -117,28 +115,28 @@ def list_inputs(suite: Suite) -> list[Path]:
 
 
 @contextmanager
-def _continuable(journal: Journal, work: Path) -> Iterator[None]:
-    """Remove the hidden folder after an error, or name it where it holds measurements."""
-    try:
-        yield
-    except SdCompressError as error:
-        if journal.known:
-            raise error.with_hint(f"the same command continues with the measurements in {work}") from error
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+def _open_journal(suite: Suite, facts: Mapping[str, Any], work: Path, report: Reporter) -> Iterator[Journal]:
+    """Yield the journal in the hidden folder, which an error removes, or names where it holds measurements."""
+    with parents_made(work):
+        journal = Journal(work / "journal.jsonl", fingerprint(suite, facts))
+        if journal.continued:
+            report.show_line(f"continuing with the measurements of an earlier start ({work.name})")
+        try:
+            yield journal
+        except SdCompressError as error:
+            if journal.known:
+                raise error.with_hint(f"the same command continues with the measurements in {work}") from error
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
-def _open_journal(suite: Suite, facts: Mapping[str, Any], work: Path, report: Reporter) -> Journal:
-    journal = Journal(work / "journal.jsonl", fingerprint(suite, facts))
-    if journal.continued:
-        report.show_line(f"continuing with the measurements of an earlier start ({work.name})")
-    return journal
-
-
-def _write_results(results: Results, suite: Suite, folder: Path) -> None:
+def _write_results(results: Results, suite: Suite, folder: Path) -> Results:
+    """Write the results and the report. Returns the results with the gates' verdicts."""
+    results = dataclasses.replace(results, gates=results.judge(suite.gates))
     results.save(folder / "results.json")
     write_report(results, folder)
     write_manifest(folder, "results", config=results.settings, inputs=_input_hashes(suite), seed=suite.seed)
+    return results
 
 
 def _settings(suite: Suite) -> dict[str, Any]:

@@ -89,23 +89,28 @@ def build_cache(
         state.wait_for_everyone()
         latents = LatentEncoder(pipeline.vae, state.device, chosen, processes=state.num_processes, report=report)
         encoder = UnitEncoder(pipeline, latents, size_px, config)
-        try:
+        with _kept_where_begun(partial, state):
             _encode_units(partial, source, encoder, state, report)
             state.wait_for_everyone()
             if state.is_main_process:
                 check_free(output, force, inputs)  # somebody may have put something there
                 _finish(partial, output, source, encoder, identity, report)
-        except BaseException as error:
-            if done := len(list(partial.glob("unit-*.json"))):
-                if isinstance(error, SdCompressError):
-                    raise error.with_hint(
-                        f"the same command continues after {done} units, kept in {partial}"
-                    ) from error
-            elif state.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
         state.wait_for_everyone()
     return LatentCache.open(output)
+
+
+@contextmanager
+def _kept_where_begun(partial: Path, state: PartialState) -> Iterator[None]:
+    """After an error remove the build's folder, or name it where it holds units to continue with."""
+    try:
+        yield
+    except BaseException as error:
+        if done := len(list(partial.glob("unit-*.json"))):
+            if isinstance(error, SdCompressError):
+                raise error.with_hint(f"the same command continues after {done} units, kept in {partial}") from error
+        elif state.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def agree_on_precision(precision: Precision) -> Precision:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -108,20 +108,23 @@ def generate_dataset(
             return GeneratedSet(output, manifest, 0, 0.0)
         started = time.monotonic()
         drawn = _draw_missing(teacher, prompts, output, names, settings, report)
-        rows = (
-            {
-                "file_name": name,
-                "text": prompts[i % len(prompts)],
-                "seed": settings.seed + i,
-                "prompt_index": i % len(prompts),
-                "steps": settings.steps,
-                "guidance_scale": settings.guidance_scale,
-            }
-            for i, name in enumerate(names)
-        )
-        write_file(output / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        rows = (json.dumps(row) + "\n" for row in _describe(names, prompts, settings))
+        write_file(output / METADATA, "".join(rows).encode())
         manifest = _write_manifest(output, identity, names, min(len(prompts), settings.count))
     return GeneratedSet(output, manifest, drawn, time.monotonic() - started)
+
+
+def _describe(names: list[str], prompts: Sequence[str], settings: GenerateSettings) -> Iterator[dict[str, Any]]:
+    """Yields the row of each picture in `metadata.jsonl`."""
+    for i, name in enumerate(names):
+        yield {
+            "file_name": name,
+            "text": prompts[i % len(prompts)],
+            "seed": settings.seed + i,
+            "prompt_index": i % len(prompts),
+            "steps": settings.steps,
+            "guidance_scale": settings.guidance_scale,
+        }
 
 
 def _find_device() -> str:

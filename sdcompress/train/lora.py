@@ -92,10 +92,8 @@ def train_lora(
         raise ModelError(
             "the two text encoders of SDXL cannot be trained", where=model.name, hint="--set text_encoder=false"
         )
-    with (
-        run_folder(output, resume=resume, force=force, inputs=[model.folder, cache.folder], result=LORA),
-        storage_errors(output),
-    ):
+    inputs = [model.folder, cache.folder]
+    with run_folder(output, resume=resume, force=force, inputs=inputs, result=LORA), storage_errors(output):
         write_recipe(config, output)
         torch.manual_seed(config.seed)
         trained = make_adapted_network(pipeline, config)

@@ -50,15 +50,21 @@ def run_folder(
         yield
 
 
-def write_recipe(config: TrainConfig, output: Path) -> None:
-    """Write the resolved recipe to the training folder, where it is not there yet."""
-    write_once(output / RECIPE, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+def write_recipe(config: TrainConfig, output: Path, plan: str | None = None) -> None:
+    """Write the resolved recipe to the training folder, and the plan, on the main process.
 
+    Files that are there stay: a refused resume must leave the run's own ones unchanged.
 
-def write_once(path: Path, text: str) -> None:
-    """Write a file, on the main process, unless it exists: a refused resume must leave the run's own file unchanged."""
-    if PartialState().is_main_process and not path.is_file():
-        write_atomically(path, text)
+    Args:
+        config: the recipe.
+        output: the training folder.
+        plan: content of `plan.json`; None where the training has no plan.
+    """
+    recipe = json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+    if PartialState().is_main_process:
+        for name, text in ((RECIPE, recipe), ("plan.json", plan)):
+            if text is not None and not (output / name).is_file():
+                write_atomically(output / name, text)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def compile_package(
                 raise
             except Exception as error:  # the compiler's exceptions share no base class
                 raise _compiler_error(error, examples[0].device.type, path) from error
-            sync(compiled)
+            sync(Path(compiled))
             replace_file(compiled, path)
     return path
 
