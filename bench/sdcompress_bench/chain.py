@@ -10,13 +10,16 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import BackendMissing, storage_errors
-from sdcompress_engines.manifest import MANIFEST_NAME, check_free, sha256_file, sha256_tree
+from sdcompress_engines.errors import BackendMissing, SdCompressError, storage_errors
+from sdcompress_engines.files import parents_made, write_atomically
+from sdcompress_engines.manifest import MANIFEST_NAME, sha256_file, sha256_tree
+from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
@@ -109,21 +112,28 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     from sdcompress.models.load import load_pipeline
 
     inputs = _read_inputs(settings)
-    _prepare_output(settings)
+    read = _list_read(settings, inputs)
+    if _continues(settings):
+        check_inputs(settings.output, read)
+    else:
+        check_free(settings.output, settings.force, read)
     started = time.monotonic()
     machine = _read_machine()
     graphs = 1 + len(inputs.plans) if machine.onnxruntime else 0
     engines = 2 * (len(inputs.plans) + machine.gpu) if machine.no_engine is None else 0
     stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
     teacher = load_pipeline(settings.teacher)
-    cache = _encode_data(stages, teacher, inputs, settings.output)
-    parameters = sum(map(count_weights, teacher.pipeline.components.values()))
-    exporter = _Exporter(stages, settings, machine, teacher.name, parameters)
-    models = [ModelUnderTest(teacher.name, settings.teacher, sha256=teacher.sha256)]
-    for name, plan in inputs.plans.items():
-        models.append(_distill_student(stages, teacher, name, plan, cache, inputs.config, settings.output / name))
-    exporter.export(models)
-    results = _measure(stages, settings, [exporter.with_artifacts(model) for model in models], cache.size_px, command)
+    with _begun_folder(settings):
+        cache = _encode_data(stages, teacher, inputs, settings.output)
+    with _continuable():
+        parameters = sum(map(count_weights, teacher.pipeline.components.values()))
+        exporter = _Exporter(stages, settings, machine, teacher.name, parameters)
+        models = [ModelUnderTest(teacher.name, settings.teacher, sha256=teacher.sha256)]
+        for name, plan in inputs.plans.items():
+            models.append(_distill_student(stages, teacher, name, plan, cache, inputs.config, settings.output / name))
+        exporter.export(models)
+        models = [exporter.with_artifacts(model) for model in models]
+        results = _measure(stages, settings, models, cache.size_px, command)
     return ChainResult(
         teacher.name,
         {model.name: Path(model.path) for model in models[1:]},
@@ -163,22 +173,53 @@ def _read_inputs(settings: ChainSettings) -> _Inputs:
     return _Inputs(config, plans, open_source(settings.data, config.data))
 
 
-def _prepare_output(settings: ChainSettings) -> None:
-    """Make the run's folder and mark it as one; an earlier run's is kept, unless `force`."""
+def _list_read(settings: ChainSettings, inputs: _Inputs) -> list[Path]:
+    """Returns the files and folders that a run reads."""
+    from sdcompress.models.locate import local_paths
+    from sdcompress.prune.presets import plan_files
+    from sdcompress.train.recipes import recipe_files
+
+    prompts = [] if settings.prompts_file is None else [settings.prompts_file]
+    files = [*plan_files(*settings.plans), *recipe_files(settings.recipe), *prompts]
+    return [*local_paths(settings.teacher), *inputs.source.inputs, *files]
+
+
+def _continues(settings: ChainSettings) -> bool:
+    return not settings.force and (settings.output / MARKER).is_file()
+
+
+@contextmanager
+def _begun_folder(settings: ChainSettings) -> Iterator[None]:
+    """Make the run's folder and mark it as one, for its first stage; an earlier run's is kept, unless `force`.
+
+    An error that leaves nothing to continue with removes a new folder, and puts back the one that `force` replaces.
+    """
     output = settings.output
-    if settings.force or not (output / MARKER).is_file():
-        check_free(output, settings.force)
-    with storage_errors(output):
-        if settings.force and output.is_dir():
-            shutil.rmtree(output)
-        output.mkdir(parents=True, exist_ok=True)
-        marker = {
-            "teacher": settings.teacher,
-            "data": settings.data,
-            "plans": list(settings.plans),
-            "recipe": settings.recipe,
-        }
-        (output / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+    marker = {
+        "teacher": settings.teacher,
+        "data": settings.data,
+        "plans": list(settings.plans),
+        "recipe": settings.recipe,
+    }
+    kept = nullcontext() if _continues(settings) else moved_aside(output)
+    with storage_errors(output), kept, parents_made(output):
+        output.mkdir(exist_ok=True)
+        try:
+            write_atomically(output / MARKER, json.dumps(marker) + "\n")
+            yield
+        except BaseException:
+            if {path.name for path in output.iterdir()} <= {MARKER}:
+                shutil.rmtree(output)
+            raise
+
+
+@contextmanager
+def _continuable() -> Iterator[None]:
+    """Add to an error of the later stages what to type."""
+    try:
+        yield
+    except SdCompressError as error:
+        raise error.with_hint("the same command continues after the finished stages") from error
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -15,6 +14,7 @@ from typing import Literal
 import sdcompress_engines.errors as engines_errors
 from sdcompress_engines.child_process import ChildProcess, explain_exit
 from sdcompress_engines.errors import ExportError
+from sdcompress_engines.leftovers import remove_leftovers
 from sdcompress_engines.resources import available_memory_bytes
 from sdcompress_engines.thread_waiting import COUNT
 
@@ -114,5 +114,4 @@ def run_exports(
 def _remove_partial(jobs: Sequence[ExportJob]) -> None:
     """Remove what exports that were ended have left."""
     for job in jobs:
-        for partial in job.folder.absolute().parent.glob(f".{job.folder.name}.*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
+        remove_leftovers(job.folder.absolute())

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import storage_errors
+from sdcompress_engines.files import append_line, write_atomically
 from sdcompress_engines.manifest import canonical
 
 from . import isolated
@@ -34,10 +34,10 @@ class Journal:
                 # Outputs of another suite's cases would be taken for this suite's.
                 shutil.rmtree(path.parent, ignore_errors=True)
                 path.parent.mkdir(parents=True)
-                path.write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+                write_atomically(path, json.dumps({"fingerprint": fingerprint}) + "\n")
         elif path is not None and not path.read_bytes().endswith(b"\n"):
-            with storage_errors(path), path.open("ab") as file:  # end a line that a crash cut
-                file.write(b"\n")
+            with storage_errors(path):
+                append_line(path, "")  # ends a line that a crash cut
 
     def call(
         self, name: str, function: Callable[[Any], dict[str, Any]], argument: Mapping[str, Any], timeout_s: float
@@ -56,10 +56,8 @@ class Journal:
                 return outcome
             self.known[name] = outcome
             if self.path is not None:
-                with storage_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"case": name, "outcome": outcome, "seal": _seal(name, outcome)}) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
+                with storage_errors(self.path):
+                    append_line(self.path, json.dumps({"case": name, "outcome": outcome}), durable=True)
         return self.known[name]
 
 

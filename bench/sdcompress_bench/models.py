@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sdcompress_engines.manifest import cache_folder, read_manifest, require_space, staged, write_manifest
+from sdcompress_engines.manifest import cache_folder, read_manifest, write_manifest
+from sdcompress_engines.output_folders import require_space, staged, unless_present
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .scenario import ModelUnderTest, Random, slug
@@ -38,7 +39,7 @@ def prepare_model(model: ModelUnderTest, report: Reporter = SILENT) -> ModelUnde
             require_space(
                 folder, sum(2 * p.numel() for part in parts for p in part.parameters()), f"a random {model.name}"
             )
-            with staged(folder) as partial:
+            with unless_present(folder), staged(folder) as partial:
                 pipeline.save_pretrained(partial)
                 known = write_manifest(partial, "random model", config=dataclasses.asdict(model.random), inputs={})
     return dataclasses.replace(

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.files import write_atomically
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import nano_prompts
@@ -70,8 +71,8 @@ def write_study(output: Path, result: dict[str, Any]) -> None:
     """
     table = format_arms(result["rows"], result["steps"])
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(table, encoding="utf-8")
+    write_atomically(output, json.dumps(result, indent=1, default=str) + "\n")
+    write_atomically(output.with_suffix(".md"), table)
     print(table)
 
 

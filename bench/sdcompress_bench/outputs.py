@@ -12,10 +12,12 @@ from typing import Any, cast
 import torch
 from PIL import Image
 from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.files import atomic_file
 from sdcompress_engines.signature import context_width
 
 from sdcompress.checkpoints.tensor_files import is_dense, read_pickle
 from sdcompress.data.records import Record
+from sdcompress.support.pictures import save_picture
 from sdcompress.support.pipeline import TextToImagePipeline
 
 from . import fidelity
@@ -42,7 +44,7 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
     pipeline = fidelity.load(case["path"], case["backend"], case["artifacts"], case["device"], case["precision"])
     images = _draw(pipeline, case)
     for number, image in enumerate(images):
-        image.save(folder / f"{number:04}.png")
+        save_picture(image, folder / f"{number:04}.png")
     parts = ("unet", "text_encoder", "text_encoder_2", "vae")
     found: dict[str, Any] = {
         "parameters": {name: count_weights(getattr(pipeline, name, None)) for name in parts},
@@ -51,7 +53,8 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
     probe = None
     if case["make_probe"]:
         probe = _make_probe(pipeline, case, images)
-        torch.save(asdict(probe), folder / PROBE)
+        with atomic_file(folder / PROBE) as partial:
+            torch.save(asdict(probe), partial)
     elif case["probe"]:
         probe = read_probe(Path(case["probe"]))
         if not _accepts(pipeline, probe):
@@ -59,7 +62,8 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
     if probe is not None:
         prediction = fidelity.predict(pipeline, probe)
         found["finite"] = bool(torch.isfinite(prediction).all())
-        torch.save(prediction, folder / PREDICTION)
+        with atomic_file(folder / PREDICTION) as partial:
+            torch.save(prediction, partial)
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 from sdcompress_engines.errors import ArtifactError, UsageError, shorten
+from sdcompress_engines.files import write_atomically
 from sdcompress_engines.json_files import read_json_lines, read_json_object
 from sdcompress_engines.paths import file_inside
 
@@ -209,7 +210,7 @@ class Results:
 
     def save(self, path: Path) -> None:
         """Write `results.json`."""
-        path.write_text(json.dumps(asdict(self), indent=1, default=str) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(asdict(self), indent=1, default=str) + "\n")
 
 
 def picture_files(results: Results, folder: Path) -> Iterator[list[Path]]:

@@ -10,7 +10,8 @@ import hashlib
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,8 +20,12 @@ from typing import Any
 from PIL import Image
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import BackendMissing, SdCompressError
-from sdcompress_engines.manifest import canonical, check_free, installed_versions, sha256_file, staged, write_manifest
+from sdcompress_engines.files import parents_made
+from sdcompress_engines.manifest import canonical, installed_versions, sha256_file, write_manifest
+from sdcompress_engines.output_folders import check_free, staged
 from sdcompress_engines.progress import SILENT, Reporter
+
+from sdcompress.support.pictures import save_picture
 
 from .artifacts import prepare_artifacts
 from .environment import environment, load_average
@@ -44,6 +49,7 @@ def run_suite(
     force: bool = False,
     command: str | None = None,
     skipped: dict[str, str] | None = None,
+    files: Sequence[Path] = (),
 ) -> Results:
     """Measure what the suite asks for; write `results.json`, `report.html`, `report.md`, `grid.webp` and pictures.
 
@@ -56,25 +62,26 @@ def run_suite(
         force: replace what is in `output`.
         command: the command for a new measurement that the report shows; None is this process's command line.
         skipped: backend → reason why it is not measured, for the report.
+        files: that the suite was read from.
 
     Raises:
-        ArtifactError: `output` is not empty.
+        ArtifactError: `output` is not empty, or holds an input. BackendMissing: no backend is left.
         ModelError, UsageError: a model does not exist, or the teacher does not run.
-        BackendMissing: no backend is left.
     """
     if not suite.setups:
         raise BackendMissing(f"no backend to measure: {skipped}", hint="--backend torch")
-    check_free(output, force)
+    inputs = [*files, *list_inputs(suite)]
+    check_free(output, force, inputs)
     started = time.monotonic()
     work = output.absolute().with_name(f".{output.name}.work")
     suite = dataclasses.replace(suite, models=tuple(prepare_model(model, report) for model in suite.models))
     facts = environment()
-    journal = _open_journal(suite, facts, work, report)
-    artifacts = prepare_artifacts(suite, journal, report)
-    peaks = _measure_peaks(suite, journal, report)
-    latency = [_with_roofline(run, suite, peaks) for run in measure(suite, artifacts, journal, report)]
-    figures = OutputComparison(suite, artifacts, journal, work, report).run()
-    with staged(output, force) as folder:
+    with _open_journal(suite, facts, work, report) as journal:
+        artifacts = prepare_artifacts(suite, journal, report)
+        peaks = _measure_peaks(suite, journal, report)
+        latency = [_with_roofline(run, suite, peaks) for run in measure(suite, artifacts, journal, report)]
+        figures = OutputComparison(suite, artifacts, journal, work, report).run()
+    with staged(output, force, inputs) as folder:
         results = Results(
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             command=command or command_line(sys.argv),
@@ -93,23 +100,43 @@ def run_suite(
             warnings=collect_warnings(suite, facts, journal),
             seconds=None if journal.continued else round(time.monotonic() - started, 1),
         )
-        results = dataclasses.replace(results, gates=results.judge(suite.gates))
-        _write_results(results, suite, folder)
+        results = _write_results(results, suite, folder)
     shutil.rmtree(work, ignore_errors=True)
     return results
 
 
-def _open_journal(suite: Suite, facts: Mapping[str, Any], work: Path, report: Reporter) -> Journal:
-    journal = Journal(work / "journal.jsonl", fingerprint(suite, facts))
-    if journal.continued:
-        report.show_line(f"continuing with the measurements of an earlier start ({work.name})")
-    return journal
+def list_inputs(suite: Suite) -> list[Path]:
+    """Returns the files and folders that a suite reads."""
+    from sdcompress.models.locate import local_paths
+
+    found = [path for model in suite.models for path in (model.onnx, model.engine, model.metrics)]
+    found += [*local_paths(*(model.path for model in suite.models if model.random is None)), suite.metric, suite.real]
+    return [path for path in found if path is not None]
 
 
-def _write_results(results: Results, suite: Suite, folder: Path) -> None:
+@contextmanager
+def _open_journal(suite: Suite, facts: Mapping[str, Any], work: Path, report: Reporter) -> Iterator[Journal]:
+    """Yield the journal in the hidden folder, which an error removes, or names where it holds measurements."""
+    with parents_made(work):
+        journal = Journal(work / "journal.jsonl", fingerprint(suite, facts))
+        if journal.continued:
+            report.show_line(f"continuing with the measurements of an earlier start ({work.name})")
+        try:
+            yield journal
+        except SdCompressError as error:
+            if journal.known:
+                raise error.with_hint(f"the same command continues with the measurements in {work}") from error
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _write_results(results: Results, suite: Suite, folder: Path) -> Results:
+    """Write the results and the report. Returns the results with the gates' verdicts."""
+    results = dataclasses.replace(results, gates=results.judge(suite.gates))
     results.save(folder / "results.json")
     write_report(results, folder)
     write_manifest(folder, "results", config=results.settings, inputs=_input_hashes(suite), seed=suite.seed)
+    return results
 
 
 def _settings(suite: Suite) -> dict[str, Any]:
@@ -188,11 +215,11 @@ def _save_pictures(figures: OutputFigures, folder: Path) -> list[dict[str, Any]]
         for number, image in enumerate(images):
             path = folder / "pictures" / f"{slug(name)}-{setup.backend}-{setup.precision}-{number:02}.webp"
             path.parent.mkdir(exist_ok=True)
-            _shrink(image).save(path, quality=88)
+            save_picture(_shrink(image), path, quality=88)
             files.append(path.relative_to(folder).as_posix())
         saved.append({"model": name, "backend": setup.backend, "precision": setup.precision, "files": files})
     if columns:
-        _draw_sheet([images for _, _, images in columns]).save(folder / "grid.webp", quality=88)
+        save_picture(_draw_sheet([images for _, _, images in columns]), folder / "grid.webp", quality=88)
     return saved
 
 

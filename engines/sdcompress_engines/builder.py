@@ -13,10 +13,11 @@ from typing import Any
 from .build_options import BuildOptions, check_options
 from .child_process import describe_exit, run_job
 from .errors import EngineError, StorageError
-from .files import replace_file
+from .files import replace_file, sync
 from .flavour import FLAVOURS, Flavour
 from .graph import read_graph
-from .manifest import cache_folder, require_space
+from .manifest import cache_folder
+from .output_folders import require_space
 from .profiles import Profile
 from .progress import SILENT, Reporter
 from .resources import available_memory_bytes
@@ -119,6 +120,7 @@ def build_engine(
     try:
         with report.task(f"building {engine_path.name}") as advance:
             peak_mib = _run_build(job, onnx_path, advance)
+        sync(partial)
         replace_file(partial, engine_path)
     finally:
         partial.unlink(missing_ok=True)

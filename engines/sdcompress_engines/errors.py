@@ -11,6 +11,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike, fspath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _LONGEST_WORD, _LONGEST_PART = 300, 2000
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -47,6 +51,11 @@ class SdCompressError(Exception):
         if hint:
             line += f". Try: {_clean(hint)}"
         super().__init__(line)
+
+    def with_hint(self, hint: str) -> Self:
+        """Returns the same error with a further hint behind its own."""
+        hints = f"{self.hint}; {hint}" if self.hint else hint
+        return type(self)(self.what, where=self.where, expected=self.expected, hint=hints)
 
 
 class UsageError(SdCompressError):
@@ -105,24 +114,31 @@ class GateFailed(SdCompressError):
     exit_code = 3
 
 
-_NO_SPACE = "no space left on the device"
-_STORAGE = {
-    errno.ENOSPC: _NO_SPACE,
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EACCES: "no permission to write here",
-    errno.EPERM: "no permission to write here",
-    errno.EROFS: "the file system is read-only",
-    errno.EEXIST: "a part of this path is a file, not a folder",
-    errno.ENOTDIR: "a part of this path is a file, not a folder",
+_FULL_HINT = "free some space or choose another -o"
+_FULL = {
+    errno.ENOSPC: ("no space left on the device", _FULL_HINT),
+    errno.EDQUOT: ("the disk quota is used up", _FULL_HINT),
+    errno.EFBIG: (
+        "the file is larger than the file system or this account's limit (ulimit -f) allows",
+        "raise the limit or choose another -o",
+    ),
+    errno.EIO: ("the disk reports a fault (input/output error)", "check the disk or choose another -o"),
+    errno.EROFS: ("the file system is read-only", "choose another -o"),
 }
-"""What a refused write means. The hint is another output."""
-_REFUSED = _STORAGE | {
+"""Refusals of a write that libraries also report as text, by errno."""
+_STORAGE = _FULL | {
+    errno.EACCES: ("no permission to write here", "choose another -o"),
+    errno.EPERM: ("no permission to write here", "choose another -o"),
+    errno.EEXIST: ("a part of this path is a file, not a folder", "choose another -o"),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another -o"),
+    errno.EISDIR: ("is a folder, not a file", "choose another -o"),
+    errno.ENAMETOOLONG: ("a name in this path is too long", "choose another -o"),
+    errno.ELOOP: ("the links in this path lead to each other", "choose another -o"),
+    errno.EBUSY: ("is in use by the system, as a mount point is", "choose another -o"),
+}
+_REFUSED = {number: what for number, (what, _) in _STORAGE.items()} | {
     errno.EACCES: "no permission to read or write this",
     errno.EPERM: "no permission to read or write this",
-    errno.ENAMETOOLONG: "the name is too long for this file system",
-    errno.ELOOP: "the links in this path lead in a circle",
-    errno.EFBIG: "the file is too large for this file system",
-    errno.EIO: "the disk failed",
     errno.EEXIST: "exists",
     errno.ENOENT: "does not exist",
     errno.EISDIR: "is a folder, and a file is needed",
@@ -130,7 +146,9 @@ _REFUSED = _STORAGE | {
     errno.ENFILE: "too many files are open",
     errno.EPIPE: "a program that this command started has ended early",
 }
-"""What a refused access means, where it is not known whether it was to an output."""
+"""What a refused access means, by errno, where it is not known whether it was to an output."""
+_TORCH_WRITES = re.compile(r"file write failed|inline_container\.cc.*unexpected pos")
+"""What torch reports where its own writer fails; the reason is nearly always a full disk."""
 
 _IN_USE = ("is in use by another program", "close the program that uses it")
 _WINDOWS_STORAGE = {  # by `winerror`, because their errno fits many other faults
@@ -141,24 +159,30 @@ _WINDOWS_STORAGE = {  # by `winerror`, because their errno fits many other fault
 }
 
 
-def storage_error(error: OSError, path: str | PathLike[str]) -> StorageError | None:
-    """Returns the `StorageError` for an OSError, or None where it is no known fault of the file system.
+def storage_error(error: BaseException, path: str | PathLike[str]) -> StorageError | None:
+    """Returns the `StorageError` for an exception, or None where it is no known fault of the file system.
+
+    torch, safetensors and tokenizers report a full disk as exceptions of their own, with the text of the system's.
 
     Args:
         error: met while `path` was written.
         path: the file or folder, for the message where the error names none. Of a file elsewhere, which was read, the
             hint is not to write elsewhere.
     """
-    where = error.filename or path
-    if windows := _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0):
-        return StorageError(windows[0], where=where, hint=windows[1])
-    known = error.errno or 0
-    if known not in _STORAGE:
+    known: tuple[str, str | None] | None = None
+    where: str | bytes | int | PathLike[str] = path
+    if isinstance(error, OSError):
+        number, where = error.errno or 0, error.filename or path
+        known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0)
+        if known is None and number in _STORAGE:
+            known = _STORAGE[number] if _is_related(where, path) else (_REFUSED[number], None)
+    elif isinstance(error, Exception) and not isinstance(error, SdCompressError):
+        known = next((_FULL[number] for number in _FULL if os.strerror(number) in str(error)), None)
+        if known is None and _TORCH_WRITES.search(str(error)):
+            known = _FULL[errno.ENOSPC]
+    if known is None:
         return None
-    if not _is_related(where, path):
-        return StorageError(_REFUSED[known], where=where)
-    is_full = known in (errno.ENOSPC, errno.EDQUOT)
-    return StorageError(_STORAGE[known], where=where, hint=f"{'free some space or ' * is_full}choose another -o")
+    return StorageError(known[0], where=None if isinstance(where, int) else os.fsdecode(where), hint=known[1])
 
 
 def _is_related(path: str | bytes | int | PathLike[str], output: str | PathLike[str]) -> bool:
@@ -200,16 +224,11 @@ def storage_errors(path: str | PathLike[str]) -> Iterator[None]:
     """Turn errors such as "no space" and "no permission", met while `path` is written, into `StorageError`."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         known = storage_error(error, path)
         if known is None:
             raise
         raise known from error
-    except RuntimeError as error:  # torch and safetensors report a full disk so, with the text of the OSError
-        text = str(error)
-        if "No space left" in text or "file write failed" in text or "os error 28" in text:
-            raise StorageError(_NO_SPACE, where=path, hint="free some space or choose another -o") from error
-        raise
 
 
 def shorten(error: object, length: int = 300) -> str:

@@ -1,6 +1,6 @@
 """Files that appear whole or not at all, on Linux and on Windows, and files that are safe to open.
 
-Every file of ours is written by `atomic_file` or `write_atomically`, or in a folder of `manifest.staged`.
+Every file of ours is written by `atomic_file` or `write_atomically`, or in a folder of `output_folders.staged`.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import stat
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ArtifactError, SdCompressError
+from .leftovers import temporary_path
 
 _BUSY = (5, 32)
 """`winerror` of a refusal that may pass: access denied, and a file that another program has open."""
@@ -56,8 +56,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: no space, no permission, or the file is in use.
     """
-    # The suffix stays, because some writers choose the format by it. Names have at most 255 bytes.
-    partial = path.with_name(f".{path.stem[:40]}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial{path.suffix[:40]}")
+    partial = temporary_path(path)
     try:
         yield partial
         sync(partial)
@@ -79,6 +78,59 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """
     with atomic_file(path) as partial:
         partial.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+def append_line(path: Path, line: str, *, durable: bool = False) -> None:
+    """Append a line to a file, whole or not at all, as far as the process lives.
+
+    Args:
+        path: the file, created where it is missing; its folder is there.
+        line: without its end.
+        durable: force it to the disk, too.
+
+    Raises:
+        OSError: no space or no permission; the file is as it was.
+    """
+    with path.open("ab", buffering=0) as file:
+        size, rest = file.tell(), memoryview(f"{line}\n".encode())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+@contextmanager
+def parents_made(path: Path) -> Iterator[None]:
+    """Create the missing folders above `path`; after an error in the block, remove those of them that are empty.
+
+    Raises:
+        OSError: no permission, or a part of the path is a file.
+    """
+    missing = [place for place in path.absolute().parents if not os.path.lexists(place)]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in missing:  # the innermost first
+            with suppress(OSError):
+                place.rmdir()
+        raise
+
+
+def sync_tree(folder: Path) -> None:
+    """Force every file in a folder, and the names of all, to the disk.
+
+    Raises:
+        OSError: as `sync`.
+    """
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Artifacts on disk: folders with a manifest, `sdcompress.json`, written beside their place and renamed into it."""
+"""The manifest of an artifact folder, `sdcompress.json`: what its files are, and what they were made from."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any
 
-from .errors import ArtifactError, StorageError, shorten, storage_errors
-from .files import replace_file, sync, write_atomically
+from .errors import ArtifactError, shorten
+from .files import write_atomically
 from .json_files import read_json_object
 from .paths import expand_user, file_inside, is_link, is_plain_path
 
@@ -298,81 +295,6 @@ def _find_fault(path: Path, entry: FileEntry, contents: bool) -> str | None:
     return None
 
 
-def check_free(target: Path, force: bool = False) -> None:
-    """Refuse an output folder that is not empty, unless `force`.
-
-    Raises:
-        ArtifactError: `target` is a file, or a folder with something in it.
-    """
-    if target.is_file():
-        raise ArtifactError("is a file", where=target, expected="a folder to write to", hint="choose another -o")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise ArtifactError(
-            "exists and is not empty", where=target, hint="add --force to replace it, or choose another -o"
-        )
-
-
-@contextmanager
-def staged(target: Path, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `target` that becomes `target` when the block ends, and is removed on an error.
-
-    Args:
-        target: the output folder.
-        force: replace an existing `target`, once the new one is complete.
-
-    Raises:
-        ArtifactError: `target` exists. StorageError: no space, no permission.
-    """
-    target = target.absolute()
-    check_free(target, force)
-    with storage_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with storage_errors(target):
-            temporary.chmod(0o755)
-            yield temporary
-            for path in temporary.rglob("*"):
-                sync(path)
-            if target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-                replace_file(target, old / "was")
-                try:
-                    replace_file(temporary, target)
-                except BaseException:
-                    replace_file(old / "was", target)
-                    old.rmdir()
-                    raise
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                replace_file(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def cache_folder() -> Path:
     """Returns the folder for derived files: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
     return Path(os.environ.get("SDCOMPRESS_CACHE") or expand_user("~/.cache/sdcompress"))
-
-
-def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse to start a write that the disk has no space for.
-
-    Args:
-        folder: where the write will go; it need not exist yet.
-        needed_bytes: of the write.
-        what: the write, as subject of the message.
-
-    Raises:
-        StorageError: fewer than `needed_bytes` are free.
-    """
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise StorageError(
-            f"{what} needs {needed_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
-            where=place,
-            hint="free some space or choose another -o",
-        )

@@ -33,7 +33,8 @@ from .errors import (
 from .files import replace_file
 from .flavour import obstacle
 from .locks import HeldLock, try_lock
-from .manifest import MANIFEST_NAME, cache_folder, read_manifest, staged, write_manifest
+from .manifest import MANIFEST_NAME, cache_folder, read_manifest, write_manifest
+from .output_folders import staged
 from .progress import SILENT, Reporter
 from .store_entries import BrokenEngine, Entry, Finding, Pruned, StoredEngine, Verdict, size_of
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from sdcompress_engines.manifest import cache_folder
+from sdcompress_engines.output_folders import unless_present
 from sdcompress_engines.profiles import ShapeRanges
 from sdcompress_engines.progress import SILENT, Reporter
 
@@ -48,20 +49,22 @@ def cached_artifacts(
     if not graphs.is_dir():
         loaded = load_pipeline(model)
         report.show_line(f"no graphs given: exporting {loaded.name} once to {graphs}")
-        export_onnx(
-            loaded.pipeline,
-            graphs,
-            precision=precision,
-            runtime=runtime,
-            source={"pipeline": sha256},
-            name=loaded.name,
-            report=report,
-        )
+        with unless_present(graphs):
+            export_onnx(
+                loaded.pipeline,
+                graphs,
+                precision=precision,
+                runtime=runtime,
+                source={"pipeline": sha256},
+                name=loaded.name,
+                report=report,
+            )
     if entry.artifact == "onnx":
         return graphs
     engines = graphs.parent / f"engine-{precision}{_profile_suffix(profiles)}"
     if not engines.is_dir():
-        build_engines(graphs, engines, profiles=profiles, report=report)
+        with unless_present(engines):
+            build_engines(graphs, engines, profiles=profiles, report=report)
     return engines
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import ArtifactError, ModelError, UsageError, storage_errors
-from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import require_space
+from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.output_folders import check_file, require_space, staged_file
 
 from sdcompress.checkpoints.ldm_keys import (
     METADATA_KEY,
@@ -114,8 +112,7 @@ def export_ldm(
             where=path,
             expected="a file that ends in .safetensors",
         )
-    if path.exists() and not force:
-        raise ArtifactError("exists", where=path, hint="add --force to replace it, or choose another -o")
+    check_file(path, replace=force)
     weights = ldm_state_dict(pipeline)
     limit = torch.finfo(dtype).max
     # "not <=" also finds NaN.
@@ -161,18 +158,9 @@ def write_ldm(
     }
     metadata = {**(metadata or {}), "format": "pt", METADATA_KEY: json.dumps(_collect_configs(pipeline))}
     path = path.absolute()
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            save_file(weights, temporary, metadata=metadata)
-            _sort_metadata(temporary)
-            temporary.chmod(0o644)
-            replace_file(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with staged_file(path) as partial:
+        save_file(weights, partial, metadata=metadata)
+        _sort_metadata(partial)
     return path
 
 

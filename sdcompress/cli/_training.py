@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +126,7 @@ def load_inputs(
     resume: bool,
     force: bool,
     report: ConsoleReporter,
+    files: Sequence[Path] = (),
 ) -> tuple[LoadedPipeline, LatentCache]:
     """Returns the model and its cache: an existing cache is opened and checked, a missing one is built.
 
@@ -140,29 +141,31 @@ def load_inputs(
         resume: the training continues in `output`.
         force: the training replaces `output`.
         report: shows the progress.
+        files: what else the training reads: recipe and plan.
 
     Raises:
-        ArtifactError: the output folder is not empty.
+        ArtifactError: the output folder is not empty, or holds an input.
         DataError: the cache does not fit the model, the data or the data options.
         ModelError: the model cannot be loaded.
         UsageError: no such data or model.
     """
-    from sdcompress_engines.errors import storage_errors
-    from sdcompress_engines.manifest import check_free
+    from sdcompress_engines.output_folders import check_free, check_inputs
 
     from sdcompress.data.build_cache import build_cache
     from sdcompress.data.cache import LatentCache
     from sdcompress.data.sources import open_source
     from sdcompress.models.load import load_pipeline
+    from sdcompress.models.locate import local_paths
     from sdcompress.support.pipeline import native_size_px
 
     source = open_source(data, config.data)
-    if not resume:
-        check_free(output, force)
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    loaded = load_pipeline(model)
     folder = cache_folder or output.absolute().with_name(f"{output.absolute().name}-cache")
+    inputs = [*local_paths(model), *source.inputs, folder, *files]
+    if resume:
+        check_inputs(output, inputs)
+    else:
+        check_free(output, force, inputs)
+    loaded = load_pipeline(model)
     size_px = config.data.size_px or native_size_px(loaded.pipeline)
     if not folder.exists():
         return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)

@@ -171,7 +171,7 @@ def run_command(
       sdcompress bench compare before/results.json after/results.json         what changed, beyond noise or not
     """
     from sdcompress_bench.suite_file import suite_path
-    from sdcompress_engines.manifest import check_free
+    from sdcompress_engines.output_folders import check_free
 
     if list_suites:
         return _list_suites()
@@ -191,7 +191,8 @@ def run_command(
     if dry_run:
         return _print_dry_run(suite, skipped, as_json)
     output = output or _free_folder(path.stem if path else suite.models[-1].name)
-    _run(suite, skipped, output, force=force, strict=strict, as_json=as_json)
+    files = [Path(file) for file in (path, options.get("prompts")) if file is not None]
+    _run(suite, skipped, output, files=files, force=force, strict=strict, as_json=as_json)
 
 
 def _read_suite(
@@ -212,14 +213,24 @@ def _read_suite(
     return suite, skipped
 
 
-def _run(suite: Suite, skipped: dict[str, str], output: Path, *, force: bool, strict: bool, as_json: bool) -> None:
+def _run(
+    suite: Suite,
+    skipped: dict[str, str],
+    output: Path,
+    *,
+    files: list[Path],
+    force: bool,
+    strict: bool,
+    as_json: bool,
+) -> None:
     """Measure a suite, print the result, and fail where a gate or, with `strict`, a case failed."""
     import json
 
     from sdcompress_bench.suite import run_suite
     from sdcompress_engines.errors import GateFailed
 
-    results = run_suite(suite, output, ConsoleReporter(), force, skipped=skipped, command=typed_command())
+    command = typed_command()
+    results = run_suite(suite, output, ConsoleReporter(), force, skipped=skipped, command=command, files=files)
     if as_json:
         print_json(json.loads((output / "results.json").read_bytes()), indent=1)
     else:

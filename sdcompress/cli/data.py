@@ -74,17 +74,22 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
     """
     from dataclasses import asdict
 
-    from sdcompress_engines.errors import UsageError, shorten, storage_errors
+    from sdcompress_engines.errors import UsageError, shorten
+    from sdcompress_engines.output_folders import check_file, staged_file
 
     from sdcompress.data.report import SMALL_PX, inspect_source
     from sdcompress.data.sources import open_source
+    from sdcompress.support.pictures import encode_picture
 
     if sheet is not None and sheet.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=sheet, expected="a name ending in .png, .webp or .jpg")
     again = typed_options(options)
     config = data_config(options)
+    source = open_source(data, config)
+    if sheet is not None:
+        check_file(sheet, source.inputs)
     figures, picture = inspect_source(
-        open_source(data, config),
+        source,
         limit=limit,
         decode=decode,
         sheet=sheet is not None,
@@ -92,9 +97,8 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
         report=ConsoleReporter(),
     )
     if sheet is not None and picture is not None:
-        with storage_errors(sheet):
-            sheet.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(sheet)
+        with staged_file(sheet) as partial:
+            partial.write_bytes(encode_picture(picture, sheet.suffix))
     if as_json:
         print_json(asdict(figures))
         return
@@ -138,16 +142,18 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
     """
     import time
 
-    from sdcompress_engines.manifest import check_free, read_manifest
+    from sdcompress_engines.manifest import read_manifest
+    from sdcompress_engines.output_folders import check_free
 
     from sdcompress.data.build_cache import build_cache
     from sdcompress.data.sources import open_source
     from sdcompress.models.load import load_pipeline
+    from sdcompress.models.locate import local_paths
 
     again = typed_options(options)
     config = data_config(options)
     source = open_source(data, config)
-    check_free(output, force)
+    check_free(output, force, [*source.inputs, *local_paths(teacher)])
     loaded = load_pipeline(teacher)
     started = time.monotonic()
     report = ConsoleReporter()
@@ -263,7 +269,13 @@ def generate(
     settings = GenerateSettings(count, batch_size, steps, guidance, size_px, seed, backend, picture_format)
     settings.check()
     generated = generate_dataset(
-        teacher, read_prompts(prompts_file), output, settings, force=force, report=ConsoleReporter()
+        teacher,
+        read_prompts(prompts_file),
+        output,
+        settings,
+        force=force,
+        inputs=[prompts_file],
+        report=ConsoleReporter(),
     )
     figures = generated.manifest.figures
     existing = figures["pictures"] - generated.drawn

@@ -50,17 +50,21 @@ def command(
     """
     from sdcompress.models.locate import read_unet_config, refuse_student
     from sdcompress.prune.cost import count_parameters
-    from sdcompress.prune.presets import read_plan
+    from sdcompress.prune.presets import plan_files, read_plan
     from sdcompress.prune.student import meta_unet
     from sdcompress.train.distill import distill
     from sdcompress.train.pipelines import PIPELINE
+    from sdcompress.train.recipes import recipe_files
 
     config = training_config(DistillConfig, recipe, settings, options)
     teacher_config = read_unet_config(teacher)
     refuse_student(teacher_config, teacher)
     plan = read_plan(plan_name or config.plan or "bk-tiny", teacher_config)
+    files = [*recipe_files(recipe), *plan_files(plan_name, config.plan)]
     report = ConsoleReporter()
-    loaded, cache = load_inputs(teacher, data, cache_folder, config, output, resume=resume, force=force, report=report)
+    loaded, cache = load_inputs(
+        teacher, data, cache_folder, config, output, resume=resume, force=force, report=report, files=files
+    )
     result = distill(loaded, plan, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
     before, after = count_parameters(meta_unet(plan.teacher)), count_parameters(meta_unet(plan.student_config()))

@@ -39,10 +39,13 @@ def command(
     """
     from sdcompress.train.finetune import finetune
     from sdcompress.train.pipelines import PIPELINE
+    from sdcompress.train.recipes import recipe_files
 
     config = training_config(FinetuneConfig, recipe, settings, options)
     report = ConsoleReporter()
-    loaded, cache = load_inputs(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
+    loaded, cache = load_inputs(
+        model, data, cache_folder, config, output, resume=resume, force=force, report=report, files=recipe_files(recipe)
+    )
     result = finetune(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
     rows: list[tuple[str, object]] = [

@@ -158,8 +158,10 @@ def _check_options(
 ) -> list[tuple[Path, float]]:
     """Returns the file and weight of each LoRA, after a check of all options that need no model, and the consent."""
     from sdcompress_engines.errors import UsageError
+    from sdcompress_engines.output_folders import check_file
 
     from sdcompress.lora.fuse import parse_lora
+    from sdcompress.models.locate import local_paths
 
     weighted_loras = [parse_lora(text) for text in loras]
     if loras and backend != "torch":
@@ -174,6 +176,8 @@ def _check_options(
         raise UsageError("is not a picture file name", where=output, expected="a name ending in .png, .webp or .jpg")
     if trust:
         allow_all([Path(model), artifacts])
+    inputs = [*local_paths(model), *(file for file, _ in weighted_loras)]
+    check_file(output, inputs if artifacts is None else [*inputs, artifacts])
     return weighted_loras
 
 
@@ -187,8 +191,9 @@ def _fuse_loras(pipeline: TextToImagePipeline, weighted_loras: list[tuple[Path, 
 
 
 def _save(picture: Image.Image, output: Path) -> None:
-    from sdcompress_engines.errors import storage_errors
+    from sdcompress_engines.output_folders import staged_file
 
-    with storage_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(output)
+    from sdcompress.support.pictures import encode_picture
+
+    with staged_file(output) as partial:
+        partial.write_bytes(encode_picture(picture, output.suffix))

@@ -48,10 +48,13 @@ def train(
       sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32 --set text_encoder=true
     """
     from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
+    from sdcompress.train.recipes import recipe_files
 
     config = training_config(LoraConfig, recipe, settings, options)
     report = ConsoleReporter()
-    loaded, cache = load_inputs(model, data, cache_folder, config, output, resume=resume, force=force, report=report)
+    loaded, cache = load_inputs(
+        model, data, cache_folder, config, output, resume=resume, force=force, report=report, files=recipe_files(recipe)
+    )
     result = train_lora(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / LORA
     rows: list[tuple[str, object]] = [
@@ -106,17 +109,17 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, f
     \b
       sdcompress lora remap detail-tweaker.safetensors --teacher ./rv4 --plan bk-tiny -o tweaker-tiny.safetensors
     """
-    from sdcompress_engines.errors import ArtifactError, ModelError
+    from sdcompress_engines.errors import ModelError
+    from sdcompress_engines.output_folders import check_file
 
     from sdcompress.lora.files import read_lora, write_lora
     from sdcompress.lora.names import unet_modules
     from sdcompress.lora.remap import remap_lora
-    from sdcompress.models.locate import read_unet_config
-    from sdcompress.prune.presets import read_plan
+    from sdcompress.models.locate import local_paths, read_unet_config
+    from sdcompress.prune.presets import plan_files, read_plan
     from sdcompress.prune.student import meta_unet
 
-    if output.exists() and not force:
-        raise ArtifactError("exists", where=output, hint="add --force to replace it, or choose another -o")
+    check_file(output, [lora, *plan_files(plan_name), *local_paths(teacher)], replace=force)
     plan = read_plan(plan_name, read_unet_config(teacher))
     layers = read_lora(lora, unet_modules(meta_unet(plan.teacher)))
     remapped = remap_lora(layers, plan, unet_modules(meta_unet(plan.student_config())))

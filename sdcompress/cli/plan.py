@@ -45,21 +45,23 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
     """
     import json
 
-    from sdcompress_engines.errors import storage_errors
+    from sdcompress_engines.output_folders import check_file, staged_file
 
-    from sdcompress.models.locate import read_unet_config, refuse_student
+    from sdcompress.models.locate import local_paths, read_unet_config, refuse_student
     from sdcompress.prune.cost import unet_cost
-    from sdcompress.prune.presets import read_plan
+    from sdcompress.prune.presets import plan_files, read_plan
 
+    if output:
+        check_file(output, [*local_paths(teacher), *plan_files(preset)])
+        _refuse_other_file(output)
     config = read_unet_config(teacher)
     refuse_student(config, teacher)
     plan = read_plan(preset, config)
     before, after = unet_cost(plan.teacher), unet_cost(plan.student_config())
     rows = _rows(plan, before, after)
     if output:
-        with storage_errors(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(plan.to_json(), encoding="utf-8")
+        with staged_file(output) as partial:
+            partial.write_text(plan.to_json(), encoding="utf-8")
         rows.append(("plan", str(output)))
     if as_json:
         costs = {"before": before["total"].__dict__, "after": after["total"].__dict__}
@@ -70,6 +72,19 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
         rows,
         f"{command_line(['sdcompress', 'distill', teacher, '--plan', str(output or preset)])} --data DATA -o student",
     )
+
+
+def _refuse_other_file(output: Path) -> None:
+    """Refuse to replace a file that is no plan: this command has no `--force`."""
+    from sdcompress_engines.errors import ArtifactError, PlanError
+
+    from sdcompress.prune.plan import BlockPlan
+
+    if output.is_file():
+        try:
+            BlockPlan.from_json(output.read_text(encoding="utf-8"), output)
+        except (PlanError, UnicodeDecodeError) as error:
+            raise ArtifactError("exists and is no plan", where=output, hint="choose another -o") from error
 
 
 def _rows(plan: BlockPlan, before: dict[str, Cost], after: dict[str, Cost]) -> list[tuple[str, object]]:

@@ -74,7 +74,7 @@ def command(
         if output is None:
             echo(text)
         else:
-            write_card(output, text, model.samples)
+            write_card(output, text, model.samples, [folder])
         width = max(map(len, sizes))
         echo("\n".join(f"{name:<{width}}  {size:>14,} bytes" for name, size in sizes.items()))
         return

@@ -97,7 +97,8 @@ def copy(name: str, file: Path, force: bool) -> None:
     \b
       sdcompress recipes copy bk-sdm-tiny mine.yaml
     """
-    from sdcompress_engines.errors import ArtifactError, UsageError, storage_errors
+    from sdcompress_engines.errors import UsageError
+    from sdcompress_engines.output_folders import check_file, staged_file
 
     from sdcompress.train.recipes import read_recipe, recipe_path
 
@@ -108,15 +109,9 @@ def copy(name: str, file: Path, force: bool) -> None:
             expected="a name ending in .yaml or .yml; --recipe reads any other text as the name of a recipe",
         )
     kind = read_kind(read_recipe(name), name)
-    if file.is_dir() or (file.exists() and not force):
-        raise ArtifactError(
-            "exists",
-            where=file,
-            hint="add --force to replace it, or choose another name" if file.is_file() else "choose another name",
-        )
-    with storage_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(recipe_path(name).read_text(encoding="utf-8"), encoding="utf-8")
+    check_file(file, [recipe_path(name)], replace=force)
+    with staged_file(file) as partial:
+        partial.write_text(recipe_path(name).read_text(encoding="utf-8"), encoding="utf-8")
     card(
         f"a copy of {name}",
         [("recipe", file), ("kind", kind)],

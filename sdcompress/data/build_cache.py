@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ValidationError
 from safetensors.torch import save_file
-from sdcompress_engines.errors import ArtifactError, DataError, storage_errors
-from sdcompress_engines.files import replace_file
+from sdcompress_engines.errors import ArtifactError, DataError, SdCompressError, storage_errors
+from sdcompress_engines.files import atomic_file, parents_made, write_atomically
 from sdcompress_engines.json_files import read_json, read_json_object
 from sdcompress_engines.locks import try_lock
-from sdcompress_engines.manifest import FileEntry, check_free, require_space, sha256_file, write_manifest
+from sdcompress_engines.manifest import FileEntry, sha256_file, write_manifest
+from sdcompress_engines.output_folders import check_free, replace_folder, require_space
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.checkpoints.tensor_files import read_safetensors
@@ -81,31 +82,33 @@ def build_cache(
     config, pipeline, output = config or DataConfig(), teacher.pipeline, output.absolute()
     size_px = size_px or config.size_px or native_size_px(pipeline)
     state = PartialState(cpu=not torch.cuda.is_available())
-    check_free(output, force)
+    inputs = [*source.inputs, teacher.folder]
+    check_free(output, force, inputs)
     chosen = agree_on_precision(choose_vae_precision(pipeline, state.device, precision))
     identity = _identify_build(source, teacher, size_px, config, chosen)
     partial = output.with_name(f".{output.name}.partial")
-    with storage_errors(output), _locked(output, force, state), text_encoders_on(pipeline, state.device):
+    with (
+        storage_errors(output),
+        parents_made(output),
+        _locked(output, force, inputs, state),
+        text_encoders_on(pipeline, state.device),
+    ):
         if state.is_main_process:
             _start_or_continue(partial, identity, report)
         state.wait_for_everyone()
         latents = LatentEncoder(pipeline.vae, state.device, chosen, processes=state.num_processes, report=report)
         encoder = UnitEncoder(pipeline, latents, size_px, config)
-        try:
+        with _kept_where_begun(partial, state):
             _encode_units(partial, source, encoder, state, report)
             state.wait_for_everyone()
             if state.is_main_process:
                 _finish(partial, output, source, encoder, identity, report)
-        except BaseException:
-            if state.is_main_process and not any(partial.glob("unit-*.json")):  # no unit to continue with
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
         state.wait_for_everyone()
     return LatentCache.open(output)
 
 
 @contextmanager
-def _locked(output: Path, force: bool, state: PartialState) -> Iterator[None]:
+def _locked(output: Path, force: bool, inputs: Iterable[Path], state: PartialState) -> Iterator[None]:
     """Keep other builds of the same cache out, for the block. The main process holds the lock for all of its build.
 
     The lock lies beside the folder of the build, which is emptied and renamed.
@@ -117,17 +120,30 @@ def _locked(output: Path, force: bool, state: PartialState) -> Iterator[None]:
     if not state.is_main_process:
         yield
         return
-    output.parent.mkdir(parents=True, exist_ok=True)
     lock = try_lock(output.with_name(f".{output.name}.lock"), hint="choose another -o, on a local disk")
     if lock is None:
         raise ArtifactError(
             "another process is building this cache", where=output, hint="wait for it, or choose another -o"
         )
     try:
-        check_free(output, force)
+        check_free(output, force, inputs)
         yield
     finally:
         lock.discard()
+
+
+@contextmanager
+def _kept_where_begun(partial: Path, state: PartialState) -> Iterator[None]:
+    """After an error remove the build's folder, or name it where it holds units to continue with."""
+    try:
+        yield
+    except BaseException as error:
+        if done := len(list(partial.glob("unit-*.json"))):
+            if isinstance(error, SdCompressError):
+                raise error.with_hint(f"the same command continues after {done} units, kept in {partial}") from error
+        elif state.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def agree_on_precision(precision: Precision) -> Precision:
@@ -173,6 +189,7 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
             begun = {}
         done = len(list(partial.glob("unit-*.json")))
         if begun == json.loads(json.dumps(identity)):
+            _remove_unfinished(partial)
             report.show_line(f"cache: continuing after {done} of {identity['units']} units")
             return
         if done and begun == identity | {"precision": begun.get("precision")}:
@@ -182,7 +199,14 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
             )
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    marker.write_text(json.dumps(identity, sort_keys=True), encoding="utf-8")
+    write_atomically(marker, json.dumps(identity, sort_keys=True))
+
+
+def _remove_unfinished(partial: Path) -> None:
+    """Remove the files that a killed build was writing; no process writes yet."""
+    for path in partial.iterdir():
+        if path.name.startswith(".") or path.suffix == ".tmp":
+            path.unlink()
 
 
 def _encode_units(partial: Path, source: Source, encoder: UnitEncoder, state: PartialState, report: Reporter) -> None:
@@ -237,9 +261,8 @@ def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
     size = sum(tensor.numel() * tensor.element_size() for tensor in unit.tensors.values())
     require_space(folder, size, "the cache's next unit")
     path = folder / unit_name(number)
-    temporary = path.with_suffix(".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in unit.tensors.items()}, temporary)
-    replace_file(temporary, path)
+    with atomic_file(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in unit.tensors.items()}, temporary)
     skipped = unit.skipped
     facts = {
         "sha256": sha256_file(path),
@@ -251,8 +274,7 @@ def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
         "tiled": unit.tiled,
         "tile_px": unit.tile_px,
     }
-    temporary.write_text(json.dumps(facts), encoding="utf-8")
-    replace_file(temporary, folder / f"{unit_name(number)}.json")
+    write_atomically(folder / f"{unit_name(number)}.json", json.dumps(facts))
 
 
 @dataclass
@@ -346,9 +368,6 @@ def _finish(
     index = _drop_duplicates(totals.columns)
     save_file(index, partial / INDEX)
     save_file(embed_in_batches(encoder.pipeline, [""]), partial / EMPTY)
-    (partial / BUILD).unlink()
-    for sidecar in partial.glob("unit-*.json"):
-        sidecar.unlink()
     pictures, duplicates = len(index["unit"]), len(totals.columns["unit"]) - len(index["unit"])
     size = sum(entry.bytes for entry in totals.hashed.values()) + (partial / INDEX).stat().st_size
     figures = {
@@ -361,15 +380,28 @@ def _finish(
         "filtered": skipped.filtered,
         "tiled_views": totals.tiled,
     }
-    _write_manifest(partial, source, encoder, identity, totals, figures)
-    if output.exists():
-        shutil.rmtree(output)
-    replace_file(partial, output)
+    with _without_sidecars(partial):
+        _write_manifest(partial, source, encoder, identity, totals, figures)
+        replace_folder(partial, output)
     parts = [f"{pictures:,} pictures", f"{figures['bytes_per_picture']:,} bytes each"]
     parts += [f"{len(keys)} left out: {reason}" for reason, keys in skipped.reasons.items()]
     parts += [f"{count} filtered out: {reason}" for reason, count in skipped.filtered.items()]
     parts += [f"{duplicates} duplicates"] if duplicates else []
     report.show_line(f"cache: {', '.join(parts)}")
+
+
+@contextmanager
+def _without_sidecars(partial: Path) -> Iterator[None]:
+    """Remove what only a build needs; after an error in the block put it back, so that the build can be continued."""
+    contents = {path: path.read_bytes() for path in (partial / BUILD, *partial.glob("unit-*.json"))}
+    for path in contents:
+        path.unlink()
+    try:
+        yield
+    except BaseException:
+        for path, content in contents.items():
+            path.write_bytes(content)
+        raise
 
 
 def _write_manifest(

@@ -45,7 +45,7 @@ class FolderSource(Source):
 
     def __init__(self, name: str, root: Path, config: DataConfig) -> None:
         super().__init__(name, config)
-        self.root = root
+        self.root, self.inputs = root, [root]
 
     @cached_property
     def _pictures(self) -> list[Path]:

@@ -133,6 +133,7 @@ class Source:
 
     Attributes:
         skipped: what the last iteration over the source left out.
+        inputs: the files or the folder that are read.
 
     Raises:
         UsageError: a condition in `config.where` is malformed.
@@ -140,6 +141,7 @@ class Source:
 
     def __init__(self, name: str, config: DataConfig) -> None:
         self.name, self.config, self.skipped = name, config, Skipped()
+        self.inputs: list[Path] = []
         self.conditions = parse_conditions(config.where)
 
     def count_units(self) -> int:

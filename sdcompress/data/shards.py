@@ -54,7 +54,7 @@ class ShardSource(Source):
 
     def __init__(self, name: str, paths: list[Path], config: DataConfig) -> None:
         super().__init__(name, config)
-        self.paths = paths
+        self.paths = self.inputs = paths
         for path in paths:
             try:
                 check_regular(path, DataError)

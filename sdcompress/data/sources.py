@@ -61,7 +61,9 @@ def _open_folder(folder: Path, config: DataConfig) -> Source:
     """Returns the source of a folder: of its shards where it has any, else of its pictures."""
     shards = sorted(p for p in folder.iterdir() if p.name.endswith(SHARD_SUFFIXES))
     if shards:
-        return ShardSource(folder.name, shards, config)
+        source = ShardSource(folder.name, shards, config)
+        source.inputs = [folder, *shards]  # a shard may be a link
+        return source
     if not any(p.suffix.lower() in PICTURE_SUFFIXES for p in folder.rglob("*")):
         raise DataError(
             "holds no picture and no shard",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.manifest import Manifest, cache_folder, staged, write_manifest
+from sdcompress_engines.manifest import Manifest, cache_folder, write_manifest
+from sdcompress_engines.output_folders import staged
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners.base import Runner
 
@@ -51,7 +52,7 @@ def compile_unet(
             ArtifactError, StorageError: the output.
     """
     started = time.monotonic()
-    with staged(output, force) as folder:
+    with staged(output, force, [loaded.folder]) as folder:
         with report.task(f"compiling the UNet of {loaded.name} for {device}"), silence():
             _compile(loaded.pipeline.unet, folder / PACKAGE, device, precision)
         seconds = time.monotonic() - started

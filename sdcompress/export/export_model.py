@@ -12,12 +12,13 @@ from sdcompress_engines.build_options import BuildOptions, check_options
 from sdcompress_engines.builder import newest_opset, targets
 from sdcompress_engines.errors import DataError, UsageError
 from sdcompress_engines.flavour import Flavour, choose_flavour, present_card
-from sdcompress_engines.manifest import check_free, sha256_file, staged
+from sdcompress_engines.manifest import sha256_file
+from sdcompress_engines.output_folders import check_file, check_free, staged
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.data.records import read_prompt_lines
 from sdcompress.export.components import DTYPES
-from sdcompress.export.onnx import ExportResult, export_onnx
+from sdcompress.export.onnx import ExportResult, export_onnx, failed_place
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 from sdcompress.export.quantize.precisions import unsupported
 from sdcompress.export.settings import check_components
@@ -26,7 +27,7 @@ from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import fuse_lora, parse_lora
 from sdcompress.lora.names import unet_modules
 from sdcompress.models.load import LoadedPipeline, load_pipeline
-from sdcompress.models.locate import read_unet_config
+from sdcompress.models.locate import local_paths, read_unet_config
 
 if TYPE_CHECKING:
     from sdcompress.export.components import Precision
@@ -113,7 +114,10 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
         UsageError, BackendMissing, EngineError: the request does not fit the model or this machine.
         ArtifactError: `output` is in the way. What `export_onnx` and `build_engines` raise passes through.
     """
-    check_free(output, request.force)
+    inputs = _inputs(model, request.loras)
+    check_free(output, request.force, inputs)
+    if request.keep_failed:
+        check_free(failed_place(output), force=True, inputs=inputs)
     library = None if request.engines is None else _check_engines(model, request.engines, request.precision)
     if request.components:
         check_components(request.components, request.host)
@@ -136,9 +140,8 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
     if request.engines is None or library is None:
         graphs = export_onnx(loaded.pipeline, output, force=request.force, **settings)
         return ModelExport(name, graphs, None, time.monotonic() - started)
-    failed = output.absolute().with_name(f"{output.name}.failed")
-    with staged(output, request.force) as folder:
-        graphs = export_onnx(loaded.pipeline, folder / "onnx", failed_folder=failed, **settings)
+    with staged(output, request.force, inputs) as folder:
+        graphs = export_onnx(loaded.pipeline, folder / "onnx", failed_folder=failed_place(output), **settings)
         del loaded  # the build needs the memory
         engines = build_engines(
             folder / "onnx",
@@ -150,6 +153,10 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
             report=report,
         )
     return ModelExport(name, graphs, engines, time.monotonic() - started)
+
+
+def _inputs(model: str, loras: Sequence[str]) -> list[Path]:
+    return [*local_paths(model), *(parse_lora(text)[0] for text in loras)]
 
 
 def _check_engines(model: str, request: EngineRequest, precision: str | None) -> Flavour:
@@ -189,6 +196,7 @@ def export_checkpoint(
     """
     from sdcompress.checkpoints.write import export_ldm
 
+    check_file(output, _inputs(model, loras), replace=force)
     loaded = load_pipeline(model)
     _fuse_loras(loaded, [parse_lora(text) for text in loras])
     metadata = {"sdcompress.pipeline_sha256": loaded.sha256}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdcompress_engines.errors import GateFailed
-from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import Manifest, require_space, staged, write_manifest
+from sdcompress_engines.manifest import Manifest, write_manifest
+from sdcompress_engines.output_folders import check_free, replace_folder, require_space, staged
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.export.components import DTYPES, Precision, Runtime, part_of
@@ -85,7 +84,9 @@ def export_onnx(
     settings = choose_settings(pipeline, precision, components, host, runtime, opset)
     _report_kept_precisions(settings, report)
     require_space(output.parent, _needed_bytes(pipeline, settings), "the ONNX export")
-    with staged(output, force) as folder:
+    if keep_failed:
+        check_free(failed_folder or failed_place(output), force=True)
+    with staged(output, force, [reuse] if reuse else []) as folder:
         save_small_parts(pipeline, folder / "pipeline")
         sha256 = {component: sha256_weights(part_of(pipeline, component)) for component in settings.precisions}
         exporter = ComponentExporter(pipeline, settings, sha256, folder, reuse, calibration_prompts, report)
@@ -97,6 +98,11 @@ def export_onnx(
             _check_gates(pipeline, settings, folder, exported, report)
     parity = {component: each.parity for component, each in exported.items()}
     return ExportResult(output, manifest, parity, {component: each.seconds for component, each in exported.items()})
+
+
+def failed_place(output: Path) -> Path:
+    """Returns the folder in which graphs that failed a gate are kept."""
+    return output.absolute().with_name(f"{output.absolute().name}.failed")
 
 
 def _report_kept_precisions(settings: ExportSettings, report: Reporter) -> None:
@@ -163,7 +169,6 @@ def _kept_where_failed(folder: Path, output: Path, keep: bool, failed_folder: Pa
     except GateFailed as error:
         if not keep:
             raise
-        kept = failed_folder or output.absolute().with_name(f"{output.name}.failed")
-        shutil.rmtree(kept, ignore_errors=True)
-        replace_file(folder, kept)
+        kept = failed_folder or failed_place(output)
+        replace_folder(folder, kept)
         raise GateFailed(error.what, expected=error.expected, hint=f"the graphs are kept in {kept}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sdcompress_engines.files import write_atomically
 
 from sdcompress.export.components import config_of
 from sdcompress.support.pipeline import TextToImagePipeline
@@ -30,7 +31,7 @@ def save_small_parts(pipeline: TextToImagePipeline, folder: Path) -> None:
     index |= {name: [None, None] for name in _NOT_EXPORTED if name in index}
     if "requires_safety_checker" in index:
         index["requires_safety_checker"] = False
-    index_path.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_atomically(index_path, json.dumps(index, indent=1) + "\n")
     for name, part in pipeline.components.items():
         if index.get(name, [None])[0] is not None and part is not None:
             _save_config(part, folder / name)

@@ -14,13 +14,8 @@ from typing import Any
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import targets
 from sdcompress_engines.flavour import choose_flavour, present_card
-from sdcompress_engines.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    sha256_file,
-    staged,
-    write_manifest,
-)
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, sha256_file, write_manifest
+from sdcompress_engines.output_folders import staged
 from sdcompress_engines.profiles import PRESETS, ShapeRanges, check_ranges, parse_profile
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
@@ -123,7 +118,7 @@ def build_engines(
     store = store or EngineStore()
     engines: dict[str, StoredEngine] = {}
     builds: dict[str, BuiltEngine] = {}
-    with staged(output, force) as folder:
+    with staged(output, force, [onnx_folder]) as folder:
         for component in chosen:
             engines[component], reused = builder.get_or_build(component, store)
             builds[component] = BuiltEngine.of(engines[component], reused)

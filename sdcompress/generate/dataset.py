@@ -8,10 +8,9 @@ bytes as a run that was never stopped.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress.backends.registry import backend_name
 from sdcompress.generate.output_folder import KIND, METADATA, claim_folder, list_missing, write_file
 from sdcompress.generate.settings import SAVE_OPTIONS, GenerateSettings
-from sdcompress.models.locate import hash_pipeline, locate_pipeline
+from sdcompress.models.locate import hash_pipeline, local_paths, locate_pipeline
+from sdcompress.support.pictures import encode_picture
 from sdcompress.support.quiet import quiet
 
 
@@ -68,6 +68,7 @@ def generate_dataset(
     settings: GenerateSettings,
     *,
     force: bool = False,
+    inputs: Iterable[Path] = (),
     report: Reporter = SILENT,
 ) -> GeneratedSet:
     """Draw a data set: picture files, `metadata.jsonl`, the settings and, last, a manifest.
@@ -79,7 +80,8 @@ def generate_dataset(
         prompts: what the pictures show, in turn.
         output: folder of the data set.
         settings: of the pictures.
-        force: replace what is in `output` where it is something else, or a set of other settings.
+        force: replace a set of other settings, or another output of sdcompress, in `output`.
+        inputs: files that the prompts came from.
         report: shows the progress.
 
     Raises:
@@ -100,14 +102,22 @@ def generate_dataset(
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
     }
     names = [f"{i:06d}.{settings.picture_format}" for i in range(settings.count)]
-    manifest = claim_folder(output, identity, names, force)
-    if manifest is not None:
-        report.show_line(f"data set: {output} is complete already")
-        return GeneratedSet(output, manifest, 0, 0.0)
-    started = time.monotonic()
-    drawn = _draw_missing(teacher, prompts, output, names, settings, report)
-    rows = (
-        {
+    with claim_folder(output, identity, names, force, [*local_paths(teacher), *inputs]) as manifest:
+        if manifest is not None:
+            report.show_line(f"data set: {output} is complete already")
+            return GeneratedSet(output, manifest, 0, 0.0)
+        started = time.monotonic()
+        drawn = _draw_missing(teacher, prompts, output, names, settings, report)
+        rows = (json.dumps(row) + "\n" for row in _describe(names, prompts, settings))
+        write_file(output / METADATA, "".join(rows).encode())
+        manifest = _write_manifest(output, identity, names, min(len(prompts), settings.count))
+    return GeneratedSet(output, manifest, drawn, time.monotonic() - started)
+
+
+def _describe(names: list[str], prompts: Sequence[str], settings: GenerateSettings) -> Iterator[dict[str, Any]]:
+    """Yields the row of each picture in `metadata.jsonl`."""
+    for i, name in enumerate(names):
+        yield {
             "file_name": name,
             "text": prompts[i % len(prompts)],
             "seed": settings.seed + i,
@@ -115,12 +125,6 @@ def generate_dataset(
             "steps": settings.steps,
             "guidance_scale": settings.guidance_scale,
         }
-        for i, name in enumerate(names)
-    )
-    with storage_errors(output):
-        write_file(output / METADATA, "".join(json.dumps(row) + "\n" for row in rows).encode())
-        manifest = _write_manifest(output, identity, names, min(len(prompts), settings.count))
-    return GeneratedSet(output, manifest, drawn, time.monotonic() - started)
 
 
 def _find_device() -> str:
@@ -151,6 +155,7 @@ def _draw_missing(
         return 0
     if len(missing) < len(names):
         report.show_line(f"data set: continuing after {len(names) - len(missing):,} of {len(names):,} pictures")
+    suffix, options = f".{settings.picture_format}", SAVE_OPTIONS[settings.picture_format]
     pipeline = open_pipeline(teacher, settings.backend, report=report)
     try:
         lacking = set(missing)
@@ -170,17 +175,11 @@ def _draw_missing(
                 written = [i for i in batch if i in lacking]
                 with storage_errors(output):
                     for i in written:
-                        write_file(output / names[i], _encode_picture(pictures[i - first], settings.picture_format))
+                        write_file(output / names[i], encode_picture(pictures[i - first], suffix, **options))
                 advance(len(written))
     finally:
         close_pipeline(pipeline)
     return len(missing)
-
-
-def _encode_picture(picture: Image.Image, picture_format: str) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, picture_format, **SAVE_OPTIONS[picture_format])
-    return buffer.getvalue()
 
 
 def _write_manifest(output: Path, identity: dict[str, Any], names: list[str], prompt_count: int) -> Manifest:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError, storage_errors
-from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import Manifest, check_free, faults, read_manifest, sha256_file
+from sdcompress_engines.files import parents_made, replace_file
+from sdcompress_engines.leftovers import remove_leftovers
+from sdcompress_engines.manifest import Manifest, faults, read_manifest, sha256_file
+from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside, staged
 
 KIND = "dataset"
 """Kind of the manifest."""
@@ -18,40 +22,50 @@ METADATA = "metadata.jsonl"
 _TEMPORARY = ".part"
 
 
-def claim_folder(output: Path, identity: dict[str, Any], names: list[str], force: bool) -> Manifest | None:
-    """Prepare the output folder: empty, or with complete pictures of the same settings.
+@contextmanager
+def claim_folder(
+    output: Path, identity: dict[str, Any], names: list[str], force: bool, inputs: Iterable[Path] = ()
+) -> Iterator[Manifest | None]:
+    """Prepare the output folder for the block: empty, or with complete pictures of the same settings.
+
+    After an error before the first picture the folder is as it was before.
 
     Args:
         output: the folder.
         identity: what decides the pictures.
         names: file names of all pictures.
-        force: replace what is in the folder where it is anything but a set of these settings.
+        force: replace a set of other settings, or another output of sdcompress.
+        inputs: what the pictures are made from.
 
-    Returns:
+    Yields:
         The manifest of a finished set, or None where pictures have to be drawn.
 
     Raises:
-        ArtifactError: something else is in the folder, or a set of other settings.
+        ArtifactError: something else is in the folder, a set of other settings, or one of the inputs.
         StorageError: the folder cannot be written.
     """
-    if not force or output.is_file():
-        _refuse_other(output, identity)
-    recorded = _read_settings(output)
-    with storage_errors(output):
-        if recorded != identity:
-            if output.exists():
+    _check_folder(output, identity, force, inputs)
+    continues = _read_settings(output) == identity
+    with storage_errors(output), parents_made(output), nullcontext() if continues else moved_aside(output):
+        if not continues:
+            with staged(output) as folder:
+                write_file(folder / SETTINGS, json.dumps(identity, indent=1).encode())
+        try:
+            yield _find_finished(output, names)
+        except BaseException:
+            if {path.name for path in output.iterdir()} == {SETTINGS}:
                 shutil.rmtree(output)
-            output.mkdir(parents=True)
-            write_file(output / SETTINGS, json.dumps(identity, indent=1).encode())
-            return None
-        for stray in output.glob(f"*{_TEMPORARY}"):
-            stray.unlink()
-        manifest = _read_manifest(output)
-        if manifest is None:
-            return None
-        if not faults(output, KIND):
-            return manifest
-        _remove_damaged(output, manifest, names)
+            raise
+
+
+def _find_finished(output: Path, names: list[str]) -> Manifest | None:
+    """Returns the manifest of a whole set. Of another one, files that were not finished or were damaged are removed."""
+    for stray in output.glob(f"*{_TEMPORARY}"):
+        stray.unlink()
+    manifest = _read_manifest(output)
+    if manifest is None or not faults(output, KIND):
+        return manifest
+    _remove_damaged(output, manifest, names)
     return None
 
 
@@ -75,30 +89,37 @@ def write_file(path: Path, payload: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _refuse_other(output: Path, identity: dict[str, Any]) -> None:
-    """Refuse a folder that holds something else, or a set of other settings.
+def _check_folder(output: Path, identity: dict[str, Any], force: bool, inputs: Iterable[Path]) -> None:
+    """Refuse what `claim_folder` refuses, before anything is written. The arguments are the same."""
+    if not output.is_symlink() and _read_settings(output) == identity:
+        check_inputs(output, inputs)
+        remove_leftovers(output)
+        return
+    if not force:
+        _refuse_other(output, identity)
+    check_free(output, force=force or _is_begun(output), inputs=inputs)
 
-    Settings without a picture do not count: a run that stopped before its first picture can be replaced.
-    """
-    begun = output.is_dir() and any(
-        path.name != SETTINGS and not path.name.endswith(_TEMPORARY) for path in output.iterdir()
-    )
+
+def _is_begun(output: Path) -> bool:
+    """Returns whether a run stopped in the folder before its first picture; it can be replaced."""
+    return output.is_dir() and all(path.name == SETTINGS or path.name.endswith(_TEMPORARY) for path in output.iterdir())
+
+
+def _refuse_other(output: Path, identity: dict[str, Any]) -> None:
+    """Refuse a set of other settings, and name them."""
     recorded = _read_settings(output)
-    if recorded is None:
-        if begun or not output.is_dir():
-            check_free(output)
+    if recorded is None or _is_begun(output):
         return
     differing = [
         f"{key}: {_shorten(recorded.get(key))} in the folder, {_shorten(value)} now"
         for key, value in identity.items()
         if recorded.get(key) != value
     ]
-    if differing and begun:
-        raise ArtifactError(
-            f"holds a data set of other settings ({'; '.join(differing)})",
-            where=output,
-            hint="use the same settings to continue it, --force to replace it, or another -o",
-        )
+    raise ArtifactError(
+        f"holds a data set of other settings ({'; '.join(differing)})",
+        where=output,
+        hint="use the same settings to continue it, --force to replace it, or another -o",
+    )
 
 
 def _shorten(value: object) -> str:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.files import sync
 from sdcompress_engines.paths import is_link
 
 from sdcompress.hosts.entry import Entry, Item
@@ -41,6 +42,7 @@ def copy_beside(item: Item, target: Path) -> Path:
             while chunk := source.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 output.write(chunk)
+        sync(partial)
         if digest.hexdigest() != item.entry.sha256:
             raise ArtifactError("changed while it was copied", where=item.source, hint="run the same command again")
     except BaseException:

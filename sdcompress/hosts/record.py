@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError, shorten
-from sdcompress_engines.files import check_regular, replace_file
+from sdcompress_engines.files import check_regular, replace_file, sync, write_atomically
 from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import canonical
 from sdcompress_engines.paths import file_inside, is_link, is_plain_path
@@ -113,9 +112,10 @@ def write_record(path: Path, record: Record) -> None:
         for name, entry in sorted(record.files.items())
     }
     text = json.dumps(content | {"seal": hashlib.sha256(canonical(content)).hexdigest()}, indent=1) + "\n"
-    partial = create_partial(path)
+    partial = create_partial(path)  # by a name that a later uninstall finds
     try:
         partial.write_text(text, encoding="utf-8")
+        sync(partial)
         replace_file(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -134,5 +134,5 @@ def back_up_record(path: Path) -> Path:
         for number in range(1, 10_000)
         if not os.path.lexists(place := path.with_name(f"{path.name}.broken-{number}"))
     )
-    shutil.copyfile(path, backup)
+    write_atomically(backup, path.read_bytes())
     return backup

@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath
 
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import MANIFEST_NAME, require_space
+from sdcompress_engines.manifest import MANIFEST_NAME
+from sdcompress_engines.output_folders import require_space
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.hosts.conflicts import check_stale, check_target

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from sdcompress_engines.errors import ModelError, UsageError, shorten, storage_errors
-from sdcompress_engines.files import replace_file
+from sdcompress_engines.errors import ModelError, UsageError, shorten
 from sdcompress_engines.ldm_keys import ldm_unet_keys
+from sdcompress_engines.output_folders import staged_file
 
 from sdcompress.checkpoints.tensor_files import COPY_AGAIN
 from sdcompress.checkpoints.weights import Weights, open_weights
@@ -226,12 +226,6 @@ def write_lora(layers: Layers, path: Path, naming: str, metadata: Mapping[str, s
                 f"{component}.{name}.lora_A.weight": layer.down,
                 f"{component}.{name}.lora_B.weight": layer.up * (layer.alpha / layer.rank),
             }
-    with storage_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        entries = {"format": "pt"} | dict(metadata or {})
-        try:
-            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata=entries)
-            replace_file(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    entries = {"format": "pt"} | dict(metadata or {})
+    with staged_file(path) as partial:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=entries)

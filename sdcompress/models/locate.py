@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,21 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     raise UsageError(
         "does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}"
     )
+
+
+def local_paths(*names_or_paths: str | Path) -> list[Path]:
+    """Returns the pipeline folders and files on this machine that names and paths lead to; nothing is downloaded.
+
+    Args:
+        names_or_paths: as for `locate_pipeline`; those that lead to nothing here are left out.
+    """
+    found = []
+    for name in map(str, names_or_paths):
+        path = Path(name).expanduser()
+        if name not in BUILT_IN and os.path.exists(path):
+            has_pipeline = not (path / "model_index.json").is_file() and (path / "pipeline/model_index.json").is_file()
+            found.append(path / "pipeline" if has_pipeline else path)
+    return found
 
 
 def _download(repository: str) -> Path:

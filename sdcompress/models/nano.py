@@ -10,7 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.manifest import cache_folder, read_manifest, sha256_tree, staged
+from sdcompress_engines.manifest import cache_folder, read_manifest, sha256_tree
+from sdcompress_engines.output_folders import staged, unless_present
 
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 
@@ -44,7 +45,7 @@ def pipeline_folder(name: str) -> Path:
     unet = ASSETS / "tiny"
     target = cache_folder() / f"{name}-{sha256_tree(unet)[:12]}"
     if not target.is_dir():
-        with staged(target) as out:
+        with unless_present(target), staged(target) as out:
             shutil.copytree(teacher_folder(), out, ignore=shutil.ignore_patterns("unet"), dirs_exist_ok=True)
             shutil.copytree(unet, out / "unet")
     return target

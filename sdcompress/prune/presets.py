@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,11 @@ def _fits(name: str, teacher: dict[str, Any]) -> bool:
 def _check_removal(plan: BlockPlan) -> None:
     if plan.removes_nothing:
         raise PlanError("removes nothing here: the UNet has no more blocks than the plan keeps")
+
+
+def plan_files(*names_or_paths: str | None) -> list[Path]:
+    """Returns the files among presets and paths of plans, as `read_plan` takes them."""
+    return [Path(name) for name in names_or_paths if name and os.path.isfile(name)]
 
 
 def _normalize_config(config: UNetConfig) -> dict[str, Any]:

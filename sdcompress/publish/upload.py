@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdcompress_engines.errors import ArtifactError, UsageError
-from sdcompress_engines.manifest import staged
+from sdcompress_engines.files import write_atomically
+from sdcompress_engines.output_folders import staged
 
 from sdcompress.publish.finished_model import CARD, PICTURE
 
@@ -19,20 +20,21 @@ if TYPE_CHECKING:
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests")
 
 
-def write_card(output: Path, text: str, picture: Path | None) -> None:
+def write_card(output: Path, text: str, picture: Path | None, inputs: Iterable[Path] = ()) -> None:
     """Write the card and the picture in it to a folder of their own.
 
     Args:
         output: the new folder.
         text: of the card.
         picture: None where the card shows none.
+        inputs: the folder of the model.
 
     Raises:
-        ArtifactError: the folder exists and is not empty.
+        ArtifactError: the folder exists and is not empty, or lies in the model's.
         StorageError: there is no space or no permission.
     """
-    with staged(output) as out:
-        (out / CARD).write_text(text, encoding="utf-8")
+    with staged(output, inputs=inputs) as out:
+        write_atomically(out / CARD, text)
         if picture:
             shutil.copyfile(picture, out / PICTURE)
 

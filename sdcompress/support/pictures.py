@@ -1,11 +1,16 @@
-"""Picture files that a person or an artifact names, before they go into a page or to the hub."""
+"""Pictures as bytes and as files; those of others are checked before they go into a page or to the hub."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import ArtifactError
-from sdcompress_engines.files import check_regular
+from sdcompress_engines.files import check_regular, write_atomically
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _MOST_MIB = 64
 _SIGNATURES = {
@@ -36,3 +41,31 @@ def read_picture(path: Path) -> tuple[bytes, str]:
         if content[start : start + len(signature)] == signature:
             return content, media_type
     raise ArtifactError("is no picture", where=path, expected="a PNG, JPEG or WebP file")
+
+
+def encode_picture(picture: Image.Image, suffix: str, **options: Any) -> bytes:
+    """Returns a picture as the content of a file.
+
+    Args:
+        picture: in a mode that the format has.
+        suffix: of the file's name, such as `.png`; it chooses the format.
+        options: Pillow's, of the format.
+    """
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    picture.save(buffer, Image.registered_extensions()[suffix.lower()], **options)
+    return buffer.getvalue()
+
+
+def save_picture(picture: Image.Image, path: Path, **options: Any) -> None:
+    """Write a picture by `write_atomically`. Pillow's own writer would hide why a write failed.
+
+    Args:
+        picture, options: see `encode_picture`.
+        path: the file; its folder is there.
+
+    Raises:
+        OSError: no space, no permission, or the file is in use.
+    """
+    write_atomically(path, encode_picture(picture, path.suffix, **options))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 from sdcompress_engines.errors import ArtifactError, TrainingError, shorten, storage_errors
-from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import Manifest, faults, read_manifest, write_manifest
+from sdcompress_engines.output_folders import replace_folder
 from torch import nn
 
 from sdcompress.checkpoints.tensor_files import is_dense, one_error, read_pickle
@@ -76,9 +79,8 @@ class Checkpoints:
         """
         target = self.folder / f"{PREFIX}{step:08d}"
         staging = self.folder / f".{PREFIX}{step:08d}.partial"
-        with storage_errors(target):
+        with storage_errors(target), _removed_after(staging):
             if self.accelerator.is_main_process:
-                shutil.rmtree(staging, ignore_errors=True)
                 staging.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             scaler = self.accelerator.scaler
@@ -100,9 +102,7 @@ class Checkpoints:
         """Write the manifest, rename `staging` to `target` and delete the checkpoints that are not kept."""
         identity = json.loads(json.dumps(self.identity))
         write_manifest(staging, "checkpoint", config={"step": step, "identity": identity})
-        if target.exists():
-            shutil.rmtree(target)
-        replace_file(staging, target)
+        replace_folder(staging, target)
         for old in list_checkpoints(self.folder)[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -222,6 +222,18 @@ def _find_optimizer_faults(stored: Any, optimizer: Any) -> list[str]:
             if not is_dense(value) or (name in AVERAGES and value.shape != shapes[place])
         ]
     return faults
+
+
+@contextmanager
+def _removed_after(staging: Path) -> Iterator[None]:
+    """Remove a staging folder on the main process: that of a killed run before the block, and a failed one after it."""
+    try:
+        if PartialState().is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
+        yield
+    finally:
+        if PartialState().is_main_process:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -28,7 +28,7 @@ from sdcompress.train.pipelines import (
     with_unet,
 )
 from sdcompress.train.precision import copy_frozen
-from sdcompress.train.run_folder import run_folder, write_once, write_recipe
+from sdcompress.train.run_folder import run_folder, write_recipe
 
 if TYPE_CHECKING:
     from sdcompress.models.load import LoadedPipeline
@@ -64,25 +64,21 @@ def distill(
         TrainingError: divergence, or a resume of another run.
     """
     pipeline: Any = teacher.pipeline
-    with run_folder(output, resume=resume, force=force), storage_errors(output):
-        write_once(output / "plan.json", plan.to_json())
-        write_recipe(config, output)
+    inputs = [teacher.folder, cache.folder]
+    with run_folder(output, resume=resume, force=force, inputs=inputs, result=PIPELINE), storage_errors(output):
+        write_recipe(config, output, plan.to_json())
         torch.manual_seed(config.seed)
         student = build_student(pipeline.unet, plan).float()
         objective = make_objective(pipeline.unet, student, plan, config)
-        identity = {
-            "teacher": teacher.sha256,
-            "plan": json.loads(plan.to_json()),
-            "data": cache.sha256,
-            "config": config.model_dump(mode="json"),
-        }
+        described = json.loads(plan.to_json())
+        identity = {"teacher": teacher.sha256, "plan": described, "data": cache.sha256}
         result = train(
             student,
             objective,
             Batches(cache, make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config),
             config,
             output,
-            identity,
+            identity | {"config": config.model_dump(mode="json")},
             frozen=objective.teacher,
             sampler=make_sampler(lambda unet: with_unet(pipeline, unet), config, output, cache.size_px),
             label="distill",
@@ -90,7 +86,7 @@ def distill(
         )
         if PartialState().is_main_process:
             manifest = describe_training(teacher, cache, config, result, role="teacher")
-            manifest["config"] = {"plan": identity["plan"]} | manifest["config"]
+            manifest["config"] = {"plan": described} | manifest["config"]
             finished, folder = with_unet(pipeline, student.cpu().eval()), output / PIPELINE
             save_pipeline(finished, folder, "student", precision=config.save_precision, force=True, **manifest)
     return result

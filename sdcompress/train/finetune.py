@@ -57,7 +57,8 @@ def finetune(
         UsageError: the batch does not divide over the processes, or an option does not fit them.
     """
     pipeline: Any = model.pipeline
-    with run_folder(output, resume=resume, force=force), storage_errors(output):
+    inputs = [model.folder, cache.folder]
+    with run_folder(output, resume=resume, force=force, inputs=inputs, result=PIPELINE), storage_errors(output):
         write_recipe(config, output)
         torch.manual_seed(config.seed)
         unet = copy.deepcopy(pipeline.unet).float().requires_grad_(True)

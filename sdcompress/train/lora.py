@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 from sdcompress_engines.errors import ModelError, UsageError, storage_errors
-from sdcompress_engines.manifest import staged, write_manifest
+from sdcompress_engines.manifest import write_manifest
+from sdcompress_engines.output_folders import staged
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
@@ -91,7 +92,8 @@ def train_lora(
         raise ModelError(
             "the two text encoders of SDXL cannot be trained", where=model.name, hint="--set text_encoder=false"
         )
-    with run_folder(output, resume=resume, force=force), storage_errors(output):
+    inputs = [model.folder, cache.folder]
+    with run_folder(output, resume=resume, force=force, inputs=inputs, result=LORA), storage_errors(output):
         write_recipe(config, output)
         torch.manual_seed(config.seed)
         trained = make_adapted_network(pipeline, config)

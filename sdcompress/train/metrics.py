@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from sdcompress_engines.errors import ArtifactError, TrainingError
+from sdcompress_engines.files import append_line, write_atomically
 from sdcompress_engines.json_files import parse_json
 
 from sdcompress.train.checkpoint import CHECKPOINTS, flatten, list_checkpoints
@@ -54,8 +55,7 @@ class MetricsLog:
             "grad_norm": grad_norm,
         } | losses
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rounded) + "\n")
+        append_line(self.path, json.dumps(rounded))
         self.accelerator.log(line, step=step)
 
 
@@ -102,7 +102,7 @@ def keep_lines_up_to(path: Path, step: int) -> None:
     if path.is_file():
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for line in lines if (found := _read_step(line)) is not None and found <= step]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def _read_step(line: str) -> int | None:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import storage_errors
-from sdcompress_engines.manifest import staged, write_manifest
+from sdcompress_engines.files import write_atomically
+from sdcompress_engines.manifest import write_manifest
+from sdcompress_engines.output_folders import staged
 from torch import nn
 
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
+from sdcompress.support.pictures import save_picture
 from sdcompress.support.quiet import quiet
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.loop import Sampler, TrainResult
@@ -99,7 +102,7 @@ def _remove_source_paths(folder: Path) -> None:
     for config in folder.rglob("*.json"):
         content = json.loads(config.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            config.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_atomically(config, json.dumps(content, indent=2) + "\n")
 
 
 def make_sampler(
@@ -131,6 +134,6 @@ def make_sampler(
         trained.train(was_training)
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)
-            grid(pictures).save(folder / f"step-{step:06d}.webp", quality=90)
+            save_picture(grid(pictures), folder / f"step-{step:06d}.webp", quality=90)
 
     return draw_samples

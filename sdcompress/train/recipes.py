@@ -44,6 +44,11 @@ def recipe_path(recipe: str | Path) -> Path:
     return path
 
 
+def recipe_files(*recipes: str | None) -> list[Path]:
+    """Returns the files among names and paths of recipes, as `recipe_path` takes them."""
+    return [Path(recipe) for recipe in recipes if recipe and Path(recipe).suffix in (".yaml", ".yml")]
+
+
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
     """Returns a recipe's values as they are in the file, unchecked.
 

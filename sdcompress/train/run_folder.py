@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from sdcompress_engines.errors import (
-    ArtifactError,
-    BackendMissing,
-    ModelError,
-    PlanError,
-    StorageError,
-    UsageError,
-    storage_errors,
-)
+from sdcompress_engines.errors import ArtifactError, SdCompressError, StorageError, storage_errors
+from sdcompress_engines.files import parents_made, replace_file, write_atomically
+from sdcompress_engines.leftovers import OLD, temporary_path
 from sdcompress_engines.locks import HeldLock, try_lock
-from sdcompress_engines.manifest import check_free
+from sdcompress_engines.output_folders import check_free, check_inputs
 
-from sdcompress.train.checkpoint import CHECKPOINTS
+from sdcompress.train.checkpoint import CHECKPOINTS, list_checkpoints
 from sdcompress.train.config import TrainConfig
 
 LOCK = ".lock"
@@ -30,91 +24,130 @@ RECIPE = "recipe.json"
 
 
 @contextmanager
-def run_folder(output: Path, *, resume: bool, force: bool) -> Iterator[None]:
+def run_folder(
+    output: Path, *, resume: bool, force: bool, inputs: Iterable[Path] = (), result: str | None = None
+) -> Iterator[None]:
     """Create and lock the training folder, for the block; the processes of one run enter and leave it together.
 
-    If the run cannot begin, because of a wrong option, plan or model or a missing backend, a new folder is removed
-    again. A folder with checkpoints is never removed.
+    A run that ends by an error before its first checkpoint leaves nothing: what it wrote is removed, and with `force`
+    the older run is put back. A folder with checkpoints is never removed.
 
     Args:
         output: the training folder.
         resume: continue the run in the folder.
-        force: delete what is in the folder.
+        force: replace the run in the folder.
+        inputs: what the run reads.
+        result: the folder in `output` that a finished run replaces.
 
     Raises:
-        ArtifactError: the folder is not empty (with neither `resume` nor `force`), or another run is using it.
+        ArtifactError: as `check_free` (without `resume`) and `check_inputs`, or another run is using the folder.
         StorageError: no space, no permission, or a file system without locks.
     """
     state = PartialState(cpu=not torch.cuda.is_available())
-    lock, new = _lock_folder(output, resume, force) if state.is_main_process else (None, False)
-    state.wait_for_everyone()
-    try:
+    owned = _own_folder(output, resume, force, inputs, result) if state.is_main_process else nullcontext()
+    with owned:
+        state.wait_for_everyone()
         yield
         state.wait_for_everyone()
-    except (UsageError, BackendMissing, ModelError, PlanError):
-        if lock is not None and new and not (output / CHECKPOINTS).is_dir():
-            _remove_folder(output, lock)
-            lock = None
-        raise
-    finally:
-        if lock is not None:
-            lock.release()
 
 
-def write_recipe(config: TrainConfig, output: Path) -> None:
-    """Write the resolved recipe to the training folder, where it is not there yet."""
-    write_once(output / RECIPE, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+def write_recipe(config: TrainConfig, output: Path, plan: str | None = None) -> None:
+    """Write the resolved recipe to the training folder, and the plan, on the main process.
 
+    Files that are there stay: a refused resume must leave the run's own ones unchanged.
 
-def write_once(path: Path, text: str) -> None:
-    """Write a file, on the main process, unless it exists: a refused resume must leave the run's own file unchanged."""
-    if PartialState().is_main_process and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-
-
-def _lock_folder(output: Path, resume: bool, force: bool) -> tuple[HeldLock, bool]:
-    """Create and lock the folder; with `force`, empty it.
-
-    Returns the lock, and whether everything in the folder is this run's.
+    Args:
+        config: the recipe.
+        output: the training folder.
+        plan: content of `plan.json`; None where the training has no plan.
     """
+    recipe = json.dumps(config.model_dump(mode="json"), indent=1) + "\n"
+    if PartialState().is_main_process:
+        for name, text in ((RECIPE, recipe), ("plan.json", plan)):
+            if text is not None and not (output / name).is_file():
+                write_atomically(output / name, text)
+
+
+@contextmanager
+def _own_folder(output: Path, resume: bool, force: bool, inputs: Iterable[Path], result: str | None) -> Iterator[None]:
+    """Lock the folder for the block, and decide then what of it stays. The arguments are those of `run_folder`."""
     with storage_errors(output):
-        if not resume:
-            check_free(output, force)
-        new = not output.exists()
-        output.mkdir(parents=True, exist_ok=True)
+        if resume:
+            check_inputs(output, inputs)
+        else:
+            check_free(output, force, inputs)
+        if resume and result is not None:
+            check_free(output / result, force=True)
+    with parents_made(output):
+        is_new = not output.exists() or [path.name for path in output.iterdir()] == [LOCK]
+        output.mkdir(exist_ok=True)
+        lock = _take_lock(output, is_new)
+        aside = None
         try:
-            lock = try_lock(output / LOCK, hint="choose another -o, on a local disk")
-        except StorageError:
-            if new:
-                shutil.rmtree(output, ignore_errors=True)
+            if not resume:
+                aside = _move_aside(output)
+            yield
+        except BaseException as error:
+            found = list_checkpoints(output / CHECKPOINTS)
+            if not resume and not found:
+                _restore(output, lock, aside, is_new)
+            elif found and isinstance(error, SdCompressError):
+                raise error.with_hint(f"--resume continues from {found[-1].name}") from error
             raise
-        if lock is None:
-            raise ArtifactError(
-                "another run is using this folder", where=output, hint="wait for it, or choose another -o"
-            )
-        if force and not resume:
-            try:
-                _empty_folder(output)
-            except BaseException:
-                lock.release()
-                raise
-            new = True
-    return lock, new
+        finally:
+            lock.release()
+            if aside is not None:
+                shutil.rmtree(aside, ignore_errors=True)
 
 
-def _empty_folder(output: Path) -> None:
-    """Remove all but the lock file: while it is held, Windows removes neither the file nor the folder."""
-    for path in output.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
+def _take_lock(output: Path, is_new: bool) -> HeldLock:
+    try:
+        lock = try_lock(output / LOCK, hint="choose another -o, on a local disk")
+    except StorageError:
+        if is_new:
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+    if lock is None:
+        raise ArtifactError("another run is using this folder", where=output, hint="wait for it, or choose another -o")
+    return lock
 
 
-def _remove_folder(output: Path, lock: HeldLock) -> None:
-    """Remove the folder and release its lock, as far as possible: the caller raises another error already."""
+def _move_aside(output: Path) -> Path | None:
+    """Move all but the lock file into a folder beside `output`: while it is held, Windows moves neither.
+
+    Returns that folder, in which what was moved lies under the name of `output`; None where there was nothing.
+    """
+    entries = _list_entries(output)
+    if not entries:
+        return None
+    aside = temporary_path(output.absolute(), OLD)
+    (aside / _aside_name(output)).mkdir(parents=True)
+    for path in entries:
+        replace_file(path, aside / _aside_name(output) / path.name)
+    return aside
+
+
+def _restore(output: Path, lock: HeldLock, aside: Path | None, is_new: bool) -> None:
+    """Remove what the run wrote and put an older run back, as far as possible: the caller raises another error."""
     with suppress(OSError):
-        _empty_folder(output)
+        for path in _list_entries(output):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        for path in () if aside is None else _list_entries(aside / _aside_name(output)):
+            replace_file(path, output / path.name)
     with suppress(OSError):
-        lock.discard()
-        output.rmdir()
+        if is_new or aside is None:
+            lock.discard()
+        if is_new:
+            output.rmdir()
+
+
+def _aside_name(output: Path) -> str:
+    """Returns the name of the training folder, also where it is given as `.`."""
+    return output.absolute().name
+
+
+def _list_entries(output: Path) -> list[Path]:
+    return [path for path in output.iterdir() if path.name != LOCK]

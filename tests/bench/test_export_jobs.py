@@ -16,10 +16,11 @@ WORKER = """
 import json, os, time
 from pathlib import Path
 from sdcompress_engines.child_process import receive_message, send_event
+from sdcompress_engines.leftovers import temporary_path
 
 while (job := receive_message()) is not None:
     folder = Path(job["folder"])
-    partial = folder.with_name(f".{folder.name}.1.partial")
+    partial = temporary_path(folder)
     partial.mkdir()
     if job["model"] == "dies":
         os._exit(7)

@@ -103,10 +103,14 @@ def test_a_file_system_without_locks_is_refused_and_no_lock_stays_behind(tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+RECIPE = '{"steps": 1, "batch_size": 1, "learning_rate": 1}'
+
+
 def test_a_training_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
     output = tmp_path / "run"
     for resume, force in ((False, False), (True, False), (False, True)):
         with run_folder(output, resume=resume, force=force):
+            (output / "recipe.json").write_text(RECIPE)
             (output / "metrics.jsonl").touch()
             with (
                 pytest.raises(ArtifactError, match="another run is using this folder"),
@@ -124,6 +128,7 @@ def test_a_training_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 def test_force_keeps_nothing_and_a_run_that_could_not_begin_leaves_no_folder(tmp_path: Path) -> None:
     output = tmp_path / "run"
     (output / "checkpoints").mkdir(parents=True)
+    (output / "recipe.json").write_text(RECIPE)
     (output / "plan.json").touch()
     with run_folder(output, resume=False, force=True):
         assert [path.name for path in output.iterdir()] == [LOCK]

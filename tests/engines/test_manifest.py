@@ -15,15 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdcompress_engines.errors import ArtifactError, StorageError
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import (
-    MANIFEST_NAME,
-    FileEntry,
-    Manifest,
-    faults,
-    read_manifest,
-    staged,
-    write_manifest,
-)
+from sdcompress_engines.manifest import MANIFEST_NAME, FileEntry, Manifest, faults, read_manifest, write_manifest
+from sdcompress_engines.output_folders import staged
 
 from ..hostile_text import NAMES, write_sealed
 
@@ -56,13 +49,14 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
     target = tmp_path / "out"
     target.mkdir()
     (target / "file").write_text("before")
+    write_manifest(target, "results")
 
     def replace(source: Path, place: Path) -> None:
         if source.suffix == ".partial":
             raise PermissionError(13, "in use", str(place))
         replace_file(source, place)
 
-    monkeypatch.setattr("sdcompress_engines.manifest.replace_file", replace)
+    monkeypatch.setattr("sdcompress_engines.output_folders.replace_file", replace)
     with pytest.raises(StorageError), staged(target, force=True) as folder:
         (folder / "file").write_text("after")
     assert (target / "file").read_text() == "before"

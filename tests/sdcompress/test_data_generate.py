@@ -134,7 +134,7 @@ def test_other_settings_are_refused_by_name_and_force_replaces_the_set(
 def test_a_run_stopped_before_its_first_picture_allows_other_settings(random_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
-    (folder / "settings.json.part").write_text("{")
+    (folder / "settings.json").write_text('{"prompts": "other", "picture_format": "png"}')
     with pytest.raises(UsageError, match="steps"):
         generate_dataset(random_folder, PROMPTS, folder, replace(SETTINGS, steps=0))
     assert generate_dataset(random_folder, PROMPTS, folder, replace(SETTINGS, count=1)).drawn == 1

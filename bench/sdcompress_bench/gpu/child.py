@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from sdcompress_engines.errors import BackendMissing, SdCompressError, shorten
+from sdcompress_engines.files import append_line
 
 Row = dict[str, Any]
 BEGUN = "begun"
@@ -120,12 +121,10 @@ class PartRun:
 
     def log(self, text: str) -> None:
         """Add lines to gpu.log."""
-        with (self.folder / "gpu.log").open("a", encoding="utf-8") as file:
-            file.write(f"{text.rstrip()}\n")
+        append_line(self.folder / "gpu.log", text.rstrip())
 
     def _write(self, line: Row) -> None:
-        with (self.folder / "rows.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_line(self.folder / "rows.jsonl", json.dumps(line, allow_nan=False))
 
     def _recover(self, name: str) -> None:
         """Free the memory that a failed row left behind."""

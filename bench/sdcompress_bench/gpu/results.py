@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError, UsageError, storage_errors
-from sdcompress_engines.files import write_atomically
+from sdcompress_engines.files import append_line, write_atomically
 
 from .child import BEGUN, Row
 
@@ -103,8 +103,7 @@ class ResultFile:
         """End a line that a killed process left unfinished, so that the next row does not continue it."""
         content = self.rows_path.read_bytes()
         if content and not content.endswith(b"\n"):
-            with self.rows_path.open("ab") as file:
-                file.write(b"\n")
+            append_line(self.rows_path, "")
 
     @property
     def rows(self) -> list[Row]:
@@ -135,15 +134,14 @@ class ResultFile:
 
     def add(self, row: Row) -> None:
         """Write a row from the program itself."""
-        with self.rows_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_line(self.rows_path, json.dumps(row))
 
     def drop(self, parts: Sequence[int]) -> None:
         """Remove parts and their rows."""
         list(self.read_new())
         self._rows = {key: row for key, row in self._rows.items() if key[0] not in parts}
         self.parts = {number: part for number, part in self.parts.items() if number not in parts}
-        self.rows_path.write_text("".join(json.dumps(row) + "\n" for row in self._rows.values()), encoding="utf-8")
+        write_atomically(self.rows_path, "".join(json.dumps(row) + "\n" for row in self._rows.values()))
         self._offset = self.rows_path.stat().st_size
 
     def write(self) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdcompress_engines.files import write_atomically
+
 from sdcompress.backends.registry import backends
 from sdcompress.support.markdown import code_block, escape_markdown
 from sdcompress.support.pictures import read_picture
@@ -33,7 +35,7 @@ def write_report(results: Results, folder: Path) -> None:
     """
     for name, page in (("report.html", render_html(results, folder)), ("report.md", render_markdown(results))):
         # Text of others may hold halves of characters, which UTF-8 has no bytes for.
-        (folder / name).write_bytes(page.encode("utf-8", "replace"))
+        write_atomically(folder / name, page.encode("utf-8", "replace"))
 
 
 def render_html(results: Results, folder: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import BackendMissing, ExportError, SdCompressError, UsageError, shorten, storage_errors
-from ..files import replace_file
+from ..files import replace_file, sync
 from ..flavour import platform_name
 from ..trust import record_built
 from .aot_package import AxisRange, Facts, missing
@@ -70,6 +70,7 @@ def compile_package(
                 raise
             except Exception as error:  # the compiler's exceptions share no base class
                 raise _compiler_error(error, examples[0].device.type, path) from error
+            sync(Path(compiled))
             replace_file(compiled, path)
     record_built(path)
     return path

@@ -18,7 +18,7 @@ import sdcompress_engines.errors as engines_errors
 from sdcompress_engines.child_process import describe_exit, run_job
 from sdcompress_engines.errors import BackendMissing, ExportError, UsageError, storage_errors
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import require_space
+from sdcompress_engines.output_folders import require_space
 from sdcompress_engines.progress import SILENT, Advance, Reporter
 
 from sdcompress.export.quantize.calibration_checks import check_calibration

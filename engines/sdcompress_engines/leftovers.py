@@ -1,0 +1,100 @@
+"""Temporary names that say which process uses them, and the end of what killed processes have left under them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+PARTIAL, OLD = "partial", "old"
+"""What a temporary name is for: a file or folder that is being written, and a folder that is being replaced."""
+_NAME = re.compile(r"\.(.+)\.(\d{1,10})-([0-9a-f]{6})[0-9a-f]{8}\.(partial|old)(?:\.[^.]*)?")
+
+
+def temporary_path(target: Path, use: str = PARTIAL) -> Path:
+    """Returns an unused hidden path beside `target`, with the process id in its name.
+
+    Args:
+        target: the file or folder that is written or replaced.
+        use: `PARTIAL` or `OLD`.
+    """
+    # The suffix stays, because some writers choose the format by it. Names have at most 255 bytes.
+    suffix = target.suffix if len(target.suffix) <= 16 and target.suffix.isascii() and use == PARTIAL else ""
+    return target.with_name(f".{_shorten(target)}.{os.getpid()}-{_machine()}{uuid.uuid4().hex[:8]}.{use}{suffix}")
+
+
+def bring_back(target: Path) -> None:
+    """Put a folder back that a process moved aside and did not replace, because it was killed between the two renames.
+
+    Args:
+        target: the folder that is missing; without effect where there is something.
+    """
+    for path, use in _left_beside(target):
+        if use == OLD and not os.path.lexists(target) and os.path.lexists(path / target.name):
+            with suppress(OSError):  # another process was faster
+                os.replace(path / target.name, target)
+                path.rmdir()
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed while they wrote `target` have left beside it, as far as possible.
+
+    What a process that runs is using stays, and so does what another machine has written.
+    """
+    for path, use in _left_beside(target):
+        with suppress(OSError):
+            if not path.is_dir():
+                path.unlink()
+            elif use == PARTIAL or {entry.name for entry in path.iterdir()} <= {target.name}:
+                shutil.rmtree(path)
+
+
+def _left_beside(target: Path) -> Iterator[tuple[Path, str]]:
+    """Yields the temporary paths of `target` whose process does not run any more, each with its use."""
+    wanted = _shorten(target)
+    try:
+        names = os.listdir(target.parent)
+    except OSError:
+        return
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match and match[1] == wanted and match[3] == _machine() and not _is_running(int(match[2])):
+            yield target.with_name(name), match[4]
+
+
+def _shorten(target: Path) -> str:
+    return target.name[:40]
+
+
+@cache
+def _machine() -> str:
+    """Returns 6 hex digits that differ between machines and between containers: process ids mean nothing elsewhere."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except (OSError, AttributeError):
+        space = ""
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:6]
+
+
+def _is_running(pid: int) -> bool:
+    """Returns whether a process runs; True where that cannot be found out."""
+    if os.name == "posix":
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        except (OSError, OverflowError):  # another user's process, or no process id of this system
+            return True
+        return True
+    try:  # os.kill would end the process on Windows
+        import psutil
+    except ImportError:
+        return True
+    return bool(psutil.pid_exists(pid))

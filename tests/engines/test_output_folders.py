@@ -1,0 +1,443 @@
+"""Outputs take their place without a loss: no input, no foreign file, no link and no special folder is replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sdcompress_engines.errors import ArtifactError, StorageError
+from sdcompress_engines.leftovers import OLD, temporary_path
+from sdcompress_engines.manifest import MANIFEST_NAME, write_manifest
+from sdcompress_engines.output_folders import check_file, check_free, replace_folder, staged, staged_file
+from sdcompress_engines.output_marks import list_foreign
+
+TRAINING = json.dumps({"steps": 1, "batch_size": 1, "learning_rate": 1e-4})
+
+
+def snapshot(folder: Path) -> dict[str, bytes | str | None]:
+    """Every path below a folder with its content: bytes of a file, target of a link, None of a folder."""
+    return {
+        path.relative_to(folder).as_posix(): os.readlink(path)
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def make_artifact(folder: Path, kind: str = "results") -> Path:
+    """An artifact with one file in a subfolder."""
+    (folder / "part").mkdir(parents=True)
+    (folder / "part/file").write_text("before")
+    write_manifest(folder, kind)
+    return folder
+
+
+def refuse(target: Path, *, force: bool = True, inputs: list[Path] = []) -> ArtifactError:  # noqa: B006
+    """Returns the refusal of `staged`, after a check that nothing above `target` has changed."""
+    place = target.parent
+    before = snapshot(place)
+    with pytest.raises(ArtifactError) as refusal, staged(target, force, inputs):
+        pass
+    assert snapshot(place) == before
+    return refusal.value
+
+
+@pytest.mark.parametrize("leads_to", ["folder", "file", "nothing", "itself"])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_that_is_a_link_is_refused(tmp_path: Path, leads_to: str, force: bool) -> None:
+    make_artifact(tmp_path / "folder")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    if leads_to != "itself":
+        (tmp_path / "link").symlink_to(tmp_path / leads_to)
+    link = tmp_path / ("itself" if leads_to == "itself" else "link")
+    assert "is a link" in str(refuse(link, force=force))
+    with pytest.raises(ArtifactError, match="is a link"):
+        check_file(link)
+
+
+@pytest.mark.parametrize("where", ["same", "above", "inside", "by a link", "linked from inside", "by another case"])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_output_is_apart_from_every_input(tmp_path: Path, where: str, force: bool) -> None:
+    data = make_artifact(tmp_path / "base/data")
+    (tmp_path / "alias").symlink_to(tmp_path / "base")
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "unet").symlink_to(data / "part")
+    if where == "by another case" and not (tmp_path / "BASE").exists():
+        os.symlink(tmp_path / "base", tmp_path / "BASE")  # what a file system that ignores case does by itself
+    target, given = {
+        "same": (data, data),
+        "above": (data, data / "part/file"),
+        "inside": (data / "part/new", data),
+        "by a link": (tmp_path / "alias/data", data),
+        "linked from inside": (data, links),
+        "by another case": (tmp_path / "BASE/data", data / "part"),
+    }[where]
+    assert "which this command reads" in str(refuse(target, force=force, inputs=[given])).replace(
+        "is what this command reads", "which this command reads"
+    )
+
+
+def test_an_output_beside_an_input_is_free(tmp_path: Path) -> None:
+    model = make_artifact(tmp_path / "run/pipeline", "student")
+    with staged(tmp_path / "run/onnx", inputs=[model, tmp_path / "run2", Path("nano")]) as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "run/onnx/new").is_file()
+
+
+def test_force_refuses_what_sdcompress_did_not_write(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(5):
+        (pictures / f"{number}.png").write_text("x")
+    message = str(refuse(pictures))
+    assert "5 files" in message
+    assert "0.png, 1.png, 2.png, ..." in message
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "part/notes.txt", "new/notes.txt", "part/.git", ".env"])
+def test_force_refuses_an_output_with_a_foreign_file(tmp_path: Path, name: str) -> None:
+    folder = make_artifact(tmp_path / "out")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("mine")
+    assert name in str(refuse(folder))
+
+
+@pytest.mark.parametrize("manifest", ["", "{}", "[" * 10_000, '{"kind": "results"}'])
+def test_force_refuses_a_manifest_that_cannot_be_read(tmp_path: Path, manifest: str) -> None:
+    folder = make_artifact(tmp_path / "out")
+    (folder / MANIFEST_NAME).write_text(manifest)
+    refuse(folder)
+
+
+def test_force_refuses_a_manifest_of_an_unknown_kind(tmp_path: Path) -> None:
+    refuse(make_artifact(tmp_path / "out", "holiday"))
+
+
+def test_force_refuses_a_folder_of_several_outputs(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "all/one")
+    make_artifact(tmp_path / "all/two")
+    refuse(tmp_path / "all")
+
+
+@pytest.mark.parametrize("special", ["here", "above", "home", "repository"])
+def test_special_folders_are_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, special: str) -> None:
+    folder = make_artifact(tmp_path / "out")
+    if special == "repository":
+        (folder / ".git").mkdir()
+    elif special == "home":
+        monkeypatch.setenv("HOME", str(folder))
+        monkeypatch.setenv("USERPROFILE", str(folder))
+    else:
+        monkeypatch.chdir(folder if special == "here" else folder / "part")
+    for target in (folder, Path(os.path.relpath(folder))):
+        with pytest.raises(ArtifactError, match=r"is (or holds )?(the folder you are in|your home|a git)"):
+            check_free(target, force=True)
+
+
+def test_the_root_is_never_replaced() -> None:
+    for force in (False, True):
+        with pytest.raises(ArtifactError):
+            check_free(Path("/"), force)
+
+
+def write_training(folder: Path) -> None:
+    """What a training leaves, with what later stages put into its folder."""
+    for name in (".lock", "plan.json", "metrics.jsonl", "samples/step-000010.webp", "sdcompress/events.out.tfevents.1"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    (folder / "recipe.json").write_text(TRAINING)
+    make_artifact(folder / "checkpoints/step-00000010", "checkpoint")
+    make_artifact(folder / "pipeline", "student")
+    make_artifact(folder / "onnx", "onnx")
+    (folder / "checkpoints/.step-00000020.partial").mkdir()
+
+
+def write_run(folder: Path) -> None:
+    """What `sdcompress run` leaves when it is stopped in its last stage."""
+    write_training(folder / "bk-tiny")
+    (folder / "run.json").write_text(json.dumps({"teacher": "nano", "data": "nano", "plans": [], "recipe": None}))
+    make_artifact(folder / "cache", "cache")
+    make_artifact(folder / "nano/onnx", "onnx")
+    (folder / ".report.work").mkdir()
+    (folder / ".report.work/journal.jsonl").touch()
+    (folder / "Thumbs.db").touch()
+
+
+def write_data_set(folder: Path) -> None:
+    """What `data generate` leaves when it is stopped."""
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"prompts": "0", "picture_format": "webp"}))
+    for name in ("000000.webp", "000001.webp.part"):
+        (folder / name).touch()
+
+
+def write_engines(folder: Path) -> None:
+    """What `export --trt` leaves."""
+    make_artifact(folder / "onnx", "onnx")
+    make_artifact(folder / "engine", "engine")
+
+
+@pytest.mark.parametrize("write", [write_training, write_run, write_data_set, write_engines, make_artifact])
+def test_force_replaces_what_each_stage_leaves_and_nothing_with_a_note_in_it(
+    tmp_path: Path, write: Callable[[Path], object]
+) -> None:
+    for number, place in enumerate(("", "pipeline", "onnx", "samples", "checkpoints")):
+        folder = tmp_path / f"out{number}"
+        write(folder)
+        if (folder / place).is_dir():
+            (folder / place / "notes.txt").write_text("mine")
+            assert "notes.txt" in str(refuse(folder))
+            (folder / place / "notes.txt").unlink()
+        with staged(folder, force=True) as new:
+            (new / "after").touch()
+        assert [path.name for path in folder.iterdir()] == ["after"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.sampled_from(["a", "b", "part"]), min_size=1, max_size=3), st.sampled_from(["x", "file", "sdcompress"])
+)
+def test_every_file_is_of_the_manifest_or_foreign(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str], name: str
+) -> None:
+    folder = make_artifact(tmp_path_factory.mktemp("case") / "out")
+    path = folder.joinpath(*parts, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    known = path.exists()
+    path.touch()
+    assert list_foreign(folder) == ([] if known else [path.relative_to(folder).as_posix()])
+
+
+def test_what_came_to_the_output_in_the_meantime_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(ArtifactError, match=r"precious"), staged(target, force=True):
+        target.mkdir()
+        (target / "precious").write_text("x")
+    assert snapshot(tmp_path) == {"out": None, "out/precious": b"x"}
+
+
+def test_a_failed_command_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stop"), staged(tmp_path / "a/b/c") as folder:
+        (folder / "file").touch()
+        raise ValueError("stop")
+    with pytest.raises(ValueError, match="stop"), staged_file(tmp_path / "a/b/c"):
+        raise ValueError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device"])
+def test_an_output_file_is_a_regular_file(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    if kind == "folder":
+        target.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(target)
+    else:
+        target = Path("/dev/null")
+    with pytest.raises(ArtifactError, match=r"is a (folder|device or a pipe)"):
+        check_file(target)
+
+
+def test_an_output_file_is_no_input_and_replaced_only_if_allowed(tmp_path: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    file.write_text("x")
+    os.link(file, tmp_path / "other name")
+    for target in (file, tmp_path / "other name"):
+        with pytest.raises(ArtifactError, match="is what this command reads"):
+            check_file(target, [file])
+    with pytest.raises(ArtifactError, match="exists.*--force"):
+        check_file(file, replace=False)
+    check_file(file)
+
+
+def test_a_place_without_permission_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="not a folder"):
+        check_free(tmp_path / "file/out")
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from sdcompress_engines import files, output_folders
+
+real, renames = os.replace, 0
+
+def replace(source, target):
+    global renames
+    real(source, target)
+    renames += Path(source).parent == Path(sys.argv[1]).parent  # not of the manifest inside
+    if renames == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace
+with output_folders.staged(Path(sys.argv[1]), force=True) as folder:
+    (folder / "after").touch()
+    if sys.argv[2] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.parametrize(("renames", "expected"), [(0, "before"), (1, "before"), (2, "after")])
+def test_after_a_kill_the_next_command_finds_the_old_or_the_new_folder(
+    tmp_path: Path, renames: int, expected: str
+) -> None:
+    target = make_artifact(tmp_path / "out")
+    ended = subprocess.run([sys.executable, "-c", STOPPED, str(target), str(renames)], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) > 1 or renames == 1
+    assert target.exists() == (renames != 1)
+    if expected == "before":
+        check_free(target, force=True)
+        assert (target / "part/file").read_text() == "before"
+    else:
+        with pytest.raises(ArtifactError, match="after"):  # it has no manifest
+            check_free(target, force=True)
+        (target / "after").unlink()
+        check_free(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_running_process_uses_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for use in ("partial", OLD):
+        temporary_path(target, use).mkdir()
+    other = temporary_path(target)
+    other = other.with_name(other.name.replace(f".{os.getpid()}-", ".1-"))
+    other.mkdir()
+    foreign = tmp_path / ".out.99999-0000000123456789.partial"  # of another machine
+    foreign.mkdir()
+    check_free(target)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_leftover_of_another_output_stays(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = temporary_path(tmp_path / "other")
+    left = left.with_name(left.name.replace(f".{os.getpid()}-", f".{ended.pid}-"))
+    left.mkdir()
+    check_free(tmp_path / "out")
+    assert left.is_dir()
+    check_free(tmp_path / "other")
+    assert not left.exists()
+
+
+def test_a_folder_that_cannot_be_put_in_place_brings_the_old_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, new = make_artifact(tmp_path / "out"), tmp_path / "new"
+    new.mkdir()
+    before = snapshot(tmp_path)
+    real = os.replace
+
+    def replace(source: Path, place: Path) -> None:
+        if Path(source) == new:
+            raise PermissionError(13, "in use", str(place))
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(PermissionError):
+        replace_folder(new, target)
+    assert snapshot(tmp_path) == before
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # EFBIG, in place of a disk that is full
+from sdcompress_engines.errors import StorageError, storage_errors
+from sdcompress_engines.files import append_line, write_atomically
+from sdcompress_engines.output_folders import staged_file
+
+path, writer = Path(sys.argv[1]), sys.argv[2]
+
+def write(path):
+    if writer == "torch":
+        import torch
+        torch.save(torch.zeros(10_000), path)
+    elif writer == "safetensors":
+        import torch
+        from safetensors.torch import save_file
+        save_file({"a": torch.zeros(10_000)}, path)
+    elif writer == "onnx":
+        import onnx
+        tensor = onnx.helper.make_tensor("a", 1, [10_000], b"0" * 40_000, raw=True)
+        onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [tensor])), path)
+    elif writer == "numpy":
+        import numpy
+        with path.open("wb") as file:
+            numpy.savez(file, a=numpy.zeros(10_000))
+    elif writer == "zip":
+        import zipfile
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a", b"0" * 40_000)
+    elif writer == "tokenizer":
+        from tokenizers import Tokenizer, models
+        Tokenizer(models.WordLevel({str(i): i for i in range(5000)}, "0")).save(str(path))
+    elif writer == "picture":
+        from PIL import Image
+        from sdcompress.support.pictures import save_picture
+        save_picture(Image.effect_noise((200, 200), 90), path)
+    elif writer == "pillow":
+        from PIL import Image
+        Image.effect_noise((200, 200), 90).save(path, "png")
+    else:
+        path.write_bytes(b"0" * 40_000)
+
+try:
+    if writer == "append":
+        with storage_errors(path):
+            append_line(path, "0" * 40_000)
+    elif writer == "write_atomically":
+        with storage_errors(path):
+            write_atomically(path, "0" * 40_000)
+    else:
+        with staged_file(path) as partial:
+            write(partial)
+except StorageError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="RLIMIT_FSIZE")
+@pytest.mark.parametrize(
+    "writer",
+    [
+        "append",
+        "write_atomically",
+        "bytes",
+        "torch",
+        "safetensors",
+        "onnx",
+        "numpy",
+        "zip",
+        "tokenizer",
+        "picture",
+        "pillow",
+    ],
+)
+def test_a_disk_that_fills_is_one_line_and_the_old_file_is_whole(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / "file.png"
+    path.write_bytes(b"before\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(FULL), str(path), writer], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith(str(path.parent)), ended.stdout
+    assert len(ended.stdout.splitlines()) == 1
+    assert snapshot(tmp_path) == {"file.png": b"before\n"}
