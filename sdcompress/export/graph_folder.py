@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
-from sdcompress_engines.errors import ArtifactError, shorten
+from sdcompress_engines.errors import ArtifactError
 from sdcompress_engines.export_folder import check_export
 from sdcompress_engines.graph import AGAIN
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
@@ -14,7 +14,7 @@ from sdcompress_engines.signature import COMPONENTS, HOSTS
 
 from sdcompress.export.components import DTYPES
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
-from sdcompress.support.settings_file import describe_errors
+from sdcompress.support.faults import faults_of
 
 
 class GraphConfig(BaseModel):
@@ -44,7 +44,7 @@ def read_graph_folder(folder: Path) -> Manifest:
     try:
         config = GraphConfig.model_validate(manifest.config)
     except ValidationError as error:
-        faults = shorten(describe_errors(error, GraphConfig, "entry"))
+        faults = faults_of(error, GraphConfig, "entry")
         raise ArtifactError(
             f"does not describe its graphs: {faults}", where=folder / MANIFEST_NAME, hint=AGAIN
         ) from error
