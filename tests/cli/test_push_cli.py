@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import shutil
+import tempfile
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,13 +16,17 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
-from sdcompress_engines.manifest import write_manifest
+from sdcompress_engines.errors import SdCompressError
+from sdcompress_engines.manifest import MANIFEST_NAME, faults, read_manifest, sha256_file, write_manifest
 
 from sdcompress.lora.files import LoraLayer, write_lora
+from sdcompress.publish.finished_model import find_finished_model
 from sdcompress.train.config import LoraConfig
 from sdcompress.train.recipes import load_config
 
+from ..hostile_text import NAMES, write_sealed
 from .conftest import Cli, one_line
 
 
@@ -230,3 +237,91 @@ def test_invalid_names_are_refused(cli: Cli, trained: Path, arguments: tuple[str
     code, _, err = cli("push", trained, *arguments, *(() if "-o" in arguments else ("--dry-run",)))
     assert code == 2
     assert "Traceback" not in err
+
+
+def change_manifest(folder: Path, **changes: Any) -> None:
+    raw = json.loads((folder / MANIFEST_NAME).read_text()) | changes
+    raw.pop("seal", None)
+    write_sealed(folder / MANIFEST_NAME, raw)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=NAMES)
+def test_no_name_in_a_manifest_uploads_a_file_from_elsewhere(trained: Path, tmp_path: Path, name: str) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    folder = Path(tempfile.mkdtemp(dir=tmp_path)) / "a/lora"
+    shutil.copytree(trained / "lora", folder)
+    raw = json.loads((folder / MANIFEST_NAME).read_text())
+    entry = {"sha256": sha256_file(secret), "bytes": 6}
+    for climbing in (name, os.path.relpath(secret, folder), str(secret)):
+        change_manifest(folder, files=raw["files"] | {climbing: entry})
+        with pytest.raises(SdCompressError):
+            find_finished_model(folder)
+
+
+@pytest.mark.parametrize("name", ["lora.safetensors", "sdcompress.json", "../samples/step-000200.webp"])
+def test_a_link_is_not_uploaded(cli: Cli, trained: Path, tmp_path: Path, name: str) -> None:
+    file = trained / "lora" / name
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    code, _, err = cli("push", trained, "me/style", "--dry-run")
+    assert code == 1
+    assert "is a link" in one_line(err)
+
+
+def test_samples_that_are_no_picture_are_not_uploaded(cli: Cli, trained: Path) -> None:
+    (trained / "samples/step-000200.webp").write_text("secret")
+    code, _, err = cli("push", trained, "me/style", "--dry-run")
+    assert code == 1
+    assert "is no picture" in one_line(err)
+
+
+def test_what_is_uploaded_names_no_folder_of_this_machine(cli: Cli, trained: Path, hub: Any, tmp_path: Path) -> None:
+    folder = trained / "lora"
+    (folder / "config.json").write_text(json.dumps({"_name_or_path": "/home/lovelace/models/teacher", "rank": 2}))
+    raw = json.loads((folder / MANIFEST_NAME).read_text())
+    train = raw["config"]["train"] | {"validation_prompts": ["and/or a 1/2 cat", "like /home/lovelace/cat.png, 4:3"]}
+    places = {
+        "train": train | {"plan": "plans/mine.json"},
+        "model_name": r"C:\Users\lovelace\teacher.safetensors",
+        "teacher_name": "org/teacher",
+        "data": {"source": "../lovelace/pictures", "pictures": 3},
+        "run": [
+            "~lovelace/runs/x",
+            "file:///home/lovelace/x",
+            r"\\lovelace-pc\share\x",
+            "lovelace@lovelace-pc:/srv/x",
+            "a/lovelace/b",
+        ],
+    }
+    write_manifest(folder, "lora", config=places, inputs=raw["inputs"], figures=raw["figures"], seed=0)
+    code, _, err = cli("push", trained, "me/style")
+    assert code == 0, err
+    sent = tmp_path / "sent"
+    for name, content in hub.sent.items():
+        (sent / name).parent.mkdir(parents=True, exist_ok=True)
+        (sent / name).write_bytes(content)
+        assert b"lovelace" not in content, name
+        assert str(tmp_path).encode() not in content
+    assert faults(sent) == []
+    manifest = read_manifest(sent)
+    assert manifest is not None
+    assert manifest.seal
+    assert manifest.config["model_name"] == "teacher.safetensors"
+    assert manifest.config["teacher_name"] == "org/teacher"
+    assert manifest.config["data"] == {"source": "pictures", "pictures": 3}
+    assert manifest.config["run"] == ["x", "x", "x", "x", "b"]
+    assert manifest.config["train"]["plan"] == "mine.json"
+    assert manifest.config["train"]["validation_prompts"] == ["and/or a 1/2 cat", "like cat.png, 4:3"]
+    assert json.loads((sent / "config.json").read_text()) == {"_name_or_path": "teacher", "rank": 2}
+
+
+def test_an_upload_leaves_nothing_behind(cli: Cli, trained: Path, hub: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(staging))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli("push", trained, "me/style")[0] == 0
+    assert hub.sent
+    assert sorted(tmp_path.rglob("*")) == before

@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
 from PIL import Image
 from sdcompress_engines.errors import ArtifactError, ModelError, PlanError
-from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest, save_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, save_manifest
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
@@ -26,6 +29,8 @@ from sdcompress.train.distill import distill
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import train_lora
 from sdcompress.train.recipes import load_config
+
+from ..hostile_text import TEXTS
 
 PROMPT = "a flat icon of a wine glass"
 
@@ -175,3 +180,53 @@ def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_pa
     save_manifest(tmp_path, replace(manifest, kind="engine"))
     with pytest.raises(ModelError, match="kind 'engine'"):
         make_card(tmp_path, "me/thing")
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=TEXTS.filter(bool), kind=st.sampled_from(["student", "finetuned", "lora"]))
+def test_any_text_in_a_manifest_leaves_one_front_matter_and_no_markup(
+    trained: dict[str, Path], text: str, kind: str
+) -> None:
+    parser = MarkdownIt("commonmark").enable("table")
+    model = find_finished_model(trained[kind])
+    model = replace(model, samples=trained[kind])
+    cards = [model_card(replace(model, manifest=fill(model.manifest, words)), "me/thing") for words in (text, "x")]
+    tokens, plain = (parser.parse(card.split("---\n", 2)[2]) for card in cards)
+    assert front_matter(cards[0]) == front_matter(cards[1])
+    assert {token.type for token in tokens} <= {token.type for token in plain}
+    for block in ("heading_open", "table_open", "tr_open", "td_open", "fence", "code_block", "hr"):
+        assert [t.type for t in tokens].count(block) == [t.type for t in plain].count(block)
+    parts, known = ([part for token in each for part in token.children or ()] for each in (tokens, plain))
+    assert {part.type for part in parts} <= {part.type for part in known}
+    for name in ("href", "src"):
+        assert [part.attrs[name] for part in parts if name in part.attrs] == [
+            part.attrs[name] for part in known if name in part.attrs
+        ]
+
+
+def fill(manifest: Manifest, text: str) -> Manifest:
+    """Returns a manifest with `text` in each place that holds a name, a caption or a version."""
+    train = manifest.config["train"]
+    changed = {name: text for name in ("optimizer", "lr_schedule", "precision") if name in train}
+    changed |= {"validation_prompts": [text, text], "data": {text: text}, "targets": [text]}
+    config = manifest.config | {"train": train | changed, "teacher_name": text, "model_name": text}
+    if "plan" in config:
+        config["plan"] = config["plan"] | {"name": text}
+    return replace(
+        manifest,
+        config=config,
+        inputs=dict.fromkeys(manifest.inputs, text),
+        figures=manifest.figures | {"losses": {text: 0.5}},
+        versions=dict.fromkeys(manifest.versions, text),
+        created=text,
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": "many"}, {"losses": {"loss": "low"}}, {"losses": [1]}, {"steps": None}],
+)  # fmt: skip
+def test_figures_of_other_types_are_our_error(trained: dict[str, Path], change: dict[str, Any]) -> None:
+    model = find_finished_model(trained["student"])
+    with pytest.raises(ModelError, match="unexpected value"):
+        model_card(replace(model, manifest=replace(model.manifest, figures=model.manifest.figures | change)), "me/x")
