@@ -250,9 +250,8 @@ def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Im
 def _read_color(config: Mapping[str, Any], key: str, file: Path) -> list[float]:
     """Returns the three numbers by which pictures are normalized; 0.5 where the config has none."""
     values = config.get(key, [0.5] * 3)
-    if not (
-        isinstance(values, list) and len(values) == 3 and all(type(v) in (int, float) and 0 < v < 256 for v in values)
-    ):
+    listed = isinstance(values, list) and len(values) == 3
+    if not (listed and all(type(value) in (int, float) and 0 < value < 256 for value in values)):
         raise ModelError(f"{key}: {shorten(repr(values), 60)}", where=file, expected="three positive numbers")
     return [float(value) for value in values]
 

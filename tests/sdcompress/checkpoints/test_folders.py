@@ -52,7 +52,7 @@ FAULTS: dict[str, tuple[Callable[[State], State], str]] = {
     "a tensor missing": (lambda state: {k: v for k, v in state.items() if k != KEY}, f"lacks 1 of .*{KEY}"),
     "half of them": (lambda state: dict(list(state.items())[::2]), "the unet lacks"),
     "another shape": (lambda state: put(state, KEY, state[KEY][:, :-1].clone()), "has shape"),
-    "a transposed matrix": (lambda state: put(state, KEY, state[KEY].transpose(0, 2).contiguous()[:, :, :2]), "shape"),
+    "a transposed matrix": (lambda state: put(state, KEY, state[KEY].transpose(0, 1).contiguous()), "shape"),
     "NaN": (lambda state: put(state, KEY, state[KEY] * float("nan")), f"{KEY} holds NaN"),
     "one infinity": (lambda state: put(state, KEY, state[KEY].flatten().index_fill(0, torch.tensor([3]), float("-inf"))
                      .view_as(state[KEY])), f"{KEY} holds NaN or infinity"),

@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,11 @@ def test_schemas_know_every_entry_of_the_libraries() -> None:
         ("vae", {"scaling_factor": 0}, "scaling_factor"),
         ("text_encoder", {"hidden_size": 10**9}, "hidden_size"),
         ("text_encoder", {"num_attention_heads": 5}, "num_attention_heads is 5"),
-        ("text_encoder", {"vocab_size": 10**6, "hidden_size": 8192, "num_hidden_layers": 96}, "billion"),
+        (
+            "text_encoder",
+            {"vocab_size": 10**6, "hidden_size": 8192, "num_hidden_layers": 96, "num_attention_heads": 8},
+            "billion",
+        ),
         ("text_encoder", {"_attn_implementation": "someone/kernel"}, "names code"),
         ("text_encoder", {"auto_map": {"AutoModel": "evil.Model"}}, "names code"),
         ("scheduler", {"_class_name": "DiffusionPipeline"}, "DiffusionPipeline"),
@@ -134,6 +139,15 @@ def test_faults_are_named(component: str, changes: dict[str, Any], words: str) -
 def test_entries_that_would_replace_methods_are_left_out() -> None:
     config = nano("unet/config.json") | {"items": 5, "from_config": 1, "_use_default_values": ["block_out_channels"]}
     assert check_config("unet", config, "here") == check_config("unet", nano("unet/config.json"), "here")
+
+
+def fault(check: Callable[[], Any]) -> str:
+    """Returns the line with which a content is refused; empty where it passes."""
+    try:
+        check()
+    except ModelError as refusal:
+        return str(refusal)
+    return ""
 
 
 ANYTHING: st.SearchStrategy[Any] = st.recursive(
@@ -163,20 +177,15 @@ def test_a_changed_config_passes_or_is_one_line(data: st.DataObject) -> None:
         else:
             config.pop(key, None)
     started = time.perf_counter()
-    try:
-        check_config(component, config, "here/config.json")
-    except ModelError as refusal:
-        assert len(str(refusal)) < 600
-        assert "\n" not in str(refusal)
+    line = fault(lambda: check_config(component, config, "here/config.json"))
     assert time.perf_counter() - started < 1
+    assert len(line) < 600
+    assert "\n" not in line
 
 
 @settings(deadline=None, max_examples=60)
 @given(name=st.sampled_from([*json.loads((NANO / "model_index.json").read_text()), "extra"]), value=ANYTHING)
 def test_a_changed_index_passes_or_is_one_line(name: str, value: Any) -> None:
-    try:
-        index = check_index(nano("model_index.json") | {name: value}, Path("here/model_index.json"))
-    except ModelError as refusal:
-        assert len(str(refusal)) < 600
-    else:
-        assert index.keys() <= nano("model_index.json").keys()
+    line = fault(lambda: check_index(nano("model_index.json") | {name: value}, Path("here/model_index.json")))
+    assert len(line) < 600
+    assert "\n" not in line
