@@ -74,7 +74,8 @@ def number_type(value_type: type, field: FieldInfo) -> Whole | Number:
         value_type: int or float.
         field: with `ge` and `le`; of a float also `gt` and `lt`.
     """
-    limits = {name: value for limit in field.metadata for name, value in vars(limit).items()}
+    names = ("ge", "gt", "le", "lt", "multiple_of")
+    limits = {name: getattr(limit, name) for limit in field.metadata for name in names if hasattr(limit, name)}
     if value_type is int:
         return Whole(limits.get("ge"), limits.get("le"), limits.get("multiple_of", 1))
     least, most = limits.get("gt", limits.get("ge")), limits.get("lt", limits.get("le"))

@@ -92,9 +92,9 @@ def close_streams(status: int) -> int:
             status = status or BROKEN_PIPE_STATUS
         except (OSError, ValueError) as error:
             _drop(stream)
-            if stream is sys.stdout:
+            if stream is sys.stdout and status == 0:
                 print_error(str(system_error(error) or error))
-                status = status or 1
+                status = 1
     return status
 
 

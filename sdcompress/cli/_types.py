@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from sdcompress_engines.errors import UsageError
+from sdcompress_engines.paths import expand_user
 
 from sdcompress.support.bounds import (
     LEAST_OPSET,
@@ -111,7 +113,7 @@ class Text(click.ParamType):
 
 
 class FilePath(click.Path):
-    """Reads a path, which is not empty and does not hold the character NUL.
+    """Reads a path, which is not empty and does not hold the character NUL. `~` at its beginning is the home folder.
 
     Args:
         checks: of `click.Path`, such as `exists` and `dir_okay`.
@@ -126,7 +128,10 @@ class FilePath(click.Path):
             self.fail("an empty path; `.` is this folder.", param, ctx)
         if "\0" in text:
             self.fail(f"{text!r} holds the character NUL.", param, ctx)
-        return Path(os.fsdecode(super().convert(value, param, ctx)))
+        try:
+            return Path(os.fsdecode(super().convert(os.fspath(expand_user(text)), param, ctx)))
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Shapes(click.ParamType):
@@ -142,7 +147,6 @@ class Shapes(click.ParamType):
         self.axis = axis
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from sdcompress_engines.errors import UsageError
         from sdcompress_engines.profiles import parse_range
 
         try:
