@@ -60,7 +60,7 @@ def unet_cost(config: Mapping[str, Any]) -> dict[str, Cost]:
     try:
         with FlopCounterMode(display=False, depth=3) as counter, torch.no_grad():
             unet(**_meta_inputs(unet.config))
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ModelError(
             f"the UNet does not run on latents, a timestep and text alone ({shorten(error, 200)})",
             expected="a UNet of Stable Diffusion",

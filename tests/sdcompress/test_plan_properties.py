@@ -227,7 +227,7 @@ def test_the_width_of_the_text_is_that_of_the_blocks_with_attention(changes: Any
     if width is not None:
         assert context_width(TWO_LEVELS | changes) == width
         return
-    with pytest.raises(ModelError, match="cross_attention_dim|up_block_types"):
+    with pytest.raises(ModelError, match=r"cross_attention_dim|up_block_types"):
         context_width(TWO_LEVELS | changes)
 
 
@@ -250,7 +250,8 @@ def change_one_value(data: st.DataObject, value: Any) -> Any:
         return rest if data.draw(st.booleans()) else rest | {key: change_one_value(data, value[key])}
     if isinstance(value, list) and value and data.draw(st.booleans()):
         place = data.draw(st.integers(0, len(value) - 1))
-        return value[:place] + [change_one_value(data, value[place])] + value[place + data.draw(st.integers(0, 1)) :]
+        changed, after = change_one_value(data, value[place]), place + data.draw(st.integers(0, 1))
+        return [*value[:place], changed, *value[after:]]
     return data.draw(odd_values)
 
 
