@@ -274,8 +274,10 @@ def read_losses(path: Path, points: int = 240) -> dict[str, list[list[float]]]:
         points: at most this many pairs a loss; each is the mean of an equal number of lines.
 
     Raises:
-        ArtifactError: a line is not JSON, or no object.
+        ArtifactError: there is no such file, or a line is not JSON, or no object.
     """
+    if not path.exists():
+        raise ArtifactError("does not exist", where=path, expected="the metrics.jsonl of a training")
     series: dict[str, list[list[float]]] = {}
     for number, entry in enumerate(read_json_lines(path), 1):
         if not isinstance(entry, dict):

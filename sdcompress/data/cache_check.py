@@ -17,7 +17,8 @@ def find_index_fault(index: Mapping[str, torch.Tensor]) -> str:
         column = index.get(name)
         if column is None:
             return f"has no column {name}"
-        if column.ndim != 1 or (column.dtype not in _WHOLE) != (name == "caption_share"):
+        fits = column.is_floating_point() if name == "caption_share" else column.dtype in _WHOLE
+        if column.ndim != 1 or not fits:
             return f"has a column {name} of {_describe(column)}"
         if len(column) != len(index[PICTURE_COLUMNS[0] if name in PICTURE_COLUMNS else CAPTION_COLUMNS[0]]):
             return f"has a column {name} of another length"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tarfile
 import zlib
@@ -25,7 +26,7 @@ from sdcompress.data.records import (
     read_object,
 )
 from sdcompress.data.skipped import Skipped
-from sdcompress.data.tar import open_tar, read_tar
+from sdcompress.data.tar import MAX_MEMBER_BYTES, OVERSIZE, open_tar, read_tar
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TEXTS = frozenset({"txt", "json"})
@@ -70,25 +71,28 @@ class ShardSource(Source):
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         path = self.paths[number]
         key, parts, faulty = "", dict[str, bytes](), set[str]()
+
+        def limit(member: str) -> int | None:
+            """Members of one name may be of any number: only the first picture, caption and metadata are read."""
+            stem, extension = _split_name(member)
+            if extension in TEXTS:
+                return MAX_TEXT_BYTES
+            is_first = stem != key or _find_picture(parts) is None
+            return MAX_MEMBER_BYTES if f".{extension}" in PICTURE_SUFFIXES and is_first else None
+
         try:
             with open_tar(path) as stream:
-                for member, payload, fault in read_tar(stream):
-                    folder, slash, name = member.rpartition("/")
-                    stem, _, extension = name.partition(".")
-                    stem = folder + slash + stem
+                for member, payload, fault in read_tar(stream, limit):
+                    stem, extension = _split_name(member)
                     if payload is None:
-                        skipped.add(fault, f"{path.name}:{member}")
+                        too_long = fault == OVERSIZE and extension in TEXTS
+                        skipped.add(LONG_TEXT if too_long else fault, f"{path.name}:{member}")
                         faulty.add(stem)
                         continue
                     if stem != key:
                         yield from self._join_parts(f"{path.name}:{key}", parts, skipped, key in faulty)
                         key, parts = stem, {}
-                    extension = extension.lower()
-                    if extension in TEXTS and len(payload) > MAX_TEXT_BYTES:
-                        skipped.add(LONG_TEXT, f"{path.name}:{member}")
-                        faulty.add(stem)
-                    elif extension in TEXTS or (f".{extension}" in PICTURE_SUFFIXES and _find_picture(parts) is None):
-                        parts[extension] = payload  # and nothing else: members of one name may be of any number
+                    parts[extension] = payload
         except EOFError:
             skipped.add("shard cut short", path.name)
             if _find_picture(parts) is None or not parts.keys() & TEXTS:
@@ -125,6 +129,13 @@ class ShardSource(Source):
         yield from self._build_records(key, encoded, caption, meta, skipped)
 
 
+def _split_name(member: str) -> tuple[str, str]:
+    """Returns the name that the members of a record share, and the extension in lower case."""
+    folder, slash, name = member.rpartition("/")
+    stem, _, extension = name.partition(".")
+    return folder + slash + stem, extension.lower()
+
+
 def _find_picture(parts: Mapping[str, bytes]) -> bytes | None:
     return next((content for extension, content in parts.items() if f".{extension}" in PICTURE_SUFFIXES), None)
 
@@ -141,18 +152,14 @@ def expand_braces(pattern: str) -> list[str]:
     """
     names = [pattern]
     for _ in range(MAX_BRACES + 1):
-        lists = [_find_list(name) for name in names]
-        if not any(lists):
-            return list(dict.fromkeys(names))
-        counts = [len(found[1]) if found else 1 for found in lists]
+        lists = [_find_lists(name) for name in names]
+        counts = [math.prod(len(parts) for _, parts in found) for found in lists]  # lists in lists are not counted yet
         characters = sum(count * len(name) for count, name in zip(counts, names, strict=True))
         if sum(counts) > MAX_SHARDS or characters > MAX_CHARACTERS:
             break
-        names = [
-            f"{name[: found[0].start()]}{middle}{name[found[0].end() :]}" if found else name
-            for name, found in zip(names, lists, strict=True)
-            for middle in (found[1] if found else ("",))
-        ]
+        if not any(lists):
+            return list(dict.fromkeys(names))
+        names = [expanded for name, found in zip(names, lists, strict=True) for expanded in _expand_first(name, found)]
     raise UsageError(
         f"--data {shorten(repr(pattern), 120)} stands for too many files",
         expected=f"at most {MAX_SHARDS:,} shards, in at most {MAX_BRACES} brace lists",
@@ -160,14 +167,27 @@ def expand_braces(pattern: str) -> list[str]:
     )
 
 
-def _find_list(name: str) -> tuple[re.Match[str], Sequence[str]] | None:
-    """Returns the first brace list of a name and its parts, which are counted before they are made."""
+_Lists = list[tuple[re.Match[str], Sequence[str]]]
+
+
+def _find_lists(name: str) -> _Lists:
+    """Returns the brace lists of a name that have no lists in them, each with its parts, which are not made yet."""
+    found: _Lists = []
     for match in _BRACES.finditer(name):
         if numbers := _RANGE.fullmatch(match[1]):
-            return match, _Numbers(numbers[1], numbers[2])
-        if "," in match[1]:
-            return match, match[1].split(",")
-    return None
+            found.append((match, _Numbers(numbers[1], numbers[2])))
+        elif "," in match[1]:
+            found.append((match, match[1].split(",")))
+    return found
+
+
+def _expand_first(name: str, lists: _Lists) -> Iterator[str]:
+    if not lists:
+        yield name
+        return
+    match, parts = lists[0]
+    for part in parts:
+        yield f"{name[: match.start()]}{part}{name[match.end() :]}"
 
 
 class _Numbers(Sequence[str]):

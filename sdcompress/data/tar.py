@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -21,6 +21,7 @@ MAX_RATIO = 50
 """Most bytes of a shard for one compressed byte; pictures do not shrink, and a bomb shrinks to a thousandth."""
 MIN_LIMIT_BYTES = 2**30
 """A shard may have as many bytes, however small its file."""
+_FAR = 2**62
 LINK = "member is a link or a device"
 OUTSIDE = "member points outside the shard"
 OVERSIZE = f"member of over {MAX_MEMBER_BYTES // 2**20} MiB"
@@ -36,6 +37,9 @@ class _Decompressed:
     def __init__(self, path: Path) -> None:
         self.file = gzip.open(path, "rb")  # noqa: SIM115
         self.left = max(MIN_LIMIT_BYTES, MAX_RATIO * path.stat().st_size)
+
+    def seekable(self) -> bool:
+        return False  # to skip bytes is to decompress them
 
     def read(self, size: int) -> bytes:
         data = self.file.read(size)
@@ -57,10 +61,16 @@ def open_tar(path: Path) -> Iterator[BinaryIO]:
             yield file
 
 
-def read_tar(stream: BinaryIO) -> Iterator[tuple[str, bytes | None, str]]:
+def read_tar(
+    stream: BinaryIO, limit: Callable[[str], int | None] = lambda name: MAX_MEMBER_BYTES
+) -> Iterator[tuple[str, bytes | None, str]]:
     """Yields name, bytes and fault of each member that is not a folder.
 
     A member with a fault has no bytes; the fault of a sound one is "".
+
+    Args:
+        stream: of the archive.
+        limit: name of a member → the most bytes that are read; None passes over the member.
 
     Raises:
         EOFError: the archive ends before its end mark.
@@ -92,7 +102,10 @@ def read_tar(stream: BinaryIO) -> Iterator[tuple[str, bytes | None, str]]:
         if not info.isreg():
             yield name, None, LINK
             continue
-        payload = _read_payload(stream, size, MAX_MEMBER_BYTES)
+        most = limit(name)
+        payload = _read_payload(stream, size, -1 if most is None else most)
+        if most is None:
+            continue
         if payload is None:
             yield name, None, OVERSIZE
         elif name.startswith("/") or ".." in name.split("/"):
@@ -139,6 +152,9 @@ def _read_payload(stream: BinaryIO, size: int, limit: int) -> bytes | None:
     padded = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     if size <= limit:
         return _read_exactly(stream, padded)[:size]
+    if stream.seekable():
+        stream.seek(min(padded, _FAR), 1)  # behind the end, the next header is missing
+        return None
     while padded:
         padded -= len(_read_exactly(stream, min(padded, 2**20)))
     return None
