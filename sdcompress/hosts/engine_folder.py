@@ -105,12 +105,12 @@ def _check_signature(manifest: Manifest, host: Host, folder: Path, build: str) -
     if signature in host.signatures and components == ["unet"]:
         return
     what = (
-        f"the components {', '.join(map(str, components or []))}"
+        f"the components {', '.join(map(str, components)) if isinstance(components, list) else components}"
         if signature in host.signatures
         else f"the signature {signature}"
     )
     raise EngineMismatch(
-        f"has {what}, which {host.title} does not call",
+        f"has {shorten(what, 200)}, which {host.title} does not call",
         where=folder,
         expected=f"a UNet with the signature {' or '.join(host.signatures)}",
         hint=build,

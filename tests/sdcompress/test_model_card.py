@@ -182,7 +182,7 @@ def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_pa
         make_card(tmp_path, "me/thing")
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS.filter(bool), kind=st.sampled_from(["student", "finetuned", "lora"]))
 def test_any_text_in_a_manifest_leaves_one_front_matter_and_no_markup(
     trained: dict[str, Path], text: str, kind: str
