@@ -5,7 +5,6 @@ One profile, in pixels, gives the shapes of all components. Each engine is built
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from sdcompress_engines.store_entries import StoredEngine
 from sdcompress.export.components import PARTS, latent_side
 from sdcompress.export.engine_build import EngineBuilder, vae_scale
 from sdcompress.export.settings import check_components
+from sdcompress.models.locate import read_component_config
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,4 @@ def shape_ranges(
 
 
 def _read_config(onnx_folder: Path, component: str) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(
-        (onnx_folder / "pipeline" / PARTS[component] / "config.json").read_text(encoding="utf-8")
-    )
-    return config
+    return read_component_config(onnx_folder / "pipeline", PARTS[component])

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.errors import UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
 
+from sdcompress.models.locate import read_unet_config
 from sdcompress.publish.finished_model import PICTURE, FinishedModel
 
 if TYPE_CHECKING:
@@ -233,11 +234,7 @@ def _count_teacher_parameters(plan: BlockPlan) -> int:
 def _count_unet_parameters(folder: Path) -> int:
     from sdcompress.prune.cost import count_unet_parameters
 
-    path = folder / "unet/config.json"
-    try:
-        return count_unet_parameters(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"is not the config of a UNet ({error})", where=path) from error
+    return count_unet_parameters(read_unet_config(folder))
 
 
 def _training(manifest: Manifest) -> str:
