@@ -10,6 +10,7 @@ import torch
 from sdcompress_engines.errors import ModelError, shorten
 
 from sdcompress.checkpoints.weights import Weights
+from sdcompress.families.build import library_errors
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -63,13 +64,14 @@ def load_parameters(
     empty = {key: value for key, value in component.state_dict().items() if value.is_meta}
     _check_header(name, weights, {sources[key]: value.shape for key, value in empty.items()}, list(unknown))
     state = {key: value for key, value in component.state_dict().items() if not value.is_meta}
-    for key, value in empty.items():
-        source = sources[key]
-        tensor = source.convert(_read(weights, name, source.key))
-        tensor = tensor.to(choose_dtype(tensor.dtype), copy=True).view(value.shape).contiguous()
-        if not is_finite(tensor):
-            raise ModelError(f"the {name}'s {source.key} holds NaN or infinity", where=weights.path, hint=_HINT)
-        state[key] = tensor
+    with library_errors(name, weights.path):
+        for key, value in empty.items():
+            source = sources[key]
+            tensor = source.convert(weights.read(source.key))
+            tensor = tensor.to(choose_dtype(tensor.dtype), copy=True).view(value.shape).contiguous()
+            if not is_finite(tensor):
+                raise ModelError(f"the {name}'s {source.key} holds NaN or infinity", where=weights.path, hint=_HINT)
+            state[key] = tensor
     component.load_state_dict(state, assign=True)
     return component.eval()
 
@@ -80,17 +82,6 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _read(weights: Weights, name: str, key: str) -> torch.Tensor:
-    try:
-        return weights.read(key)
-    except MemoryError as error:
-        raise ModelError(f"the {name} does not fit into memory", where=weights.path) from error
-    except Exception as error:
-        raise ModelError(
-            f"the {name}'s {key} cannot be read ({shorten(error, 120)})", where=weights.path, hint=_HINT
-        ) from error
 
 
 def _check_header(name: str, weights: Weights, wanted: Mapping[Source, torch.Size], unknown: list[str]) -> None:

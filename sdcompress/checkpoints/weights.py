@@ -139,9 +139,9 @@ def _open_safetensors(path: Path, map_keys: _MapKeys) -> Weights:
         file = safe_open(path, "pt")
         names = map_keys(file.keys())
         views = {key: file.get_slice(name) for key, name in names.items()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise ModelError(
-            f"is not a complete safetensors file ({str(error).splitlines()[0]})",
+            f"is not a complete safetensors file ({shorten(error, 120)})",
             where=path,
             hint="copy or download it again",
         ) from error
