@@ -10,6 +10,7 @@ import torch
 from sdcompress_engines.errors import ModelError, shorten
 
 from sdcompress.checkpoints.weights import Weights
+from sdcompress.families.build import library_errors
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -43,6 +44,8 @@ def load_parameters(
     sources: Mapping[str, Source],
     choose_dtype: Callable[[torch.dtype], torch.dtype],
     unknown: Iterable[str] = (),
+    *,
+    share: bool = False,
 ) -> Any:
     """Fill a component whose parameters are on the meta device, and return it in eval mode.
 
@@ -55,6 +58,7 @@ def load_parameters(
         sources: parameter → the tensor that it comes from.
         choose_dtype: the dtype of a stored tensor → that of the parameter.
         unknown: keys of the component in the file that no parameter comes from.
+        share: leave tensors that keep their dtype in the file's memory map, which takes neither time nor memory.
 
     Raises:
         ModelError: a tensor is missing, has another shape, is no floating-point number or is not finite, or the file
@@ -63,34 +67,27 @@ def load_parameters(
     empty = {key: value for key, value in component.state_dict().items() if value.is_meta}
     _check_header(name, weights, {sources[key]: value.shape for key, value in empty.items()}, list(unknown))
     state = {key: value for key, value in component.state_dict().items() if not value.is_meta}
-    for key, value in empty.items():
-        source = sources[key]
-        tensor = source.convert(_read(weights, name, source.key))
-        tensor = tensor.to(choose_dtype(tensor.dtype), copy=True).view(value.shape).contiguous()
-        if not is_finite(tensor):
-            raise ModelError(f"the {name}'s {source.key} holds NaN or infinity", where=weights.path, hint=_HINT)
-        state[key] = tensor
+    with library_errors(name, weights.path):
+        for key, value in empty.items():
+            source = sources[key]
+            tensor = source.convert(weights.read(source.key))
+            tensor = tensor.to(choose_dtype(tensor.dtype), copy=not share).view(value.shape).contiguous()
+            if not is_finite(tensor):
+                raise ModelError(f"the {name}'s {source.key} holds NaN or infinity", where=weights.path, hint=_HINT)
+            state[key] = tensor
     component.load_state_dict(state, assign=True)
     return component.eval()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor holds neither NaN nor infinity; by its extremes, which takes a tenth of `isfinite`."""
-    if not tensor.numel():
+    """Returns whether a tensor holds neither NaN nor infinity.
+
+    A finite sum proves it, in a hundredth of the time of `isfinite`. A sum that overflows does not refute it.
+    """
+    if not tensor.numel() or torch.isfinite(tensor.sum()):
         return True
     low, high = torch.aminmax(tensor)
     return bool(torch.isfinite(low) & torch.isfinite(high))
-
-
-def _read(weights: Weights, name: str, key: str) -> torch.Tensor:
-    try:
-        return weights.read(key)
-    except MemoryError as error:
-        raise ModelError(f"the {name} does not fit into memory", where=weights.path) from error
-    except Exception as error:
-        raise ModelError(
-            f"the {name}'s {key} cannot be read ({shorten(error, 120)})", where=weights.path, hint=_HINT
-        ) from error
 
 
 def _check_header(name: str, weights: Weights, wanted: Mapping[Source, torch.Size], unknown: list[str]) -> None:

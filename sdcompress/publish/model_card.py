@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from sdcompress_engines.errors import ModelError, UsageError, shorten
-from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
-from sdcompress_engines.paths import file_inside
 
+from sdcompress.models.locate import read_unet_config
 from sdcompress.publish.finished_model import PICTURE, FinishedModel
 from sdcompress.support.markdown import code_span, escape_markdown
 
@@ -251,11 +250,7 @@ def _count_teacher_parameters(plan: BlockPlan) -> int:
 def _count_unet_parameters(folder: Path) -> int:
     from sdcompress.prune.cost import count_unet_parameters
 
-    path = file_inside(folder, "unet/config.json", source=folder / MANIFEST_NAME)
-    try:
-        return count_unet_parameters(read_json_object(path, ModelError))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"is not the config of a UNet ({shorten(error, 120)})", where=path) from error
+    return count_unet_parameters(read_unet_config(folder))
 
 
 def _training(manifest: Manifest) -> str:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ModelError, SdCompressError
 
+from sdcompress.backends.exported import open_exported
 from sdcompress.checkpoints.folder import find_weight_files
 from sdcompress.models.describe import describe_model
 from sdcompress.models.load import load_pipeline
@@ -189,6 +190,19 @@ def test_no_name_in_an_index_is_imported(
     edit(folder / "model_index.json", changes)
     assert words in refusal(folder)
     assert "sentinel" not in sys.modules
+    assert not (tmp_path / "ran").exists()
+
+
+def test_no_name_in_an_export_folder_is_imported(
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sentinel.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "export/pipeline").mkdir(parents=True)
+    index = shutil.copy(small_folder / "model_index.json", tmp_path / "export/pipeline")
+    edit(Path(index), {"scheduler": ["sentinel", "PNDMScheduler"]})
+    with pytest.raises(ModelError, match="as its scheduler"):
+        open_exported(tmp_path / "export", "cpu")
     assert not (tmp_path / "ran").exists()
 
 
