@@ -181,3 +181,13 @@ def test_readme_figures_are_the_measured_ones() -> None:
     spec.loader.exec_module(tool)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert tool.updated(readme) == readme
+
+
+def test_commands_print_where_names_are_escaped() -> None:
+    paths = [path for path in tracked("sdcompress/cli/*.py") if path.name not in ("__init__.py", "_console.py")]
+    assert len(paths) > 15
+    assert [
+        str(path)
+        for path in paths
+        if re.search(r"click\.echo\(|\bprint\((?!f?\"sdcompress: )", path.read_text("utf-8"))
+    ] == []
