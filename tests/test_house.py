@@ -201,3 +201,13 @@ def test_what_can_run_code_from_a_file_is_called_only_where_it_is_guarded(monkey
     files = {file for loader in code_loaders.LOADERS for file in loader.files}
     assert {file for file in files if not (ROOT / file).is_file()} == set()
     assert code_loaders.unexpected_calls() == []
+
+
+def test_commands_print_where_names_are_escaped() -> None:
+    paths = [path for path in tracked("sdcompress/cli/*.py") if path.name not in ("__init__.py", "_console.py")]
+    assert len(paths) > 15
+    assert [
+        str(path)
+        for path in paths
+        if re.search(r"click\.echo\(|\bprint\((?!f?\"sdcompress: )", path.read_text("utf-8"))
+    ] == []
