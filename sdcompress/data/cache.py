@@ -136,9 +136,10 @@ class LatentCache:
         ids = texts["ids"][place].long() if "ids" in texts else None
         std = (0.5 * unit[f"logvar.{bucket}"][row].float()).exp()
         mean, text = unit[f"mean.{bucket}"][row].float(), texts["text"][place].float()
-        if not all(part.isfinite().all() for part in (mean, std, text)):
-            number = int(self.index["unit"][i])
-            _refuse(self.folder / unit_name(number), f"has numbers that are not finite, of picture {i}")
+        unit_file = unit_name(int(self.index["unit"][i]))
+        for name, parts in ((unit_file, (mean, std)), (EMPTY if drop_caption else unit_file, (text,))):
+            if not all(part.isfinite().all() for part in parts):
+                _refuse(self.folder / name, f"has numbers that are not finite, of picture {i}")
         return CachedSample(
             mean=mean,
             std=std,

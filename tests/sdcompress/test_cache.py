@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import DataError
-from sdcompress_engines.manifest import read_manifest
+from sdcompress_engines.manifest import read_manifest, write_manifest
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.data import build_cache as build_cache_module
@@ -256,3 +257,54 @@ def test_tiling_is_recorded(
     assert manifest.figures["tiled_views"] == 10
     assert "tiles of 256 px" in lines.lines[0]
     assert cache.sample(0, 0, 0.0).mean.shape == (4, 64, 64)
+
+
+EDITS: dict[str, Any] = {
+    "scalar": lambda tensor: tensor.flatten()[0].clone(),
+    "empty": lambda tensor: tensor[:0].clone(),
+    "flat": lambda tensor: tensor.repeat(3).clone() if tensor.ndim == 1 else tensor.flatten().clone(),
+    "truth": lambda tensor: tensor.bool(),
+    "wrong": lambda tensor: (
+        torch.full_like(tensor, float("nan")) if tensor.is_floating_point() else torch.full_like(tensor, -(2**20))
+    ),
+    "missing": lambda tensor: None,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_cache_is_refused_by_its_file(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, edit: str
+) -> None:
+    """Each tensor that is read is edited, one at a time, under a manifest that fits."""
+    build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    for name in ("index.safetensors", "unit-00000.safetensors", "empty.safetensors"):
+        tensors = load_file(tmp_path / "cache" / name)
+        for key in [key for key in tensors if not key.startswith(("pictures.", "time_ids", "ids"))]:
+            changed = tensors | {key: EDITS[edit](tensors[key])}
+            copy = shutil.copytree(tmp_path / "cache", tmp_path / "edited", dirs_exist_ok=True)
+            save_file({k: v for k, v in changed.items() if v is not None}, copy / name)
+            write_manifest(copy, "cache", config=manifest.config, inputs=manifest.inputs)
+            with pytest.raises(DataError, match=name) as refusal:
+                draw_all(LatentCache.open(copy))
+            assert len(str(refusal.value)) < 600
+            shutil.rmtree(copy)
+
+
+def draw_all(cache: LatentCache) -> None:
+    for i in range(len(cache)):
+        cache.sample(i, 0, 0.0)
+        cache.sample(i, 0, 0.9, drop_caption=True)
+
+
+@pytest.mark.parametrize("change", [{"views": 0}, {"views": "x"}, {"size_px": None}, {"source": [1]}, {"files": {}}])
+def test_a_cache_whose_manifest_records_something_else_is_refused(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    write_manifest(tmp_path / "cache", "cache", config=manifest.config | change, inputs=manifest.inputs)
+    with pytest.raises(DataError, match=next(iter(change))):
+        LatentCache.open(tmp_path / "cache")
