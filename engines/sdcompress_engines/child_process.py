@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 _MARK = "sdcompress:"
 _KEPT_LINES = 5
-SAFE_PATH = {"PYTHONSAFEPATH": "1"}
-"""The variable that keeps the working folder off the import path of every Python (3.11 or newer) that inherits it."""
+SAFE_PATH = {"PYTHONSAFEPATH": "1", "NoDefaultCurrentDirectoryInExePath": "1"}
+"""Variables that keep the working folder out of what a process and its children search: the import path of Python 3.11
+or newer, and on Windows the places of programs such as `nvidia-smi`.
+"""
 
 
 def python_command(module: str) -> list[str]:
