@@ -114,7 +114,7 @@ def prepare_hosted(folder: Path) -> Callable[[random.Random, int], None]:
         for name, shapes in ranges((1, 2, 3), (64, 128, 128), (77, 77, 154)).items()
     }
     hosted = HostedUNet(
-        Model("nano", (replace(read_only_artifact(graphs), profiles=(limited,)),)), host, lambda: Settings("torch")
+        Model("nano", (replace(read_only_artifact(graphs.parent), profiles=(limited,)),)), host, lambda: Settings("torch")
     )
 
     def deltas(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
