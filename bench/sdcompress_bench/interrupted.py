@@ -26,6 +26,8 @@ import psutil
 PRELOADED = ["sdcompress_bench.preload", "accelerate", "onnx", "onnxscript", "onnxruntime"]
 GRACE_S = 60.0
 """How long a command may take to end after SIGTERM."""
+LIMIT_S = 3600.0
+"""How long a command may take that is not interrupted."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Command:
             self.process.join(min(left, 0.25))
         return self.process.exitcode is not None
 
-    def end(self, number: signal.Signals | None = None, limit_s: float = 600.0) -> Ended:
+    def end(self, number: signal.Signals | None = None, limit_s: float = LIMIT_S) -> Ended:
         """Send a signal to the command's process group, if it still runs; returns how it ended.
 
         Args:
@@ -106,7 +108,7 @@ class Command:
         return Ended(self.process.exitcode or 0, seconds, output, survivors)
 
 
-def run(arguments: Iterable[str], log: Path, environment: Mapping[str, str], limit_s: float = 600.0) -> Ended:
+def run(arguments: Iterable[str], log: Path, environment: Mapping[str, str], limit_s: float = LIMIT_S) -> Ended:
     """Run a command of `sdcompress` to its end. The arguments are those of `Command`."""
     return Command(arguments, log, environment).end(limit_s=limit_s)
 

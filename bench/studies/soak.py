@@ -113,9 +113,8 @@ def prepare_hosted(folder: Path) -> Callable[[random.Random, int], None]:
         name: tuple((*shape[:-1], width) if name != "sample" and len(shape) == 3 else shape for shape in shapes)
         for name, shapes in ranges((1, 2, 3), (64, 128, 128), (77, 77, 154)).items()
     }
-    hosted = HostedUNet(
-        Model("nano", (replace(read_only_artifact(graphs), profiles=(limited,)),)), host, lambda: Settings("torch")
-    )
+    artifact = replace(read_only_artifact(graphs.parent), profiles=(limited,))
+    hosted = HostedUNet(Model("nano", (artifact,)), host, lambda: Settings("torch"))
 
     def deltas(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return (0.01 * torch.randn_like(weight) if layer.endswith("to_q") else None), None

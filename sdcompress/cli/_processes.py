@@ -15,9 +15,13 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
+import click
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+SHARED = ("distill", "finetune", "lora", "data")
+"""The commands that share their work among processes."""
 GRACE_S = 10.0
 """How long a process may take to end by itself after another one has ended."""
 LAUNCHER_CHECK_S = 2.0
@@ -31,8 +35,10 @@ KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
 def is_launched_in_group() -> bool:
-    """Returns whether a launcher has started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Returns whether a launcher has started this process as one of several, for a command that shares its work."""
+    count = os.environ.get("WORLD_SIZE", "")
+    launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ) and count.isdecimal() and int(count) > 1
+    return launched and sys.argv[1:2] != [] and sys.argv[1] in SHARED
 
 
 @contextmanager
@@ -55,7 +61,7 @@ def watch_processes() -> Iterator[None]:
     watch = Watch(state)
     try:
         yield
-    except SdCompressError as error:
+    except (SdCompressError, click.ClickException) as error:
         watch.leave(shorten(error))
         raise
     except Exception as error:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sdcompress_engines.errors import DataError
+from sdcompress_engines.errors import ArtifactError, DataError
 from sdcompress_engines.manifest import read_manifest, write_manifest
 from sdcompress_engines.progress import Reporter
 
@@ -122,6 +122,20 @@ def test_a_stopped_build_continues_and_ends_the_same(
     assert again.sha256 == whole.sha256
     assert all(torch.equal(a, b) for a, b in zip(stored_tensors(again), stored_tensors(whole), strict=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "mixed", "whole"]
+
+
+def test_a_second_build_of_a_cache_is_refused_while_the_first_goes_on(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start_another(self: UnitEncoder, *args: Any) -> Any:
+        with pytest.raises(ArtifactError, match="another process is building this cache"):
+            build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+        return encode(self, *args)
+
+    encode = UnitEncoder.encode
+    monkeypatch.setattr(UnitEncoder, "encode", start_another)
+    assert len(build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)) > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "mixed"]
 
 
 def test_a_cache_of_other_settings_or_cut_short_is_refused_with_the_reason(
