@@ -35,6 +35,55 @@ ROOMS = (
 MOST_FUNCTION_LINES, MOST_FILE_LINES = 60, 400
 
 
+WRITERS = {
+    "write_text",
+    "write_bytes",
+    "save",
+    "save_file",
+    "save_pretrained",
+    "save_config",
+    "copyfile",
+    "copytree",
+    "savez",
+}
+"""Calls that write a file or a folder in its place."""
+UNGUARDED = {
+    "engines/sdcompress_engines/files.py": "the helpers themselves",
+    "engines/sdcompress_engines/build_worker.py": "to the file that `builder` renames",
+    "engines/sdcompress_engines/store.py": "an engine in a staged folder",
+    "sdcompress/backends/worker.py": "an answer in a temporary folder",
+    "sdcompress/backends/fastest_worker.py": "an answer in a temporary folder",
+    "sdcompress/checkpoints/read.py": "configs in a temporary folder",
+    "sdcompress/checkpoints/write.py": "a staged file, and configs in a temporary folder",
+    "sdcompress/cli/data.py": "a staged file",
+    "sdcompress/cli/generate.py": "a staged file",
+    "sdcompress/cli/plan.py": "a staged file",
+    "sdcompress/cli/recipes.py": "a staged file",
+    "sdcompress/data/build_cache.py": "the hidden folder of a build, which is synchronized before its rename",
+    "sdcompress/export/layers.py": "graphs in a temporary folder",
+    "sdcompress/export/onnx_file.py": "a graph in a staged folder",
+    "sdcompress/export/pipeline_files.py": "configs in a staged folder",
+    "sdcompress/export/quantize/quantize_graph.py": "calibration data in a temporary folder",
+    "sdcompress/export/quantize/worker.py": "a graph in a temporary folder",
+    "sdcompress/export/tensorrt.py": "configs in a staged folder",
+    "sdcompress/generate/output_folder.py": "a file that it renames; the next run knows what was left by its name",
+    "sdcompress/hosts/files.py": "a copy that is renamed; an uninstall knows what was left by its name",
+    "sdcompress/hosts/record.py": "as `hosts/files.py`",
+    "sdcompress/lora/files.py": "a staged file",
+    "sdcompress/models/nano.py": "a staged folder",
+    "sdcompress/publish/upload.py": "a staged or temporary folder",
+    "sdcompress/support/pictures.py": "to memory",
+    "sdcompress/train/checkpoint.py": "the staging folder of a checkpoint, which is synchronized before its rename",
+    "sdcompress/train/loop.py": "`Checkpoints.save`",
+    "sdcompress/train/pipelines.py": "a staged folder",
+    "bench/sdcompress_bench/isolated.py": "a setting of the kernel",
+    "bench/sdcompress_bench/models.py": "a staged folder",
+    "bench/sdcompress_bench/outputs.py": "to a file of `atomic_file`",
+    "bench/sdcompress_bench/suite.py": "`Results.save`, which writes atomically",
+}
+"""The files of the packages that write without `write_atomically`, each with what it writes to instead."""
+
+
 @cache
 def modules() -> dict[str, Path]:
     """Every module of the three packages, by its name."""
@@ -152,6 +201,42 @@ def test_no_file_is_longer_than_one_subject() -> None:
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in tracked("*.py")
     }
     assert {path: length for path, length in lengths.items() if length > MOST_FILE_LINES} == {}
+
+
+def writes_in_place(node: ast.AST) -> bool:
+    """Whether a call writes a file by its own name: a writer's, or `open` to write."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    modes = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+    opens = name == "open" and any(
+        isinstance(mode, str) and re.fullmatch(r"[rwaxbt+]*[wax+][rwaxbt+]*", mode) for mode in modes
+    )
+    return name in WRITERS or opens
+
+
+def test_every_file_is_written_by_the_helpers_or_into_a_staged_folder() -> None:
+    writing = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules().values()
+        if any(map(writes_in_place, ast.walk(ast.parse(path.read_text(encoding="utf-8")))))
+    }
+    assert writing == set(UNGUARDED)
+
+
+def test_every_kind_of_artifact_is_one_that_force_may_replace() -> None:
+    from sdcompress_engines.output_marks import KINDS
+
+    kinds = {
+        node.args[1].value
+        for path in modules().values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") in ("write_manifest", "save_pipeline")
+        and len(node.args) > 1
+        and isinstance(node.args[1], ast.Constant)
+    }
+    assert {"cache", "engine", "onnx"} <= kinds <= KINDS
 
 
 def test_engines_and_plugins_keep_to_python_310_syntax() -> None:

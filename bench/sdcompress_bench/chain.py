@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import BackendMissing, SdCompressError, storage_errors
 from sdcompress_engines.files import parents_made, write_atomically
+from sdcompress_engines.leftovers import remove_partial_files
 from sdcompress_engines.manifest import MANIFEST_NAME, sha256_file, sha256_tree
 from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside
 from sdcompress_engines.progress import SILENT, Reporter
@@ -204,6 +205,7 @@ def _begun_folder(settings: ChainSettings) -> Iterator[None]:
     kept = nullcontext() if _continues(settings) else moved_aside(output)
     with storage_errors(output), kept, parents_made(output):
         output.mkdir(exist_ok=True)
+        remove_partial_files(output)
         try:
             write_atomically(output / MARKER, json.dumps(marker) + "\n")
             yield

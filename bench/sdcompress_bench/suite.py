@@ -58,8 +58,7 @@ def run_suite(
     Args:
         suite: what is measured.
         output: the folder of the report.
-        report: shows progress.
-        force: replace what is in `output`.
+        report: shows progress. force: replace what is in `output`.
         command: the command for a new measurement that the report shows; None is this process's command line.
         skipped: backend → reason why it is not measured, for the report.
         files: that the suite was read from.

@@ -56,17 +56,30 @@ def remove_leftovers(target: Path) -> None:
                 shutil.rmtree(path)
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Remove the files in a folder that killed processes were writing, as far as possible."""
+    for path, match in _left_in(folder):
+        if match[4] == PARTIAL:
+            with suppress(OSError):
+                path.unlink()
+
+
 def _left_beside(target: Path) -> Iterator[tuple[Path, str]]:
     """Yields the temporary paths of `target` whose process does not run any more, each with its use."""
-    wanted = _shorten(target)
+    for path, match in _left_in(target.parent):
+        if match[1] == _shorten(target):
+            yield path, match[4]
+
+
+def _left_in(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
     try:
-        names = os.listdir(target.parent)
+        names = os.listdir(folder)
     except OSError:
         return
     for name in names:
         match = _NAME.fullmatch(name)
-        if match and match[1] == wanted and match[3] == _machine() and not _is_running(int(match[2])):
-            yield target.with_name(name), match[4]
+        if match and match[3] == _machine() and not _is_running(int(match[2])):
+            yield folder / name, match
 
 
 def _shorten(target: Path) -> str:

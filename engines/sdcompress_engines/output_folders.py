@@ -152,6 +152,8 @@ def replace_folder(new: Path, target: Path) -> None:
     """
     sync_tree(new)
     with moved_aside(target):
+        if target.is_dir():  # empty: Windows replaces no folder
+            target.rmdir()
         replace_file(new, target)
         sync(target.parent)
 
@@ -160,7 +162,7 @@ def replace_folder(new: Path, target: Path) -> None:
 def moved_aside(target: Path) -> Iterator[None]:
     """Move a folder out of its place for the block, and delete it then.
 
-    After an error it is put back, unless something else is in its place.
+    After an error it is put back, unless something else is in its place. An empty folder stays where it is.
 
     Args:
         target: the folder, or nothing.
@@ -168,7 +170,7 @@ def moved_aside(target: Path) -> Iterator[None]:
     Raises:
         OSError: a file in it is in use, or no permission.
     """
-    if not os.path.lexists(target):
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         yield
         return
     aside = temporary_path(target, OLD)
@@ -300,7 +302,7 @@ def _check_writable(target: Path) -> None:
     Raises:
         StorageError: no permission, or a part of the path is a file.
     """
-    place = _nearest_existing(target.absolute().parent)
+    place = target if target.is_dir() else _nearest_existing(target.absolute().parent)
     if not place.is_dir():
         raise StorageError(
             "a part of this path is a file, not a folder", where=place, expected="a folder", hint="choose another -o"

@@ -99,8 +99,10 @@ def output_option(help: str = "Folder to write to; must not exist or be empty.")
 
 
 def force_option(function: Any) -> Any:
-    """Add `--force`, which replaces an existing output folder."""
-    return click.option("--force", is_flag=True, help="Replace the output folder if it exists.")(function)
+    """Add `--force`, which replaces an earlier output."""
+    return click.option(
+        "--force", is_flag=True, help="Replace the output folder, if sdcompress wrote all that is in it."
+    )(function)
 
 
 def json_option(function: Any) -> Any:

@@ -13,7 +13,7 @@ from sdcompress_engines.errors import ArtifactError, storage_errors
 from sdcompress_engines.files import parents_made, replace_file
 from sdcompress_engines.leftovers import remove_leftovers
 from sdcompress_engines.manifest import Manifest, faults, read_manifest, sha256_file
-from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside, staged
+from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside
 
 KIND = "dataset"
 """Kind of the manifest."""
@@ -47,13 +47,13 @@ def claim_folder(
     _check_folder(output, identity, force, inputs)
     continues = _read_settings(output) == identity
     with storage_errors(output), parents_made(output), nullcontext() if continues else moved_aside(output):
-        if not continues:
-            with staged(output) as folder:
-                write_file(folder / SETTINGS, json.dumps(identity, indent=1).encode())
+        output.mkdir(exist_ok=True)
         try:
+            if not continues:
+                write_file(output / SETTINGS, json.dumps(identity, indent=1).encode())
             yield _find_finished(output, names)
         except BaseException:
-            if {path.name for path in output.iterdir()} == {SETTINGS}:
+            if {path.name for path in output.iterdir()} <= {SETTINGS}:
                 shutil.rmtree(output)
             raise
 

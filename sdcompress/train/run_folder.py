@@ -12,11 +12,11 @@ import torch
 from accelerate import PartialState
 from sdcompress_engines.errors import ArtifactError, SdCompressError, StorageError, storage_errors
 from sdcompress_engines.files import parents_made, replace_file, write_atomically
-from sdcompress_engines.leftovers import OLD, temporary_path
+from sdcompress_engines.leftovers import OLD, remove_partial_files, temporary_path
 from sdcompress_engines.locks import HeldLock, try_lock
 from sdcompress_engines.output_folders import check_free, check_inputs
 
-from sdcompress.train.checkpoint import CHECKPOINTS, list_checkpoints
+from sdcompress.train.checkpoint import CHECKPOINTS, PREFIX, list_checkpoints
 from sdcompress.train.config import TrainConfig
 
 LOCK = ".lock"
@@ -84,6 +84,7 @@ def _own_folder(output: Path, resume: bool, force: bool, inputs: Iterable[Path],
         lock = _take_lock(output, is_new)
         aside = None
         try:
+            _remove_unfinished(output)
             if not resume:
                 aside = _move_aside(output)
             yield
@@ -110,6 +111,13 @@ def _take_lock(output: Path, is_new: bool) -> HeldLock:
     if lock is None:
         raise ArtifactError("another run is using this folder", where=output, hint="wait for it, or choose another -o")
     return lock
+
+
+def _remove_unfinished(output: Path) -> None:
+    """Remove what a killed run was writing; the lock is held, so no run writes."""
+    remove_partial_files(output)
+    for staging in (output / CHECKPOINTS).glob(f".{PREFIX}*.partial"):
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _move_aside(output: Path) -> Path | None:

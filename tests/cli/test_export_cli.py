@@ -173,7 +173,8 @@ def test_generate_names_the_folders_inside_an_export_with_engines(cli: Cli, tmp_
 
 @pytest.mark.parametrize("option", ["--precision", "--artifacts"])
 def test_auto_is_refused_with_what_it_chooses_itself(cli: Cli, tmp_path: Path, option: str) -> None:
-    value = "fp32" if option == "--precision" else tmp_path
+    (tmp_path / "graphs").mkdir()
+    value = "fp32" if option == "--precision" else tmp_path / "graphs"
     code, _, err = cli("generate", "nano", "a cat", "-o", tmp_path / "a.png", "--backend", "auto", option, value)
     assert code == 2
     assert "with the backend auto, which chooses both" in one_line(err)
