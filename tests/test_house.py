@@ -53,7 +53,6 @@ UNGUARDED = {
     "engines/sdcompress_engines/store.py": "an engine in a staged folder",
     "sdcompress/backends/worker.py": "an answer in a temporary folder",
     "sdcompress/backends/fastest_worker.py": "an answer in a temporary folder",
-    "sdcompress/checkpoints/read.py": "configs in a temporary folder",
     "sdcompress/checkpoints/write.py": "a staged file, and configs in a temporary folder",
     "sdcompress/cli/data.py": "a staged file",
     "sdcompress/cli/generate.py": "a staged file",

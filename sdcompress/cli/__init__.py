@@ -160,11 +160,13 @@ def _restart_with_docstrings() -> NoReturn:
 
     The help texts of the commands are docstrings, and transformers cannot be imported without its own.
     """
+    from sdcompress_engines.child_process import python_code
+
     program = f"import sys; sys.path[:] = {sys.path!r}; from sdcompress.cli import main; main()"
-    command = [sys.executable, "-P", "-c", program, *sys.argv[1:]]
+    command = [*python_code(program), *sys.argv[1:]]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
     if os.name == "posix":
-        os.execve(sys.executable, command, environment)
+        os.execve(command[0], command, environment)
     import signal
     import subprocess
 

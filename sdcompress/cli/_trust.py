@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from sdcompress.cli._console import ConsoleReporter
+
 if TYPE_CHECKING:
     from sdcompress_engines.trust import Consent
 
@@ -44,5 +46,5 @@ def allow_all(paths: Iterable[Path | None]) -> list[tuple[Path, Consent]]:
     files = [file for path in paths if path is not None and path.exists() for file in find_code(path)]
     allowed = [(file, allow(file)) for file in files]
     for file, consent in allowed:
-        click.echo(f"{file}: sha256 {consent.sha256}, {consent}", err=True)
+        ConsoleReporter().show_line(f"{file}: sha256 {consent.sha256}, {consent}")
     return allowed

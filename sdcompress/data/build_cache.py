@@ -7,31 +7,27 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from pydantic import BaseModel, ValidationError
 from safetensors.torch import save_file
-from sdcompress_engines.errors import ArtifactError, DataError, SdCompressError, storage_errors
-from sdcompress_engines.files import atomic_file, parents_made, write_atomically
-from sdcompress_engines.json_files import read_json, read_json_object
+from sdcompress_engines.errors import ArtifactError, SdCompressError, storage_errors
+from sdcompress_engines.files import parents_made, write_atomically
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.locks import try_lock
-from sdcompress_engines.manifest import FileEntry, sha256_file, write_manifest
-from sdcompress_engines.output_folders import check_free, replace_folder, require_space
+from sdcompress_engines.manifest import write_manifest
+from sdcompress_engines.output_folders import check_free, replace_folder
 from sdcompress_engines.progress import SILENT, Reporter
 
-from sdcompress.checkpoints.tensor_files import read_safetensors
-from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings, unit_name
+from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings
+from sdcompress.data.cache_units import UnitTotals, drop_duplicates, read_facts, sum_units, write_unit
 from sdcompress.data.config import DataConfig
 from sdcompress.data.embed import embed_in_batches, text_encoders_on
 from sdcompress.data.encode import LatentEncoder
 from sdcompress.data.precision import Precision, PrecisionChoice, choose_vae_precision
 from sdcompress.data.records import Source
-from sdcompress.data.skipped import Skipped
-from sdcompress.data.units import EncodedUnit, UnitEncoder
+from sdcompress.data.units import UnitEncoder
 from sdcompress.support.pipeline import native_size_px
 
 if TYPE_CHECKING:
@@ -87,12 +83,7 @@ def build_cache(
     chosen = agree_on_precision(choose_vae_precision(pipeline, state.device, precision))
     identity = _identify_build(source, teacher, size_px, config, chosen)
     partial = output.with_name(f".{output.name}.partial")
-    with (
-        storage_errors(output),
-        parents_made(output),
-        _locked(output, force, inputs, state),
-        text_encoders_on(pipeline, state.device),
-    ):
+    with _owned(output, force, inputs, state), text_encoders_on(pipeline, state.device):
         if state.is_main_process:
             _start_or_continue(partial, identity, report)
         state.wait_for_everyone()
@@ -108,7 +99,7 @@ def build_cache(
 
 
 @contextmanager
-def _locked(output: Path, force: bool, inputs: Iterable[Path], state: PartialState) -> Iterator[None]:
+def _owned(output: Path, force: bool, inputs: Iterable[Path], state: PartialState) -> Iterator[None]:
     """Keep other builds of the same cache out, for the block. The main process holds the lock for all of its build.
 
     The lock lies beside the folder of the build, which is emptied and renamed.
@@ -117,19 +108,21 @@ def _locked(output: Path, force: bool, inputs: Iterable[Path], state: PartialSta
         ArtifactError: another process is building the cache, or has just built it.
         StorageError: the file system has no locks.
     """
-    if not state.is_main_process:
-        yield
-        return
-    lock = try_lock(output.with_name(f".{output.name}.lock"), hint="choose another -o, on a local disk")
-    if lock is None:
-        raise ArtifactError(
-            "another process is building this cache", where=output, hint="wait for it, or choose another -o"
-        )
-    try:
-        check_free(output, force, inputs)
-        yield
-    finally:
-        lock.discard()
+    with storage_errors(output):
+        if not state.is_main_process:
+            yield
+            return
+        with parents_made(output):
+            lock = try_lock(output.with_name(f".{output.name}.lock"), hint="choose another -o, on a local disk")
+            if lock is None:
+                raise ArtifactError(
+                    "another process is building this cache", where=output, hint="wait for it, or choose another -o"
+                )
+            try:
+                check_free(output, force, inputs)
+                yield
+            finally:
+                lock.discard()
 
 
 @contextmanager
@@ -221,122 +214,8 @@ def _encode_units(partial: Path, source: Source, encoder: UnitEncoder, state: Pa
     """
     with report.task("encode pictures") as advance:
         for number in range(state.process_index, source.count_units(), state.num_processes):
-            if _read_facts(partial, number) is None:
-                _write_unit(partial, number, encoder.encode(source, number, advance))
-
-
-def _read_facts(folder: Path, number: int) -> dict[str, Any] | None:
-    """Returns the sidecar of a unit, or None where the unit is not complete."""
-    sidecar, path = folder / f"{unit_name(number)}.json", folder / unit_name(number)
-    if not sidecar.is_file():
-        return None
-    try:
-        facts = _UnitFacts.model_validate(read_json(sidecar))
-    except (ArtifactError, ValidationError):
-        return None
-    return facts.model_dump() if path.is_file() and path.stat().st_size == facts.bytes else None
-
-
-class _UnitFacts(BaseModel):
-    """What the sidecar of a unit records; see `_write_unit`."""
-
-    sha256: str
-    bytes: int
-    read: int
-    reasons: dict[str, list[str]]
-    filtered: dict[str, int]
-    fields: list[str]
-    tiled: int = 0
-    tile_px: int | None = None
-
-
-def _write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
-    """Write a unit's file and then its sidecar, the JSON file whose presence means that the unit is complete.
-
-    Args:
-        folder: of the build.
-        number: of the unit, from 0.
-        unit: its content.
-    """
-    size = sum(tensor.numel() * tensor.element_size() for tensor in unit.tensors.values())
-    require_space(folder, size, "the cache's next unit")
-    path = folder / unit_name(number)
-    with atomic_file(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in unit.tensors.items()}, temporary)
-    skipped = unit.skipped
-    facts = {
-        "sha256": sha256_file(path),
-        "bytes": path.stat().st_size,
-        "read": skipped.read,
-        "reasons": skipped.reasons,
-        "filtered": skipped.filtered,
-        "fields": sorted(skipped.fields),
-        "tiled": unit.tiled,
-        "tile_px": unit.tile_px,
-    }
-    write_atomically(folder / f"{unit_name(number)}.json", json.dumps(facts))
-
-
-@dataclass
-class _Totals:
-    """What the units of a build hold together.
-
-    Attributes:
-        skipped: what was read, and what was left out and why.
-        hashed: file name → hash and size.
-        columns: column of the pictures → its values of all units.
-        captions: embedded captions.
-        tiled: views that were encoded in tiles.
-        tile_px: side of the smallest of those tiles, in pixels; None where there are none.
-    """
-
-    skipped: Skipped
-    hashed: dict[str, FileEntry]
-    columns: dict[str, torch.Tensor]
-    captions: int
-    tiled: int
-    tile_px: int | None
-
-
-def _sum_units(folder: Path, count: int) -> _Totals:
-    """Read the sidecars and the pictures' columns of `count` units. Returns their sums."""
-    skipped, hashed = Skipped(), dict[str, FileEntry]()
-    parts: dict[str, list[torch.Tensor]] = {}
-    caption_entries = captions = tiled = 0
-    tiles_px: list[int] = []
-    for number in range(count):
-        facts = _read_facts(folder, number)
-        if facts is None:
-            raise DataError(
-                "was damaged while the cache was built", where=folder / unit_name(number), hint="the same command again"
-            )
-        skipped.merge(Skipped(facts["read"], facts["reasons"], facts["filtered"], set(facts["fields"])))
-        tiled += facts["tiled"]
-        tiles_px += [facts["tile_px"]] if facts["tile_px"] else []
-        hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
-        unit = read_safetensors(folder / unit_name(number), DataError)
-        pictures = {
-            name.removeprefix("pictures."): tensor for name, tensor in unit.items() if name.startswith("pictures.")
-        }
-        pictures["unit"] = torch.full_like(pictures["row"], number)
-        pictures["first"] = pictures["first"] + caption_entries
-        caption_entries += len(pictures["caption_row"])
-        captions += len(unit.get("text", ()))
-        for name, tensor in pictures.items():
-            parts.setdefault(name, []).append(tensor)
-    columns = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    return _Totals(skipped, hashed, columns, captions, tiled, min(tiles_px, default=None))
-
-
-def _drop_duplicates(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Returns the columns without their digests and without pictures whose digest another picture has before them.
-
-    The columns of captions stay whole: `first` points into them.
-    """
-    _, first_seen = np.unique(columns["digest"].numpy(), axis=0, return_index=True)
-    kept = torch.from_numpy(np.sort(first_seen))
-    of_pictures = {name: columns[name][kept].contiguous() for name in ("unit", "bucket", "row", "first", "count")}
-    return {name: tensor for name, tensor in columns.items() if name != "digest"} | of_pictures
+            if read_facts(partial, number) is None:
+                write_unit(partial, number, encoder.encode(source, number, advance))
 
 
 def _finish(
@@ -360,12 +239,12 @@ def _finish(
     Raises:
         DataError: nothing is usable, or too little.
     """
-    totals = _sum_units(partial, source.count_units())
+    totals = sum_units(partial, source.count_units())
     skipped = totals.skipped
     if skipped.read == 0:
         shutil.rmtree(partial)
     skipped.check(source.name, encoder.config.max_unusable)
-    index = _drop_duplicates(totals.columns)
+    index = drop_duplicates(totals.columns)
     save_file(index, partial / INDEX)
     save_file(embed_in_batches(encoder.pipeline, [""]), partial / EMPTY)
     pictures, duplicates = len(index["unit"]), len(totals.columns["unit"]) - len(index["unit"])
@@ -409,7 +288,7 @@ def _write_manifest(
     source: Source,
     encoder: UnitEncoder,
     identity: dict[str, Any],
-    totals: _Totals,
+    totals: UnitTotals,
     figures: dict[str, Any],
 ) -> None:
     """Write the manifest of a cache.

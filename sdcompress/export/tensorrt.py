@@ -105,16 +105,13 @@ def build_engines(
     manifest = read_graph_folder(onnx_folder)
     requested = manifest.config["components"] if components is None else components
     chosen = check_components(requested, manifest.config["signature"])
-    configs = {
-        component: read_component_config(onnx_folder / "pipeline", PARTS[component])
-        for component in {*chosen, "unet", "vae_decoder"}
-    }
+    parts = {component: PARTS[component] for component in (*chosen, "unet", "vae_decoder")}
+    configs = {name: read_component_config(onnx_folder / "pipeline", part) for name, part in parts.items()}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
     ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"])))
-    builder = EngineBuilder(
-        onnx_folder, manifest, configs, ranges, library, compute_capabilities, cards, options, report
-    )
+    where = library, compute_capabilities, cards
+    builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
     store = store or EngineStore()
     engines: dict[str, StoredEngine] = {}
     builds: dict[str, BuiltEngine] = {}
