@@ -6,6 +6,7 @@ import importlib
 import io
 import os
 import sys
+import tempfile
 
 import click
 
@@ -115,8 +116,8 @@ def main() -> None:
     except KeyboardInterrupt:
         click.echo("sdcompress: stopped", err=True)
         code = 130
-    except OSError as error:
-        known = storage_error(error, error.filename or ".")
+    except Exception as error:  # of any library, where it writes a temporary file
+        known = storage_error(error, tempfile.gettempdir())
         if known is None:
             raise
         click.echo(f"sdcompress: {known}", err=True)
