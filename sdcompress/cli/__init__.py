@@ -6,6 +6,7 @@ import errno
 import importlib
 import os
 import sys
+import tempfile
 import traceback
 from contextlib import suppress
 from typing import NoReturn
@@ -124,7 +125,7 @@ def _run() -> int:
 
 def _report(error: BaseException) -> int:
     """Print what ended the command; returns the exit status."""
-    from sdcompress_engines.errors import SdCompressError, system_error
+    from sdcompress_engines.errors import SdCompressError, storage_error, system_error
 
     from sdcompress.cli._streams import BROKEN_PIPE_STATUS, OutputClosed, print_error
 
@@ -137,7 +138,9 @@ def _report(error: BaseException) -> int:
         if isinstance(error, click.ClickException):
             _show(error)
             return error.exit_code
-        if known := error if isinstance(error, SdCompressError) else system_error(error):
+        known = error if isinstance(error, SdCompressError) else system_error(error)
+        # A library's own text of a full disk, met where it writes a temporary file.
+        if known := known or storage_error(error, tempfile.gettempdir()):
             print_error(str(known))
             return known.exit_code
         traceback.print_exception(error)
