@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import ModelError
-from sdcompress_engines.graph import AGAIN
-from sdcompress_engines.json_files import read_json_object
 
 from sdcompress.export.components import config_of
 from sdcompress.support.pipeline import TextToImagePipeline
@@ -37,22 +34,6 @@ def save_small_parts(pipeline: TextToImagePipeline, folder: Path) -> None:
     for name, part in pipeline.components.items():
         if index.get(name, [None])[0] is not None and part is not None:
             _save_config(part, folder / name)
-
-
-def read_config(folder: Path, name: str) -> dict[str, Any]:
-    """Returns the config of a part of the pipeline in an export folder.
-
-    Args:
-        folder: of the export.
-        name: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
-
-    Raises:
-        ModelError: there is none, or it is no JSON object.
-    """
-    path = folder / "pipeline" / name / "config.json"
-    if not path.is_file():
-        raise ModelError(f"has no pipeline/{name}/config.json", where=folder, hint=AGAIN)
-    return read_json_object(path, ModelError)
 
 
 def _save_config(part: Any, folder: Path) -> None:

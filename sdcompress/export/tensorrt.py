@@ -30,8 +30,8 @@ from sdcompress_engines.store_entries import StoredEngine
 from sdcompress.export.components import PARTS, latent_side
 from sdcompress.export.engine_build import EngineBuilder, vae_scale
 from sdcompress.export.graph_folder import read_graph_folder
-from sdcompress.export.pipeline_files import read_config
 from sdcompress.export.settings import check_components
+from sdcompress.models.locate import read_component_config
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def build_engines(
     manifest = read_graph_folder(onnx_folder)
     requested = manifest.config["components"] if components is None else components
     chosen = check_components(requested, manifest.config["signature"])
-    configs = {component: read_config(onnx_folder, PARTS[component]) for component in {*chosen, "unet", "vae_decoder"}}
+    configs = {component: _read_config(onnx_folder, component) for component in {*chosen, "unet", "vae_decoder"}}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
     ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"])))
@@ -176,3 +176,7 @@ def shape_ranges(
     for each in ranges:
         check_ranges(each, step)
     return ranges
+
+
+def _read_config(onnx_folder: Path, component: str) -> dict[str, Any]:
+    return read_component_config(onnx_folder / "pipeline", PARTS[component])
