@@ -65,8 +65,10 @@ def open_exported(
         check_trusted(folder / name, manifest.files[name].sha256)
     index = read_model_index(configs)
     parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
-    described = {name: read_component_config(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]}
     try:
+        described = {
+            name: read_component_config(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]
+        }
         return _assemble(index, parts, described, _GraphOpener(folder, manifest, device, steady), make_unet, report)
     except SdCompressError:
         raise
