@@ -152,10 +152,12 @@ def _show(error: click.ClickException) -> None:
     """Print a mistake of the command line as click does, with what was typed cut and escaped."""
     from sdcompress_engines.errors import SdCompressError
 
+    from sdcompress.cli._streams import print_error
+
     context = getattr(error, "ctx", None)
     if context is not None:
         click.echo(f"{context.get_usage()}\nTry '{context.command_path} --help' for help.\n", err=True)
-    click.echo(f"Error: {SdCompressError(error.format_message())}", err=True)
+    print_error(str(SdCompressError(error.format_message())))
 
 
 def _restart_with_docstrings() -> NoReturn:

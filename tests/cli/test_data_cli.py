@@ -105,10 +105,10 @@ def test_mistakes_are_one_line(cli: Cli, random_folder: Path, pictures: Path, tm
     for arguments, code, message in (
         ([*generate, prompts, "-n", 1], 1, "holds no prompt"),
         ([*generate, tmp_path / "gone", "-n", 1], 2, "does not exist"),
-        ([*generate, prompts, "-n", 0], 2, "0 pictures"),
-        ([*generate, prompts, "-n", 1, "--size", 65], 2, "65 px"),
+        ([*generate, prompts, "-n", 0], 2, "'--count': 0 is not in the range"),
+        ([*generate, prompts, "-n", 1, "--size", 65], 2, "65 is not a multiple of 8"),
         ([*generate, prompts, "-n", 1, "--backend", "coreml"], 2, "onnxruntime"),
-        (["data", "inspect", pictures, "--size", 65], 2, "data.size_px"),
+        (["data", "inspect", pictures, "--size", 65], 2, "65 is not a multiple of 8"),
         (["data", "inspect", pictures, "--where", "score is 3"], 2, "--where"),
         (["data", "inspect", pictures, "--sheet", "a.txt"], 2, "not a picture file name"),
         (["data", "inspect", pictures, "--limit", 0], 2, "--limit"),
