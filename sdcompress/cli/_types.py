@@ -72,7 +72,7 @@ class Several(click.ParamType):
 
     Args:
         item: the type of one value.
-        name: of the values, in the help.
+        name: of the values with an example, for messages.
     """
 
     def __init__(self, item: click.ParamType, name: str) -> None:
@@ -83,8 +83,11 @@ class Several(click.ParamType):
             return value
         parts = [part.strip() for part in value.split(",")]
         if not all(parts):
-            self.fail(f"{value!r} lacks a value; {self.name} is expected.", param, ctx)
-        values = tuple(self.item.convert(part, param, ctx) for part in parts)
+            self.fail(f"{value!r} lacks a value; expected {self.name}.", param, ctx)
+        try:
+            values = tuple(self.item.convert(part, param, ctx) for part in parts)
+        except click.BadParameter as error:
+            self.fail(f"{value!r} is not a list of {self.name}: {error.message}", param, ctx)
         if len(set(values)) < len(values):
             self.fail(f"{value!r} holds a value twice.", param, ctx)
         return values

@@ -71,7 +71,7 @@ def command() -> None:
 @click.option(
     "--backend",
     "backends",
-    type=Several(NAME, "torch,ort"),
+    type=Several(NAME, "backends, such as torch,ort"),
     metavar="NAMES",
     help=(
         "One or more of torch, compile, aot, onnxruntime (ort), tensorrt (trt), with commas; `aot:bf16` adds a"
@@ -89,13 +89,13 @@ def command() -> None:
 @click.option(
     "--size",
     "size_px",
-    type=Several(SIZE_PX, "256,512"),
+    type=Several(SIZE_PX, "whole numbers, such as 256,512"),
     metavar="PX[,PX]",
     help="Side of the pictures.  [default: the size the teacher was trained on]",
 )
 @click.option(
     "--batch",
-    type=Several(BATCH, "1,4"),
+    type=Several(BATCH, "whole numbers, such as 1,4"),
     metavar="N[,N]",
     help="Pictures in one batch; each size is a row.  [default: 1]",
 )

@@ -28,7 +28,7 @@ def type_in(*arguments: object) -> Result:
         (("nano", "--backend", "tpu"), 2, "no backend 'tpu'"),
         (("nano", "--backend", "torch:int3"), 2, "no precision 'int3'"),
         (("nano", "--size", "big"), 2, "'big' is not a list of whole numbers"),
-        (("nano", "--batch", "0"), 2, "a count under 1"),
+        (("nano", "--batch", "0"), 2, "0 is not in the range"),
         (("nano", "--prompts", "gone.txt"), 2, "gone.txt: no such file of prompts"),
         (("nano", "--clip", "gone"), 2, "--clip does not exist"),
         (("nano", "--reference", "gone"), 2, "--reference does not exist"),
