@@ -28,7 +28,6 @@ from sdcompress.hosts.install import install
 from sdcompress.hosts.record import Record, read_record, write_record
 from sdcompress.lora.fuse import parse_lora
 from sdcompress.models.locate import locate_pipeline
-from sdcompress.publish.upload import upload_folder
 
 OUTSIDE = [
     "..\\..\\x.py",
@@ -264,22 +263,6 @@ def split_as_windows_does(line: str) -> list[str]:
 
 def test_a_command_for_this_system_is_the_shells() -> None:
     assert command_line(["sdcompress", "a b"], windows=False) == "sdcompress 'a b'"
-
-
-@pytest.mark.parametrize("ways", [(), ("symlink",), ("symlink", "link")], ids=["links", "hard links", "copies"])
-def test_an_upload_is_put_together_where_links_need_a_privilege(
-    ways: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError("A required privilege is not held by the client")
-
-    source = tmp_path / "model.safetensors"
-    source.write_bytes(b"weights")
-    for way in ways:
-        monkeypatch.setattr(os, way, refuse)
-    with upload_folder({"unet/model.safetensors": source}, "a card – with a dash") as folder:
-        assert (folder / "unet/model.safetensors").read_bytes() == b"weights"
-        assert (folder / "README.md").read_bytes().decode() == "a card – with a dash"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the account may make links there")
