@@ -12,6 +12,7 @@ from typing import Any
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.manifest import MANIFEST_NAME, canonical, faults
 
+CONFIGS = Path(__file__).parents[2] / "sdcompress/assets/configs"
 LONGEST_MESSAGE = 1500
 Reader = Callable[[Path, bytes], Any]
 
@@ -165,11 +166,7 @@ def read_shard(folder: Path, data: bytes) -> Any:
 def read_unet_config(folder: Path, data: bytes) -> Any:
     from sdcompress.models.describe import describe_model
 
-    write(
-        folder,
-        "model_index.json",
-        b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}',
-    )
+    write(folder, "model_index.json", (CONFIGS / "sd1/model_index.json").read_bytes())
     (folder / "unet").mkdir(exist_ok=True)
     write(folder / "unet", "config.json", data)
     return describe_model(str(folder))

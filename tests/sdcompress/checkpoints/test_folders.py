@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ModelError, SdCompressError
+from sdcompress_engines.manifest import write_manifest
 
 from sdcompress.backends.exported import open_exported
 from sdcompress.checkpoints.folder import find_weight_files
@@ -201,6 +202,7 @@ def test_no_name_in_an_export_folder_is_imported(
     (tmp_path / "export/pipeline").mkdir(parents=True)
     index = shutil.copy(small_folder / "model_index.json", tmp_path / "export/pipeline")
     edit(Path(index), {"scheduler": ["sentinel", "PNDMScheduler"]})
+    write_manifest(tmp_path / "export", "onnx")
     with pytest.raises(ModelError, match="as its scheduler"):
         open_exported(tmp_path / "export", "cpu")
     assert not (tmp_path / "ran").exists()
