@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from sdcompress_engines import trust
 from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.errors import ArtifactError, SdCompressError
 from sdcompress_engines.flavour import TENSORRT_RTX, platform_name
@@ -98,7 +99,7 @@ def test_a_folder_that_cannot_serve_is_refused_in_one_line(
 def test_an_altered_graph_never_reaches_the_runtime(models: Path, parts: Any) -> None:
     alter_graph(models / "tiny")
     model = parts.model.EngineModel(parts.folders.read_folder("tiny", models / "tiny"))
-    with pytest.raises(ArtifactError, match="was altered: its sha256"):
+    with pytest.raises(ArtifactError, match="is not what the manifest says .sha256 differs"):
         model(torch.zeros(SHAPE), torch.zeros(2), torch.zeros(2, 77, WIDTH))
     assert not model.is_open
 
@@ -140,3 +141,17 @@ def test_precision_size_and_limits_are_known_without_opening_the_engine(models: 
     folder = parts.folders.read_folder("trt", engine_folder(models / "trt", graph))
     assert (folder.dtype, folder.bytes, folder.family) == (torch.float16, 600, "sd1")
     assert parts.model.EngineModel(folder)._limits == [parts.calls.Limits((1, 8), (8, 16), (8, 16), (77, 154))]
+
+
+def test_an_engine_that_was_built_elsewhere_is_refused_with_the_command_that_allows_it(
+    models: Path, graph: Path, parts: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SDCOMPRESS_CONFIG", str(tmp_path / "config"))
+    monkeypatch.setattr(parts.folders.flavour, "obstacle", lambda *_: None)  # a stand-in for a machine with a GPU
+    folder = engine_folder(models / "foreign", graph)
+    read = parts.folders.read_folder("foreign", folder)
+    reason = parts.folders.find_obstacle(read)
+    assert "was built elsewhere and is executable code" in reason
+    assert f"sdcompress engines trust {folder / 'unet.engine'}" in reason
+    trust.allow(folder / "unet.engine")
+    assert parts.folders.find_obstacle(read) is None

@@ -9,6 +9,7 @@ from typing import Any
 from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import write_manifest
+from sdcompress_engines.trust import record_built
 
 HOSTS = ("webui", "forge", "comfyui")
 
@@ -77,6 +78,7 @@ def make_engine(
         **values,
     )
     write_manifest(folder, "engine", config=key.config() | {"model_name": name}, inputs=inputs)
+    record_built(folder / "unet.engine")
     return folder
 
 
