@@ -99,7 +99,7 @@ def test_a_folder_that_cannot_serve_is_refused_in_one_line(
 def test_an_altered_graph_never_reaches_the_runtime(models: Path, parts: Any) -> None:
     alter_graph(models / "tiny")
     model = parts.model.EngineModel(parts.folders.read_folder("tiny", models / "tiny"))
-    with pytest.raises(ArtifactError, match="is not what the manifest says .sha256 differs"):
+    with pytest.raises(ArtifactError, match="is not what the manifest says"):
         model(torch.zeros(SHAPE), torch.zeros(2), torch.zeros(2, 77, WIDTH))
     assert not model.is_open
 

@@ -187,7 +187,7 @@ def test_wrong_requests_are_refused_at_once(small_pipeline: Any, tmp_path: Path,
         export_onnx(small_pipeline, tmp_path / "out", precision="fp12")  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="no text_encoder_2"):
         export_onnx(small_pipeline, tmp_path / "out", components=("text_encoder_2",))
-    with pytest.raises(ArtifactError, match="ONNX folder"):
+    with pytest.raises(ArtifactError, match="has no sdcompress"):
         engines.build_engines(tmp_path, tmp_path / "out")
     with pytest.raises(UsageError, match="multiples of 4"):
         engines.build_engines(
