@@ -236,7 +236,7 @@ def _count_unet_parameters(folder: Path) -> int:
     path = folder / "unet/config.json"
     try:
         return count_unet_parameters(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, ModelError) as error:
+    except (ValueError, AttributeError, ModelError) as error:
         raise ModelError(f"is not the config of a UNet ({error})", where=path) from error
 
 
