@@ -57,7 +57,8 @@ class Journal:
             self.known[name] = outcome
             if self.path is not None:
                 with storage_errors(self.path):
-                    append_line(self.path, json.dumps({"case": name, "outcome": outcome}), durable=True)
+                    line = {"case": name, "outcome": outcome, "seal": _seal(name, outcome)}
+                    append_line(self.path, json.dumps(line), durable=True)
         return self.known[name]
 
 

@@ -35,7 +35,7 @@ from sdcompress_bench.interrupted import is_hidden
 
 ROOT = Path(__file__).parents[2]
 PICTURES, KILLS_A_ROUND, CHAIN_KILLS_A_ROUND = 12, 2, 3
-SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+SIGNALS = ("SIGKILL", "SIGTERM")
 VOLATILE = ("created", "seconds", "waited_s", "samples_per_s", "resumed_from", "command", "files", "seal")
 VOLATILE += ("sha256", "onnx", "peak_mib", "reused")
 """Keys of JSON files that name a time or a measurement, or the hash or size of a file with one, or of an engine."""
@@ -237,7 +237,7 @@ def play_round(case: Case, number: int, seed: int, folder: Path, reference: Refe
     kills: list[dict[str, Any]] = []
     faults: list[str] = []
     for _ in range(case.kills):
-        chosen, moment = draw.choice(SIGNALS), draw.uniform(0.02, 1.1) * reference.seconds
+        chosen, moment = getattr(signal, draw.choice(SIGNALS)), draw.uniform(0.02, 1.1) * reference.seconds
         command = interrupted.Command(_again(case, folder), folder.with_suffix(".log"), environment_)
         before = command.wait(moment)
         ended = command.end(None if before else chosen)

@@ -128,7 +128,7 @@ def test_a_disk_that_fills_during_a_save_leaves_nothing(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sdcompress.data.build_cache.save_file", full)
+    monkeypatch.setattr("sdcompress.data.cache_units.save_file", full)
     code, _, err = cli("distill", random_folder, "--data", pictures, "-o", tmp_path / "out")
     assert code == 1
     assert "no space left" in one_line(err)

@@ -42,7 +42,8 @@ def run(command: list[str], **variables: str) -> None:
 
 
 def test_the_modules_of_the_working_folder_would_break_a_process_that_imports_them(working_folder: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", "import json"], capture_output=True, check=False)
+    variables = os.environ | {"PYTHONSAFEPATH": ""}  # a test of the command line may have set it
+    done = subprocess.run([sys.executable, "-c", "import json"], capture_output=True, check=False, env=variables)
     assert done.returncode == 1
     assert "json" in imported(working_folder)
 

@@ -80,7 +80,7 @@ def set_in_config(name: str, **values: Any) -> Callable[[Path], None]:
         (cut_graph, r"is damaged: unet.onnx has 1000 bytes"),
         (lambda folder: (folder / MANIFEST_NAME).unlink(), r"is not an engine's folder"),
         (edit_manifest, r"this manifest was edited"),
-        (remove_config, r"has no pipeline/unet/config.json"),
+        (remove_config, r"config.json: is missing, so the engine's model is unknown"),
         (lambda folder: change(folder, signature="voltaml"), r"the signature 'voltaml'"),
         (set_in_config(UNET, in_channels=9), r"another kind of UNet"),
         (set_in_config(SCHEDULER, prediction_type="flow_prediction"), r"predicts 'flow_prediction'"),

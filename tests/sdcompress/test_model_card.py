@@ -211,7 +211,7 @@ def fill(manifest: Manifest, text: str) -> Manifest:
     changed |= {"validation_prompts": [text, text], "data": {text: text}, "targets": [text]}
     config = manifest.config | {"train": train | changed, "teacher_name": text, "model_name": text}
     if "plan" in config:
-        config["plan"] = config["plan"] | {"name": text}
+        config["plan"] = config["plan"] | {"name": text[:40] if text.isprintable() else "x"}  # others are refused
     return replace(
         manifest,
         config=config,

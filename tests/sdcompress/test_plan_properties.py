@@ -15,6 +15,7 @@ from sdcompress_engines.ldm_keys import ldm_unet_keys
 from sdcompress_engines.signature import context_width, signature
 
 from sdcompress.families.unet_blocks import read_blocks
+from sdcompress.lora.files import LoraLayer
 from sdcompress.lora.remap import remap_lora
 from sdcompress.prune.cost import count_parameters, unet_cost
 from sdcompress.prune.plan import BlockPlan, LevelPlan
@@ -124,10 +125,14 @@ def test_everything_derived_from_a_plan_fits(config: dict[str, Any], preset: str
     assert unet_cost(plan.student_config())["total"].parameters == count_parameters(student)
     inputs = {spec.name: spec.shape for spec in signature("unet", dict(student.config)).inputs}
     assert inputs["encoder_hidden_states"] == ("batch", "tokens", CONTEXT)
-    modules = [name for name, module in teacher.named_modules() if isinstance(module, torch.nn.Linear)]
-    remapped = remap_lora({("unet", name): name for name in modules}, plan, dict(student.named_modules()))  # type: ignore[misc]
-    assert {name: layer for (_, name), layer in remapped.layers.items()} == {
-        plan.student_key(name): name for name in modules if plan.student_key(name) is not None
+    layers = {
+        ("unet", name): LoraLayer(torch.zeros(1, module.in_features), torch.zeros(module.out_features, 1), 1.0)
+        for name, module in teacher.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    remapped = remap_lora(layers, plan, dict(student.named_modules()))
+    assert {name: id(layer) for (_, name), layer in remapped.layers.items()} == {
+        key: id(layer) for (_, name), layer in layers.items() if (key := plan.student_key(name)) is not None
     }
 
 

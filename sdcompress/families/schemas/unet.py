@@ -39,7 +39,7 @@ class UNetSchema(ComponentSchema):
     """See `diffusers.UNet2DConditionModel` for the meaning of each entry."""
 
     sample_size: Annotated[Any, per_level(1, 4096)] | None = None
-    in_channels: Annotated[int, within(1, 64)]
+    in_channels: Annotated[int, within(1, 64)] = 4
     out_channels: Annotated[int, within(1, 64)] = 4
     center_input_sample: bool | None = False
     flip_sin_to_cos: bool | None = True
