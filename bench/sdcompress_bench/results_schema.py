@@ -99,6 +99,13 @@ class _SuiteGate(BaseModel):
     passed: bool
 
 
+class _Pictures(BaseModel):
+    model: Name
+    backend: Name
+    precision: Name
+    files: list[str]
+
+
 class _Parts(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -108,6 +115,7 @@ class _Parts(BaseModel):
     backends: list[_Backend] = Field(default_factory=list)
     students: dict[Name, _Figures] = Field(default_factory=dict)
     quality: dict[Name, _Figures] = Field(default_factory=dict)
+    pictures: list[_Pictures] = Field(default_factory=list)
     gates: list[_SuiteGate] = Field(default_factory=list)
 
 
