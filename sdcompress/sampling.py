@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
-from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.errors import DataError, UsageError, shorten
 
 from sdcompress.families.registry import family_of
 from sdcompress.support.pipeline import TextToImagePipeline, native_size_px
@@ -61,13 +62,14 @@ def generate(
 
     Raises:
         DataError: prompts and seeds differ in number.
-        UsageError: the size is not a positive multiple of 8.
+        UsageError: the size is not a positive multiple of 8, or the scheduler cannot draw in so many steps.
     """
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts and {len(seeds)} seeds", expected="a seed for each prompt")
     size_px = size_px or native_size_px(pipeline)
     if size_px < pipeline.vae_scale_factor or size_px % 8:
         raise UsageError(f"size {size_px} px", expected="a positive multiple of 8")
+    check_steps(pipeline.scheduler, steps)
     guidance_scale = family_of(pipeline.unet.config).guidance_scale if guidance_scale is None else guidance_scale
     pipeline.set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
@@ -88,6 +90,27 @@ def generate(
                 generator=generators,
             ).images
     return pictures
+
+
+def check_steps(scheduler: Any, steps: int) -> None:
+    """Refuse a number of steps that a scheduler cannot make; some need a few to begin with.
+
+    Args:
+        scheduler: of diffusers; it is not changed.
+        steps: denoising steps.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # diffusers' own, which the drawing itself gives again
+            type(scheduler).from_config(scheduler.config).set_timesteps(steps)
+    except Exception as error:  # each scheduler fails in its own way
+        raise UsageError(
+            f"the {type(scheduler).__name__} cannot draw in {steps} steps ({shorten(error, 120)})",
+            hint="another number of steps, such as 25",
+        ) from error
 
 
 def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

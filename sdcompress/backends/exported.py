@@ -21,6 +21,7 @@ from sdcompress_engines.vae import EngineVaeDecoder
 
 from sdcompress.backends.registry import backend_of_artifact, backends
 from sdcompress.families.build import build_scheduler, load_tokenizer
+from sdcompress.families.schemas.check import check_match
 from sdcompress.models.locate import read_component_config, read_model_index
 from sdcompress.support.pipeline import TextToImagePipeline
 
@@ -69,6 +70,7 @@ def open_exported(
         described = {
             name: read_component_config(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]
         }
+        check_match(described, configs)
         return _assemble(index, parts, described, _GraphOpener(folder, manifest, device, steady), make_unet, report)
     except SdCompressError:
         raise

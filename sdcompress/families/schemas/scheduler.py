@@ -37,6 +37,8 @@ _VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_
 _AlgorithmType = Literal[
     "dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis", "data_prediction", "noise_prediction"
 ]
+_NOISE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
+"""diffusers' defaults of these are those of no published model, and would draw another picture without a word."""
 _Sigma = Annotated[float, within(0, 1e5)]
 
 
@@ -95,6 +97,11 @@ class SchedulerSchema(ComponentSchema):
     @model_validator(mode="after")
     def _check_betas(self) -> SchedulerSchema:
         steps = self.num_train_timesteps
+        missing = sorted(_NOISE - self.model_fields_set)
+        require(
+            not missing or self.trained_betas is not None or "sigma_data" in self.model_fields_set,
+            f"lacks {', '.join(missing)}, which describe the noise",
+        )
         require(self.beta_start <= self.beta_end, "beta_start is larger than beta_end")
         require(
             self.trained_betas is None or len(self.trained_betas) == steps,

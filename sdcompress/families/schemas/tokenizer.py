@@ -129,6 +129,8 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
         for name, token in source.items()
         if name in _SpecialTokens.model_fields
     }
+    if "pad_token" not in special:  # the published models have different ones
+        raise _fault(where, "tokenizer_config.json", "does not say what fills a caption", 'a "pad_token"')
     if "vocab.json" in files and "merges.txt" in files:
         model: Any = {"vocab": files["vocab.json"], "merges": str(files["merges.txt"]).splitlines()}
         source = "vocab.json"
