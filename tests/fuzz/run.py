@@ -69,7 +69,7 @@ def fuzz_here(target: str, seconds: int, seed: int) -> None:
         atheris.Fuzz()
 
 
-def fuzz(target: str, seconds: int, seed: int = 1) -> dict[str, Any]:
+def fuzz(target: str, seconds: int = 60, seed: int = 1) -> dict[str, Any]:
     """Fuzz one target in a process of its own.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ def test_samples_and_earlier_findings_are_read_or_refused_in_one_line(path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("target", TARGETS)
-def test_a_minute_of_fuzzing_finds_nothing(target: str) -> None:
+@pytest.mark.timeout(1800)
+def test_a_minute_of_fuzzing_finds_nothing() -> None:
     pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
     from .run import fuzz
 
-    result = fuzz(target, seconds=60)
-    assert result["finding"] == ""
-    assert result["executions"] > 500
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(fuzz, TARGETS))
+    assert {row["target"]: row["finding"] for row in rows if row["finding"]} == {}
+    assert {row["target"]: row["executions"] for row in rows if row["executions"] < 500} == {}

@@ -37,7 +37,7 @@ _VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_
 _AlgorithmType = Literal[
     "dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis", "data_prediction", "noise_prediction"
 ]
-_NOISE = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule"}
+_NOISE = {"beta_start", "beta_end", "beta_schedule"}
 """diffusers' defaults of these are those of no published model, and would draw another picture without a word."""
 _Sigma = Annotated[float, within(0, 1e5)]
 

@@ -1,4 +1,4 @@
-"""Configs of published models: what is in their repositories, and what older diffusers versions wrote.
+"""Configs of published models, as far as known: written from their documentation, not copied from their files.
 
 Each is the entries in which the file differs from a config that the package ships, on top of that config.
 """
@@ -143,6 +143,9 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
         "final_sigmas_type": "zero",
         "use_lu_lambdas": False,
         "variance_type": None,
+        "num_train_timesteps": 1000,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "steps_offset": 1,
     },
