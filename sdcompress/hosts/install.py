@@ -21,7 +21,7 @@ from sdcompress.hosts.files import find_leftovers, prune_folders, remove_unchang
 from sdcompress.hosts.host import Host
 from sdcompress.hosts.plugin_files import plugin_items
 from sdcompress.hosts.record import read_host_record, write_record
-from sdcompress.hosts.storage import check_writable, host_storage_errors
+from sdcompress.hosts.storage import check_writable, host_lock, host_storage_errors
 from sdcompress.hosts.transaction import Outcome, put_files
 from sdcompress.hosts.weights import WEIGHTS, prepare_weights
 
@@ -49,7 +49,8 @@ def install(
 
     Raises:
         UsageError: an option or path that does not fit.
-        ArtifactError: a damaged engine, or a file in the way that was changed or not installed by sdcompress.
+        ArtifactError: a damaged engine, a file in the way that was changed or not installed by sdcompress, or another
+            install at work.
         EngineMismatch: an engine with another host's signature, or weights of another model.
         StorageError: no permission, or no space.
     """
@@ -67,7 +68,7 @@ def install(
     items = plugin_items(host, link=link)
     for engine in opened:
         items |= _engine_items(engine, f"{host.models}/{engine.name}", link=link)
-    with ExitStack() as stack, host_storage_errors(host, root):
+    with host_lock(root), ExitStack() as stack, host_storage_errors(host, root):
         if weights is not None:
             item = prepare_weights(weights, opened, stack, report)
             items |= {f"{host.models}/{engine.name}/{WEIGHTS}": item for engine in opened}
@@ -107,9 +108,14 @@ def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Outcome:
 
     Raises:
         UsageError: nothing is installed, or no engine has that name.
-        ArtifactError: the record is broken.
+        ArtifactError: the record is broken, or another install is at work.
         StorageError: no permission.
     """
+    with host_lock(root):
+        return _uninstall(host, root, names)
+
+
+def _uninstall(host: Host, root: Path, names: Sequence[str]) -> Outcome:
     record, broken = read_host_record(host, root)
     if broken is not None:
         raise ArtifactError(

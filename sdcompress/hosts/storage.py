@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sdcompress_engines.errors import StorageError, storage_error
+from sdcompress_engines.errors import ArtifactError, StorageError, storage_error, storage_errors
+from sdcompress_engines.locks import try_lock
+from sdcompress_engines.manifest import cache_folder
 
 from sdcompress.hosts.host import Host
 
@@ -56,6 +59,29 @@ def check_links(folder: Path) -> None:
         except OSError as error:
             error.filename = str(folder)  # the temporary folder is gone when a person reads the message
             raise
+
+
+@contextmanager
+def host_lock(root: Path) -> Iterator[None]:
+    """Keep other installs and uninstalls of this user out of a host's folder, for the block.
+
+    The lock lies in the cache folder, so that nothing of it stays in the host.
+
+    Raises:
+        ArtifactError: another one is at work.
+        StorageError: the cache folder cannot be written, or has no locks.
+    """
+    name = hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:32]
+    path = cache_folder() / "locks" / f"{name}.lock"
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(path, hint="set SDCOMPRESS_CACHE to a folder on a local disk")
+    if lock is None:
+        raise ArtifactError("another install or uninstall is at work here", where=root, hint="wait until it has ended")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

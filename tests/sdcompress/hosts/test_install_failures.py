@@ -25,6 +25,7 @@ from sdcompress.hosts.find import find_host
 from sdcompress.hosts.install import install, uninstall
 from sdcompress.hosts.plugin_files import plugin_folder
 from sdcompress.hosts.status import read_status
+from sdcompress.hosts.storage import host_lock
 
 from .trees import make_engine, make_tree, snapshot
 
@@ -262,3 +263,18 @@ def test_every_error_of_an_install_is_one_line(comfyui: tuple[Any, Path], tmp_pa
         install(*comfyui, [tmp_path / "nowhere"])
     assert "\n" not in str(raised.value)
     assert "--signature comfyui" in str(raised.value)
+
+
+def test_a_second_install_at_the_same_time_is_refused_and_changes_nothing(
+    comfyui: tuple[Any, Path], engine: Path
+) -> None:
+    host, root = comfyui
+    before = snapshot(root)
+    with host_lock(root):
+        for change in (lambda: install(host, root, [engine]), lambda: uninstall(host, root)):
+            with pytest.raises(ArtifactError, match="another install or uninstall is at work"):
+                change()
+    assert snapshot(root) == before
+    install(host, root, [engine])
+    uninstall(host, root)
+    assert snapshot(root) == before
