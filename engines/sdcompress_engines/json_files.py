@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def parse_json(text: bytes | str, where: str | Path | None = None, error: type[S
         SdCompressError: of the class `error`: it is no UTF-8, no JSON, or nested too deep.
     """
     try:
-        content = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        content = json.loads(text.removeprefix(BOM_UTF8).decode("utf-8") if isinstance(text, bytes) else text)
     except RecursionError as problem:
         raise _too_deep(where, error) from problem
     except ValueError as problem:  # also UnicodeDecodeError, and numbers of thousands of digits

@@ -111,6 +111,7 @@ def uninstall(host: Host, root: Path, names: Sequence[str] = ()) -> Outcome:
         ArtifactError: the record is broken, or another install is at work.
         StorageError: no permission.
     """
+    check_writable(host, root)
     with host_lock(root):
         return _uninstall(host, root, names)
 
