@@ -19,6 +19,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +42,28 @@ print(time.perf_counter() - start)
 """
 
 
-def make_models(work: Path) -> dict[str, tuple[str, str]]:
+NAMES = ("nano", "SD1.5 fp32", "SD1.5 fp16", "nano, graphs", "SD1.5 fp16, graphs")
+
+
+def make_models(work: Path, names: Collection[str]) -> dict[str, tuple[str, str]]:
     """Write the models that are missing. Returns name → (path or name of the model, backend)."""
     folders = {"SD1.5 fp32": work / "sd15-fp32", "SD1.5 fp16": work / "sd15-fp16"}
+    if not any("SD1.5" in name for name in names):
+        folders = {}
     for name, folder in folders.items():
         if not (folder / "model_index.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             random_pipeline("sd1", dtype=torch.float16 if "fp16" in name else torch.float32).save_pretrained(folder)
     graphs = {"nano": work / "nano-onnx", "SD1.5 fp16": work / "sd15-fp16-onnx"}
     for name, graph in graphs.items():
-        if not (graph / "sdcompress.json").is_file():
+        if f"{name}, graphs" in names and not (graph / "sdcompress.json").is_file():
             model = "nano" if name == "nano" else str(folders[name])
             precision = [] if name == "nano" else ["--precision", "fp16"]
             command = [sys.executable, "-P", "-m", "sdcompress", "export", model, *precision, "-o", str(graph)]
             subprocess.run(command, check=True, env=variables(ROOT, work / "cache"))
     models = {"nano": ("nano", "torch")} | {name: (str(folder), "torch") for name, folder in folders.items()}
-    return models | {f"{name}, graphs": (str(graph), "onnxruntime") for name, graph in graphs.items()}
+    models |= {f"{name}, graphs": (str(graph), "onnxruntime") for name, graph in graphs.items()}
+    return {name: models[name] for name in NAMES if name in names}
 
 
 def variables(checkout: Path, cache: Path) -> dict[str, str]:
@@ -93,13 +100,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", type=Path, help="a checkout of another version")
     parser.add_argument("--work", type=Path, required=True, help="folder for the models, 15 GB; kept for the next run")
+    parser.add_argument("--only", action="append", choices=NAMES, help="of the models; repeat for more")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("-o", "--output", type=Path, required=True)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     checkouts = {"this": ROOT} | ({"other": args.against.resolve()} if args.against else {})
     rows = {}
-    for name, model in make_models(args.work.resolve()).items():
+    for name, model in make_models(args.work.resolve(), args.only or NAMES).items():
         rows[name] = measure(model, checkouts, args.work, args.rounds)
         times = ", ".join(
             f"{version} {row['median_s']:.2f} s (first {row['first_s']:.2f})" for version, row in rows[name].items()
