@@ -156,6 +156,7 @@ def load_inputs(
     from sdcompress.data.sources import open_source
     from sdcompress.models.load import load_pipeline
     from sdcompress.models.locate import local_paths
+    from sdcompress.support.console import is_first_process
     from sdcompress.support.pipeline import native_size_px
 
     source = open_source(data, config.data)
@@ -163,7 +164,7 @@ def load_inputs(
     inputs = [*local_paths(model), *source.inputs, folder, *files]
     if resume:
         check_inputs(output, inputs)
-    else:
+    elif is_first_process():  # which may have made the folder before another one looks
         check_free(output, force, inputs)
     loaded = load_pipeline(model)
     size_px = config.data.size_px or native_size_px(loaded.pipeline)

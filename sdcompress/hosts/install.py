@@ -73,6 +73,8 @@ def install(
             item = prepare_weights(weights, opened, stack, report)
             items |= {f"{host.models}/{engine.name}/{WEIGHTS}": item for engine in opened}
         outcome = put_files(host, root, items, {engine.name for engine in opened}, report)
+        for file in find_leftovers(host, root):  # of installs that were killed; none is at work, by the lock
+            (root / file).unlink(missing_ok=True)
         return _note_running(_note_foreign(outcome, opened), host, root)
 
 

@@ -278,3 +278,14 @@ def test_a_second_install_at_the_same_time_is_refused_and_changes_nothing(
     install(host, root, [engine])
     uninstall(host, root)
     assert snapshot(root) == before
+
+
+def test_an_install_removes_what_a_killed_one_left(comfyui: tuple[Any, Path], engine: Path) -> None:
+    host, root = comfyui
+    install(host, root, [engine])
+    before = snapshot(root)
+    left = root / host.extension / f".layout.py.abc{PARTIAL}"
+    left.write_text("half")
+    install(host, root, [engine])
+    assert not left.exists()
+    assert snapshot(root).keys() == before.keys()
