@@ -94,21 +94,17 @@ def open_component(folder: Path) -> Weights:
 
 
 def load_component(
-    folder: Path,
-    name: str,
-    config: dict[str, Any],
-    choose_dtype: Callable[[torch.dtype], torch.dtype],
-    *,
-    share: bool = False,
+    folder: Path, name: str, config: dict[str, Any], choose_dtype: Callable[[torch.dtype], torch.dtype]
 ) -> Any:
     """Returns a UNet, VAE or text encoder of a folder, in eval mode.
+
+    Weights that keep their dtype stay in the memory map of the file, which writing to them does not change.
 
     Args:
         folder: of the component.
         name: of the component: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
         config: of the component.
         choose_dtype: the dtype of a stored tensor → that of the parameter.
-        share: leave tensors that keep their dtype in the file's memory map.
 
     Raises:
         ModelError: config or weights are broken, or do not fit each other.
@@ -123,7 +119,7 @@ def load_component(
     sources = {key: Source(stored.get(_current_name(key), key)) for key in parameters}
     taken = {source.key for source in sources.values()}
     unknown = [key for key in weights.shapes if key not in taken and not _NOT_TAKEN.fullmatch(key)]
-    return load_parameters(component, name, weights, sources, choose_dtype, unknown, share=share)
+    return load_parameters(component, name, weights, sources, choose_dtype, unknown, share=True)
 
 
 def _current_name(key: str) -> str:

@@ -92,5 +92,5 @@ def _load_folder(folder: Path, as_stored: bool) -> TextToImagePipeline:
         stored = open_component(folder / "unet").dtypes
         dtype = keep_half(getattr(torch, next(iter(stored.values()), "float32"), torch.float32))
     for name, config in configs.items():
-        parts[name] = load_component(folder / name, name, config, lambda stored: dtype, share=as_stored)
+        parts[name] = load_component(folder / name, name, config, lambda stored: dtype)
     return build_pipeline(index, parts, folder)
