@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from sdcompress_engines.errors import ArtifactError, EngineError, EngineMismatch, UsageError
+from sdcompress_engines.errors import ArtifactError, EngineError, EngineMismatch, NotTrusted, UsageError
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.runners import AotInductorRunner, TensorSpec, compile_package, open_runner
 from sdcompress_engines.runners.aot_package import AxisRange, Facts, check_fits, read_facts
+from sdcompress_engines.trust import allow
 
 DTYPE = torch.bfloat16
 
@@ -171,6 +172,9 @@ def test_a_damaged_package_is_an_engine_error(package: Path, tmp_path: Path, dam
                 damage
             ]
         )
+    with pytest.raises(NotTrusted, match="was built elsewhere"):  # not this machine's file any more
+        open_runner(path)
+    allow(path)
     with pytest.raises(EngineError, match=r"unet\.pt2.*export it again") as caught:
         open_runner(path)
     assert "\n" not in str(caught.value)
