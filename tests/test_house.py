@@ -66,7 +66,6 @@ UNGUARDED = {
     "sdcompress/export/quantize/quantize_graph.py": "calibration data in a temporary folder",
     "sdcompress/export/quantize/worker.py": "a graph in a temporary folder",
     "sdcompress/export/tensorrt.py": "configs in a staged folder",
-    "sdcompress/generate/output_folder.py": "a file that it renames; the next run knows what was left by its name",
     "sdcompress/hosts/files.py": "a copy that is renamed; an uninstall knows what was left by its name",
     "sdcompress/hosts/record.py": "as `hosts/files.py`",
     "sdcompress/lora/files.py": "a staged file",
@@ -286,6 +285,13 @@ def test_what_can_run_code_from_a_file_is_called_only_where_it_is_guarded(monkey
     files = {file for loader in code_loaders.LOADERS for file in loader.files}
     assert {file for file in files if not (ROOT / file).is_file()} == set()
     assert code_loaders.unexpected_calls() == []
+    unused = [
+        (loader.calls, file)
+        for loader in code_loaders.LOADERS
+        for file in loader.files
+        if not any(code_loaders.loads_code(name, loader) for name, _ in code_loaders.find_calls(ROOT / file))
+    ]
+    assert unused == []
 
 
 def test_commands_print_where_names_are_escaped() -> None:

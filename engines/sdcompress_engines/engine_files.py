@@ -74,11 +74,11 @@ def find_manifest_folder(folder: Path) -> Path | None:
 
 
 def folder_faults(folder: Path, kind: str, *, contents: bool = True) -> list[str]:
-    """Returns what is wrong with an engine or ONNX folder; nothing where it is whole.
+    """Returns what is wrong with an artifact folder; nothing where it is whole.
 
     Args:
         folder: the folder that holds the manifest.
-        kind: of its manifest, `engine` or `onnx`.
+        kind: of its manifest; of an `engine` the keys are checked, too.
         contents: read the files' bytes; without it only their sizes are checked.
 
     Raises:

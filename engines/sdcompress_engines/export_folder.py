@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from .errors import ArtifactError, shorten
 from .files import check_regular
 from .graph import AGAIN
 from .json_files import read_json_object
-from .manifest import MANIFEST_NAME, Manifest, cache_folder, read_manifest
+from .manifest import MANIFEST_NAME, Manifest, cache_folder, find_file_fault, read_manifest
 from .paths import file_inside
+from .trust import CODE_SUFFIXES
 from .verified import sha256_once
 
 _NOT_OURS = re.compile(r"(README|LICENSE|NOTICE)(\.(md|txt))?")
@@ -23,7 +24,8 @@ _NOT_OURS = re.compile(r"(README|LICENSE|NOTICE)(\.(md|txt))?")
 def check_export(folder: Path, kinds: Collection[str], *, unnamed: bool = False) -> Manifest:
     """Returns the manifest of an export folder in which every file is as the manifest says.
 
-    Hidden files are not looked at, because nothing opens them.
+    Hidden files are not looked at, because nothing opens them. Of engines and packages only the size is compared: their
+    runners check the bytes that they open.
 
     Args:
         folder: that holds the manifest.
@@ -46,6 +48,26 @@ def check_export(folder: Path, kinds: Collection[str], *, unnamed: bool = False)
             expected=f"a folder of kind {' or '.join(kinds)}",
             hint=_hint(folder),
         )
+    check_names(folder, manifest, unnamed=unnamed)
+    paths = {name: file_inside(folder, name, source=folder / MANIFEST_NAME) for name in manifest.files}
+    data = {name: path for name, path in paths.items() if not name.endswith(CODE_SUFFIXES)}
+    found = _find_faults(paths, manifest, None) or _find_faults(data, manifest, sha256_once)
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ArtifactError(f"is damaged: {'; '.join(found[:3])}{more}", where=folder, hint=_hint(folder))
+    return manifest
+
+
+def check_names(folder: Path, manifest: Manifest, *, unnamed: bool = False) -> None:
+    """Check what lies in an export folder, without a look into the files.
+
+    Args:
+        folder, unnamed: see `check_export`.
+        manifest: of the folder.
+
+    Raises:
+        ArtifactError: a file is not in the manifest, a link, or no regular file.
+    """
     for name in _files(folder):
         if name not in manifest.files and not unnamed:
             raise ArtifactError(
@@ -53,17 +75,6 @@ def check_export(folder: Path, kinds: Collection[str], *, unnamed: bool = False)
                 where=folder,
                 hint=f"move that file away, or {_hint(folder)}",
             )
-    paths = {name: file_inside(folder, name, source=folder / MANIFEST_NAME) for name in manifest.files}
-    found = [fault for name, path in paths.items() if (fault := _size_fault(name, path, manifest))]
-    found = found or [
-        f"{name} is not what the manifest says (sha256 differs)"
-        for name, path in paths.items()
-        if sha256_once(path) != manifest.files[name].sha256
-    ]
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ArtifactError(f"is damaged: {'; '.join(found[:3])}{more}", where=folder, hint=_hint(folder))
-    return manifest
 
 
 def read_named_json(folder: Path, manifest: Manifest, name: str) -> dict[str, Any] | None:
@@ -81,11 +92,14 @@ def read_named_json(folder: Path, manifest: Manifest, name: str) -> dict[str, An
     if entry is None:
         return None
     path = file_inside(folder, name, source=folder / MANIFEST_NAME)
-    if fault := _size_fault(name, path, manifest):
-        raise ArtifactError(fault, where=folder, hint=_hint(folder))
-    if sha256_once(path) != entry.sha256:
-        raise ArtifactError(f"{name} does not match the manifest: its sha256 differs", where=folder, hint=_hint(folder))
+    if fault := find_file_fault(path, entry, sha256_once):
+        raise ArtifactError(f"{name} {fault}", where=folder, hint=_hint(folder))
     return read_json_object(path)
+
+
+def _find_faults(paths: Mapping[str, Path], manifest: Manifest, digest: Callable[[Path], str] | None) -> list[str]:
+    faults = {name: find_file_fault(path, manifest.files[name], digest) for name, path in paths.items()}
+    return [f"{name} {fault}" for name, fault in faults.items() if fault is not None]
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -109,14 +123,7 @@ def _files(folder: Path) -> Iterator[str]:
                 yield relative
 
 
-def _size_fault(name: str, path: Path, manifest: Manifest) -> str | None:
-    if not path.is_file():
-        return f"{name} is missing"
-    size, expected = path.stat().st_size, manifest.files[name].bytes
-    return None if size == expected else f"{name} has {size} bytes, not {expected}"
-
-
 def _hint(folder: Path) -> str:
     """Returns what to do about a folder that is not as it was written."""
     in_cache = cache_folder().absolute() in folder.absolute().parents
-    return "delete this folder, and it is made again" if in_cache else AGAIN
+    return "delete this folder; the next run makes it again" if in_cache else AGAIN

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -275,7 +275,8 @@ def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> l
     found = [] if kind in (None, manifest.kind) else [f"is of kind {manifest.kind!r}, not {kind!r}"]
     for name, entry in manifest.files.items():
         try:
-            fault = _find_fault(file_inside(folder, name, source=folder / MANIFEST_NAME), entry, contents)
+            path = file_inside(folder, name, source=folder / MANIFEST_NAME)
+            fault = find_file_fault(path, entry, sha256_file if contents else None)
         except ArtifactError:
             fault = "is a link, or lies behind one"
         except OSError as error:
@@ -285,12 +286,19 @@ def faults(folder: Path, kind: str | None = None, *, contents: bool = True) -> l
     return found
 
 
-def _find_fault(path: Path, entry: FileEntry, contents: bool) -> str | None:
+def find_file_fault(path: Path, entry: FileEntry, digest: Callable[[Path], str] | None) -> str | None:
+    """Returns what is wrong with a file of an artifact, as the predicate of a sentence, or None.
+
+    Args:
+        path: of the file.
+        entry: what the manifest says of it.
+        digest: returns the sha256 of a file; None compares the sizes only.
+    """
     if not path.is_file():
         return "is no regular file" if path.exists() else "is missing"
     if path.stat().st_size != entry.bytes:
         return f"has {path.stat().st_size} bytes, not {entry.bytes}"
-    if contents and sha256_file(path) != entry.sha256:
+    if digest is not None and digest(path) != entry.sha256:
         return "is not what the manifest says (sha256 differs)"
     return None
 

@@ -13,6 +13,7 @@ from .errors import ArtifactError, StorageError, storage_errors
 from .files import atomic_file, parents_made, replace_file, sync, sync_tree
 from .leftovers import OLD, bring_back, remove_leftovers, temporary_path
 from .output_marks import is_marked, list_foreign
+from .paths import is_link
 
 _NAMES_SHOWN = 3
 _MOST_LINKS_READ = 10_000
@@ -81,7 +82,11 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
     Raises:
         ArtifactError: it does; the message names the input.
     """
+    clear: set[Path] = set()  # folders that the output neither is nor holds: of thousands of shards one is looked up
     for given in inputs:
+        is_beside = given.parent in clear and given.name.casefold() != target.name.casefold()
+        if is_beside and given.is_file() and not is_link(given):
+            continue
         free = given.absolute().with_name(f"{given.stem}-output{target.suffix}").name
         for place in (given, *_linked_from(given)):
             if _lies_in(place, target):
@@ -92,6 +97,7 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
             else:
                 continue
             raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as -o {free}")
+        clear.add(given.parent)
 
 
 @contextmanager
@@ -188,7 +194,7 @@ def moved_aside(target: Path) -> Iterator[None]:
 
 @contextmanager
 def unless_present(target: Path) -> Iterator[None]:
-    """Let another process be faster: ignore that `target`, a folder of the cache, is there when the block writes it."""
+    """Ignore the error if another process has written `target`, a folder of the cache, first."""
     try:
         yield
     except ArtifactError:
@@ -218,7 +224,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 def _refuse_link(target: Path) -> None:
-    if target.is_symlink() or getattr(os.path, "isjunction", lambda path: False)(target):  # from Python 3.12
+    if is_link(target):
         raise ArtifactError(
             f"is a link, to {os.readlink(target)}",
             where=target,
@@ -289,7 +295,7 @@ def _linked_from(folder: Path) -> Iterator[Path]:
     for base, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(base, name)
-            if path.is_symlink():
+            if is_link(path):
                 yield path.resolve()
             read += 1
             if read > _MOST_LINKS_READ:

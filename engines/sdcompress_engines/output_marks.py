@@ -69,7 +69,7 @@ MARKS = (
     Mark(
         "settings.json",
         frozenset({"prompts", "picture_format"}),
-        re.compile(r"settings\.json\.part|metadata\.jsonl(\.part)?|\d{6,}\.(webp|png)(\.part)?"),
+        re.compile(r"metadata\.jsonl|\d{6,}\.(webp|png)"),
     ),
 )
 """The marks of `sdcompress run`, of a training and of `sdcompress data generate`."""

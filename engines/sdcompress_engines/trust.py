@@ -27,6 +27,7 @@ from .errors import ArtifactError, NotTrusted, SdCompressError, UsageError, stor
 from .files import write_atomically
 from .json_files import read_json_object
 from .manifest import MANIFEST_NAME, Manifest, read_manifest, sha256_file
+from .paths import expand_user
 
 CODE_SUFFIXES = (".engine", ".pt2")
 """Files that are executable code."""
@@ -64,7 +65,7 @@ def trust_folder() -> Path:
     if chosen := os.environ.get("SDCOMPRESS_CONFIG"):
         return Path(chosen) / "trusted"
     settings = os.environ.get("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME")
-    return (Path(settings) if settings else Path("~/.config").expanduser()) / "sdcompress" / "trusted"
+    return (Path(settings) if settings else expand_user("~/.config")) / "sdcompress" / "trusted"
 
 
 def find_consent(sha256: str) -> Consent | None:
@@ -74,7 +75,7 @@ def find_consent(sha256: str) -> Consent | None:
     try:
         raw = read_json_object(trust_folder() / f"{sha256}.json", most_mib=1)
         consent = Consent(raw["sha256"], raw["origin"], str(raw["file"]), str(raw["created"]))
-    except (OSError, ArtifactError, KeyError):
+    except (OSError, SdCompressError, KeyError):
         return None
     return consent if consent.sha256 == sha256 and consent.origin in ("built here", "allowed") else None
 
@@ -89,19 +90,30 @@ def check_trusted(path: str | PathLike[str], sha256: str) -> None:
     Raises:
         NotTrusted: there is no consent for it.
     """
-    if find_consent(sha256) is None:
-        raise NotTrusted(
-            f"was built elsewhere and is executable code (sha256 {sha256})",
-            where=path,
-            expected="one that was built on this machine, or that you allow to run",
-            hint=f"{trust_command(path)}, if you trust where it comes from",
-        )
+    if (error := refusal(path, sha256)) is not None:
+        raise error
+
+
+def refusal(path: str | PathLike[str], sha256: str) -> NotTrusted | None:
+    """Returns the error that `check_trusted` raises, or None where the code may be opened."""
+    if find_consent(sha256) is not None:
+        return None
+    return NotTrusted(
+        f"was built elsewhere or by an earlier version, and is executable code (sha256 {sha256})",
+        where=path,
+        expected="one that was built on this machine, or that you allow to run",
+        hint=f"{trust_command(path)}, if you trust where it comes from",
+    )
+
+
+def code_files(manifest: Manifest) -> dict[str, str]:
+    """Returns name → sha256 of the engines and packages that a manifest names."""
+    return {name: entry.sha256 for name, entry in manifest.files.items() if name.endswith(CODE_SUFFIXES)}
 
 
 def find_unallowed(manifest: Manifest) -> list[str]:
-    """Returns the engines and packages of a manifest that were built elsewhere and are not allowed to run."""
-    code = {name: entry.sha256 for name, entry in manifest.files.items() if name.endswith(CODE_SUFFIXES)}
-    return [name for name, sha256 in code.items() if find_consent(sha256) is None]
+    """Returns the engines and packages of a manifest that have no consent."""
+    return [name for name, sha256 in code_files(manifest).items() if find_consent(sha256) is None]
 
 
 def trust_command(path: str | PathLike[str]) -> str:
@@ -163,7 +175,7 @@ def record_built(path: Path) -> None:
 
 
 def find_code(path: Path, kinds: Collection[str] = ("engine", "package")) -> list[Path]:
-    """Returns the engines and packages at a path: the file itself, or those that the manifest of a folder names.
+    """Returns the engines and packages at a path: the file, or those that a folder's manifest names; none for others.
 
     Args:
         path: a file, or a folder that `export`, `build` or the cache has written.
@@ -173,13 +185,13 @@ def find_code(path: Path, kinds: Collection[str] = ("engine", "package")) -> lis
         UsageError: there is nothing at this path. ArtifactError: the folder's manifest is damaged.
     """
     if path.is_file():
-        return [path]
+        return [path] if path.suffix in CODE_SUFFIXES else []
     if not path.is_dir():
         raise UsageError("no such file or folder", where=path, expected="an engine, or the folder of one")
     for place in (path / name for name in PLACES):
         manifest = read_manifest(place)
         if manifest is not None and manifest.kind in kinds:
-            return [place / name for name in manifest.files if name.endswith(CODE_SUFFIXES)]
+            return [place / name for name in code_files(manifest)]
     return []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -33,7 +32,9 @@ def sha256_once(path: Path) -> str:
     before = _identity(path)
     if before[0] < LEAST_BYTES:
         return sha256_file(path)
-    note = cache_folder() / "verified" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]
+    # By the file's number and not by its path, so that the note of an export is found after its folder is renamed.
+    place = path.stat()
+    note = cache_folder() / "verified" / hashlib.sha256(f"{place.st_dev} {place.st_ino}".encode()).hexdigest()[:32]
     kept = read_sealed(note)
     if kept is not None and kept[64:] == json.dumps(before).encode():
         return kept[:64].decode("ascii")

@@ -176,13 +176,9 @@ def find_obstacle(folder: EngineFolder) -> str | None:
         from .library import runners
 
         return runners.onnxruntime_install.missing()
-    try:
-        if (error := flavour.obstacle(folder.manifest.config, folder.graph)) is not None:
-            return str(error)
-        trust.check_trusted(folder.graph, folder.manifest.files[folder.graph.name].sha256)
-    except errors.NotTrusted as problem:
-        return str(problem)
-    return None
+    sha256 = folder.manifest.files[folder.graph.name].sha256
+    error = flavour.obstacle(folder.manifest.config, folder.graph) or trust.refusal(folder.graph, sha256)
+    return None if error is None else str(error)
 
 
 def _read_family(unet: Mapping[str, Any], where: Path) -> str:

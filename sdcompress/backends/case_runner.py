@@ -8,8 +8,9 @@ from typing import Any
 
 from filelock import FileLock
 from sdcompress_engines.errors import ArtifactError, BackendMissing, EngineError, UsageError
+from sdcompress_engines.export_folder import check_export
 from sdcompress_engines.flavour import FLAVOURS, Flavour, present_card
-from sdcompress_engines.manifest import cache_folder, faults
+from sdcompress_engines.manifest import cache_folder
 from sdcompress_engines.profiles import ShapeRanges
 from sdcompress_engines.runners import Runner, open_runner
 from sdcompress_engines.signature import CONTEXT_TOKENS
@@ -86,8 +87,10 @@ def graph_folder(loaded: LoadedPipeline, case: Case) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.is_dir():
-            if wrong := faults(folder, "onnx"):
-                raise _damaged(folder, "; ".join(wrong[:3]))
+            try:
+                check_export(folder, ["onnx"])
+            except ArtifactError as error:
+                raise _damaged(folder, error.what) from error
             return folder
         export_onnx(
             loaded.pipeline,

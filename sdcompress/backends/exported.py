@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sdcompress_engines.errors import ModelError, SdCompressError, shorten
+from sdcompress_engines.errors import ModelError
 from sdcompress_engines.export_folder import check_export
-from sdcompress_engines.graph import AGAIN
 from sdcompress_engines.manifest import Manifest
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners import Runner, SharedMemory, open_runner
 from sdcompress_engines.text_encoders import EngineTextEncoder, EngineTextEncoderWithProjection
-from sdcompress_engines.trust import check_trusted, find_unallowed
+from sdcompress_engines.trust import check_trusted, code_files
 from sdcompress_engines.unet import EngineUNet
 from sdcompress_engines.vae import EngineVaeDecoder
 
 from sdcompress.backends.registry import backend_of_artifact, backends
-from sdcompress.families.build import build_scheduler, load_tokenizer
+from sdcompress.families.build import build_pipeline, build_scheduler, load_tokenizer
 from sdcompress.families.schemas.check import check_match
-from sdcompress.models.locate import read_component_config, read_model_index
+from sdcompress.models.locate import read_config_in, read_model_index
 from sdcompress.support.pipeline import TextToImagePipeline
 
 _RUN_FROM_GRAPHS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -62,22 +61,13 @@ def open_exported(
             ),
         )
     manifest = check_export(folder, artifact_kinds())
-    for name in find_unallowed(manifest):
-        check_trusted(folder / name, manifest.files[name].sha256)
+    for name, sha256 in code_files(manifest).items():
+        check_trusted(folder / name, sha256)
     index = read_model_index(configs)
     parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
-    try:
-        described = {
-            name: read_component_config(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]
-        }
-        check_match(described, configs)
-        return _assemble(index, parts, described, _GraphOpener(folder, manifest, device, steady), make_unet, report)
-    except SdCompressError:
-        raise
-    except Exception as error:  # of the libraries whose classes the configs describe
-        raise ModelError(
-            f"its configs make no pipeline ({type(error).__name__}: {shorten(error, 200)})", where=configs, hint=AGAIN
-        ) from error
+    described = {name: read_config_in(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]}
+    check_match(described, configs)
+    return _assemble(index, parts, described, _GraphOpener(folder, manifest, device, steady), make_unet, report)
 
 
 def artifact_kinds() -> list[str]:
@@ -109,8 +99,6 @@ def _assemble(
         open_graph: opens the graphs.
         make_unet, report: see `open_exported`.
     """
-    import diffusers
-
     components: dict[str, Any] = {}
     configs = open_graph.folder / "pipeline"
     for name, (_, class_name) in parts.items():
@@ -125,12 +113,10 @@ def _assemble(
             decoder, encoder = open_graph.open("vae_decoder"), open_graph.open_optional("vae_encoder")
             components[name] = EngineVaeDecoder(decoder, described[name], encoder=encoder)
         elif name == "scheduler":
-            components[name] = build_scheduler(read_component_config(configs, name), configs / name, class_name)
+            components[name] = build_scheduler(read_config_in(configs, name), configs / name, class_name)
         else:
             components[name] = load_tokenizer(configs / name)
-    if "safety_checker" in components:
-        components["requires_safety_checker"] = False
-    pipeline: TextToImagePipeline = getattr(diffusers, index["_class_name"])(**components)
+    pipeline = build_pipeline(index, {name: part for name, part in components.items() if part is not None}, configs)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from sdcompress_engines.errors import ModelError, shorten
 
+from sdcompress.checkpoints.tensor_files import COPY_AGAIN
 from sdcompress.checkpoints.weights import Weights
 from sdcompress.families.build import library_errors
 
@@ -16,7 +17,6 @@ HALF = (torch.float16, torch.bfloat16)
 
 _SCALES = ("scale_weight", "weight_scale", "scale_input", "weight_quant_state")
 """Ends of keys beside a weight that is stored in fp8 or in blocks, and means nothing without them."""
-_HINT = "copy or download it again"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def load_parameters(
             tensor = source.convert(weights.read(source.key))
             tensor = tensor.to(choose_dtype(tensor.dtype), copy=not share).view(value.shape).contiguous()
             if not is_finite(tensor):
-                raise ModelError(f"the {name}'s {source.key} holds NaN or infinity", where=weights.path, hint=_HINT)
+                raise ModelError(
+                    f"the {name}'s {source.key} holds NaN or infinity", where=weights.path, hint=COPY_AGAIN
+                )
             state[key] = tensor
     component.load_state_dict(state, assign=True)
     return component.eval()
@@ -99,13 +101,13 @@ def _check_header(name: str, weights: Weights, wanted: Mapping[Source, torch.Siz
         wanted: source → shape of the parameter.
         unknown: keys that no parameter comes from.
     """
-    missing = [source.key for source in wanted if source.key not in weights.shapes]
+    missing = [source for source in wanted if source.key not in weights.shapes]
     if missing:
         raise ModelError(
-            f"the {name} lacks {_list(missing, len(wanted))}",
+            f"the {name} lacks {_list([source.key for source in missing], len(wanted))}",
             where=weights.path,
-            expected=f"shape {tuple(wanted[next(source for source in wanted if source.key == missing[0])])}",
-            hint=f"{_HINT}, or convert it to a diffusers folder" if weights.path.is_file() else _HINT,
+            expected=f"shape {tuple(wanted[missing[0]])}",
+            hint=f"{COPY_AGAIN}, or convert it to a diffusers folder" if weights.path.is_file() else COPY_AGAIN,
         )
     for source, shape in wanted.items():
         if any(f"{source.key.removesuffix('weight')}{scale}" in weights.shapes for scale in _SCALES):

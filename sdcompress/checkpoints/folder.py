@@ -20,7 +20,7 @@ _VARIANTS = ("", ".fp16", ".bf16")
 """In the names of weight files; a variant is taken where the whole file is not there."""
 _MOST_SHARDS = 1000
 
-# What older versions of diffusers and transformers wrote, and what a component leaves to others.
+# What older versions of diffusers and transformers wrote, and keys that a component does not use.
 _OLD_NAMES = (
     (re.compile(r"^text_model\."), ""),
     (re.compile(r"(attentions\.\d+)\.query\."), r"\1.to_q."),

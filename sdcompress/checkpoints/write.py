@@ -27,6 +27,7 @@ from sdcompress.checkpoints.ldm_keys import (
     vae_keys,
 )
 from sdcompress.families.registry import family_of_pipeline
+from sdcompress.families.schemas.index import NOT_LOADED, SWITCHES
 from sdcompress.support.pipeline import TextToImagePipeline
 
 
@@ -184,11 +185,12 @@ def _collect_configs(pipeline: TextToImagePipeline) -> dict[str, str]:
     from sdcompress.families.vocabulary import shared_vocabulary
     from sdcompress.support.quiet import quiet
 
-    index: dict[str, Any] = {"_class_name": type(pipeline).__name__}
+    switches = {name: pipeline.config[name] for name in SWITCHES if name in pipeline.config}
+    index: dict[str, Any] = {"_class_name": type(pipeline).__name__} | switches
     files: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch, quiet():
         for name, component in pipeline.components.items():
-            if component is None or name in ("safety_checker", "feature_extractor", "image_encoder"):
+            if component is None or name in NOT_LOADED:
                 continue
             folder = Path(scratch) / name
             index[name] = [type(component).__module__.partition(".")[0], type(component).__name__]

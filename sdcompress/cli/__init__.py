@@ -92,7 +92,6 @@ def main() -> None:
     from sdcompress.cli._streams import close_streams, prepare_streams
 
     prepare_streams()
-
     os.environ.update(SAFE_PATH)  # for processes that libraries start, such as compilers' workers
     # The libraries read these when they are imported. Their notices of missing optional parts (torchvision) do not
     # help the person who types a command.

@@ -60,7 +60,7 @@ def given_parameters(names: Container[str]) -> list[click.Parameter]:
 
 
 def echo(text: str = "", *, newline: bool = True) -> None:
-    """Print lines on stdout. What a terminal would obey is escaped: names and captions may come from anywhere.
+    """Print lines on stdout. Control characters are escaped: names and captions may come from anywhere.
 
     Args:
         text: one line or several.

@@ -20,7 +20,7 @@ import click
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-SHARED = ("distill", "finetune", "lora", "data")
+SHARED = (("distill",), ("finetune",), ("lora", "train"), ("data", "cache"))
 """The commands that share their work among processes."""
 GRACE_S = 10.0
 """How long a process may take to end by itself after another one has ended."""
@@ -38,7 +38,7 @@ def is_launched_in_group() -> bool:
     """Returns whether a launcher has started this process as one of several, for a command that shares its work."""
     count = os.environ.get("WORLD_SIZE", "")
     launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ) and count.isdecimal() and int(count) > 1
-    return launched and sys.argv[1:2] != [] and sys.argv[1] in SHARED
+    return launched and any(tuple(sys.argv[1 : 1 + len(words)]) == words for words in SHARED)
 
 
 @contextmanager

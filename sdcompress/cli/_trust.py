@@ -25,7 +25,7 @@ def trust_option(function: Any) -> Any:
         "--trust",
         is_flag=True,
         help="Allow the engines and packages given here to run, though they were built elsewhere: they are executable"
-        " code. Kept for their sha256.",
+        " code. The consent is stored for the sha256 of each file.",
     )(function)
 
 

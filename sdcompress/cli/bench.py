@@ -186,10 +186,13 @@ def run_command(
         options |= {"backends": backends, "gpu_backends": None}
     path = suite_path(targets[0]) if len(targets) == 1 else None
     suite, skipped = _read_suite(path, targets, options, quick, strict)
-    if trust:
-        allow_all(path for model in suite.models for path in (Path(model.path), model.engine))
     if dry_run:
         return _print_dry_run(suite, skipped, as_json)
+    if trust:
+        from sdcompress.models.locate import local_paths
+
+        paths = local_paths(*(model.path for model in suite.models))
+        allow_all([*paths, *(model.engine for model in suite.models)])
     output = output or _free_folder(path.stem if path else suite.models[-1].name)
     files = [Path(file) for file in (path, options.get("prompts")) if file is not None]
     _run(suite, skipped, output, files=files, force=force, strict=strict, as_json=as_json)

@@ -176,7 +176,7 @@ def trust(paths: tuple[Path, ...], withdraw: bool) -> None:
         allow_all(paths)
         return
     for file in (file for path in paths for file in find_code(path)):
-        echo(f"{file}: {'asks again' if take_back(file) else 'had no consent'}")
+        echo(f"{file}: {'consent withdrawn' if take_back(file) else 'had no consent'}")
 
 
 @command.command(short_help="Remove engines from the store.")

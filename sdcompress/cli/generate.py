@@ -175,7 +175,7 @@ def _check_options(
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=output, expected="a name ending in .png, .webp or .jpg")
     if trust:
-        allow_all([Path(model), artifacts])
+        allow_all([*local_paths(model), artifacts])
     inputs = [*local_paths(model), *(file for file, _ in weighted_loras)]
     check_file(output, inputs if artifacts is None else [*inputs, artifacts])
     return weighted_loras

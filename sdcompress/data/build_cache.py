@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from sdcompress_engines.errors import ArtifactError, SdCompressError, storage_errors
-from sdcompress_engines.files import parents_made, write_atomically
+from sdcompress_engines.files import parents_made, sync_tree, write_atomically
 from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.locks import try_lock
 from sdcompress_engines.manifest import write_manifest
@@ -259,6 +259,7 @@ def _finish(
         "filtered": skipped.filtered,
         "tiled_views": totals.tiled,
     }
+    sync_tree(partial)  # before the sidecars go, because it takes long and a kill would lose the units
     with _without_sidecars(partial):
         _write_manifest(partial, source, encoder, identity, totals, figures)
         replace_folder(partial, output)

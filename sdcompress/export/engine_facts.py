@@ -11,12 +11,12 @@ from typing import Any
 from sdcompress_engines.engine_files import SUFFIX, engine_faults, folder_faults
 from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.errors import ArtifactError, UsageError
-from sdcompress_engines.export_folder import check_export
+from sdcompress_engines.export_folder import check_names
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import Manifest, read_manifest
 from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import BrokenEngine, Entry
-from sdcompress_engines.trust import CODE_SUFFIXES, find_consent
+from sdcompress_engines.trust import code_files, find_consent
 
 BUILD = "sdcompress export MODEL --trt -o DIR"
 """The command that builds engines, for hints."""
@@ -83,7 +83,7 @@ def list_faults(folder: Path) -> list[str]:
         manifest = read_manifest(folder)
         found = folder_faults(folder, "engine" if manifest is None else manifest.kind)
         if manifest is not None and not found:
-            check_export(folder, [manifest.kind], unnamed=True)
+            check_names(folder, manifest)
         return found
     except ArtifactError as error:
         return [error.what]
@@ -102,10 +102,10 @@ def describe_code(folder: Path) -> list[dict[str, Any]]:
         ArtifactError: the manifest cannot be read, or was edited.
     """
     manifest = read_manifest(folder)
-    code = {} if manifest is None else {n: e for n, e in manifest.files.items() if n.endswith(CODE_SUFFIXES)}
-    consents = {name: find_consent(entry.sha256) for name, entry in code.items()}
+    code = {} if manifest is None else code_files(manifest)
+    consents = {name: find_consent(sha256) for name, sha256 in code.items()}
     return [
-        {"file": name, "sha256": code[name].sha256, "consent": None if consent is None else str(consent)}
+        {"file": name, "sha256": code[name], "consent": None if consent is None else str(consent)}
         for name, consent in consents.items()
     ]
 

@@ -73,7 +73,7 @@ def build_module(name: str, config: Mapping[str, Any], where: str | Path) -> Any
 
 
 def build_scheduler(config: Mapping[str, Any], where: str | Path, class_name: str | None = None) -> Any:
-    """Returns a scheduler that has been asked for its timesteps once.
+    """Returns a scheduler whose timesteps were tested on a copy.
 
     Args:
         config: of the scheduler; it is checked.

@@ -122,7 +122,12 @@ def _read_depths(config: Mapping[str, Any], key: str, entry: Any, pairs: int) ->
 
 
 def _read_mid(config: Mapping[str, Any], innermost: Any) -> int | None:
-    """Returns `UNetBlocks.mid`; `innermost` is the entry of the innermost level, whose first pair it takes after."""
+    """Returns `UNetBlocks.mid`: as many transformer blocks as the first pair of the innermost level has.
+
+    Args:
+        config: of the UNet.
+        innermost: the entry of the innermost level.
+    """
     kind = config.get("mid_block_type", _MID_BLOCK)
     if not isinstance(kind, str | None) or kind not in _MID:
         raise _wrong(config, "mid_block_type", f"{', '.join(filter(None, _MID))} or null")

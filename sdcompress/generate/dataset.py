@@ -17,11 +17,12 @@ from typing import Any
 
 from PIL import Image
 from sdcompress_engines.errors import DataError, storage_errors
+from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import FileEntry, Manifest, read_manifest, sha256_file, write_manifest
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.backends.registry import backend_name
-from sdcompress.generate.output_folder import KIND, METADATA, claim_folder, list_missing, write_file
+from sdcompress.generate.output_folder import KIND, METADATA, claim_folder, list_missing
 from sdcompress.generate.settings import SAVE_OPTIONS, GenerateSettings
 from sdcompress.models.locate import hash_pipeline, local_paths, locate_pipeline
 from sdcompress.support.pictures import encode_picture
@@ -109,7 +110,7 @@ def generate_dataset(
         started = time.monotonic()
         drawn = _draw_missing(teacher, prompts, output, names, settings, report)
         rows = (json.dumps(row) + "\n" for row in _describe(names, prompts, settings))
-        write_file(output / METADATA, "".join(rows).encode())
+        write_atomically(output / METADATA, "".join(rows))
         manifest = _write_manifest(output, identity, names, min(len(prompts), settings.count))
     return GeneratedSet(output, manifest, drawn, time.monotonic() - started)
 
@@ -175,7 +176,7 @@ def _draw_missing(
                 written = [i for i in batch if i in lacking]
                 with storage_errors(output):
                     for i in written:
-                        write_file(output / names[i], encode_picture(pictures[i - first], suffix, **options))
+                        write_atomically(output / names[i], encode_picture(pictures[i - first], suffix, **options))
                 advance(len(written))
     finally:
         close_pipeline(pipeline)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError, storage_errors
-from sdcompress_engines.files import parents_made, replace_file
-from sdcompress_engines.leftovers import remove_leftovers
+from sdcompress_engines.files import parents_made, write_atomically
+from sdcompress_engines.leftovers import remove_leftovers, remove_partial_files
 from sdcompress_engines.manifest import Manifest, faults, read_manifest, sha256_file
 from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside
 
@@ -19,7 +19,6 @@ KIND = "dataset"
 """Kind of the manifest."""
 SETTINGS = "settings.json"
 METADATA = "metadata.jsonl"
-_TEMPORARY = ".part"
 
 
 @contextmanager
@@ -50,7 +49,7 @@ def claim_folder(
         output.mkdir(exist_ok=True)
         try:
             if not continues:
-                write_file(output / SETTINGS, json.dumps(identity, indent=1).encode())
+                write_atomically(output / SETTINGS, json.dumps(identity, indent=1))
             yield _find_finished(output, names)
         except BaseException:
             if {path.name for path in output.iterdir()} <= {SETTINGS}:
@@ -60,8 +59,6 @@ def claim_folder(
 
 def _find_finished(output: Path, names: list[str]) -> Manifest | None:
     """Returns the manifest of a whole set. Of another one, files that were not finished or were damaged are removed."""
-    for stray in output.glob(f"*{_TEMPORARY}"):
-        stray.unlink()
     manifest = _read_manifest(output)
     if manifest is None or not faults(output, KIND):
         return manifest
@@ -76,21 +73,10 @@ def list_missing(output: Path, names: list[str]) -> list[int]:
     return [i for i, name in enumerate(names) if name not in present]
 
 
-def write_file(path: Path, payload: bytes) -> None:
-    """Write a file that appears complete or not at all.
-
-    `write_atomically` is not used: the next run knows what a killed run left by the ending of its name.
-    """
-    temporary = path.with_name(path.name + _TEMPORARY)
-    try:
-        temporary.write_bytes(payload)
-        replace_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _check_folder(output: Path, identity: dict[str, Any], force: bool, inputs: Iterable[Path]) -> None:
     """Refuse what `claim_folder` refuses, before anything is written. The arguments are the same."""
+    if _read_settings(output) is not None:
+        remove_partial_files(output)
     if not output.is_symlink() and _read_settings(output) == identity:
         check_inputs(output, inputs)
         remove_leftovers(output)
@@ -102,7 +88,7 @@ def _check_folder(output: Path, identity: dict[str, Any], force: bool, inputs: I
 
 def _is_begun(output: Path) -> bool:
     """Returns whether a run stopped in the folder before its first picture; it can be replaced."""
-    return output.is_dir() and all(path.name == SETTINGS or path.name.endswith(_TEMPORARY) for path in output.iterdir())
+    return output.is_dir() and all(path.name == SETTINGS for path in output.iterdir())
 
 
 def _refuse_other(output: Path, identity: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdcompress_engines.paths import expand_user
 
@@ -13,14 +13,11 @@ from sdcompress.models.locate import (
     display_name,
     hash_pipeline,
     locate_pipeline,
-    read_component_config,
+    read_config_in,
     read_model_index,
 )
 from sdcompress.support.pipeline import TextToImagePipeline
 from sdcompress.support.quiet import quiet
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def _load_folder(folder: Path, as_stored: bool) -> TextToImagePipeline:
     index = read_model_index(folder)
     components = component_classes(index["_class_name"])
     tokenizers = [name for name in components if name.startswith("tokenizer")]
-    configs = {name: read_component_config(folder, name) for name in components if name not in tokenizers}
+    configs = {name: read_config_in(folder, name) for name in components if name not in tokenizers}
     scheduler = configs.pop("scheduler")
     check_match(configs, folder)
     parts: dict[str, Any] = {

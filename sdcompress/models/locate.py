@@ -74,7 +74,7 @@ def local_paths(*names_or_paths: str | Path) -> list[Path]:
     """
     found = []
     for name in map(str, names_or_paths):
-        path = Path(name).expanduser()
+        path = expand_user(name)
         if name not in BUILT_IN and os.path.exists(path):
             has_pipeline = not (path / "model_index.json").is_file() and (path / "pipeline/model_index.json").is_file()
             found.append(path / "pipeline" if has_pipeline else path)
@@ -145,7 +145,19 @@ def read_component_config(name_or_path: str | Path, component: str) -> dict[str,
         UsageError: the path does not exist.
         ModelError: there is no pipeline, it has no such component, or the config is broken.
     """
-    folder = locate_pipeline(name_or_path)
+    return read_config_in(locate_pipeline(name_or_path), component)
+
+
+def read_config_in(folder: Path, component: str) -> dict[str, Any]:
+    """Returns what `read_component_config` returns, of a pipeline that `locate_pipeline` has found.
+
+    Args:
+        folder: of the pipeline, or its single file.
+        component: see `read_component_config`.
+
+    Raises:
+        ModelError: it has no such component, or the config is broken.
+    """
     name = config_file(component)
     if folder.is_file():
         configs = _read_file_configs(folder)

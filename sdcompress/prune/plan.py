@@ -19,6 +19,7 @@ from sdcompress_engines.json_files import parse_json
 
 from sdcompress.families.family import UNetConfig
 from sdcompress.families.unet_blocks import DEPTHS, UP_DEPTHS, UNetBlocks, read_blocks, spread_over_levels
+from sdcompress.support.faults import faults_of
 
 # Entries of a UNet config that may hold one value a level, outermost first; up_block_types runs the other way.
 _PER_LEVEL = (
@@ -238,8 +239,7 @@ class BlockPlan:
         try:
             return TypeAdapter(cls).validate_json(json.dumps(content))
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, each['loc'])) or 'plan'}: {each['msg'].lower()}" for each in error.errors()]
-            reason = shorten("; ".join(faults))
+            reason = shorten(faults_of(error, noun="entry"))
         except PlanError as error:
             raise PlanError(error.what, where=where, expected=error.expected, hint=PLAN_HINT) from error
         except SdCompressError as error:

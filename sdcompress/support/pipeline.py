@@ -18,6 +18,7 @@ class TextToImagePipeline(Protocol):
         unet: predicts noise or velocity; `unet.config` holds its shape.
         vae: encodes pictures to latents and decodes them.
         scheduler: the noise schedule and the steps along it.
+        config: the entries of its `model_index.json`.
         components: name → component, None where one is absent.
         vae_scale_factor: side of a picture over the side of its latents.
     """
@@ -29,6 +30,9 @@ class TextToImagePipeline(Protocol):
     scheduler: Any
     safety_checker: Any
     vae_scale_factor: int
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
 
     @property
     def components(self) -> Mapping[str, Any]: ...

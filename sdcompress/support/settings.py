@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
@@ -15,8 +15,11 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
-        parts = value if isinstance(value, list | tuple) else (value,)
         annotation = cls.model_fields[info.field_name or ""].annotation
-        if any(isinstance(part, bool) for part in parts) and bool not in (annotation, *get_args(annotation)):
+        if isinstance(value, dict) and get_origin(annotation) is dict:
+            value_parts: Any = value.values()
+        else:
+            value_parts = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(part, bool) for part in value_parts) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("input should be a number or text, got true or false")
         return value

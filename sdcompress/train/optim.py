@@ -7,10 +7,10 @@ import math
 import torch
 from sdcompress_engines.errors import BackendMissing, UsageError
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.muon import make_muon
-from sdcompress.train.sharding import SHARDING, is_set
 
 
 def compute_learning_rate(config: TrainConfig, step: int) -> float:
@@ -43,7 +43,7 @@ def make_optimizer(config: TrainConfig, trained: nn.Module) -> torch.optim.Optim
     if config.optimizer == "muon":
         return make_muon(named, config.learning_rate, config.weight_decay)
     if config.optimizer == "adamw8bit":
-        if is_set(SHARDING):
+        if any(isinstance(weight, DTensor) for weight in parameters):
             raise UsageError(
                 "optimizer adamw8bit does not take weights in shards",
                 expected="--set optimizer=adamw, or no --use_fsdp",

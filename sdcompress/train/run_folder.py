@@ -70,15 +70,17 @@ def write_recipe(config: TrainConfig, output: Path, plan: str | None = None) -> 
 
 @contextmanager
 def _own_folder(output: Path, resume: bool, force: bool, inputs: Iterable[Path], result: str | None) -> Iterator[None]:
-    """Lock the folder for the block, and decide then what of it stays. The arguments are those of `run_folder`."""
-    with storage_errors(output):
+    """Lock the folder for the block, then keep, move aside or put back what is in it.
+
+    The arguments are those of `run_folder`.
+    """
+    with storage_errors(output), parents_made(output):
         if resume:
             check_inputs(output, inputs)
         else:
             check_free(output, force, inputs)
         if resume and result is not None:
             check_free(output / result, force=True)
-    with parents_made(output):
         is_new = not output.exists() or [path.name for path in output.iterdir()] == [LOCK]
         output.mkdir(exist_ok=True)
         lock = _take_lock(output, is_new)
@@ -92,7 +94,7 @@ def _own_folder(output: Path, resume: bool, force: bool, inputs: Iterable[Path],
             found = list_checkpoints(output / CHECKPOINTS)
             if not resume and not found:
                 _restore(output, lock, aside, is_new)
-            elif found and isinstance(error, SdCompressError):
+            elif found and isinstance(error, SdCompressError) and error.hint is None:
                 raise error.with_hint(f"--resume continues from {found[-1].name}") from error
             raise
         finally:

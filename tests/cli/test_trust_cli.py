@@ -83,7 +83,7 @@ def test_a_downloaded_engine_is_refused_until_it_is_allowed(cli: Cli, downloaded
     code, _, err = cli("generate", downloaded, "a cat", "--backend", "trt")
     assert code == 1
     line = one_line(err)
-    assert f"was built elsewhere and is executable code (sha256 {digest})" in line
+    assert f"was built elsewhere or by an earlier version, and is executable code (sha256 {digest})" in line
     assert f"sdcompress engines trust {downloaded / 'unet.engine'}" in line
     code, _, err = cli("generate", downloaded, "a cat", "--backend", "trt", "--trust")
     assert f"sha256 {digest}, allowed on 20" in err
@@ -114,7 +114,7 @@ def test_install_says_that_an_engine_was_built_elsewhere_and_takes_a_consent(
         (host / name).write_text("")
     code, out, err = cli("install", "comfyui", host, downloaded)
     assert code == 0, err
-    assert "was built elsewhere and is executable code" in out
+    assert "was built elsewhere or by an earlier version, and is executable code" in out
     state = json.loads(cli("status", "comfyui", host, "--json")[1])
     assert not state["engines"][0]["loads_here"]
     code, out, err = cli("install", "comfyui", host, downloaded, "--trust")

@@ -179,7 +179,7 @@ def write_data_set(folder: Path) -> None:
     """What `data generate` leaves when it is stopped."""
     folder.mkdir(parents=True)
     (folder / "settings.json").write_text(json.dumps({"prompts": "0", "picture_format": "webp"}))
-    for name in ("000000.webp", "000001.webp.part"):
+    for name in ("000000.webp",):
         (folder / name).touch()
 
 

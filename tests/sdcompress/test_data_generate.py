@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 from sdcompress_engines.errors import ArtifactError, DataError, UsageError
+from sdcompress_engines.leftovers import temporary_path
 from sdcompress_engines.manifest import MANIFEST_NAME, faults
 from sdcompress_engines.progress import Advance, Reporter
 
@@ -75,7 +79,10 @@ def test_a_stopped_run_continues_and_equals_one_that_was_not_stopped(
         generate_dataset(random_folder, PROMPTS, tmp_path / "set", SETTINGS, report=StopAfter(2))
     assert not (tmp_path / "set" / MANIFEST_NAME).exists()
     (tmp_path / "set" / "000004.webp").unlink()
-    (tmp_path / "set" / "000006.webp.part").write_bytes(b"half a pic")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left = temporary_path(tmp_path / "set/000006.webp")
+    left.with_name(left.name.replace(f".{os.getpid()}-", f".{ended.pid}-")).write_bytes(b"half a pic")
     result = generate_dataset(random_folder, PROMPTS, tmp_path / "set", SETTINGS)
     assert result.drawn == 2
     assert contents(result.folder) == contents(drawn)

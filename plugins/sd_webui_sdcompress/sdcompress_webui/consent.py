@@ -8,7 +8,7 @@ from html import escape
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.trust import allow
 
-from .engine_folders import NOT_ALLOWED, Artifact, Unreadable
+from .engine_folders import Artifact, Unreadable
 
 NONE = "none"
 """The choice of no engine."""
@@ -22,7 +22,7 @@ def find_waiting(artifacts: Iterable[Artifact | Unreadable]) -> dict[str, Artifa
     Args:
         artifacts: what `find_artifacts` has found.
     """
-    waiting = [each for each in artifacts if isinstance(each, Artifact) and each.find_obstacle() == NOT_ALLOWED]
+    waiting = [each for each in artifacts if isinstance(each, Artifact) and each.lacks_consent]
     return {f"{each.sha256[:16]} {each.folder.name}": each for each in waiting}
 
 
@@ -36,7 +36,8 @@ def question_html(waiting: Iterable[Artifact]) -> str:
     if not rows:
         return ""
     return (
-        "<p><b>These engines were built elsewhere.</b> An engine is executable code: it can do on this computer"
+        "<p><b>These engines were built elsewhere, or by an earlier version.</b>"
+        " An engine is executable code: it can do on this computer"
         " whatever you can do. Allow one only if you trust the person or site that you have it from, and compare its"
         " sha256 with the one that is published there. What is said below of its origin stands in the engine's own"
         f" folder, and is no proof. The consent is kept for this sha256 alone.</p><ul>{rows}</ul>"

@@ -26,7 +26,10 @@ from .traits import Traits, is_whole
 _FILES = {"engine": "unet.engine", "onnx": "unet.onnx"}
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _ENDLESS = 2**20
-NOT_ALLOWED = "it was built elsewhere and is executable code: allow it in the sdcompress tab, if you trust its source"
+NOT_ALLOWED = (
+    "it was built elsewhere or by an earlier version, and is executable code: allow it in the sdcompress tab, if you"
+    " trust its source"
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,22 @@ class Artifact:
         """Of the engine or graph, as its manifest has it."""
         return self.manifest.files[self.file.name].sha256
 
+    @property
+    def lacks_consent(self) -> bool:
+        """Whether it is an engine that this machine could run, and that nobody has built or allowed here."""
+        return (
+            self.manifest.kind == "engine"
+            and obstacle(self.manifest.config) is None
+            and find_consent(self.sha256) is None
+        )
+
     def find_obstacle(self) -> str | None:
         """Returns why this machine cannot run it, or may not, or None. The file is not opened."""
         if self.manifest.kind == "engine":
             error = obstacle(self.manifest.config)
             if error is not None:
                 return _describe(error)
-            return None if find_consent(self.sha256) else NOT_ALLOWED
+            return NOT_ALLOWED if self.lacks_consent else None
         from sdcompress_engines.runners.onnxruntime_install import missing
 
         return missing()

@@ -115,23 +115,23 @@ def create_tab(read_chosen: Callable[[], str | None], read_traits: Callable[[], 
     """
     import gradio
 
-    def show(*notes: str) -> str:
+    def read(*notes: str) -> tuple[str, list[str]]:
         artifacts, entries, problems = _read_folder(read_chosen())
-        return tab_html(engine_folder(), artifacts, entries, read_traits(), [*notes, *problems, *missing_runtimes()])
-
-    def list_waiting() -> list[str]:
-        return [NONE, *find_waiting(_read_folder(None)[0])]
+        notes = (*notes, *problems, *missing_runtimes())
+        return tab_html(engine_folder(), artifacts, entries, read_traits(), notes), [NONE, *find_waiting(artifacts)]
 
     def refresh(*notes: str) -> tuple[str, Any]:
-        return show(*notes), gradio.update(choices=list_waiting(), value=NONE)
+        page, waiting = read(*notes)
+        return page, gradio.update(choices=waiting, value=NONE)
 
     def consent(choice: str) -> tuple[str, Any]:
         return refresh(give_consent(choice, _read_folder(None)[0]))
 
     with gradio.Blocks(analytics_enabled=False) as blocks:
-        table = gradio.HTML(value=show())
+        page, waiting = read()
+        table = gradio.HTML(value=page)
         again = gradio.Button("Refresh")
-        choice = gradio.Dropdown(list_waiting(), value=NONE, label="Engine that was built elsewhere")
+        choice = gradio.Dropdown(waiting, value=NONE, label="Engine that was built elsewhere")
         again.click(fn=refresh, inputs=[], outputs=[table, choice])
         gradio.Button("Allow this engine to run").click(fn=consent, inputs=[choice], outputs=[table, choice])
     return [(blocks, "sdcompress", "sdcompress_tab")]

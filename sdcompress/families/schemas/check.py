@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.signature import context_width
 
 from sdcompress.families.schemas.base import ComponentSchema, check_content
 from sdcompress.families.schemas.scheduler import SCHEDULERS, SchedulerSchema
@@ -66,14 +67,15 @@ def check_match(configs: Mapping[str, Mapping[str, Any]], where: str | Path) -> 
         )
     encoders = [TextEncoderSchema.model_validate(each) for name, each in configs.items() if "text_encoder" in name]
     width = sum(encoder.hidden_size for encoder in encoders)
-    contexts = unet.spread(unet.cross_attention_dim)
-    if any(context != width for context in contexts):
-        raise ModelError(
-            f"has a UNet for text of width {unet.cross_attention_dim}", where=where, expected=f"the encoders' {width}"
-        )
+    if (context := context_width(configs["unet"])) != width:
+        raise ModelError(f"has a UNet for text of width {context}", where=where, expected=f"the encoders' {width}")
     added = unet.added_text_width if unet.addition_embed_type else None
     made = encoders[-1].projection_dim if len(encoders) > 1 else None
     if added != made:
         raise ModelError(
-            f"has a UNet that takes a pooled text embedding of width {added}", where=where, expected=f"{made}"
+            f"has a UNet that takes {_describe_pooled(added)}", where=where, expected=_describe_pooled(made)
         )
+
+
+def _describe_pooled(width: int | None) -> str:
+    return "no pooled text embedding" if width is None else f"a pooled text embedding of width {width}"

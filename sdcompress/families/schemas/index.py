@@ -19,7 +19,7 @@ from sdcompress.families.schemas.tokenizer import CLASSES as TOKENIZERS
 _TEXT_ENCODER, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that are never loaded: pictures are not judged, and no picture is an input."""
-_SWITCHES = ("requires_safety_checker", "force_zeros_for_empty_prompt")
+SWITCHES = ("requires_safety_checker", "force_zeros_for_empty_prompt")
 
 
 def component_classes(pipeline_class: str) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -78,10 +78,10 @@ def check_index(content: Mapping[str, Any], where: str | Path) -> dict[str, Any]
                 where=where,
                 expected=f"{some_of(accepted)} of {library}",
             )
-    for name in _SWITCHES:
+    for name in SWITCHES:
         if not isinstance(index.get(name, False), bool | None):
             raise ModelError(f"{name}: {shorten(repr(index[name]), 40)}", where=where, expected="true or false")
-    kept = ("_class_name", *classes, *_SWITCHES)
+    kept = ("_class_name", *classes, *SWITCHES)
     return {key: value for key, value in index.items() if key in kept} | {
         name: [None, None] for name in NOT_LOADED if name in index
     }

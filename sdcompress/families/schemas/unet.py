@@ -107,7 +107,7 @@ class UNetSchema(ComponentSchema):
             )
         reverse = self.reverse_transformer_layers_per_block
         require(reverse is None or isinstance(reverse, list), "reverse_transformer_layers_per_block is no list")
-        require(not isinstance(self.sample_size, list) or len(self.sample_size) == 2, "sample_size has not two sides")
+        require(not isinstance(self.sample_size, list) or len(self.sample_size) == 2, "sample_size needs two numbers")
         for name in ("conv_in_kernel", "conv_out_kernel"):
             require(getattr(self, name) % 2 == 1, f"{name} is even")
         return self
@@ -149,7 +149,8 @@ class UNetSchema(ComponentSchema):
             "transformer_layers_per_block holds lists, and there is no reverse_transformer_layers_per_block",
         )
         blocks, parameters = self._estimate()
-        require(blocks <= MOST_TRANSFORMER_BLOCKS, f"{blocks:,} transformer blocks, expected {MOST_TRANSFORMER_BLOCKS}")
+        most = MOST_TRANSFORMER_BLOCKS
+        require(blocks <= most, f"{blocks:,} transformer blocks, expected at most {most}")
         require(
             parameters <= MOST_PARAMETERS,
             f"about {parameters / 1e9:,.0f} billion parameters, expected at most {MOST_PARAMETERS / 1e9:,.0f}",
