@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from PIL import Image
 from sdcompress_engines.errors import DataError, ModelError, shorten
-from sdcompress_engines.files import check_regular
 from sdcompress_engines.json_files import read_json_object
 
-from sdcompress.checkpoints.tensor_files import one_error
-from sdcompress.data.records import MAX_TEXT_BYTES, PICTURE_SUFFIXES, Record, decode_text, read_object
-from sdcompress.data.tar import open_tar, read_tar
+from sdcompress.data.skipped import Skipped
+from sdcompress.data.sources import open_source
 from sdcompress.support.pipeline import TextToImagePipeline
 
 from .scenario import Prompt
@@ -208,27 +206,11 @@ def read_shard(shard: Path) -> tuple[list[Image.Image], list[Prompt]]:
     Raises:
         DataError: the shard has no pictures with captions, or a broken one.
     """
-    images: dict[str, Image.Image] = {}
-    texts: dict[str, str | None] = {}
-    styles: dict[str, Any] = {}
-    with one_error(shard, "shard", DataError):
-        check_regular(shard, DataError)
-        with open_tar(shard) as stream:
-            for name, payload, _ in read_tar(stream):
-                stem, _, ending = name.rpartition(".")
-                if payload is None:
-                    continue
-                if ending == "txt":
-                    texts[stem] = decode_text(payload[:MAX_TEXT_BYTES])
-                elif ending == "json":
-                    styles[stem] = read_object(payload).get("style")
-                elif f".{ending}" in PICTURE_SUFFIXES:
-                    images[stem] = Record(f"{shard}:{shorten(name, 80)}", payload, "").picture()
-    by_caption = {text.strip(): stem for stem in images if (text := texts.get(stem))}
-    if not by_caption:
+    records = {each.caption: each for each in open_source(shard).read_unit(0, Skipped()) if each.caption}
+    if not records:
         raise DataError("no picture with a caption", where=shard, expected="pairs of picture and .txt")
-    prompts = [Prompt(caption, str(styles.get(stem) or "")) for caption, stem in by_caption.items()]
-    return [images[stem] for stem in by_caption.values()], prompts
+    prompts = [Prompt(caption, str(each.meta.get("style") or "")) for caption, each in records.items()]
+    return [each.picture() for each in records.values()], prompts
 
 
 def real_pictures(shard: Path, prompts: Sequence[Prompt]) -> tuple[list[Image.Image], list[Prompt]]:

@@ -42,6 +42,15 @@ from .work import count_pipeline
 _EMBEDDED_PX = 256
 
 
+def _check_request(
+    suite: Suite, output: Path, force: bool, inputs: Sequence[Path], skipped: Mapping[str, str] | None
+) -> None:
+    """Refuse what `run_suite` refuses before any work; `inputs` are the files and folders that it reads."""
+    if not suite.setups:
+        raise BackendMissing(f"no backend to measure: {skipped}", hint="--backend torch")
+    check_free(output, force, inputs)
+
+
 def run_suite(
     suite: Suite,
     output: Path,
@@ -58,19 +67,19 @@ def run_suite(
     Args:
         suite: what is measured.
         output: the folder of the report.
-        report: shows progress. force: replace what is in `output`.
+        report: shows progress.
+        force: replace what is in `output`.
         command: the command for a new measurement that the report shows; None is this process's command line.
         skipped: backend → reason why it is not measured, for the report.
         files: that the suite was read from.
 
     Raises:
-        ArtifactError: `output` is not empty, or holds an input. BackendMissing: no backend is left.
+        ArtifactError: `output` is not empty, or holds an input.
+        BackendMissing: no backend is left.
         ModelError, UsageError: a model does not exist, or the teacher does not run.
     """
-    if not suite.setups:
-        raise BackendMissing(f"no backend to measure: {skipped}", hint="--backend torch")
     inputs = [*files, *list_inputs(suite)]
-    check_free(output, force, inputs)
+    _check_request(suite, output, force, inputs, skipped)
     started = time.monotonic()
     work = output.absolute().with_name(f".{output.name}.work")
     suite = dataclasses.replace(suite, models=tuple(prepare_model(model, report) for model in suite.models))

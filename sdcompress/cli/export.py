@@ -70,7 +70,8 @@ def command(
         return _write_checkpoint(model, output, cast("Precision", precision or "fp16"), loras, force)
     _check_combination(given, engine_options, trt, precision, calibration_prompts)
 
-    from sdcompress.export.export_model import ExportRequest, export_model, read_calibration_prompts
+    from sdcompress.data.records import read_prompt_lines
+    from sdcompress.export.export_model import ExportRequest, export_model
 
     request = ExportRequest(
         precision=precision,
@@ -78,14 +79,16 @@ def command(
         components=components,
         loras=loras,
         opset=opset,
-        calibration_prompts=read_calibration_prompts(calibration_prompts) if calibration_prompts else None,
+        calibration_prompts=read_prompt_lines(calibration_prompts) if calibration_prompts else None,
         keep_failed=keep_failed,
         force=force,
         engines=_engine_request(engine_options) if trt else None,
     )
     result = export_model(model, output, request, ConsoleReporter())
-    rows = _graph_rows(result.graphs, "onnx/" if trt else "")
-    rows += _engine_rows(result.engines) if result.engines else []
+    rows = [
+        *_graph_rows(result.graphs, "onnx/" if trt else ""),
+        *(_engine_rows(result.engines) if result.engines else ()),
+    ]
     card(f"{result.name} → {output}", [*rows, ("time", f"{result.seconds:.1f} s")], next_command(output, request))
 
 

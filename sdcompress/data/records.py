@@ -32,6 +32,7 @@ MAX_PIXELS = 64_000_000
 MAX_PICTURE_ASPECT = 64
 """Longest side of a picture over its shortest; enlarged to the short side, a picture of one row would fill memory."""
 MAX_PICTURE_BYTES = 256 * 2**20
+MAX_PROMPTS_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20
 """Largest caption or metadata of one picture that is read."""
 MAX_CAPTION = 20_000
@@ -218,15 +219,14 @@ class Source:
             if self.config.captions
             else [(caption, 1.0)]
         )
-        if any(not is_text(text) for text, _ in found if text is not None):
+        found = [(text, share) for text, share in found if text is not None]
+        if any(not is_text(text) for text, _ in found):
             skipped.add("caption is no text", key)
             return
-        if any(len(text) > MAX_CAPTION for text, _ in found if text is not None):
+        if any(len(text) > MAX_CAPTION for text, _ in found):
             skipped.add(f"caption of over {MAX_CAPTION:,} characters", key)
             return
-        texts = [
-            (str(text).strip(), share) for text, share in found if text is not None and str(text).strip() and share > 0
-        ]
+        texts = [(text.strip(), share) for text, share in found if text.strip() and share > 0]
         total = sum(share for _, share in texts)
         captions = tuple((text, share / total) for text, share in texts)
         yield Record(key, encoded, captions[0][0] if captions else "", meta, captions)
@@ -256,8 +256,11 @@ def read_prompt_lines(path: Path) -> list[str]:
         DataError: it is no regular file, too large, no UTF-8 text, or has no prompts or one that is too long.
     """
     expected = "a UTF-8 text file of prompts, one a line"
-    check_regular(path, DataError)
-    encoded = read_limited(path, MAX_PICTURE_BYTES)
+    try:
+        check_regular(path, DataError)
+        encoded = read_limited(path, MAX_PROMPTS_BYTES)
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error})", where=path, expected=expected) from error
     text = None if encoded is None else decode_text(encoded)
     if text is None:
         fault = "is too large" if encoded is None else "cannot be read (UnicodeDecodeError)"

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.build_options import BuildOptions, check_options
 from sdcompress_engines.builder import newest_opset, targets
-from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.errors import UsageError
 from sdcompress_engines.flavour import Flavour, choose_flavour, present_card
 from sdcompress_engines.manifest import sha256_file
 from sdcompress_engines.output_folders import check_file, check_free, staged
 from sdcompress_engines.progress import SILENT, Reporter
 
-from sdcompress.data.records import read_prompt_lines
 from sdcompress.export.components import DTYPES
 from sdcompress.export.onnx import ExportResult, export_onnx, failed_place
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
@@ -214,15 +213,3 @@ def _fuse_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]]) -> 
         fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
         source[f"lora {file.name}:{weight:g}"] = sha256_file(file)
     return source
-
-
-def read_calibration_prompts(path: Path) -> list[str]:
-    """Returns the prompts in a file, one a line; blank lines are left out.
-
-    Raises:
-        DataError: the file cannot be read, or has no prompts.
-    """
-    try:
-        return read_prompt_lines(path)
-    except OSError as error:
-        raise DataError(f"cannot be read ({error})", where=path, expected="prompts, one a line") from error

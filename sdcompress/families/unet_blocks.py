@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.signature import MOST_LEVELS
 
 PLAIN, ATTENTION = "DownBlock2D", "CrossAttnDownBlock2D"
 _DOWN = {PLAIN: False, ATTENTION: True}
@@ -21,8 +22,8 @@ DEPTHS, UP_DEPTHS = "transformer_layers_per_block", "reverse_transformer_layers_
 `UP_DEPTHS` begins with the innermost level. Without it the up blocks have the entries of `DEPTHS`.
 """
 
-MOST_LEVELS, MOST_PAIRS, MOST_DEPTH, MOST_CHANNELS = 8, 16, 64, 2**14
-"""Limits of what is read; the largest published UNets have 4 levels, 3 pairs, 10 transformer blocks, 1,536 channels."""
+MOST_PAIRS, MOST_DEPTH, MOST_CHANNELS = 8, 64, 10_240
+"""Limits of what is read; the largest published UNets have 3 pairs, 10 transformer blocks, 1,536 channels."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sdcompress_engines.errors import DataError, UsageError
+from sdcompress_engines.errors import UsageError
 
 from sdcompress.backends.registry import backend_name
 from sdcompress.data.records import read_prompt_lines
@@ -90,7 +90,4 @@ def read_prompts(file: Path) -> list[str]:
     """
     if not file.exists():
         raise UsageError("does not exist", where=file, expected="a text file of prompts, one a line")
-    try:
-        return read_prompt_lines(file)
-    except OSError as error:
-        raise DataError(f"cannot be read ({error})", where=file, expected="prompts, one a line") from error
+    return read_prompt_lines(file)

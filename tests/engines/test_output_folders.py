@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,3 +354,16 @@ def test_a_folder_that_cannot_be_put_in_place_brings_the_old_back(
     with pytest.raises(PermissionError):
         replace_folder(new, target)
     assert snapshot(tmp_path) == before
+
+
+def test_thousands_of_inputs_in_one_folder_are_checked_at_once(tmp_path: Path) -> None:
+    shards = [tmp_path / "data" / f"{number:05}.tar" for number in range(5000)]
+    shards[0].parent.mkdir()
+    for shard in shards:
+        shard.touch()
+    started = time.monotonic()
+    check_free(tmp_path / "out", False, shards)
+    assert time.monotonic() - started < 2
+    for target in (shards[-1].parent, shards[-1]):
+        with pytest.raises(ArtifactError):
+            check_free(target, True, shards)

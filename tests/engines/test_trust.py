@@ -153,3 +153,24 @@ def test_an_engine_is_not_opened_before_it_is_allowed(tmp_path: Path, monkeypatc
     write_manifest(path.parent, "engine", config=config)
     with pytest.raises(NotTrusted, match="engine: was built elsewhere"):
         TensorRTRunner(path).open()
+
+
+def test_a_checkpoint_beside_an_engine_needs_no_consent_and_gets_none(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.write_bytes(b"weights")
+    assert trust.find_code(checkpoint) == []
+
+
+def test_without_a_home_folder_a_finished_build_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SDCOMPRESS_CONFIG", "XDG_CONFIG_HOME", "APPDATA"):
+        monkeypatch.delenv(name, raising=False)
+
+    def fail(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", fail)
+    engine = tmp_path / "unet.engine"
+    engine.write_bytes(b"code")
+    with pytest.warns(RuntimeWarning, match="its first use will ask"):
+        trust.record_built(engine)
+    assert trust.find_consent(sha256_file(engine)) is None

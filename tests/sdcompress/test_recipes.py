@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from sdcompress_engines.errors import UsageError
 
 from sdcompress.cli import COMMANDS, cli
 from sdcompress.cli.recipes import read_purpose, render_config, resolve_recipe
@@ -193,3 +194,8 @@ def test_settings_named_in_the_docs_are_knobs() -> None:
 )
 def test_the_check_of_command_lines_finds_faults(line: str, fault: str) -> None:
     assert fault in (complaint(line) or "")
+
+
+def test_true_is_no_share_of_a_caption() -> None:
+    with pytest.raises(UsageError, match="true or false"):
+        load_config(DistillConfig, None, {}, ("data.captions={text: true}",))

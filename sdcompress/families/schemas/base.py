@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.signature import MOST_LEVELS
 
 from sdcompress.support.faults import faults_of
 
@@ -23,8 +24,6 @@ _VERSION = "_diffusers_version"
 
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 """diffusers' names of activations: `diffusers.models.activations`."""
-MOST_LEVELS = 8
-"""Most levels of a UNet or VAE; published ones have 3 or 4."""
 _MOST_IN_A_LEVEL = 16
 """Most entries for the blocks of one level."""
 

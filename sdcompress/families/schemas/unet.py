@@ -19,9 +19,8 @@ from sdcompress.families.schemas.base import (
     require,
     within,
 )
+from sdcompress.families.unet_blocks import MOST_CHANNELS, MOST_DEPTH, MOST_PAIRS
 
-MOST_WIDTH = 10_240
-"""Most channels of a level, and width of the text; SDXL has 1,280 and 2,048."""
 MOST_PARAMETERS = 10**10
 """Most parameters of a UNet; SDXL has 2.6 * 10^9."""
 MOST_TRANSFORMER_BLOCKS = 400
@@ -48,17 +47,17 @@ class UNetSchema(ComponentSchema):
     mid_block_type: _Mid | None = "UNetMidBlock2DCrossAttn"
     up_block_types: Annotated[list[_Up], levels()]
     only_cross_attention: bool | list[bool] = False
-    block_out_channels: Annotated[list[Annotated[int, within(1, MOST_WIDTH)]], levels()]
-    layers_per_block: Annotated[Any, per_level(1, 8)] = 2
+    block_out_channels: Annotated[list[Annotated[int, within(1, MOST_CHANNELS)]], levels()]
+    layers_per_block: Annotated[Any, per_level(1, MOST_PAIRS)] = 2
     downsample_padding: Annotated[int, within(0, 3)] = 1
     mid_block_scale_factor: Annotated[float, within(1e-3, 1e3)] = 1
     dropout: Annotated[float, within(0, 0.99)] = 0.0
     act_fn: Activation = "silu"
     norm_num_groups: Annotated[int, within(1, 1024)] = 32
     norm_eps: Annotated[float, within(1e-12, 0.1)] = 1e-5
-    cross_attention_dim: Annotated[Any, per_level(1, 4 * MOST_WIDTH)]
-    transformer_layers_per_block: Annotated[Any, per_level(0, 64, depth=2)] = 1
-    reverse_transformer_layers_per_block: Annotated[Any, per_level(0, 64, depth=2)] | None = None
+    cross_attention_dim: Annotated[Any, per_level(1, 4 * MOST_CHANNELS)]
+    transformer_layers_per_block: Annotated[Any, per_level(0, MOST_DEPTH, depth=2)] = 1
+    reverse_transformer_layers_per_block: Annotated[Any, per_level(0, MOST_DEPTH, depth=2)] | None = None
     encoder_hid_dim: None = None
     encoder_hid_dim_type: None = None
     attention_head_dim: Annotated[Any, per_level(1, 1024)] = 8
@@ -74,13 +73,13 @@ class UNetSchema(ComponentSchema):
     resnet_skip_time_act: bool | None = False
     resnet_out_scale_factor: Annotated[float, within(1e-3, 1e3)] = 1.0
     time_embedding_type: Literal["positional", "fourier"] = "positional"
-    time_embedding_dim: Annotated[int, within(2, 8 * MOST_WIDTH)] | None = None
+    time_embedding_dim: Annotated[int, within(2, 8 * MOST_CHANNELS)] | None = None
     time_embedding_act_fn: Activation | None = None
     timestep_post_act: Activation | None = None
     time_cond_proj_dim: Annotated[int, within(1, 4096)] | None = None
     conv_in_kernel: Annotated[int, within(1, 9)] = 3
     conv_out_kernel: Annotated[int, within(1, 9)] = 3
-    projection_class_embeddings_input_dim: Annotated[int, within(1, 8 * MOST_WIDTH)] | None = None
+    projection_class_embeddings_input_dim: Annotated[int, within(1, 8 * MOST_CHANNELS)] | None = None
     attention_type: Literal["default"] = "default"
     class_embeddings_concat: bool | None = False
     mid_block_only_cross_attention: bool | None = None
