@@ -189,9 +189,9 @@ def run_command(
     if dry_run:
         return _print_dry_run(suite, skipped, as_json)
     if trust:
-        from sdcompress.models.locate import local_paths
+        from sdcompress.models.locate import local_path
 
-        paths = local_paths(*(model.path for model in suite.models))
+        paths = [local_path(model.path) for model in suite.models if model.random is None]
         allow_all([*paths, *(model.engine for model in suite.models)])
     output = output or _free_folder(path.stem if path else suite.models[-1].name)
     files = [Path(file) for file in (path, options.get("prompts")) if file is not None]

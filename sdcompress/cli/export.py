@@ -16,7 +16,7 @@ from sdcompress.cli._types import NAME
 
 if TYPE_CHECKING:
     from sdcompress.export.components import Precision
-    from sdcompress.export.export_model import EngineRequest, ExportRequest
+    from sdcompress.export.export_model import EngineRequest, ExportRequest, ModelExport
     from sdcompress.export.onnx import ExportResult
     from sdcompress.export.quantize.precisions import Quantized
     from sdcompress.export.tensorrt import EnginesResult
@@ -85,11 +85,7 @@ def command(
         engines=_engine_request(engine_options) if trt else None,
     )
     result = export_model(model, output, request, ConsoleReporter())
-    rows = [
-        *_graph_rows(result.graphs, "onnx/" if trt else ""),
-        *(_engine_rows(result.engines) if result.engines else ()),
-    ]
-    card(f"{result.name} → {output}", [*rows, ("time", f"{result.seconds:.1f} s")], next_command(output, request))
+    card(f"{result.name} → {output}", _rows(result), next_command(output, request))
 
 
 def _refuse_with_ldm(given: Sequence[str]) -> None:
@@ -185,7 +181,13 @@ def next_command(output: Path, request: ExportRequest) -> str:
     return command_line(["sdcompress", "inspect", str(output)])
 
 
-def _graph_rows(result: ExportResult, prefix: str = "") -> list[tuple[str, object]]:
+def _rows(result: ModelExport) -> list[tuple[str, object]]:
+    engines = [] if result.engines is None else _engine_rows(result.engines)
+    graphs = _graph_rows(result.graphs, "" if result.engines is None else "onnx/")
+    return [*graphs, *engines, ("time", f"{result.seconds:.1f} s")]
+
+
+def _graph_rows(result: ExportResult, prefix: str) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = []
     for name, parity in result.parity.items():
         size = sum(entry.bytes for file, entry in result.manifest.files.items() if file.startswith(f"{name}.onnx"))

@@ -161,7 +161,7 @@ def _check_options(
     from sdcompress_engines.output_folders import check_file
 
     from sdcompress.lora.fuse import parse_lora
-    from sdcompress.models.locate import local_paths
+    from sdcompress.models.locate import local_path, local_paths
 
     weighted_loras = [parse_lora(text) for text in loras]
     if loras and backend != "torch":
@@ -175,7 +175,7 @@ def _check_options(
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=output, expected="a name ending in .png, .webp or .jpg")
     if trust:
-        allow_all([*local_paths(model), artifacts])
+        allow_all([local_path(model), artifacts])
     inputs = [*local_paths(model), *(file for file, _ in weighted_loras)]
     check_file(output, inputs if artifacts is None else [*inputs, artifacts])
     return weighted_loras

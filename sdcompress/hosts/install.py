@@ -168,8 +168,8 @@ def _remove_begun(host: Host, root: Path) -> Outcome:
 def _note_foreign(outcome: Outcome, engines: Sequence[Engine]) -> Outcome:
     """Returns the outcome, with a note for each engine that was built elsewhere and is not allowed to run yet."""
     notes = [
-        f"{engine.name} was built elsewhere and is executable code, so the host refuses it until you allow it:"
-        f" {trust_command(engine.folder)}"
+        f"{engine.name} was built elsewhere or by an earlier version, and is executable code, so the host refuses it"
+        f" until you allow it: {trust_command(engine.folder)}"
         for engine in engines
         if find_unallowed(engine.manifest)
     ]

@@ -73,12 +73,16 @@ def local_paths(*names_or_paths: str | Path) -> list[Path]:
         names_or_paths: as for `locate_pipeline`; those that lead to nothing here are left out.
     """
     found = []
-    for name in map(str, names_or_paths):
-        path = expand_user(name)
-        if name not in BUILT_IN and os.path.exists(path):
-            has_pipeline = not (path / "model_index.json").is_file() and (path / "pipeline/model_index.json").is_file()
-            found.append(path / "pipeline" if has_pipeline else path)
+    for path in filter(None, map(local_path, names_or_paths)):
+        has_pipeline = not (path / "model_index.json").is_file() and (path / "pipeline/model_index.json").is_file()
+        found.append(path / "pipeline" if has_pipeline else path)
     return found
+
+
+def local_path(name_or_path: str | Path) -> Path | None:
+    """Returns the file or folder that a model's name is on this machine; None for a built-in model and a hub id."""
+    path = expand_user(name_or_path)
+    return path if str(name_or_path) not in BUILT_IN and os.path.exists(path) else None
 
 
 def _download(repository: str) -> Path:

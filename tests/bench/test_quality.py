@@ -108,7 +108,7 @@ def shard(path: Path, samples: dict[str, tuple[str, dict[str, Any]]]) -> Path:
 def test_a_shard_gives_its_pictures_in_order(tmp_path: Path) -> None:
     path = shard(
         tmp_path / "real.tar.gz",
-        {"1.a": ("a cat", {"style": "flat"}), "2.b": ("a dog", {}), "3.c": ("a tree", {"style": "3d"})},
+        {"1-a": ("a cat", {"style": "flat"}), "2-b": ("a dog", {}), "3-c": ("a tree", {"style": "3d"})},
     )
     images, prompts = read_shard(path)
     assert [image.getpixel((0, 0))[0] for image in images] == [0, 1, 2]

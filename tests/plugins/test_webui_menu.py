@@ -113,7 +113,7 @@ def foreign(installed: Path, tiny_graph: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_the_tab_asks_before_an_engine_that_was_built_elsewhere_runs(webui: WebUI, foreign: Path) -> None:
     sha256 = sha256_file(foreign / "unet.engine")
     entry = next(label for label in webui.list_unets() if "tensorrt-rtx" in label)
-    assert "built elsewhere and is executable code" in entry
+    assert "built elsewhere or by an earlier version, and is executable code" in entry
     webui.opts.sd_unet = str(entry)
     with pytest.raises(EngineMismatch, match="allow it in the sdcompress tab"):
         webui.apply_unet()
