@@ -213,7 +213,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     Raises:
         StorageError: fewer than `needed_bytes` are free.
     """
-    place = _nearest_existing(folder)
+    place = nearest_existing(folder)
     free = shutil.disk_usage(place).free
     if free < needed_bytes:
         raise StorageError(
@@ -308,7 +308,7 @@ def _check_writable(target: Path) -> None:
     Raises:
         StorageError: no permission, or a part of the path is a file.
     """
-    place = target if target.is_dir() else _nearest_existing(target.absolute().parent)
+    place = target if target.is_dir() else nearest_existing(target.absolute().parent)
     if not place.is_dir():
         raise StorageError(
             "a part of this path is a file, not a folder", where=place, expected="a folder", hint="choose another -o"
@@ -317,7 +317,8 @@ def _check_writable(target: Path) -> None:
         raise StorageError("no permission to write here", where=place, hint="choose another -o")
 
 
-def _nearest_existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
+    """Returns `path`, or the nearest of its parents that exists; a link exists wherever it leads."""
     place = path.absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent

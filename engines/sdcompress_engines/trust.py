@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from .command import command_line
+from .engine_files import find_manifest_folder
 from .errors import ArtifactError, NotTrusted, SdCompressError, UsageError, storage_errors
 from .files import write_atomically
 from .json_files import read_json_object
@@ -31,8 +32,6 @@ from .paths import expand_user
 
 CODE_SUFFIXES = (".engine", ".pt2")
 """Files that are executable code."""
-PLACES = ("", "engine")
-"""Where the folder of an export may hold its manifest and code."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -188,11 +187,11 @@ def find_code(path: Path, kinds: Collection[str] = ("engine", "package")) -> lis
         return [path] if path.suffix in CODE_SUFFIXES else []
     if not path.is_dir():
         raise UsageError("no such file or folder", where=path, expected="an engine, or the folder of one")
-    for place in (path / name for name in PLACES):
-        manifest = read_manifest(place)
-        if manifest is not None and manifest.kind in kinds:
-            return [place / name for name in code_files(manifest)]
-    return []
+    place = find_manifest_folder(path)
+    manifest = None if place is None else read_manifest(place)
+    if place is None or manifest is None or manifest.kind not in kinds:
+        return []
+    return [place / name for name in code_files(manifest)]
 
 
 def _store(path: Path, sha256: str, origin: Literal["built here", "allowed"]) -> Consent:

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.engine_files import SUFFIX, engine_faults, folder_faults
+from sdcompress_engines.engine_files import SUFFIX, engine_faults, find_manifest_folder, folder_faults
 from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.errors import ArtifactError, UsageError
 from sdcompress_engines.export_folder import check_names
@@ -62,7 +62,8 @@ def find_engine_folder(folder: Path, kinds: Collection[str] = ("engine",)) -> Pa
             expected="one that `sdcompress export --trt` has written",
             hint="sdcompress engines list, for the store",
         )
-    for place in (folder, folder / "engine"):
+    place = find_manifest_folder(folder)
+    if place is not None:
         try:
             manifest = read_manifest(place)
         except ArtifactError:

@@ -127,6 +127,7 @@ def build_tokenizer(files: Mapping[str, Any], where: str | Path) -> Any:
             vocab=parts.vocabulary,
             merges=parts.merges,
             model_max_length=parts.context,
+            extra_special_tokens=[make_token(token) for token in parts.extra],
             added_tokens_decoder={number: make_token(token) for number, token in sorted(parts.added.items())},
             **{name: make_token(token) for name, token in parts.special.items()},
         )

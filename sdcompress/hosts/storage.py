@@ -13,6 +13,7 @@ from pathlib import Path
 from sdcompress_engines.errors import ArtifactError, StorageError, storage_error, storage_errors
 from sdcompress_engines.locks import try_lock
 from sdcompress_engines.manifest import cache_folder
+from sdcompress_engines.output_folders import nearest_existing
 
 from sdcompress.hosts.host import Host
 
@@ -40,11 +41,6 @@ def check_writable(host: Host, root: Path) -> None:
             raise StorageError(
                 "no permission to write here", where=existing, hint=f"run this as the user who runs {host.title}"
             )
-
-
-def nearest_existing(place: Path) -> Path:
-    """Returns `place`, or the nearest of its parents that exists."""
-    return next(path for path in (place, *place.parents) if path.exists())
 
 
 def check_links(folder: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from sdcompress_engines.files import replace_file
 from sdcompress_engines.manifest import MANIFEST_NAME
-from sdcompress_engines.output_folders import require_space
+from sdcompress_engines.output_folders import nearest_existing, require_space
 from sdcompress_engines.progress import Reporter
 
 from sdcompress.hosts.conflicts import check_stale, check_target
@@ -21,7 +21,7 @@ from sdcompress.hosts.entry import Entry, Item
 from sdcompress.hosts.files import copy_beside, make_folders, missing_folders, prune_folders, remove_unchanged
 from sdcompress.hosts.host import Host
 from sdcompress.hosts.record import Record, back_up_record, read_host_record, write_record
-from sdcompress.hosts.storage import check_links, nearest_existing
+from sdcompress.hosts.storage import check_links
 
 _LAST = (MANIFEST_NAME, "__init__.py")
 """Files that make a host look into a folder; they are renamed into their place last."""
@@ -116,7 +116,7 @@ def put_files(host: Host, root: Path, items: Mapping[str, Item], engines: set[st
         and (record.files, record.version) == (change.after, version)
     ):
         return Outcome(unchanged=change.unchanged, notes=tuple(notes))
-    require_space(nearest_existing(root / host.models), change.bytes_to_write, "the install")
+    require_space(root / host.models, change.bytes_to_write, "the install")
     after, folders = change.after, list(record.folders if record else ())
     if broken is not None:
         backup = back_up_record(root / host.record)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 from sdcompress_engines.errors import ModelError, shorten
 from sdcompress_engines.files import check_regular
 from sdcompress_engines.json_files import read_json
@@ -30,6 +30,8 @@ CONTEXT = 77
 _MOST_MIB = 16
 """Largest file that is read; CLIP's `tokenizer.json` has 3.5 MiB."""
 _MOST_TOKENS = 10**6
+_EXTRA = ("extra_special_tokens", "additional_special_tokens")
+"""Two names of one thing: transformers 5's, which counts where both are there, and 4's."""
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
@@ -50,6 +52,14 @@ def _check_token(value: Any) -> Any:
 Token = Annotated[Any, AfterValidator(_check_token)]
 
 
+def _as_list(value: Any) -> Any:
+    """Returns further special tokens as a list; transformers has also written objects of names and tokens, and null."""
+    return list(value.values()) if isinstance(value, dict) else [] if value is None else value
+
+
+_Tokens = Annotated[list[Token], BeforeValidator(_as_list), Field(max_length=1000, default_factory=list)]
+
+
 class _Config(ComponentSchema):
     tokenizer_class: Literal["CLIPTokenizer", "CLIPTokenizerFast"] | None = None
     bos_token: Token = "<|startoftext|>"
@@ -58,7 +68,8 @@ class _Config(ComponentSchema):
     pad_token: Token = "<|endoftext|>"
     # Without a limit transformers writes 10^30.
     model_max_length: Annotated[float, Field(ge=2, le=1e31)] = CONTEXT
-    additional_special_tokens: Annotated[list[Token], Field(max_length=1000, default_factory=list)]
+    additional_special_tokens: _Tokens
+    extra_special_tokens: _Tokens
     added_tokens_decoder: Annotated[dict[str, Token], Field(default_factory=dict)]
 
 
@@ -67,6 +78,8 @@ class _SpecialTokens(ComponentSchema):
     eos_token: Token = "<|endoftext|>"
     unk_token: Token = "<|endoftext|>"
     pad_token: Token = "<|endoftext|>"
+    additional_special_tokens: _Tokens
+    extra_special_tokens: _Tokens
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class TokenizerParts:
         vocabulary: token → number.
         merges: pairs of tokens, the most frequent first.
         special: `bos_token`, `eos_token`, `unk_token`, `pad_token` → the token.
+        extra: further special tokens; those without a number in `added` follow the vocabulary.
         added: number → a token that was added to the vocabulary, with its flags.
         context: tokens of a caption.
     """
@@ -84,6 +98,7 @@ class TokenizerParts:
     vocabulary: dict[str, int]
     merges: list[tuple[str, str]]
     special: dict[str, Any]
+    extra: list[Any]
     added: dict[int, Any]
     context: int
 
@@ -123,13 +138,13 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
         ModelError: a file is missing or broken; the message names it.
     """
     config = _check(_Config, files, "tokenizer_config.json", where)
-    special = {
-        name: token
-        for source in (_check(_SpecialTokens, files, "special_tokens_map.json", where), config)
-        for name, token in source.items()
-        if name in _SpecialTokens.model_fields
+    sources = (_check(_SpecialTokens, files, "special_tokens_map.json", where), config)
+    tokens = {
+        name: value for source in sources for name, value in source.items() if name in _SpecialTokens.model_fields
     }
-    if "pad_token" not in special:  # the published models have different ones
+    named = [_as_list(tokens.pop(name, None)) for name in _EXTRA]
+    extra = next(filter(None, named), [])
+    if "pad_token" not in tokens:  # the published models have different ones
         raise _fault(where, "tokenizer_config.json", "does not say what fills a caption", 'a "pad_token"')
     if "vocab.json" in files and "merges.txt" in files:
         model: Any = {"vocab": files["vocab.json"], "merges": str(files["merges.txt"]).splitlines()}
@@ -143,7 +158,8 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
     vocabulary = _check_vocabulary(model.get("vocab"), where, source)
     merges = _check_merges(model.get("merges"), where, source)
     added = _collect_added(files, config, where)
-    return TokenizerParts(vocabulary, merges, special, added, int(min(config.get("model_max_length", CONTEXT), 10**9)))
+    context = int(min(config.get("model_max_length", CONTEXT), 10**9))
+    return TokenizerParts(vocabulary, merges, tokens, extra, added, context)
 
 
 def _check(schema: type[ComponentSchema], files: Mapping[str, Any], name: str, where: str | Path) -> dict[str, Any]:

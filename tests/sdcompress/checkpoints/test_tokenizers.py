@@ -1,0 +1,65 @@
+"""A tokenizer of a folder gives the tokens that transformers' own gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sdcompress_engines.errors import ModelError
+from transformers import CLIPTokenizer
+
+from sdcompress.families.build import load_tokenizer
+from sdcompress.models import nano
+
+CAT, DOG = "<cat>", "<Dog>"
+TEXT = f"a {CAT} flat {DOG} red"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(nano.pipeline_folder("nano") / "tokenizer", tmp_path / "tokenizer"))
+
+
+def change(folder: Path, name: str, content: dict[str, Any]) -> None:
+    path = folder / name
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(old | content))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("key", "extra"),
+    [
+        ("additional_special_tokens", [CAT, DOG]),
+        ("additional_special_tokens", None),
+        ("extra_special_tokens", [CAT, DOG]),
+        ("extra_special_tokens", {"cat_token": CAT}),
+        ("extra_special_tokens", {}),
+    ],
+)
+def test_further_special_tokens_are_those_of_transformers(folder: Path, key: str, name: str, extra: Any) -> None:
+    change(folder, name, {key: extra})
+    expected, tokenizer = CLIPTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    assert tokenizer(TEXT).input_ids == expected(TEXT).input_ids
+    assert len(tokenizer) == len(expected)
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_added_tokens_keep_their_numbers(folder: Path, is_special: bool) -> None:
+    first = len(load_tokenizer(folder))
+    change(folder, "added_tokens.json", {DOG: first, CAT: first + 1})
+    if is_special:
+        change(folder, "special_tokens_map.json", {"additional_special_tokens": [CAT]})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer(TEXT).input_ids == CLIPTokenizer.from_pretrained(folder)(TEXT).input_ids
+    assert tokenizer.convert_tokens_to_ids([DOG, CAT]) == [first, first + 1]
+
+
+@pytest.mark.parametrize("extra", [3, ["", CAT], {"a": 3}, [{"text": CAT}]])
+def test_what_is_no_list_of_tokens_is_named(folder: Path, extra: Any) -> None:
+    change(folder, "tokenizer_config.json", {"extra_special_tokens": extra})
+    with pytest.raises(ModelError, match="extra_special_tokens"):
+        load_tokenizer(folder)
