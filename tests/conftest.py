@@ -12,9 +12,14 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from hypothesis import settings
 
 from sdcompress.data.sources import open_source
 from sdcompress.models import nano
+
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("random")
+settings.load_profile("repeatable")  # `--hypothesis-profile random` looks for new inputs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from sdcompress.export.onnx_file import OPSET as DEFAULT_OPSET
 
 from .conftest import Cli, one_line
 
-QUICK = settings(deadline=None, max_examples=100, derandomize=True)
+QUICK = settings(deadline=None, max_examples=100)
 OUR_TYPES = (Whole, Number, Several, Text, FilePath, Shapes, Capability, click.Choice)
 ODD_NUMBERS = [
     *("nan", "-nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "1e-999x", "0x10", "", " ", "one", "-1", "--1"),

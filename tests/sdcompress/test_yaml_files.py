@@ -15,7 +15,7 @@ from sdcompress_engines.errors import UsageError
 
 from sdcompress.support.yaml_files import MOST_KIB, MOST_LEVELS, MOST_VALUES, parse_yaml, read_mapping, write_yaml
 
-QUICK = settings(deadline=None, max_examples=300, derandomize=True)
+QUICK = settings(deadline=None, max_examples=300)
 PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
 TEXTS = st.text(st.characters(exclude_categories=["C"], include_characters="\n\t"), max_size=20)
 VALUES = st.recursive(
