@@ -207,7 +207,7 @@ def measure_package(run: PartRun, models: Models, name: str, batch: int, cuda_gr
     if not package.is_file():
         pipeline: Any = SimpleNamespace(unet=models.unet(name))
         precision: Any = run.precision
-        loaded = LoadedPipeline(name, pipeline, "random", package.parent)
+        loaded = LoadedPipeline(name, pipeline, "random", run.scratch / name)  # random weights: no folder holds them
         result = compile_unet(loaded, package.parent, device=run.device.type, precision=precision, force=True)
         compiled = {"compile_s": result.seconds}
     with open_runner(package, str(run.device), cuda_graph=cuda_graph) as runner:
