@@ -94,7 +94,7 @@ def load_teacher(model: str) -> LoadedPipeline:
     """Returns the teacher; `sd15` in fp32 has random weights, created on the device."""
     if model != "sd15":
         return load_pipeline(model)
-    return LoadedPipeline("sd15-random", random_pipeline("sd1", device=DEVICE), "random", Path("."))
+    return LoadedPipeline("sd15-random", random_pipeline("sd1", device=DEVICE), "random", Path("random"))
 
 
 class Clock:
