@@ -28,7 +28,7 @@ class Engine:
 
     Attributes:
         name: the engine's name in the host.
-        folder: the folder that holds the manifest.
+        folder: the folder that holds the manifest, all links resolved: a link of a host may lead to it.
         manifest: read from there.
         files: path in the folder → `Entry`, the manifest included.
     """
@@ -66,7 +66,7 @@ def read_engine_folder(path: str | Path, host: Host, name: str | None = None) ->
     build = f"sdcompress export MODEL --trt --signature {host.signatures[0]} -o DIR"
     if not given.is_dir():
         raise UsageError("no such folder", where=given, expected="one that `sdcompress export` has written", hint=build)
-    folder = find_manifest_folder(given) or given
+    folder = (find_manifest_folder(given) or given).resolve()
     manifest = read_manifest(folder)
     if manifest is None or manifest.kind not in ("engine", "onnx"):
         what = "holds no engine" if manifest is None else f"is a {manifest.kind}, not an engine"
