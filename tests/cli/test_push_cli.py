@@ -74,6 +74,15 @@ def test_a_dry_run_needs_neither_token_nor_network(
     assert cli("push", trained, "me/style", "--dry-run", "-o", tmp_path / "card")[0] == 1
 
 
+def test_the_folder_where_the_command_runs_is_pushed_with_its_samples(
+    cli: Cli, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained / "lora")
+    code, out, err = cli("push", ".", "me/style", "--dry-run")
+    assert code == 0, err
+    assert "samples.webp" in [line.split()[0] for line in out.splitlines()[-5:]]
+
+
 class Hub(BaseHTTPRequestHandler):
     """The part of the hub that an upload needs. It keeps the files it receives in `server.sent`."""
 
