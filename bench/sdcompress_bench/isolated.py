@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from sdcompress_engines.child_process import SAFE_PATH
+from sdcompress_engines.child_process import leave_out_working_folder
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.files import write_atomically
 
@@ -59,7 +59,7 @@ def call(
 
 
 def _context(fork: bool) -> BaseContext:
-    os.environ.update(SAFE_PATH)  # `multiprocessing` starts its processes with `python -c`
+    leave_out_working_folder(os.environ)  # `multiprocessing` starts its processes with `python -c`
     if not fork or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +32,20 @@ if TYPE_CHECKING:
 Message = dict[str, Any]
 _MARK = "sdcompress:"
 _KEPT_LINES = 5
-SAFE_PATH = {"PYTHONSAFEPATH": "1", "NoDefaultCurrentDirectoryInExePath": "1"}
-"""Variables that keep the working folder out of what a process and its children search: the import path of Python 3.11
-or newer, and on Windows the places of programs such as `nvidia-smi`.
-"""
+
+
+def leave_out_working_folder(variables: MutableMapping[str, str]) -> None:
+    """Set the variables that keep the working folder out of what a process and its children search.
+
+    That is the import path of Python 3.11 or newer, and on Windows the places of programs such as `nvidia-smi`. An
+    empty part of `PYTHONPATH` is the working folder, too: `PYTHONPATH=$PYTHONPATH:/folder` often has one.
+
+    Args:
+        variables: the environment, which is changed.
+    """
+    variables.update({"PYTHONSAFEPATH": "1", "NoDefaultCurrentDirectoryInExePath": "1"})
+    if "PYTHONPATH" in variables:
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, variables["PYTHONPATH"].split(os.pathsep)))
 
 
 def python_command(module: str) -> list[str]:
@@ -80,7 +90,8 @@ class ChildProcess:
         environment: Mapping[str, str] | None = None,
         folder: Path | None = None,
     ) -> None:
-        variables = {**os.environ, **(environment or {}), **SAFE_PATH}
+        variables = {**os.environ, **(environment or {})}
+        leave_out_working_folder(variables)
         if paths:
             variables["PYTHONPATH"] = os.pathsep.join(filter(None, [*map(str, paths), variables.get("PYTHONPATH")]))
         self.timed_out = False

@@ -14,6 +14,8 @@ from .manifest import canonical
 ShapeRange = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profiles = tuple[Mapping[str, ShapeRange], ...]
 """Optimization profiles: for each, input → (min, opt, max) shapes."""
+_MOST = 2**31
+"""Sizes of tensors are below it."""
 
 
 @dataclass(frozen=True)
@@ -96,5 +98,7 @@ class EngineKey:
 
 
 def _shape_range(shapes: Any) -> ShapeRange:
-    least, best, most = (tuple(int(size) for size in shape) for shape in shapes)
+    least, best, most = (tuple(shape) for shape in shapes)
+    if not all(type(size) is int and 0 <= size < _MOST for shape in (least, best, most) for size in shape):
+        raise ValueError("a size of a profile is no number that an engine takes")
     return least, best, most

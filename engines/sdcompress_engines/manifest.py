@@ -21,6 +21,8 @@ from .paths import expand_user, file_inside, is_link, is_plain_path
 MANIFEST_NAME = "sdcompress.json"
 SCHEMA_VERSION = 1
 _MAKE_AGAIN = "delete the folder and make it again"
+_LARGEST = 2**63
+"""No file system has a file of so many bytes."""
 _PACKAGES = (
     "sdcompress",
     "torch",
@@ -254,7 +256,7 @@ def _is_whole(entry: FileEntry) -> bool:
         isinstance(entry.sha256, str)
         and re.fullmatch("[0-9a-f]{64}", entry.sha256) is not None
         and type(entry.bytes) is int
-        and entry.bytes >= 0
+        and 0 <= entry.bytes < _LARGEST
     )
 
 
@@ -305,4 +307,4 @@ def find_file_fault(path: Path, entry: FileEntry, digest: Callable[[Path], str] 
 
 def cache_folder() -> Path:
     """Returns the folder for derived files: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
-    return Path(os.environ.get("SDCOMPRESS_CACHE") or expand_user("~/.cache/sdcompress"))
+    return expand_user(os.environ.get("SDCOMPRESS_CACHE") or "~/.cache/sdcompress")

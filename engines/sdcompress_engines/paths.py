@@ -9,7 +9,7 @@ from pathlib import Path
 from .errors import ArtifactError, SdCompressError, UsageError, shorten
 
 _FORBIDDEN = re.compile(r"[\\:\x00-\x1f\x7f\ud800-\udfff]")
-_WINDOWS_DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)( *\..*)?", re.IGNORECASE)
+_WINDOWS_DEVICE = re.compile(r"(con(in\$|out\$)?|prn|aux|nul|(com|lpt)[\d¹²³])( *\..*)?", re.IGNORECASE)
 _LONGEST = 1024
 """Most characters of a name; the longest in use have about 100."""
 
@@ -98,9 +98,10 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
 def is_in_hub_cache(link: Path) -> bool:
     """Returns whether a link is one that huggingface_hub makes, to a file of the same repository.
 
-    It leads from `models--OWNER--NAME/snapshots/REVISION/...` to a file in `models--OWNER--NAME/blobs`.
+    It leads from `models--OWNER--NAME/snapshots/REVISION/...` to a file in `models--OWNER--NAME/blobs`. The folder of
+    the artifact may be a link to that place, as `sdcompress install --link` makes one.
     """
-    for snapshots in link.absolute().parents:
+    for snapshots in (*link.absolute().parents, *(link.parent.resolve() / link.name).parents):
         repository = snapshots.parent
         if snapshots.name == "snapshots" and repository.name.startswith("models--"):
             target = link.resolve()

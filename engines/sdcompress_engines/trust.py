@@ -62,9 +62,9 @@ def trust_folder() -> Path:
     Windows, else `$XDG_CONFIG_HOME` or `~/.config`.
     """
     if chosen := os.environ.get("SDCOMPRESS_CONFIG"):
-        return Path(chosen) / "trusted"
+        return expand_user(chosen) / "trusted"
     settings = os.environ.get("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME")
-    return (Path(settings) if settings else expand_user("~/.config")) / "sdcompress" / "trusted"
+    return expand_user(settings or "~/.config") / "sdcompress" / "trusted"
 
 
 def find_consent(sha256: str) -> Consent | None:

@@ -30,7 +30,8 @@ class Limits:
         names = signature.HOSTS[host]["unet"][0]
         least, _, most = profile[names["sample"]]
         fewest, _, longest = profile[names["encoder_hidden_states"]]
-        return cls((least[0], most[0]), (least[2], most[2]), (least[3], most[3]), (fewest[1], longest[1]))
+        ends = ((least[0], most[0]), (least[2], most[2]), (least[3], most[3]), (fewest[1], longest[1]))
+        return cls(*((int(first), int(last)) for first, last in ends))
 
     def takes_picture(self, height: int, width: int) -> bool:
         """Returns whether latents of this height and width fit."""
@@ -98,9 +99,8 @@ def _equal_lengths(limits: Sequence[Limits], context: torch.Tensor) -> Iterator[
 
 def _fitting_length(limits: Sequence[Limits], distinct: int, default: int) -> int:
     """Returns the smallest multiple of `distinct` tokens that a profile takes, or `default`."""
-    longest = max(each.tokens[1] for each in limits)
-    multiples = range(distinct, longest + 1, distinct)
-    return next((size for size in multiples if any(each.takes_tokens(size) for each in limits)), default)
+    sizes = ((each, max(1, -(-each.tokens[0] // distinct)) * distinct) for each in limits)
+    return min((size for each, size in sizes if each.takes_tokens(size)), default=default)
 
 
 def _within(size: int, limits: tuple[int, int]) -> bool:

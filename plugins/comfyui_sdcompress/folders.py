@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .calls import Limits
 from .library import engine_files, errors, export_folder, flavour, manifest, signature, trust
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class EngineFolder:
         schedule: the noise schedule, as ComfyUI's `sampling_settings`.
         scaling_factor: of the latents, or None if the pipeline lacks it.
         dtype: of the graph's float tensors.
+        limits: of its profiles; empty if every shape runs.
     """
 
     name: str
@@ -55,6 +57,7 @@ class EngineFolder:
     schedule: Mapping[str, Any]
     scaling_factor: float | None
     dtype: torch.dtype
+    limits: tuple[Limits, ...]
 
     @property
     def bytes(self) -> int:
@@ -65,11 +68,6 @@ class EngineFolder:
     def context_width(self) -> int:
         """The width of the text embeddings that it takes."""
         return signature.context_width(self.unet)
-
-    @property
-    def profiles(self) -> list[Mapping[str, Any]]:
-        """Input → [min, opt, max] shapes, one mapping for each profile. Empty if every shape runs."""
-        return list(self.manifest.config.get("profiles", {}).get("unet", []))
 
 
 def engine_folders(roots: Iterable[str | Path]) -> dict[str, Path]:
@@ -151,6 +149,7 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
         schedule=schedule,
         scaling_factor=None if scaling is None else float(scaling),
         dtype=_DTYPES[precision],
+        limits=tuple(Limits.of(each, host) for each in folder_manifest.config.get("profiles", {}).get("unet", [])),
     )
 
 

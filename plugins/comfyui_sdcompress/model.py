@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .calls import Limits, plan_calls
+from .calls import plan_calls
 from .folders import FAMILIES, EngineFolder, check_contents
 from .library import calls, errors, runners, unet
 
@@ -41,7 +41,6 @@ class EngineModel(torch.nn.Module):
         super().__init__()
         self.folder, self.dtype = folder, folder.dtype
         self._options, self._names, self._wrapped = dict(options or {}), tuple(names), wrapped
-        self._limits = [Limits.of(profile, folder.host) for profile in folder.profiles]
         self._unet: Any = None
         self._device: torch.device | None = None
         self._graph_failure: str | None = None
@@ -135,7 +134,7 @@ class EngineModel(torch.nn.Module):
         engine = self.open(x.device)
         times = timesteps.expand(x.shape[0])
         results = []
-        for call in plan_calls(self._limits, x.shape, checked):
+        for call in plan_calls(self.folder.limits, x.shape, checked):
             part = call.part
             sample, part_times = calls.take_part(x, part), calls.take_part(times, part)
             text = calls.set_tokens(calls.take_part(checked, part), call.tokens)

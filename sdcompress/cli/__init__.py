@@ -87,12 +87,12 @@ def main() -> None:
     """
     if sys.flags.optimize > 1:
         _restart_with_docstrings()
-    from sdcompress_engines.child_process import SAFE_PATH
+    from sdcompress_engines.child_process import leave_out_working_folder
 
     from sdcompress.cli._streams import close_streams, prepare_streams
 
     prepare_streams()
-    os.environ.update(SAFE_PATH)  # for processes that libraries start, such as compilers' workers
+    leave_out_working_folder(os.environ)  # for processes that libraries start, such as compilers' workers
     # The libraries read these when they are imported. Their notices of missing optional parts (torchvision) do not
     # help the person who types a command.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -6,20 +6,42 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sdcompress_engines.engine_files import SUFFIX, engine_faults, find_manifest_folder, folder_faults
 from sdcompress_engines.engine_key import EngineKey
 from sdcompress_engines.errors import ArtifactError, UsageError
 from sdcompress_engines.export_folder import check_names
 from sdcompress_engines.flavour import obstacle
-from sdcompress_engines.manifest import Manifest, read_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import BrokenEngine, Entry
 from sdcompress_engines.trust import code_files, find_consent
 
+from sdcompress.support.faults import faults_of
+
 BUILD = "sdcompress export MODEL --trt -o DIR"
 """The command that builds engines, for hints."""
+
+
+class _Tensor(BaseModel):
+    """An input or output of an engine, as its manifest has it."""
+
+    name: str
+    shape: list[int | str]
+    dtype: str = ""
+
+
+class _ShownConfig(BaseModel):
+    """What is shown of the config of an engine manifest, besides its key."""
+
+    model_config = ConfigDict(strict=True)
+    components: list[str]
+    model_name: str | None = None
+    vae_scale: Annotated[int, Field(ge=1, le=1024)] = 8
+    inputs: dict[str, list[_Tensor]] = {}
+    outputs: dict[str, list[_Tensor]] = {}
 
 
 def find_entry(store: EngineStore, prefix: str) -> Entry:
@@ -126,8 +148,24 @@ def describe_folder(folder: Path, *, contents: bool = False) -> list[dict[str, A
     manifest = read_manifest(place)
     if manifest is None:
         return []
-    components = [str(component) for component in manifest.config.get("components", [])]
+    components = _read_config(manifest, place).components
     return [_describe(manifest, component, place / f"{component}{SUFFIX}", fault) for component in components]
+
+
+def _read_config(manifest: Manifest, folder: Path) -> _ShownConfig:
+    """Returns what is shown of a manifest's config.
+
+    Raises:
+        ArtifactError: it holds values of other kinds.
+    """
+    try:
+        return _ShownConfig.model_validate(manifest.config)
+    except ValidationError as error:
+        raise ArtifactError(
+            f"does not describe its engines: {faults_of(error, noun='entry')}",
+            where=folder / MANIFEST_NAME,
+            hint=f"build them again: {BUILD}",
+        ) from error
 
 
 def describe_path(path: Path) -> list[dict[str, Any]]:
@@ -161,6 +199,10 @@ def describe_entry(entry: Entry, *, contents: bool = False) -> dict[str, Any]:
     """
     if isinstance(entry, BrokenEngine):
         return _describe_broken(entry)
+    try:
+        _read_config(entry.manifest, entry.folder)
+    except ArtifactError as error:
+        return _describe_broken(BrokenEngine(entry.folder, error.what))
     fault = "; ".join(engine_faults(entry.folder)) if contents else None
     facts = _describe(entry.manifest, entry.component, entry.path, fault or None)
     return facts | {"unused_s": _seconds_since(entry.used)}

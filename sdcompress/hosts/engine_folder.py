@@ -28,7 +28,7 @@ class Engine:
 
     Attributes:
         name: the engine's name in the host.
-        folder: the folder that holds the manifest.
+        folder: the folder that holds the manifest, all links resolved: a link of a host may lead to it.
         manifest: read from there.
         files: path in the folder → `Entry`, the manifest included.
     """
@@ -58,15 +58,19 @@ def read_engine_folder(path: str | Path, host: Host, name: str | None = None) ->
         name: of the engine in the host, by default its model's name or the folder's.
 
     Raises:
-        UsageError: there is no such folder, or the name is not valid for a folder.
+        UsageError: the path is a file, or nothing is there, or the name is not valid for a folder.
         ArtifactError: the folder holds no engine, or a damaged one.
         EngineMismatch: the engine has a signature that the host does not call.
     """
     given = expand_user(path).absolute()
     build = f"sdcompress export MODEL --trt --signature {host.signatures[0]} -o DIR"
+    if given.is_file():
+        raise UsageError(
+            "is a file", where=given, expected="the folder of an engine", hint=f"its folder, {given.parent}"
+        )
     if not given.is_dir():
         raise UsageError("no such folder", where=given, expected="one that `sdcompress export` has written", hint=build)
-    folder = find_manifest_folder(given) or given
+    folder = (find_manifest_folder(given) or given).resolve()
     manifest = read_manifest(folder)
     if manifest is None or manifest.kind not in ("engine", "onnx"):
         what = "holds no engine" if manifest is None else f"is a {manifest.kind}, not an engine"

@@ -10,7 +10,7 @@ from pathlib import Path
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import ArtifactError, UsageError
 from sdcompress_engines.manifest import MANIFEST_NAME
-from sdcompress_engines.paths import file_inside
+from sdcompress_engines.paths import file_inside, is_link
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.trust import find_unallowed, trust_command
 
@@ -67,7 +67,7 @@ def install(
     check_writable(host, root)
     items = plugin_items(host, link=link)
     for engine in opened:
-        items |= _engine_items(engine, f"{host.models}/{engine.name}", link=link)
+        items |= _engine_items(engine, root, f"{host.models}/{engine.name}", link=link)
     with host_lock(root), ExitStack() as stack, host_storage_errors(host, root):
         if weights is not None:
             item = prepare_weights(weights, opened, stack, report)
@@ -90,8 +90,15 @@ def _read_engines(engines: Sequence[str | Path], host: Host, name: str | None) -
     return opened
 
 
-def _engine_items(engine: Engine, place: str, *, link: bool) -> dict[str, Item]:
+def _engine_items(engine: Engine, root: Path, place: str, *, link: bool) -> dict[str, Item]:
     if link:
+        if engine.folder.is_relative_to((root / place).resolve()) and not is_link(root / place):
+            raise UsageError(
+                "lies where the link to it would be",
+                where=engine.folder,
+                expected="the folder that it was installed from",
+                hint="leave out --link, or give the engine another name: --name NAME",
+            )
         return {place: Item(engine.folder, Entry(link=str(engine.folder)))}
     source = engine.folder / MANIFEST_NAME
     return {

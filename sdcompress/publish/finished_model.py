@@ -98,8 +98,9 @@ def _find_samples(place: Path) -> Path | None:
     Raises:
         ArtifactError: it is a link or no picture.
     """
+    place = place.resolve()  # `.`, as where this runs in the model's folder, has no other parent
     folder = place.parent / "samples"
-    names = sorted(path.name for path in folder.glob("step-*.webp")) if place.resolve().name in _PARTS else []
+    names = sorted(path.name for path in folder.glob("step-*.webp")) if place.name in _PARTS else []
     if not names:
         return None
     picture = file_inside(place.parent, f"samples/{names[-1]}", source=folder)

@@ -9,6 +9,8 @@ from typing import Any
 _ALWAYS_PLACES = ("source", "plan")
 """Settings that hold a path where they hold a `/`; others may be a hub id, OWNER/NAME."""
 _PLACE = re.compile(r"(/|\\|~|\.{1,2}[\\/]|[A-Za-z]:[\\/]|file:|[\w.-]+@[\w.-]+:).*", re.DOTALL)
+_PLACE_WITH_SPACES = re.compile(r"(/[^\s/]+/|\\\\|~[^\s\\/]*[\\/]|\.{1,2}[\\/]|[A-Za-z]:[\\/]|file:).*", re.DOTALL)
+"""As in `C:\\Users\\Ada Lovelace\\teacher`; `/a b` may be a prompt."""
 _RELATIVE = re.compile(r"[^\s/\\:]+([/\\][^\s/\\:]*){2,}|[^\s/\\:]+\\[^\s]*")
 _IN_TEXT = re.compile(r"""(?<![\w/:.\\])(?:file://|~|[A-Za-z]:(?=[\\/]))?(?:[\\/]+[^\s\\/:"'<>|,;)]+){2,}[\\/]?""")
 """A path of two or more parts within a sentence."""
@@ -29,8 +31,10 @@ def without_places(value: Any, key: str = "") -> Any:
         return [without_places(each, key) for each in value]
     if not isinstance(value, str):
         return value
-    is_place = _PLACE.fullmatch(value) or _RELATIVE.fullmatch(value)
-    if (is_place and len(value.split()) == 1) or (key in _ALWAYS_PLACES and not value.startswith("hub:")):
+    has_spaces = len(value.split()) > 1
+    patterns = (_PLACE_WITH_SPACES,) if has_spaces else (_PLACE, _RELATIVE)
+    is_place = any(pattern.fullmatch(value) for pattern in patterns)
+    if is_place or (key in _ALWAYS_PLACES and not value.startswith("hub:")):
         return _last_part(value)
     return _IN_TEXT.sub(lambda match: _last_part(match[0]), value)
 

@@ -9,8 +9,8 @@ from sdcompress_engines.errors import shorten
 
 _INVISIBLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, those that turn the direction of writing, and halves of characters."""
-_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=\s)#(?=#*\s*$)")
-"""The last is the closing sequence of a heading."""
+_MARKUP = re.compile(r"[\\`*\[\]|~$]|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=[Ww]{3})\.|(?<=\s)#(?=#*\s*$)")
+"""The last is the closing sequence of a heading. The two before it begin an address, which the hub makes a link of."""
 _BLOCK = re.compile(r"^(\d{1,9}(?=[.)](?:\s|$))|(?=-{2,}|=|[-+](?:\s|$)|#))")
 """What begins a list, a heading or a rule at the start of a line."""
 _PLAIN_NAME = re.compile(r"[\w./:@+=-]+", re.ASCII)

@@ -21,6 +21,7 @@ from sdcompress_engines.store_entries import StoredEngine
 
 from sdcompress.export.engine_facts import format_profiles
 
+from ..hostile_text import write_sealed
 from .conftest import Cli, one_line
 
 VERSION = "1.0" if TENSORRT_RTX.missing() else TENSORRT_RTX.version
@@ -305,3 +306,42 @@ def test_a_profile_is_formatted_as_the_options_take_it() -> None:
         == "512 px, batch 2"
     )
     assert text([{"left": [[1, 8], [2, 8], [4, 8]]}]) == "left 1x8:2x8:4x8"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("vae_scale",), "ab"),
+        (("vae_scale",), 10**4200),
+        (("model_name",), 7),
+        (("components",), 7),
+        (("inputs",), []),
+        (("inputs", "unet"), 7),
+        (("inputs", "unet", 0), "sample"),
+        (("inputs", "unet", 0, "name"), []),
+        (("inputs", "unet", 0, "shape"), 7),
+        (("outputs",), {"unet": [7]}),
+        (("profiles", "unet", 0, "sample"), [[1, 4, 3 * 10**9, 8]] * 3),
+        (("profiles", "unet", 0, "sample"), ["1488"] * 3),
+    ],
+    ids=range(12),
+)
+def test_what_a_strange_manifest_says_of_an_engine_is_one_line(
+    cli: Cli, store: EngineStore, exported: Path, place: tuple[str | int, ...], value: Any
+) -> None:
+    folders = {exported / "engine": exported, entry_of(store, UNET).folder: None}
+    for folder, argument in folders.items():
+        raw = json.loads((folder / MANIFEST_NAME).read_text())
+        del raw["seal"]
+        inner = raw["config"]
+        for step in place[:-1]:
+            inner = inner[step]
+        inner[place[-1]] = value
+        write_sealed(folder / MANIFEST_NAME, raw)
+        code, out, err = cli("engines", "list", *([argument] if argument else []))
+        if argument:
+            assert code == 1
+            assert "describe its engines" in one_line(err) or "does not say what the unet engine is" in one_line(err)
+        else:
+            assert code == 0
+            assert "no: damaged: " in out

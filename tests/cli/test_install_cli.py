@@ -83,6 +83,7 @@ def test_a_link_is_said_and_one_engine_is_taken_away(cli: Cli, tmp_path: Path) -
             "no such folder; expected one that `sdcompress export` has written",
         ),
         (("install", "comfyui", "{comfyui}", "{comfyui}"), 1, "holds no engine"),
+        (("install", "comfyui", "{comfyui}", "{comfyui}/main.py"), 2, "is a file; expected the folder of an engine"),
         (("install", "comfyui", "{comfyui}", "--with-weights", "nano"), 2, "--with-weights for ComfyUI"),
         (("uninstall", "comfyui", "{comfyui}"), 2, "nothing is installed here"),
         (("status", "forge", "{comfyui}"), 2, "is ComfyUI, not Forge"),

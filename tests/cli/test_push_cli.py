@@ -74,6 +74,15 @@ def test_a_dry_run_needs_neither_token_nor_network(
     assert cli("push", trained, "me/style", "--dry-run", "-o", tmp_path / "card")[0] == 1
 
 
+def test_the_folder_where_the_command_runs_is_pushed_with_its_samples(
+    cli: Cli, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained / "lora")
+    code, out, err = cli("push", ".", "me/style", "--dry-run")
+    assert code == 0, err
+    assert "samples.webp" in [line.split()[0] for line in out.splitlines()[-5:]]
+
+
 class Hub(BaseHTTPRequestHandler):
     """The part of the hub that an upload needs. It keeps the files it receives in `server.sent`."""
 
@@ -293,6 +302,11 @@ def test_what_is_uploaded_names_no_folder_of_this_machine(cli: Cli, trained: Pat
             r"\\lovelace-pc\share\x",
             "lovelace@lovelace-pc:/srv/x",
             "a/lovelace/b",
+            r"C:\Users\Ada lovelace\my models\x",
+            "/home/ada lovelace/x",
+            r"\\pc\of lovelace\x",
+            "~/of lovelace/x",
+            "../of lovelace/x",
         ],
     }
     write_manifest(folder, "lora", config=places, inputs=raw["inputs"], figures=raw["figures"], seed=0)
@@ -311,7 +325,7 @@ def test_what_is_uploaded_names_no_folder_of_this_machine(cli: Cli, trained: Pat
     assert manifest.config["model_name"] == "teacher.safetensors"
     assert manifest.config["teacher_name"] == "org/teacher"
     assert manifest.config["data"] == {"source": "pictures", "pictures": 3}
-    assert manifest.config["run"] == ["x", "x", "x", "x", "b"]
+    assert manifest.config["run"] == ["x", "x", "x", "x", "b", "x", "x", "x", "x", "x"]
     assert manifest.config["train"]["plan"] == "mine.json"
     assert manifest.config["train"]["validation_prompts"] == ["and/or a 1/2 cat", "like cat.png, 4:3"]
     assert json.loads((sent / "config.json").read_text()) == {"_name_or_path": "teacher", "rank": 2}

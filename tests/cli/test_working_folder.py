@@ -49,7 +49,9 @@ def test_the_modules_of_the_working_folder_would_break_a_process_that_imports_th
 
 
 def test_a_job_imports_nothing_from_the_working_folder(working_folder: Path) -> None:
-    ending = run_job("sdcompress.backends.fastest_worker", {}, lambda event: None, environment={"PYTHONSAFEPATH": ""})
+    path = os.pathsep + os.environ.get("PYTHONPATH", "")  # whose first part is empty
+    variables = {"PYTHONSAFEPATH": "", "PYTHONPATH": path}
+    ending = run_job("sdcompress.backends.fastest_worker", {}, lambda event: None, environment=variables)
     assert "KeyError: 'model'" in ending.output[-1]  # it read the empty job, so that all of its imports are done
     assert imported(working_folder) == []
 

@@ -140,7 +140,7 @@ def test_a_manifest_with_any_names_reads_nothing_outside(files: dict[str, Any]) 
     "change",
     [{"kind": ["student"]}, {"kind": None}, {"created": 7}, {"inputs": {"teacher": 1}}, {"versions": {"torch": None}},
      {"files": {"a": {"sha256": "0" * 64, "bytes": -1}}}, {"files": {"a": {"sha256": "0" * 64, "bytes": True}}},
-     {"files": []}, {"schema": {"a": 1}}, {"unknown": 1}],
+     {"files": {"a": {"sha256": "0" * 64, "bytes": 2**63}}}, {"files": []}, {"schema": {"a": 1}}, {"unknown": 1}],
 )  # fmt: skip
 def test_a_manifest_with_other_types_is_our_error(tmp_path: Path, change: dict[str, Any]) -> None:
     write_sealed(tmp_path / MANIFEST_NAME, {"schema": 1, "kind": "student", "files": {}} | change)

@@ -21,7 +21,8 @@ def test_plain_names_lead_into_the_folder(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "..", "a\\..\\x", "C:/x", "C:x", "a\0b", "a\nb", "x" * 300,
-     "a/" * 600 + "a", ".. ", "... /x", "unet.onnx.", "NUL", "con.txt", "a/COM1", None, 7, ["a"], {"a": 1}, True,
+     "a/" * 600 + "a", ".. ", "... /x", "unet.onnx.", "NUL", "con.txt", "a/COM1", "conin$", "LPT³.txt", None,
+     7, ["a"], {"a": 1}, True,
      "\ud800" * 100],
 )  # fmt: skip
 def test_other_names_are_refused(tmp_path: Path, name: object) -> None:

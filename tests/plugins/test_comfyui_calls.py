@@ -77,3 +77,5 @@ def test_prompts_of_two_lengths_run_apart(parts: Any) -> None:
     repeated = torch.cat([short.repeat(1, 3, 1), long.repeat(1, 2, 1)])  # to 462, their common multiple
     assert planned(parts, [wide], (3, 4, 8, 8), repeated) == [(0, 2, 2, 154), (2, 3, 1, 231)]
     assert planned(parts, [wide], (1, 4, 8, 8), torch.randn(1, 308, 8)) == [(0, 1, 1, 308)], "nothing in it repeats"
+    endless = parts.calls.Limits((1, 8), (8, 16), (8, 16), (77 * 10**12 - 1, 10**15))
+    assert planned(parts, [endless], (1, 4, 8, 8), short[:1, :77]) == [(0, 1, 1, 77 * 10**12)], "found without a search"

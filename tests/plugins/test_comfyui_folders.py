@@ -82,6 +82,7 @@ def set_in_config(name: str, **values: Any) -> Callable[[Path], None]:
         (edit_manifest, r"this manifest was edited"),
         (remove_config, r"config.json: is missing, so the engine's model is unknown"),
         (lambda folder: change(folder, signature="voltaml"), r"the signature 'voltaml'"),
+        (lambda folder: change(folder, profiles={"unet": [{}]}), r"have an unexpected value \(KeyError"),
         (set_in_config(UNET, in_channels=9), r"another kind of UNet"),
         (set_in_config(SCHEDULER, prediction_type="flow_prediction"), r"predicts 'flow_prediction'"),
         (set_in_config(SCHEDULER, beta_schedule="exp"), r"noise schedule 'exp'"),
@@ -140,7 +141,7 @@ def test_an_engine_for_another_machine_is_refused_before_anything_runs(
 def test_precision_size_and_limits_are_known_without_opening_the_engine(models: Path, parts: Any, graph: Path) -> None:
     folder = parts.folders.read_folder("trt", engine_folder(models / "trt", graph))
     assert (folder.dtype, folder.bytes, folder.family) == (torch.float16, 600, "sd1")
-    assert parts.model.EngineModel(folder)._limits == [parts.calls.Limits((1, 8), (8, 16), (8, 16), (77, 154))]
+    assert folder.limits == (parts.calls.Limits((1, 8), (8, 16), (8, 16), (77, 154)),)
 
 
 def test_an_engine_that_was_built_elsewhere_is_refused_with_the_command_that_allows_it(

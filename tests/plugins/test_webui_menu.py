@@ -78,6 +78,9 @@ def test_the_settings_hold_the_folder_of_the_engines(webui: WebUI, installed: Pa
     assert TITLE not in webui.list_unets()
     webui.opts.sdcompress_folder = str(tmp_path / "elsewhere")
     assert TITLE in webui.list_unets()
+    webui.opts.sdcompress_folder = "~nobody-here/engines"
+    assert TITLE not in webui.list_unets()
+    assert "The engine folder is <code>~nobody-here/engines</code>" in webui.tab()
 
 
 def test_the_tab_shows_engines_reasons_and_commands(webui: WebUI, installed: Path, tiny_graph: Path) -> None:

@@ -54,5 +54,12 @@ def test_ordinary_text_stays_readable(text: str) -> None:
     assert escape_markdown(text) == text
 
 
+@pytest.mark.parametrize(
+    ("text", "escaped"), [("a www.example.com", r"a www\.example.com"), ("see http://a.b", r"see http:\//a.b")]
+)
+def test_an_address_becomes_no_link_on_github_or_the_hub(text: str, escaped: str) -> None:
+    assert escape_markdown(text) == escaped
+
+
 def test_long_text_is_cut() -> None:
     assert len(escape_markdown("x" * 100_000)) < 1100

@@ -5,6 +5,7 @@ Gradio and the host are imported inside the functions that use them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import util
@@ -75,7 +76,7 @@ def engine_folder() -> Path:
     from modules import shared
 
     chosen = str(getattr(shared.opts, FOLDER, None) or "").strip()
-    return Path(chosen).expanduser() if chosen else default_folder()
+    return Path(os.path.expanduser(chosen)) if chosen else default_folder()  # leaves the name of an unknown user
 
 
 def list_models(chosen: str | None = None) -> list[Model]:

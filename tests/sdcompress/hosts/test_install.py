@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import py_compile
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from sdcompress_engines.errors import UsageError
 from sdcompress_engines.flavour import platform_name
 from sdcompress_engines.manifest import MANIFEST_NAME
 
+from sdcompress.hosts.find import find_host
 from sdcompress.hosts.host import RECORD
 from sdcompress.hosts.install import install, uninstall
 from sdcompress.hosts.plugin_files import plugin_folder
 from sdcompress.hosts.record import read_host_record
 from sdcompress.hosts.status import read_status
 
-from .trees import make_engine, snapshot
+from .trees import make_engine, make_tree, snapshot
 
 
 @pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
@@ -140,6 +142,52 @@ def test_a_link_whose_engine_is_gone_is_reported(comfyui: tuple[Any, Path], engi
     state = read_status(host, root)
     assert "is not there" in state.changed[f"{host.models}/sd-tiny"]
     uninstall(host, root)
+
+
+def test_an_installed_engine_is_not_replaced_by_a_link_to_itself(
+    comfyui: tuple[Any, Path], engine: Path, tmp_path: Path
+) -> None:
+    host, root = comfyui
+    other = find_host("comfyui", make_tree(tmp_path / "other", "comfyui"))
+    install(host, root, [engine])
+    installed = root / host.models / "sd-tiny"
+    install(*other, [installed], link=True)
+    before = snapshot(root)
+    for given in (installed, other[1] / host.models / "sd-tiny"):
+        with pytest.raises(UsageError, match="lies where the link to it would be"):
+            install(host, root, [given], link=True)
+        assert snapshot(root) == before
+
+
+def test_links_may_be_given_in_place_of_the_engine_that_they_lead_to(
+    comfyui: tuple[Any, Path], engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, root = comfyui
+    installed, working = root / host.models / "sd-tiny", engine.parent / "working"
+    working.mkdir()
+    monkeypatch.chdir(working)
+    install(host, root, ["../engine"], link=True)
+    monkeypatch.chdir(root)
+    working.rmdir()
+    assert not read_status(host, root).changed
+    assert not install(host, root, [installed], link=True).written
+    install(host, root, [installed])
+    assert not installed.is_symlink()
+    assert (installed / "unet.engine").read_bytes() == (engine / "unet.engine").read_bytes()
+
+
+def test_a_link_to_an_engine_in_the_hubs_cache_is_whole(
+    comfyui: tuple[Any, Path], engine: Path, tmp_path: Path
+) -> None:
+    host, root = comfyui
+    repository = tmp_path / "models--me--engine"
+    (repository / "blobs").mkdir(parents=True)
+    for number, path in enumerate([path for path in engine.rglob("*") if path.is_file()]):
+        path.rename(repository / "blobs" / str(number))
+        path.symlink_to(repository / "blobs" / str(number))
+    shutil.copytree(engine, repository / "snapshots/0123abcd", symlinks=True)
+    install(host, root, [repository / "snapshots/0123abcd"], link=True)
+    assert [found.fault for found in read_status(host, root).engines] == [None]
 
 
 def test_a_symlinked_models_folder_is_written_through(comfyui: tuple[Any, Path], engine: Path, tmp_path: Path) -> None:
