@@ -138,7 +138,10 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
         ModelError: a file is missing or broken; the message names it.
     """
     config = _check(_Config, files, "tokenizer_config.json", where)
-    sources = (_check(_SpecialTokens, files, "special_tokens_map.json", where), config)
+    sources = [config, _check(_SpecialTokens, files, "special_tokens_map.json", where)]
+    if "added_tokens_decoder" in config:  # the config of a newer version, which is complete
+        sources.reverse()
+    # As in transformers, the last counts. In SD2's published files, only the older map has the right `pad_token`.
     tokens = {
         name: value for source in sources for name, value in source.items() if name in _SpecialTokens.model_fields
     }
