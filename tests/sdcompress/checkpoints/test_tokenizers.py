@@ -15,7 +15,7 @@ from sdcompress.families.build import load_tokenizer
 from sdcompress.models import nano
 
 CAT, DOG = "<cat>", "<Dog>"
-TEXT = f"a {CAT} flat {DOG} red"
+TEXT = f"a {CAT} flat {DOG} red {CAT.upper()}"
 
 
 @pytest.fixture
