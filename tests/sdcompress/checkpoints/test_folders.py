@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -206,6 +207,16 @@ def test_no_name_in_an_export_folder_is_imported(
     with pytest.raises(ModelError, match="as its scheduler"):
         open_exported(tmp_path / "export", "cpu")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"force_zeros_for_empty_prompt": None}])
+def test_an_empty_caption_is_encoded_as_diffusers_does(
+    changes: dict[str, Any], sdxl_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sdxl_folder, tmp_path / "model")
+    edit(folder / "model_index.json", changes)
+    expected = diffusers.DiffusionPipeline.from_pretrained(folder).encode_prompt("a cat")[1]
+    assert torch.equal(load_pipeline(folder).pipeline.encode_prompt("a cat")[1], expected)
 
 
 def test_code_beside_a_model_is_not_read(folder: Path, tmp_path: Path) -> None:

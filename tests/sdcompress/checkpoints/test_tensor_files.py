@@ -127,7 +127,7 @@ def test_a_mutated_safetensors_file_is_read_or_refused(tmp_path: Path, changes: 
 def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a{suffix}"
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n")
-    with pytest.raises(ModelError, match="is a pointer of Git LFS.*git lfs pull"):
+    with pytest.raises(ModelError, match=r"is a pointer of Git LFS.*git lfs pull"):
         open_weights(file)
 
 
