@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import storage_errors
+from sdcompress_engines.errors import ModelError, storage_errors
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.output_folders import staged
@@ -39,11 +39,26 @@ def with_unet(pipeline: Any, unet: nn.Module) -> Any:
     return other
 
 
-def make_training_scheduler(scheduler: Any) -> Any:
-    """Returns a DDPM scheduler with the noise schedule of a pipeline's scheduler, whatever sampler that is."""
+def make_training_scheduler(pipeline: Any) -> Any:
+    """Returns a DDPM scheduler with the noise schedule of a pipeline, whatever its sampler is.
+
+    Raises:
+        ModelError: the model is not trained on scaled latents for noise or velocity at discrete steps.
+    """
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_config(scheduler.config)
+    noise, vae = pipeline.scheduler.config, pipeline.vae.config
+    other = {
+        f"the {type(pipeline.scheduler).__name__}": "sigma_data" in noise,
+        f"the prediction type {noise.prediction_type}": noise.prediction_type not in ("epsilon", "v_prediction"),
+        "a mean of its latents": getattr(vae, "latents_mean", None) is not None,
+    }
+    if found := [name for name, holds in other.items() if holds]:
+        raise ModelError(
+            f"cannot be trained: the model has {found[0]}",
+            expected="the noise schedule, targets and latents of Stable Diffusion",
+        )
+    return DDPMScheduler.from_config(noise)
 
 
 def save_pipeline(
