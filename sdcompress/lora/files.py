@@ -151,9 +151,7 @@ def _group_by_layer(weights: Weights, modules: Iterable[str]) -> dict[tuple[str,
     return parts
 
 
-def _read_layer(
-    weights: Weights, keys: Mapping[str, str], default_alpha: Callable[[int], float]
-) -> LoraLayer | str:
+def _read_layer(weights: Weights, keys: Mapping[str, str], default_alpha: Callable[[int], float]) -> LoraLayer | str:
     """Returns a layer, or what is wrong with it.
 
     Args:

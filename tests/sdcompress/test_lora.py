@@ -105,9 +105,7 @@ def test_a_lora_is_scaled_as_diffusers_notes_in_its_header(
         AdapterConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, **settings)
     )
     noted = trained.unet.peft_config["default"].to_dict()
-    trained.save_lora_weights(
-        tmp_path, get_peft_model_state_dict(trained.unet), unet_lora_adapter_metadata=noted
-    )
+    trained.save_lora_weights(tmp_path, get_peft_model_state_dict(trained.unet), unet_lora_adapter_metadata=noted)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     by_diffusers, fused = (load_pipeline(random_folder).pipeline for _ in range(2))
     by_diffusers.load_lora_weights(file)
