@@ -109,6 +109,14 @@ def test_a_folder_that_holds_only_a_variant_is_loaded(suffix: str, folder: Path)
     assert describe_model(str(folder))[0]["dtype"] == str(dtype).removeprefix("torch.")
 
 
+def test_weights_that_are_kept_as_stored_are_not_rounded_to_those_of_the_unet(folder: Path) -> None:
+    save_file({key: value.bfloat16() for key, value in load_file(folder / UNET).items()}, folder / UNET)
+    stored = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    loaded = load_pipeline(folder, as_stored=True).pipeline
+    assert loaded.unet.dtype == torch.bfloat16
+    assert all(torch.equal(value, stored[key]) for key, value in loaded.vae.state_dict().items())
+
+
 @pytest.mark.parametrize("name", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
 def test_shards_are_loaded_together_and_stay_in_their_folder(name: str, folder: Path) -> None:
     state = load_file(folder / UNET)
