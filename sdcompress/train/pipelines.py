@@ -18,6 +18,7 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.pictures import save_picture
+from sdcompress.support.pipeline import USUAL_NOISE, find_unusual_noise
 from sdcompress.support.quiet import quiet
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.loop import Sampler, TrainResult
@@ -47,18 +48,9 @@ def make_training_scheduler(pipeline: Any) -> Any:
     """
     from diffusers import DDPMScheduler
 
-    noise, vae = pipeline.scheduler.config, pipeline.vae.config
-    other = {
-        f"the {type(pipeline.scheduler).__name__}": "sigma_data" in noise,
-        f"the prediction type {noise.prediction_type}": noise.prediction_type not in ("epsilon", "v_prediction"),
-        "a mean of its latents": getattr(vae, "latents_mean", None) is not None,
-    }
-    if found := [name for name, holds in other.items() if holds]:
-        raise ModelError(
-            f"cannot be trained: the model has {found[0]}",
-            expected="the noise schedule, targets and latents of Stable Diffusion",
-        )
-    return DDPMScheduler.from_config(noise)
+    if unusual := find_unusual_noise(pipeline):
+        raise ModelError(f"cannot be trained: the model has {unusual}", expected=USUAL_NOISE)
+    return DDPMScheduler.from_config(pipeline.scheduler.config)
 
 
 def save_pipeline(

@@ -14,6 +14,7 @@ import torch
 from sdcompress_engines.errors import ModelError
 from torch import nn
 
+from sdcompress.checkpoints.write import ldm_state_dict
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
@@ -86,13 +87,14 @@ def train_two_steps(objective: Objective, teacher: LoadedPipeline, cache: Latent
         (lambda pipeline: pipeline.vae.register_to_config(latents_mean=[0.1] * 4), "a mean of its latents"),
     ],
 )
-def test_a_model_with_another_kind_of_noise_or_latents_is_not_trained(
+def test_a_model_with_another_kind_of_noise_or_latents_is_neither_trained_nor_written_as_one_file(
     change: Callable[[Any], Any], words: str, random_folder: Path
 ) -> None:
     pipeline = load_pipeline(random_folder).pipeline
     change(pipeline)
-    with pytest.raises(ModelError, match=words):
-        make_training_scheduler(pipeline)
+    for use in (make_training_scheduler, ldm_state_dict):
+        with pytest.raises(ModelError, match=words):
+            use(pipeline)
 
 
 def test_a_loss_with_compute_losses_alone_trains(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
