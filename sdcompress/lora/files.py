@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def read_lora(path: Path, modules: Iterable[str]) -> Layers:
     settings = read_settings(weights)
     layers, faults = Layers(), list[str]()
     for place, keys in parts.items():
-        layer = _read_layer(weights, keys, lambda rank, place=place: find_alpha(settings, *place, rank))
+        layer = _read_layer(weights, keys, partial(find_alpha, settings, *place))
         if isinstance(layer, LoraLayer):
             layers[place] = layer
         else:

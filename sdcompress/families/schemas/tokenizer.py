@@ -148,7 +148,7 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
     names = _SpecialTokens.model_fields.keys() - set(_EXTRA)
     tokens = {name: value for source in sources for name, value in source.items() if name in names}
     named = [_as_list(source.get(name)) for source in (config, older) for name in _EXTRA]
-    extra = next(filter(None, named), [])
+    extra: list[Any] = next(filter(None, named), [])
     if "pad_token" not in tokens:  # the published models have different ones
         raise _fault(where, "tokenizer_config.json", "does not say what fills a caption", 'a "pad_token"')
     if "vocab.json" in files and "merges.txt" in files:
