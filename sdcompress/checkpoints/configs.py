@@ -16,7 +16,7 @@ from typing import Any
 from sdcompress_engines.errors import ModelError
 
 from sdcompress.checkpoints.identify import check_checkpoint
-from sdcompress.checkpoints.ldm_keys import UNET, V_PREDICTION, ZERO_SNR
+from sdcompress.checkpoints.ldm_keys import EDM, UNET, V_PREDICTION, ZERO_SNR
 from sdcompress.checkpoints.unet_shapes import derive_config_from_shapes
 from sdcompress.checkpoints.weights import Weights
 from sdcompress.families.family import Family
@@ -116,11 +116,19 @@ def derive_configs(weights: Weights) -> dict[str, dict[str, Any]]:
     """Returns the configs of a checkpoint's pipeline folder, relative path → content; no weights are loaded.
 
     Raises:
-        ModelError: the file is no whole Stable Diffusion checkpoint, or its family is unknown.
+        ModelError: the file is no whole Stable Diffusion checkpoint, its family is unknown, or it has another noise
+            schedule than its family.
     """
     check_checkpoint(weights)
     if weights.configs is not None:
         return _check_all(weights.configs, weights.path)
+    if marks := [key for key in EDM if key in weights.shapes]:
+        raise ModelError(
+            f"is trained with the noise schedule of EDM ({marks[0]})",
+            where=weights.path,
+            expected="one with the noise schedule of Stable Diffusion",
+            hint="generate with the diffusers folder of this model",
+        )
     unet = derive_unet_config(weights)
     family = family_of(unet)
     folder = family.config_folder

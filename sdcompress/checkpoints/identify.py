@@ -17,7 +17,7 @@ CHECKPOINT, LORA, UNKNOWN = "a Stable Diffusion checkpoint", "a LoRA", "unknown 
 
 # Other kinds of weight files, by their keys. The first that matches is taken.
 _OTHER_KINDS = {
-    LORA: re.compile(r"\.lora_(down|up|A|B)\.|\.lora\.(down|up)\.|\.lora_linear_layer\."),
+    LORA: re.compile(r"\.lora_(down|up|A|B)\.|[._]lora\.(down|up)\.|\.lora_linear_layer\."),
     "a LoHa or LoKr adapter": re.compile(r"\.(hada_w1|lokr_w1)"),
     "a ControlNet": re.compile(r"^control_model\.|^controlnet_cond_embedding\.|(^|\.)input_hint_block\."),
     "a textual-inversion embedding": re.compile(r"^(emb_params|string_to_param|clip_[lg])$"),

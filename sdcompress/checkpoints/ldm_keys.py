@@ -14,6 +14,9 @@ UNET, VAE = UNET_PREFIX, "first_stage_model."
 V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
 """Keys of the empty tensors by which ComfyUI and A1111 recognize such models."""
 
+EDM = ("edm_mean", "edm_vpred.sigma_max")
+"""Keys of models with continuous noise levels: Playground v2.5 and CosXL."""
+
 METADATA_KEY = "sdcompress.configs"
 """The metadata entry of a safetensors file that holds the pipeline's configs."""
 

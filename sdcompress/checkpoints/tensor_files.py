@@ -22,6 +22,7 @@ MOST_HEADER_MIB = 16
 """Largest header of a safetensors file that is read; that of an SDXL checkpoint has 0.4 MiB, the longest metadata of
 kohya's scripts a few."""
 COPY_AGAIN = "copy or download it again"
+_POINTER = b"version https://git-lfs"
 
 
 @contextmanager
@@ -86,15 +87,23 @@ def read_safetensors(
 
 
 def _check_header(path: Path, error: type[SdCompressError]) -> None:
-    check_regular(path, error)
-    with path.open("rb") as file:
-        size = struct.unpack("<Q", file.read(8))[0]
+    size = struct.unpack("<Q", _read_start(path, error)[:8])[0]
     if size > MOST_HEADER_MIB * 2**20:
         raise error(
             f"says that its header has {size / 2**20:,.0f} MiB",
             where=path,
             expected=f"a safetensors file, with a header of at most {MOST_HEADER_MIB} MiB",
         )
+
+
+def _read_start(path: Path, error: type[SdCompressError]) -> bytes:
+    """Returns the first bytes of a regular file; refuses what `git clone` leaves where Git LFS is not installed."""
+    check_regular(path, error)
+    with path.open("rb") as file:
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise error("is a pointer of Git LFS, not the file itself", where=path, hint="git lfs pull, in its repository")
+    return start
 
 
 def read_pickle(
@@ -112,7 +121,7 @@ def read_pickle(
         SdCompressError: of the class `error`: no regular file, not complete, or with more than tensors in it.
     """
     with one_error(path, what, error, hint):
-        check_regular(path, error)
+        _read_start(path, error)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # such as "Detected pickle protocol"

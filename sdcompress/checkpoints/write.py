@@ -28,7 +28,7 @@ from sdcompress.checkpoints.ldm_keys import (
 )
 from sdcompress.families.registry import family_of_pipeline
 from sdcompress.families.schemas.index import NOT_LOADED, SWITCHES
-from sdcompress.support.pipeline import TextToImagePipeline
+from sdcompress.support.pipeline import USUAL_NOISE, TextToImagePipeline, find_unusual_noise
 
 
 def ldm_state_dict(pipeline: TextToImagePipeline) -> dict[str, torch.Tensor]:
@@ -38,8 +38,12 @@ def ldm_state_dict(pipeline: TextToImagePipeline) -> dict[str, torch.Tensor]:
     `v_pred` or `ztsnr` is added where the scheduler is set to v-prediction or to zero terminal SNR.
 
     Raises:
-        ModelError: the LDM layout has no place for a parameter.
+        ModelError: the LDM layout has no place for a parameter, or for the model's noise schedule.
     """
+    if unusual := find_unusual_noise(pipeline):
+        raise ModelError(
+            f"the model has {unusual}, which a checkpoint of one file does not tell a WebUI", expected=USUAL_NOISE
+        )
     family = family_of_pipeline(type(pipeline).__name__, pipeline.unet.config)
     unet = pipeline.unet.state_dict()
     weights = {UNET + name: unet[key] for key, name in unet_keys(unet).items()}

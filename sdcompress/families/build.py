@@ -163,7 +163,7 @@ def build_pipeline(index: Mapping[str, Any], parts: Mapping[str, Any], where: st
     for encoder, tokenizer in zip(family.text_encoders, family.tokenizers, strict=True):
         _check_tokens(parts[tokenizer], parts[encoder].config, tokenizer, where)
     options = dict(family.pipeline_options)
-    if index.get("force_zeros_for_empty_prompt") is not None:
+    if len(family.text_encoders) > 1 and "force_zeros_for_empty_prompt" in index:  # null counts as false
         options["force_zeros_for_empty_prompt"] = index["force_zeros_for_empty_prompt"]
     with library_errors("pipeline", where):
         pipeline: TextToImagePipeline = getattr(diffusers, name)(**parts, **options)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,9 +14,11 @@ from sdcompress_engines.errors import ModelError, UsageError, shorten
 from sdcompress_engines.ldm_keys import ldm_unet_keys
 from sdcompress_engines.output_folders import staged_file
 
+from sdcompress.checkpoints.identify import LORA, identify_weights
 from sdcompress.checkpoints.tensor_files import COPY_AGAIN
 from sdcompress.checkpoints.weights import Weights, open_weights
 from sdcompress.lora.names import clip_modules, find_layer, kohya_prefix, split_key
+from sdcompress.lora.settings import find_alpha, read_settings
 
 FAULTS_SHOWN = 3
 """Faulty layers that a message names."""
@@ -75,9 +78,10 @@ def read_lora(path: Path, modules: Iterable[str]) -> Layers:
         raise UsageError("does not exist", where=path, expected="a LoRA, .safetensors")
     weights = open_weights(path)
     parts = _group_by_layer(weights, modules)
+    settings = read_settings(weights)
     layers, faults = Layers(), list[str]()
     for place, keys in parts.items():
-        layer = _read_layer(weights, keys)
+        layer = _read_layer(weights, keys, partial(find_alpha, settings, *place))
         if isinstance(layer, LoraLayer):
             layers[place] = layer
         else:
@@ -128,8 +132,13 @@ def _group_by_layer(weights: Weights, modules: Iterable[str]) -> dict[tuple[str,
         else:
             parts[layer][split[1]] = key
     if not parts:
+        kind = identify_weights(weights)
         raise ModelError(
-            "is not a LoRA" if weights.shapes else "is empty",
+            f"is a LoRA whose layers have names of another kind, such as {shorten(unknown[0], NAME_SHOWN)}"
+            if kind == LORA
+            else f"is not a LoRA: it holds {kind}"
+            if unknown
+            else "is empty",
             where=weights.path,
             expected="layers named as diffusers or kohya's scripts name them",
         )
@@ -143,12 +152,13 @@ def _group_by_layer(weights: Weights, modules: Iterable[str]) -> dict[tuple[str,
     return parts
 
 
-def _read_layer(weights: Weights, keys: Mapping[str, str]) -> LoraLayer | str:
+def _read_layer(weights: Weights, keys: Mapping[str, str], default_alpha: Callable[[int], float]) -> LoraLayer | str:
     """Returns a layer, or what is wrong with it.
 
     Args:
         weights: the open file.
         keys: role → key of the layer's tensors.
+        default_alpha: rank → the alpha of a layer without a tensor for it.
     """
     if not {"down", "up"} <= keys.keys():
         return "has only one half"
@@ -162,7 +172,10 @@ def _read_layer(weights: Weights, keys: Mapping[str, str]) -> LoraLayer | str:
         if tensor.is_complex() or not tensor.float().isfinite().all():
             return "has numbers that are not finite"
     down, up = tensors["down"], tensors["up"]
-    return LoraLayer(down, up, float(tensors["alpha"]) if "alpha" in tensors else float(len(down)))
+    try:
+        return LoraLayer(down, up, float(tensors["alpha"]) if "alpha" in tensors else default_alpha(len(down)))
+    except ValueError as error:
+        return f"has {error}"
 
 
 def _find_shape_fault(shapes: Mapping[str, tuple[int, ...]]) -> str:

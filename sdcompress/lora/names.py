@@ -19,19 +19,24 @@ KOHYA_PREFIXES = {
 
 TENSOR_ROLES = {
     "lora_A.weight": "down",
+    "lora_A.default.weight": "down",
     "lora.down.weight": "down",
+    "lora_linear_layer.down.weight": "down",
     "lora_down.weight": "down",
     "lora_B.weight": "up",
+    "lora_B.default.weight": "up",
     "lora.up.weight": "up",
+    "lora_linear_layer.up.weight": "up",
     "lora_up.weight": "up",
     "alpha": "alpha",
 }
-"""End of a key → which tensor of the layer it is."""
+"""End of a key → which tensor of the layer it is. diffusers has the names with `linear` for text encoders."""
 
-# `inspect` counts these, although `read_lora` does not accept them.
-_OTHER_DOWN_ENDS = ("lora_A.default.weight", "lora_linear_layer.down.weight")
-_DOWN_ENDS = tuple(f".{end}" for end in (*(e for e, role in TENSOR_ROLES.items() if role == "down"), *_OTHER_DOWN_ENDS))
-
+# diffusers before 0.22 wrote `attn1.processor.to_q_lora.down.weight`.
+_OLD_NAMES = (
+    (re.compile(r"\.processor\.to_([qkv])_lora\."), r".to_\1.lora."),
+    (re.compile(r"\.processor\.to_out_lora\."), ".to_out.0.lora."),
+)
 _KEY = re.compile(rf"(.*?)\.({'|'.join(re.escape(end) for end in TENSOR_ROLES)})$")
 
 
@@ -63,13 +68,16 @@ def kohya_prefix(component: str, components: Iterable[str]) -> str:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """Returns the layer's name in the file and the tensor's role (`down`, `up`, `alpha`); None for another key."""
+    for pattern, name in _OLD_NAMES:
+        key = pattern.sub(name, key)
     match = _KEY.fullmatch(key)
     return (match[1], TENSOR_ROLES[match[2]]) if match else None
 
 
 def split_down_key(key: str) -> str | None:
-    """Returns the layer's name in the file for the key of a `down` tensor in any known form, else None."""
-    return next((key.removesuffix(end) for end in _DOWN_ENDS if key.endswith(end)), None)
+    """Returns the layer's name in the file for the key of a `down` tensor, else None."""
+    split = split_key(key)
+    return split[0] if split is not None and split[1] == "down" else None
 
 
 def component_of(name: str) -> str | None:

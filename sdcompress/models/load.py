@@ -42,7 +42,7 @@ def load_pipeline(name_or_path: str | Path, *, as_stored: bool = False) -> Loade
 
     Args:
         name_or_path: the name of a built-in model, a path, or a hub id.
-        as_stored: keep half precision where the UNet's file holds it, which takes half the memory; else fp32.
+        as_stored: keep each weight that a file holds in half precision, which takes half the memory; else fp32.
 
     Raises:
         UsageError: the path does not exist.
@@ -69,7 +69,7 @@ def _load_folder(folder: Path, as_stored: bool) -> TextToImagePipeline:
     import torch
 
     from sdcompress.checkpoints.component import keep_half
-    from sdcompress.checkpoints.folder import load_component, open_component
+    from sdcompress.checkpoints.folder import load_component
     from sdcompress.families.build import build_pipeline, build_scheduler, load_tokenizer
     from sdcompress.families.schemas.check import check_match
     from sdcompress.families.schemas.index import component_classes
@@ -84,10 +84,7 @@ def _load_folder(folder: Path, as_stored: bool) -> TextToImagePipeline:
         "scheduler": build_scheduler(scheduler, folder / "scheduler", class_name=index["scheduler"][1])
     }
     parts |= {name: load_tokenizer(folder / name) for name in tokenizers}
-    dtype = torch.float32
-    if as_stored:
-        stored = open_component(folder / "unet").dtypes
-        dtype = keep_half(getattr(torch, next(iter(stored.values()), "float32"), torch.float32))
+    choose_dtype = keep_half if as_stored else lambda stored: torch.float32
     for name, config in configs.items():
-        parts[name] = load_component(folder / name, name, config, lambda stored: dtype)
+        parts[name] = load_component(folder / name, name, config, choose_dtype)
     return build_pipeline(index, parts, folder)

@@ -66,3 +66,19 @@ def native_size_px(pipeline: TextToImagePipeline) -> int:
     """Returns the side of the pictures that the pipeline's UNet was made for."""
     size = pipeline.unet.config.sample_size or _SAMPLE_SIZE
     return int(max(size) if isinstance(size, list | tuple) else size) * pipeline.vae_scale_factor
+
+
+USUAL_NOISE = "the noise schedule, targets and latents of Stable Diffusion"
+
+
+def find_unusual_noise(pipeline: TextToImagePipeline) -> str | None:
+    """Returns what differs from Stable Diffusion in how a pipeline is trained; None where nothing does.
+
+    Stable Diffusion predicts noise or velocity at discrete steps, in latents that are scaled and not shifted.
+    """
+    noise = pipeline.scheduler.config
+    if "sigma_data" in noise:
+        return f"the {type(pipeline.scheduler).__name__}"
+    if noise.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
+        return f"the prediction type {noise['prediction_type']}"
+    return "a mean of its latents" if pipeline.vae.config.get("latents_mean") is not None else None

@@ -75,7 +75,7 @@ def distill(
         result = train(
             student,
             objective,
-            Batches(cache, make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config),
+            Batches(cache, make_training_scheduler(pipeline), pipeline.vae.config.scaling_factor, config),
             config,
             output,
             identity | {"config": config.model_dump(mode="json")},

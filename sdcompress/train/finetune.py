@@ -65,7 +65,7 @@ def finetune(
         result = train(
             unet,
             Denoising(),
-            Batches(cache, make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor, config),
+            Batches(cache, make_training_scheduler(pipeline), pipeline.vae.config.scaling_factor, config),
             config,
             output,
             {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")},

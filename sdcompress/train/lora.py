@@ -97,7 +97,7 @@ def train_lora(
         write_recipe(config, output)
         torch.manual_seed(config.seed)
         trained = make_adapted_network(pipeline, config)
-        scheduler, scaling_factor = make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor
+        scheduler, scaling_factor = make_training_scheduler(pipeline), pipeline.vae.config.scaling_factor
         result = train(
             trained,
             Denoising(),

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import storage_errors
+from sdcompress_engines.errors import ModelError, storage_errors
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.output_folders import staged
@@ -18,6 +18,7 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.pictures import save_picture
+from sdcompress.support.pipeline import USUAL_NOISE, find_unusual_noise
 from sdcompress.support.quiet import quiet
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.loop import Sampler, TrainResult
@@ -39,11 +40,17 @@ def with_unet(pipeline: Any, unet: nn.Module) -> Any:
     return other
 
 
-def make_training_scheduler(scheduler: Any) -> Any:
-    """Returns a DDPM scheduler with the noise schedule of a pipeline's scheduler, whatever sampler that is."""
+def make_training_scheduler(pipeline: Any) -> Any:
+    """Returns a DDPM scheduler with the noise schedule of a pipeline, whatever its sampler is.
+
+    Raises:
+        ModelError: the model is not trained on scaled latents for noise or velocity at discrete steps.
+    """
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_config(scheduler.config)
+    if unusual := find_unusual_noise(pipeline):
+        raise ModelError(f"cannot be trained: the model has {unusual}", expected=USUAL_NOISE)
+    return DDPMScheduler.from_config(pipeline.scheduler.config)
 
 
 def save_pipeline(

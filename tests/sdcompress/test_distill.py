@@ -152,7 +152,7 @@ def test_a_diverged_run_stops_and_says_so(teacher: LoadedPipeline, cache: Latent
 
 def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(positions: range) -> NoisyBatch:
-        return Batches(cache, make_training_scheduler(teacher.pipeline.scheduler), 0.18, SHORT).make_batch(positions)
+        return Batches(cache, make_training_scheduler(teacher.pipeline), 0.18, SHORT).make_batch(positions)
 
     whole, first, second = at(range(20, 28)), at(range(20, 24)), at(range(24, 28))
     for name in ("sample", "timesteps", "encoder_hidden_states", "target"):
@@ -162,7 +162,7 @@ def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, ca
 def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(seed: int) -> NoisyBatch:
         config = SHORT.model_copy(update={"seed": seed})
-        return Batches(cache, make_training_scheduler(teacher.pipeline.scheduler), 0.18, config).make_batch(range(8))
+        return Batches(cache, make_training_scheduler(teacher.pipeline), 0.18, config).make_batch(range(8))
 
     one, other = at(0), at(1)
     assert not torch.equal(one.timesteps, other.timesteps)

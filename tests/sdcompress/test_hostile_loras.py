@@ -187,6 +187,18 @@ def test_any_header_is_read_or_refused_in_one_line(unet: Any, tmp_path: Path, he
     check_refusal(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "noted",
+    ["{", "[]", '{"unet.lora_alpha": "4"}', '{"unet.lora_alpha": 1e400}', '{"unet.alpha_pattern": {"(a+)+b": 4}}'],
+)
+def test_a_scale_that_cannot_be_read_is_refused(unet: Any, tensors: Any, tmp_path: Path, noted: str) -> None:
+    plain = {key: tensor for key, tensor in tensors.items() if not key.endswith("alpha")}
+    save_file(plain, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": noted})
+    with pytest.raises(ModelError) as refusal:
+        read_lora(tmp_path / "a.safetensors", unet_modules(unet))
+    check_refusal(refusal.value)
+
+
 @pytest.mark.parametrize("text", ["", ":1", "a.safetensors:", "a.safetensors:nan", "a:inf", "a:b", "x" * 9999 + ":y"])
 def test_an_option_without_a_file_or_with_no_finite_weight_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="FILE or FILE:WEIGHT") as refusal:

@@ -21,6 +21,7 @@ from sdcompress.lora.files import read_lora, write_lora
 from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.names import unet_modules
 from sdcompress.lora.remap import remap_lora
+from sdcompress.models.describe import describe_model
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
@@ -87,6 +88,61 @@ def test_diffusers_and_sdcompress_give_equal_output_from_either_file(
     without_weight = load_pipeline(random_folder).pipeline
     fuse_lora(without_weight, read_lora(trained / FILE, unet_modules(without_weight.unet)), weight=0.0)
     assert torch.equal(outputs(without_weight), plain)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"attn1.to_q": 1, "mid_block.attentions.0.proj_in": 3}}]
+)
+def test_a_lora_is_scaled_as_diffusers_notes_in_its_header(
+    random_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    from peft import LoraConfig as AdapterConfig
+    from peft import get_peft_model_state_dict
+
+    torch.manual_seed(4)
+    trained = load_pipeline(random_folder).pipeline
+    targets = ["to_q", "proj_in"]
+    trained.unet.add_adapter(
+        AdapterConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, **settings)
+    )
+    noted = trained.unet.peft_config["default"].to_dict()
+    trained.save_lora_weights(tmp_path, get_peft_model_state_dict(trained.unet), unet_lora_adapter_metadata=noted)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    by_diffusers, fused = (load_pipeline(random_folder).pipeline for _ in range(2))
+    by_diffusers.load_lora_weights(file)
+    fuse_lora(fused, read_lora(file, unet_modules(fused.unet)))
+    assert relative_l2(outputs(fused), outputs(by_diffusers)) < 1e-5
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_lora_of_diffusers_own_scripts_is_read(random_folder: Path, tmp_path: Path, old: bool) -> None:
+    """They train with PEFT and rename the layers; versions before 0.22 wrote the names of attention processors."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig as AdapterConfig
+    from peft import get_peft_model_state_dict
+
+    torch.manual_seed(5)
+    pipeline, layers = load_pipeline(random_folder).pipeline, {}
+    for name, targets in (("unet", ["to_q", "to_out.0"]), ("text_encoder", ["q_proj", "out_proj"])):
+        network = getattr(pipeline, name)
+        network.add_adapter(AdapterConfig(r=4, lora_alpha=4, target_modules=targets, init_lora_weights=False))
+        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+    if old:
+        layers = {
+            "unet_lora_layers": {
+                key.replace(".to_q.lora.", ".processor.to_q_lora.").replace(
+                    ".to_out.0.lora.", ".processor.to_out_lora."
+                ): tensor
+                for key, tensor in layers["unet_lora_layers"].items()
+            }
+        }
+    pipeline.save_lora_weights(tmp_path, **layers)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    by_diffusers, fused = (load_pipeline(random_folder).pipeline for _ in range(2))
+    by_diffusers.load_lora_weights(file)
+    fuse_lora(fused, read_lora(file, unet_modules(fused.unet)))
+    assert relative_l2(outputs(fused), outputs(by_diffusers)) < 1e-5
+    assert describe_model(str(file))[0]["layers"] == len(load_file(file)) / 2
 
 
 def test_training_does_not_change_the_model(model: LoadedPipeline, trained: Path, random_folder: Path) -> None:
@@ -187,8 +243,12 @@ def test_a_file_that_is_no_lora_for_this_unet_is_refused(trained: Path, model: L
     with pytest.raises(UsageError, match="does not exist"):
         read_lora(tmp_path / "gone.safetensors", modules)
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ModelError, match="is not a LoRA"):
+    with pytest.raises(ModelError, match="is not a LoRA: it holds unknown weights"):
         read_lora(tmp_path / "other.safetensors", modules)
+    for name in ("base_model.model.conv_in.lora_A.weight", "down_blocks.0.to_q_lora.down.weight"):
+        save_file({name: torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+        with pytest.raises(ModelError, match=f"a LoRA whose layers have names of another kind, such as {name}"):
+            read_lora(tmp_path / "other.safetensors", modules)
     (tmp_path / "cut.safetensors").write_bytes((trained / FILE).read_bytes()[:-100])
     with pytest.raises(ModelError, match="is not a complete safetensors"):
         read_lora(tmp_path / "cut.safetensors", modules)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from sdcompress_engines.errors import ModelError
 from torch import nn
 
+from sdcompress.checkpoints.write import ldm_state_dict
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
@@ -68,12 +71,30 @@ def train_two_steps(objective: Objective, teacher: LoadedPipeline, cache: Latent
     unet.conv_in.requires_grad_(True)
     before = {name: weight.clone() for name, weight in unet.state_dict().items()}
     output.mkdir()
-    batches = Batches(cache, make_training_scheduler(pipeline.scheduler), 0.18, CONFIG)
+    batches = Batches(cache, make_training_scheduler(pipeline), 0.18, CONFIG)
     result = train(unet, objective, batches, CONFIG, output, {})
     changed = {name for name, weight in unet.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {"conv_in.weight", "conv_in.bias"}
     assert not any(module._forward_hooks for module in unet.modules())
     return result
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda pipeline: pipeline.register_modules(scheduler=diffusers.EDMEulerScheduler()), "EDMEulerScheduler"),
+        (lambda pipeline: pipeline.scheduler.register_to_config(prediction_type="sample"), "prediction type sample"),
+        (lambda pipeline: pipeline.vae.register_to_config(latents_mean=[0.1] * 4), "a mean of its latents"),
+    ],
+)
+def test_a_model_with_another_kind_of_noise_or_latents_is_neither_trained_nor_written_as_one_file(
+    change: Callable[[Any], Any], words: str, random_folder: Path
+) -> None:
+    pipeline = load_pipeline(random_folder).pipeline
+    change(pipeline)
+    for use in (make_training_scheduler, ldm_state_dict):
+        with pytest.raises(ModelError, match=words):
+            use(pipeline)
 
 
 def test_a_loss_with_compute_losses_alone_trains(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class TextEncoderSchema(ComponentSchema):
     attention_dropout: Annotated[float, within(0, 0.99)] = 0.0
     pad_token_id: Annotated[int, within(-1, _MOST_TOKENS)] | None = 1
     bos_token_id: Annotated[int, within(0, _MOST_TOKENS)] | None = 49406
-    eos_token_id: Annotated[int, within(0, _MOST_TOKENS)] | None = 49407
+    eos_token_id: Annotated[int, within(0, _MOST_TOKENS)] = 49407  # the pooled embedding is the one of this token
 
     @model_validator(mode="after")
     def _check_sizes(self) -> TextEncoderSchema:

@@ -35,8 +35,12 @@ _EXTRA = ("extra_special_tokens", "additional_special_tokens")
 _FLAGS = ("lstrip", "rstrip", "normalized", "single_word", "special")
 
 
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _check_token(value: Any) -> Any:
-    text = value.get("content") if isinstance(value, dict) else value
+    text = _content(value)
     require(
         isinstance(text, str) and 0 < len(text) <= 200,
         f"{shorten(repr(value), 40)}, expected a token, or an object with its content",
@@ -138,12 +142,13 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
         ModelError: a file is missing or broken; the message names it.
     """
     config = _check(_Config, files, "tokenizer_config.json", where)
-    sources = (_check(_SpecialTokens, files, "special_tokens_map.json", where), config)
-    tokens = {
-        name: value for source in sources for name, value in source.items() if name in _SpecialTokens.model_fields
-    }
-    named = [_as_list(tokens.pop(name, None)) for name in _EXTRA]
-    extra = next(filter(None, named), [])
+    older = _check(_SpecialTokens, files, "special_tokens_map.json", where)
+    # As in transformers, the last counts. Of SD2's published files, only the older one has the right `pad_token`.
+    sources = (older, config) if "added_tokens_decoder" in config else (config, older)
+    names = _SpecialTokens.model_fields.keys() - set(_EXTRA)
+    tokens = {name: value for source in sources for name, value in source.items() if name in names}
+    named = [_as_list(source.get(name)) for source in (config, older) for name in _EXTRA]
+    extra: list[Any] = next(filter(None, named), [])
     if "pad_token" not in tokens:  # the published models have different ones
         raise _fault(where, "tokenizer_config.json", "does not say what fills a caption", 'a "pad_token"')
     if "vocab.json" in files and "merges.txt" in files:
@@ -157,7 +162,9 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
             raise _fault(where, source, "holds no vocabulary", "one of CLIP's kind, or vocab.json and merges.txt")
     vocabulary = _check_vocabulary(model.get("vocab"), where, source)
     merges = _check_merges(model.get("merges"), where, source)
-    added = _collect_added(files, config, where)
+    config_extra, config_more, older_extra, _ = named  # again as in transformers
+    special = [_content(token) for token in (*tokens.values(), *config_extra, *config_more, *older_extra)]
+    added = _collect_added(files, config, special, where)
     context = int(min(config.get("model_max_length", CONTEXT), 10**9))
     return TokenizerParts(vocabulary, merges, tokens, extra, added, context)
 
@@ -197,14 +204,22 @@ def _check_merges(merges: Any, where: str | Path, name: str) -> list[tuple[str, 
     raise _fault(where, name, "holds no merges", "a list of pairs of tokens")
 
 
-def _collect_added(files: Mapping[str, Any], config: Mapping[str, Any], where: str | Path) -> dict[int, Any]:
-    """Returns number → token of all tokens that were added to the vocabulary."""
+def _collect_added(
+    files: Mapping[str, Any], config: Mapping[str, Any], special: list[Any], where: str | Path
+) -> dict[int, Any]:
+    """Returns number → token of all tokens that were added to the vocabulary.
+
+    Upper and lower case are one in those of `added_tokens.json`, except in `special`.
+    """
     added: dict[int, Any] = {}
     listed = files.get("added_tokens.json", {})
     whole = files.get("tokenizer.json", {})
     try:
         entries = [(entry["id"], entry) for entry in (whole.get("added_tokens") or [])]
-        entries += [(number, token) for token, number in listed.items()]
+        entries += [
+            (number, {"content": token, "normalized": token not in special, "special": token in special})
+            for token, number in listed.items()
+        ]
         entries += [(int(number), token) for number, token in config.get("added_tokens_decoder", {}).items()]
         for number, token in entries:
             if type(number) is not int or not 0 <= number < _MOST_TOKENS:

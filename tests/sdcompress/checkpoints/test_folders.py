@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -106,6 +107,14 @@ def test_a_folder_that_holds_only_a_variant_is_loaded(suffix: str, folder: Path)
         assert unet.dtype == (dtype if as_stored else torch.float32)
         assert all(torch.equal(value, expected[key].to(value.dtype)) for key, value in unet.state_dict().items())
     assert describe_model(str(folder))[0]["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_weights_that_are_kept_as_stored_are_not_rounded_to_those_of_the_unet(folder: Path) -> None:
+    save_file({key: value.bfloat16() for key, value in load_file(folder / UNET).items()}, folder / UNET)
+    stored = load_file(folder / "vae/diffusion_pytorch_model.safetensors")
+    loaded = load_pipeline(folder, as_stored=True).pipeline
+    assert loaded.unet.dtype == torch.bfloat16
+    assert all(torch.equal(value, stored[key]) for key, value in loaded.vae.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
@@ -206,6 +215,16 @@ def test_no_name_in_an_export_folder_is_imported(
     with pytest.raises(ModelError, match="as its scheduler"):
         open_exported(tmp_path / "export", "cpu")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"force_zeros_for_empty_prompt": None}])
+def test_an_empty_caption_is_encoded_as_diffusers_does(
+    changes: dict[str, Any], sdxl_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(sdxl_folder, tmp_path / "model")
+    edit(folder / "model_index.json", changes)
+    expected = diffusers.DiffusionPipeline.from_pretrained(folder).encode_prompt("a cat")[1]
+    assert torch.equal(load_pipeline(folder).pipeline.encode_prompt("a cat")[1], expected)
 
 
 def test_code_beside_a_model_is_not_read(folder: Path, tmp_path: Path) -> None:

@@ -80,6 +80,8 @@ OTHERS: dict[str, tuple[Dialect, str]] = {
         lambda state: state | {UNET + "input_blocks.0.0.weight": torch.zeros(32)},
         r"\(an unknown structure\)",
     ),
+    "Playground v2.5": (lambda state: state | {"edm_mean": torch.zeros(4), "edm_std": torch.ones(4)}, "EDM"),
+    "CosXL": (lambda state: state | {"edm_vpred.sigma_max": torch.tensor(120.0)}, "EDM"),
     "an inpainting model": (lambda state: state | {UNET + "input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "9"),
 }
 

@@ -123,6 +123,14 @@ def test_a_mutated_safetensors_file_is_read_or_refused(tmp_path: Path, changes: 
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"a{suffix}"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4265146304\n")
+    with pytest.raises(ModelError, match=r"is a pointer of Git LFS.*git lfs pull"):
+        open_weights(file)
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt", ".bin"])
 def test_only_regular_files_are_opened(tmp_path: Path, suffix: str) -> None:
     os.mkfifo(tmp_path / f"pipe{suffix}")

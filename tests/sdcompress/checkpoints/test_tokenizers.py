@@ -15,7 +15,7 @@ from sdcompress.families.build import load_tokenizer
 from sdcompress.models import nano
 
 CAT, DOG = "<cat>", "<Dog>"
-TEXT = f"a {CAT} flat {DOG} red"
+TEXT = f"a {CAT} flat {DOG} red {CAT.upper()}"
 
 
 @pytest.fixture
@@ -45,6 +45,17 @@ def test_further_special_tokens_are_those_of_transformers(folder: Path, key: str
     expected, tokenizer = CLIPTokenizer.from_pretrained(folder), load_tokenizer(folder)
     assert tokenizer(TEXT).input_ids == expected(TEXT).input_ids
     assert len(tokenizer) == len(expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"added_tokens_decoder": {}}])
+def test_where_two_files_differ_the_filling_of_captions_is_that_of_transformers(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    """So differ those of SD2 that Stability published."""
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({"pad_token": "<|endoftext|>", "model_max_length": 77} | changes))
+    change(folder, "special_tokens_map.json", {"pad_token": "!"})
+    assert load_tokenizer(folder).pad_token == CLIPTokenizer.from_pretrained(folder).pad_token
 
 
 @pytest.mark.parametrize("is_special", [False, True])
