@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import storage_errors
+import torch
+from sdcompress_engines.errors import ModelError, storage_errors
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.output_folders import staged
@@ -19,6 +20,7 @@ from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.pictures import save_picture
 from sdcompress.support.quiet import quiet
+from sdcompress.train.batches import Batches
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.loop import Sampler, TrainResult
 
@@ -40,10 +42,41 @@ def with_unet(pipeline: Any, unet: nn.Module) -> Any:
 
 
 def make_training_scheduler(scheduler: Any) -> Any:
-    """Returns a DDPM scheduler with the noise schedule of a pipeline's scheduler, whatever sampler that is."""
+    """Returns a DDPM scheduler with the noise schedule of a pipeline's scheduler, whatever sampler that is.
+
+    Raises:
+        ModelError: it has other noise (EDM, flow matching), which this training would replace by DDPM's.
+    """
     from diffusers import DDPMScheduler
 
-    return DDPMScheduler.from_config(scheduler.config)
+    config, is_flow = scheduler.config, bool(scheduler.config.get("use_flow_sigmas"))
+    is_continuous = config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction"
+    if not hasattr(scheduler, "betas") or is_flow or is_continuous:
+        kind = "flow matching" if is_flow else "EDM"
+        raise ModelError(
+            f"a model with the noise of {type(scheduler).__name__} ({kind}) cannot be trained",
+            expected="the noise of SD 1.x, SD 2.x and SDXL, in numbered timesteps",
+        )
+    return DDPMScheduler.from_config(config)
+
+
+def make_batches(pipeline: Any, cache: LatentCache, config: TrainConfig, *, tokens: bool = False) -> Batches:
+    """Returns the noisy batches that a pipeline's UNet is trained on.
+
+    Args:
+        pipeline: gives the noise schedule and the scale of the latents. SDXL's pipeline has a mean and a standard
+            deviation for each channel, where its VAE's config holds them (Playground v2.5).
+        cache, config, tokens: see `Batches`.
+
+    Raises:
+        ModelError: as `make_training_scheduler`.
+    """
+    scheduler, vae = make_training_scheduler(pipeline.scheduler), pipeline.vae.config
+    mean, std = vae.get("latents_mean"), vae.get("latents_std")
+    if "text_encoder_2" not in pipeline.components or mean is None or std is None:
+        return Batches(cache, scheduler, vae.scaling_factor, config, tokens=tokens)
+    factor, mean = vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
+    return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean)
 
 
 def save_pipeline(
