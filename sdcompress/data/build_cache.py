@@ -23,7 +23,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings
 from sdcompress.data.cache_units import UnitTotals, drop_duplicates, read_facts, sum_units, write_unit
 from sdcompress.data.config import DataConfig
-from sdcompress.data.embed import embed_in_batches, text_encoders_on
+from sdcompress.data.embed import embed_absent_caption, text_encoders_on
 from sdcompress.data.encode import LatentEncoder
 from sdcompress.data.precision import Precision, PrecisionChoice, choose_vae_precision
 from sdcompress.data.records import Source
@@ -246,7 +246,7 @@ def _finish(
     skipped.check(source.name, encoder.config.max_unusable)
     index = drop_duplicates(totals.columns)
     save_file(index, partial / INDEX)
-    save_file(embed_in_batches(encoder.pipeline, [""]), partial / EMPTY)
+    save_file(embed_absent_caption(encoder.pipeline), partial / EMPTY)
     pictures, duplicates = len(index["unit"]), len(totals.columns["unit"]) - len(index["unit"])
     size = sum(entry.bytes for entry in totals.hashed.values()) + (partial / INDEX).stat().st_size
     figures = {

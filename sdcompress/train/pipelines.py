@@ -32,11 +32,9 @@ SAMPLES = "samples"
 
 
 def with_unet(pipeline: Any, unet: nn.Module) -> Any:
-    """Returns a pipeline with another UNet; every other component is shared, not copied."""
-    components = dict(pipeline.components) | {"unet": unet}
-    if "safety_checker" in components:
-        components["requires_safety_checker"] = False
-    other = type(pipeline)(**components)
+    """Returns a pipeline with another UNet; every other component is shared, and every switch is the same."""
+    other = copy.copy(pipeline)
+    other.register_modules(unet=unet)
     other.set_progress_bar_config(disable=True)
     return other
 
