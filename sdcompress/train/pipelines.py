@@ -67,14 +67,29 @@ def make_batches(pipeline: Any, cache: LatentCache, config: TrainConfig, *, toke
         cache, config, tokens: see `Batches`.
 
     Raises:
-        ModelError: as `make_training_scheduler`.
+        ModelError: as `check_trainable`.
     """
+    check_trainable(pipeline)
     scheduler, vae = make_training_scheduler(pipeline.scheduler), pipeline.vae.config
     mean, std = vae.get("latents_mean"), vae.get("latents_std")
     if "text_encoder_2" not in pipeline.components or mean is None or std is None:
         return Batches(cache, scheduler, vae.scaling_factor, config, tokens=tokens)
     factor, mean = vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
     return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean)
+
+
+def check_trainable(pipeline: Any) -> None:
+    """Refuse a pipeline whose UNet takes other noise or further inputs than it gets in training.
+
+    Raises:
+        ModelError: as `make_training_scheduler`, or the UNet takes the guidance scale.
+    """
+    make_training_scheduler(pipeline.scheduler)
+    if pipeline.unet.config.get("time_cond_proj_dim") is not None:
+        raise ModelError(
+            "the UNet takes the guidance scale as an input (time_cond_proj_dim), which training does not give it",
+            expected="the model before its distillation to a latent consistency model",
+        )
 
 
 def save_pipeline(

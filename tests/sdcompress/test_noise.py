@@ -14,7 +14,7 @@ from sdcompress_engines.errors import ModelError
 from sdcompress.families.build import build_scheduler
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import TrainConfig
-from sdcompress.train.pipelines import make_training_scheduler
+from sdcompress.train.pipelines import check_trainable, make_training_scheduler
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
@@ -78,3 +78,11 @@ def test_noise_without_numbered_timesteps_is_refused(
     scheduler = build_scheduler(config, tmp_path, name)
     with pytest.raises(ModelError, match=rf"the noise of {name} \({kind}\) cannot be trained"):
         make_training_scheduler(scheduler)
+
+
+def test_a_unet_that_takes_the_guidance_scale_is_refused(random_pipeline: Any) -> None:
+    """Of a latent consistency model: its pipeline gives the UNet an embedding of the guidance scale."""
+    config = random_pipeline.unet.config | {"time_cond_proj_dim": 256}
+    check_trainable(random_pipeline)
+    with pytest.raises(ModelError, match="takes the guidance scale"):
+        check_trainable(SimpleNamespace(scheduler=random_pipeline.scheduler, unet=SimpleNamespace(config=config)))
