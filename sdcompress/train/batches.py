@@ -79,6 +79,9 @@ class SampleOrder:
         buckets: the shape number of each picture, (N,) int64, on the CPU.
         batch_size: pictures per batch.
         seed: the run's.
+
+    Attributes:
+        never_drawn: number of pictures whose shape has too few for a batch, so that no epoch has them.
     """
 
     def __init__(self, buckets: torch.Tensor, batch_size: int, seed: int) -> None:
@@ -86,9 +89,11 @@ class SampleOrder:
         shapes, counts = buckets.unique(return_counts=True)
         self.shapes = shapes.tolist()
         self.length = len(buckets) if len(shapes) == 1 else int((counts // batch_size).sum()) * batch_size
+        self.never_drawn = int(counts[counts < batch_size].sum()) if len(shapes) > 1 else 0
         if self.length == 0:  # no shape fills a batch: repeat the most common shape
             self.shapes = [int(shapes[counts.argmax()])]
             self.length = int(counts.max())
+            self.never_drawn = len(buckets) - self.length
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def __getitem__(self, position: int) -> int:

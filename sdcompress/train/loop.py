@@ -105,6 +105,9 @@ def train(
     if main and sampler is not None and run.sharded:
         report.show_line(f"{label}: no pictures of the validation prompts, because no process has all weights")
         sampler = None
+    if main and (unused := batches.order.never_drawn):
+        total, shown = len(batches.order.buckets), f"fewer than a batch of {config.batch_size} have their shape"
+        report.show_line(f"{label}: {unused:,} of {total:,} pictures are never used: {shown}")
     with (
         run.active(),
         catch_stop_signals() as signals,

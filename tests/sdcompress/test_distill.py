@@ -260,6 +260,7 @@ def test_batches_hold_one_shape_each_and_every_picture_of_it_once_an_epoch() -> 
     buckets = torch.tensor([0] * 10 + [1] * 7 + [2] * 3)
     order = SampleOrder(buckets, 4, seed=5)
     assert order.length == 12
+    assert order.never_drawn == 3
     batches = [[order[step * 4 + i] for i in range(4)] for step in range(30)]
     assert all(len({int(buckets[i]) for i in batch}) == 1 for batch in batches)
     for epoch in range(10):
