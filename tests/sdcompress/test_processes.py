@@ -292,6 +292,17 @@ def test_a_process_that_fails_says_why_and_ends_the_other(
 
 
 @pytest.mark.slow
+def test_processes_that_were_given_different_runs_are_refused(arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    processes = start_two([[*arguments, "--seed", str(seed), "-o", str(output)] for seed in (1, 2)])
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "the processes differ in config.seed" in errors[0]
+    assert not any("Traceback" in error for error in errors)
+    assert not output.exists()
+
+
+@pytest.mark.slow
 def test_a_signal_stops_with_a_checkpoint_and_the_message_names_resume(arguments: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = subprocess.Popen(
