@@ -141,7 +141,7 @@ class PublicLoop:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.bfloat16)
         self.autocast = torch.autocast(DEVICE.type, dtype, enabled=precision != "fp32")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=5e-5, foreach=True)
-        self.alphas = make_training_scheduler(self.pipeline).alphas_cumprod.to(DEVICE)
+        self.alphas = make_training_scheduler(self.pipeline.scheduler).alphas_cumprod.to(DEVICE)
         self.records = [record for _, record in zip(range(case.batch * 8), open_source(case.data), strict=False)]
 
     def step(self, number: int) -> None:
@@ -221,7 +221,7 @@ def measure_sdcompress(case: Case) -> dict[str, Any]:
     cache = open_cache(case, loaded)
     result: dict[str, Any] = {"cache_s": time.perf_counter() - began, "cached_pictures": len(cache)}
     frozen = copy_frozen(pipeline.unet, case.precision)
-    scheduler, scaling_factor = make_training_scheduler(pipeline), pipeline.vae.config.scaling_factor
+    scheduler, scaling_factor = make_training_scheduler(pipeline.scheduler), pipeline.vae.config.scaling_factor
     student = build_student(pipeline.unet, plan).float()
     del pipeline, loaded
     if CUDA:

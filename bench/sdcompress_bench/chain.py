@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import BackendMissing, SdCompressError, storage_errors
+from sdcompress_engines.errors import BackendMissing, SdCompressError, UsageError, storage_errors
 from sdcompress_engines.files import parents_made, write_atomically
 from sdcompress_engines.leftovers import remove_partial_files
 from sdcompress_engines.manifest import MANIFEST_NAME, sha256_file, sha256_tree
@@ -24,7 +24,7 @@ from sdcompress_engines.output_folders import check_free, check_inputs, moved_as
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
-from .chain_stages import Stage, StageRunner
+from .chain_stages import Stage, StageRunner, check_names
 from .export_jobs import ExportJob, count_workers, run_exports
 from .outputs import count_weights
 from .results import Results, read_results
@@ -111,6 +111,7 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
             wrong. ArtifactError: the output is in the way. What a stage raises passes through.
     """
     from sdcompress.models.load import load_pipeline
+    from sdcompress.train.pipelines import check_trainable
 
     inputs = _read_inputs(settings)
     read = _list_read(settings, inputs)
@@ -124,6 +125,8 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     engines = 2 * (len(inputs.plans) + machine.gpu) if machine.no_engine is None else 0
     stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
     teacher = load_pipeline(settings.teacher)
+    check_trainable(teacher.pipeline)
+    check_names([teacher.name, *inputs.plans], reserved=("cache", "report", MARKER))
     with _begun_folder(settings):
         cache = _encode_data(stages, teacher, inputs, settings.output)
     with _continuable():
@@ -160,17 +163,21 @@ class _Inputs:
 def _read_inputs(settings: ChainSettings) -> _Inputs:
     from sdcompress.data.sources import open_source
     from sdcompress.models.locate import read_unet_config, refuse_student
-    from sdcompress.prune.presets import read_plan
+    from sdcompress.prune.plan import BlockPlan
+    from sdcompress.prune.presets import PRESETS, read_plan
     from sdcompress.train.config import DistillConfig
     from sdcompress.train.recipes import load_config
 
     config = load_config(DistillConfig, settings.recipe, dict(settings.overrides))
     unet_config = read_unet_config(settings.teacher)
     refuse_student(unet_config, settings.teacher)
-    plans = {}
-    for name in settings.plans:
-        plan = read_plan(name, unet_config)
-        plans[plan.name if plan.name != "custom" else Path(name).stem] = plan
+    plans = dict[str, BlockPlan]()
+    for given in settings.plans:
+        plan = read_plan(given, unet_config)
+        # The name in a plan's file is any text, which could lead out of the output.
+        name = plan.name if plan.name in PRESETS else Path(given).stem
+        if plans.setdefault(name, plan) != plan:
+            raise UsageError(f"two plans are called {name}", where=given, hint="rename one of the files")
     return _Inputs(config, plans, open_source(settings.data, config.data))
 
 
@@ -255,7 +262,7 @@ def _read_machine() -> _Machine:
 
 def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: _Inputs, output: Path) -> LatentCache:
     from sdcompress.data.build_cache import build_cache
-    from sdcompress.data.cache import LatentCache
+    from sdcompress.data.cache import LatentCache, select_content_settings
     from sdcompress.support.pipeline import native_size_px
 
     config, folder = inputs.config.data, output / "cache"
@@ -265,7 +272,7 @@ def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: _Inputs, 
         folder,
         "cache",
         {"teacher": teacher.sha256},
-        {"files": inputs.source.fingerprint(), "size_px": size_px},
+        {"files": inputs.source.fingerprint(), "size_px": size_px, "data": select_content_settings(config)},
     )
     stages.run(
         stage,
@@ -293,10 +300,8 @@ def _distill_student(
 
     pipeline = folder / PIPELINE
     inputs = {"teacher": teacher.sha256, "data": cache.sha256}
-    stages.run(
-        Stage(f"distill {name}", pipeline, "student", inputs, {"train": config.model_dump(mode="json")}),
-        train,
-    )
+    made_with = {"train": config.model_dump(mode="json"), "plan": json.loads(plan.to_json())}
+    stages.run(Stage(f"distill {name}", pipeline, "student", inputs, made_with), train)
     return ModelUnderTest(name, str(pipeline), sha256=sha256_tree(pipeline), metrics=folder / "metrics.jsonl")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.errors import UsageError
 from sdcompress_engines.manifest import faults, read_manifest
 from sdcompress_engines.progress import Reporter
 
@@ -110,3 +111,24 @@ class StageRunner:
         started = time.monotonic()
         yield lambda: time.monotonic() - started
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - started
+
+
+def check_names(names: Iterable[str], reserved: Iterable[str]) -> None:
+    """Check that each model of a run has a folder of its own in the output.
+
+    Args:
+        names: of the models; their folders have these names.
+        reserved: the other names in the output.
+
+    Raises:
+        UsageError: a name is there twice, or is none of a folder.
+    """
+    taken = {"", *reserved}
+    for name in names:
+        if (folder := name.casefold().strip(". ")) in taken:
+            raise UsageError(
+                f"a model called {name!r} has no folder of its own in the output",
+                expected=f"another name for each model, and none of {', '.join(reserved)}",
+                hint="rename the plan's file, or the teacher's folder",
+            )
+        taken.add(folder)

@@ -146,7 +146,7 @@ def load_inputs(
     Raises:
         ArtifactError: the output folder is not empty, or holds an input.
         DataError: the cache does not fit the model, the data or the data options.
-        ModelError: the model cannot be loaded.
+        ModelError: the model cannot be loaded, or not trained.
         UsageError: no such data or model.
     """
     from sdcompress_engines.output_folders import check_free, check_inputs
@@ -158,6 +158,7 @@ def load_inputs(
     from sdcompress.models.locate import local_paths
     from sdcompress.support.console import is_first_process
     from sdcompress.support.pipeline import native_size_px
+    from sdcompress.train.pipelines import check_trainable
 
     source = open_source(data, config.data)
     folder = cache_folder or output.absolute().with_name(f"{output.absolute().name}-cache")
@@ -167,6 +168,7 @@ def load_inputs(
     elif is_first_process():  # which may have made the folder before another one looks
         check_free(output, force, inputs)
     loaded = load_pipeline(model)
+    check_trainable(loaded.pipeline)
     size_px = config.data.size_px or native_size_px(loaded.pipeline)
     if not folder.exists():
         return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)

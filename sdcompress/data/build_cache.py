@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
-from sdcompress_engines.errors import ArtifactError, SdCompressError, storage_errors
+from sdcompress_engines.errors import ArtifactError, DataError, SdCompressError, storage_errors
 from sdcompress_engines.files import parents_made, sync_tree, write_atomically
 from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.locks import try_lock
@@ -23,7 +23,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings
 from sdcompress.data.cache_units import UnitTotals, drop_duplicates, read_facts, sum_units, write_unit
 from sdcompress.data.config import DataConfig
-from sdcompress.data.embed import embed_in_batches, text_encoders_on
+from sdcompress.data.embed import embed_absent_caption, text_encoders_on
 from sdcompress.data.encode import LatentEncoder
 from sdcompress.data.precision import Precision, PrecisionChoice, choose_vae_precision
 from sdcompress.data.records import Source
@@ -69,7 +69,7 @@ def build_cache(
 
     Raises:
         DataError: nothing is usable, more is unusable than `config.max_unusable`, or there is too little memory for one
-            picture.
+            picture; or the processes were given different builds.
         BackendMissing: `precision` is bf16 and the GPU has none.
         ArtifactError, StorageError: `output` cannot be written, or another process is building it.
     """
@@ -82,6 +82,7 @@ def build_cache(
     check_free(output, force, inputs)
     chosen = agree_on_precision(choose_vae_precision(pipeline, state.device, precision))
     identity = _identify_build(source, teacher, size_px, config, chosen)
+    _check_same_build(identity, output)
     partial = output.with_name(f".{output.name}.partial")
     with _owned(output, force, inputs, state), text_encoders_on(pipeline, state.device):
         if state.is_main_process:
@@ -166,6 +167,19 @@ def _identify_build(
     }
 
 
+def _check_same_build(identity: dict[str, Any], output: Path) -> None:
+    """Refuse processes that were given different builds, by what differs."""
+    from accelerate.utils import gather_object
+
+    everyones = gather_object([identity])
+    if differing := [name for name in identity if any(each[name] != everyones[0][name] for each in everyones)]:
+        raise DataError(
+            f"the processes differ in {', '.join(differing)}",
+            where=output,
+            expected="the same command, with equal copies of model and data, on every machine",
+        )
+
+
 def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter) -> None:
     """Keep the units of a stopped build of the same identity, or empty the folder.
 
@@ -246,7 +260,7 @@ def _finish(
     skipped.check(source.name, encoder.config.max_unusable)
     index = drop_duplicates(totals.columns)
     save_file(index, partial / INDEX)
-    save_file(embed_in_batches(encoder.pipeline, [""]), partial / EMPTY)
+    save_file(embed_absent_caption(encoder.pipeline), partial / EMPTY)
     pictures, duplicates = len(index["unit"]), len(totals.columns["unit"]) - len(index["unit"])
     size = sum(entry.bytes for entry in totals.hashed.values()) + (partial / INDEX).stat().st_size
     figures = {

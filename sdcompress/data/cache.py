@@ -22,7 +22,7 @@ from sdcompress.support.faults import faults_of
 INDEX = "index.safetensors"
 """Where each picture and caption is, see `LatentCache.index`."""
 EMPTY = "empty.safetensors"
-"""The embeddings of the empty caption."""
+"""The embeddings of the absent caption, see `embed_absent_caption`."""
 REBUILD_HINT = "delete the folder and let it be built again"
 
 
@@ -102,7 +102,7 @@ class LatentCache:
         return self._units[number]
 
     def _read_empty(self, unit: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns the embedding of the empty caption, of the sizes of those in `unit`."""
+        """Returns the embedding of the absent caption, of the sizes of those in `unit`."""
         if not self._empty:
             path = self.folder / EMPTY
             empty = read_safetensors(path, DataError, hint=REBUILD_HINT)
@@ -121,7 +121,7 @@ class LatentCache:
             i: index of the picture.
             view: index of the view, below `views`.
             pick: in [0, 1); chooses the caption by the captions' shares.
-            drop_caption: take the empty caption instead.
+            drop_caption: take what guidance takes in place of a caption.
 
         Raises:
             DataError: a file was damaged or edited.

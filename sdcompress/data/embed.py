@@ -51,6 +51,17 @@ def embed_captions(pipeline: TextToImagePipeline, captions: list[str]) -> dict[s
     return {"text": encoded[0].float().cpu(), "ids": ids.int()}
 
 
+def embed_absent_caption(pipeline: TextToImagePipeline) -> dict[str, torch.Tensor]:
+    """Returns what guidance takes in place of a caption, as `embed_in_batches` does for one caption.
+
+    It is the empty caption. SDXL's pipeline takes zeros instead where its `force_zeros_for_empty_prompt` says so.
+    """
+    embedded = embed_in_batches(pipeline, [""])
+    if not pipeline.config.get("force_zeros_for_empty_prompt"):
+        return embedded
+    return {name: torch.zeros_like(tensor) for name, tensor in embedded.items()}
+
+
 def embed_in_batches(pipeline: TextToImagePipeline, captions: list[str]) -> dict[str, torch.Tensor]:
     """Returns what `embed_captions` returns, for any number of captions and with floats in float16.
 

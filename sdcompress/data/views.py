@@ -19,8 +19,8 @@ class View:
 
     Attributes:
         pixels: (3, H, W), float32 in [-1, 1], on the CPU.
-        time_ids: height and width of the original, top and left of the crop in the resized picture, height and width of
-            the crop, all in pixels. SDXL is conditioned on them (arXiv 2307.01952, section 2.2).
+        time_ids: height and width of the original, top and left of the crop in the resized (and mirrored) picture,
+            height and width of the crop, all in pixels. SDXL is conditioned on them (arXiv 2307.01952, section 2.2).
     """
 
     pixels: torch.Tensor
@@ -74,8 +74,10 @@ def to_view(
     left, top = round((picture.width - width) * place[0]), round((picture.height - height) * place[1])
     if place == CENTER:  # rounded down, where `round` would go to the even number
         left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    picture = picture.crop((left, top, left + width, top + height))
-    array = np.asarray(ImageOps.mirror(picture) if flip else picture, dtype=np.float32) / np.float32(127.5) - 1
+    crop = picture.crop((left, top, left + width, top + height))
+    if flip:
+        crop, left = ImageOps.mirror(crop), picture.width - width - left
+    array = np.asarray(crop, dtype=np.float32) / np.float32(127.5) - 1
     return View(torch.from_numpy(array).permute(2, 0, 1), (original[1], original[0], top, left, height, width))
 
 

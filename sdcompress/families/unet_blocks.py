@@ -72,6 +72,8 @@ def read_blocks(config: Mapping[str, Any]) -> UNetBlocks:
     down_attended = _read_kinds(config, "down_block_types", _DOWN)
     up_attended = _read_kinds(config, "up_block_types", _UP)
     depths = spread_over_levels(config, DEPTHS, 1)
+    if not isinstance(config.get(UP_DEPTHS), list | tuple | None):  # diffusers takes no single number here
+        raise _wrong(config, UP_DEPTHS, "a list with one entry a level")
     up_depths = depths[::-1] if config.get(UP_DEPTHS) is None else spread_over_levels(config, UP_DEPTHS, 1)
     levels = []
     for i, width in enumerate(channels):

@@ -68,17 +68,10 @@ def native_size_px(pipeline: TextToImagePipeline) -> int:
     return int(max(size) if isinstance(size, list | tuple) else size) * pipeline.vae_scale_factor
 
 
-USUAL_NOISE = "the noise schedule, targets and latents of Stable Diffusion"
-
-
-def find_unusual_noise(pipeline: TextToImagePipeline) -> str | None:
-    """Returns what differs from Stable Diffusion in how a pipeline is trained; None where nothing does.
-
-    Stable Diffusion predicts noise or velocity at discrete steps, in latents that are scaled and not shifted.
-    """
-    noise = pipeline.scheduler.config
-    if "sigma_data" in noise:
-        return f"the {type(pipeline.scheduler).__name__}"
-    if noise.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
-        return f"the prediction type {noise['prediction_type']}"
-    return "a mean of its latents" if pipeline.vae.config.get("latents_mean") is not None else None
+def find_unusual_noise(scheduler: Any) -> str | None:
+    """Returns the noise that a scheduler has in place of Stable Diffusion's, which has numbered timesteps, or None."""
+    config = scheduler.config
+    if config.get("use_flow_sigmas"):
+        return "flow matching"
+    is_continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
+    return "EDM" if is_continuous or not hasattr(scheduler, "betas") else None

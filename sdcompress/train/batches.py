@@ -39,7 +39,7 @@ class NoisyBatch:
         timesteps: (B,) int64.
         encoder_hidden_states: text embeddings, (B, 77, D) float32; token ids, (B, 77) int64, where the text encoder is
             trained.
-        target: the noise or the velocity, by the scheduler's prediction type, (B, C, h, w) float32.
+        target: the noise, the velocity or the latents, by the scheduler's prediction type, (B, C, h, w) float32.
         weight: weight of each picture's loss, (B,) float32; ones without Min-SNR.
         added: SDXL's `text_embeds`, (B, P), and `time_ids`, (B, 6), float32; None elsewhere.
     """
@@ -79,6 +79,9 @@ class SampleOrder:
         buckets: the shape number of each picture, (N,) int64, on the CPU.
         batch_size: pictures per batch.
         seed: the run's.
+
+    Attributes:
+        never_drawn: number of pictures whose shape has too few for a batch, so that no epoch has them.
     """
 
     def __init__(self, buckets: torch.Tensor, batch_size: int, seed: int) -> None:
@@ -86,9 +89,11 @@ class SampleOrder:
         shapes, counts = buckets.unique(return_counts=True)
         self.shapes = shapes.tolist()
         self.length = len(buckets) if len(shapes) == 1 else int((counts // batch_size).sum()) * batch_size
+        self.never_drawn = int(counts[counts < batch_size].sum()) if len(shapes) > 1 else 0
         if self.length == 0:  # no shape fills a batch: repeat the most common shape
             self.shapes = [int(shapes[counts.argmax()])]
             self.length = int(counts.max())
+            self.never_drawn = len(buckets) - self.length
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     def __getitem__(self, position: int) -> int:
@@ -117,24 +122,27 @@ class Batches:
     Args:
         cache: latents and text embeddings.
         scheduler: the teacher's noise schedule and prediction type, see `make_training_scheduler`.
-        scaling_factor: the VAE's.
+        scaling_factor: the UNet takes the VAE's latents less `latents_mean`, times this; a number or (C, 1, 1).
         config: seed, batch size, Min-SNR, noise offset and caption dropout.
         tokens: put token ids in place of text embeddings, for a text encoder in training.
+        latents_mean: a number or (C, 1, 1).
     """
 
     def __init__(
         self,
         cache: LatentCache,
         scheduler: DDPMScheduler,
-        scaling_factor: float,
+        scaling_factor: float | torch.Tensor,
         config: TrainConfig,
         *,
         tokens: bool = False,
+        latents_mean: float | torch.Tensor = 0.0,
     ) -> None:
-        self.cache, self.config, self.scaling_factor, self.tokens = cache, config, scaling_factor, tokens
+        self.cache, self.config, self.tokens = cache, config, tokens
+        self.scaling_factor, self.latents_mean = scaling_factor, latents_mean
         self.scheduler: Any = scheduler  # its stubs ask for a subclass of int tensors that torch does not have
         self.alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
-        self.predicts_noise = self.scheduler.config.prediction_type == "epsilon"
+        self.prediction_type = self.scheduler.config.prediction_type
         self.order = SampleOrder(cache.buckets, config.batch_size, config.seed)
 
     def make_batch(self, positions: range) -> NoisyBatch:
@@ -146,7 +154,9 @@ class Batches:
         latents, noise, text = (torch.stack(part) for part in list(zip(*rows, strict=True))[:3])
         timesteps = torch.tensor([row[3] for row in rows])
         sample = self.scheduler.add_noise(latents, noise, timesteps)
-        target = noise if self.predicts_noise else self.scheduler.get_velocity(latents, noise, timesteps)
+        target = {"epsilon": noise, "sample": latents}.get(self.prediction_type)
+        if target is None:
+            target = self.scheduler.get_velocity(latents, noise, timesteps)
         added = (
             None if rows[0][4] is None else {name: torch.stack([row[4][name] for row in rows]) for name in rows[0][4]}
         )
@@ -159,7 +169,8 @@ class Batches:
             return torch.ones(len(timesteps))
         # diffusers' compute_snr differs in the last bits, by up to 3.4e-7 relative: resumed runs would not be equal.
         snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
-        return snr.clamp(max=self.config.snr_gamma) / (snr if self.predicts_noise else snr + 1)
+        divisor = {"epsilon": snr, "sample": torch.ones_like(snr)}.get(self.prediction_type, snr + 1)
+        return snr.clamp(max=self.config.snr_gamma) / divisor
 
     def _draw_sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, Any]:
         """Returns latents, noise, text, timestep and SDXL's added conditions (or None) for a position."""
@@ -167,7 +178,8 @@ class Batches:
         view, timestep = (int(torch.randint(n, (), generator=generator)) for n in (self.cache.views, len(self.alphas)))
         dropout, pick = torch.rand(2, generator=generator).tolist()
         cached = self.cache.sample(self.order[position], view, pick, drop_caption=dropout < self.config.caption_dropout)
-        latents = (cached.mean + cached.std * torch.randn(cached.mean.shape, generator=generator)) * self.scaling_factor
+        latents = cached.mean + cached.std * torch.randn(cached.mean.shape, generator=generator)
+        latents = (latents - self.latents_mean) * self.scaling_factor
         noise = torch.randn(cached.mean.shape, generator=generator)
         if self.config.noise_offset:
             noise = noise + self.config.noise_offset * torch.randn(noise.shape[0], 1, 1, generator=generator)

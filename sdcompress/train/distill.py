@@ -15,15 +15,14 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.student import attention_pairs, build_student
-from sdcompress.train.batches import Batches
 from sdcompress.train.config import DistillConfig
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.objectives.block_distillation import BlockDistillation
 from sdcompress.train.pipelines import (
     PIPELINE,
     describe_training,
+    make_batches,
     make_sampler,
-    make_training_scheduler,
     save_pipeline,
     with_unet,
 )
@@ -75,7 +74,7 @@ def distill(
         result = train(
             student,
             objective,
-            Batches(cache, make_training_scheduler(pipeline), pipeline.vae.config.scaling_factor, config),
+            make_batches(pipeline, cache, config),
             config,
             output,
             identity | {"config": config.model_dump(mode="json")},

@@ -12,15 +12,14 @@ from sdcompress_engines.errors import storage_errors
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.data.cache import LatentCache
-from sdcompress.train.batches import Batches
 from sdcompress.train.config import FinetuneConfig
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.objectives.denoising import Denoising
 from sdcompress.train.pipelines import (
     PIPELINE,
     describe_training,
+    make_batches,
     make_sampler,
-    make_training_scheduler,
     save_pipeline,
     with_unet,
 )
@@ -65,7 +64,7 @@ def finetune(
         result = train(
             unet,
             Denoising(),
-            Batches(cache, make_training_scheduler(pipeline), pipeline.vae.config.scaling_factor, config),
+            make_batches(pipeline, cache, config),
             config,
             output,
             {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")},

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from sdcompress_engines.errors import TrainingError
 from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
@@ -18,7 +19,7 @@ from torch import nn
 from sdcompress.train.accelerator import make_accelerator
 from sdcompress.train.averaging import averaged_weights, update_average
 from sdcompress.train.batches import Batches, NoisyBatch, make_generator
-from sdcompress.train.checkpoint import CHECKPOINTS, Checkpoints, trainable_state
+from sdcompress.train.checkpoint import CHECKPOINTS, DIFFERENCES_SHOWN, Checkpoints, flatten, trainable_state
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.feed import BatchFeed
 from sdcompress.train.kernels import compile_blocks, tune_convolutions, use_plain_attention
@@ -96,7 +97,8 @@ def train(
         report: shows the progress.
 
     Raises:
-        TrainingError: the loss is not finite or explodes, or the checkpoint belongs to another run.
+        TrainingError: the loss is not finite or explodes, the checkpoint belongs to another run, or the processes do
+            different runs.
         UsageError: the batch does not divide over the processes, or an option does not fit them.
         Stopped: Ctrl-C or SIGTERM, after a checkpoint was written.
     """
@@ -105,6 +107,9 @@ def train(
     if main and sampler is not None and run.sharded:
         report.show_line(f"{label}: no pictures of the validation prompts, because no process has all weights")
         sampler = None
+    if main and (unused := batches.order.never_drawn):
+        total, shown = len(batches.order.buckets), f"fewer than a batch of {config.batch_size} have their shape"
+        report.show_line(f"{label}: {unused:,} of {total:,} pictures are never used: {shown}")
     with (
         run.active(),
         catch_stop_signals() as signals,
@@ -146,7 +151,7 @@ class TrainingRun:
         self.sharded = is_set(SHARDING) and self.accelerator.num_processes > 1
         self.checkpoints = Checkpoints(output / CHECKPOINTS, self.accelerator, identity, config.keep_checkpoints)
         self.first_step, checkpoint = self.checkpoints.find_newest() or (0, None)
-        check_same_start(self.accelerator, self.first_step, output)
+        check_same_start(self.first_step, identity, output)
         self.trained = place_networks(trained, frozen, config, self.accelerator, sharded=self.sharded)
         self.parameters = [p for p in self.trained.parameters() if p.requires_grad]
         self._prepare(checkpoint)
@@ -286,23 +291,31 @@ class TrainingRun:
         )
 
 
-def check_same_start(accelerator: Accelerator, first_step: int, output: Path) -> None:
-    """Check that all processes start at the same step.
+def check_same_start(first_step: int, identity: dict[str, Any], output: Path) -> None:
+    """Check that all processes do the same run from the same step.
 
     Args:
-        accelerator: the run's.
         first_step: of this process's newest checkpoint.
+        identity: of this process's run.
         output: the training folder, named in the message.
 
     Raises:
-        TrainingError: the processes see different checkpoints.
+        TrainingError: the processes see different checkpoints, or were given different settings, models or data.
     """
-    starts = accelerator.gather(torch.tensor([first_step], device=accelerator.device))
-    if int(starts.min()) != int(starts.max()):
+    starts = gather_object([(first_step, flatten(identity))])
+    if len({step for step, _ in starts}) > 1:
         raise TrainingError(
             "the processes see different checkpoints",
             where=output,
             expected="an output folder that every machine shares",
+        )
+    first, names = starts[0][1], {name for _, facts in starts for name in facts}
+    differing = sorted(name for name in names for _, facts in starts if facts.get(name) != first.get(name))
+    if differing:
+        raise TrainingError(
+            f"the processes differ in {', '.join(list(dict.fromkeys(differing))[:DIFFERENCES_SHOWN])}",
+            where=output,
+            expected="the same command, with equal copies of model and data, on every machine",
         )
 
 

@@ -16,11 +16,10 @@ from torch import nn
 
 from sdcompress.data.cache import LatentCache
 from sdcompress.lora.files import Layers, LoraLayer, write_lora
-from sdcompress.train.batches import Batches
 from sdcompress.train.config import LoraConfig
 from sdcompress.train.loop import Sampler, TrainResult, train
 from sdcompress.train.objectives.denoising import Denoising
-from sdcompress.train.pipelines import describe_training, make_sampler, make_training_scheduler, with_unet
+from sdcompress.train.pipelines import describe_training, make_batches, make_sampler, with_unet
 from sdcompress.train.precision import DTYPES, copy_frozen, resolve_precision
 from sdcompress.train.run_folder import run_folder, write_recipe
 
@@ -97,11 +96,10 @@ def train_lora(
         write_recipe(config, output)
         torch.manual_seed(config.seed)
         trained = make_adapted_network(pipeline, config)
-        scheduler, scaling_factor = make_training_scheduler(pipeline), pipeline.vae.config.scaling_factor
         result = train(
             trained,
             Denoising(),
-            Batches(cache, scheduler, scaling_factor, config, tokens=config.text_encoder),
+            make_batches(pipeline, cache, config, tokens=config.text_encoder),
             config,
             output,
             {"model": model.sha256, "data": cache.sha256, "config": config.model_dump(mode="json")},

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from sdcompress_engines.errors import ModelError, storage_errors
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import write_manifest
@@ -18,8 +19,9 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.pictures import save_picture
-from sdcompress.support.pipeline import USUAL_NOISE, find_unusual_noise
+from sdcompress.support.pipeline import find_unusual_noise
 from sdcompress.support.quiet import quiet
+from sdcompress.train.batches import Batches
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.loop import Sampler, TrainResult
 
@@ -31,26 +33,61 @@ SAMPLES = "samples"
 
 
 def with_unet(pipeline: Any, unet: nn.Module) -> Any:
-    """Returns a pipeline with another UNet; every other component is shared, not copied."""
-    components = dict(pipeline.components) | {"unet": unet}
-    if "safety_checker" in components:
-        components["requires_safety_checker"] = False
-    other = type(pipeline)(**components)
+    """Returns a pipeline with another UNet; every other component is shared, and every switch is the same."""
+    other = copy.copy(pipeline)
+    other.register_modules(unet=unet)
     other.set_progress_bar_config(disable=True)
     return other
 
 
-def make_training_scheduler(pipeline: Any) -> Any:
-    """Returns a DDPM scheduler with the noise schedule of a pipeline, whatever its sampler is.
+def make_training_scheduler(scheduler: Any) -> Any:
+    """Returns a DDPM scheduler with the noise schedule of a pipeline's scheduler, whatever sampler that is.
 
     Raises:
-        ModelError: the model is not trained on scaled latents for noise or velocity at discrete steps.
+        ModelError: it has other noise (EDM, flow matching), which this training would replace by DDPM's.
     """
     from diffusers import DDPMScheduler
 
-    if unusual := find_unusual_noise(pipeline):
-        raise ModelError(f"cannot be trained: the model has {unusual}", expected=USUAL_NOISE)
-    return DDPMScheduler.from_config(pipeline.scheduler.config)
+    if kind := find_unusual_noise(scheduler):
+        raise ModelError(
+            f"a model with the noise of {type(scheduler).__name__} ({kind}) cannot be trained",
+            expected="the noise of SD 1.x, SD 2.x and SDXL, in numbered timesteps",
+        )
+    return DDPMScheduler.from_config(scheduler.config)
+
+
+def make_batches(pipeline: Any, cache: LatentCache, config: TrainConfig, *, tokens: bool = False) -> Batches:
+    """Returns the noisy batches that a pipeline's UNet is trained on.
+
+    Args:
+        pipeline: gives the noise schedule and the scale of the latents. SDXL's pipeline has a mean and a standard
+            deviation for each channel, where its VAE's config holds them (Playground v2.5).
+        cache, config, tokens: see `Batches`.
+
+    Raises:
+        ModelError: as `check_trainable`.
+    """
+    check_trainable(pipeline)
+    scheduler, vae = make_training_scheduler(pipeline.scheduler), pipeline.vae.config
+    mean, std = vae.get("latents_mean"), vae.get("latents_std")
+    if "text_encoder_2" not in pipeline.components or mean is None or std is None:
+        return Batches(cache, scheduler, vae.scaling_factor, config, tokens=tokens)
+    factor, mean = vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
+    return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean)
+
+
+def check_trainable(pipeline: Any) -> None:
+    """Refuse a pipeline whose UNet takes other noise or further inputs than it gets in training.
+
+    Raises:
+        ModelError: as `make_training_scheduler`, or the UNet takes the guidance scale.
+    """
+    make_training_scheduler(pipeline.scheduler)
+    if pipeline.unet.config.get("time_cond_proj_dim") is not None:
+        raise ModelError(
+            "the UNet takes the guidance scale as an input (time_cond_proj_dim), which training does not give it",
+            expected="the model before its distillation to a latent consistency model",
+        )
 
 
 def save_pipeline(

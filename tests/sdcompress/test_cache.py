@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from sdcompress_engines.errors import ArtifactError, DataError
 from sdcompress_engines.manifest import read_manifest, write_manifest
@@ -21,7 +21,7 @@ from sdcompress.data.cache import LatentCache
 from sdcompress.data.config import DataConfig
 from sdcompress.data.sources import open_source
 from sdcompress.data.units import UnitEncoder
-from sdcompress.data.views import bucket_shapes, nearest_bucket, to_view
+from sdcompress.data.views import CENTER, bucket_shapes, nearest_bucket, to_view
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 
 
@@ -94,6 +94,16 @@ def test_a_sample_is_what_the_vae_gives_for_the_cropped_picture(
     assert manifest.figures["bytes_per_picture"] == round(
         sum(f.stat().st_size for f in (tmp_path / "cache").glob("*.safetensors") if f.name != "empty.safetensors") / 9
     )
+
+
+@pytest.mark.parametrize("place", [(0.0, 0.0), (0.3, 0.0), CENTER, (1.0, 0.0)])
+def test_a_mirrored_crop_names_its_place_in_the_mirrored_picture(place: tuple[float, float]) -> None:
+    noise = torch.randint(256, (64, 101, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    picture = Image.fromarray(noise.numpy())
+    view = to_view(picture, 64, 64, place, flip=True)
+    left = view.time_ids[3]
+    of_mirrored = to_view(ImageOps.mirror(picture).crop((left, 0, left + 64, 64)), 64, 64)
+    assert torch.equal(view.pixels, of_mirrored.pixels)
 
 
 def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mixed: Path, tmp_path: Path) -> None:

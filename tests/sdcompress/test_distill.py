@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from sdcompress.prune.student import attention_pairs, build_student
 from sdcompress.train.batches import Batches, NoisyBatch, SampleOrder
 from sdcompress.train.checkpoint import list_checkpoints
 from sdcompress.train.config import DistillConfig
-from sdcompress.train.distill import distill
+from sdcompress.train.distill import distill, make_objective
 from sdcompress.train.objectives.block_distillation import BlockDistillation
 from sdcompress.train.objectives.denoising import Denoising
 from sdcompress.train.pipelines import make_training_scheduler
@@ -152,7 +154,7 @@ def test_a_diverged_run_stops_and_says_so(teacher: LoadedPipeline, cache: Latent
 
 def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(positions: range) -> NoisyBatch:
-        return Batches(cache, make_training_scheduler(teacher.pipeline), 0.18, SHORT).make_batch(positions)
+        return Batches(cache, make_training_scheduler(teacher.pipeline.scheduler), 0.18, SHORT).make_batch(positions)
 
     whole, first, second = at(range(20, 28)), at(range(20, 24)), at(range(24, 28))
     for name in ("sample", "timesteps", "encoder_hidden_states", "target"):
@@ -162,7 +164,7 @@ def test_batches_do_not_depend_on_how_they_are_split(teacher: LoadedPipeline, ca
 def test_another_seed_is_another_run(teacher: LoadedPipeline, cache: LatentCache) -> None:
     def at(seed: int) -> NoisyBatch:
         config = SHORT.model_copy(update={"seed": seed})
-        return Batches(cache, make_training_scheduler(teacher.pipeline), 0.18, config).make_batch(range(8))
+        return Batches(cache, make_training_scheduler(teacher.pipeline.scheduler), 0.18, config).make_batch(range(8))
 
     one, other = at(0), at(1)
     assert not torch.equal(one.timesteps, other.timesteps)
@@ -209,9 +211,9 @@ def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipe
     for norm in ("none", "teacher"):
         for name, named in (("feature_kd_loss", pairs), ("attention_kd_loss", attentions)):
             squares = [
-                ((seen["student", s] - seen["teacher", t]) ** 2).mean()
-                / (1 if norm == "none" else (seen["teacher", t] ** 2).mean())
+                (((one - other) ** 2).mean() / (1 if norm == "none" else (other**2).mean())) / len(sample)
                 for s, t in named
+                for one, other in zip(seen["student", s], seen["teacher", t], strict=True)
             ]
             expected[name] = torch.stack(squares).sum()
         objective = BlockDistillation(unet, pairs, weights, norm, attentions)
@@ -227,10 +229,39 @@ def test_the_losses_equal_an_independent_float64_computation(teacher: LoadedPipe
         )
 
 
+@pytest.mark.parametrize("norm", ["none", "teacher"])
+def test_a_batch_in_passes_has_the_loss_and_the_gradient_of_the_whole(teacher: LoadedPipeline, norm: str) -> None:
+    unet: Any = teacher.pipeline.unet
+    plan = make_plan(unet.config, "bk-tiny")
+    student = build_student(unet, plan)
+    torch.manual_seed(1)
+    sample = torch.randn(2, 4, 16, 16)
+    sample[1] *= 5  # pictures whose features are not equally large
+    batch = NoisyBatch(
+        sample, torch.tensor([10, 900]), torch.randn(2, 77, 96), torch.randn(2, 4, 16, 16), torch.ones(2)
+    )
+    config = DistillConfig(feature_norm=norm, attention_kd_weight=1, precision="fp32")
+    objective = make_objective(unet, student, plan, config)
+    results = []
+    with objective.attach_hooks(student):
+        for parts in ([slice(0, 2)], [slice(0, 1), slice(1, 2)]):
+            student.zero_grad()
+            loss = 0.0
+            for part in parts:
+                losses = objective.compute_losses(student, batch.map_tensors(itemgetter(part)))
+                (losses["loss"] / len(parts)).backward()
+                loss += float(losses["loss"].detach()) / len(parts)
+            results.append((loss, torch.cat([p.grad.flatten() for p in student.parameters()])))
+    (whole, gradient), (loss, sum_of_parts) = results
+    assert loss == pytest.approx(whole, rel=1e-5)
+    assert float((gradient - sum_of_parts).norm() / gradient.norm()) < 1e-4
+
+
 def test_batches_hold_one_shape_each_and_every_picture_of_it_once_an_epoch() -> None:
     buckets = torch.tensor([0] * 10 + [1] * 7 + [2] * 3)
     order = SampleOrder(buckets, 4, seed=5)
     assert order.length == 12
+    assert order.never_drawn == 3
     batches = [[order[step * 4 + i] for i in range(4)] for step in range(30)]
     assert all(len({int(buckets[i]) for i in batch}) == 1 for batch in batches)
     for epoch in range(10):

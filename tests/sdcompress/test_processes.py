@@ -292,6 +292,22 @@ def test_a_process_that_fails_says_why_and_ends_the_other(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [("distill", "config.seed"), ("data cache", "size_px")])
+def test_processes_that_were_given_different_work_are_refused(
+    arguments: list[str], pictures: Path, random_folder: Path, kind: str, name: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    cache = ["data", "cache", str(pictures), str(random_folder), "-o", str(output), "--size"]
+    seed = [*arguments, "-o", str(output), "--seed"]
+    processes = start_two([[*(seed if kind == "distill" else cache), number] for number in ("64", "128")])
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert f"the processes differ in {name}" in errors[0]
+    assert not any("Traceback" in error for error in errors)
+    assert not output.exists()
+
+
+@pytest.mark.slow
 def test_a_signal_stops_with_a_checkpoint_and_the_message_names_resume(arguments: list[str], tmp_path: Path) -> None:
     output = tmp_path / "run"
     process = subprocess.Popen(

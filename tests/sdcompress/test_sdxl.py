@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import open_runner
 
@@ -26,6 +27,7 @@ from sdcompress.sampling import generate
 from sdcompress.train.config import DistillConfig, LoraConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.lora import FILE, LORA, train_lora
+from sdcompress.train.pipelines import make_batches, save_pipeline, with_unet
 
 COMMON: dict[str, Any] = {"batch_size": 2, "precision": "fp32", "log_every": 1}
 
@@ -60,6 +62,49 @@ def test_sdxl_is_cached_distilled_and_adapted(teacher: LoadedPipeline, pictures:
     train_lora(teacher, cache, LoraConfig(steps=2, rank=2, **COMMON), tmp_path / "lora")
     adapted = load_pipeline(teacher.folder).pipeline
     adapted.load_lora_weights(tmp_path / "lora" / LORA, weight_name=FILE)
+
+
+def test_a_student_guides_as_its_teacher_and_is_trained_on_what_guidance_takes(
+    teacher: LoadedPipeline, pictures: Path, tmp_path: Path
+) -> None:
+    """SDXL's pipeline takes zeros for an absent caption, unless its index says otherwise."""
+    for zeros in (True, False):
+        pipeline: Any = copy.copy(teacher.pipeline)
+        pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+        _, text, _, pooled = pipeline.encode_prompt("a cat", device="cpu", do_classifier_free_guidance=True)
+        cache = build_cache(open_source(pictures), replace(teacher, pipeline=pipeline), tmp_path / f"cache {zeros}")
+        sample = cache.sample(0, 0, 0.0, drop_caption=True)
+        assert sample.pooled is not None
+        assert torch.allclose(sample.text, text[0], atol=2e-3)
+        assert torch.allclose(sample.pooled, pooled[0], atol=2e-3)
+        save_pipeline(with_unet(pipeline, pipeline.unet), tmp_path / f"student {zeros}", "student")
+        student = load_pipeline(tmp_path / f"student {zeros}").pipeline
+        assert student.config["force_zeros_for_empty_prompt"] is zeros
+
+
+def test_latents_are_trained_in_the_scale_in_which_the_pipeline_decodes_them(
+    teacher: LoadedPipeline, pictures: Path, tmp_path: Path
+) -> None:
+    """Playground v2.5's VAE has a mean and a standard deviation for each channel."""
+    cache = build_cache(open_source(pictures), teacher, tmp_path / "cache")
+    pipeline: Any = copy.copy(teacher.pipeline)
+    pipeline.register_modules(vae=copy.deepcopy(pipeline.vae))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="sample")
+    plain = make_batches(pipeline, cache, DistillConfig(**COMMON)).make_batch(range(2)).target
+    mean, std = [-1.6, 1.1, 0.4, -0.2], [9.9, 6.2, 7.5, 5.9]
+    pipeline.vae.register_to_config(latents_mean=mean, latents_std=std)
+    latents = make_batches(pipeline, cache, DistillConfig(**COMMON)).make_batch(range(2)).target
+    decoded: list[torch.Tensor] = []
+
+    def see(z: torch.Tensor, **options: Any) -> tuple[torch.Tensor]:
+        decoded.append(z)
+        return (torch.zeros(len(z), 3, 128, 128),)
+
+    pipeline.vae.decode = see
+    pipeline.unet = copy.deepcopy(pipeline.unet)
+    pipeline.unet.forward = lambda *arguments, **options: (latents,)
+    pipeline(["a", "b"], num_inference_steps=2, guidance_scale=1.0, height=128, width=128)
+    assert torch.allclose(decoded[0], plain / pipeline.vae.config.scaling_factor, atol=1e-3)
 
 
 @pytest.mark.slow

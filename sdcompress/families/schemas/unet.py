@@ -62,7 +62,7 @@ class UNetSchema(ComponentSchema):
     encoder_hid_dim_type: None = None
     attention_head_dim: Annotated[Any, per_level(1, 1024)] = 8
     num_attention_heads: None = None
-    dual_cross_attention: bool | None = False
+    dual_cross_attention: Literal[False] | None = False
     use_linear_projection: bool | None = False
     class_embed_type: None = None
     addition_embed_type: Literal["text_time"] | None = None
@@ -81,7 +81,7 @@ class UNetSchema(ComponentSchema):
     conv_out_kernel: Annotated[int, within(1, 9)] = 3
     projection_class_embeddings_input_dim: Annotated[int, within(1, 8 * MOST_CHANNELS)] | None = None
     attention_type: Literal["default"] = "default"
-    class_embeddings_concat: bool | None = False
+    class_embeddings_concat: Literal[False] | None = False
     mid_block_only_cross_attention: bool | None = None
     cross_attention_norm: Literal["layer_norm", "group_norm"] | None = None
     addition_embed_type_num_heads: Annotated[int, within(1, 1024)] = 64

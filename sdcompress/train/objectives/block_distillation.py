@@ -21,7 +21,7 @@ class BlockDistillation(Objective):
     `task_loss` is the MSE of the student's prediction against the true target, `output_kd_loss` against the teacher's
     prediction, `feature_kd_loss` the sum over block pairs of the MSE between block outputs, in float32, and
     `attention_kd_loss` the same over self-attention outputs (KOALA, arXiv 2312.04005, section 3.2). With
-    `feature_norm="teacher"` each pair is divided by the mean square of the teacher's feature.
+    `feature_norm="teacher"` each picture's part of a pair is divided by the mean square of the teacher's feature.
 
     Args:
         teacher: the frozen UNet, in eval mode; None where all distillation weights are 0.
@@ -95,7 +95,12 @@ class BlockDistillation(Objective):
         return expected
 
     def _compare(self, student_feature: torch.Tensor, teacher_feature: torch.Tensor) -> torch.Tensor:
-        """Returns the MSE between two outputs in float32, divided by the teacher's mean square if so configured."""
-        teacher_feature = teacher_feature.float()
-        loss = F.mse_loss(student_feature.float(), teacher_feature)
-        return loss / teacher_feature.square().mean().clamp_min(1e-8) if self.feature_norm == "teacher" else loss
+        """Returns the MSE between two outputs in float32, divided by the teacher's mean square if so configured.
+
+        It is divided picture by picture: the loss of a batch in parts is then the mean of the parts' losses.
+        """
+        student_feature, teacher_feature = student_feature.float(), teacher_feature.float()
+        if self.feature_norm == "none":
+            return F.mse_loss(student_feature, teacher_feature)
+        errors = (student_feature - teacher_feature).square().flatten(1).mean(1)
+        return (errors / teacher_feature.square().flatten(1).mean(1).clamp_min(1e-8)).mean()

@@ -113,6 +113,7 @@ def test_schemas_know_every_entry_of_the_libraries() -> None:
         ("unet", {"block_out_channels": [48, 80]}, "down_block_types has 4 entries for 2 levels"),
         ("unet", {"act_fn": 3, "in_channels": -1, "dropout": float("nan")}, "in_channels.*dropout.*act_fn"),
         ("unet", {"_class_name": "UNet3DConditionModel"}, "UNet3DConditionModel"),
+        ("unet", {"dual_cross_attention": True, "class_embeddings_concat": True}, "dual.*False.*concat.*False"),
         ("vae", {"latent_channels": None}, "latent_channels"),
         ("vae", {"scaling_factor": 0}, "scaling_factor"),
         ("text_encoder", {"hidden_size": 10**9}, "hidden_size"),
