@@ -14,10 +14,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sdcompress_engines import leftovers
 from sdcompress_engines.errors import ArtifactError, StorageError
 from sdcompress_engines.leftovers import OLD, temporary_path
 from sdcompress_engines.manifest import MANIFEST_NAME, write_manifest
-from sdcompress_engines.output_folders import check_file, check_free, replace_folder, staged, staged_file
+from sdcompress_engines.output_folders import (
+    begun_folder,
+    check_file,
+    check_free,
+    locked,
+    replace_folder,
+    staged,
+    staged_file,
+)
 from sdcompress_engines.output_marks import list_foreign
 
 TRAINING = json.dumps({"steps": 1, "batch_size": 1, "learning_rate": 1e-4})
@@ -107,7 +116,10 @@ def test_force_refuses_what_sdcompress_did_not_write(tmp_path: Path) -> None:
     assert "0.png, 1.png, 2.png, ..." in message
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "part/notes.txt", "new/notes.txt", "part/.git", ".env"])
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "part/notes.txt", "new/notes.txt", "part/.git", ".env", ".env.old", ".notes.partial.txt", ".x.work"],
+)
 def test_force_refuses_an_output_with_a_foreign_file(tmp_path: Path, name: str) -> None:
     folder = make_artifact(tmp_path / "out")
     (folder / name).parent.mkdir(exist_ok=True)
@@ -147,6 +159,19 @@ def test_special_folders_are_never_replaced(tmp_path: Path, monkeypatch: pytest.
             check_free(target, force=True)
 
 
+def test_an_empty_folder_that_stays_is_refused_before_the_work_unless_it_is_written_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is or holds the folder you are in"):
+        check_free(Path())
+    check_free(Path(), in_place=True)
+    with pytest.raises(ArtifactError, match="stop"), begun_folder(tmp_path, "mark"):  # noqa: PT012
+        (tmp_path / "mark").touch()
+        raise ArtifactError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_root_is_never_replaced() -> None:
     for force in (False, True):
         with pytest.raises(ArtifactError):
@@ -166,11 +191,13 @@ def write_training(folder: Path) -> None:
 
 
 def write_run(folder: Path) -> None:
-    """What `sdcompress run` leaves when it is stopped in its last stage."""
+    """What `sdcompress run` leaves when it is killed in its last stage."""
     write_training(folder / "bk-tiny")
     (folder / "run.json").write_text(json.dumps({"teacher": "nano", "data": "nano", "plans": [], "recipe": None}))
     make_artifact(folder / "cache", "cache")
     make_artifact(folder / "nano/onnx", "onnx")
+    for name in (".cache.lock", ".report.lock"):
+        (folder / name).touch()
     (folder / ".report.work").mkdir()
     (folder / ".report.work/journal.jsonl").touch()
     (folder / "Thumbs.db").touch()
@@ -354,6 +381,37 @@ def test_a_folder_that_cannot_be_put_in_place_brings_the_old_back(
     with pytest.raises(PermissionError):
         replace_folder(new, target)
     assert snapshot(tmp_path) == before
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_kept_until_the_next_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = make_artifact(tmp_path / "out")
+    before, replace = snapshot(tmp_path), os.replace
+
+    def refuse_in_place(source: Path, place: Path) -> None:
+        if Path(place) == target:
+            raise PermissionError(13, "in use", str(place))
+        replace(source, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", refuse_in_place)
+        with pytest.raises(StorageError), staged(target, force=True):
+            pass
+    monkeypatch.setattr(leftovers, "_is_running", lambda pid: False)  # this process has ended
+    with pytest.raises(ArtifactError, match="--force"):
+        check_free(target)
+    assert snapshot(tmp_path) == before
+
+
+def test_one_process_at_a_time_writes_an_output(tmp_path: Path) -> None:
+    with (
+        locked(tmp_path / "new/out"),
+        pytest.raises(ArtifactError, match="another process"),
+        locked(tmp_path / "new/out"),
+    ):
+        pass
+    assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_thousands_of_inputs_in_one_folder_are_checked_at_once(tmp_path: Path) -> None:
