@@ -93,7 +93,6 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
         is_beside = given.parent in clear and given.name.casefold() != target.name.casefold()
         if is_beside and given.is_file() and not is_link(given):
             continue
-        free = given.absolute().with_name(f"{given.stem}-output{target.suffix}").name
         for place in (given, *_linked_from(given)):
             if _lies_in(place, target):
                 same = _lies_in(target, place)
@@ -102,7 +101,9 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
                 what = f"lies in {place}, which this command reads"
             else:
                 continue
-            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as -o {free}")
+            free = given.absolute().parent / f"{given.absolute().stem}-output{target.suffix}"
+            shown = free if _lies_in(Path.cwd(), given) else free.name
+            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as -o {shown}")
         clear.add(given.parent)
 
 
@@ -242,12 +243,19 @@ def locked(target: Path) -> Iterator[None]:
 
 @contextmanager
 def unless_present(target: Path) -> Iterator[None]:
-    """Ignore the error if another process has written `target`, a folder of the cache, first."""
+    """Ignore the error if another process has written `target`, a folder of the cache, first.
+
+    Raises:
+        StorageError: it cannot be written; no `-o` is proposed.
+    """
     try:
         yield
     except ArtifactError:
         if not target.is_dir():
             raise
+    except StorageError as error:
+        hint = (error.hint or "").replace("choose another -o", "set SDCOMPRESS_CACHE to another folder")
+        raise StorageError(error.what, where=error.where, expected=error.expected, hint=hint or None) from error
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:

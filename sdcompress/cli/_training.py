@@ -161,7 +161,7 @@ def load_inputs(
     from sdcompress.train.run_folder import check_resumable
 
     source = open_source(data, config.data)
-    folder = cache_folder or output.absolute().with_name(f"{output.absolute().name}-cache")
+    folder = cache_folder or output.absolute().parent / f"{output.absolute().name}-cache"
     inputs = [*local_paths(model), *source.inputs, folder, *files]
     if resume:
         check_resumable(output, inputs)
