@@ -13,7 +13,7 @@ from accelerate import PartialState
 from sdcompress_engines.errors import ArtifactError, SdCompressError, StorageError, shorten, storage_errors
 from sdcompress_engines.files import parents_made, replace_file, write_atomically
 from sdcompress_engines.json_files import read_json_object
-from sdcompress_engines.leftovers import OLD, is_temporary, remove_partial_files, temporary_path
+from sdcompress_engines.leftovers import OLD, is_temporary, remove_leftovers, remove_partial_files, temporary_path
 from sdcompress_engines.locks import HeldLock, try_lock
 from sdcompress_engines.output_folders import check_free, check_inputs
 from sdcompress_engines.output_marks import TRAINING
@@ -121,6 +121,7 @@ def _own_folder(output: Path, resume: bool, force: bool, inputs: Iterable[Path],
             _remove_unfinished(output)
             with _restored_unless_begun(output, lock, None if resume else _move_aside(output), is_new, resume):
                 yield
+            remove_leftovers(output.absolute())  # the older run, where the one that replaced it was killed
         finally:
             lock.release()
 

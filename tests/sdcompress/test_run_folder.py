@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from sdcompress_engines import leftovers
 from sdcompress_engines.errors import ArtifactError, ModelError, TrainingError
+from sdcompress_engines.leftovers import OLD, temporary_path
 
 from sdcompress.train import run_folder as module
 from sdcompress.train.checkpoint import Checkpoints, list_checkpoints
@@ -105,6 +107,21 @@ def test_a_run_without_a_checkpoint_is_not_resumed_with_another_recipe_or_plan(t
         assert read(tmp_path / "run") == before
     with run_folder(tmp_path / "run", resume=True, force=False):
         write_recipe(SHORT, tmp_path / "run", "{}")
+
+
+def test_the_end_of_a_resumed_run_removes_the_older_run_that_a_killed_one_moved_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, older = write_run(tmp_path / "run"), temporary_path(tmp_path / "run", OLD)
+    write_run(older / "run")
+    monkeypatch.setattr(leftovers, "_is_running", lambda pid: False)  # this process stands for the killed one
+    with pytest.raises(ModelError), run_folder(tmp_path / "run", resume=True, force=False):
+        raise ModelError("is no teacher")
+    assert older.is_dir()
+    with run_folder(tmp_path / "run", resume=True, force=False):
+        pass
+    assert not older.exists()
+    assert read(tmp_path / "run") == before
 
 
 def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_new_one(tmp_path: Path) -> None:
