@@ -387,7 +387,7 @@ def _measure(
             folder,
             "results",
             {model.name: model.sha256 for model in models},
-            describe_suite(suite),
+            {name: value for name, value in describe_suite(suite).items() if name in (*QUICK, "prompts_sha256")},
         ),
         lambda: run_suite(suite, folder, stages.report, force=True, skipped=skipped, command=command),
     )

@@ -27,7 +27,7 @@ class Stage:
         folder: the artifact.
         kind: the kind in the artifact's manifest.
         inputs: name → sha256 of what the artifact is made from.
-        config: settings that the artifact must have been made with.
+        config: settings that the artifact must have been made with, as far as its version records them.
     """
 
     label: str
@@ -44,7 +44,7 @@ class Stage:
         return (
             manifest is not None
             and self.inputs.items() <= manifest.inputs.items()
-            and self.config.items() <= manifest.config.items()
+            and all(manifest.config.get(name, value) == value for name, value in self.config.items())
         )
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sdcompress_bench import chain
 from sdcompress_bench.chain import ChainSettings
+from sdcompress_bench.chain_stages import Stage, StageRunner
+from sdcompress_bench.scenario import ModelUnderTest
 from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
 from sdcompress_engines.progress import Reporter
 
@@ -74,6 +77,24 @@ def test_a_cache_of_other_data_settings_is_encoded_again(random_folder: Path, pi
     hashes = []
     for flip in (False, True, True):
         inputs = chain._read_inputs(settings(random_folder, pictures, output, overrides={"data": {"flip": flip}}))
-        stages = chain.StageRunner(Reporter(), 1)
+        stages = StageRunner(Reporter(), 1)
         hashes.append((chain._encode_data(stages, teacher, inputs, output).views, bool(stages.seconds)))
     assert hashes == [(1, True), (2, True), (2, False)]
+
+
+def test_a_report_of_other_prompts_or_of_a_first_look_is_measured_again(random_folder: Path, tmp_path: Path) -> None:
+    class Asked(Exception):
+        pass
+
+    class Stages(StageRunner):
+        def run(self, stage: Stage, make: Any) -> None:
+            raise Asked(stage.config)
+
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    models, asked = [ModelUnderTest("random", random_folder, sha256="0")], []
+    for changes in ({}, {"quick": True}, {"prompts_file": tmp_path / "prompts.txt"}):
+        asking = settings(random_folder, tmp_path, tmp_path, **changes)
+        with pytest.raises(Asked) as stop:
+            chain._measure(Stages(Reporter(), 1), asking, models, 64, None)
+        asked.append(stop.value.args[0])
+    assert all(one != other for one, other in itertools.combinations(asked, 2))
