@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,20 +15,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import BackendMissing, SdCompressError, UsageError, storage_errors
+from sdcompress_engines.errors import BackendMissing, SdCompressError, storage_errors
 from sdcompress_engines.files import parents_made, write_atomically
 from sdcompress_engines.leftovers import remove_partial_files
 from sdcompress_engines.manifest import MANIFEST_NAME, sha256_file, sha256_tree
-from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside
+from sdcompress_engines.output_folders import begun_folder, check_free, check_inputs, moved_aside
+from sdcompress_engines.output_marks import RUN
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
-from .chain_stages import Stage, StageRunner, check_names
+from .chain_stages import Stage, StageRunner, name_student
 from .export_jobs import ExportJob, count_workers, run_exports
 from .outputs import count_weights
 from .results import Results, read_results
 from .scenario import ModelUnderTest
-from .suite import run_suite
+from .suite import describe_suite, run_suite
 
 if TYPE_CHECKING:
     from sdcompress.data.cache import LatentCache
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from sdcompress.models.load import LoadedPipeline
     from sdcompress.prune.plan import BlockPlan
     from sdcompress.train.config import DistillConfig
-
-MARKER = "run.json"
-"""The file that marks a folder as one of a run."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     if _continues(settings):
         check_inputs(settings.output, read)
     else:
-        check_free(settings.output, settings.force, read)
+        check_free(settings.output, settings.force, read, in_place=True)
     started = time.monotonic()
     machine = _read_machine()
     graphs = 1 + len(inputs.plans) if machine.onnxruntime else 0
@@ -126,7 +123,6 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
     teacher = load_pipeline(settings.teacher)
     check_trainable(teacher.pipeline)
-    check_names([teacher.name, *inputs.plans], reserved=("cache", "report", MARKER))
     with _begun_folder(settings):
         cache = _encode_data(stages, teacher, inputs, settings.output)
     with _continuable():
@@ -162,22 +158,20 @@ class _Inputs:
 
 def _read_inputs(settings: ChainSettings) -> _Inputs:
     from sdcompress.data.sources import open_source
-    from sdcompress.models.locate import read_unet_config, refuse_student
-    from sdcompress.prune.plan import BlockPlan
-    from sdcompress.prune.presets import PRESETS, read_plan
+    from sdcompress.models.locate import BUILT_IN, display_name, locate_pipeline, read_unet_config, refuse_student
+    from sdcompress.prune.presets import read_plan
     from sdcompress.train.config import DistillConfig
     from sdcompress.train.recipes import load_config
 
     config = load_config(DistillConfig, settings.recipe, dict(settings.overrides))
     unet_config = read_unet_config(settings.teacher)
     refuse_student(unet_config, settings.teacher)
-    plans = dict[str, BlockPlan]()
-    for given in settings.plans:
-        plan = read_plan(given, unet_config)
-        # The name in a plan's file is any text, which could lead out of the output.
-        name = plan.name if plan.name in PRESETS else Path(given).stem
-        if plans.setdefault(name, plan) != plan:
-            raise UsageError(f"two plans are called {name}", where=given, hint="rename one of the files")
+    teacher = settings.teacher if settings.teacher in BUILT_IN else display_name(locate_pipeline(settings.teacher))
+    plans: dict[str, BlockPlan] = {}
+    for file in settings.plans:
+        plan = read_plan(file, unet_config)
+        others = (name for name, other in plans.items() if other != plan)
+        plans[name_student(file, plan, ["cache", "report", teacher, *others])] = plan
     return _Inputs(config, plans, open_source(settings.data, config.data))
 
 
@@ -193,7 +187,7 @@ def _list_read(settings: ChainSettings, inputs: _Inputs) -> list[Path]:
 
 
 def _continues(settings: ChainSettings) -> bool:
-    return not settings.force and (settings.output / MARKER).is_file()
+    return not settings.force and RUN.is_in(settings.output)
 
 
 @contextmanager
@@ -210,16 +204,10 @@ def _begun_folder(settings: ChainSettings) -> Iterator[None]:
         "recipe": settings.recipe,
     }
     kept = nullcontext() if _continues(settings) else moved_aside(output)
-    with storage_errors(output), kept, parents_made(output):
-        output.mkdir(exist_ok=True)
+    with storage_errors(output), kept, parents_made(output), begun_folder(output, RUN.file):
         remove_partial_files(output)
-        try:
-            write_atomically(output / MARKER, json.dumps(marker) + "\n")
-            yield
-        except BaseException:
-            if {path.name for path in output.iterdir()} <= {MARKER}:
-                shutil.rmtree(output)
-            raise
+        write_atomically(output / RUN.file, json.dumps(marker) + "\n")
+        yield
 
 
 @contextmanager
@@ -359,12 +347,20 @@ class _Exporter:
         self.stages.run_together("exporting graphs", stages, make)
 
     def _build_engine(self, name: str, graphs: Path, folder: Path) -> None:
+        from sdcompress_engines.builder import targets
+        from sdcompress_engines.flavour import choose_flavour, present_card
+
         from sdcompress.export.tensorrt import build_engines
 
         capabilities = self.settings.compute_capabilities
+        cards = targets(choose_flavour(None, present_card(), capabilities), capabilities)
         self.stages.run(
             Stage(
-                f"build {name} as a TensorRT engine", folder, "engine", {"onnx": sha256_file(graphs / MANIFEST_NAME)}
+                f"build {name} as a TensorRT engine",
+                folder,
+                "engine",
+                {"onnx": sha256_file(graphs / MANIFEST_NAME)},
+                {"compute_capabilities": [list(card) for card in cards]},
             ),
             lambda: build_engines(
                 graphs, folder, compute_capabilities=capabilities, force=True, report=self.stages.report
@@ -386,7 +382,13 @@ def _measure(
     suite, skipped = build_suite(described, quick=settings.quick, models=tuple(models))
     folder = settings.output / "report"
     stages.run(
-        Stage("measure and write the report", folder, "results", {model.name: model.sha256 for model in models}),
+        Stage(
+            "measure and write the report",
+            folder,
+            "results",
+            {model.name: model.sha256 for model in models},
+            {name: value for name, value in describe_suite(suite).items() if name in (*QUICK, "prompts_sha256")},
+        ),
         lambda: run_suite(suite, folder, stages.report, force=True, skipped=skipped, command=command),
     )
     return read_results(folder / "results.json")

@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import UsageError
+from sdcompress_engines.errors import UsageError, shorten
 from sdcompress_engines.manifest import faults, read_manifest
+from sdcompress_engines.paths import is_plain_path
 from sdcompress_engines.progress import Reporter
+
+if TYPE_CHECKING:
+    from sdcompress.prune.plan import BlockPlan
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Stage:
         folder: the artifact.
         kind: the kind in the artifact's manifest.
         inputs: name → sha256 of what the artifact is made from.
-        config: settings that the artifact must have been made with.
+        config: settings that the artifact must have been made with, as far as its version records them.
     """
 
     label: str
@@ -40,7 +44,7 @@ class Stage:
         return (
             manifest is not None
             and self.inputs.items() <= manifest.inputs.items()
-            and self.config.items() <= manifest.config.items()
+            and all(manifest.config.get(name, value) == value for name, value in self.config.items())
         )
 
 
@@ -113,22 +117,26 @@ class StageRunner:
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - started
 
 
-def check_names(names: Iterable[str], reserved: Iterable[str]) -> None:
-    """Check that each model of a run has a folder of its own in the output.
+def name_student(file: str, plan: BlockPlan, taken: Iterable[str]) -> str:
+    """Returns the name of a plan's student, and of its folder in the run: the plan's own, or its file's.
 
     Args:
-        names: of the models; their folders have these names.
-        reserved: the other names in the output.
+        file: a preset or a plan file.
+        plan: that was read from it.
+        taken: names of other folders of the run.
 
     Raises:
-        UsageError: a name is there twice, or is none of a folder.
+        UsageError: it is one of these, or no name of a folder: a plan may come from anywhere.
     """
-    taken = {"", *reserved}
-    for name in names:
-        if (folder := name.casefold().strip(". ")) in taken:
-            raise UsageError(
-                f"a model called {name!r} has no folder of its own in the output",
-                expected=f"another name for each model, and none of {', '.join(reserved)}",
-                hint="rename the plan's file, or the teacher's folder",
-            )
-        taken.add(folder)
+    name = plan.name if plan.name != "custom" else Path(file).stem
+    if "/" in name or not is_plain_path(name):
+        fault = "which is no name of a folder"
+    elif name.casefold() in map(str.casefold, taken):
+        fault = "as another part of the run is"
+    else:
+        return name
+    raise UsageError(
+        f"its student would be named {shorten(repr(name), 80)}, {fault}",
+        where=file,
+        expected="a plan with another name in it, or in another file where that is custom",
+    )

@@ -22,7 +22,7 @@ from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import BackendMissing, SdCompressError
 from sdcompress_engines.files import parents_made
 from sdcompress_engines.manifest import canonical, installed_versions, sha256_file, write_manifest
-from sdcompress_engines.output_folders import check_free, staged
+from sdcompress_engines.output_folders import check_free, locked, staged
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.support.pictures import save_picture
@@ -74,12 +74,26 @@ def run_suite(
         files: that the suite was read from.
 
     Raises:
-        ArtifactError: `output` is not empty, or holds an input.
+        ArtifactError: `output` is not empty, holds an input, or another process is writing it.
         BackendMissing: no backend is left.
         ModelError, UsageError: a model does not exist, or the teacher does not run.
     """
     inputs = [*files, *list_inputs(suite)]
     _check_request(suite, output, force, inputs, skipped)
+    with locked(output):
+        return _run_alone(suite, output, report, force, command, skipped, inputs)
+
+
+def _run_alone(
+    suite: Suite,
+    output: Path,
+    report: Reporter,
+    force: bool,
+    command: str | None,
+    skipped: dict[str, str] | None,
+    inputs: Sequence[Path],
+) -> Results:
+    """Measure as `run_suite` does, while no other process writes the output; `inputs` are what the suite reads."""
     started = time.monotonic()
     work = output.absolute().with_name(f".{output.name}.work")
     suite = dataclasses.replace(suite, models=tuple(prepare_model(model, report) for model in suite.models))
@@ -143,8 +157,17 @@ def _write_results(results: Results, suite: Suite, folder: Path) -> Results:
     results = dataclasses.replace(results, gates=results.judge(suite.gates))
     results.save(folder / "results.json")
     write_report(results, folder)
-    write_manifest(folder, "results", config=results.settings, inputs=_input_hashes(suite), seed=suite.seed)
+    write_manifest(folder, "results", config=describe_suite(suite), inputs=_input_hashes(suite), seed=suite.seed)
     return results
+
+
+def describe_suite(suite: Suite) -> dict[str, Any]:
+    """Returns the settings in the manifest of a report: those of its results, and a hash of the prompts."""
+    return _settings(suite) | {"prompts_sha256": _hash([asdict(prompt) for prompt in suite.prompts])}
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(canonical(value)).hexdigest()
 
 
 def _settings(suite: Suite) -> dict[str, Any]:
@@ -176,7 +199,7 @@ def fingerprint(suite: Suite, facts: Mapping[str, Any]) -> str:
     machine = [facts["cpu"], facts["cores"], gpus, installed_versions(), facts["commit"]]
     prompts = [asdict(prompt) for prompt in suite.prompts]
     whole = [suite.settings(), models, machine, prompts, str(suite.metric), str(suite.real)]
-    return hashlib.sha256(canonical(whole)).hexdigest()
+    return _hash(whole)
 
 
 def peak_case(case: dict[str, Any]) -> dict[str, Any]:

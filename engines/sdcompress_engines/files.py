@@ -6,6 +6,7 @@ Every file of ours is written by `atomic_file` or `write_atomically`, or in a fo
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -122,6 +123,25 @@ def parents_made(path: Path) -> Iterator[None]:
         raise
 
 
+def copy_tree(source: Path, target: Path, *, without: str = "") -> None:
+    """Copy the files of a folder and its subfolders, without their permissions: a copy may be replaced and removed.
+
+    Args:
+        source: the folder. Links are followed.
+        target: the new folder, or one that is there.
+        without: name of a subfolder that is left out.
+
+    Raises:
+        OSError: no space or no permission.
+    """
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir() and path.name != without:
+            copy_tree(path, target / path.name)
+        elif not path.is_dir():
+            shutil.copyfile(path, target / path.name)
+
+
 def sync_tree(folder: Path) -> None:
     """Force every file in a folder, and the names of all, to the disk.
 
@@ -144,7 +164,8 @@ def sync(path: Path) -> None:
             with suppress(OSError):  # some network file systems cannot synchronize a folder
                 _sync(path, os.O_RDONLY)
         return
-    _sync(path, os.O_RDWR)  # Windows synchronizes only what may be written
+    # Windows synchronizes only what may be written. Elsewhere a copy of a read-only file may be read-only, too.
+    _sync(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
 
 
 def _sync(path: Path, flags: int) -> None:

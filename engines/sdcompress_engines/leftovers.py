@@ -30,6 +30,11 @@ def temporary_path(target: Path, use: str = PARTIAL) -> Path:
     return target.with_name(f".{_shorten(target)}.{os.getpid()}-{_machine()}{uuid.uuid4().hex[:8]}.{use}{suffix}")
 
 
+def is_temporary(name: str) -> bool:
+    """Returns whether `temporary_path` makes names like this one."""
+    return _NAME.fullmatch(name) is not None
+
+
 def bring_back(target: Path) -> None:
     """Put a folder back that a process moved aside and did not replace, because it was killed between the two renames.
 

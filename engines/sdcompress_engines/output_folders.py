@@ -6,12 +6,13 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import ArtifactError, StorageError, storage_errors
 from .files import atomic_file, parents_made, replace_file, sync, sync_tree
 from .leftovers import OLD, bring_back, remove_leftovers, temporary_path
+from .locks import try_lock
 from .output_marks import is_marked, list_foreign
 from .paths import is_link
 
@@ -20,7 +21,7 @@ _MOST_LINKS_READ = 10_000
 """Entries of an input folder among which links are looked for."""
 
 
-def check_free(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -> None:
+def check_free(target: Path, force: bool = False, inputs: Iterable[Path] = (), *, in_place: bool = False) -> None:
     """Refuse an output folder that may not be written or replaced; call it before any work.
 
     What a killed process moved aside is brought back first, and what it left beside the folder is removed.
@@ -29,9 +30,11 @@ def check_free(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -
         target: the folder.
         force: whether a folder that sdcompress wrote may be replaced. One with other files in it never is.
         inputs: files and folders that the command reads, or will make and read.
+        in_place: the command writes into the folder. Otherwise another folder takes its place, also where it is empty.
 
     Raises:
-        ArtifactError: `target` is a file or a link; is, holds or lies in an input; or holds what may not be replaced.
+        ArtifactError: `target` is a file or a link; is, holds or lies in an input; holds what may not be replaced; or
+            is a folder that never is, such as the working folder.
         StorageError: nothing can be written there.
     """
     with storage_errors(target):
@@ -40,7 +43,10 @@ def check_free(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -
         if os.path.lexists(target) and not target.is_dir():
             raise ArtifactError("is a file", where=target, expected="a folder to write to", hint="choose another -o")
         check_inputs(target, inputs)
-        if target.is_dir() and any(target.iterdir()):
+        is_full = target.is_dir() and any(target.iterdir())
+        if is_full or (target.is_dir() and not in_place):
+            _refuse_special(target, is_full)
+        if is_full:
             _check_content(target, force)
         _check_writable(target)
         remove_leftovers(target.absolute())
@@ -87,7 +93,6 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
         is_beside = given.parent in clear and given.name.casefold() != target.name.casefold()
         if is_beside and given.is_file() and not is_link(given):
             continue
-        free = given.absolute().with_name(f"{given.stem}-output{target.suffix}").name
         for place in (given, *_linked_from(given)):
             if _lies_in(place, target):
                 same = _lies_in(target, place)
@@ -96,7 +101,9 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
                 what = f"lies in {place}, which this command reads"
             else:
                 continue
-            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as -o {free}")
+            free = given.absolute().parent / f"{given.absolute().stem}-output{target.suffix}"
+            shown = free if _lies_in(Path.cwd(), given) else free.name
+            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as -o {shown}")
         clear.add(given.parent)
 
 
@@ -115,8 +122,6 @@ def staged(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -> It
     """
     target, inputs = target.absolute(), tuple(inputs)
     check_free(target, force, inputs)
-    if target.is_dir() and (reason := _special(target)):
-        raise ArtifactError(reason, where=target, hint=f"choose a folder in it, such as -o {target / 'output'}")
     temporary = temporary_path(target)
     with storage_errors(target), parents_made(target):
         temporary.mkdir()
@@ -168,7 +173,8 @@ def replace_folder(new: Path, target: Path) -> None:
 def moved_aside(target: Path) -> Iterator[None]:
     """Move a folder out of its place for the block, and delete it then.
 
-    After an error it is put back, unless something else is in its place. An empty folder stays where it is.
+    After an error it is put back, unless something else is in its place. Where that fails, it stays aside, and
+    `check_free` puts it back. An empty folder stays where it is.
 
     Args:
         target: the folder, or nothing.
@@ -189,17 +195,67 @@ def moved_aside(target: Path) -> Iterator[None]:
             replace_file(aside / target.name, target)
         raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if os.path.lexists(target):
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def begun_folder(target: Path, mark: str) -> Iterator[None]:
+    """Make a folder for the block; after an error that leaves at most one file in it, the folder is as it was before.
+
+    Args:
+        target: the folder, missing or there.
+        mark: name of the file that the block writes first. A folder that holds only this file is removed, too.
+    """
+    was_empty = target.is_dir() and not any(target.iterdir())
+    target.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            if {path.name for path in target.iterdir()} <= {mark}:
+                (target / mark).unlink(missing_ok=True)
+                if not was_empty:
+                    target.rmdir()
+        raise
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Keep other processes out of an output for the block, by a file beside it. Missing folders above it are made.
+
+    Raises:
+        ArtifactError: another process is writing the output.
+        StorageError: the file system has no locks.
+    """
+    target = target.absolute()
+    with storage_errors(target), parents_made(target):
+        lock = try_lock(target.with_name(f".{target.name}.lock"), hint="choose another -o, on a local disk")
+        if lock is None:
+            raise ArtifactError(
+                "another process is writing this output", where=target, hint="wait for it, or choose another -o"
+            )
+        try:
+            yield
+        finally:
+            lock.discard()
 
 
 @contextmanager
 def unless_present(target: Path) -> Iterator[None]:
-    """Ignore the error if another process has written `target`, a folder of the cache, first."""
+    """Ignore the error if another process has written `target`, a folder of the cache, first.
+
+    Raises:
+        StorageError: it cannot be written; no `-o` is proposed.
+    """
     try:
         yield
     except ArtifactError:
         if not target.is_dir():
             raise
+    except StorageError as error:
+        hint = (error.hint or "").replace("choose another -o", "set SDCOMPRESS_CACHE to another folder")
+        raise StorageError(error.what, where=error.where, expected=error.expected, hint=hint or None) from error
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
@@ -239,10 +295,6 @@ def _check_content(target: Path, force: bool) -> None:
     Raises:
         ArtifactError: the message says what is there.
     """
-    if reason := _special(target):
-        raise ArtifactError(
-            f"{reason}, and not empty", where=target, hint=f"choose a folder in it, such as -o {target / 'output'}"
-        )
     foreign = list_foreign(target)
     if foreign or not is_marked(target):
         names = foreign or sorted(path.name for path in target.iterdir())
@@ -256,6 +308,15 @@ def _check_content(target: Path, force: bool) -> None:
     if not force:
         raise ArtifactError(
             "exists and is not empty", where=target, hint="add --force to replace it, or choose another -o"
+        )
+
+
+def _refuse_special(target: Path, is_full: bool) -> None:
+    if reason := _special(target):
+        raise ArtifactError(
+            f"{reason}, and not empty" if is_full else reason,
+            where=target,
+            hint=f"choose a folder in it, such as -o {target / 'output'}",
         )
 
 

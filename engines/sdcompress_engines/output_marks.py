@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .errors import ArtifactError
 from .json_files import read_json_object
+from .leftovers import is_temporary
 from .manifest import MANIFEST_NAME, read_manifest
 
 KINDS = frozenset(
@@ -57,15 +58,19 @@ class Mark:
             return False
 
 
-MARKS = (
-    Mark("run.json", frozenset({"teacher", "data", "plans"}), re.compile("")),
-    Mark(
-        "recipe.json",
-        frozenset({"steps", "batch_size", "learning_rate"}),
-        re.compile(
-            r"\.lock|plan\.json|metrics\.jsonl|samples/step-\d+\.webp|(sdcompress|runs|wandb)/.*"  # trackers' folders
-        ),
+RUN = Mark("run.json", frozenset({"teacher", "data", "plans"}), re.compile(r"\.(cache|report)\.lock"))
+"""The mark of `sdcompress run`; beside it, the locks of stages that were killed."""
+TRAINING = Mark(
+    "recipe.json",
+    frozenset({"steps", "batch_size", "learning_rate"}),
+    re.compile(
+        r"\.lock|plan\.json|metrics\.jsonl|samples/step-\d+\.webp|(sdcompress|runs|wandb)/.*"  # trackers' folders
     ),
+)
+"""The mark of a training."""
+MARKS = (
+    RUN,
+    TRAINING,
     Mark(
         "settings.json",
         frozenset({"prompts", "picture_format"}),
@@ -74,8 +79,8 @@ MARKS = (
 )
 """The marks of `sdcompress run`, of a training and of `sdcompress data generate`."""
 
-_TEMPORARY = re.compile(r"\..+\.(partial|old|work)(\.[^.]*)?")
-"""Names of what a stage writes before it is finished: see `leftovers`, the cache's units and the bench's journal."""
+_UNFINISHED = re.compile(r"\..+\.(partial|work)")
+"""Names of folders that a stage fills before it is finished: a cache, a checkpoint and a bench."""
 _OF_THE_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _MOST_FOREIGN = 1000
 
@@ -115,9 +120,14 @@ def _foreign(folder: Path, above: list[tuple[Path, Explains]]) -> Iterator[Path]
         return
     for entry in entries:
         path = Path(entry.path)
-        if _TEMPORARY.fullmatch(entry.name) or entry.name in _OF_THE_SYSTEM:
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if (
+            is_temporary(entry.name)
+            or entry.name in _OF_THE_SYSTEM
+            or (is_folder and _UNFINISHED.fullmatch(entry.name))
+        ):
             continue
-        if entry.is_dir(follow_symlinks=False):
+        if is_folder:
             yield from _foreign(path, known)
         elif not any(explains(path.relative_to(base).as_posix()) for base, explains in known):
             yield path

@@ -149,7 +149,7 @@ def load_inputs(
         ModelError: the model cannot be loaded, or not trained.
         UsageError: no such data or model.
     """
-    from sdcompress_engines.output_folders import check_free, check_inputs
+    from sdcompress_engines.output_folders import check_free
 
     from sdcompress.data.build_cache import build_cache
     from sdcompress.data.cache import LatentCache
@@ -159,14 +159,15 @@ def load_inputs(
     from sdcompress.support.console import is_first_process
     from sdcompress.support.pipeline import native_size_px
     from sdcompress.train.pipelines import check_trainable
+    from sdcompress.train.run_folder import check_resumable
 
     source = open_source(data, config.data)
-    folder = cache_folder or output.absolute().with_name(f"{output.absolute().name}-cache")
+    folder = cache_folder or output.absolute().parent / f"{output.absolute().name}-cache"
     inputs = [*local_paths(model), *source.inputs, folder, *files]
     if resume:
-        check_inputs(output, inputs)
+        check_resumable(output, inputs)
     elif is_first_process():  # which may have made the folder before another one looks
-        check_free(output, force, inputs)
+        check_free(output, force, inputs, in_place=True)
     loaded = load_pipeline(model)
     check_trainable(loaded.pipeline)
     size_px = config.data.size_px or native_size_px(loaded.pipeline)

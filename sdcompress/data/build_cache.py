@@ -6,18 +6,17 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from sdcompress_engines.errors import ArtifactError, DataError, SdCompressError, storage_errors
-from sdcompress_engines.files import parents_made, sync_tree, write_atomically
+from sdcompress_engines.files import sync_tree, write_atomically
 from sdcompress_engines.json_files import read_json_object
-from sdcompress_engines.locks import try_lock
 from sdcompress_engines.manifest import write_manifest
-from sdcompress_engines.output_folders import check_free, replace_folder
+from sdcompress_engines.output_folders import check_free, locked, replace_folder
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings
@@ -109,21 +108,10 @@ def _owned(output: Path, force: bool, inputs: Iterable[Path], state: PartialStat
         ArtifactError: another process is building the cache, or has just built it.
         StorageError: the file system has no locks.
     """
-    with storage_errors(output):
-        if not state.is_main_process:
-            yield
-            return
-        with parents_made(output):
-            lock = try_lock(output.with_name(f".{output.name}.lock"), hint="choose another -o, on a local disk")
-            if lock is None:
-                raise ArtifactError(
-                    "another process is building this cache", where=output, hint="wait for it, or choose another -o"
-                )
-            try:
-                check_free(output, force, inputs)
-                yield
-            finally:
-                lock.discard()
+    with storage_errors(output), locked(output) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            check_free(output, force, inputs)
+        yield
 
 
 @contextmanager

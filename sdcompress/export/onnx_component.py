@@ -81,7 +81,7 @@ class ComponentExporter:
             for name in earlier.files:
                 if name.startswith(f"{component}.onnx"):
                     file = file_inside(self.reuse, name, source=self.reuse / MANIFEST_NAME)
-                    shutil.copy(file, file_inside(self.folder, name, source=self.reuse / MANIFEST_NAME))
+                    shutil.copyfile(file, file_inside(self.folder, name, source=self.reuse / MANIFEST_NAME))
             known = earlier.figures[component]["parity"]
             parity = Parity(**known) if isinstance(known, dict) else None
             return ExportedComponent(parity, time.monotonic() - started)

@@ -5,7 +5,6 @@ One profile, in pixels, gives the shapes of all components. Each engine is built
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import targets
+from sdcompress_engines.files import copy_tree
 from sdcompress_engines.flavour import choose_flavour, present_card
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, sha256_file, write_manifest
 from sdcompress_engines.output_folders import staged
@@ -120,7 +120,7 @@ def build_engines(
             engines[component], reused = builder.get_or_build(component, store)
             builds[component] = BuiltEngine.of(engines[component], reused)
             store.link_or_copy(engines[component], folder)
-        shutil.copytree(onnx_folder / "pipeline", folder / "pipeline")
+        copy_tree(onnx_folder / "pipeline", folder / "pipeline")
         written = write_manifest(
             folder,
             "engine",

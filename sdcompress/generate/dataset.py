@@ -22,7 +22,7 @@ from sdcompress_engines.manifest import FileEntry, Manifest, read_manifest, sha2
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.backends.registry import backend_name
-from sdcompress.generate.output_folder import KIND, METADATA, claim_folder, list_missing
+from sdcompress.generate.output_folder import KIND, METADATA, check_claim, claim_folder, list_missing
 from sdcompress.generate.settings import SAVE_OPTIONS, GenerateSettings
 from sdcompress.models.locate import hash_pipeline, local_paths, locate_pipeline
 from sdcompress.support.pictures import encode_picture
@@ -108,7 +108,8 @@ def generate_dataset(
             report.show_line(f"data set: {output} is complete already")
             return GeneratedSet(output, manifest, 0, 0.0)
         started = time.monotonic()
-        drawn = _draw_missing(teacher, prompts, output, names, settings, report)
+        drawn = _draw_missing(teacher, prompts, output, identity, names, settings, report)
+        check_claim(output, identity)
         rows = (json.dumps(row) + "\n" for row in _describe(names, prompts, settings))
         write_atomically(output / METADATA, "".join(rows))
         manifest = _write_manifest(output, identity, names, min(len(prompts), settings.count))
@@ -138,6 +139,7 @@ def _draw_missing(
     teacher: str | Path,
     prompts: Sequence[str],
     output: Path,
+    identity: dict[str, Any],
     names: list[str],
     settings: GenerateSettings,
     report: Reporter,
@@ -146,6 +148,7 @@ def _draw_missing(
 
     Args:
         teacher, prompts, output, settings, report: as of `generate_dataset`.
+        identity: what decides the pictures.
         names: file names of all pictures.
     """
     from sdcompress.backends.assemble import close_pipeline, open_pipeline
@@ -173,6 +176,7 @@ def _draw_missing(
                         size_px=settings.size_px,
                         batch_size=settings.batch_size,
                     )
+                check_claim(output, identity)
                 written = [i for i in batch if i in lacking]
                 with storage_errors(output):
                     for i in written:

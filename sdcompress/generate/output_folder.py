@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -13,7 +12,7 @@ from sdcompress_engines.errors import ArtifactError, storage_errors
 from sdcompress_engines.files import parents_made, write_atomically
 from sdcompress_engines.leftovers import remove_leftovers, remove_partial_files
 from sdcompress_engines.manifest import Manifest, faults, read_manifest, sha256_file
-from sdcompress_engines.output_folders import check_free, check_inputs, moved_aside
+from sdcompress_engines.output_folders import begun_folder, check_free, check_inputs, moved_aside
 
 KIND = "dataset"
 """Kind of the manifest."""
@@ -45,16 +44,25 @@ def claim_folder(
     """
     _check_folder(output, identity, force, inputs)
     continues = _read_settings(output) == identity
-    with storage_errors(output), parents_made(output), nullcontext() if continues else moved_aside(output):
-        output.mkdir(exist_ok=True)
-        try:
-            if not continues:
-                write_atomically(output / SETTINGS, json.dumps(identity, indent=1))
-            yield _find_finished(output, names)
-        except BaseException:
-            if {path.name for path in output.iterdir()} <= {SETTINGS}:
-                shutil.rmtree(output)
-            raise
+    kept = nullcontext() if continues else moved_aside(output)
+    with storage_errors(output), parents_made(output), kept, begun_folder(output, SETTINGS):
+        if not continues:
+            write_atomically(output / SETTINGS, json.dumps(identity, indent=1))
+        yield _find_finished(output, names)
+
+
+def check_claim(output: Path, identity: dict[str, Any]) -> None:
+    """Refuse to write further pictures where another process has replaced the set by one of other settings.
+
+    Args:
+        output: the folder.
+        identity: see `claim_folder`.
+
+    Raises:
+        ArtifactError: it has.
+    """
+    if _read_settings(output) != identity:
+        raise ArtifactError("was replaced by another process", where=output, hint="choose another -o")
 
 
 def _find_finished(output: Path, names: list[str]) -> Manifest | None:
@@ -83,7 +91,7 @@ def _check_folder(output: Path, identity: dict[str, Any], force: bool, inputs: I
         return
     if not force:
         _refuse_other(output, identity)
-    check_free(output, force=force or _is_begun(output), inputs=inputs)
+    check_free(output, force or _is_begun(output), inputs, in_place=True)
 
 
 def _is_begun(output: Path) -> bool:

@@ -70,9 +70,12 @@ def local_paths(*names_or_paths: str | Path) -> list[Path]:
     """Returns the pipeline folders and files on this machine that names and paths lead to; nothing is downloaded.
 
     Args:
-        names_or_paths: as for `locate_pipeline`; those that lead to nothing here are left out.
+        names_or_paths: as for `locate_pipeline`; those that lead to nothing here are left out. For a built-in model it
+            is the folder in the package that holds both of them.
     """
-    found = []
+    from sdcompress.models import nano
+
+    found = [nano.ASSETS] if any(str(name) in BUILT_IN for name in names_or_paths) else []
     for path in filter(None, map(local_path, names_or_paths)):
         has_pipeline = not (path / "model_index.json").is_file() and (path / "pipeline/model_index.json").is_file()
         found.append(path / "pipeline" if has_pipeline else path)

@@ -5,11 +5,11 @@ metric model.
 from __future__ import annotations
 
 import json
-import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.files import copy_tree
 from sdcompress_engines.manifest import cache_folder, read_manifest, sha256_tree
 from sdcompress_engines.output_folders import staged, unless_present
 
@@ -46,8 +46,8 @@ def pipeline_folder(name: str) -> Path:
     target = cache_folder() / f"{name}-{sha256_tree(unet)[:12]}"
     if not target.is_dir():
         with unless_present(target), staged(target) as out:
-            shutil.copytree(teacher_folder(), out, ignore=shutil.ignore_patterns("unet"), dirs_exist_ok=True)
-            shutil.copytree(unet, out / "unet")
+            copy_tree(teacher_folder(), out, without="unet")
+            copy_tree(unet, out / "unet")
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = "checkpoints"
 PREFIX = "step-"
+_NAME = re.compile(rf"{PREFIX}\d{{8}}")
 STATE = "state.pt"
 DIFFERENCES_SHOWN = 5
 AVERAGES = ("exp_avg", "exp_avg_sq", "average", "first", "second")
@@ -33,14 +35,20 @@ _DELETE = "delete the folder; the run then resumes from the checkpoint before it
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Returns the checkpoint folders, oldest first, damaged ones included."""
-    return sorted(folder.glob(f"{PREFIX}*")) if folder.is_dir() else []
+    """Returns the checkpoint folders, oldest first, damaged ones included; a copy under another name is none."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if _NAME.fullmatch(path.name))
 
 
-def is_intact(path: Path) -> bool:
-    """Returns whether every file of a checkpoint folder, its manifest included, is there and unchanged."""
+def is_intact(path: Path, *, contents: bool = True) -> bool:
+    """Returns whether every file of a checkpoint folder, its manifest included, is there and unchanged.
+
+    Args:
+        path: the folder.
+        contents: read the files' bytes; without it only their sizes are checked.
+    """
     try:
-        return not faults(path, "checkpoint")
+        return not faults(path, "checkpoint", contents=contents)
     except ArtifactError:
         return False
 
@@ -99,11 +107,14 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def _publish(self, step: int, staging: Path, target: Path) -> None:
-        """Write the manifest, rename `staging` to `target` and delete the checkpoints that are not kept."""
+        """Write the manifest, rename `staging` to `target` and delete the checkpoints that are not kept.
+
+        Later ones were damaged, because the run began before them; they do not count.
+        """
         identity = json.loads(json.dumps(self.identity))
         write_manifest(staging, "checkpoint", config={"step": step, "identity": identity})
         replace_folder(staging, target)
-        for old in list_checkpoints(self.folder)[: -self.keep]:
+        for old in [path for path in list_checkpoints(self.folder) if path <= target][: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
     def find_newest(self) -> tuple[int, Path] | None:
@@ -242,11 +253,11 @@ def trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], output: Path) -> None:
-    """Refuse the checkpoint of another run.
+    """Refuse the checkpoint or the recipe of another run.
 
     Args:
-        saved: the identity in the checkpoint's manifest.
-        current: the identity of this run.
+        saved: the identity in the checkpoint's manifest, or the recipe in the folder.
+        current: the same of this run.
         output: the training folder, named in the message.
 
     Raises:
@@ -254,13 +265,13 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], output: Path)
     """
     before, now = flatten(saved), flatten(json.loads(json.dumps(current)))
     differing = [
-        f"{k}: {before.get(k)!r:.60} in the checkpoint, {now.get(k)!r:.60} in this run"
+        f"{k}: {before.get(k)!r:.60} in the folder, {now.get(k)!r:.60} in this run"
         for k in sorted(before | now)
         if before.get(k) != now.get(k)
     ]
     if differing:
         raise TrainingError(
-            "holds the checkpoints of another run: " + shorten("; ".join(differing[:DIFFERENCES_SHOWN])),
+            "holds another run: " + shorten("; ".join(differing[:DIFFERENCES_SHOWN])),
             where=output,
             hint="--force to start over, or another -o",
         )

@@ -1,82 +1,100 @@
-"""The inputs of a run, and what its stages are made from."""
+"""A run continues only in a folder of its own, and only with artifacts of the same settings."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import dataclasses
+import itertools
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sdcompress_bench import chain
 from sdcompress_bench.chain import ChainSettings
-from sdcompress_bench.chain_stages import Stage, StageRunner, check_names
-from sdcompress_engines.errors import UsageError
-from sdcompress_engines.progress import SILENT
+from sdcompress_bench.chain_stages import Stage, StageRunner
+from sdcompress_bench.scenario import ModelUnderTest
+from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
+from sdcompress_engines.progress import Reporter
 
+from sdcompress.models.load import load_pipeline
 from sdcompress.models.locate import read_unet_config
 from sdcompress.prune.presets import make_plan
-from sdcompress.train.config import DistillConfig
 
 
-def write_plan(path: Path, name: str, preset: str = "bk-tiny") -> str:
-    plan = json.loads(make_plan(read_unet_config("nano"), preset).to_json())
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(plan | {"name": name}))
-    return str(path)
+def settings(teacher: Path, data: Path, output: Path, **changes: Any) -> ChainSettings:
+    return ChainSettings(
+        **{
+            "teacher": str(teacher),
+            "data": str(data),
+            "plans": ("bk-tiny",),
+            "recipe": None,
+            "overrides": {},
+            "output": output,
+        }
+        | changes
+    )
 
 
-def read_names(output: Path, *plans: str) -> list[str]:
-    return list(chain._read_inputs(ChainSettings("nano", "nano", plans, None, {}, output)).plans)
+def test_a_run_json_of_another_program_is_kept(random_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/run.json").write_text('{"mine": true}')
+    with pytest.raises(ArtifactError, match="did not write"):
+        chain.run_chain(settings(random_folder, pictures, tmp_path / "mine"))
+    assert (tmp_path / "mine/run.json").read_text() == '{"mine": true}'
 
 
-@pytest.mark.parametrize("name", ["../escaped", "/escaped", "custom", "..", "cache"])
-def test_a_student_is_called_by_its_preset_or_its_plans_file(name: str, tmp_path: Path) -> None:
-    plans = [write_plan(tmp_path / "mine.json", name), write_plan(tmp_path / "other.json", "bk-base", "bk-base")]
-    assert read_names(tmp_path / "out", *plans, "sd-tiny") == ["mine", "bk-base", "bk-tiny"]
-
-
-def test_two_plans_of_one_name_are_refused(tmp_path: Path) -> None:
-    plans = [write_plan(tmp_path / f"{preset}/mine.json", "custom", preset) for preset in ("bk-base", "bk-tiny")]
-    with pytest.raises(UsageError, match="two plans are called mine"):
-        read_names(tmp_path / "out", *plans)
-
-
-@pytest.mark.parametrize("names", [["a", "A"], ["a", "Cache"], ["a", "."], ["report"]])
-def test_models_without_a_folder_of_their_own_are_refused(names: list[str]) -> None:
-    with pytest.raises(UsageError, match="has no folder of its own"):
-        check_names(names, reserved=("cache", "report"))
-
-
-class Recorder(StageRunner):
-    """A stand-in that records the stages and runs none."""
-
-    def __init__(self) -> None:
-        super().__init__(SILENT, 1)
-        self.stages: list[Stage] = []
-
-    def run(self, stage: Stage, make: Callable[[], Any]) -> None:
-        self.stages.append(stage)
-
-
-def test_another_plan_and_other_data_settings_are_another_artifact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_that_fails_at_once_leaves_an_empty_folder_as_it_was(
+    random_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teacher: Any = SimpleNamespace(sha256="0", pipeline=None)
-    cache: Any = SimpleNamespace(sha256="1")
-    stages = Recorder()
-    monkeypatch.setattr(chain, "sha256_tree", lambda folder: "2")
-    for preset in ("bk-base", "bk-tiny"):
-        plan = make_plan(read_unet_config("nano"), preset)
-        chain._distill_student(stages, teacher, "mine", plan, cache, DistillConfig(), tmp_path)
-    monkeypatch.setattr("sdcompress.data.cache.LatentCache.open", lambda *arguments: cache)
-    for flip in (False, True):
-        inputs: Any = SimpleNamespace(
-            config=DistillConfig.model_validate({"data": {"size_px": 64, "flip": flip}}),
-            source=SimpleNamespace(fingerprint=lambda: "3"),
-        )
-        chain._encode_data(stages, teacher, inputs, tmp_path)
-    student, other_student, encoded, otherwise_encoded = (stage.config for stage in stages.stages)
-    assert student != other_student
-    assert encoded != otherwise_encoded
+    def fail(*args: Any) -> None:
+        raise ModelError("no memory")
+
+    monkeypatch.setattr(chain, "_encode_data", fail)
+    (tmp_path / "empty").mkdir()
+    for output in ("empty", "new/run"):
+        with pytest.raises(ModelError, match="no memory"):
+            chain.run_chain(settings(random_folder, pictures, tmp_path / output))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty"]
+
+
+@pytest.mark.parametrize(
+    "names", [["cache"], ["Report"], ["random"], ["same", "same"], ["../above"], ["/root"], ["custom"]]
+)
+def test_each_student_has_a_folder_of_its_own_in_the_run(
+    random_folder: Path, pictures: Path, tmp_path: Path, names: list[str]
+) -> None:
+    config, files = read_unet_config(random_folder), []
+    for number, (name, preset) in enumerate(zip(names, ("bk-tiny", "bk-base"), strict=False)):
+        files.append(str(tmp_path / str(number) / "cache.json"))
+        Path(files[-1]).parent.mkdir()
+        Path(files[-1]).write_text(dataclasses.replace(make_plan(config, preset), name=name).to_json())
+    with pytest.raises(UsageError, match="its student would be named"):
+        chain._read_inputs(settings(random_folder, pictures, tmp_path / "out", plans=tuple(files)))
+
+
+def test_a_cache_of_other_data_settings_is_encoded_again(random_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    teacher, output = load_pipeline(random_folder), tmp_path / "out"
+    output.mkdir()
+    hashes = []
+    for flip in (False, True, True):
+        inputs = chain._read_inputs(settings(random_folder, pictures, output, overrides={"data": {"flip": flip}}))
+        stages = StageRunner(Reporter(), 1)
+        hashes.append((chain._encode_data(stages, teacher, inputs, output).views, bool(stages.seconds)))
+    assert hashes == [(1, True), (2, True), (2, False)]
+
+
+def test_a_report_of_other_prompts_or_of_a_first_look_is_measured_again(random_folder: Path, tmp_path: Path) -> None:
+    class Asked(Exception):
+        pass
+
+    class Stages(StageRunner):
+        def run(self, stage: Stage, make: Any) -> None:
+            raise Asked(stage.config)
+
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    models, asked = [ModelUnderTest("random", random_folder, sha256="0")], []
+    for changes in ({}, {"quick": True}, {"prompts_file": tmp_path / "prompts.txt"}):
+        asking = settings(random_folder, tmp_path, tmp_path, **changes)
+        with pytest.raises(Asked) as stop:
+            chain._measure(Stages(Reporter(), 1), asking, models, 64, None)
+        asked.append(stop.value.args[0])
+    assert all(one != other for one, other in itertools.combinations(asked, 2))

@@ -16,7 +16,7 @@ from sdcompress_bench.journal import Journal
 from sdcompress_bench.results import Results, read_results
 from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
 from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError
-from sdcompress_engines.manifest import faults
+from sdcompress_engines.manifest import faults, read_manifest
 
 PROMPTS = tuple(
     Prompt(f"{phrase} a {thing}", style)
@@ -94,6 +94,16 @@ def test_all_measurements_are_in_the_results_and_the_results_in_the_folder(measu
 
 
 @pytest.mark.slow
+def test_the_manifest_tells_a_report_from_one_with_other_settings(
+    measured: tuple[Path, Results], settings: Suite
+) -> None:
+    manifest = read_manifest(measured[0])
+    assert manifest is not None
+    other = dataclasses.replace(settings, prompts=(Prompt("a cup"), *settings.prompts[1:]))
+    assert suite.describe_suite(settings).items() <= manifest.config.items()
+    assert not suite.describe_suite(other).items() <= manifest.config.items()
+
+
 def test_the_same_weights_are_compared_with_pytorch_fp32(measured: tuple[Path, Results]) -> None:
     entries = {(e["model"], e["backend"], e["precision"]): e for e in measured[1].backends}
     assert set(entries) == {

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from sdcompress.models.nano import teacher_folder
+
 from .conftest import Cli, one_line
 
 Command = Callable[[Path], list[object]]
@@ -88,6 +90,18 @@ def test_no_file_command_touches_its_inputs(cli: Cli, tmp_path: Path, place: Pat
         assert code in (1, 2), output
         assert "Traceback" not in err
     assert contents(tmp_path) == before
+
+
+def test_the_root_and_the_folder_of_a_built_in_model_are_refused(cli: Cli) -> None:
+    for command in (
+        ["distill", "nano", "--data", "nano", "-o", "/"],
+        ["distill", "nano", "--data", "nano", "-o", "/", "--resume"],
+        ["plan", "nano", "-o", teacher_folder() / "plan.json"],
+        ["data", "generate", "nano", "--prompts", Path(__file__), "-n", 1, "-o", teacher_folder() / "new"],
+    ):
+        code, _, err = cli(*command)
+        assert code == 1, command
+        assert "which this command reads" in one_line(err)
 
 
 def test_a_plan_replaces_a_plan_only(cli: Cli, tmp_path: Path) -> None:

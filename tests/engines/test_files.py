@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from sdcompress_engines.errors import ArtifactError
-from sdcompress_engines.files import check_regular, replace_file, write_atomically
+from sdcompress_engines.files import check_regular, copy_tree, replace_file, sync_tree, write_atomically
 
 
 def refuse_like_windows(patch: pytest.MonkeyPatch, times: int, winerror: int) -> list[str]:
@@ -92,6 +92,28 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "replace", lambda source, target: (done.append("rename"), replace(source, target)))
     write_atomically(tmp_path / "target", "new")
     assert done[:2] == ["sync", "rename"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows synchronizes only what may be written")
+def test_a_read_only_folder_is_synchronized_and_its_copy_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source/part").mkdir(parents=True)
+    (tmp_path / "source/part/file").touch()
+    (tmp_path / "source/part/file").chmod(0o444)
+    (tmp_path / "source/part").chmod(0o555)
+    copy_tree(tmp_path / "source", tmp_path / "copy")
+    assert (tmp_path / "copy/part").stat().st_mode & 0o200
+    assert (tmp_path / "copy/part/file").stat().st_mode & 0o200
+    opened = os.open
+
+    def refuse_to_write(path: Any, flags: int, *args: Any) -> int:
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "no permission", str(path))
+        return opened(path, flags, *args)
+
+    monkeypatch.setattr(os, "open", refuse_to_write)  # as it is for users without root's rights
+    sync_tree(tmp_path / "source")
 
 
 def test_a_disk_that_fails_at_the_end_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,7 @@ def test_force_keeps_nothing_and_a_run_that_could_not_begin_leaves_no_folder(tmp
 def test_a_resumed_run_that_could_not_begin_leaves_the_folder(tmp_path: Path) -> None:
     output = tmp_path / "run"
     (output / "checkpoints").mkdir(parents=True)
+    (output / "recipe.json").write_text(RECIPE)
     with pytest.raises(ModelError), run_folder(output, resume=True, force=False):
         raise ModelError("is no teacher")
     assert (output / "checkpoints").is_dir()

@@ -15,8 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdcompress_engines.errors import ArtifactError, StorageError
 from sdcompress_engines.files import replace_file
-from sdcompress_engines.manifest import MANIFEST_NAME, FileEntry, Manifest, faults, read_manifest, write_manifest
+from sdcompress_engines.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    cache_folder,
+    faults,
+    read_manifest,
+    write_manifest,
+)
 from sdcompress_engines.output_folders import staged
+from sdcompress_engines.trust import trust_folder
 
 from ..hostile_text import NAMES, write_sealed
 
@@ -146,3 +155,12 @@ def test_a_manifest_with_other_types_is_our_error(tmp_path: Path, change: dict[s
     write_sealed(tmp_path / MANIFEST_NAME, {"schema": 1, "kind": "student", "files": {}} | change)
     with pytest.raises(ArtifactError):
         read_manifest(tmp_path)
+
+
+def test_the_home_folder_is_meant_in_the_variables_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("SDCOMPRESS_CACHE", "~/cache")
+    monkeypatch.setenv("SDCOMPRESS_CONFIG", "~/config")
+    assert cache_folder() == tmp_path / "cache"
+    assert trust_folder() == tmp_path / "config/trusted"

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,32 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sdcompress_engines.errors import ArtifactError, StorageError
-from sdcompress_engines.leftovers import OLD, temporary_path
-from sdcompress_engines.manifest import MANIFEST_NAME, write_manifest
-from sdcompress_engines.output_folders import check_file, check_free, replace_folder, staged, staged_file
+from sdcompress_engines.manifest import MANIFEST_NAME
+from sdcompress_engines.output_folders import (
+    begun_folder,
+    check_file,
+    check_free,
+    staged,
+    staged_file,
+    unless_present,
+)
 from sdcompress_engines.output_marks import list_foreign
 
+from .artifact_folders import make_artifact, snapshot
+
 TRAINING = json.dumps({"steps": 1, "batch_size": 1, "learning_rate": 1e-4})
-
-
-def snapshot(folder: Path) -> dict[str, bytes | str | None]:
-    """Every path below a folder with its content: bytes of a file, target of a link, None of a folder."""
-    return {
-        path.relative_to(folder).as_posix(): os.readlink(path)
-        if path.is_symlink()
-        else path.read_bytes()
-        if path.is_file()
-        else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-def make_artifact(folder: Path, kind: str = "results") -> Path:
-    """An artifact with one file in a subfolder."""
-    (folder / "part").mkdir(parents=True)
-    (folder / "part/file").write_text("before")
-    write_manifest(folder, kind)
-    return folder
 
 
 def refuse(target: Path, *, force: bool = True, inputs: list[Path] = []) -> ArtifactError:  # noqa: B006
@@ -90,6 +75,23 @@ def test_an_output_is_apart_from_every_input(tmp_path: Path, where: str, force: 
     )
 
 
+def test_the_proposed_place_is_free_also_for_who_is_in_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_artifact(tmp_path / "data")
+    monkeypatch.chdir(data)
+    with pytest.raises(ArtifactError) as refusal:
+        check_free(Path("out"), inputs=[Path()])
+    assert refusal.value.hint is not None
+    assert refusal.value.hint.endswith(f"-o {tmp_path / 'data-output'}")
+
+
+def test_the_error_of_a_folder_in_the_cache_names_the_variable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="SDCOMPRESS_CACHE"), unless_present(tmp_path / "file/model"):
+        check_free(tmp_path / "file/model")
+
+
 def test_an_output_beside_an_input_is_free(tmp_path: Path) -> None:
     model = make_artifact(tmp_path / "run/pipeline", "student")
     with staged(tmp_path / "run/onnx", inputs=[model, tmp_path / "run2", Path("nano")]) as folder:
@@ -107,7 +109,10 @@ def test_force_refuses_what_sdcompress_did_not_write(tmp_path: Path) -> None:
     assert "0.png, 1.png, 2.png, ..." in message
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "part/notes.txt", "new/notes.txt", "part/.git", ".env"])
+@pytest.mark.parametrize(
+    "name",
+    ["notes.txt", "part/notes.txt", "new/notes.txt", "part/.git", ".env", ".env.old", ".notes.partial.txt", ".x.work"],
+)
 def test_force_refuses_an_output_with_a_foreign_file(tmp_path: Path, name: str) -> None:
     folder = make_artifact(tmp_path / "out")
     (folder / name).parent.mkdir(exist_ok=True)
@@ -147,6 +152,19 @@ def test_special_folders_are_never_replaced(tmp_path: Path, monkeypatch: pytest.
             check_free(target, force=True)
 
 
+def test_an_empty_folder_that_stays_is_refused_before_the_work_unless_it_is_written_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArtifactError, match="is or holds the folder you are in"):
+        check_free(Path())
+    check_free(Path(), in_place=True)
+    with pytest.raises(ArtifactError, match="stop"), begun_folder(tmp_path, "mark"):  # noqa: PT012
+        (tmp_path / "mark").touch()
+        raise ArtifactError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_root_is_never_replaced() -> None:
     for force in (False, True):
         with pytest.raises(ArtifactError):
@@ -166,11 +184,13 @@ def write_training(folder: Path) -> None:
 
 
 def write_run(folder: Path) -> None:
-    """What `sdcompress run` leaves when it is stopped in its last stage."""
+    """What `sdcompress run` leaves when it is killed in its last stage."""
     write_training(folder / "bk-tiny")
     (folder / "run.json").write_text(json.dumps({"teacher": "nano", "data": "nano", "plans": [], "recipe": None}))
     make_artifact(folder / "cache", "cache")
     make_artifact(folder / "nano/onnx", "onnx")
+    for name in (".cache.lock", ".report.lock"):
+        (folder / name).touch()
     (folder / ".report.work").mkdir()
     (folder / ".report.work/journal.jsonl").touch()
     (folder / "Thumbs.db").touch()
@@ -267,93 +287,6 @@ def test_a_place_without_permission_is_refused_before_the_work(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="not a folder"):
         check_free(tmp_path / "file/out")
-
-
-STOPPED = """
-import os, signal, sys
-from pathlib import Path
-from sdcompress_engines import files, output_folders
-
-real, renames = os.replace, 0
-
-def replace(source, target):
-    global renames
-    real(source, target)
-    renames += Path(source).parent == Path(sys.argv[1]).parent  # not of the manifest inside
-    if renames == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-os.replace = replace
-with output_folders.staged(Path(sys.argv[1]), force=True) as folder:
-    (folder / "after").touch()
-    if sys.argv[2] == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
-@pytest.mark.parametrize(("renames", "expected"), [(0, "before"), (1, "before"), (2, "after")])
-def test_after_a_kill_the_next_command_finds_the_old_or_the_new_folder(
-    tmp_path: Path, renames: int, expected: str
-) -> None:
-    target = make_artifact(tmp_path / "out")
-    ended = subprocess.run([sys.executable, "-c", STOPPED, str(target), str(renames)], check=False)
-    assert ended.returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) > 1 or renames == 1
-    assert target.exists() == (renames != 1)
-    if expected == "before":
-        check_free(target, force=True)
-        assert (target / "part/file").read_text() == "before"
-    else:
-        with pytest.raises(ArtifactError, match="after"):  # it has no manifest
-            check_free(target, force=True)
-        (target / "after").unlink()
-        check_free(target)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_a_running_process_uses_stays(tmp_path: Path) -> None:
-    target = tmp_path / "out"
-    for use in ("partial", OLD):
-        temporary_path(target, use).mkdir()
-    other = temporary_path(target)
-    other = other.with_name(other.name.replace(f".{os.getpid()}-", ".1-"))
-    other.mkdir()
-    foreign = tmp_path / ".out.99999-0000000123456789.partial"  # of another machine
-    foreign.mkdir()
-    check_free(target)
-    assert len(list(tmp_path.iterdir())) == 4
-
-
-def test_a_leftover_of_another_output_stays(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    left = temporary_path(tmp_path / "other")
-    left = left.with_name(left.name.replace(f".{os.getpid()}-", f".{ended.pid}-"))
-    left.mkdir()
-    check_free(tmp_path / "out")
-    assert left.is_dir()
-    check_free(tmp_path / "other")
-    assert not left.exists()
-
-
-def test_a_folder_that_cannot_be_put_in_place_brings_the_old_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    target, new = make_artifact(tmp_path / "out"), tmp_path / "new"
-    new.mkdir()
-    before = snapshot(tmp_path)
-    real = os.replace
-
-    def replace(source: Path, place: Path) -> None:
-        if Path(source) == new:
-            raise PermissionError(13, "in use", str(place))
-        real(source, place)
-
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(PermissionError):
-        replace_folder(new, target)
-    assert snapshot(tmp_path) == before
 
 
 def test_thousands_of_inputs_in_one_folder_are_checked_at_once(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_second_build_of_a_cache_is_refused_while_the_first_goes_on(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def start_another(self: UnitEncoder, *args: Any) -> Any:
-        with pytest.raises(ArtifactError, match="another process is building this cache"):
+        with pytest.raises(ArtifactError, match="another process is writing this output"):
             build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
         return encode(self, *args)
 

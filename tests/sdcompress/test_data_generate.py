@@ -147,6 +147,25 @@ def test_a_run_stopped_before_its_first_picture_allows_other_settings(random_fol
     assert generate_dataset(random_folder, PROMPTS, folder, replace(SETTINGS, count=1)).drawn == 1
 
 
+def test_a_set_that_another_process_has_replaced_gets_no_pictures_of_this_one(
+    random_folder: Path, tmp_path: Path
+) -> None:
+    class ReplaceAfterOne(StopAfter):
+        @contextmanager
+        def task(self, label: str, total: int | None = None) -> Iterator[Advance]:
+            def advance(n: int = 1, note: str = "") -> None:
+                self.left -= 1
+                if self.left == 0:
+                    generate_dataset(random_folder, PROMPTS[1:], tmp_path / "set", SETTINGS, force=True)
+
+            yield advance
+
+    with pytest.raises(ArtifactError, match="was replaced by another process"):
+        generate_dataset(random_folder, PROMPTS, tmp_path / "set", SETTINGS, report=ReplaceAfterOne(1))
+    assert faults(tmp_path / "set", "dataset") == []
+    assert open_source(tmp_path / "set").skipped.count == 0
+
+
 def test_foreign_files_are_not_touched(random_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("x")
     with pytest.raises(ArtifactError, match="not empty"):
