@@ -24,51 +24,22 @@ from sdcompress_engines.output_folders import check_free, check_inputs, moved_as
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
+from .chain_inputs import CACHE, REPORT, ChainSettings, Inputs, list_read, read_inputs
 from .chain_stages import Stage, StageRunner
 from .export_jobs import ExportJob, count_workers, run_exports
 from .outputs import count_weights
 from .results import Results, read_results
 from .scenario import ModelUnderTest
-from .suite import run_suite
+from .suite import hash_inputs, run_suite
 
 if TYPE_CHECKING:
     from sdcompress.data.cache import LatentCache
-    from sdcompress.data.sources import Source
     from sdcompress.models.load import LoadedPipeline
     from sdcompress.prune.plan import BlockPlan
     from sdcompress.train.config import DistillConfig
 
 MARKER = "run.json"
 """The file that marks a folder as one of a run."""
-
-
-@dataclass(frozen=True)
-class ChainSettings:
-    """What a run does.
-
-    Attributes:
-        teacher: a name, a path or a hub id.
-        data: a folder of captioned pictures, shards, or `nano`.
-        plans: presets or plan files, one for each student.
-        recipe: the training settings, a name or a file; None takes the defaults.
-        overrides: training settings that override the recipe's; None values are ignored.
-        output: the run's folder.
-        compute_capabilities: (major, minor) of the cards to build engines for; None takes the usual ones.
-        prompts_file: captions for the report; None takes the usual ones.
-        quick: measure less.
-        force: replace the output folder.
-    """
-
-    teacher: str
-    data: str
-    plans: tuple[str, ...]
-    recipe: str | None
-    overrides: Mapping[str, Any]
-    output: Path
-    compute_capabilities: Sequence[tuple[int, int]] | None = None
-    prompts_file: Path | None = None
-    quick: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,8 +83,8 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     """
     from sdcompress.models.load import load_pipeline
 
-    inputs = _read_inputs(settings)
-    read = _list_read(settings, inputs)
+    inputs = read_inputs(settings)
+    read = list_read(settings, inputs)
     if _continues(settings):
         check_inputs(settings.output, read)
     else:
@@ -142,47 +113,10 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
         {name: (folder / "unet.engine").stat().st_size for name, folder in exporter.engines.items()},
         machine.no_engine,
         results,
-        settings.output / "report" / "report.html",
+        settings.output / REPORT / "report.html",
         time.monotonic() - started,
         stages.seconds,
     )
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The run's inputs, read and checked."""
-
-    config: DistillConfig
-    plans: Mapping[str, BlockPlan]
-    source: Source
-
-
-def _read_inputs(settings: ChainSettings) -> _Inputs:
-    from sdcompress.data.sources import open_source
-    from sdcompress.models.locate import read_unet_config, refuse_student
-    from sdcompress.prune.presets import read_plan
-    from sdcompress.train.config import DistillConfig
-    from sdcompress.train.recipes import load_config
-
-    config = load_config(DistillConfig, settings.recipe, dict(settings.overrides))
-    unet_config = read_unet_config(settings.teacher)
-    refuse_student(unet_config, settings.teacher)
-    plans = {}
-    for name in settings.plans:
-        plan = read_plan(name, unet_config)
-        plans[plan.name if plan.name != "custom" else Path(name).stem] = plan
-    return _Inputs(config, plans, open_source(settings.data, config.data))
-
-
-def _list_read(settings: ChainSettings, inputs: _Inputs) -> list[Path]:
-    """Returns the files and folders that a run reads."""
-    from sdcompress.models.locate import local_paths
-    from sdcompress.prune.presets import plan_files
-    from sdcompress.train.recipes import recipe_files
-
-    prompts = [] if settings.prompts_file is None else [settings.prompts_file]
-    files = [*plan_files(*settings.plans), *recipe_files(settings.recipe), *prompts]
-    return [*local_paths(settings.teacher), *inputs.source.inputs, *files]
 
 
 def _continues(settings: ChainSettings) -> bool:
@@ -253,19 +187,19 @@ def _read_machine() -> _Machine:
     return _Machine(gpu, not available("cuda" if gpu else "cpu")["onnxruntime"], no_engine)
 
 
-def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: _Inputs, output: Path) -> LatentCache:
+def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: Inputs, output: Path) -> LatentCache:
     from sdcompress.data.build_cache import build_cache
-    from sdcompress.data.cache import LatentCache
+    from sdcompress.data.cache import LatentCache, select_content_settings
     from sdcompress.support.pipeline import native_size_px
 
-    config, folder = inputs.config.data, output / "cache"
+    config, folder = inputs.config.data, output / CACHE
     size_px = config.size_px or native_size_px(teacher.pipeline)
     stage = Stage(
         "encode the data",
         folder,
         "cache",
         {"teacher": teacher.sha256},
-        {"files": inputs.source.fingerprint(), "size_px": size_px},
+        {"files": inputs.source.fingerprint(), "size_px": size_px, "data": select_content_settings(config)},
     )
     stages.run(
         stage,
@@ -354,12 +288,20 @@ class _Exporter:
         self.stages.run_together("exporting graphs", stages, make)
 
     def _build_engine(self, name: str, graphs: Path, folder: Path) -> None:
+        from sdcompress_engines.builder import targets
+        from sdcompress_engines.flavour import choose_flavour, present_card
+
         from sdcompress.export.tensorrt import build_engines
 
         capabilities = self.settings.compute_capabilities
+        cards = targets(choose_flavour(None, present_card(), capabilities), capabilities)
         self.stages.run(
             Stage(
-                f"build {name} as a TensorRT engine", folder, "engine", {"onnx": sha256_file(graphs / MANIFEST_NAME)}
+                f"build {name} as a TensorRT engine",
+                folder,
+                "engine",
+                {"onnx": sha256_file(graphs / MANIFEST_NAME)},
+                {"compute_capabilities": [list(card) for card in cards]},
             ),
             lambda: build_engines(
                 graphs, folder, compute_capabilities=capabilities, force=True, report=self.stages.report
@@ -379,9 +321,9 @@ def _measure(
     if settings.prompts_file is not None:
         described["prompts"] = str(settings.prompts_file)
     suite, skipped = build_suite(described, quick=settings.quick, models=tuple(models))
-    folder = settings.output / "report"
+    folder = settings.output / REPORT
     stages.run(
-        Stage("measure and write the report", folder, "results", {model.name: model.sha256 for model in models}),
+        Stage("measure and write the report", folder, "results", hash_inputs(suite), suite.settings()),
         lambda: run_suite(suite, folder, stages.report, force=True, skipped=skipped, command=command),
     )
     return read_results(folder / "results.json")

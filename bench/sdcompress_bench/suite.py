@@ -143,7 +143,7 @@ def _write_results(results: Results, suite: Suite, folder: Path) -> Results:
     results = dataclasses.replace(results, gates=results.judge(suite.gates))
     results.save(folder / "results.json")
     write_report(results, folder)
-    write_manifest(folder, "results", config=results.settings, inputs=_input_hashes(suite), seed=suite.seed)
+    write_manifest(folder, "results", config=results.settings, inputs=hash_inputs(suite), seed=suite.seed)
     return results
 
 
@@ -157,8 +157,10 @@ def _read_losses(suite: Suite) -> dict[str, dict[str, list[list[float]]]]:
     return {name: losses for name, path in sources if path is not None and (losses := read_losses(path))}
 
 
-def _input_hashes(suite: Suite) -> dict[str, str]:
-    hashes = {model.name: model.sha256 for model in suite.models}
+def hash_inputs(suite: Suite) -> dict[str, str]:
+    """Returns what a suite measures, name → sha256: the models, the prompts, and the CLIP that judges."""
+    hashes = {"prompts": hashlib.sha256(canonical([asdict(prompt) for prompt in suite.prompts])).hexdigest()}
+    hashes |= {model.name: model.sha256 for model in suite.models}
     if suite.metric and (suite.metric / "model.safetensors").is_file():
         hashes["metric"] = sha256_file(suite.metric / "model.safetensors")
     return hashes

@@ -21,7 +21,8 @@ from sdcompress.cli._training import DATA_HELP
 from sdcompress.cli._types import NAME, TRAINING_STEPS, Capability, FilePath
 
 if TYPE_CHECKING:
-    from sdcompress_bench.chain import ChainResult, ChainSettings
+    from sdcompress_bench.chain import ChainResult
+    from sdcompress_bench.chain_inputs import ChainSettings
 
 
 @click.command()
@@ -70,7 +71,7 @@ def command(compute_capability: tuple[int, int] | None, steps: int | None, **set
       sdcompress run nano --data nano --recipe nano -o demo
       sdcompress run ./realistic-vision-v4 --data ./pictures --plan sd-small --plan sd-tiny --steps 50000 -o rv4
     """
-    from sdcompress_bench.chain import ChainSettings
+    from sdcompress_bench.chain_inputs import ChainSettings
 
     capabilities = None if compute_capability is None else [compute_capability]
     run_and_print(ChainSettings(**settings, overrides={"steps": steps}, compute_capabilities=capabilities))
