@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .command import command_line
 from .errors import ArtifactError, StorageError, storage_errors
 from .files import atomic_file, parents_made, replace_file, sync, sync_tree
 from .leftovers import OLD, bring_back, remove_leftovers, temporary_path
@@ -96,7 +97,7 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
                 what = f"lies in {place}, which this command reads"
             else:
                 continue
-            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as -o {free}")
+            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as {_option(free)}")
         clear.add(given.parent)
 
 
@@ -116,7 +117,7 @@ def staged(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -> It
     target, inputs = target.absolute(), tuple(inputs)
     check_free(target, force, inputs)
     if target.is_dir() and (reason := _special(target)):
-        raise ArtifactError(reason, where=target, hint=f"choose a folder in it, such as -o {target / 'output'}")
+        raise ArtifactError(reason, where=target, hint=f"choose a folder in it, such as {_option(target / 'output')}")
     temporary = temporary_path(target)
     with storage_errors(target), parents_made(target):
         temporary.mkdir()
@@ -223,6 +224,10 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def _option(place: str | Path) -> str:
+    return command_line(["-o", str(place)])
+
+
 def _refuse_link(target: Path) -> None:
     if is_link(target):
         raise ArtifactError(
@@ -241,7 +246,9 @@ def _check_content(target: Path, force: bool) -> None:
     """
     if reason := _special(target):
         raise ArtifactError(
-            f"{reason}, and not empty", where=target, hint=f"choose a folder in it, such as -o {target / 'output'}"
+            f"{reason}, and not empty",
+            where=target,
+            hint=f"choose a folder in it, such as {_option(target / 'output')}",
         )
     foreign = list_foreign(target)
     if foreign or not is_marked(target):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import (
     ConsoleReporter,
@@ -99,7 +99,7 @@ def run_and_print(settings: ChainSettings) -> None:
     card(
         f"{result.teacher} → {', '.join(result.students)}",
         rows,
-        command_line(["sdcompress", "generate", str(student), result.results.captions[0], "-o", "out.png"]),
+        command_line(["sdcompress", "generate", as_argument(student), result.results.captions[0], "-o", "out.png"]),
     )
 
 
