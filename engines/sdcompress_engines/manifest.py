@@ -305,4 +305,4 @@ def find_file_fault(path: Path, entry: FileEntry, digest: Callable[[Path], str] 
 
 def cache_folder() -> Path:
     """Returns the folder for derived files: `$SDCOMPRESS_CACHE`, else `~/.cache/sdcompress`."""
-    return Path(os.environ.get("SDCOMPRESS_CACHE") or expand_user("~/.cache/sdcompress"))
+    return expand_user(os.environ.get("SDCOMPRESS_CACHE") or "~/.cache/sdcompress")

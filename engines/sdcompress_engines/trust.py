@@ -62,7 +62,7 @@ def trust_folder() -> Path:
     Windows, else `$XDG_CONFIG_HOME` or `~/.config`.
     """
     if chosen := os.environ.get("SDCOMPRESS_CONFIG"):
-        return Path(chosen) / "trusted"
+        return expand_user(chosen) / "trusted"
     settings = os.environ.get("APPDATA" if sys.platform == "win32" else "XDG_CONFIG_HOME")
     return (Path(settings) if settings else expand_user("~/.config")) / "sdcompress" / "trusted"
 

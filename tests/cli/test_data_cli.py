@@ -66,6 +66,18 @@ def test_the_next_command_works_when_it_is_typed(
     assert code == 0, err
 
 
+@pytest.mark.parametrize("variable", ["WORLD_SIZE=2", "WORLD_SIZE=x", "LOCAL_RANK=", "RANK=²"])
+def test_a_launchers_variables_that_nobody_can_read_are_one_line(
+    cli: Cli, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    name, _, value = variable.partition("=")
+    monkeypatch.setenv(name, value)
+    code, _, err = cli("data", "cache", pictures, "nano", "-o", tmp_path / "cache")
+    assert code == 2
+    assert f"{name} in the environment is " in one_line(err)
+    assert cli("recipes", "validate", "nano")[1] != ""
+
+
 def test_hints_quote_the_names_in_them(cli: Cli, tmp_path: Path, pictures: Path) -> None:
     _, _, err = cli("generate", "nano", "x", "--artifacts", tmp_path / "no such")
     assert err.endswith(f"sdcompress export nano -o '{tmp_path}/no such'\n")

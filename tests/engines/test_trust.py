@@ -12,7 +12,7 @@ import torch
 from sdcompress_engines import trust
 from sdcompress_engines.errors import ArtifactError, NotTrusted, UsageError
 from sdcompress_engines.flavour import TENSORRT_RTX, platform_name
-from sdcompress_engines.manifest import sha256_file, write_manifest
+from sdcompress_engines.manifest import cache_folder, sha256_file, write_manifest
 from sdcompress_engines.runners import TensorRTRunner, TensorSpec, aot_inductor, compile_package, open_runner
 
 
@@ -174,3 +174,11 @@ def test_without_a_home_folder_a_finished_build_is_a_warning(tmp_path: Path, mon
     with pytest.warns(RuntimeWarning, match="its first use will ask"):
         trust.record_built(engine)
     assert trust.find_consent(sha256_file(engine)) is None
+
+
+def test_a_folder_in_a_variable_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "expanduser", lambda path: Path(str(path).replace("~", str(tmp_path))))
+    for name in ("SDCOMPRESS_CONFIG", "SDCOMPRESS_CACHE"):
+        monkeypatch.setenv(name, "~/mine")
+    assert trust.trust_folder() == tmp_path / "mine/trusted"
+    assert cache_folder() == tmp_path / "mine"
