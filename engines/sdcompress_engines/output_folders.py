@@ -14,7 +14,7 @@ from .errors import ArtifactError, StorageError, storage_errors
 from .files import atomic_file, parents_made, replace_file, sync, sync_tree
 from .leftovers import OLD, bring_back, remove_leftovers, temporary_path
 from .output_marks import is_marked, list_foreign
-from .paths import is_link
+from .paths import check_unicode, is_link
 
 _NAMES_SHOWN = 3
 _MOST_LINKS_READ = 10_000
@@ -35,6 +35,7 @@ def check_free(target: Path, force: bool = False, inputs: Iterable[Path] = ()) -
         ArtifactError: `target` is a file or a link; is, holds or lies in an input; or holds what may not be replaced.
         StorageError: nothing can be written there.
     """
+    check_unicode(target, StorageError)
     with storage_errors(target):
         bring_back(target.absolute())
         _refuse_link(target)
