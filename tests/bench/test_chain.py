@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from sdcompress_bench.chain import _encode_data
 from sdcompress_bench.chain_inputs import ChainSettings, Inputs, read_inputs
-from sdcompress_bench.chain_stages import StageRunner
+from sdcompress_bench.chain_stages import Stage, StageRunner
 from sdcompress_bench.scenario import ModelUnderTest, Prompt, Suite
-from sdcompress_bench.suite import hash_inputs
+from sdcompress_bench.suite import _settings, hash_inputs
 from sdcompress_engines.errors import UsageError
+from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.progress import SILENT
 
 from sdcompress.data.config import DataConfig
@@ -49,16 +50,19 @@ def test_data_are_encoded_again_when_their_settings_have_changed(
     random_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
     teacher = load_pipeline(random_folder)
-    counts = []
-    for flip in (False, True):
+    counts, runner = [], StageRunner(SILENT, 1)
+    for flip in (False, True, True):
+        runner = StageRunner(SILENT, 1)
         config = DistillConfig(data=DataConfig(size_px=64, flip=flip))
         inputs = Inputs(config, {}, open_source(pictures, config.data))
-        counts.append(_encode_data(StageRunner(SILENT, 1), teacher, inputs, tmp_path).views)
-    assert counts == [1, 2]
+        counts.append(_encode_data(runner, teacher, inputs, tmp_path).views)
+    assert counts == [1, 2, 2]
+    assert runner.seconds == {}  # the third time nothing was encoded
 
 
-def test_a_report_of_other_prompts_is_not_the_same() -> None:
+def test_a_report_of_other_prompts_is_not_the_same(tmp_path: Path) -> None:
     suite = Suite((ModelUnderTest("nano", "nano", sha256="0" * 64),), prompts=(Prompt("a cat"),))
     other = dataclasses.replace(suite, prompts=(Prompt("a dog"),))
-    assert suite.settings() == other.settings()
-    assert hash_inputs(suite) != hash_inputs(other)
+    write_manifest(tmp_path, "results", config=_settings(suite), inputs=hash_inputs(suite), seed=suite.seed)
+    done = [Stage("", tmp_path, "results", hash_inputs(each), each.settings()).is_done() for each in (suite, other)]
+    assert done == [True, False]
