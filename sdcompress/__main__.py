@@ -6,12 +6,18 @@ import sys
 
 
 def main() -> None:
-    """Run the command line and exit. Ctrl-C during the imports ends it too."""
+    """Run the command line and exit. Ctrl-C during the imports, and while Python ends, ends it too."""
     try:
         from sdcompress.cli import main as run
+
+        run()
     except KeyboardInterrupt:
         sys.exit(130)
-    run()
+    finally:
+        import signal  # not above: a `signal.py` may lie in the working folder
+
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

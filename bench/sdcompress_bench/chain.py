@@ -24,7 +24,8 @@ from sdcompress_engines.output_marks import RUN
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
-from .chain_stages import Stage, StageRunner, name_student
+from .chain_inputs import CACHE, REPORT, ChainSettings, Inputs, list_read, read_inputs
+from .chain_stages import Stage, StageRunner
 from .export_jobs import ExportJob, count_workers, run_exports
 from .outputs import count_weights
 from .results import Results, read_results
@@ -33,39 +34,9 @@ from .suite import describe_suite, run_suite
 
 if TYPE_CHECKING:
     from sdcompress.data.cache import LatentCache
-    from sdcompress.data.sources import Source
     from sdcompress.models.load import LoadedPipeline
     from sdcompress.prune.plan import BlockPlan
     from sdcompress.train.config import DistillConfig
-
-
-@dataclass(frozen=True)
-class ChainSettings:
-    """What a run does.
-
-    Attributes:
-        teacher: a name, a path or a hub id.
-        data: a folder of captioned pictures, shards, or `nano`.
-        plans: presets or plan files, one for each student.
-        recipe: the training settings, a name or a file; None takes the defaults.
-        overrides: training settings that override the recipe's; None values are ignored.
-        output: the run's folder.
-        compute_capabilities: (major, minor) of the cards to build engines for; None takes the usual ones.
-        prompts_file: captions for the report; None takes the usual ones.
-        quick: measure less.
-        force: replace the output folder.
-    """
-
-    teacher: str
-    data: str
-    plans: tuple[str, ...]
-    recipe: str | None
-    overrides: Mapping[str, Any]
-    output: Path
-    compute_capabilities: Sequence[tuple[int, int]] | None = None
-    prompts_file: Path | None = None
-    quick: bool = False
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,8 +81,8 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
     from sdcompress.models.load import load_pipeline
     from sdcompress.train.pipelines import check_trainable
 
-    inputs = _read_inputs(settings)
-    read = _list_read(settings, inputs)
+    inputs = read_inputs(settings)
+    read = list_read(settings, inputs)
     if _continues(settings):
         check_inputs(settings.output, read)
     else:
@@ -141,49 +112,10 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
         {name: (folder / "unet.engine").stat().st_size for name, folder in exporter.engines.items()},
         machine.no_engine,
         results,
-        settings.output / "report" / "report.html",
+        settings.output / REPORT / "report.html",
         time.monotonic() - started,
         stages.seconds,
     )
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """The run's inputs, read and checked."""
-
-    config: DistillConfig
-    plans: Mapping[str, BlockPlan]
-    source: Source
-
-
-def _read_inputs(settings: ChainSettings) -> _Inputs:
-    from sdcompress.data.sources import open_source
-    from sdcompress.models.locate import BUILT_IN, display_name, locate_pipeline, read_unet_config, refuse_student
-    from sdcompress.prune.presets import read_plan
-    from sdcompress.train.config import DistillConfig
-    from sdcompress.train.recipes import load_config
-
-    config = load_config(DistillConfig, settings.recipe, dict(settings.overrides))
-    unet_config = read_unet_config(settings.teacher)
-    refuse_student(unet_config, settings.teacher)
-    teacher = settings.teacher if settings.teacher in BUILT_IN else display_name(locate_pipeline(settings.teacher))
-    plans: dict[str, BlockPlan] = {}
-    for file in settings.plans:
-        plan = read_plan(file, unet_config)
-        others = (name for name, other in plans.items() if other != plan)
-        plans[name_student(file, plan, ["cache", "report", teacher, *others])] = plan
-    return _Inputs(config, plans, open_source(settings.data, config.data))
-
-
-def _list_read(settings: ChainSettings, inputs: _Inputs) -> list[Path]:
-    """Returns the files and folders that a run reads."""
-    from sdcompress.models.locate import local_paths
-    from sdcompress.prune.presets import plan_files
-    from sdcompress.train.recipes import recipe_files
-
-    prompts = [] if settings.prompts_file is None else [settings.prompts_file]
-    files = [*plan_files(*settings.plans), *recipe_files(settings.recipe), *prompts]
-    return [*local_paths(settings.teacher), *inputs.source.inputs, *files]
 
 
 def _continues(settings: ChainSettings) -> bool:
@@ -248,12 +180,12 @@ def _read_machine() -> _Machine:
     return _Machine(gpu, not available("cuda" if gpu else "cpu")["onnxruntime"], no_engine)
 
 
-def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: _Inputs, output: Path) -> LatentCache:
+def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: Inputs, output: Path) -> LatentCache:
     from sdcompress.data.build_cache import build_cache
     from sdcompress.data.cache import LatentCache, select_content_settings
     from sdcompress.support.pipeline import native_size_px
 
-    config, folder = inputs.config.data, output / "cache"
+    config, folder = inputs.config.data, output / CACHE
     size_px = config.size_px or native_size_px(teacher.pipeline)
     stage = Stage(
         "encode the data",
@@ -380,7 +312,7 @@ def _measure(
     if settings.prompts_file is not None:
         described["prompts"] = str(settings.prompts_file)
     suite, skipped = build_suite(described, quick=settings.quick, models=tuple(models))
-    folder = settings.output / "report"
+    folder = settings.output / REPORT
     stages.run(
         Stage(
             "measure and write the report",

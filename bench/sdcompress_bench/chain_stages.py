@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sdcompress_engines.errors import UsageError, shorten
 from sdcompress_engines.manifest import faults, read_manifest
-from sdcompress_engines.paths import is_plain_path
 from sdcompress_engines.progress import Reporter
-
-if TYPE_CHECKING:
-    from sdcompress.prune.plan import BlockPlan
 
 
 @dataclass(frozen=True)
@@ -115,28 +110,3 @@ class StageRunner:
         started = time.monotonic()
         yield lambda: time.monotonic() - started
         self.seconds[kind] = self.seconds.get(kind, 0.0) + time.monotonic() - started
-
-
-def name_student(file: str, plan: BlockPlan, taken: Iterable[str]) -> str:
-    """Returns the name of a plan's student, and of its folder in the run: the plan's own, or its file's.
-
-    Args:
-        file: a preset or a plan file.
-        plan: that was read from it.
-        taken: names of other folders of the run.
-
-    Raises:
-        UsageError: it is one of these, or no name of a folder: a plan may come from anywhere.
-    """
-    name = plan.name if plan.name != "custom" else Path(file).stem
-    if "/" in name or not is_plain_path(name):
-        fault = "which is no name of a folder"
-    elif name.casefold() in map(str.casefold, taken):
-        fault = "as another part of the run is"
-    else:
-        return name
-    raise UsageError(
-        f"its student would be named {shorten(repr(name), 80)}, {fault}",
-        where=file,
-        expected="a plan with another name in it, or in another file where that is custom",
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from sdcompress_engines.errors import UsageError
+from sdcompress_engines.paths import expand_user
 
 from sdcompress.support.bounds import (
     LEAST_PX,
@@ -144,9 +146,13 @@ class SuiteFile(Settings):
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """Returns the name and the model of `NAME=MODEL`; no name if the text before `=` is part of a path."""
+    """Returns the name and the model of `NAME=MODEL`; no name if the text before `=` is part of a path.
+
+    A path such as `lr=1e-5/pipeline` that exists is taken whole.
+    """
     name, equals, path = text.partition("=")
-    return (name or None, path) if equals and not re.search(r"[\\/:]", name) else (None, text)
+    is_whole = not equals or re.search(r"[\\/:]", name) or os.path.exists(expand_user(text))
+    return (None, text) if is_whole else (name or None, path)
 
 
 def read_setup(text: str, precision: str) -> BackendSetup:

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .command import command_line
 from .errors import ArtifactError, StorageError, storage_errors
 from .files import atomic_file, parents_made, replace_file, sync, sync_tree
 from .leftovers import OLD, bring_back, remove_leftovers, temporary_path
 from .locks import try_lock
 from .output_marks import is_marked, list_foreign
-from .paths import is_link
+from .paths import check_unicode, is_link
 
 _NAMES_SHOWN = 3
 _MOST_LINKS_READ = 10_000
@@ -37,6 +38,7 @@ def check_free(target: Path, force: bool = False, inputs: Iterable[Path] = (), *
             is a folder that never is, such as the working folder.
         StorageError: nothing can be written there.
     """
+    check_unicode(target, StorageError)
     with storage_errors(target):
         bring_back(target.absolute())
         _refuse_link(target)
@@ -102,8 +104,8 @@ def check_inputs(target: Path, inputs: Iterable[Path]) -> None:
             else:
                 continue
             free = given.absolute().parent / f"{given.absolute().stem}-output{target.suffix}"
-            shown = free if _lies_in(Path.cwd(), given) else free.name
-            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as -o {shown}")
+            shown = free if _lies_in(Path.cwd(), given) else Path(free.name)
+            raise ArtifactError(what, where=target, hint=f"choose a place outside it, such as {_option(shown)}")
         clear.add(given.parent)
 
 
@@ -279,6 +281,10 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         )
 
 
+def _option(place: str | Path) -> str:
+    return command_line(["-o", str(place)])
+
+
 def _refuse_link(target: Path) -> None:
     if is_link(target):
         raise ArtifactError(
@@ -316,7 +322,7 @@ def _refuse_special(target: Path, is_full: bool) -> None:
         raise ArtifactError(
             f"{reason}, and not empty" if is_full else reason,
             where=target,
-            hint=f"choose a folder in it, such as -o {target / 'output'}",
+            hint=f"choose a folder in it, such as {_option(target / 'output')}",
         )
 
 

@@ -81,6 +81,21 @@ def file_inside(
     return path
 
 
+def check_unicode(path: Path, error: type[SdCompressError]) -> None:
+    """Refuse a path of other bytes than Unicode: safetensors and tokenizers cannot open it.
+
+    Args:
+        path: a file or folder that they will write or read.
+        error: the class to raise.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as problem:
+        raise error(
+            "has bytes in its path that are not UTF-8", where=path, expected="a path that safetensors can open"
+        ) from problem
+
+
 def expand_user(path: str | os.PathLike[str]) -> Path:
     """Returns a path whose leading `~` or `~user` is replaced by the home folder.
 

@@ -22,7 +22,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
-from .command import command_line
+from .command import as_argument, command_line
 from .engine_files import find_manifest_folder
 from .errors import ArtifactError, NotTrusted, SdCompressError, UsageError, storage_errors
 from .files import write_atomically
@@ -117,7 +117,7 @@ def find_unallowed(manifest: Manifest) -> list[str]:
 
 def trust_command(path: str | PathLike[str]) -> str:
     """Returns the command that allows the code in a file or folder to run."""
-    return command_line(["sdcompress", "engines", "trust", os.fspath(path)])
+    return command_line(["sdcompress", "engines", "trust", as_argument(os.fspath(path))])
 
 
 def allow(path: Path) -> Consent:

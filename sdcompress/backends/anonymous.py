@@ -9,6 +9,8 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+from sdcompress_engines.paths import expand_user
+
 _COMMON = {"root", "user", "admin", "administrator", "localhost", "ubuntu"}
 """Names of users and machines that identify nobody."""
 _SHORTEST = 3
@@ -46,7 +48,8 @@ def _known_folders() -> list[tuple[str, str]]:
     """Returns the folders that have a short name, as written and as resolved, the longest first."""
     folders = {str(Path.home()): "~", str(Path.home().resolve()): "~"}
     if cache := os.environ.get("SDCOMPRESS_CACHE"):
-        folders |= {str(Path(cache).absolute()): "$SDCOMPRESS_CACHE", str(Path(cache).resolve()): "$SDCOMPRESS_CACHE"}
+        place = expand_user(cache)
+        folders |= {str(place.absolute()): "$SDCOMPRESS_CACHE", str(place.resolve()): "$SDCOMPRESS_CACHE"}
     usable = [(folder, sign) for folder, sign in folders.items() if len(Path(folder).parts) > 1]
     return sorted(usable, key=lambda pair: -len(pair[0]))
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from sdcompress_engines.errors import ModelError, SdCompressError, shorten
 from sdcompress_engines.files import check_regular
+from sdcompress_engines.paths import check_unicode
 
 MOST_HEADER_MIB = 16
 """Largest header of a safetensors file that is read; that of an SDXL checkpoint has 0.4 MiB, the longest metadata of
@@ -87,6 +88,7 @@ def read_safetensors(
 
 
 def _check_header(path: Path, error: type[SdCompressError]) -> None:
+    check_unicode(path, error)
     size = struct.unpack("<Q", _read_start(path, error)[:8])[0]
     if size > MOST_HEADER_MIB * 2**20:
         raise error(

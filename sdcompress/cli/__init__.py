@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -107,19 +110,39 @@ def _run() -> int:
     from sdcompress.cli._processes import watch_processes
 
     streams = sys.stdout, sys.stderr
+    with _record_interrupts() as interrupts:
+        try:
+            if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
+                choose_waiting()
+            with watch_processes():
+                code = cli(prog_name="sdcompress", standalone_mode=False)
+            return code if isinstance(code, int) else 0
+        except SystemExit:
+            if sys.stdout is streams[0]:
+                raise
+            sys.stdout, sys.stderr = streams  # click replaces them after a broken pipe, here that of a child process
+            return _report(BrokenPipeError(errno.EPIPE, "broken pipe"))
+        except BaseException as error:
+            return _report(KeyboardInterrupt() if interrupts else error)
+
+
+@contextmanager
+def _record_interrupts() -> Iterator[list[int]]:
+    """Yield a list that receives every Ctrl-C: a library may turn the `KeyboardInterrupt` into an error of its own."""
+    received: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # such as ignored, in the background
+        yield received
+        return
+    signal.signal(signal.SIGINT, interrupt)
     try:
-        if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
-            choose_waiting()
-        with watch_processes():
-            code = cli(prog_name="sdcompress", standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except SystemExit:
-        if sys.stdout is streams[0]:
-            raise
-        sys.stdout, sys.stderr = streams  # click replaces them after a broken pipe, here that of a child process
-        return _report(BrokenPipeError(errno.EPIPE, "broken pipe"))
-    except BaseException as error:
-        return _report(error)
+        yield received
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _report(error: BaseException) -> int:
@@ -166,12 +189,11 @@ def _restart_with_docstrings() -> NoReturn:
     """
     from sdcompress_engines.child_process import python_code
 
-    program = f"import sys; sys.path[:] = {sys.path!r}; from sdcompress.cli import main; main()"
+    program = f"import sys; sys.path[:] = {sys.path!r}; from sdcompress.__main__ import main; main()"
     command = [*python_code(program), *sys.argv[1:]]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONOPTIMIZE"}
     if os.name == "posix":
         os.execve(command[0], command, environment)
-    import signal
     import subprocess
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command decides what Ctrl-C does

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 SHARED = (("distill",), ("finetune",), ("lora", "train"), ("data", "cache"))
 """The commands that share their work among processes."""
+ALONE = (("run",), ("demo",))
+"""The other commands that train."""
+LAUNCHED = frozenset({"RANK", "LOCAL_RANK", "MASTER_ADDR"})
+"""Variables that a launcher sets beside `WORLD_SIZE`."""
 GRACE_S = 10.0
 """How long a process may take to end by itself after another one has ended."""
 LAUNCHER_CHECK_S = 2.0
@@ -37,8 +42,39 @@ KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 def is_launched_in_group() -> bool:
     """Returns whether a launcher has started this process as one of several, for a command that shares its work."""
     count = os.environ.get("WORLD_SIZE", "")
-    launched = {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ) and count.isdecimal() and int(count) > 1
-    return launched and any(tuple(sys.argv[1 : 1 + len(words)]) == words for words in SHARED)
+    launched = set(os.environ) >= LAUNCHED and count.isdecimal() and int(count) > 1
+    return launched and _is_typed(SHARED)
+
+
+def check_variables() -> None:
+    """Refuse a launcher's variables that accelerate could not read, for a command that trains.
+
+    Raises:
+        UsageError: one is no number, or one that goes with it is not set.
+    """
+    from sdcompress_engines.errors import UsageError, shorten
+
+    if not _is_typed(SHARED + ALONE):
+        return
+    numbers = {name: os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK") if name in os.environ}
+    for name, value in numbers.items():
+        if not re.fullmatch(r"-?[0-9]{1,9}", value):
+            raise UsageError(
+                f"{name} in the environment is {shorten(repr(value), 60)}",
+                expected="a number, as torchrun and accelerate launch set it",
+                hint=f"unset {name}",
+            )
+    missing = sorted(LAUNCHED - set(os.environ))
+    if int(numbers.get("WORLD_SIZE", 1)) > 1 and missing:
+        raise UsageError(
+            f"WORLD_SIZE in the environment is {numbers['WORLD_SIZE']}, and {', '.join(missing)} is not set",
+            expected="torchrun or accelerate launch, which set all of them",
+            hint="unset WORLD_SIZE, for one process",
+        )
+
+
+def _is_typed(commands: Iterable[tuple[str, ...]]) -> bool:
+    return any(tuple(sys.argv[1 : 1 + len(words)]) == words for words in commands)
 
 
 @contextmanager
@@ -52,6 +88,7 @@ def watch_processes() -> Iterator[None]:
         SystemExit: another process was lost or failed, which the watch has reported.
         UsageError: the launcher asks for what training cannot do.
     """
+    check_variables()
     if not is_launched_in_group():
         yield
         return

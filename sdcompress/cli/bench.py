@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from sdcompress_engines.command import command_line
 
 from sdcompress.cli._console import (
     ConsoleReporter,
@@ -174,7 +175,7 @@ def run_command(
     from sdcompress_engines.output_folders import check_free
 
     if list_suites:
-        return _list_suites()
+        return _list_suites(as_json)
     if not targets:
         raise click.UsageError(
             "a suite or a model is missing; `sdcompress bench --list` names the suites", click.get_current_context()
@@ -246,7 +247,7 @@ def _run(
             "; ".join(failures),
             where=output / "report.html",
             expected="every figure within its limit",
-            hint=f"open {output / 'report.html'}",
+            hint=command_line(["open", str(output / "report.html")]),
         )
 
 
@@ -292,13 +293,15 @@ def _free_folder(name: str) -> Path:
     return folder
 
 
-def _list_suites() -> None:
+def _list_suites(as_json: bool) -> None:
     from sdcompress_bench.suite_file import read_suite, suite_names, suite_path
 
-    for name in suite_names():
-        path = suite_path(name)
-        if path is not None:
-            echo(f"{name:<10} {read_suite(path).title}")
+    titles = {name: read_suite(path).title for name in suite_names() if (path := suite_path(name)) is not None}
+    if as_json:
+        print_json([{"name": name, "title": title} for name, title in titles.items()])
+        return
+    for name, title in titles.items():
+        echo(f"{name:<10} {title}")
 
 
 def _print_dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None:
@@ -331,7 +334,7 @@ def _print_card(results: Results, output: Path) -> None:
     ]
     rows += _quality_rows(results)
     rows += [("report", output / "report.html"), ("raw samples", output / "results.json")]
-    card(headline(results), rows, f"open {output / 'report.html'}")
+    card(headline(results), rows, command_line(["open", str(output / "report.html")]))
 
 
 def _speed_text(results: Results, row: Row) -> str:

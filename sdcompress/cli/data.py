@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import (
@@ -113,7 +113,7 @@ def inspect(data: str, sheet: Path | None, limit: int | None, decode: bool, as_j
     card(
         f"data set {figures.name}",
         rows,
-        None if figures.fault else f"sdcompress data cache {command_line([data])} TEACHER -o cache{again}",
+        None if figures.fault else f"sdcompress data cache {command_line([as_argument(data)])} TEACHER -o cache{again}",
     )
 
 
@@ -182,7 +182,7 @@ def cache(data: str, teacher: str, vae_precision: Any, output: Path, force: bool
             ("VAE precision", built.precision + (f", in tiles of {built.tile_px} px" if built.tile_px else "")),
             ("time", f"{time.monotonic() - started:.0f} s"),
         ],
-        f"sdcompress distill {command_line([teacher])} --data {command_line([data])} --cache"
+        f"sdcompress distill {command_line([as_argument(teacher)])} --data {command_line([data])} --cache"
         f" {command_line([str(output)])}{again} -o student",
     )
 
@@ -292,7 +292,7 @@ def generate(
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
             ("time", f"{generated.seconds:.0f} s"),
         ],
-        f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([teacher])} --data"
+        f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([as_argument(teacher)])} --data"
         f" {command_line([str(output)])} -o student",
     )
 

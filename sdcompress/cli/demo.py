@@ -37,7 +37,7 @@ def command(output: Path, steps: int | None, force: bool) -> None:
       sdcompress demo
       sdcompress demo --steps 1000 -o demo-long
     """
-    from sdcompress_bench.chain import ChainSettings
+    from sdcompress_bench.chain_inputs import ChainSettings
 
     from sdcompress.cli.run import run_and_print
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib, millions
 from sdcompress.cli._options import field_options
@@ -76,5 +76,5 @@ def command(
             ("size", mib(folder_size_bytes(folder))),
             *result_rows(result),
         ],
-        command_line(["sdcompress", "export", str(folder), "-o", f"{output.absolute().name}-onnx"]),
+        command_line(["sdcompress", "export", as_argument(folder), "-o", f"{output.absolute().name}-onnx"]),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, given_parameters, mib
 from sdcompress.cli._export_options import QUANTIZED, export_options
@@ -166,7 +166,7 @@ def _write_checkpoint(model: str, output: Path, precision: Precision, loras: tup
     card(
         f"{name} → {output}",
         [("size", mib(path.stat().st_size)), ("precision", precision), ("time", f"{time.monotonic() - started:.1f} s")],
-        command_line(["sdcompress", "inspect", str(output)]),
+        command_line(["sdcompress", "inspect", as_argument(output)]),
     )
 
 
@@ -175,10 +175,10 @@ def next_command(output: Path, request: ExportRequest) -> str:
     is_drawable = request.host == "diffusers" and not request.components and request.precision != "bf16"
     if is_drawable:
         graphs = output / "onnx" if request.engines else output
-        return f'sdcompress generate {command_line([str(graphs)])} "PROMPT" --backend ort -o out.png'
+        return f'sdcompress generate {command_line([as_argument(graphs)])} "PROMPT" --backend ort -o out.png'
     if request.engines:
-        return command_line(["sdcompress", "engines", "list", str(output / "engine")])
-    return command_line(["sdcompress", "inspect", str(output)])
+        return command_line(["sdcompress", "engines", "list", as_argument(output / "engine")])
+    return command_line(["sdcompress", "inspect", as_argument(output)])
 
 
 def _rows(result: ModelExport) -> list[tuple[str, object]]:

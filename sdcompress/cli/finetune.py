@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
@@ -55,5 +55,5 @@ def command(
     card(
         f"{loaded.name}, finetuned",
         rows + result_rows(result),
-        command_line(["sdcompress", "bench", model, str(folder), "-o", "report"]),
+        command_line(["sdcompress", "bench", as_argument(model), as_argument(folder), "-o", "report"]),
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import ConsoleReporter, card
@@ -165,15 +165,15 @@ def _check_options(
     from sdcompress.models.locate import local_path, local_paths
 
     weighted_loras = [parse_lora(text) for text in loras]
-    export = ["sdcompress", "export", model]
+    export = command_line(["sdcompress", "export", as_argument(model)])
     if loras and backend != "torch":
         raise UsageError(
             f"--lora with the backend {backend}: a graph's weights are fixed",
             expected="--backend torch",
-            hint=f"{command_line([*export, '--lora', loras[0], '-o', 'DIR'])}, which fuses it into the graph",
+            hint=f"{export} {command_line(['--lora', loras[0]])} -o DIR, which fuses it into the graph",
         )
     if artifacts is not None and not artifacts.is_dir():
-        raise UsageError("no such folder", where=artifacts, hint=command_line([*export, "-o", str(artifacts)]))
+        raise UsageError("no such folder", where=artifacts, hint=f"{export} {command_line(['-o', str(artifacts)])}")
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):
         raise UsageError("is not a picture file name", where=output, expected="a name ending in .png, .webp or .jpg")
     if trust:

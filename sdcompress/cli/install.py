@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._trust import allow_all, trust_option
@@ -69,7 +69,7 @@ def command(
             *outcome_rows(program, root, outcome),
             *((str(number), step) for number, step in enumerate(program.steps, 1)),
         ],
-        f"sdcompress status {host} {command_line([str(path)])}",
+        f"sdcompress status {host} {command_line([as_argument(path)])}",
     )
 
 

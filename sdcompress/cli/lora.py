@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._options import field_options
@@ -65,7 +65,8 @@ def train(
     card(
         f"LoRA of rank {config.rank} for {loaded.name}",
         rows + result_rows(result),
-        f'sdcompress generate {command_line([model])} "PROMPT" --lora {command_line([str(folder / FILE)])} -o out.png',
+        f'sdcompress generate {command_line([as_argument(model)])} "PROMPT"'
+        f" {command_line(['--lora', str(folder / FILE)])} -o out.png",
     )
 
 

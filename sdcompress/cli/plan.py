@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import card, json_option, millions, print_json
 from sdcompress.cli._types import NAME, FilePath
@@ -70,7 +70,8 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
     card(
         f"{plan.name} for {teacher}",
         rows,
-        f"{command_line(['sdcompress', 'distill', teacher, '--plan', str(output or preset)])} --data DATA -o student",
+        f"sdcompress distill {command_line([as_argument(teacher), '--plan', str(output or preset)])} --data DATA"
+        " -o student",
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import card, echo, json_option, print_json
 from sdcompress.cli._training import set_option
@@ -115,7 +115,7 @@ def copy(name: str, file: Path, force: bool) -> None:
     card(
         f"a copy of {name}",
         [("recipe", file), ("kind", kind)],
-        f"sdcompress recipes validate {command_line([str(file)])}",
+        f"sdcompress recipes validate {command_line([as_argument(file)])}",
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import (
     ConsoleReporter,
@@ -21,7 +21,8 @@ from sdcompress.cli._training import DATA_HELP
 from sdcompress.cli._types import NAME, TRAINING_STEPS, Capability, FilePath
 
 if TYPE_CHECKING:
-    from sdcompress_bench.chain import ChainResult, ChainSettings
+    from sdcompress_bench.chain import ChainResult
+    from sdcompress_bench.chain_inputs import ChainSettings
 
 
 @click.command()
@@ -70,7 +71,7 @@ def command(compute_capability: tuple[int, int] | None, steps: int | None, **set
       sdcompress run nano --data nano --recipe nano -o demo
       sdcompress run ./realistic-vision-v4 --data ./pictures --plan sd-small --plan sd-tiny --steps 50000 -o rv4
     """
-    from sdcompress_bench.chain import ChainSettings
+    from sdcompress_bench.chain_inputs import ChainSettings
 
     capabilities = None if compute_capability is None else [compute_capability]
     run_and_print(ChainSettings(**settings, overrides={"steps": steps}, compute_capabilities=capabilities))
@@ -98,7 +99,7 @@ def run_and_print(settings: ChainSettings) -> None:
     card(
         f"{result.teacher} → {', '.join(result.students)}",
         rows,
-        command_line(["sdcompress", "generate", str(student), result.results.captions[0], "-o", "out.png"]),
+        command_line(["sdcompress", "generate", as_argument(student), result.results.captions[0], "-o", "out.png"]),
     )
 
 

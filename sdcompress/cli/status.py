@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from sdcompress_engines.command import command_line
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import card, json_option, mib, print_json
 from sdcompress.cli.install import host_argument, path_argument
@@ -46,7 +46,7 @@ def command(host: str, path: Path, as_json: bool) -> None:
     card(
         f"{program.title} in {root}",
         [*rows, ("host's Python", _describe_packages(state))],
-        None if state.record else f"sdcompress install {host} {command_line([str(path)])} ENGINE",
+        None if state.record else f"sdcompress install {host} {command_line([as_argument(path)])} ENGINE",
     )
 
 

@@ -30,16 +30,13 @@ class Condition:
         field: name of the metadata field.
         sign: one of >= <= == != > <.
         value: the number on the right.
+        text: the condition as it is typed.
     """
 
     field: str
     sign: str
     value: float
-
-    @property
-    def text(self) -> str:
-        """The condition as it is typed."""
-        return f"{self.field} {self.sign} {self.value:g}"
+    text: str
 
     def holds(self, meta: dict[str, Any]) -> bool | None:
         """Returns whether the metadata meets the condition; None where the field is missing or no number."""
@@ -73,5 +70,5 @@ def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
                 f"--where {shorten(repr(text), 120)}",
                 expected='FIELD, one of >= <= > < == !=, and a finite number: "aesthetic >= 7.5"',
             )
-        conditions.append(Condition(match[1], match[2], number))
+        conditions.append(Condition(match[1], match[2], number, " ".join(match.groups())))
     return tuple(conditions)

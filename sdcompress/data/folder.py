@@ -49,8 +49,8 @@ class FolderSource(Source):
 
     @cached_property
     def _pictures(self) -> list[Path]:
-        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and p.is_file())
-        return sorted(found, key=by_parts)
+        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+        return sorted((p for p in found if p.is_file() or not p.exists()), key=by_parts)
 
     @cached_property
     def _table(self) -> dict[str, dict[str, Any]]:
@@ -76,6 +76,9 @@ class FolderSource(Source):
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:
             key = path.relative_to(self.root).as_posix()
+            if not path.exists():
+                skipped.add("link to a file that is missing", key)
+                continue
             meta = self._table.get(key, {})
             texts = {
                 suffix: read_limited(sidecar, MAX_TEXT_BYTES)
@@ -100,10 +103,14 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
     """Returns the rows of a CSV file by column. Cells beyond the header have no column and are left out.
 
     Raises:
-        DataError: the file is not CSV.
+        DataError: the file is not CSV, or not in UTF-8.
     """
     try:
-        with path.open(newline="", errors="replace", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             return [{name: value for name, value in row.items() if name is not None} for row in csv.DictReader(file)]
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"is not UTF-8 (byte 0x{error.object[error.start]:02x})", where=path, expected="a CSV table in UTF-8"
+        ) from error
     except csv.Error as error:
         raise DataError(f"is not CSV ({error})", where=path) from error

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from sdcompress_engines.errors import ArtifactError, DataError, shorten
 from sdcompress_engines.files import check_regular
 from sdcompress_engines.json_files import parse_json
@@ -44,6 +44,16 @@ UNIT_PICTURES = 1000
 MAX_FIELDS = 40
 """Largest number of metadata names that are collected for an error message."""
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Orientation in EXIF → what sets the picture upright."""
 _WARNINGS = threading.Lock()
 
 
@@ -88,7 +98,9 @@ class Record:
         with self._reading():
             picture = self._open()
             self._check_size(*picture.size)
-            picture = ImageOps.exif_transpose(picture)
+            picture.load()
+            if turn := _find_turn(picture):
+                picture = picture.transpose(turn)
             if picture.mode.startswith("I;16"):
                 picture = picture.point(lambda value: value / 256).convert("L")
             if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -116,11 +128,29 @@ class Record:
             raise DataError(f"is not a readable picture ({type(error).__name__})", where=self.key) from error
 
     def _open(self) -> Image.Image:
-        # Pillow only warns about many pixels; here the warning becomes an error. Warning filters belong to the whole
-        # process, hence the lock.
-        with _WARNINGS, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with _pillow_warnings():
             return Image.open(io.BytesIO(self.encoded), formats=PICTURE_FORMATS)
+
+
+@contextmanager
+def _pillow_warnings() -> Iterator[None]:
+    """Make Pillow's warning of many pixels an error, and drop the others, whatever filters Python was started with.
+
+    Warning filters belong to the whole process, hence the lock.
+    """
+    with _WARNINGS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _find_turn(picture: Image.Image) -> Image.Transpose | None:
+    """Returns what sets a loaded picture upright; None where its EXIF does not say, or is damaged."""
+    try:
+        with _pillow_warnings():
+            return _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return None
 
 
 class Source:
@@ -276,13 +306,16 @@ def read_prompt_lines(path: Path) -> list[str]:
 def fingerprint_files(files: Iterable[Path]) -> str:
     """Returns a hash of the names and sizes of files, in any order."""
     return hashlib.sha256(
-        "\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files, key=by_parts)).encode()
+        "\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files, key=by_parts)).encode(errors="surrogatepass")
     ).hexdigest()
 
 
 def is_text(value: object) -> bool:
-    """Returns whether a value is text that UTF-8 can hold. JSON may bring half of a surrogate pair, which it cannot."""
-    if not isinstance(value, str):
+    """Returns whether a value is text that UTF-8 can hold. JSON may bring half of a surrogate pair, which it cannot.
+
+    With the character NUL in it, it is none: text in UTF-16 that was read as UTF-8.
+    """
+    if not isinstance(value, str) or "\0" in value:
         return False
     try:
         value.encode()

@@ -160,10 +160,11 @@ class _Numbers:
         numbers = np.array(self.sample.items())
         if not len(numbers):
             return None
-        if self.least == self.most:
+        edges = np.linspace(self.least, self.most, HISTOGRAM_BINS + 1)
+        if not (np.diff(edges) > 0).all():  # equal numbers, or too close to each other for so many bins
             histogram: tuple[tuple[float, float, float], ...] = ((self.least, self.most, 1.0),)
         else:
-            counts, edges = np.histogram(numbers, bins=HISTOGRAM_BINS, range=(self.least, self.most))
+            counts, _ = np.histogram(numbers, bins=edges)
             histogram = tuple(
                 (float(low), float(high), float(count) / len(numbers))
                 for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)

@@ -71,10 +71,13 @@ class ShardSource(Source):
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         path = self.paths[number]
         key, parts, faulty = "", dict[str, bytes](), set[str]()
+        dotted, pictured = set[str](), set[str]()
 
         def limit(member: str) -> int | None:
             """Members of one name may be of any number: only the first picture, caption and metadata are read."""
             stem, extension = _split_name(member)
+            if _is_name(stem) and f".{extension.rpartition('.')[2]}" in PICTURE_SUFFIXES:
+                (dotted if "." in extension else pictured).add(stem)
             if extension in TEXTS:
                 return MAX_TEXT_BYTES
             is_first = stem != key or _find_picture(parts) is None
@@ -90,7 +93,9 @@ class ShardSource(Source):
                         faulty.add(stem)
                         continue
                     if stem != key:
-                        yield from self._join_parts(f"{path.name}:{key}", parts, skipped, key in faulty)
+                        yield from self._join_parts(
+                            f"{path.name}:{key}", parts, skipped, key in faulty or key in dotted
+                        )
                         key, parts = stem, {}
                     parts[extension] = payload
         except EOFError:
@@ -100,7 +105,9 @@ class ShardSource(Source):
         except (tarfile.TarError, OSError, zlib.error) as error:
             skipped.add(f"shard damaged ({type(error).__name__})", path.name)
             return
-        yield from self._join_parts(f"{path.name}:{key}", parts, skipped, key in faulty)
+        yield from self._join_parts(f"{path.name}:{key}", parts, skipped, key in faulty or key in dotted)
+        for stem in sorted(dotted - pictured):
+            skipped.add("name of several dots", f"{path.name}:{stem}")
 
     def _join_parts(
         self, key: str, parts: dict[str, bytes], skipped: Skipped, is_counted: bool = False
@@ -134,6 +141,11 @@ def _split_name(member: str) -> tuple[str, str]:
     folder, slash, name = member.rpartition("/")
     stem, _, extension = name.partition(".")
     return folder + slash + stem, extension.lower()
+
+
+def _is_name(stem: str) -> bool:
+    """Returns whether members share more than a folder; `._a.png` is what macOS writes beside `a.png`."""
+    return not stem.endswith("/") and stem != ""
 
 
 def _find_picture(parts: Mapping[str, bytes]) -> bytes | None:

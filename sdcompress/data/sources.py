@@ -33,7 +33,8 @@ def open_source(data: str | Path | Iterable[Path], config: DataConfig | None = N
 
     Raises:
         UsageError: nothing is there, or a condition is malformed.
-        DataError: a folder with neither pictures nor shards, a file that is no shard, or no such hub data set.
+        DataError: a folder with neither pictures nor shards, a file that is no shard, a list of shards of which some
+            are missing, or no such hub data set.
         BackendMissing: a hub data set, and no package to read it.
     """
     config = config or DataConfig()
@@ -74,5 +75,18 @@ def _open_folder(folder: Path, config: DataConfig) -> Source:
 
 
 def _match_files(pattern: str) -> list[Path]:
-    """Returns the files of a glob or brace list: in the order of the list, and sorted within each glob."""
-    return [file for each in expand_braces(pattern) for file in sorted(Path(name) for name in glob.glob(each))]
+    """Returns the files of a glob or brace list: in the order of the list, and sorted within each glob.
+
+    Raises:
+        DataError: some files of the list are missing, but not all.
+    """
+    names = expand_braces(pattern)
+    found = [[Path(name)] if os.path.exists(name) else sorted(map(Path, glob.glob(name))) for name in names]
+    missing = [name for name, files in zip(names, found, strict=True) if not files]
+    if missing and len(missing) < len(names):
+        raise DataError(
+            f"lacks {len(missing):,} of {len(names):,} files: {shorten(', '.join(missing[:3]), 200)}",
+            where=shorten(pattern, 200),
+            hint="get the missing files, or name those that are there",
+        )
+    return [file for files in found for file in files]

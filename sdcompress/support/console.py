@@ -15,7 +15,7 @@ from sdcompress_engines.progress import Advance, Reporter
 
 def is_first_process() -> bool:
     """Returns whether this process prints: of several that torchrun or accelerate started, only the first does."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 class ConsoleReporter(Reporter):

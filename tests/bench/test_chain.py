@@ -1,49 +1,81 @@
-"""A run continues only in a folder of its own, and only with artifacts of the same settings."""
+"""A run reads what was given, continues only in a folder of its own, and only with artifacts of the same settings."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sdcompress_bench import chain
-from sdcompress_bench.chain import ChainSettings
+from sdcompress_bench.chain_inputs import ChainSettings, Inputs, read_inputs
 from sdcompress_bench.chain_stages import Stage, StageRunner
 from sdcompress_bench.scenario import ModelUnderTest
 from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
-from sdcompress_engines.progress import Reporter
+from sdcompress_engines.progress import SILENT
 
+from sdcompress.data.config import DataConfig
+from sdcompress.data.sources import open_source
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.locate import read_unet_config
 from sdcompress.prune.presets import make_plan
+from sdcompress.train.config import DistillConfig
 
 
-def settings(teacher: Path, data: Path, output: Path, **changes: Any) -> ChainSettings:
-    return ChainSettings(
-        **{
-            "teacher": str(teacher),
-            "data": str(data),
-            "plans": ("bk-tiny",),
-            "recipe": None,
-            "overrides": {},
-            "output": output,
-        }
-        | changes
-    )
+class Recorder(StageRunner):
+    """A stand-in that records the stages and runs none."""
+
+    def __init__(self) -> None:
+        super().__init__(SILENT, 1)
+        self.stages: list[Stage] = []
+
+    def run(self, stage: Stage, make: Callable[[], Any]) -> None:
+        self.stages.append(stage)
 
 
-def test_a_run_json_of_another_program_is_kept(random_folder: Path, pictures: Path, tmp_path: Path) -> None:
+def settings(output: Path, *plans: str, teacher: Path | str = "nano", **changes: Any) -> ChainSettings:
+    return ChainSettings(str(teacher), "nano", plans or ("bk-tiny",), None, {}, output, **changes)
+
+
+def write_plan(path: Path, name: str, preset: str = "bk-tiny") -> str:
+    path.parent.mkdir(exist_ok=True)
+    content = json.loads(make_plan(read_unet_config("nano"), preset).to_json())
+    path.write_text(json.dumps(content | {"name": name}))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/outside", "a/b", "..", ".hidden", "cache", "Report", "nano", "con"])
+def test_a_plan_cannot_name_another_folder_than_one_of_its_own(tmp_path: Path, name: str) -> None:
+    plan = write_plan(tmp_path / "plan.json", name)
+    with pytest.raises(UsageError, match="is named"):
+        read_inputs(settings(tmp_path / "out", plan))
+
+
+@pytest.mark.parametrize("names", [("mine", "mine"), ("mine", "Mine")])
+def test_two_plans_of_one_name_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    presets = zip(names, ("bk-tiny", "bk-base"), strict=True)
+    plans = [write_plan(tmp_path / f"{preset}.json", name, preset) for name, preset in presets]
+    with pytest.raises(UsageError, match=r"named '[mM]ine'"):
+        read_inputs(settings(tmp_path / "out", *plans))
+
+
+def test_a_plan_that_is_given_twice_is_one(tmp_path: Path) -> None:
+    assert list(read_inputs(settings(tmp_path / "out", "bk-tiny", "sd-tiny")).plans) == ["bk-tiny"]
+
+
+def test_a_run_json_of_another_program_is_kept(random_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/run.json").write_text('{"mine": true}')
     with pytest.raises(ArtifactError, match="did not write"):
-        chain.run_chain(settings(random_folder, pictures, tmp_path / "mine"))
+        chain.run_chain(settings(tmp_path / "mine", teacher=random_folder))
     assert (tmp_path / "mine/run.json").read_text() == '{"mine": true}'
 
 
 def test_a_run_that_fails_at_once_leaves_an_empty_folder_as_it_was(
-    random_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
         raise ModelError("no memory")
@@ -52,49 +84,42 @@ def test_a_run_that_fails_at_once_leaves_an_empty_folder_as_it_was(
     (tmp_path / "empty").mkdir()
     for output in ("empty", "new/run"):
         with pytest.raises(ModelError, match="no memory"):
-            chain.run_chain(settings(random_folder, pictures, tmp_path / output))
+            chain.run_chain(settings(tmp_path / output, teacher=random_folder))
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty"]
 
 
-@pytest.mark.parametrize(
-    "names", [["cache"], ["Report"], ["random"], ["same", "same"], ["../above"], ["/root"], ["custom"]]
-)
-def test_each_student_has_a_folder_of_its_own_in_the_run(
-    random_folder: Path, pictures: Path, tmp_path: Path, names: list[str]
+def test_data_are_encoded_again_when_their_settings_have_changed(
+    random_folder: Path, pictures: Path, tmp_path: Path
 ) -> None:
-    config, files = read_unet_config(random_folder), []
-    for number, (name, preset) in enumerate(zip(names, ("bk-tiny", "bk-base"), strict=False)):
-        files.append(str(tmp_path / str(number) / "cache.json"))
-        Path(files[-1]).parent.mkdir()
-        Path(files[-1]).write_text(dataclasses.replace(make_plan(config, preset), name=name).to_json())
-    with pytest.raises(UsageError, match="its student would be named"):
-        chain._read_inputs(settings(random_folder, pictures, tmp_path / "out", plans=tuple(files)))
-
-
-def test_a_cache_of_other_data_settings_is_encoded_again(random_folder: Path, pictures: Path, tmp_path: Path) -> None:
-    teacher, output = load_pipeline(random_folder), tmp_path / "out"
-    output.mkdir()
-    hashes = []
+    teacher = load_pipeline(random_folder)
+    counts, runner = [], StageRunner(SILENT, 1)
     for flip in (False, True, True):
-        inputs = chain._read_inputs(settings(random_folder, pictures, output, overrides={"data": {"flip": flip}}))
-        stages = StageRunner(Reporter(), 1)
-        hashes.append((chain._encode_data(stages, teacher, inputs, output).views, bool(stages.seconds)))
-    assert hashes == [(1, True), (2, True), (2, False)]
+        runner = StageRunner(SILENT, 1)
+        config = DistillConfig(data=DataConfig(size_px=64, flip=flip))
+        inputs = Inputs(config, {}, open_source(pictures, config.data))
+        counts.append(chain._encode_data(runner, teacher, inputs, tmp_path).views)
+    assert counts == [1, 2, 2]
+    assert runner.seconds == {}  # the third time nothing was encoded
 
 
-def test_a_report_of_other_prompts_or_of_a_first_look_is_measured_again(random_folder: Path, tmp_path: Path) -> None:
-    class Asked(Exception):
-        pass
+def test_a_student_of_another_plan_is_another_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher: Any = SimpleNamespace(sha256="0", pipeline=None)
+    cache: Any = SimpleNamespace(sha256="1")
+    stages = Recorder()
+    monkeypatch.setattr(chain, "sha256_tree", lambda folder: "2")
+    for preset in ("bk-base", "bk-tiny"):
+        plan = make_plan(read_unet_config("nano"), preset)
+        chain._distill_student(stages, teacher, "mine", plan, cache, DistillConfig(), tmp_path)
+    one, other = (stage.config for stage in stages.stages)
+    assert one != other
 
-    class Stages(StageRunner):
-        def run(self, stage: Stage, make: Any) -> None:
-            raise Asked(stage.config)
 
+def test_a_report_of_other_prompts_or_of_a_first_look_is_measured_again(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
-    models, asked = [ModelUnderTest("random", random_folder, sha256="0")], []
+    models, stages = [ModelUnderTest("random", random_folder, sha256="0")], Recorder()
+    monkeypatch.setattr(chain, "read_results", lambda path: None)
     for changes in ({}, {"quick": True}, {"prompts_file": tmp_path / "prompts.txt"}):
-        asking = settings(random_folder, tmp_path, tmp_path, **changes)
-        with pytest.raises(Asked) as stop:
-            chain._measure(Stages(Reporter(), 1), asking, models, 64, None)
-        asked.append(stop.value.args[0])
-    assert all(one != other for one, other in itertools.combinations(asked, 2))
+        chain._measure(stages, settings(tmp_path, teacher=random_folder, **changes), models, 64, None)
+    assert all(one.config != other.config for one, other in itertools.combinations(stages.stages, 2))

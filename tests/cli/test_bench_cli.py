@@ -65,6 +65,18 @@ def test_suites_are_listed_by_name() -> None:
     lines = type_in("--list").output.splitlines()
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert any(line.startswith("nano ") for line in lines)
+    listed = json.loads(type_in("--list", "--json").stdout)
+    assert [f"{suite['name']:<10} {suite['title']}" for suite in listed] == lines
+
+
+def test_a_model_whose_path_has_an_equals_sign_is_no_name(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1e-5").symlink_to(random_folder.parent)
+    for model, name in ((f"lr=1e-5/{random_folder.name}", random_folder.name), ("mine=nano", "mine")):
+        rows = json.loads(type_in(model, "--backend", "torch", "--dry-run", "--json").stdout)["scenarios"]
+        assert {row["model"] for row in rows} == {name}
 
 
 def test_a_dry_run_lists_scenarios_and_memory_and_writes_nothing(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,53 @@ def test_an_option_of_zero_is_in_the_next_command(cli: Cli, pictures: Path) -> N
     assert out.splitlines()[-1].endswith("TEACHER -o cache --max-unusable 0.0")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "arguments_after"),
+    [
+        (("data", "inspect", "--", "-dash"), ("data", "inspect")),
+        (("data", "inspect", 'it\'s "mine"'), ("data", "inspect")),
+        (("recipes", "copy", "nano", "./-mine.yaml"), ("recipes", "validate")),
+        (("recipes", "copy", "nano", "a b.yaml"), ("recipes", "validate")),
+    ],
+)
+def test_the_next_command_works_when_it_is_typed(
+    cli: Cli,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    arguments_after: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("-dash", 'it\'s "mine"'):
+        shutil.copytree(pictures, name)
+    code, out, err = cli(*arguments)
+    assert code == 0, err
+    typed = shlex.split(out.splitlines()[-1].removeprefix("next: sdcompress "))
+    code, _, err = cli(*arguments_after, typed[2])
+    assert code == 0, err
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE=2", "WORLD_SIZE=x", "LOCAL_RANK=", "RANK=²"])
+def test_a_launchers_variables_that_nobody_can_read_are_one_line(
+    cli: Cli, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    name, _, value = variable.partition("=")
+    monkeypatch.setenv(name, value)
+    code, _, err = cli("data", "cache", pictures, "nano", "-o", tmp_path / "cache")
+    assert code == 2
+    assert f"{name} in the environment is " in one_line(err)
+    assert cli("recipes", "validate", "nano")[1] != ""
+
+
+def test_hints_quote_the_names_in_them(cli: Cli, tmp_path: Path, pictures: Path) -> None:
+    _, _, err = cli("generate", "nano", "x", "--artifacts", tmp_path / "no such")
+    assert err.endswith(f"sdcompress export nano -o '{tmp_path}/no such'\n")
+    data = shutil.copytree(pictures, tmp_path / "my pictures")
+    _, _, err = cli("data", "cache", data, "nano", "-o", data / "cache")
+    assert err.endswith("such as -o 'my pictures-output'\n")
+
+
 def test_inspect_reports_when_training_would_stop(cli: Cli, tmp_path: Path) -> None:
     Image.new("RGB", (70, 70)).save(tmp_path / "a.png")
     code, out, _ = cli("data", "inspect", tmp_path)
@@ -46,8 +95,6 @@ def test_inspect_reports_when_training_would_stop(cli: Cli, tmp_path: Path) -> N
 
 
 def test_a_cache_is_built_and_distill_takes_it(cli: Cli, pictures: Path, random_folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     data = shutil.copytree(pictures, tmp_path / "data")
     for suffix in ("png", "txt"):
         shutil.copy(data / f"00.{suffix}", data / f"again.{suffix}")

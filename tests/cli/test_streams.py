@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,44 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None
     )
     line = f'"{sys.executable}" -c "{program}" "{tmp_path / "file"}" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", line], check=False, timeout=120).returncode > 2
+
+
+def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: Any) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as interrupt:
+            raise RuntimeError("Failed to import a module") from interrupt
+
+    monkeypatch.setattr("sdcompress.cli.cli", fail)
+    assert cli("plan", "nano") == (130, "", "sdcompress: stopped\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("module", ["sdcompress.cli._streams", "sdcompress.cli._processes", "sdcompress.cli.recipes"])
+def test_ctrl_c_during_any_import_is_no_traceback(module: str) -> None:
+    program = f"""import sys
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "{module}":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+sys.argv[1:] = ["recipes", "list"]
+from sdcompress.__main__ import main
+main()"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=False, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr.strip() in (b"", b"sdcompress: stopped")
+
+
+@POSIX
+def test_a_folder_that_safetensors_cannot_open_is_refused_before_any_work(tmp_path: Path, cli: Cli) -> None:
+    output = tmp_path / os.fsdecode(b"caf\xe9")
+    code, _, err = cli("data", "cache", "nano", "nano", "-o", output)
+    assert code == 1
+    assert "has bytes in its path that are not UTF-8" in one_line(err)
 
 
 def test_help_and_commands_work_without_docstrings() -> None:

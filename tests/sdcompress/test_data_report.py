@@ -69,6 +69,16 @@ def test_conditions_limit_and_a_cut_picture(known: Path) -> None:
     assert inspect_source(open_source(known), decode=True)[0].usable == 9
 
 
+@pytest.mark.parametrize("scores", [(0.3, 0.1 + 0.2), (0.0, 5e-324), (-1e300, 1e300)])
+def test_numbers_of_any_distance_have_a_spread(tmp_path: Path, scores: tuple[float, float]) -> None:
+    for i, score in enumerate(scores):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.json").write_text(json.dumps({"text": "x", "score": score}))
+    spread = inspect_source(open_source(tmp_path))[0].fields["score"]
+    assert (spread.least, spread.most) == scores
+    assert sum(share for _, _, share in spread.histogram) == 1
+
+
 def test_a_sample_is_bounded_uniform_and_repeatable() -> None:
     def draw() -> list[int]:
         sample = Reservoir[int](1000)

@@ -31,6 +31,10 @@ def test_a_condition_holds_for_numbers_and_for_text_that_spells_one(
     assert condition.holds({"aesthetic": value}) is holds
 
 
+def test_a_condition_is_reported_with_every_digit() -> None:
+    assert [each.text for each in parse_conditions(["id>=16777217"])] == ["id >= 16777217"]
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "aesthetic", ">= 7", "aesthetic ~ 7", "aesthetic >= seven", "aesthetic >= nan", "__import__('os') > 1 or 1"],

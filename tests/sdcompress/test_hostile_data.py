@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +255,55 @@ def test_a_pipe_a_device_and_a_lost_link_are_refused_as_shards_at_once(tmp_path:
     ):
         with pytest.raises(DataError, match=words):
             open_source(str(tmp_path / f"{name}.ta?"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("warning_filter", ["default", "error"])
+def test_damaged_exif_does_not_make_a_picture_unreadable(kind: str, warning_filter: Any) -> None:
+    turned = b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0"  # ends within its entries
+    for exif, size in ((b"Exif\0\0garbage!", (40, 20)), (turned, (20, 40))):
+        buffer = io.BytesIO()
+        Image.new("RGB", (40, 20)).save(buffer, kind, exif=exif)
+        with warnings.catch_warnings(record=True) as shown:
+            warnings.simplefilter(warning_filter)
+            assert Record("a", buffer.getvalue(), "").picture().size == size
+        assert shown == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no links for all, and names in Unicode")
+def test_names_of_any_bytes_and_links_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes(png())
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("fine")
+    (tmp_path / "lost.png").symlink_to(tmp_path / "nothing.png")
+    assert read_all(tmp_path) == (["fine"], {"link to a file that is missing": ["lost.png"]})
+    assert len(open_source(tmp_path).fingerprint()) == 64
+
+
+def test_a_table_in_another_encoding_is_refused_and_text_in_utf_16_is_no_caption(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "a.txt").write_bytes("a cat".encode("utf-16-le"))
+    assert read_all(tmp_path) == ([], {"caption is no text": ["a.png"]})
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na.png,caf\xe9\n".encode("cp1252"))
+    with pytest.raises(DataError, match=r"metadata\.csv: is not UTF-8 \(byte 0xe9\)"):
+        read_all(tmp_path)
+
+
+def test_a_picture_whose_name_has_several_dots_is_named(tmp_path: Path) -> None:
+    members = {"a_0.5.png": png(), "a_0.5.txt": b"lost", "b.seg.png": png(), "b.png": png(), "b.txt": b"fine"}
+    write_shard(tmp_path / "0.tar", members | {"._b.png": b"of macOS", "c.big.jpg": png(), "c.txt": b"lost"})
+    assert read_all(tmp_path) == (["fine"], {"name of several dots": ["0.tar:a_0", "0.tar:c"]})
+
+
+@pytest.mark.parametrize("pattern", ["{0..3}.tar", "{0,1,*[23]}.tar"])
+def test_a_list_of_shards_of_which_some_are_missing_is_refused(tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "set[1]"
+    folder.mkdir()
+    for number in (0, 1):
+        write_shard(folder / f"{number}.tar", {"a.png": png(), "a.txt": b"fine"})
+    assert open_source(f"{folder}/{{0..1}}.tar").count_units() == 2
+    with pytest.raises(DataError, match=r"lacks \d of \d files") as refusal:
+        open_source(f"{folder}/{pattern}")
+    check_refusal(refusal.value)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")

@@ -1,0 +1,109 @@
+"""What a run reads: the training settings, the plans of its students, and the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdcompress_engines.errors import UsageError, shorten
+from sdcompress_engines.paths import is_plain_path
+
+if TYPE_CHECKING:
+    from sdcompress.data.sources import Source
+    from sdcompress.prune.plan import BlockPlan
+    from sdcompress.train.config import DistillConfig
+
+CACHE, REPORT = "cache", "report"
+"""Folders of a run that belong to no model."""
+
+
+@dataclass(frozen=True)
+class ChainSettings:
+    """What a run does.
+
+    Attributes:
+        teacher: a name, a path or a hub id.
+        data: a folder of captioned pictures, shards, or `nano`.
+        plans: presets or plan files, one for each student.
+        recipe: the training settings, a name or a file; None takes the defaults.
+        overrides: training settings that override the recipe's; None values are ignored.
+        output: the run's folder.
+        compute_capabilities: (major, minor) of the cards to build engines for; None takes the usual ones.
+        prompts_file: captions for the report; None takes the usual ones.
+        quick: measure less.
+        force: replace the output folder.
+    """
+
+    teacher: str
+    data: str
+    plans: tuple[str, ...]
+    recipe: str | None
+    overrides: Mapping[str, Any]
+    output: Path
+    compute_capabilities: Sequence[tuple[int, int]] | None = None
+    prompts_file: Path | None = None
+    quick: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The run's inputs, read and checked.
+
+    Attributes:
+        config: of the training.
+        plans: student, which is also its folder in the run's → its plan.
+        source: the data.
+    """
+
+    config: DistillConfig
+    plans: Mapping[str, BlockPlan]
+    source: Source
+
+
+def read_inputs(settings: ChainSettings) -> Inputs:
+    """Returns the inputs of a run.
+
+    Raises:
+        UsageError, PlanError, ModelError, DataError: the teacher, the plans, the data or the training settings are
+            wrong.
+    """
+    from sdcompress.data.sources import open_source
+    from sdcompress.models.locate import BUILT_IN, display_name, locate_pipeline, read_unet_config, refuse_student
+    from sdcompress.prune.presets import read_plan
+    from sdcompress.train.config import DistillConfig
+    from sdcompress.train.recipes import load_config
+
+    config = load_config(DistillConfig, settings.recipe, dict(settings.overrides))
+    unet_config = read_unet_config(settings.teacher)
+    refuse_student(unet_config, settings.teacher)
+    teacher = settings.teacher if settings.teacher in BUILT_IN else display_name(locate_pipeline(settings.teacher))
+    taken = {CACHE, REPORT, teacher.casefold()}
+    plans: dict[str, BlockPlan] = {}
+    for given in settings.plans:
+        plan = read_plan(given, unet_config)
+        name = plan.name if plan.name != "custom" else Path(given).stem
+        others = taken | {other.casefold() for other in plans if other != name}
+        if not is_plain_path(name) or "/" in name or name[0] == "." or name.casefold() in others:
+            raise UsageError(
+                f"--plan {shorten(given, 200)} is named {shorten(repr(name), 80)}",
+                expected="a name that can be a folder of its own in the run's; it is the plan's own, or its file's",
+            )
+        if plans.setdefault(name, plan) != plan:
+            raise UsageError(
+                f"two --plan are named {name!r}", expected="a name for each; it is the plan's own, or its file's"
+            )
+    return Inputs(config, plans, open_source(settings.data, config.data))
+
+
+def list_read(settings: ChainSettings, inputs: Inputs) -> list[Path]:
+    """Returns the files and folders that a run reads."""
+    from sdcompress.models.locate import local_paths
+    from sdcompress.prune.presets import plan_files
+    from sdcompress.train.recipes import recipe_files
+
+    prompts = [] if settings.prompts_file is None else [settings.prompts_file]
+    files = [*plan_files(*settings.plans), *recipe_files(settings.recipe), *prompts]
+    return [*local_paths(settings.teacher), *inputs.source.inputs, *files]
