@@ -66,10 +66,21 @@ def check_claim(output: Path, identity: dict[str, Any]) -> None:
 
 
 def _find_finished(output: Path, names: list[str]) -> Manifest | None:
-    """Returns the manifest of a whole set. Of another one, files that were not finished or were damaged are removed."""
+    """Returns the manifest of a whole set. Of another one, files that were not finished or were damaged are removed.
+
+    Raises:
+        ArtifactError: somebody has edited the captions, which the end of the run would write anew.
+    """
     manifest = _read_manifest(output)
     if manifest is None or not faults(output, KIND):
         return manifest
+    captions, entry = output / METADATA, manifest.files.get(METADATA)
+    if captions.is_file() and entry is not None and sha256_file(captions) != entry.sha256:
+        raise ArtifactError(
+            "was edited, and would be written anew",
+            where=captions,
+            hint="train on the folder as it is; or move this file away, and type the same command again",
+        )
     _remove_damaged(output, manifest, names)
     return None
 

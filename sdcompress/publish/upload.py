@@ -82,11 +82,12 @@ def upload(contents: Mapping[str, Path | bytes], repo: str, token: str, *, priva
         contents: name in the repository → file or content.
         repo: OWNER/NAME.
         token: with write access.
-        private: whether a new repository is private.
+        private: whether a new repository is private. An existing one has to be so already.
         message: of the commit.
 
     Raises:
-        ArtifactError: the hub cannot be reached, or refuses; the message gives the reason.
+        ArtifactError: the hub cannot be reached, or refuses; the message gives the reason. Or the repository is public,
+            and `private` is set.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -94,6 +95,12 @@ def upload(contents: Mapping[str, Path | bytes], repo: str, token: str, *, priva
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
+        if private and not api.repo_info(repo).private:
+            raise ArtifactError(
+                "is public, and --private was given",
+                where=repo,
+                hint="make it private on the hub, or leave out --private",
+            )
         files = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo, files, commit_message=message)
     except OfflineModeIsEnabled as error:

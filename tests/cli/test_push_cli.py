@@ -115,7 +115,11 @@ class Hub(BaseHTTPRequestHandler):
             self._answer(200, {"commitUrl": f"{here}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
     def do_GET(self) -> None:
-        self._answer(401, {"error": "no"})
+        server: Any = self.server
+        if self.path == "/api/models/me/style":
+            self._answer(200, {"id": "me/style", "private": server.is_private})
+        else:
+            self._answer(401, {"error": "no"})
 
     def _answer(self, status: int, values: dict[str, Any]) -> None:
         body = json.dumps(values).encode()
@@ -132,7 +136,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.refusal, server.sent = None, {}
+    server.refusal, server.sent, server.is_private = None, {}, True
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -166,6 +170,15 @@ def test_push_sends_the_files_with_the_card_in_one_commit(cli: Cli, trained: Pat
     assert hub.message == "first"
     assert "127.0.0.1" in out
     assert not (trained / "lora/README.md").exists()
+
+
+def test_private_files_are_not_sent_to_a_public_repository(cli: Cli, trained: Path, hub: Any) -> None:
+    hub.is_private = False
+    code, _, err = cli("push", trained, "me/style", "--private")
+    assert code == 1
+    assert "is public, and --private was given" in one_line(err)
+    assert hub.sent == {}
+    assert cli("push", trained, "me/style")[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,18 @@ def test_a_finished_set_is_not_changed_and_a_damaged_one_is_repaired(
     assert faults(copy, "dataset") == []
 
 
+def test_edited_captions_are_kept(drawn: Path, random_folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(drawn, tmp_path / "copy")
+    (copy / METADATA).write_text((copy / METADATA).read_text().replace("cat", "tabby"))
+    before = contents(copy)
+    with pytest.raises(ArtifactError, match="was edited, and would be written anew"):
+        generate_dataset(random_folder, PROMPTS, copy, SETTINGS)
+    assert contents(copy) == before
+    (copy / METADATA).unlink()
+    assert generate_dataset(random_folder, PROMPTS, copy, SETTINGS).drawn == 0
+    assert contents(copy) == contents(drawn)
+
+
 def test_other_settings_are_refused_by_name_and_force_replaces_the_set(
     drawn: Path, random_folder: Path, tmp_path: Path
 ) -> None:
