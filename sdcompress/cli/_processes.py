@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from sdcompress.support.console import LAUNCHED
+
 if TYPE_CHECKING:
     from accelerate import PartialState
 
@@ -25,8 +27,6 @@ SHARED = (("distill",), ("finetune",), ("lora", "train"), ("data", "cache"))
 """The commands that share their work among processes."""
 ALONE = (("run",), ("demo",))
 """The other commands that train."""
-LAUNCHED = frozenset({"RANK", "LOCAL_RANK", "MASTER_ADDR"})
-"""Variables that a launcher sets beside `WORLD_SIZE`."""
 GRACE_S = 10.0
 """How long a process may take to end by itself after another one has ended."""
 LAUNCHER_CHECK_S = 2.0

@@ -12,10 +12,14 @@ import click
 from sdcompress_engines.errors import escape_controls
 from sdcompress_engines.progress import Advance, Reporter
 
+LAUNCHED = frozenset({"RANK", "LOCAL_RANK", "MASTER_ADDR"})
+"""Variables that torchrun and accelerate set beside `WORLD_SIZE`; a cluster may set some of them for any command."""
+
 
 def is_first_process() -> bool:
     """Returns whether this process prints: of several that torchrun or accelerate started, only the first does."""
-    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+    is_alone = os.environ.get("WORLD_SIZE", "1") == "1" or not set(os.environ) >= LAUNCHED
+    return is_alone or os.environ["RANK"] == "0"
 
 
 class ConsoleReporter(Reporter):

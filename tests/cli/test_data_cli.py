@@ -78,6 +78,12 @@ def test_a_launchers_variables_that_nobody_can_read_are_one_line(
     assert cli("recipes", "validate", "nano")[1] != ""
 
 
+def test_some_of_a_launchers_variables_hide_no_output(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "4", "RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert "bk-tiny for nano" in cli("plan", "nano", "--preset", "bk-tiny")[1]
+
+
 def test_hints_quote_the_names_in_them(cli: Cli, tmp_path: Path, pictures: Path) -> None:
     _, _, err = cli("generate", "nano", "x", "--artifacts", tmp_path / "no such")
     assert err.endswith(f"sdcompress export nano -o '{tmp_path}/no such'\n")
