@@ -104,7 +104,11 @@ def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
             raise RuntimeError("Failed to import a module") from interrupt
 
     monkeypatch.setattr("sdcompress.cli.cli", fail)
-    assert cli("plan", "nano") == (130, "", "sdcompress: stopped\n")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    try:
+        assert cli("plan", "nano") == (130, "", "sdcompress: stopped\n")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
