@@ -7,7 +7,7 @@ import io
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from sdcompress_engines.errors import ArtifactError, DataError, shorten
 from sdcompress_engines.files import check_regular
 from sdcompress_engines.json_files import parse_json
-from sdcompress_engines.manifest import by_parts
+from sdcompress_engines.manifest import by_parts, sha256_file
 
 from sdcompress.data.config import DataConfig
 from sdcompress.data.filters import parse_conditions
@@ -41,6 +41,8 @@ OVERSIZE = f"file of over {MAX_PICTURE_BYTES // 2**20} MiB"
 LONG_TEXT = f"text of over {MAX_TEXT_BYTES // 2**20} MiB"
 UNIT_PICTURES = 1000
 """Pictures in one unit of a folder."""
+TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv")
+"""Captions, metadata and tables."""
 MAX_FIELDS = 40
 """Largest number of metadata names that are collected for an error message."""
 
@@ -304,10 +306,19 @@ def read_prompt_lines(path: Path) -> list[str]:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """Returns a hash of the names and sizes of files, in any order."""
-    return hashlib.sha256(
-        "\n".join(f"{f.name} {f.stat().st_size}" for f in sorted(files, key=by_parts)).encode(errors="surrogatepass")
-    ).hexdigest()
+    """Returns a hash of the names of files, in any order, with the sizes of pictures and shards.
+
+    Of captions and tables it has the contents: an edit often leaves their size as it was.
+    """
+    lines = (f"{file.name} {_identify(file)}" for file in sorted(files, key=by_parts))
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
+
+
+def _identify(file: Path) -> str:
+    if file.suffix.lower() in TEXT_SUFFIXES:
+        with suppress(OSError):  # such a file is counted when it is read
+            return sha256_file(file)
+    return str(file.stat().st_size)
 
 
 def is_text(value: object) -> bool:

@@ -160,6 +160,16 @@ def test_a_cache_of_other_settings_or_cut_short_is_refused_with_the_reason(
         LatentCache.open(tmp_path / "cache")
 
 
+def test_a_cache_of_captions_that_were_edited_since_is_refused(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path
+) -> None:
+    build_cache(open_source(mixed), teacher, tmp_path / "cache", 64)
+    captions = sorted(mixed.glob("*.txt"))[0]
+    captions.write_text(captions.read_text()[::-1])  # of the same size
+    with pytest.raises(DataError, match="was made from other data"):
+        LatentCache.open(tmp_path / "cache", source=open_source(mixed))
+
+
 def test_captions_are_drawn_by_their_shares(teacher: LoadedPipeline, tmp_path: Path) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
