@@ -192,7 +192,12 @@ def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: Inputs, o
         folder,
         "cache",
         {"teacher": teacher.sha256},
-        {"files": inputs.source.fingerprint(), "size_px": size_px, "data": select_content_settings(config)},
+        {
+            "files": inputs.source.fingerprint(),
+            "captions": inputs.source.hash_captions(),
+            "size_px": size_px,
+            "data": select_content_settings(config),
+        },
     )
     stages.run(
         stage,

@@ -148,6 +148,7 @@ def _identify_build(
     return {
         "teacher": teacher.sha256,
         "files": source.fingerprint(),
+        "captions": source.hash_captions(),
         "size_px": size_px,
         "data": select_content_settings(config),
         "units": source.count_units(),
@@ -179,7 +180,7 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
     marker = partial / BUILD
     if marker.is_file():
         try:
-            begun = {"precision": "fp32"} | read_json_object(marker)
+            begun = {"precision": "fp32", "captions": identity["captions"]} | read_json_object(marker)
         except ArtifactError:
             begun = {}
         done = len(list(partial.glob("unit-*.json")))
@@ -315,6 +316,7 @@ def _write_manifest(
             "size_px": identity["size_px"],
             "source": source.name,
             "files": identity["files"],
+            "captions": identity["captions"],
             "data": identity["data"],
             "views": encoder.views,
             "shapes": encoder.shapes,

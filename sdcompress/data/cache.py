@@ -209,6 +209,7 @@ class _Facts(BaseModel):
     size_px: int = Field(ge=1, le=2**16)
     source: str
     files: str
+    captions: str | None = None
     data: dict[str, Any]
     precision: Precision = "fp32"
     tile_px: int | None = None
@@ -263,7 +264,11 @@ def _check_origin(folder: Path, manifest: Manifest, teacher_sha256: str | None, 
             expected=f"{teacher_sha256[:12]}, the one given",
             hint=REBUILD_HINT,
         )
-    if source and manifest.config["files"] != source.fingerprint():
+    captions = manifest.config.get("captions")  # earlier versions did not record them
+    if source and (
+        manifest.config["files"] != source.fingerprint()
+        or (captions is not None and captions != source.hash_captions())
+    ):
         raise DataError(
             f"was made from other data ({manifest.config['source']})",
             where=folder,

@@ -25,6 +25,7 @@ from sdcompress.data.records import (
     choose_caption,
     decode_text,
     fingerprint_files,
+    fingerprint_texts,
     read_limited,
     read_object,
 )
@@ -72,6 +73,9 @@ class FolderSource(Source):
 
     def fingerprint(self) -> str:
         return fingerprint_files(f for f in self.root.rglob("*") if f.is_file())
+
+    def hash_captions(self) -> str:
+        return fingerprint_texts(f for f in self.root.rglob("*") if f.is_file())
 
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:

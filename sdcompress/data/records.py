@@ -182,11 +182,12 @@ class Source:
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Returns a hash of names and sizes, computed without reading the data.
-
-        An edit that keeps all sizes is not noticed.
-        """
+        """Returns a hash of names and sizes, computed without reading the data."""
         raise NotImplementedError
+
+    def hash_captions(self) -> str:
+        """Returns a hash of the captions, of which an edit often keeps the size; empty for shards and hub sets."""
+        return ""
 
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         """Yields every picture of unit `number` with its caption, which may be empty.
@@ -306,19 +307,21 @@ def read_prompt_lines(path: Path) -> list[str]:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """Returns a hash of the names of files, in any order, with the sizes of pictures and shards.
-
-    Of captions and tables it has the contents: an edit often leaves their size as it was.
-    """
-    lines = (f"{file.name} {_identify(file)}" for file in sorted(files, key=by_parts))
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
+    """Returns a hash of the names and sizes of files, in any order."""
+    return _hash_lines(f"{file.name} {file.stat().st_size}" for file in sorted(files, key=by_parts))
 
 
-def _identify(file: Path) -> str:
-    if file.suffix.lower() in TEXT_SUFFIXES:
+def fingerprint_texts(files: Iterable[Path]) -> str:
+    """Returns a hash of the contents of those files that hold captions, metadata or tables, in any order."""
+    lines = []
+    for file in sorted((file for file in files if file.suffix.lower() in TEXT_SUFFIXES), key=by_parts):
         with suppress(OSError):  # such a file is counted when it is read
-            return sha256_file(file)
-    return str(file.stat().st_size)
+            lines.append(f"{file.name} {sha256_file(file)}")
+    return _hash_lines(lines)
+
+
+def _hash_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()
 
 
 def is_text(value: object) -> bool:

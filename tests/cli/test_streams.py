@@ -107,9 +107,9 @@ def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     try:
         assert cli("plan", "nano") == (130, "", "sdcompress: stopped\n")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("module", ["sdcompress.cli._streams", "sdcompress.cli._processes", "sdcompress.cli.recipes"])
