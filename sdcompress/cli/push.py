@@ -13,7 +13,7 @@ from sdcompress.cli._types import NAME, TEXT, FilePath
 @click.command()
 @click.argument("folder", metavar="DIR", type=FilePath())
 @click.argument("repo", type=NAME)
-@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--private", is_flag=True, help="Make a new repository private; one that is public is refused.")
 @click.option("--dry-run", is_flag=True, help="Print the card and the files, and upload nothing; needs no network.")
 @click.option(
     "-o",
