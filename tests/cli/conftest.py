@@ -18,7 +18,6 @@ def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
 
     def run(*args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, args)])
-        monkeypatch.setenv("PYTHONSAFEPATH", "1")  # `main` sets it; after the test it is as before
         with pytest.raises(SystemExit) as stop:
             main()
         out, err = capfd.readouterr()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -79,8 +80,15 @@ def fuzz(target: str, seconds: int = 60, seed: int = 1) -> dict[str, Any]:
         `executions`, `seconds`, and `finding`: the last lines of a finding, or an empty text.
     """
     command = [sys.executable, "-m", "tests.fuzz.run", "--here", "--seconds", str(seconds), "--seed", str(seed), target]
+    root = CORPUS.parents[2]
     ended = subprocess.run(
-        command, cwd=CORPUS.parents[2], text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))},
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     executions = re.search(r"number_of_executed_units:\s*(\d+)", ended.stdout)
     lines = [line for line in ended.stdout.splitlines() if line.strip()]
