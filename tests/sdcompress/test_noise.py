@@ -63,6 +63,14 @@ def test_min_snr_weighs_the_error_of_the_latents_by_the_smaller_of_snr_and_gamma
         assert float(weight) == pytest.approx(min(alpha / (1 - alpha), 5) * error, rel=1e-3)
 
 
+@pytest.mark.parametrize(("prediction_type", "weight"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)])
+def test_min_snr_has_its_limit_where_the_schedule_ends_in_pure_noise(prediction_type: str, weight: float) -> None:
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True, **BETAS)
+    cache: Any = OneLatent()
+    batches = Batches(cache, make_training_scheduler(scheduler), 0.5, TrainConfig(batch_size=4, snr_gamma=5.0))
+    assert batches._weigh(torch.tensor([999])).tolist() == [weight]
+
+
 @pytest.mark.parametrize(
     ("name", "config", "kind"),
     [
