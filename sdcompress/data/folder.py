@@ -70,6 +70,10 @@ class FolderSource(Source):
             if isinstance(row, dict) and "file_name" in row
         }
 
+    @cached_property
+    def _rows_without_picture(self) -> list[str]:
+        return sorted(self._table.keys() - {path.relative_to(self.root).as_posix() for path in self._pictures})
+
     def count_units(self) -> int:
         return -(-len(self._pictures) // UNIT_PICTURES)
 
@@ -80,10 +84,6 @@ class FolderSource(Source):
         return fingerprint_texts(f for f in self.root.rglob("*") if f.is_file())
 
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
-        if number == 0:  # the table is of all units
-            keys = {path.relative_to(self.root).as_posix() for path in self._pictures}
-            for name in sorted(self._table.keys() - keys):
-                skipped.add("caption without a picture", name)
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:
             key = path.relative_to(self.root).as_posix()
             if path.suffix.lower() in UNREAD_SUFFIXES:
@@ -110,6 +110,8 @@ class FolderSource(Source):
                     skipped.add("caption is no text", key)
                     continue
             yield from self._build_records(key, encoded, caption, meta, skipped)
+        for key in self._rows_without_picture[number :: self.count_units()]:  # each unit counts its share
+            skipped.add("caption without a picture", key)
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

@@ -369,6 +369,22 @@ def test_what_a_folder_names_or_holds_and_does_not_give_is_counted(tmp_path: Pat
     }
 
 
+def test_each_unit_counts_its_share_of_the_rows_without_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many in one unit would stop a build that has few in all."""
+    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
+    write_table(tmp_path, [{"text": "x"} for _ in range(9)])
+    with (tmp_path / "metadata.jsonl").open("a") as table:
+        table.writelines(json.dumps({"file_name": f"gone{i}.png", "text": "x"}) + "\n" for i in range(7))
+    source, counts = open_source(tmp_path), []
+    for number in range(source.count_units()):
+        skipped = Skipped()
+        assert len(list(source.read_unit(number, skipped))) == 3
+        counts.append(skipped.count)
+    assert counts == [3, 2, 2]
+
+
 def test_a_hub_dataset_is_streamed_by_its_own_shards(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     for number in range(2):
