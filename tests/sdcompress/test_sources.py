@@ -355,36 +355,6 @@ def test_every_orientation_is_set_upright_as_pillow_does(orientation: int, pictu
     assert found.tobytes() == upright.tobytes()
 
 
-def test_what_a_folder_names_or_holds_and_does_not_give_is_counted(tmp_path: Path) -> None:
-    for name in ("a.png", "b.gif", "c.TIFF"):
-        (tmp_path / name).write_bytes(png())
-    (tmp_path / "notes.txt").write_text("no caption")
-    rows = ({"file_name": name, "text": name} for name in ("./a.png", "b.gif", "gone.png"))
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = open_source(tmp_path)
-    assert [(record.key, record.caption) for record in source] == [("a.png", "./a.png")]
-    assert source.skipped.reasons == {
-        "caption without a picture": ["gone.png"],
-        "picture of a kind that is not read": ["b.gif", "c.TIFF"],
-    }
-
-
-def test_each_unit_counts_its_share_of_the_rows_without_a_picture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Too many in one unit would stop a build that has few in all."""
-    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
-    write_table(tmp_path, [{"text": "x"} for _ in range(9)])
-    with (tmp_path / "metadata.jsonl").open("a") as table:
-        table.writelines(json.dumps({"file_name": f"gone{i}.png", "text": "x"}) + "\n" for i in range(7))
-    source, counts = open_source(tmp_path), []
-    for number in range(source.count_units()):
-        skipped = Skipped()
-        assert len(list(source.read_unit(number, skipped))) == 3
-        counts.append(skipped.count)
-    assert counts == [3, 2, 2]
-
-
 def test_a_hub_dataset_is_streamed_by_its_own_shards(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     for number in range(2):
