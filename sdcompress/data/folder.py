@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sdcompress_engines.errors import DataError
@@ -20,6 +20,7 @@ from sdcompress.data.records import (
     OVERSIZE,
     PICTURE_SUFFIXES,
     UNIT_PICTURES,
+    UNREAD_SUFFIXES,
     Record,
     Source,
     choose_caption,
@@ -36,7 +37,8 @@ class FolderSource(Source):
     """The pictures of a folder and its subfolders. Links to pictures are followed, links to folders are not.
 
     Captions and metadata are in `metadata.jsonl` or `metadata.csv` of the folder, with the column `file_name` and one
-    of `CAPTION_COLUMNS`, or in a `.json` or `.txt` file beside each picture.
+    of `CAPTION_COLUMNS`, or in a `.json` or `.txt` file beside each picture. Rows without a picture, and pictures of
+    `UNREAD_SUFFIXES`, are counted as unusable.
 
     Args:
         name: for reports and manifests.
@@ -50,7 +52,7 @@ class FolderSource(Source):
 
     @cached_property
     def _pictures(self) -> list[Path]:
-        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES)
+        found = (p for p in self.root.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES | UNREAD_SUFFIXES)
         return sorted((p for p in found if p.is_file() or not p.exists()), key=by_parts)
 
     @cached_property
@@ -61,12 +63,16 @@ class FolderSource(Source):
             rows = list(read_json_lines(path, DataError))
         elif (path := self.root / "metadata.csv").is_file():
             rows = _read_csv(path)
-        # A table that was written on Windows may have backslashes.
+        # A table that was written on Windows may have backslashes, and any a leading `./`.
         return {
-            str(row["file_name"]).replace("\\", "/"): row
+            PurePosixPath(str(row["file_name"]).replace("\\", "/")).as_posix(): row
             for row in rows
             if isinstance(row, dict) and "file_name" in row
         }
+
+    @cached_property
+    def _rows_without_picture(self) -> list[str]:
+        return sorted(self._table.keys() - {path.relative_to(self.root).as_posix() for path in self._pictures})
 
     def count_units(self) -> int:
         return -(-len(self._pictures) // UNIT_PICTURES)
@@ -80,6 +86,9 @@ class FolderSource(Source):
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:
             key = path.relative_to(self.root).as_posix()
+            if path.suffix.lower() in UNREAD_SUFFIXES:
+                skipped.add("picture of a kind that is not read", key)
+                continue
             if not path.exists():
                 skipped.add("link to a file that is missing", key)
                 continue
@@ -101,6 +110,8 @@ class FolderSource(Source):
                     skipped.add("caption is no text", key)
                     continue
             yield from self._build_records(key, encoded, caption, meta, skipped)
+        for key in self._rows_without_picture[number :: self.count_units()]:  # each unit counts its share
+            skipped.add("caption without a picture", key)
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:

@@ -24,6 +24,8 @@ from sdcompress.data.filters import parse_conditions
 from sdcompress.data.skipped import Skipped
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+UNREAD_SUFFIXES = frozenset({".gif", ".tif", ".tiff", ".jfif", ".avif", ".heic", ".heif", ".jxl"})
+"""Pictures that are counted in a folder, and not read."""
 PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 """What files with those suffixes may hold. Never EPS: Pillow reads it with an external program."""
 CAPTION_COLUMNS = ("text", "caption", "prompt")
@@ -101,7 +103,7 @@ class Record:
             picture = self._open()
             self._check_size(*picture.size)
             picture.load()
-            if turn := _find_turn(picture):
+            if (turn := _find_turn(picture)) is not None:  # the number of a mirrored picture is 0
                 picture = picture.transpose(turn)
             if picture.mode.startswith("I;16"):
                 picture = picture.point(lambda value: value / 256).convert("L")

@@ -87,7 +87,7 @@ class UnitEncoder:
 
     def __init__(self, pipeline: TextToImagePipeline, latents: LatentEncoder, size_px: int, config: DataConfig) -> None:
         self.pipeline, self.latents, self.config = pipeline, latents, config
-        step = max(latents.factor, min(64, size_px // 8))
+        step = max(latents.factor, min(64, size_px // 8) // latents.factor * latents.factor)
         self.shapes = bucket_shapes(size_px, step) if config.buckets else [(size_px, size_px)]
         self.crops = config.views if config.crop == "random" else 1
         self.views = self.crops * (2 if config.flip else 1)

@@ -73,7 +73,7 @@ def build_module(name: str, config: Mapping[str, Any], where: str | Path) -> Any
 
 
 def build_scheduler(config: Mapping[str, Any], where: str | Path, class_name: str | None = None) -> Any:
-    """Returns a scheduler whose timesteps were tested on a copy.
+    """Returns a scheduler of which a copy was tried in a few steps.
 
     Args:
         config: of the scheduler; it is checked.
@@ -81,25 +81,45 @@ def build_scheduler(config: Mapping[str, Any], where: str | Path, class_name: st
         class_name: one of `SCHEDULERS`; None takes the config's.
 
     Raises:
-        ModelError: the config is broken, or names another class.
+        ModelError: the config is broken, names another class, or describes a scheduler that cannot draw.
     """
     import diffusers
-    import torch
 
     checked = check_config("scheduler", config, where)
     name = class_name or checked.get("_class_name")
     if name not in SCHEDULERS:
         raise ModelError(f"names no scheduler ({name})", where=where, expected=some_of(SCHEDULERS))
     scheduler_class: Any = getattr(diffusers, name)
-    with library_errors("scheduler", where):
-        options = {key: value for key, value in checked.items() if key != "_class_name"}
-        probe = scheduler_class.from_config(options)
-        with warnings.catch_warnings():  # diffusers' own, with NumPy 2
-            warnings.simplefilter("ignore", DeprecationWarning)
-            probe.set_timesteps(4)
-        if not torch.isfinite(torch.as_tensor(probe.timesteps, dtype=torch.float32)).all():
-            raise ModelError("the scheduler has timesteps that are not finite", where=where)
+    options = {key: value for key, value in checked.items() if key != "_class_name"}
+    with library_errors("scheduler", where), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # diffusers' own, such as that of NumPy 2
+        _try_scheduler(scheduler_class.from_config(options), where)
         return scheduler_class.from_config(options)
+
+
+def _try_scheduler(scheduler: Any, where: str | Path) -> None:
+    """Denoise zeros in a few steps. Not every scheduler can draw by every prediction type, variance and noise.
+
+    Args:
+        scheduler: is left at the last step.
+        where: the file it comes from, for the message.
+
+    Raises:
+        ModelError: the timesteps or the result are not finite.
+        Exception: the scheduler's own.
+    """
+    import torch
+
+    scheduler.set_timesteps(4)
+    if not torch.isfinite(torch.as_tensor(scheduler.timesteps, dtype=torch.float32)).all():
+        raise ModelError("the scheduler has timesteps that are not finite", where=where)
+    sample = torch.zeros(1, 4, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        for timestep in scheduler.timesteps:
+            predicted = scheduler.scale_model_input(sample, timestep)
+            sample = scheduler.step(predicted, timestep, sample).prev_sample
+    if not sample.isfinite().all():
+        raise ModelError("the scheduler draws numbers that are not finite", where=where, expected="another scheduler")
 
 
 def build_tokenizer(files: Mapping[str, Any], where: str | Path) -> Any:

@@ -41,7 +41,7 @@ _KEY = re.compile(rf"(.*?)\.({'|'.join(re.escape(end) for end in TENSOR_ROLES)})
 
 
 def unet_modules(unet: torch.nn.Module) -> list[str]:
-    """Returns the names of a UNet's layers that a LoRA can adapt."""
+    """Returns the names of a UNet's, or another network's, layers that a LoRA can adapt."""
     return [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
 
 

@@ -41,7 +41,7 @@ class NoisyBatch:
             trained.
         target: the noise, the velocity or the latents, by the scheduler's prediction type, (B, C, h, w) float32.
         weight: weight of each picture's loss, (B,) float32; ones without Min-SNR.
-        added: SDXL's `text_embeds`, (B, P), and `time_ids`, (B, 6), float32; None elsewhere.
+        added: SDXL's `text_embeds`, (B, P) float32, and `time_ids`, (B, 6) int64; None elsewhere.
     """
 
     sample: torch.Tensor
@@ -170,7 +170,8 @@ class Batches:
         # diffusers' compute_snr differs in the last bits, by up to 3.4e-7 relative: resumed runs would not be equal.
         snr = self.alphas[timesteps] / (1 - self.alphas[timesteps])
         divisor = {"epsilon": snr, "sample": torch.ones_like(snr)}.get(self.prediction_type, snr + 1)
-        return snr.clamp(max=self.config.snr_gamma) / divisor
+        # Of a schedule that ends in pure noise the last SNR is 0, and 0 / 0 has the limit 1.
+        return (snr.clamp(max=self.config.snr_gamma) / divisor).nan_to_num(nan=1.0)
 
     def _draw_sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, Any]:
         """Returns latents, noise, text, timestep and SDXL's added conditions (or None) for a position."""
@@ -183,6 +184,6 @@ class Batches:
         noise = torch.randn(cached.mean.shape, generator=generator)
         if self.config.noise_offset:
             noise = noise + self.config.noise_offset * torch.randn(noise.shape[0], 1, 1, generator=generator)
-        added = None if cached.pooled is None else {"text_embeds": cached.pooled, "time_ids": cached.time_ids}
+        added = None if cached.pooled is None else {"text_embeds": cached.pooled, "time_ids": cached.time_ids.long()}
         text = cached.ids if self.tokens and cached.ids is not None else cached.text
         return latents, noise, text, timestep, added

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sdcompress.data.config import DataConfig
 from sdcompress.support.bounds import MOST_BATCH, MOST_SEED, MOST_TRAINING_STEPS
@@ -138,6 +138,13 @@ class DistillConfig(TrainConfig):
             " equally."
         ),
     )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> DistillConfig:
+        if not any(self.loss_weights().values()):
+            names = ", ".join(name.replace("_loss", "_weight") for name in self.loss_weights())
+            raise ValueError(f"{names} are all 0, so that nothing would be learned")
+        return self
 
     def loss_weights(self) -> dict[str, float]:
         """Returns the weight of each loss, by the loss's name."""

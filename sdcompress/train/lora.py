@@ -16,6 +16,7 @@ from torch import nn
 
 from sdcompress.data.cache import LatentCache
 from sdcompress.lora.files import Layers, LoraLayer, write_lora
+from sdcompress.lora.names import unet_modules
 from sdcompress.train.config import LoraConfig
 from sdcompress.train.loop import Sampler, TrainResult, train
 from sdcompress.train.objectives.denoising import Denoising
@@ -83,7 +84,7 @@ def train_lora(
         ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
         ModelError: the model has two text encoders (SDXL) and the configuration asks for `text_encoder`.
         TrainingError: divergence, or a resume of another run.
-        UsageError: the targets match no layer, the batch does not divide over the processes, or an option does not fit
+        UsageError: a target matches no layer, the batch does not divide over the processes, or an option does not fit
             them.
     """
     pipeline: Any = model.pipeline
@@ -116,7 +117,7 @@ def make_adapted_network(pipeline: Any, config: LoraConfig) -> nn.Module:
     """Returns a frozen copy of the UNet with fresh adapters, with the text encoder beside it if so configured.
 
     Raises:
-        UsageError: the targets match no layer.
+        UsageError: a target matches no layer.
     """
     unet: nn.Module = add_adapters(copy_frozen(pipeline.unet, config.precision), config, config.targets)
     if not config.text_encoder:
@@ -134,10 +135,18 @@ def add_adapters(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> 
         targets: the ends of the layers' names.
 
     Raises:
-        UsageError: the targets match no layer.
+        UsageError: a target matches no layer.
     """
     from peft import LoraConfig as PeftConfig
 
+    layers = [f".{name}" for name in unet_modules(network)]
+    unmatched = [target for target in targets if not any(name.endswith(f".{target}") for name in layers)]
+    fault = UsageError(
+        f"targets {', '.join(unmatched or targets)} match no layer of the {type(network).__name__}",
+        expected="such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2",
+    )
+    if unmatched:  # peft ignores a misspelled target beside a right one
+        raise fault
     try:
         network.add_adapter(
             PeftConfig(
@@ -148,10 +157,7 @@ def add_adapters(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> 
             )
         )
     except ValueError as error:
-        raise UsageError(
-            f"targets {', '.join(targets)} match no layer of the {type(network).__name__}",
-            expected="such as to_q, to_k, to_v, to_out.0, proj_in, ff.net.2",
-        ) from error
+        raise fault from error
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

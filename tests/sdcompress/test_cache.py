@@ -19,6 +19,7 @@ from sdcompress.data import build_cache as build_cache_module
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.config import DataConfig
+from sdcompress.data.encode import LatentEncoder
 from sdcompress.data.sources import open_source
 from sdcompress.data.units import UnitEncoder
 from sdcompress.data.views import CENTER, bucket_shapes, nearest_bucket, to_view
@@ -116,6 +117,14 @@ def test_buckets_keep_the_aspect_and_equal_the_area(teacher: LoadedPipeline, mix
     found = {tuple(cache.sample(i, 0, 0.0).mean.shape[1:]) for i in range(len(cache))}
     assert len(found) == 3
     assert len(cache.buckets.unique()) == 3
+
+
+@pytest.mark.parametrize("size_px", [64, 96, 136, 200, 504, 520])
+def test_the_sides_of_buckets_are_whole_latents(teacher: LoadedPipeline, size_px: int) -> None:
+    latents = LatentEncoder(teacher.pipeline.vae, torch.device("cpu"), "fp32")
+    shapes = UnitEncoder(teacher.pipeline, latents, size_px, DataConfig(buckets=True)).shapes
+    assert len(shapes) > 1
+    assert not [shape for shape in shapes if shape[0] % latents.factor or shape[1] % latents.factor]
 
 
 def test_a_stopped_build_continues_and_ends_the_same(

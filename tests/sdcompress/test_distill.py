@@ -302,3 +302,5 @@ def test_recipes_load_and_all_errors_are_named_at_once(tmp_path: Path) -> None:
         load_config(DistillConfig, bad, {})
     assert "steps" in str(caught.value)
     assert "batchsize" in str(caught.value)
+    with pytest.raises(UsageError, match="attention_kd_weight are all 0"):
+        load_config(DistillConfig, None, {"task_weight": 0, "output_kd_weight": 0, "feature_kd_weight": 0})

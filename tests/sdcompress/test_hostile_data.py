@@ -191,6 +191,7 @@ def test_any_metadata_gives_captions_or_reasons(tmp_path: Path, meta: dict[str, 
     (tmp_path / "a.json").write_text(json.dumps(meta))
     captions, reasons = read_all(tmp_path)
     assert all(caption == caption.strip() for caption in captions)
+    assert len(reasons.pop("caption without a picture", [])) == (meta.get("file_name", "a.png") != "a.png")
     assert all(keys == ["a.png"] for keys in reasons.values())
 
 

@@ -270,9 +270,12 @@ def test_a_file_that_is_no_lora_for_this_unet_is_refused(trained: Path, model: L
         fuse_lora(student, read_lora(trained / FILE, modules))
 
 
-def test_targets_that_name_no_layer_are_refused(model: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="to_nowhere match no layer"):
-        train_lora(model, cache, SHORT.model_copy(update={"targets": ("to_nowhere",)}), tmp_path / "run")
+@pytest.mark.parametrize("targets", [("to_nowhere",), ("to_q", "to_nowhere"), ("to_q", "norm1")])
+def test_targets_that_name_no_layer_are_refused(
+    model: LoadedPipeline, cache: LatentCache, tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    with pytest.raises(UsageError, match=f"targets {targets[-1]} match no layer"):
+        train_lora(model, cache, SHORT.model_copy(update={"targets": targets}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -12,6 +12,7 @@ import torch
 from sdcompress_engines.errors import ModelError
 
 from sdcompress.families.build import build_scheduler
+from sdcompress.families.schemas.scheduler import SCHEDULERS
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import TrainConfig
 from sdcompress.train.pipelines import check_trainable, make_training_scheduler
@@ -63,6 +64,14 @@ def test_min_snr_weighs_the_error_of_the_latents_by_the_smaller_of_snr_and_gamma
         assert float(weight) == pytest.approx(min(alpha / (1 - alpha), 5) * error, rel=1e-3)
 
 
+@pytest.mark.parametrize(("prediction_type", "weight"), [("epsilon", 1.0), ("v_prediction", 0.0), ("sample", 0.0)])
+def test_min_snr_has_its_limit_where_the_schedule_ends_in_pure_noise(prediction_type: str, weight: float) -> None:
+    scheduler = diffusers.DDIMScheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True, **BETAS)
+    cache: Any = OneLatent()
+    batches = Batches(cache, make_training_scheduler(scheduler), 0.5, TrainConfig(batch_size=4, snr_gamma=5.0))
+    assert batches._weigh(torch.tensor([999])).tolist() == [weight]
+
+
 @pytest.mark.parametrize(
     ("name", "config", "kind"),
     [
@@ -78,6 +87,37 @@ def test_noise_without_numbered_timesteps_is_refused(
     scheduler = build_scheduler(config, tmp_path, name)
     with pytest.raises(ModelError, match=rf"the noise of {name} \({kind}\) cannot be trained"):
         make_training_scheduler(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("PNDMScheduler", {"prediction_type": "sample"}, "does not load .*prediction_type given as sample"),
+        ("EulerAncestralDiscreteScheduler", {"prediction_type": "sample"}, "not implemented yet: sample"),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, "does not load"),
+        (  # the noise is divided by the amplitude of the latents, which is 0
+            "DDIMScheduler",
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+            "draws numbers that are not finite",
+        ),
+    ],
+)
+def test_a_scheduler_that_cannot_draw_is_refused_before_training(
+    name: str, config: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        build_scheduler(BETAS | config, tmp_path, name)
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"DPMSolverSDEScheduler"}))  # which needs torchsde
+def test_every_scheduler_with_stable_diffusions_noise_is_accepted_and_draws_no_random_number(
+    name: str, tmp_path: Path
+) -> None:
+    before = torch.random.get_rng_state()
+    for prediction_type in ("epsilon", "v_prediction"):
+        config = BETAS | {"prediction_type": prediction_type, "steps_offset": 1, "skip_prk_steps": True}
+        build_scheduler(config, tmp_path, name)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_a_unet_that_takes_the_guidance_scale_is_refused(random_pipeline: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.runners import open_runner
 
@@ -23,9 +24,10 @@ from sdcompress.export.settings import choose_settings
 from sdcompress.families.registry import family_of
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.prune.presets import make_plan
+from sdcompress.prune.student import build_student
 from sdcompress.sampling import generate
 from sdcompress.train.config import DistillConfig, LoraConfig
-from sdcompress.train.distill import distill
+from sdcompress.train.distill import distill, make_objective
 from sdcompress.train.lora import FILE, LORA, train_lora
 from sdcompress.train.pipelines import make_batches, save_pipeline, with_unet
 
@@ -80,6 +82,25 @@ def test_a_student_guides_as_its_teacher_and_is_trained_on_what_guidance_takes(
         save_pipeline(with_unet(pipeline, pipeline.unet), tmp_path / f"student {zeros}", "student")
         student = load_pipeline(tmp_path / f"student {zeros}").pipeline
         assert student.config["force_zeros_for_empty_prompt"] is zeros
+
+
+def test_a_teacher_in_half_precision_is_given_the_sizes_of_its_student(teacher: LoadedPipeline, tmp_path: Path) -> None:
+    """bf16 holds whole numbers up to 256 only."""
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (515, 301), "red").save(tmp_path / "data/0.png")
+    (tmp_path / "data/0.txt").write_text("red")
+    cache = build_cache(open_source(tmp_path / "data"), teacher, tmp_path / "cache")
+    config = DistillConfig(**COMMON | {"precision": "bf16"})
+    plan = make_plan(teacher.pipeline.unet.config, "bk-base")
+    student = build_student(teacher.pipeline.unet, plan)
+    objective = make_objective(teacher.pipeline.unet, student, plan, config)
+    seen: list[list[int]] = []
+    for network in (student, objective.teacher):
+        network.add_time_proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].tolist()))
+    batch = make_batches(teacher.pipeline, cache, config).make_batch(range(1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), objective.attach_hooks(student):
+        objective.compute_losses(student, batch)
+    assert seen == [[301, 515, 0, 45, 128, 128]] * 2
 
 
 def test_latents_are_trained_in_the_scale_in_which_the_pipeline_decodes_them(

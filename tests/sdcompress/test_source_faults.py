@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from sdcompress_engines.errors import DataError
 
 from sdcompress.data.config import DataConfig
+from sdcompress.data.skipped import Skipped
 from sdcompress.data.sources import open_source
 
 from .picture_files import add_member, png, write_shard
@@ -54,3 +56,34 @@ def test_a_faulty_picture_and_its_caption_are_counted_once(tmp_path: Path, order
         "member is a link or a device": ["0.tar:b.png"],
         "caption without a picture": ["0.tar:c"],
     }
+
+
+def test_what_a_folder_names_or_holds_and_does_not_give_is_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "b.gif", "c.TIFF"):
+        (tmp_path / name).write_bytes(png())
+    (tmp_path / "notes.txt").write_text("no caption")
+    rows = ({"file_name": name, "text": name} for name in ("./a.png", "b.gif", "gone.png"))
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(tmp_path)
+    assert [(record.key, record.caption) for record in source] == [("a.png", "./a.png")]
+    assert source.skipped.reasons == {
+        "caption without a picture": ["gone.png"],
+        "picture of a kind that is not read": ["b.gif", "c.TIFF"],
+    }
+
+
+def test_each_unit_counts_its_share_of_the_rows_without_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too many in one unit would stop a build that has few in all."""
+    monkeypatch.setattr("sdcompress.data.folder.UNIT_PICTURES", 3)
+    for number in range(9):
+        (tmp_path / f"{number}.png").write_bytes(png())
+    rows = ({"file_name": f"{number}.png", "text": "x"} for number in range(16))
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, counts = open_source(tmp_path), []
+    for number in range(source.count_units()):
+        skipped = Skipped()
+        assert len(list(source.read_unit(number, skipped))) == 3
+        counts.append(skipped.count)
+    assert counts == [3, 2, 2]

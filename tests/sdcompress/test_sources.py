@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from sdcompress_engines.errors import DataError, UsageError
 from sdcompress_engines.resources import peak_rss_mib
 
@@ -339,6 +339,20 @@ def test_a_turned_photo_is_set_upright_and_sixteen_bits_become_eight() -> None:
     file = io.BytesIO()
     Image.new("I;16", (4, 4), 32768).save(file, "PNG")
     assert Record("deep", file.getvalue(), "x").picture().getpixel((0, 0)) == (128, 128, 128)
+
+
+@pytest.mark.parametrize("picture_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(10))  # 1 to 8 have a meaning
+def test_every_orientation_is_set_upright_as_pillow_does(orientation: int, picture_format: str) -> None:
+    noise = torch.randint(256, (6, 9, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise.numpy()).save(file, picture_format, exif=exif)
+    with Image.open(file) as stored:
+        upright = ImageOps.exif_transpose(stored).convert("RGB")
+    found = Record("turned", file.getvalue(), "x").picture()
+    assert found.size == upright.size
+    assert found.tobytes() == upright.tobytes()
 
 
 def test_a_hub_dataset_is_streamed_by_its_own_shards(tmp_path: Path) -> None:

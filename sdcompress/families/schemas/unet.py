@@ -2,7 +2,8 @@
 
 Fields, defaults and their order are diffusers'. Bounds are several times what published models have: SD 1.4, 1.5, 2.1,
 SDXL (base, turbo, refiner), SSD-1B, Segmind-Vega, KOALA, BK-SDM, LCM and the inpainting models. Entries that only other
-pipelines serve, such as class labels and image embeddings, must have diffusers' default.
+pipelines serve, such as class labels, image embeddings and Fourier features of the timestep, must have diffusers'
+default.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class UNetSchema(ComponentSchema):
     resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
     resnet_skip_time_act: bool | None = False
     resnet_out_scale_factor: Annotated[float, within(1e-3, 1e3)] = 1.0
-    time_embedding_type: Literal["positional", "fourier"] = "positional"
+    time_embedding_type: Literal["positional"] = "positional"
     time_embedding_dim: Annotated[int, within(2, 8 * MOST_CHANNELS)] | None = None
     time_embedding_act_fn: Activation | None = None
     timestep_post_act: Activation | None = None
