@@ -94,22 +94,35 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None
     assert subprocess.run(["sh", "-c", line], check=False, timeout=120).returncode > 2
 
 
-def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=POSIX)])
+def test_a_signal_to_stop_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    number = getattr(signal, name)
+
     def fail(**_: Any) -> None:
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         except KeyboardInterrupt as interrupt:
             raise RuntimeError("Failed to import a module") from interrupt
 
     monkeypatch.setattr("sdcompress.cli.cli", fail)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, usual)  # a shell ignores SIGINT in the background, and nohup SIGHUP
     try:
-        assert cli("plan", "nano") == (130, "", "sdcompress: stopped\n")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert cli("plan", "nano") == (128 + number, "", "sdcompress: stopped\n")
+        assert signal.getsignal(number) is usual
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdcompress.cli.cli", lambda **_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert cli("plan", "nano") == (0, "", "")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("module", ["sdcompress.cli._streams", "sdcompress.cli._processes", "sdcompress.cli.recipes"])

@@ -147,3 +147,13 @@ def test_one_process_at_a_time_writes_an_output(tmp_path: Path) -> None:
     ):
         pass
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_lock_of_a_mounted_folder_lies_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # as beside a mount point of root's
+    with locked(tmp_path / "out"):
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", ".lock"]
+        with pytest.raises(ArtifactError, match="another process"), locked(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
