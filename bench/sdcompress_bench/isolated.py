@@ -82,7 +82,10 @@ def _run(function: Callable[[Any], dict[str, Any]], argument: dict[str, Any], fo
             os.setsid()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-    output = os.open(Path(folder) / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        output = os.open(Path(folder) / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
+    except FileNotFoundError:  # the caller was stopped before this process began
+        return
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
