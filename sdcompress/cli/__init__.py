@@ -113,6 +113,7 @@ def _run() -> int:
     with _record_stops() as stops:
         try:
             if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
+                _check_working_folder()
                 choose_waiting()
             with watch_processes():
                 code = cli(prog_name="sdcompress", standalone_mode=False)
@@ -124,6 +125,16 @@ def _run() -> int:
             return _report(BrokenPipeError(errno.EPIPE, "broken pipe"))
         except BaseException as error:
             return _report(KeyboardInterrupt(*stops[:1]) if stops else error)
+
+
+def _check_working_folder() -> None:
+    """Refuse a working folder that was removed: libraries fail there in ways that do not name it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        from sdcompress_engines.errors import StorageError
+
+        raise StorageError("the folder you are in was removed", hint="cd to one that exists") from error
 
 
 @contextmanager

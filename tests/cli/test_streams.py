@@ -207,12 +207,27 @@ def test_a_file_that_may_not_be_read_is_one_line_without_a_hint_about_the_output
         (ValueError("embedded null byte"), "a path holds the character NUL"),
         (RuntimeError("Symlink loop from '/a/b'"), "/a/b: the links in this path lead to each other"),
         (RuntimeError("Could not determine home directory."), "the home folder of a path"),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "no folder for temporary files"),
+        (RuntimeError("can't start new thread"), "the system starts no more processes or threads"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "the system starts no more processes or threads"),
     ],
     ids=str,
 )
 def test_what_the_system_refuses_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _report(error) in (1, 2)
     assert capsys.readouterr().err.startswith(f"sdcompress: {line}")
+
+
+@POSIX
+def test_a_working_folder_that_was_removed_is_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = cli("inspect", "nano")
+    assert code == 1
+    assert one_line(err) == "sdcompress: the folder you are in was removed. Try: cd to one that exists"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback_and_ends_with_how_to_report_it(
