@@ -114,6 +114,7 @@ def build_suite(
         real=prompts.real,
         threads=file.threads,
         gates=tuple(_read_gate(entry, precision) for entry in file.gates if _is_measured(entry, precision, measured)),
+        prompts_file=None if file.prompts is None else Path(file.prompts),
     )
     return suite, skipped
 

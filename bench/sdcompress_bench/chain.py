@@ -19,7 +19,7 @@ from sdcompress_engines.errors import BackendMissing, SdCompressError, storage_e
 from sdcompress_engines.files import parents_made, write_atomically
 from sdcompress_engines.leftovers import remove_partial_files
 from sdcompress_engines.manifest import MANIFEST_NAME, sha256_file, sha256_tree
-from sdcompress_engines.output_folders import begun_folder, check_free, check_inputs, moved_aside
+from sdcompress_engines.output_folders import begun_folder, check_free, check_inputs, locked, moved_aside
 from sdcompress_engines.output_marks import RUN
 from sdcompress_engines.progress import SILENT, Reporter
 
@@ -76,17 +76,24 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
 
     Raises:
         UsageError, PlanError, ModelError, DataError: the teacher, the plans, the data or the training settings are
-            wrong. ArtifactError: the output is in the way. What a stage raises passes through.
+            wrong. ArtifactError: the output is in the way, or another process is writing it. What a stage raises
+            passes through.
     """
-    from sdcompress.models.load import load_pipeline
-    from sdcompress.train.pipelines import check_trainable
-
     inputs = read_inputs(settings)
     read = list_read(settings, inputs)
     if _continues(settings):
         check_inputs(settings.output, read)
     else:
         check_free(settings.output, settings.force, read, in_place=True)
+    with locked(settings.output):
+        return _run_alone(settings, inputs, report, command)
+
+
+def _run_alone(settings: ChainSettings, inputs: Inputs, report: Reporter, command: str | None) -> ChainResult:
+    """Do as `run_chain` does, while no other process writes the output."""
+    from sdcompress.models.load import load_pipeline
+    from sdcompress.train.pipelines import check_trainable
+
     started = time.monotonic()
     machine = _read_machine()
     graphs = 1 + len(inputs.plans) if machine.onnxruntime else 0

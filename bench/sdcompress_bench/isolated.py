@@ -23,6 +23,7 @@ import psutil
 from sdcompress_engines.child_process import leave_out_working_folder
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.files import write_atomically
+from sdcompress_engines.paths import hide_home
 
 _PRELOADED = ["sdcompress_bench.preload"]
 _NOTICES = ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY")
@@ -82,14 +83,17 @@ def _run(function: Callable[[Any], dict[str, Any]], argument: dict[str, Any], fo
             os.setsid()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="utf-8")
-    output = os.open(Path(folder) / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        output = os.open(Path(folder) / "stderr", os.O_WRONLY | os.O_CREAT, 0o600)
+    except FileNotFoundError:  # the caller was stopped before this process began
+        return
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
         outcome = function(argument)
     except (SdCompressError, RuntimeError, ValueError, OSError, ImportError, MemoryError) as error:
         name = "" if isinstance(error, SdCompressError) else f"{type(error).__name__}: "
-        outcome = {"failed": f"{name}{' '.join(str(error).split())[:400]}".replace(str(Path.home()), "~")}
+        outcome = {"failed": hide_home(f"{name}{' '.join(str(error).split())[:400]}")}
     write_atomically(Path(folder) / "answer.json", json.dumps(outcome))
 
 
@@ -139,4 +143,4 @@ def _cause(status: int | None, output: Path) -> str:
         return f"its process was ended by {name}" + ("; out of memory is the usual cause" if name == "SIGKILL" else "")
     lines = output.read_text(errors="replace", encoding="utf-8").splitlines() if output.is_file() else []
     tail = next((line.strip() for line in reversed(lines) if line.strip()), "no message")
-    return f"its process ended with status {status}: {tail[:400]}".replace(str(Path.home()), "~")
+    return hide_home(f"its process ended with status {status}: {tail[:400]}")

@@ -164,6 +164,7 @@ class Suite:
         real: webdataset shard of real pictures with captions, or a folder of pictures (`--reference`): the ceiling of
             the CLIP figures and a reference for FID and KID.
         threads: CPU threads of each child process; None leaves the choice to the runtime.
+        prompts_file: that `prompts` were read from; None where they are built in.
     """
 
     models: tuple[ModelUnderTest, ...]
@@ -193,6 +194,7 @@ class Suite:
     real: Path | None = None
     threads: int | None = None
     gates: tuple[Gate, ...] = ()
+    prompts_file: Path | None = None
 
     def __post_init__(self) -> None:
         names = [slug(model.name) for model in self.models]

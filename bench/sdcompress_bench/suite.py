@@ -132,7 +132,8 @@ def list_inputs(suite: Suite) -> list[Path]:
     from sdcompress.models.locate import local_paths
 
     found = [path for model in suite.models for path in (model.onnx, model.engine, model.metrics)]
-    found += [*local_paths(*(model.path for model in suite.models if model.random is None)), suite.metric, suite.real]
+    found += local_paths(*(model.path for model in suite.models if model.random is None))
+    found += [suite.prompts_file, suite.metric, suite.real]
     return [path for path in found if path is not None]
 
 
@@ -145,10 +146,11 @@ def _open_journal(suite: Suite, facts: Mapping[str, Any], work: Path, report: Re
             report.show_line(f"continuing with the measurements of an earlier start ({work.name})")
         try:
             yield journal
-        except SdCompressError as error:
-            if journal.known:
+        except BaseException as error:
+            if not journal.known:
+                shutil.rmtree(work, ignore_errors=True)
+            elif isinstance(error, SdCompressError):
                 raise error.with_hint(f"the same command continues with the measurements in {work}") from error
-            shutil.rmtree(work, ignore_errors=True)
             raise
 
 

@@ -136,6 +136,7 @@ _STORAGE = _FULL | {
     errno.ELOOP: ("the links in this path lead to each other", "choose another -o"),
     errno.EBUSY: ("is in use by the system, as a mount point is", "choose another -o"),
 }
+_NO_PROCESS = "the system starts no more processes or threads for this account (ulimit -u)"
 _REFUSED = {number: what for number, (what, _) in _STORAGE.items()} | {
     errno.EACCES: "no permission to read or write this",
     errno.EPERM: "no permission to read or write this",
@@ -145,6 +146,7 @@ _REFUSED = {number: what for number, (what, _) in _STORAGE.items()} | {
     errno.EMFILE: "too many files are open",
     errno.ENFILE: "too many files are open",
     errno.EPIPE: "a program that this command started has ended early",
+    errno.EAGAIN: _NO_PROCESS,
 }
 """What a refused access means, by errno, where it is not known whether it was to an output."""
 _TORCH_WRITES = re.compile(r"file write failed|inline_container\.cc.*unexpected pos")
@@ -203,6 +205,12 @@ def system_error(error: BaseException) -> SdCompressError | None:
         error: that nothing nearer to its cause has understood.
     """
     text = str(error)
+    if "No usable temporary directory" in text:
+        return StorageError(
+            "no folder for temporary files can be written", hint="set TMPDIR to one, or free some space"
+        )
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return SdCompressError(_NO_PROCESS)
     if isinstance(error, OSError):
         known = _WINDOWS_STORAGE.get(getattr(error, "winerror", None) or 0, (_REFUSED.get(error.errno or 0), None))
         what = known[0] or (shorten(error.strerror) if error.filename and error.strerror else None)

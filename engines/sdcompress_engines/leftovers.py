@@ -15,11 +15,12 @@ from pathlib import Path
 
 PARTIAL, OLD = "partial", "old"
 """What a temporary name is for: a file or folder that is being written, and a folder that is being replaced."""
-_NAME = re.compile(r"\.(.+)\.(\d{1,10})-([0-9a-f]{6})[0-9a-f]{8}\.(partial|old)(?:\.[^.]*)?")
+_NAME = re.compile(r"\.(.+)\.(\d{1,10})-([0-9a-f]{6})([0-9a-f]{6})?[0-9a-f]{8}\.(partial|old)(?:\.[^.]*)?")
+"""Target, process id, machine, start of the process (not in names of earlier versions), use."""
 
 
 def temporary_path(target: Path, use: str = PARTIAL) -> Path:
-    """Returns an unused hidden path beside `target`, with the process id in its name.
+    """Returns an unused hidden path beside `target`, with this process in its name.
 
     Args:
         target: the file or folder that is written or replaced.
@@ -27,7 +28,8 @@ def temporary_path(target: Path, use: str = PARTIAL) -> Path:
     """
     # The suffix stays, because some writers choose the format by it. Names have at most 255 bytes.
     suffix = target.suffix if len(target.suffix) <= 16 and target.suffix.isascii() and use == PARTIAL else ""
-    return target.with_name(f".{_shorten(target)}.{os.getpid()}-{_machine()}{uuid.uuid4().hex[:8]}.{use}{suffix}")
+    process = f"{os.getpid()}-{_machine()}{_read_start(os.getpid())}"
+    return target.with_name(f".{_shorten(target)}.{process}{uuid.uuid4().hex[:8]}.{use}{suffix}")
 
 
 def is_temporary(name: str) -> bool:
@@ -64,7 +66,7 @@ def remove_leftovers(target: Path) -> None:
 def remove_partial_files(folder: Path) -> None:
     """Remove the files in a folder that killed processes were writing, as far as possible."""
     for path, match in _left_in(folder):
-        if match[4] == PARTIAL:
+        if match[5] == PARTIAL:
             with suppress(OSError):
                 path.unlink()
 
@@ -73,7 +75,7 @@ def _left_beside(target: Path) -> Iterator[tuple[Path, str]]:
     """Yields the temporary paths of `target` whose process does not run any more, each with its use."""
     for path, match in _left_in(target.parent):
         if match[1] == _shorten(target):
-            yield path, match[4]
+            yield path, match[5]
 
 
 def _left_in(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
@@ -83,7 +85,7 @@ def _left_in(folder: Path) -> Iterator[tuple[Path, re.Match[str]]]:
         return
     for name in names:
         match = _NAME.fullmatch(name)
-        if match and match[3] == _machine() and not _is_running(int(match[2])):
+        if match and match[3] == _machine() and not _is_running(int(match[2]), match[4]):
             yield folder / name, match
 
 
@@ -101,8 +103,27 @@ def _machine() -> str:
     return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:6]
 
 
-def _is_running(pid: int) -> bool:
-    """Returns whether a process runs; True where that cannot be found out."""
+def _read_start(pid: int) -> str:
+    """Returns 6 hex digits of when a process started, "" where that is unknown. A process id is given again and again.
+
+    Linux counts from the system's start, which does not change with the clock.
+    """
+    try:
+        started = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+    return hashlib.sha256(started).hexdigest()[:6]
+
+
+def _is_running(pid: int, start: str | None) -> bool:
+    """Returns whether a process runs; True where that cannot be found out.
+
+    Args:
+        pid: its id.
+        start: as `_read_start` returned it to the process; None or "" where it is not known.
+    """
+    if start and start != (_read_start(pid) or start):
+        return False
     if os.name == "posix":
         try:
             os.kill(pid, 0)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -133,6 +133,7 @@ def write_manifest(
     figures: Mapping[str, Any] | None = None,
     seed: int | None = None,
     hashed: Mapping[str, FileEntry] | None = None,
+    without: Collection[str] = (),
 ) -> Manifest:
     """Write the manifest of a folder. Returns it.
 
@@ -140,6 +141,7 @@ def write_manifest(
         folder: the artifact; every file in it is hashed.
         kind: see `Manifest`, as `config`, `inputs`, `figures` and `seed`.
         hashed: entries of files whose hash is known already; those are not read.
+        without: names of files that are no part of the artifact.
     """
     known = hashed or {}
     manifest = Manifest(
@@ -148,6 +150,7 @@ def write_manifest(
             name: known.get(name) or FileEntry(sha256_file(p), p.stat().st_size)
             for p in _files(folder)
             for name in [p.relative_to(folder).as_posix()]
+            if name not in without
         },
         inputs=dict(inputs or {}),
         config=dict(config or {}),

@@ -226,13 +226,17 @@ def begun_folder(target: Path, mark: str) -> Iterator[None]:
 def locked(target: Path) -> Iterator[None]:
     """Keep other processes out of an output for the block, by a file beside it. Missing folders above it are made.
 
+    Where nothing can be written beside it, as beside a mounted folder, the file lies in it.
+
     Raises:
         ArtifactError: another process is writing the output.
         StorageError: the file system has no locks.
     """
     target = target.absolute()
     with storage_errors(target), parents_made(target):
-        lock = try_lock(target.with_name(f".{target.name}.lock"), hint="choose another -o, on a local disk")
+        in_place = target.is_dir() and not os.access(target.parent, os.W_OK | os.X_OK)
+        path = target / ".lock" if in_place else target.with_name(f".{target.name}.lock")
+        lock = try_lock(path, hint="choose another -o, on a local disk")
         if lock is None:
             raise ArtifactError(
                 "another process is writing this output", where=target, hint="wait for it, or choose another -o"

@@ -71,13 +71,14 @@ TRAINING = Mark(
 MARKS = (
     RUN,
     TRAINING,
+    Mark("build.json", frozenset({"teacher", "files", "units"}), re.compile(r"unit-\d{5,}\.safetensors\.json")),
     Mark(
         "settings.json",
         frozenset({"prompts", "picture_format"}),
         re.compile(r"metadata\.jsonl|\d{6,}\.(webp|png)"),
     ),
 )
-"""The marks of `sdcompress run`, of a training and of `sdcompress data generate`."""
+"""The marks of `run`, of a training, of a cache whose build was killed at its very end, and of `data generate`."""
 
 _UNFINISHED = re.compile(r"\..+\.(partial|work)")
 """Names of folders that a stage fills before it is finished: a cache, a checkpoint and a bench."""

@@ -106,8 +106,17 @@ def expand_user(path: str | os.PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(
-            "the home folder of this path is not known", where=path, expected="a path without ~"
+            "the home folder of this path is not known",
+            where=path,
+            expected="a path without ~",
+            hint="set HOME to your home folder",
         ) from error
+
+
+def hide_home(text: str) -> str:
+    """Returns a text in which the home folder is `~`. A home folder that is not known, or the root, hides nothing."""
+    home = os.path.expanduser("~").rstrip("/\\")
+    return text if home in ("", "~") else text.replace(home, "~")
 
 
 def is_in_hub_cache(link: Path) -> bool:

@@ -46,7 +46,7 @@ def _case() -> re.RegexFlag:
 
 def _known_folders() -> list[tuple[str, str]]:
     """Returns the folders that have a short name, as written and as resolved, the longest first."""
-    folders = {str(Path.home()): "~", str(Path.home().resolve()): "~"}
+    folders = {str(_home()): "~", str(_home().resolve()): "~"}
     if cache := os.environ.get("SDCOMPRESS_CACHE"):
         place = expand_user(cache)
         folders |= {str(place.absolute()): "$SDCOMPRESS_CACHE", str(place.resolve()): "$SDCOMPRESS_CACHE"}
@@ -54,8 +54,13 @@ def _known_folders() -> list[tuple[str, str]]:
     return sorted(usable, key=lambda pair: -len(pair[0]))
 
 
+def _home() -> Path:
+    """Returns the home folder, or `~` where it is not known."""
+    return Path(os.path.expanduser("~"))
+
+
 def _known_names() -> list[tuple[str, str]]:
-    users = {Path.home().name}
+    users = {_home().name}
     with suppress(OSError, KeyError, ImportError):  # the system knows no name for this user
         users.add(getpass.getuser())
     host = platform.node()

@@ -110,9 +110,10 @@ def _run() -> int:
     from sdcompress.cli._processes import watch_processes
 
     streams = sys.stdout, sys.stderr
-    with _record_interrupts() as interrupts:
+    with _record_stops() as stops:
         try:
             if not {"-h", "--help", "--version"} & set(sys.argv) and len(sys.argv) > 1:
+                _check_working_folder()
                 choose_waiting()
             with watch_processes():
                 code = cli(prog_name="sdcompress", standalone_mode=False)
@@ -123,26 +124,42 @@ def _run() -> int:
             sys.stdout, sys.stderr = streams  # click replaces them after a broken pipe, here that of a child process
             return _report(BrokenPipeError(errno.EPIPE, "broken pipe"))
         except BaseException as error:
-            return _report(KeyboardInterrupt() if interrupts else error)
+            return _report(KeyboardInterrupt(*stops[:1]) if stops else error)
+
+
+def _check_working_folder() -> None:
+    """Refuse a working folder that was removed: libraries fail there in ways that do not name it."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        from sdcompress_engines.errors import StorageError
+
+        raise StorageError("the folder you are in was removed", hint="cd to one that exists") from error
 
 
 @contextmanager
-def _record_interrupts() -> Iterator[list[int]]:
-    """Yield a list that receives every Ctrl-C: a library may turn the `KeyboardInterrupt` into an error of its own."""
+def _record_stops() -> Iterator[list[int]]:
+    """Yield a list that receives the signals to stop, each of which is raised as `KeyboardInterrupt`, as Ctrl-C is.
+
+    So a command removes what it has begun, whoever ends it: Ctrl-C, `kill`, a batch system or a closed terminal. A
+    library may turn the exception into an error of its own. What is ignored, as Ctrl-C in the background, stays so.
+    """
     received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
         received.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # such as ignored, in the background
-        yield received
-        return
-    signal.signal(signal.SIGINT, interrupt)
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    usual = {number: signal.getsignal(number) for number in numbers}
+    caught = [number for number in numbers if usual[number] in (signal.SIG_DFL, signal.default_int_handler)]
+    for number in caught:
+        signal.signal(number, interrupt)
     try:
         yield received
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in caught:
+            signal.signal(number, usual[number])
 
 
 def _report(error: BaseException) -> int:
@@ -155,7 +172,7 @@ def _report(error: BaseException) -> int:
         return BROKEN_PIPE_STATUS
     if isinstance(error, click.exceptions.Abort | KeyboardInterrupt):
         print_error("stopped")
-        return 130
+        return 128 + (error.args or (signal.SIGINT,))[0]
     with suppress(OSError, OutputClosed):  # of stderr: then the status has to be enough
         if isinstance(error, click.ClickException):
             _show(error)

@@ -93,12 +93,20 @@ class Several(click.ParamType):
         return values
 
 
+def _expand(kind: click.ParamType, text: str, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    try:
+        return expand_user(text)
+    except UsageError as error:
+        kind.fail(str(error), param, ctx)
+
+
 class Text(click.ParamType):
     """Reads text that every library takes: Unicode, without the character NUL.
 
     Args:
         least: 1 refuses an empty text.
-        path: the text may be a path, whose bytes need not be Unicode.
+        path: the text may be a path, whose bytes need not be Unicode. `~` at its beginning is the home folder: a shell
+            leaves it, for example, behind `=`.
     """
 
     name = "text"
@@ -108,6 +116,8 @@ class Text(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         text = str(value)
+        if self.path and text.startswith("~"):
+            text = os.fspath(_expand(self, text, param, ctx))
         if len(text.strip()) < self.least:
             self.fail("an empty text; leave the option out, or give it a value.", param, ctx)
         if "\0" in text or (not self.path and re.search("[\ud800-\udfff]", text)):
@@ -131,10 +141,7 @@ class FilePath(click.Path):
             self.fail("an empty path; `.` is this folder.", param, ctx)
         if "\0" in text:
             self.fail(f"{text!r} holds the character NUL.", param, ctx)
-        try:
-            return Path(os.fsdecode(super().convert(os.fspath(expand_user(text)), param, ctx)))
-        except UsageError as error:
-            self.fail(str(error), param, ctx)
+        return Path(os.fsdecode(super().convert(os.fspath(_expand(self, text, param, ctx)), param, ctx)))
 
 
 class Shapes(click.ParamType):

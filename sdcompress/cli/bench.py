@@ -195,8 +195,7 @@ def run_command(
         paths = [local_path(model.path) for model in suite.models if model.random is None]
         allow_all([*paths, *(model.engine for model in suite.models)])
     output = output or _free_folder(path.stem if path else suite.models[-1].name)
-    files = [Path(file) for file in (path, options.get("prompts")) if file is not None]
-    _run(suite, skipped, output, files=files, force=force, strict=strict, as_json=as_json)
+    _run(suite, skipped, output, files=[] if path is None else [path], force=force, strict=strict, as_json=as_json)
 
 
 def _read_suite(

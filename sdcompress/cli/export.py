@@ -83,6 +83,7 @@ def command(
         keep_failed=keep_failed,
         force=force,
         engines=_engine_request(engine_options) if trt else None,
+        files=[calibration_prompts] if calibration_prompts else (),
     )
     result = export_model(model, output, request, ConsoleReporter())
     card(f"{result.name} → {output}", _rows(result), next_command(output, request))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from sdcompress_engines.errors import ArtifactError, DataError, SdCompressError, storage_errors
-from sdcompress_engines.files import sync_tree, write_atomically
+from sdcompress_engines.files import write_atomically
 from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.output_folders import check_free, locked, replace_folder
@@ -262,29 +262,16 @@ def _finish(
         "filtered": skipped.filtered,
         "tiled_views": totals.tiled,
     }
-    sync_tree(partial)  # before the sidecars go, because it takes long and a kill would lose the units
-    with _without_sidecars(partial):
-        _write_manifest(partial, source, encoder, identity, totals, figures)
-        replace_folder(partial, output)
+    sidecars = [*(path.name for path in partial.glob("unit-*.json")), BUILD]  # by which a killed build is continued
+    _write_manifest(partial, source, encoder, identity, totals, figures, sidecars)
+    replace_folder(partial, output)
+    for name in sidecars:
+        (output / name).unlink()
     parts = [f"{pictures:,} pictures", f"{figures['bytes_per_picture']:,} bytes each"]
     parts += [f"{len(keys)} left out: {reason}" for reason, keys in skipped.reasons.items()]
     parts += [f"{count} filtered out: {reason}" for reason, count in skipped.filtered.items()]
     parts += [f"{duplicates} duplicates"] if duplicates else []
     report.show_line(f"cache: {', '.join(parts)}")
-
-
-@contextmanager
-def _without_sidecars(partial: Path) -> Iterator[None]:
-    """Remove what only a build needs; after an error in the block put it back, so that the build can be continued."""
-    contents = {path: path.read_bytes() for path in (partial / BUILD, *partial.glob("unit-*.json"))}
-    for path in contents:
-        path.unlink()
-    try:
-        yield
-    except BaseException:
-        for path, content in contents.items():
-            path.write_bytes(content)
-        raise
 
 
 def _write_manifest(
@@ -294,6 +281,7 @@ def _write_manifest(
     identity: dict[str, Any],
     totals: UnitTotals,
     figures: dict[str, Any],
+    sidecars: list[str],
 ) -> None:
     """Write the manifest of a cache.
 
@@ -304,12 +292,14 @@ def _write_manifest(
         identity: of the build.
         totals: of the units.
         figures: what the manifest records about the pictures.
+        sidecars: names of the files that only a build needs.
     """
     content = hashlib.sha256("".join(entry.sha256 for entry in totals.hashed.values()).encode()).hexdigest()
     write_manifest(
         folder,
         "cache",
         hashed=totals.hashed,
+        without=sidecars,
         inputs={"teacher": identity["teacher"], "data": content},
         figures=figures,
         config={

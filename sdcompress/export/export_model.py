@@ -67,6 +67,7 @@ class ExportRequest:
         keep_failed: keep graphs that are too far from torch.
         force: replace an existing output.
         engines: build these too, in `engine` beside `onnx`.
+        files: that the request was read from, such as the calibration prompts.
     """
 
     precision: Precision | Quantized | None = None
@@ -78,6 +79,7 @@ class ExportRequest:
     keep_failed: bool = False
     force: bool = False
     engines: EngineRequest | None = None
+    files: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
         UsageError, BackendMissing, EngineError: the request does not fit the model or this machine.
         ArtifactError: `output` is in the way. What `export_onnx` and `build_engines` raise passes through.
     """
-    inputs = _inputs(model, request.loras)
+    inputs = [*_inputs(model, request.loras), *request.files]
     check_free(output, request.force, inputs)
     if request.keep_failed:
         check_free(failed_place(output), force=True, inputs=inputs)

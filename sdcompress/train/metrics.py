@@ -98,11 +98,13 @@ class LossMonitor:
 
 
 def keep_lines_up_to(path: Path, step: int) -> None:
-    """Remove the lines of later steps, which a killed run wrote after its last checkpoint, and what is no such line."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for line in lines if (found := _read_step(line)) is not None and found <= step]
-        write_atomically(path, "".join(line + "\n" for line in kept))
+    """Remove the lines of later steps, which a killed run wrote after its last checkpoint, and what is no such line.
+
+    Afterwards `path` is a file of its own: lines are never appended to where a link leads, or to a pipe.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    kept = [line for line in lines if (found := _read_step(line)) is not None and found <= step]
+    write_atomically(path, "".join(line + "\n" for line in kept))
 
 
 def _read_step(line: str) -> int | None:

@@ -15,7 +15,9 @@ _STEPS_BETWEEN_CHECKS = 10
 
 @contextmanager
 def catch_stop_signals() -> Iterator[list[int]]:
-    """Yield a list that receives SIGINT and SIGTERM, instead of the process ending; a second signal ends it.
+    """Yield a list that receives the signals to stop, instead of the process ending; a second signal ends it.
+
+    They are SIGINT, SIGTERM and SIGHUP, which a closed terminal sends; `nohup` ignores that one, and it stays so.
 
     Outside the main thread the list stays empty: Python delivers signals to the main thread.
     """
@@ -26,8 +28,12 @@ def catch_stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         received.append(number)
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
     try:
-        previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, receive) for number in numbers}
     except ValueError:  # not the main thread
         yield received
         return

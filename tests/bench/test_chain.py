@@ -15,6 +15,7 @@ from sdcompress_bench.chain_inputs import ChainSettings, Inputs, read_inputs
 from sdcompress_bench.chain_stages import Stage, StageRunner
 from sdcompress_bench.scenario import ModelUnderTest
 from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
+from sdcompress_engines.output_folders import locked
 from sdcompress_engines.progress import SILENT
 
 from sdcompress.data.config import DataConfig
@@ -72,6 +73,18 @@ def test_a_run_json_of_another_program_is_kept(random_folder: Path, tmp_path: Pa
     with pytest.raises(ArtifactError, match="did not write"):
         chain.run_chain(settings(tmp_path / "mine", teacher=random_folder))
     assert (tmp_path / "mine/run.json").read_text() == '{"mine": true}'
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_one_process_at_a_time_runs_in_a_folder_and_none_takes_it_from_another(
+    random_folder: Path, tmp_path: Path, force: bool
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "run.json").write_text('{"teacher": "", "data": "", "plans": []}')
+    with locked(output), pytest.raises(ArtifactError, match="another process"):
+        chain.run_chain(settings(output, teacher=random_folder, force=force))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "run.json"]
 
 
 def test_a_run_that_fails_at_once_leaves_an_empty_folder_as_it_was(

@@ -102,6 +102,12 @@ def test_a_process_that_hangs_is_ended_with_its_descendants(tmp_path: Path, fork
     assert not runs(helper)
 
 
+def test_a_process_that_begins_after_its_caller_was_stopped_does_nothing(tmp_path: Path) -> None:
+    code = f"from sdcompress_bench.isolated import _run; _run(print, {{}}, {str(tmp_path / 'removed')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert done.stdout + done.stderr == b""
+
+
 def test_a_journal_runs_no_case_twice_but_tries_failures_again(tmp_path: Path) -> None:
     path, case = tmp_path / "work" / "journal.jsonl", {"file": str(tmp_path / "calls")}
     first = Journal(path, "a")

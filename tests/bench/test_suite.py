@@ -171,6 +171,18 @@ def test_a_stopped_suite_continues_where_it_was(
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
 
 
+def test_a_suite_that_is_stopped_before_its_first_measurement_leaves_nothing(
+    settings: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "prepare_artifacts", stop)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run_suite(settings, tmp_path / "new" / "report")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_model_costs_its_own_row_and_a_setup_that_overflows_fails_its_gate(
     settings: Suite, pipeline_folder: Path, tmp_path: Path
 ) -> None:

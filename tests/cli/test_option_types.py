@@ -116,6 +116,14 @@ def test_empty_names_and_names_with_nul_are_refused(kind: click.ParamType, text:
     assert convert(kind, text) is None
 
 
+def test_the_home_folder_is_meant_behind_an_equals_sign_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    assert convert(FilePath(), "~/x") == tmp_path / "x"
+    assert convert(Text(1, path=True), "~/x.safetensors:0.8") == str(tmp_path / "x.safetensors:0.8")
+    assert convert(Text(), "~/x") == "~/x"  # a prompt
+
+
 def test_bytes_that_are_no_unicode_are_a_path_but_no_prompt() -> None:
     name = os.fsdecode(b"caf\xe9")
     assert convert(FilePath(), name) == Path(name)

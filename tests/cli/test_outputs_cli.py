@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sdcompress_engines.manifest import write_manifest
 
+from sdcompress.models.locate import read_unet_config
 from sdcompress.models.nano import teacher_folder
+from sdcompress.prune.presets import make_plan
 
 from .conftest import Cli, one_line
 
@@ -90,6 +93,38 @@ def test_no_file_command_touches_its_inputs(cli: Cli, tmp_path: Path, place: Pat
         assert code in (1, 2), output
         assert "Traceback" not in err
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["bench", "suite.yaml"],
+        ["bench", "nano", "--prompts", "old/prompts.txt", "--quick", "--backend", "torch"],
+        ["export", "nano", "--precision", "int8", "--calibration-prompts", "old/prompts.txt"],
+        ["data", "generate", "nano", "--prompts", "old/prompts.txt", "-n", 1],
+        ["run", "nano", "--data", "pics", "--prompts", "old/prompts.txt"],
+        ["run", "nano", "--data", "pics", "--plan", "old/plan.json"],
+        ["distill", "nano", "--data", "pics", "--plan", "old/plan.json"],
+        ["lora", "train", "nano", "--data", "pics", "--recipe", "old/recipe.yaml"],
+    ],
+    ids=lambda command: " ".join(map(str, command)),
+)
+def test_force_keeps_an_output_of_which_a_file_is_read(
+    cli: Cli, place: Path, monkeypatch: pytest.MonkeyPatch, command: list[object]
+) -> None:
+    monkeypatch.chdir(place)
+    (place / "suite.yaml").write_text("models: [nano]\nprompts: old/prompts.txt\nbackends: [torch]\n")
+    old = place / "old"
+    old.mkdir()
+    shutil.copy("prompts.txt", old)
+    (old / "plan.json").write_text(make_plan(read_unet_config("nano"), "bk-tiny").to_json())
+    (old / "recipe.yaml").write_text("kind: lora\nrank: 4\n")
+    write_manifest(old, "dataset")
+    before = contents(place)
+    code, _, err = cli(*command, "-o", "old", "--force")
+    assert code == 1
+    assert "which this command reads" in one_line(err)
+    assert contents(place) == before
 
 
 def test_the_root_and_the_folder_of_a_built_in_model_are_refused(cli: Cli) -> None:

@@ -94,22 +94,35 @@ def test_a_file_never_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None
     assert subprocess.run(["sh", "-c", line], check=False, timeout=120).returncode > 2
 
 
-def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", pytest.param("SIGHUP", marks=POSIX)])
+def test_a_signal_to_stop_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    number = getattr(signal, name)
+
     def fail(**_: Any) -> None:
         try:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         except KeyboardInterrupt as interrupt:
             raise RuntimeError("Failed to import a module") from interrupt
 
     monkeypatch.setattr("sdcompress.cli.cli", fail)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, usual)  # a shell ignores SIGINT in the background, and nohup SIGHUP
     try:
-        assert cli("plan", "nano") == (130, "", "sdcompress: stopped\n")
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert cli("plan", "nano") == (128 + number, "", "sdcompress: stopped\n")
+        assert signal.getsignal(number) is usual
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
+
+
+def test_a_signal_that_is_ignored_stays_so(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdcompress.cli.cli", lambda **_: signal.raise_signal(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert cli("plan", "nano") == (0, "", "")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("module", ["sdcompress.cli._streams", "sdcompress.cli._processes", "sdcompress.cli.recipes"])
@@ -194,12 +207,27 @@ def test_a_file_that_may_not_be_read_is_one_line_without_a_hint_about_the_output
         (ValueError("embedded null byte"), "a path holds the character NUL"),
         (RuntimeError("Symlink loop from '/a/b'"), "/a/b: the links in this path lead to each other"),
         (RuntimeError("Could not determine home directory."), "the home folder of a path"),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "no folder for temporary files"),
+        (RuntimeError("can't start new thread"), "the system starts no more processes or threads"),
+        (BlockingIOError(11, "Resource temporarily unavailable"), "the system starts no more processes or threads"),
     ],
     ids=str,
 )
 def test_what_the_system_refuses_is_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _report(error) in (1, 2)
     assert capsys.readouterr().err.startswith(f"sdcompress: {line}")
+
+
+@POSIX
+def test_a_working_folder_that_was_removed_is_one_line(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, err = cli("inspect", "nano")
+    assert code == 1
+    assert one_line(err) == "sdcompress: the folder you are in was removed. Try: cd to one that exists"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback_and_ends_with_how_to_report_it(

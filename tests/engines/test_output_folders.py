@@ -210,7 +210,16 @@ def write_engines(folder: Path) -> None:
     make_artifact(folder / "engine", "engine")
 
 
-@pytest.mark.parametrize("write", [write_training, write_run, write_data_set, write_engines, make_artifact])
+def write_cache(folder: Path) -> None:
+    """What `data cache` leaves when it is killed after its last rename."""
+    make_artifact(folder, "cache")
+    (folder / "build.json").write_text(json.dumps({"teacher": "0", "files": "0", "units": 1}))
+    (folder / "unit-00000.safetensors.json").touch()
+
+
+@pytest.mark.parametrize(
+    "write", [write_training, write_run, write_data_set, write_cache, write_engines, make_artifact]
+)
 def test_force_replaces_what_each_stage_leaves_and_nothing_with_a_note_in_it(
     tmp_path: Path, write: Callable[[Path], object]
 ) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PureWindowsPath
 
 import pytest
 from hypothesis import given, settings
 from sdcompress_engines.errors import ArtifactError, EngineError
-from sdcompress_engines.paths import file_inside, is_plain_path
+from sdcompress_engines.paths import file_inside, hide_home, is_plain_path
 
 from ..hostile_text import NAMES
 
@@ -43,6 +44,16 @@ def test_no_name_leads_out_of_the_folder_on_linux_or_windows(name: str) -> None:
     else:
         with pytest.raises(ArtifactError):
             file_inside(folder, name, source=folder)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="HOME")
+@pytest.mark.parametrize(
+    ("home", "shown"), [("/home/me", "~/x and /y"), ("/home/me/", "~/x and /y"), ("/", None), ("", None), ("~", None)]
+)
+def test_only_a_known_home_folder_is_hidden(monkeypatch: pytest.MonkeyPatch, home: str, shown: str | None) -> None:
+    monkeypatch.setenv("HOME", home)
+    text = "/home/me/x and /y"
+    assert hide_home(text) == (shown or text)
 
 
 def test_a_link_is_refused_as_a_file_and_on_the_way(tmp_path: Path) -> None:

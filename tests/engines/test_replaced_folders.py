@@ -63,13 +63,28 @@ def test_what_a_running_process_uses_stays(tmp_path: Path) -> None:
     target = tmp_path / "out"
     for use in ("partial", OLD):
         temporary_path(target, use).mkdir()
-    other = temporary_path(target)
-    other = other.with_name(other.name.replace(f".{os.getpid()}-", ".1-"))
-    other.mkdir()
+    of_pid_1(temporary_path(target), leftovers._read_start(1)).mkdir()
     foreign = tmp_path / ".out.99999-0000000123456789.partial"  # of another machine
     foreign.mkdir()
     check_free(target)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.skipif(not leftovers._read_start(1), reason="the system does not say when a process started")
+def test_the_id_of_a_killed_process_may_belong_to_another_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    of_pid_1(temporary_path(target), "0" * 6).mkdir()
+    (aside := of_pid_1(temporary_path(target, OLD), "0" * 6)).mkdir()
+    make_artifact(aside / "out")
+    check_free(target, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def of_pid_1(path: Path, start: str) -> Path:
+    """Returns a temporary path as process 1 would have named it, had it started at `start`."""
+    own = f".{os.getpid()}-{leftovers._machine()}{leftovers._read_start(os.getpid())}"
+    assert own in path.name
+    return path.with_name(path.name.replace(own, f".1-{leftovers._machine()}{start}"))
 
 
 def test_a_leftover_of_another_output_stays(tmp_path: Path) -> None:
@@ -118,7 +133,7 @@ def test_an_old_folder_that_cannot_be_put_back_is_kept_until_the_next_command(
         patched.setattr(os, "replace", refuse_in_place)
         with pytest.raises(StorageError), staged(target, force=True):
             pass
-    monkeypatch.setattr(leftovers, "_is_running", lambda pid: False)  # this process has ended
+    monkeypatch.setattr(leftovers, "_is_running", lambda *_: False)  # this process has ended
     with pytest.raises(ArtifactError, match="--force"):
         check_free(target)
     assert snapshot(tmp_path) == before
@@ -132,3 +147,13 @@ def test_one_process_at_a_time_writes_an_output(tmp_path: Path) -> None:
     ):
         pass
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_lock_of_a_mounted_folder_lies_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # as beside a mount point of root's
+    with locked(tmp_path / "out"):
+        assert [path.name for path in tmp_path.rglob("*")] == ["out", ".lock"]
+        with pytest.raises(ArtifactError, match="another process"), locked(tmp_path / "out"):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]

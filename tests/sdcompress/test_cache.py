@@ -241,6 +241,33 @@ def test_a_stopped_build_of_another_precision_starts_over_and_is_reported(
     assert cache.precision == "bf16"
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_a_kill_at_the_last_rename_loses_no_unit(
+    teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    replace, left = build_cache_module.replace_folder, tmp_path / "left by a kill"
+
+    def keep(partial: Path, output: Path) -> None:
+        if not done:
+            shutil.copytree(partial, left)
+        replace(partial, output)
+        if done:
+            shutil.copytree(output, left)
+
+    monkeypatch.setattr(build_cache_module, "replace_folder", keep)
+    source, output = open_source(mixed), tmp_path / "cache"
+    whole = build_cache(source, teacher, output, 64).sha256
+    assert {path.suffix for path in output.iterdir()} == {".safetensors", ".json"}
+    assert [path.name for path in output.glob("*.json")] == ["sdcompress.json"]
+    shutil.rmtree(output)
+    left.rename(output if done else tmp_path / ".cache.partial")
+    monkeypatch.undo()
+    encoded = stop_at(monkeypatch, 0)
+    opened = LatentCache.open(output, source=source) if done else build_cache(source, teacher, output, 64)
+    assert opened.sha256 == whole
+    assert encoded == []
+
+
 def test_a_stopped_build_from_before_precision_was_recorded_continues_as_fp32(
     teacher: LoadedPipeline, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from sdcompress_engines.errors import TrainingError
+from sdcompress_engines.files import append_line
 from sdcompress_engines.manifest import write_manifest
 
 from sdcompress.train.checkpoint import STATE, Checkpoints
@@ -56,3 +58,20 @@ def test_lines_of_metrics_that_were_edited_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     keep_lines_up_to(tmp_path / "metrics.jsonl", 5)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes of POSIX")
+@pytest.mark.parametrize("kind", ["link", "link to nothing", "pipe"])
+def test_losses_are_written_into_the_folder_whatever_lies_there(tmp_path: Path, kind: str) -> None:
+    outside, metrics = tmp_path / "outside", tmp_path / "metrics.jsonl"
+    if kind == "link":
+        outside.write_text("mine\n")
+    if kind == "pipe":
+        os.mkfifo(metrics)
+    else:
+        metrics.symlink_to(outside)
+    keep_lines_up_to(metrics, 5)
+    append_line(metrics, "{}")
+    assert metrics.read_text() == "{}\n"
+    assert not metrics.is_symlink()
+    assert not outside.exists() or outside.read_text() == "mine\n"

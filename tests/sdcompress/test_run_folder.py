@@ -114,7 +114,7 @@ def test_the_end_of_a_resumed_run_removes_the_older_run_that_a_killed_one_moved_
 ) -> None:
     before, older = write_run(tmp_path / "run"), temporary_path(tmp_path / "run", OLD)
     write_run(older / "run")
-    monkeypatch.setattr(leftovers, "_is_running", lambda pid: False)  # this process stands for the killed one
+    monkeypatch.setattr(leftovers, "_is_running", lambda *_: False)  # this process stands for the killed one
     with pytest.raises(ModelError), run_folder(tmp_path / "run", resume=True, force=False):
         raise ModelError("is no teacher")
     assert older.is_dir()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from sdcompress_engines.errors import BackendMissing, SdCompressError, shorten
 from sdcompress_engines.files import append_line
+from sdcompress_engines.paths import hide_home
 
 Row = dict[str, Any]
 BEGUN = "begun"
@@ -103,7 +104,7 @@ class PartRun:
         except Exception as error:  # a failed row must not stop the part
             self.log(f"part {self.part}, {name}\n{traceback.format_exc()}")
             kind = "" if isinstance(error, SdCompressError) else f"{type(error).__name__}: "
-            found = {**labels, "failed": shorten(f"{kind}{error}").replace(str(Path.home()), "~")}
+            found = {**labels, "failed": hide_home(shorten(f"{kind}{error}"))}
         row = self.row(name, **found, took_s=round(time.monotonic() - began, 2))
         if "failed" in row:
             self._recover(name)
