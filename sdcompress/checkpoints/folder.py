@@ -15,6 +15,7 @@ from sdcompress_engines.paths import file_inside
 from sdcompress.checkpoints.component import Source, load_parameters
 from sdcompress.checkpoints.weights import Weights, open_weights
 from sdcompress.families.build import build_module
+from sdcompress.families.family import Family
 
 _VARIANTS = ("", ".fp16", ".bf16")
 """In the names of weight files; a variant is taken where the whole file is not there."""
@@ -94,7 +95,11 @@ def open_component(folder: Path) -> Weights:
 
 
 def load_component(
-    folder: Path, name: str, config: dict[str, Any], choose_dtype: Callable[[torch.dtype], torch.dtype]
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    choose_dtype: Callable[[torch.dtype], torch.dtype],
+    family: Family | None = None,
 ) -> Any:
     """Returns a UNet, VAE or text encoder of a folder, in eval mode.
 
@@ -105,6 +110,7 @@ def load_component(
         name: of the component: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
         config: of the component.
         choose_dtype: the dtype of a stored tensor → that of the parameter.
+        family: of the model; only a text encoder needs it.
 
     Raises:
         ModelError: config or weights are broken, or do not fit each other.
@@ -113,7 +119,7 @@ def load_component(
 
     weights = open_component(folder)
     with init_empty_weights(include_buffers=False):
-        component = build_module(name, config, folder / "config.json")
+        component = build_module(name, config, folder / "config.json", family)
     stored = {_current_name(key): key for key in weights.shapes}
     parameters = component.state_dict()
     sources = {key: Source(stored.get(_current_name(key), key)) for key in parameters}
