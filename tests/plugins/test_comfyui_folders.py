@@ -84,6 +84,7 @@ def set_in_config(name: str, **values: Any) -> Callable[[Path], None]:
         (lambda folder: change(folder, signature="voltaml"), r"the signature 'voltaml'"),
         (lambda folder: change(folder, profiles={"unet": [{}]}), r"have an unexpected value \(KeyError"),
         (set_in_config(UNET, in_channels=9), r"another kind of UNet"),
+        (set_in_config(UNET, time_cond_proj_dim=256), r"takes the guidance scale as an input"),
         (set_in_config(SCHEDULER, prediction_type="flow_prediction"), r"with the prediction type flow_prediction"),
         (set_in_config(SCHEDULER, use_flow_sigmas=True), r"with the noise of flow matching"),
         (
