@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from sdcompress_engines.errors import DataError, UsageError, shorten
+from sdcompress_engines.errors import DataError, ModelError, UsageError, shorten
 
 from sdcompress.families.registry import family_of
 from sdcompress.support.pipeline import TextToImagePipeline, native_size_px
@@ -62,6 +63,7 @@ def generate(
 
     Raises:
         DataError: prompts and seeds differ in number.
+        ModelError: a picture is not finite.
         UsageError: the size is not a positive multiple of 8, or the scheduler cannot draw in so many steps.
     """
     if len(prompts) != len(seeds):
@@ -79,7 +81,7 @@ def generate(
         latents, generators = initial_latents(pipeline, seeds[start : start + batch_size], size_px)
         negative = [negative_prompt] * len(chunk) if negative_prompt else None
         with torch.no_grad():
-            pictures += pipeline(
+            pixels = pipeline(
                 chunk,
                 negative_prompt=negative,
                 num_inference_steps=steps,
@@ -88,8 +90,28 @@ def generate(
                 width=size_px,
                 latents=latents.to(pipeline.unet.device, pipeline.unet.dtype),
                 generator=generators,
+                output_type="np",
             ).images
+        pictures += _to_pictures(pixels, f"{steps} steps with the {type(pipeline.scheduler).__name__}")
     return pictures
+
+
+def _to_pictures(pixels: np.ndarray, drawn: str) -> list[Image.Image]:
+    """Returns pictures of pixels in [0, 1], (B, H, W, 3), as diffusers does, which makes black ones of NaN.
+
+    Args:
+        pixels: of the pictures.
+        drawn: how they were drawn, for the message.
+
+    Raises:
+        ModelError: a pixel is not finite.
+    """
+    if not np.isfinite(pixels).all():
+        raise ModelError(
+            f"a picture of {drawn} is not finite",
+            hint="--precision fp32 or bf16, another number of steps, or a scheduler config that fits the model",
+        )
+    return [Image.fromarray(picture) for picture in (pixels * 255).round().astype(np.uint8)]
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

@@ -255,7 +255,7 @@ def count_pipeline(
         raise UsageError(f"no precision {precision!r}", expected=" or ".join(BYTES))
     if batch < 1:
         raise UsageError(f"a batch of {batch}", expected="at least 1")
-    parts = {name: _build(name, config) for name, config in _configs(model).items()}
+    parts = _build(_configs(model))
     unet, vae = parts["unet"], parts["vae"]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     levels = 2 ** (len(unet.config.block_out_channels) - 1)
@@ -304,9 +304,14 @@ def _configs(model: str | Path | Mapping[str, Mapping[str, Any]]) -> dict[str, M
     return {name: read_component_config(model, name) for name in ("unet", "vae", "text_encoder", *second)}
 
 
-def _build(name: str, config: Mapping[str, Any]) -> Any:
-    """Returns a component on the meta device, without weights."""
+def _build(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the components of these configs on the meta device, without weights."""
     from sdcompress.families.build import build_module
+    from sdcompress.families.registry import family_of_pipeline
 
+    class_name = "StableDiffusionXLPipeline" if "text_encoder_2" in configs else "StableDiffusionPipeline"
+    family = family_of_pipeline(class_name, configs["unet"])
     with torch.device("meta"):
-        return build_module(name, config, f"the config of the {name}")
+        return {
+            name: build_module(name, config, f"the config of the {name}", family) for name, config in configs.items()
+        }

@@ -90,7 +90,7 @@ class EngineKey:
                 options=dict(config["options"]),
                 **texts,
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ArtifactError(
                 f"the manifest does not say what the {component} engine is ({type(error).__name__}: {error})",
                 hint=REBUILD,

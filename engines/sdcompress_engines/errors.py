@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+ANOTHER_OUTPUT = "choose another -o"
+"""The end of most hints about an output; `with_place` replaces it."""
 _LONGEST_WORD, _LONGEST_PART = 300, 2000
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -56,6 +58,11 @@ class SdCompressError(Exception):
         """Returns the same error with a further hint behind its own."""
         hints = f"{self.hint}; {hint}" if self.hint else hint
         return type(self)(self.what, where=self.where, expected=self.expected, hint=hints)
+
+    def with_place(self, place: str) -> Self:
+        """Returns the same error of an output that has no `-o`, with the hint to choose `place` instead."""
+        hint = (self.hint or "").replace(ANOTHER_OUTPUT, place)
+        return type(self)(self.what, where=self.where, expected=self.expected, hint=hint or None)
 
 
 class UsageError(SdCompressError):
@@ -114,27 +121,27 @@ class GateFailed(SdCompressError):
     exit_code = 3
 
 
-_FULL_HINT = "free some space or choose another -o"
+_FULL_HINT = f"free some space or {ANOTHER_OUTPUT}"
 _FULL = {
     errno.ENOSPC: ("no space left on the device", _FULL_HINT),
     errno.EDQUOT: ("the disk quota is used up", _FULL_HINT),
     errno.EFBIG: (
         "the file is larger than the file system or this account's limit (ulimit -f) allows",
-        "raise the limit or choose another -o",
+        f"raise the limit or {ANOTHER_OUTPUT}",
     ),
-    errno.EIO: ("the disk reports a fault (input/output error)", "check the disk or choose another -o"),
-    errno.EROFS: ("the file system is read-only", "choose another -o"),
+    errno.EIO: ("the disk reports a fault (input/output error)", f"check the disk or {ANOTHER_OUTPUT}"),
+    errno.EROFS: ("the file system is read-only", ANOTHER_OUTPUT),
 }
 """Refusals of a write that libraries also report as text, by errno."""
 _STORAGE = _FULL | {
-    errno.EACCES: ("no permission to write here", "choose another -o"),
-    errno.EPERM: ("no permission to write here", "choose another -o"),
-    errno.EEXIST: ("a part of this path is a file, not a folder", "choose another -o"),
-    errno.ENOTDIR: ("a part of this path is a file, not a folder", "choose another -o"),
-    errno.EISDIR: ("is a folder, not a file", "choose another -o"),
-    errno.ENAMETOOLONG: ("a name in this path is too long", "choose another -o"),
-    errno.ELOOP: ("the links in this path lead to each other", "choose another -o"),
-    errno.EBUSY: ("is in use by the system, as a mount point is", "choose another -o"),
+    errno.EACCES: ("no permission to write here", ANOTHER_OUTPUT),
+    errno.EPERM: ("no permission to write here", ANOTHER_OUTPUT),
+    errno.EEXIST: ("a part of this path is a file, not a folder", ANOTHER_OUTPUT),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", ANOTHER_OUTPUT),
+    errno.EISDIR: ("is a folder, not a file", ANOTHER_OUTPUT),
+    errno.ENAMETOOLONG: ("a name in this path is too long", ANOTHER_OUTPUT),
+    errno.ELOOP: ("the links in this path lead to each other", ANOTHER_OUTPUT),
+    errno.EBUSY: ("is in use by the system, as a mount point is", ANOTHER_OUTPUT),
 }
 _NO_PROCESS = "the system starts no more processes or threads for this account (ulimit -u)"
 _REFUSED = {number: what for number, (what, _) in _STORAGE.items()} | {

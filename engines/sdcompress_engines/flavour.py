@@ -177,7 +177,7 @@ def binding(config: Mapping[str, Any]) -> dict[str, Any]:
             "cards": [f"{_dotted(_AMPERE)}+"] if from_ampere else [_dotted(card) for card in cards],
             "platform": _processor(config["platform"]) if rtx else config["platform"],
         }
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
             f"the engine's manifest does not say what it was built for ({type(error).__name__}: {error})", hint=REBUILD
         ) from error

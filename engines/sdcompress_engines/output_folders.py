@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .command import command_line
-from .errors import ArtifactError, StorageError, storage_errors
+from .errors import ANOTHER_OUTPUT, ArtifactError, StorageError, storage_errors
 from .files import atomic_file, parents_made, replace_file, sync, sync_tree
 from .leftovers import OLD, bring_back, remove_leftovers, temporary_path
 from .locks import try_lock
@@ -43,7 +43,7 @@ def check_free(target: Path, force: bool = False, inputs: Iterable[Path] = (), *
         bring_back(target.absolute())
         _refuse_link(target)
         if os.path.lexists(target) and not target.is_dir():
-            raise ArtifactError("is a file", where=target, expected="a folder to write to", hint="choose another -o")
+            raise ArtifactError("is a file", where=target, expected="a folder to write to", hint=ANOTHER_OUTPUT)
         check_inputs(target, inputs)
         is_full = target.is_dir() and any(target.iterdir())
         if is_full or (target.is_dir() and not in_place):
@@ -73,7 +73,7 @@ def check_file(target: Path, inputs: Iterable[Path] = (), *, replace: bool = Tru
             mode = target.stat().st_mode
             if not stat.S_ISREG(mode):
                 what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-                raise ArtifactError(f"is {what}", where=target, expected="a file to write", hint="choose another -o")
+                raise ArtifactError(f"is {what}", where=target, expected="a file to write", hint=ANOTHER_OUTPUT)
             if not replace:
                 raise ArtifactError("exists", where=target, hint="add --force to replace it, or choose another -o")
         _check_writable(target)
@@ -236,10 +236,10 @@ def locked(target: Path) -> Iterator[None]:
     with storage_errors(target), parents_made(target):
         in_place = target.is_dir() and not os.access(target.parent, os.W_OK | os.X_OK)
         path = target / ".lock" if in_place else target.with_name(f".{target.name}.lock")
-        lock = try_lock(path, hint="choose another -o, on a local disk")
+        lock = try_lock(path, hint=f"{ANOTHER_OUTPUT}, on a local disk")
         if lock is None:
             raise ArtifactError(
-                "another process is writing this output", where=target, hint="wait for it, or choose another -o"
+                "another process is writing this output", where=target, hint=f"wait for it, or {ANOTHER_OUTPUT}"
             )
         try:
             yield
@@ -252,16 +252,13 @@ def unless_present(target: Path) -> Iterator[None]:
     """Ignore the error if another process has written `target`, a folder of the cache, first.
 
     Raises:
-        StorageError: it cannot be written; no `-o` is proposed.
+        ArtifactError, StorageError: it cannot be written; no `-o` is proposed.
     """
     try:
         yield
-    except ArtifactError:
-        if not target.is_dir():
-            raise
-    except StorageError as error:
-        hint = (error.hint or "").replace("choose another -o", "set SDCOMPRESS_CACHE to another folder")
-        raise StorageError(error.what, where=error.where, expected=error.expected, hint=hint or None) from error
+    except (ArtifactError, StorageError) as error:
+        if isinstance(error, StorageError) or not target.is_dir():
+            raise error.with_place("set SDCOMPRESS_CACHE to another folder") from error
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
@@ -281,7 +278,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         raise StorageError(
             f"{what} needs {needed_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free",
             where=place,
-            hint="free some space or choose another -o",
+            hint=f"free some space or {ANOTHER_OUTPUT}",
         )
 
 
@@ -385,7 +382,7 @@ def _check_writable(target: Path) -> None:
             "a part of this path is a file, not a folder", where=place, expected="a folder", hint="choose another -o"
         )
     if not os.access(place, os.W_OK | os.X_OK):
-        raise StorageError("no permission to write here", where=place, hint="choose another -o")
+        raise StorageError("no permission to write here", where=place, hint=ANOTHER_OUTPUT)
 
 
 def nearest_existing(path: Path) -> Path:

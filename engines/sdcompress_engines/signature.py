@@ -129,6 +129,7 @@ def _shapes(
             {"latent_parameters": ("batch", 2 * _size(config, "latent_channels"), "height", "width")},
             _reduction(config),
         )
+    check_inputs(config)
     shapes: dict[str, tuple[int | str, ...]] = {
         "sample": ("batch", _size(config, "in_channels"), "height", "width"),
         "timestep": ("batch",),
@@ -142,6 +143,22 @@ def _shapes(
             raise ModelError(f"the config has a text embedding {text} wide beside SDXL's sizes", expected="1 or more")
         shapes |= {"text_embeds": ("batch", text), "time_ids": ("batch", 6), "y": ("batch", whole)}
     return shapes, {"out_sample": ("batch", _size(config, "out_channels"), "height", "width")}, _reduction(config)
+
+
+def check_inputs(config: Mapping[str, Any]) -> None:
+    """Refuse a UNet that takes more than a graph tells it. Its graph would draw, and draw something else.
+
+    Args:
+        config: the UNet's diffusers config.
+
+    Raises:
+        ModelError: it takes the guidance scale, as the first LCM models do.
+    """
+    if config.get("time_cond_proj_dim") is not None:
+        raise ModelError(
+            "the UNet takes the guidance scale as an input (time_cond_proj_dim), which its graph would lack",
+            hint="run this model with torch",
+        )
 
 
 def context_width(config: Mapping[str, Any]) -> int:

@@ -314,9 +314,9 @@ class EngineStore:
             with storage_errors(self.root):
                 yield
         except StorageError as error:
-            hint = (error.hint or "").replace("choose another -o", _OTHER_ROOT)
+            error = error.with_place(_OTHER_ROOT)
             raise StorageError(
-                error.what, where=error.where or self.root, expected=error.expected, hint=hint or None
+                error.what, where=error.where or self.root, expected=error.expected, hint=error.hint
             ) from error
         except OSError as error:
             raise StorageError(

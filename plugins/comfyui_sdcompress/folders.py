@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calls import Limits
-from .library import engine_files, errors, export_folder, flavour, manifest, signature, trust
+from .library import engine_files, errors, export_folder, flavour, manifest, noise, signature, trust
 
 if TYPE_CHECKING:
     from sdcompress_engines.manifest import Manifest
@@ -125,14 +125,20 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
     if graph.name not in folder_manifest.files:
         raise errors.EngineMismatch(f"holds no {graph.name}", where=folder, expected="the engine of a UNet", hint=BUILD)
     unet = _read_config(folder, folder_manifest, "unet/config.json")
+    signature.check_inputs(unet)
     family, host = _read_family(unet, folder), str(folder_manifest.config.get("signature"))
     if host not in signature.HOSTS or (host == "diffusers" and family == "sdxl"):
         raise errors.EngineMismatch(
             f"has the signature {host!r}, which ComfyUI does not call", where=folder, expected="comfyui", hint=BUILD
         )
     scheduler = _read_config(folder, folder_manifest, "scheduler/scheduler_config.json")
+    vae = _read_config(folder, folder_manifest, "vae/config.json", needed=False)
+    if difference := noise.find_host_difference(scheduler, vae, schedule=False):
+        raise errors.EngineMismatch(
+            f"is of a model with {difference}", where=folder, expected="noise and latents of Stable Diffusion"
+        )
     prediction, schedule = _read_sampling(scheduler, folder)
-    scaling = _read_config(folder, folder_manifest, "vae/config.json", needed=False).get("scaling_factor")
+    scaling = vae.get("scaling_factor")
     precision = folder_manifest.config.get("precisions", {}).get("unet", folder_manifest.config.get("precision"))
     if precision not in _DTYPES:
         raise errors.ArtifactError(
@@ -207,8 +213,6 @@ def _read_family(unet: Mapping[str, Any], where: Path) -> str:
 def _read_sampling(scheduler: Mapping[str, Any], where: Path) -> tuple[str, dict[str, Any]]:
     """Returns the prediction type, and the noise schedule as ComfyUI's `sampling_settings`."""
     prediction, kind = scheduler.get("prediction_type", "epsilon"), scheduler.get("beta_schedule")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise errors.EngineMismatch(f"predicts {prediction!r}", where=where, expected="epsilon or v_prediction")
     if kind not in _SCHEDULES or scheduler.get("trained_betas") is not None:
         raise errors.EngineMismatch(
             f"was trained with the noise schedule {kind!r}, which ComfyUI lacks",

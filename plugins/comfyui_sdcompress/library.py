@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         export_folder,
         flavour,
         manifest,
+        noise,
         runners,
         signature,
         trust,
@@ -26,15 +27,15 @@ else:
         if (Path(__file__).parent / "sdcompress_engines").is_dir()
         else "sdcompress_engines"
     )
-    calls, engine_files, errors, export_folder, flavour, manifest, runners, signature, trust, unet = (
+    calls, engine_files, errors, export_folder, flavour, manifest, noise, runners, signature, trust, unet = (
         importlib.import_module(f"{_ROOT}.{name}")
         for name in (
             *("calls", "engine_files", "errors", "export_folder", "flavour"),
-            *("manifest", "runners", "signature", "trust", "unet"),
+            *("manifest", "noise", "runners", "signature", "trust", "unet"),
         )
     )
 
 __all__ = [
     *("calls", "engine_files", "errors", "export_folder", "flavour"),
-    *("manifest", "runners", "signature", "trust", "unet"),
+    *("manifest", "noise", "runners", "signature", "trust", "unet"),
 ]

@@ -15,6 +15,7 @@ from sdcompress_engines.paths import file_inside
 from sdcompress.checkpoints.component import Source, load_parameters
 from sdcompress.checkpoints.weights import Weights, open_weights
 from sdcompress.families.build import build_module
+from sdcompress.families.family import Family
 
 _VARIANTS = ("", ".fp16", ".bf16")
 """In the names of weight files; a variant is taken where the whole file is not there."""
@@ -37,7 +38,8 @@ def find_weight_files(folder: Path) -> list[Path]:
     A safetensors file goes before a pickle, and the whole file before its fp16 or bf16 variant.
 
     Raises:
-        ModelError: an index of shards is broken. ArtifactError: it names a file outside the folder.
+        ModelError: an index of shards is broken, or there are shards beside the whole file. ArtifactError: it names a
+            file outside the folder.
     """
     for variant in _VARIANTS:
         for name in (
@@ -45,16 +47,33 @@ def find_weight_files(folder: Path) -> list[Path]:
             *(f"{stem}{variant}.bin" for stem in ("diffusion_pytorch_model", "pytorch_model")),
         ):
             stem, _, suffix = name.rpartition(".")
-            if (folder / name).exists():
-                return [folder / name]
             # `.safetensors.index.fp16.json` is diffusers' name of a variant's index, the other one transformers'.
-            for index in (f"{name}.index.json", f"{stem.removesuffix(variant)}.{suffix}.index{variant}.json"):
-                if (folder / index).exists():
-                    return _read_shards(folder, folder / index)
+            indexes = (f"{name}.index.json", f"{stem.removesuffix(variant)}.{suffix}.index{variant}.json")
+            index = next((folder / each for each in indexes if (folder / each).exists()), None)
+            if (folder / name).exists():
+                if index is not None and any(path.exists() for path in _list_shards(folder, index)):
+                    raise ModelError(
+                        f"has weights twice: {name}, and in the shards of {index.name}",
+                        where=folder,
+                        expected="one of them, for diffusers and transformers do not take the same",
+                        hint="delete or move away those of the earlier save",
+                    )
+                return [folder / name]
+            if index is not None:
+                return _read_shards(folder, index)
     return []
 
 
 def _read_shards(folder: Path, index: Path) -> list[Path]:
+    paths = _list_shards(folder, index)
+    for path in paths:
+        if not path.is_file():
+            raise ModelError("is missing", where=path, expected=f"a shard, which {index.name} names")
+    return paths
+
+
+def _list_shards(folder: Path, index: Path) -> list[Path]:
+    """Returns the files that an index of shards names, whether they are there or not."""
     names = read_json_object(index, ModelError).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ModelError("holds no weight_map", where=index, expected="tensor → file, of the shards beside it")
@@ -62,11 +81,7 @@ def _read_shards(folder: Path, index: Path) -> list[Path]:
     if len(files) > _MOST_SHARDS:
         raise ModelError(f"names {len(files):,} files", where=index, expected=f"at most {_MOST_SHARDS}")
     # The files of a hub's cache are links into its own store.
-    paths = [file_inside(folder, name, source=index, links=True) for name in files]
-    for path in paths:
-        if not path.is_file():
-            raise ModelError("is missing", where=path, expected=f"a shard, which {index.name} names")
-    return paths
+    return [file_inside(folder, name, source=index, links=True) for name in files]
 
 
 def open_component(folder: Path) -> Weights:
@@ -94,7 +109,11 @@ def open_component(folder: Path) -> Weights:
 
 
 def load_component(
-    folder: Path, name: str, config: dict[str, Any], choose_dtype: Callable[[torch.dtype], torch.dtype]
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    choose_dtype: Callable[[torch.dtype], torch.dtype],
+    family: Family | None = None,
 ) -> Any:
     """Returns a UNet, VAE or text encoder of a folder, in eval mode.
 
@@ -105,6 +124,7 @@ def load_component(
         name: of the component: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
         config: of the component.
         choose_dtype: the dtype of a stored tensor → that of the parameter.
+        family: of the model; only a text encoder needs it.
 
     Raises:
         ModelError: config or weights are broken, or do not fit each other.
@@ -113,7 +133,7 @@ def load_component(
 
     weights = open_component(folder)
     with init_empty_weights(include_buffers=False):
-        component = build_module(name, config, folder / "config.json")
+        component = build_module(name, config, folder / "config.json", family)
     stored = {_current_name(key): key for key in weights.shapes}
     parameters = component.state_dict()
     sources = {key: Source(stored.get(_current_name(key), key)) for key in parameters}

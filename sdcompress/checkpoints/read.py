@@ -76,7 +76,7 @@ def _load_component(
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        component = build_module(name, config, weights.path)
+        component = build_module(name, config, weights.path, family)
     sources = _map_sources(weights, name, component, family)
     taken = {source.key for source in sources.values()}
     whole = _WHOLE.get(name)

@@ -28,7 +28,7 @@ from sdcompress.checkpoints.ldm_keys import (
 )
 from sdcompress.families.registry import family_of_pipeline
 from sdcompress.families.schemas.index import NOT_LOADED, SWITCHES
-from sdcompress.support.pipeline import TextToImagePipeline, find_unusual_noise
+from sdcompress.support.pipeline import TextToImagePipeline, check_host_noise
 
 
 def ldm_state_dict(pipeline: TextToImagePipeline) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def ldm_state_dict(pipeline: TextToImagePipeline) -> dict[str, torch.Tensor]:
     Raises:
         ModelError: the LDM layout has no place for a parameter, or for the model's noise schedule.
     """
-    _check_noise(pipeline)
+    check_host_noise(pipeline, "a checkpoint of one file")
     family = family_of_pipeline(type(pipeline).__name__, pipeline.unet.config)
     unet = pipeline.unet.state_dict()
     weights = {UNET + name: unet[key] for key, name in unet_keys(unet).items()}
@@ -58,21 +58,6 @@ def ldm_state_dict(pipeline: TextToImagePipeline) -> dict[str, torch.Tensor]:
         ZERO_SNR: bool(scheduler.get("rescale_betas_zero_snr")),
     }
     return weights | {key: torch.empty(0) for key, flag in flags.items() if flag}
-
-
-def _check_noise(pipeline: TextToImagePipeline) -> None:
-    """Refuse a model that a WebUI would take for one with Stable Diffusion's noise, targets and latents."""
-    noise, prediction_type = find_unusual_noise(pipeline.scheduler), pipeline.scheduler.config.get("prediction_type")
-    differences = {
-        f"the noise of {noise}": noise is not None,
-        f"the prediction type {prediction_type}": prediction_type not in (None, "epsilon", "v_prediction"),
-        "a mean of its latents": pipeline.vae.config.get("latents_mean") is not None,
-    }
-    if found := [what for what, is_there in differences.items() if is_there]:
-        raise ModelError(
-            f"the model has {found[0]}, which a checkpoint of one file does not tell a WebUI",
-            expected="the noise schedule, targets and latents of Stable Diffusion",
-        )
 
 
 def _text_state_dict(encoder: Any, prefixes: Mapping[str, str]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from sdcompress.cli._types import NAME, TEXT, FilePath
 @click.argument("folder", metavar="DIR", type=FilePath())
 @click.argument("repo", type=NAME)
 @click.option("--private", is_flag=True, help="Make a new repository private; one that is public is refused.")
+@click.option("--force", is_flag=True, help="Replace the model of a repository that holds files.")
 @click.option("--dry-run", is_flag=True, help="Print the card and the files, and upload nothing; needs no network.")
 @click.option(
     "-o",
@@ -42,6 +43,7 @@ def command(
     folder: Path,
     repo: str,
     private: bool,
+    force: bool,
     dry_run: bool,
     output: Path | None,
     message: str | None,
@@ -81,7 +83,8 @@ def command(
     token = require_token()
     total = sum(sizes.values())
     with ConsoleReporter().task(f"upload {mib(total)}"):
-        url = upload(contents, repo, token, private=private, message=message or f"Upload {repo.rpartition('/')[2]}")
+        message = message or f"Upload {repo.rpartition('/')[2]}"
+        url = upload(contents, repo, token, private=private, message=message, force=force)
     rows: list[tuple[str, object]] = [
         ("repository", url),
         ("files", f"{len(sizes)}, {mib(total)}"),

@@ -21,7 +21,7 @@ from sdcompress.export.onnx_file import OPSET
 from sdcompress.export.quantize.precisions import INSTALL, Quantized, missing
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 from sdcompress.support.bounds import LEAST_OPSET, MOST_OPSET
-from sdcompress.support.pipeline import TextToImagePipeline
+from sdcompress.support.pipeline import TextToImagePipeline, check_host_noise
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ def choose_settings(
         opset: of the standard operators; None is `OPSET`.
 
     Raises:
-        UsageError: an unknown component, precision, host, runtime or opset. ModelError: the pipeline lacks a component.
-            BackendMissing: a quantized precision, and what it needs is not installed.
+        UsageError: an unknown component, precision, host, runtime or opset. ModelError: the pipeline lacks a component,
+            or was trained on what the host would not know. BackendMissing: a quantized precision, and what it needs
+            is not installed.
     """
     if runtime not in get_args(Runtime):
         raise UsageError(f"no runtime {runtime!r}", expected=" or ".join(get_args(Runtime)))
@@ -98,6 +99,8 @@ def choose_settings(
     chosen = check_components(default_components(pipeline, host) if components is None else components, host)
     for component in chosen:
         part_of(pipeline, component)
+    if host != "diffusers":
+        check_host_noise(pipeline, f"a graph with the signature {host}", schedule=host == "webui")
     base: Precision = "fp16" if precision in QUANTIZED else precision  # type: ignore[assignment]
     precisions = {component: stable_precision(pipeline, component, base) for component in chosen}
     return ExportSettings(precision, precisions, host, runtime, opset or OPSET)

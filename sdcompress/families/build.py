@@ -10,7 +10,8 @@ from typing import Any
 
 from sdcompress_engines.errors import ModelError, SdCompressError, shorten
 
-from sdcompress.families.registry import families, family_of_pipeline
+from sdcompress.families.family import Family
+from sdcompress.families.registry import family_of_pipeline
 from sdcompress.families.schemas.base import some_of
 from sdcompress.families.schemas.check import check_config
 from sdcompress.families.schemas.scheduler import SCHEDULERS
@@ -42,7 +43,7 @@ def library_errors(what: str, where: str | Path) -> Iterator[None]:
         raise ModelError(f"the {what} does not load ({reason})", where=where) from error
 
 
-def build_module(name: str, config: Mapping[str, Any], where: str | Path) -> Any:
+def build_module(name: str, config: Mapping[str, Any], where: str | Path, family: Family | None = None) -> Any:
     """Returns a UNet, VAE or text encoder of a config, with weights as torch initializes them.
 
     Under `torch.device("meta")` or accelerate's `init_empty_weights` it takes no memory.
@@ -51,6 +52,7 @@ def build_module(name: str, config: Mapping[str, Any], where: str | Path) -> Any
         name: `unet`, `vae`, `text_encoder` or `text_encoder_2`.
         config: of the component; it is checked.
         where: the file it comes from, for the message.
+        family: of the model; only a text encoder needs it.
 
     Raises:
         ModelError: the config is broken.
@@ -67,7 +69,7 @@ def build_module(name: str, config: Mapping[str, Any], where: str | Path) -> Any
             return AutoencoderKL.from_config(checked)
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        projected = any(name in family.projected_text_encoders for family in families().values())
+        projected = family is not None and name in family.projected_text_encoders
         options = {key: value for key, value in checked.items() if key != "model_type"}
         return (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**options))
 
@@ -150,6 +152,7 @@ def build_tokenizer(files: Mapping[str, Any], where: str | Path) -> Any:
             extra_special_tokens=[make_token(token) for token in parts.extra],
             added_tokens_decoder={number: make_token(token) for number, token in sorted(parts.added.items())},
             **{name: make_token(token) for name, token in parts.special.items()},
+            **parts.options,
         )
         if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
             raise ModelError("the tokenizer's special tokens are not in its vocabulary", where=where)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from sdcompress_engines.command import command_line
-from sdcompress_engines.errors import ArtifactError, UsageError
-from sdcompress_engines.manifest import MANIFEST_NAME
+from sdcompress_engines.engine_files import find_manifest_folder
+from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError, shorten
+from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest
 from sdcompress_engines.paths import file_inside, is_link
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.trust import find_unallowed, trust_command
@@ -72,9 +73,11 @@ def install(
         if weights is not None:
             item = prepare_weights(weights, opened, stack, report)
             items |= {f"{host.models}/{engine.name}/{WEIGHTS}": item for engine in opened}
+        replaced = _find_replaced(host, root, opened)
         outcome = put_files(host, root, items, {engine.name for engine in opened}, report)
         for file in find_leftovers(host, root):  # of installs that were killed; none is at work, by the lock
             (root / file).unlink(missing_ok=True)
+        outcome = replace(outcome, notes=(*outcome.notes, *replaced))
         return _note_running(_note_foreign(outcome, opened), host, root)
 
 
@@ -170,6 +173,21 @@ def _remove_begun(host: Host, root: Path) -> Outcome:
     if not leftovers and not is_begun:
         raise UsageError("nothing is installed here by sdcompress", where=root)
     return Outcome(removed=(*leftovers, *([host.extension] if is_begun else [])))
+
+
+def _find_replaced(host: Host, root: Path, engines: Sequence[Engine]) -> list[str]:
+    """Returns a note for each engine in whose place an engine of another model is installed."""
+    notes = []
+    for engine in engines:
+        with suppress(SdCompressError, OSError):  # what is damaged there is reported or replaced anyway
+            folder = find_manifest_folder(root / host.models / engine.name)
+            old = None if folder is None else read_manifest(folder)
+            if old is not None and (source := old.inputs.get("pipeline")) != engine.manifest.inputs.get("pipeline"):
+                name = shorten(old.config.get("model_name") or "without a name", 100)
+                notes.append(
+                    f"{engine.name} replaces the engine of another model: {name}, sha256 {(source or 'unknown')[:12]}"
+                )
+    return notes
 
 
 def _note_foreign(outcome: Outcome, engines: Sequence[Engine]) -> Outcome:

@@ -158,12 +158,15 @@ def _count_by_config(component: Path) -> int | None:
     import torch
 
     from sdcompress.families.build import build_module
+    from sdcompress.families.registry import family_of_pipeline
     from sdcompress.prune.cost import count_parameters
 
     if component.name not in ("unet", "vae", "text_encoder", "text_encoder_2"):
         return None
     if not (component / "config.json").is_file():
         return None
-    config = read_component_config(component.parent, component.name)
+    pipeline = component.parent
+    family = family_of_pipeline(read_model_index(pipeline)["_class_name"], read_unet_config(pipeline))
+    config = read_component_config(pipeline, component.name)
     with torch.device("meta"):
-        return count_parameters(build_module(component.name, config, component / "config.json"))
+        return count_parameters(build_module(component.name, config, component / "config.json", family))

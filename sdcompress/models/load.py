@@ -71,6 +71,7 @@ def _load_folder(folder: Path, as_stored: bool) -> TextToImagePipeline:
     from sdcompress.checkpoints.component import keep_half
     from sdcompress.checkpoints.folder import load_component
     from sdcompress.families.build import build_pipeline, build_scheduler, load_tokenizer
+    from sdcompress.families.registry import family_of_pipeline
     from sdcompress.families.schemas.check import check_match
     from sdcompress.families.schemas.index import component_classes
 
@@ -84,7 +85,8 @@ def _load_folder(folder: Path, as_stored: bool) -> TextToImagePipeline:
         "scheduler": build_scheduler(scheduler, folder / "scheduler", class_name=index["scheduler"][1])
     }
     parts |= {name: load_tokenizer(folder / name) for name in tokenizers}
+    family = family_of_pipeline(index["_class_name"], configs["unet"])
     choose_dtype = keep_half if as_stored else lambda stored: torch.float32
     for name, config in configs.items():
-        parts[name] = load_component(folder / name, name, config, choose_dtype)
+        parts[name] = load_component(folder / name, name, config, choose_dtype, family)
     return build_pipeline(index, parts, folder)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import ArtifactError, UsageError
+from sdcompress_engines.errors import ArtifactError, UsageError, shorten
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.output_folders import staged
 
@@ -15,6 +15,9 @@ from sdcompress.publish.finished_model import CARD, PICTURE
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+"""The folders of a pipeline."""
 
 # huggingface_hub has changed its HTTP library more than once.
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests")
@@ -75,7 +78,9 @@ def require_token() -> str:
     return token
 
 
-def upload(contents: Mapping[str, Path | bytes], repo: str, token: str, *, private: bool, message: str) -> str:
+def upload(
+    contents: Mapping[str, Path | bytes], repo: str, token: str, *, private: bool, message: str, force: bool = False
+) -> str:
     """Create the repository where it does not exist, and upload files in one commit; returns its address.
 
     Args:
@@ -84,25 +89,32 @@ def upload(contents: Mapping[str, Path | bytes], repo: str, token: str, *, priva
         token: with write access.
         private: whether a new repository is private. An existing one has to be so already.
         message: of the commit.
+        force: replace the model of a repository that holds files. Its history keeps them.
 
     Raises:
         ArtifactError: the hub cannot be reached, or refuses; the message gives the reason. Or the repository is public,
-            and `private` is set.
+            and `private` is set; or it holds files.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi(token=token)
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.repo_info(repo).private:
+        info = api.model_info(repo)
+        if private and not info.private:
             raise ArtifactError(
                 "is public, and --private was given",
                 where=repo,
                 hint="make it private on the hub, or leave out --private",
             )
-        files = [CommitOperationAdd(name, content) for name, content in contents.items()]
-        api.create_commit(repo, files, commit_message=message)
+        there = {file.rfilename for file in info.siblings or ()} - {".gitattributes"}
+        if there and not force:
+            raise _refuse_files(there, repo)
+        # Of two models in one repository, diffusers could load a part of each.
+        old = sorted(name for name in there - contents.keys() if name.partition("/")[0] in PARTS)
+        changes: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
+        api.create_commit(repo, changes + [CommitOperationDelete(name) for name in old], commit_message=message)
     except OfflineModeIsEnabled as error:
         raise ArtifactError(
             "was not uploaded: HF_HUB_OFFLINE is set", where=repo, hint="unset HF_HUB_OFFLINE"
@@ -122,6 +134,15 @@ def upload(contents: Mapping[str, Path | bytes], repo: str, token: str, *, priva
             ) from error
         raise
     return str(url)
+
+
+def _refuse_files(there: set[str], repo: str) -> ArtifactError:
+    return ArtifactError(
+        f"holds {len(there)} files already, such as {shorten(min(there), 80)}",
+        where=repo,
+        expected="a new repository, or an empty one",
+        hint="--force, which replaces its model by one commit; its history keeps the earlier one",
+    )
 
 
 def _explain_refusal(error: HfHubHTTPError, repo: str) -> ArtifactError:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from sdcompress_engines import noise
+from sdcompress_engines.errors import ModelError
+
 _SAMPLE_SIZE = 64
 """Side of the latents where the UNet's config has none, as in diffusers."""
 
@@ -70,8 +73,23 @@ def native_size_px(pipeline: TextToImagePipeline) -> int:
 
 def find_unusual_noise(scheduler: Any) -> str | None:
     """Returns the noise that a scheduler has in place of Stable Diffusion's, which has numbered timesteps, or None."""
-    config = scheduler.config
-    if config.get("use_flow_sigmas"):
-        return "flow matching"
-    is_continuous = config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
-    return "EDM" if is_continuous or not hasattr(scheduler, "betas") else None
+    return noise.find_unusual_noise({**scheduler.config, "_class_name": type(scheduler).__name__})
+
+
+def check_host_noise(pipeline: TextToImagePipeline, what: str, *, schedule: bool = True) -> None:
+    """Refuse a model that a program with its own noise schedule, such as a WebUI, would draw differently.
+
+    Args:
+        pipeline: of diffusers.
+        what: is made for the program, for the message.
+        schedule: whether the program takes the betas of its own checkpoint.
+
+    Raises:
+        ModelError: names what the program would not know.
+    """
+    scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    if difference := noise.find_host_difference(scheduler, pipeline.vae.config, schedule=schedule):
+        raise ModelError(
+            f"the model has {difference}, which {what} does not tell the program that loads it",
+            expected="the noise schedule, targets and latents of Stable Diffusion",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -174,8 +175,13 @@ def make_sampler(
         # The other components move to the device on which the network trains.
         pipeline = make_pipeline(trained).to(next(trained.parameters()).device)
         prompts = list(config.validation_prompts)
-        pictures = generate(pipeline, prompts, seeds=list(range(len(prompts))), size_px=size_px)
-        trained.train(was_training)
+        try:
+            pictures = generate(pipeline, prompts, seeds=list(range(len(prompts))), size_px=size_px)
+        except ModelError as error:  # the weights go on; only this look at them is missing
+            warnings.warn(f"no validation pictures at step {step}: {error.what}", RuntimeWarning, stacklevel=2)
+            return
+        finally:
+            trained.train(was_training)
         with storage_errors(folder):
             folder.mkdir(exist_ok=True)
             save_picture(grid(pictures), folder / f"step-{step:06d}.webp", quality=90)

@@ -111,13 +111,16 @@ class Hub(BaseHTTPRequestHandler):
         else:
             lines = [json.loads(line) for line in body.splitlines()]
             server.message = lines[0]["value"]["summary"]
-            server.sent = {line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines[1:]}
+            server.deleted = [line["value"]["path"] for line in lines if line["key"] == "deletedFile"]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            server.sent = {file["path"]: base64.b64decode(file["content"]) for file in files}
             self._answer(200, {"commitUrl": f"{here}/commit/{'0' * 40}", "commitOid": "0" * 40})
 
     def do_GET(self) -> None:
         server: Any = self.server
         if self.path == "/api/models/me/style":
-            self._answer(200, {"id": "me/style", "private": server.is_private})
+            files = [{"rfilename": name} for name in server.files]
+            self._answer(200, {"id": "me/style", "private": server.is_private, "siblings": files})
         else:
             self._answer(401, {"error": "no"})
 
@@ -136,7 +139,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.refusal, server.sent, server.is_private = None, {}, True
+    server.refusal, server.sent, server.is_private, server.files = None, {}, True, [".gitattributes"]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -179,6 +182,20 @@ def test_private_files_are_not_sent_to_a_public_repository(cli: Cli, trained: Pa
     assert "is public, and --private was given" in one_line(err)
     assert hub.sent == {}
     assert cli("push", trained, "me/style")[0] == 0
+
+
+def test_a_model_in_the_repository_is_replaced_only_by_force_and_then_as_a_whole(
+    cli: Cli, trained: Path, hub: Any
+) -> None:
+    hub.files = ["README.md", "sdcompress.json", "notes.txt", "text_encoder_2/model.safetensors", ".gitattributes"]
+    code, _, err = cli("push", trained, "me/style")
+    assert code == 1
+    assert "me/style: holds 4 files already, such as README.md" in one_line(err)
+    assert hub.sent == {}
+    code, _, err = cli("push", trained, "me/style", "--force")
+    assert code == 0, err
+    assert "lora.safetensors" in hub.sent
+    assert hub.deleted == ["text_encoder_2/model.safetensors"]
 
 
 @pytest.mark.parametrize(

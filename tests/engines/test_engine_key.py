@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sdcompress_engines.engine_key import EngineKey
+from sdcompress_engines.errors import ArtifactError
 from sdcompress_engines.store import EngineStore
 
 from .stored_engines import KEY, builder
@@ -58,3 +62,16 @@ def test_what_does_not_bind_an_engine_is_not_in_its_key() -> None:
     assert replace(same, compute_capabilities=((12, 0),)).digest != same.digest
     two = replace(KEY, compute_capabilities=((8, 9), (12, 0)))
     assert replace(two, compute_capabilities=((12, 0), (8, 9))).digest == two.digest
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(entry=st.sampled_from(sorted(KEY.config())), value=JSON, component=st.sampled_from(["unet", 0, 8, None]))
+def test_a_manifest_with_any_value_has_a_key_or_one_error(entry: str, value: Any, component: Any) -> None:
+    with suppress(ArtifactError):
+        EngineKey.of(KEY.config() | {entry: value}, component)

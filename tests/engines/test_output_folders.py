@@ -90,6 +90,8 @@ def test_the_error_of_a_folder_in_the_cache_names_the_variable(tmp_path: Path) -
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="SDCOMPRESS_CACHE"), unless_present(tmp_path / "file/model"):
         check_free(tmp_path / "file/model")
+    with pytest.raises(ArtifactError, match=r"is a file; .*set SDCOMPRESS_CACHE"), unless_present(tmp_path / "file"):
+        check_free(tmp_path / "file")
 
 
 def test_an_output_beside_an_input_is_free(tmp_path: Path) -> None:

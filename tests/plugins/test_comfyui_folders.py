@@ -84,7 +84,14 @@ def set_in_config(name: str, **values: Any) -> Callable[[Path], None]:
         (lambda folder: change(folder, signature="voltaml"), r"the signature 'voltaml'"),
         (lambda folder: change(folder, profiles={"unet": [{}]}), r"have an unexpected value \(KeyError"),
         (set_in_config(UNET, in_channels=9), r"another kind of UNet"),
-        (set_in_config(SCHEDULER, prediction_type="flow_prediction"), r"predicts 'flow_prediction'"),
+        (set_in_config(UNET, time_cond_proj_dim=256), r"takes the guidance scale as an input"),
+        (set_in_config(SCHEDULER, prediction_type="flow_prediction"), r"with the prediction type flow_prediction"),
+        (set_in_config(SCHEDULER, use_flow_sigmas=True), r"with the noise of flow matching"),
+        (
+            set_in_config(SCHEDULER, prediction_type="v_prediction", timestep_type="continuous"),
+            r"with the noise of EDM",
+        ),
+        (set_in_config("pipeline/vae/config.json", latents_mean=[0.1] * 4), r"with a mean of its latents"),
         (set_in_config(SCHEDULER, beta_schedule="exp"), r"noise schedule 'exp'"),
     ],
 )

@@ -21,6 +21,7 @@ from sdcompress_webui.panel import build_command
 from sdcompress_webui.traits import Traits
 from sdcompress_webui.unet import HostedUNet
 
+from .comfyui_cases import SCHEDULER, change, read_config
 from .places import WEBUI_PLUGIN, deny
 from .webui_cases import (
     NO_GPU,
@@ -35,6 +36,10 @@ from .webui_cases import (
     read_only_artifact,
 )
 from .webui_host import WebUI, running
+
+
+def set_scheduler(folder: Path, **values: Any) -> None:
+    change(folder, **{SCHEDULER: read_config(folder, SCHEDULER) | values})
 
 
 def edit_manifest(folder: Path) -> None:
@@ -61,6 +66,11 @@ def test_an_altered_graph_is_refused_before_a_runtime_sees_it(tiny: Artifact) ->
         (lambda folder: change_manifest(folder, components=["vae_decoder"]), "holds no UNet"),
         (lambda folder: (folder / "pipeline/unet/config.json").unlink(), "config.json is missing"),
         (lambda folder: write_manifest(folder, "student"), "is of kind 'student'"),
+        (
+            lambda folder: set_scheduler(folder, beta_end=0.02),
+            "a noise schedule of its own, which a WebUI does not know",
+        ),
+        (lambda folder: set_scheduler(folder, use_flow_sigmas=True), "the noise of flow matching"),
     ],
 )
 def test_a_folder_that_cannot_serve_is_listed_with_the_reason(

@@ -20,6 +20,7 @@ from sdcompress.cli.inspect import command as inspect
 from sdcompress.families.family import Family
 from sdcompress.families.registry import OTHER, family_of, family_of_pipeline, find_family, register, unregister
 from sdcompress.families.stable_diffusion import SD1
+from sdcompress.models.load import load_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 from sdcompress.sampling import generate
@@ -111,6 +112,15 @@ def test_inspect_names_it_for_a_folder_and_for_a_student(toy_pipeline: Any, tmp_
     with_unet(toy_pipeline, build_student(toy_pipeline.unet, plan)).save_pretrained(tmp_path / "student")
     facts = describe(tmp_path / "student")
     assert (facts["student"], facts["student_of"]) == ("bk-base", "Toy Diffusion")
+
+
+def test_its_text_encoders_are_no_others(random_folder: Path) -> None:
+    projecting = replace(TOY, name="projecting", pipeline_class="Other", projected_text_encoders=("text_encoder",))
+    register(projecting)
+    try:
+        assert type(load_pipeline(random_folder).pipeline.text_encoder).__name__ == "CLIPTextModel"
+    finally:
+        unregister(projecting.name)
 
 
 def test_a_name_is_registered_once_and_a_built_in_family_stays(toy: Family) -> None:

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.signature import signature
 
 from sdcompress.families.build import build_scheduler
 from sdcompress.families.schemas.scheduler import SCHEDULERS
@@ -126,3 +127,5 @@ def test_a_unet_that_takes_the_guidance_scale_is_refused(random_pipeline: Any) -
     check_trainable(random_pipeline)
     with pytest.raises(ModelError, match="takes the guidance scale"):
         check_trainable(SimpleNamespace(scheduler=random_pipeline.scheduler, unet=SimpleNamespace(config=config)))
+    with pytest.raises(ModelError, match=r"takes the guidance scale as an input .*, which its graph would lack"):
+        signature("unet", config)

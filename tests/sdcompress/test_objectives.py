@@ -18,6 +18,7 @@ from sdcompress.checkpoints.write import ldm_state_dict
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
+from sdcompress.export.settings import choose_settings
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.train.batches import Batches, NoisyBatch
 from sdcompress.train.config import TrainConfig
@@ -84,16 +85,26 @@ def train_two_steps(objective: Objective, teacher: LoadedPipeline, cache: Latent
     [
         (lambda pipeline: pipeline.register_modules(scheduler=diffusers.EDMEulerScheduler()), "the noise of EDM"),
         (lambda pipeline: pipeline.scheduler.register_to_config(prediction_type="sample"), "prediction type sample"),
+        (lambda pipeline: pipeline.scheduler.register_to_config(beta_end=0.02), "a noise schedule of its own"),
         (lambda pipeline: pipeline.vae.register_to_config(latents_mean=[0.1] * 4), "a mean of its latents"),
     ],
 )
-def test_a_model_with_another_kind_of_noise_or_latents_is_not_written_as_one_file(
+def test_a_model_with_another_kind_of_noise_or_latents_is_not_written_for_a_webui(
     change: Callable[[Any], Any], words: str, random_folder: Path
 ) -> None:
     pipeline = load_pipeline(random_folder).pipeline
     change(pipeline)
     with pytest.raises(ModelError, match=words):
         ldm_state_dict(pipeline)
+    with pytest.raises(ModelError, match=f"{words}, which a graph with the signature webui"):
+        choose_settings(pipeline, host="webui")
+    assert choose_settings(pipeline).host == "diffusers"
+
+
+def test_comfyui_takes_the_noise_schedule_of_the_model(random_folder: Path) -> None:
+    pipeline = load_pipeline(random_folder).pipeline
+    pipeline.scheduler.register_to_config(beta_end=0.02)
+    assert choose_settings(pipeline, host="comfyui").host == "comfyui"
 
 
 def test_a_loss_with_compute_losses_alone_trains(teacher: LoadedPipeline, cache: LatentCache, tmp_path: Path) -> None:

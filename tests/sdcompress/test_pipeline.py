@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sdcompress_engines.errors import UsageError
+from sdcompress_engines.errors import ModelError, UsageError
 from sdcompress_engines.exactness import ieee_fp32, relative_l2, use_ieee_fp32
 
 from sdcompress.backends.assemble import open_pipeline
@@ -48,6 +48,13 @@ def test_timesteps_stay_on_the_host_and_pictures_are_the_same(random_folder: Pat
 def test_a_size_that_the_vae_does_not_allow_is_refused(random_pipeline: Any, size_px: int) -> None:
     with pytest.raises(UsageError, match=f"size {size_px} px; expected a positive multiple of 8"):
         generate(random_pipeline, ["a cat"], seeds=[1], steps=1, size_px=size_px)
+
+
+def test_a_picture_that_is_not_finite_is_refused(random_folder: Path) -> None:
+    pipeline = open_pipeline(random_folder, device="cpu")
+    pipeline.vae.post_quant_conv.bias.data[0] = torch.nan
+    with pytest.raises(ModelError, match="a picture of 1 steps with the PNDMScheduler is not finite"):
+        generate(pipeline, ["a cat"], seeds=[1], steps=1, size_px=64)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError
 from sdcompress_engines.export_folder import check_export, read_named_json
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
+from sdcompress_engines.noise import find_host_difference
 from sdcompress_engines.paths import is_link
 from sdcompress_engines.runners.base import TensorSpec
 from sdcompress_engines.runners.shapes import Ranges
@@ -196,6 +197,9 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
     if unet is None:
         raise ArtifactError("has no pipeline/unet/config.json, which describes the UNet", where=folder)
     scheduler = read_named_json(folder, manifest, "pipeline/scheduler/scheduler_config.json") or {}
+    vae = read_named_json(folder, manifest, "pipeline/vae/config.json") or {}
+    if difference := find_host_difference(scheduler, vae, schedule=True):
+        raise ArtifactError(f"is of a model with {difference}, which a WebUI does not know", where=folder)
     name, source, precision, _ = identify(folder, manifest)
     graph = signature("unet", unet, _DTYPES.get(precision, torch.float32), host=SIGNATURE)
     profiles: tuple[Ranges, ...] = (_any_shape(graph.inputs, graph.multiple),)

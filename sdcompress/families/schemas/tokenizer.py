@@ -64,26 +64,30 @@ def _as_list(value: Any) -> Any:
 _Tokens = Annotated[list[Token], BeforeValidator(_as_list), Field(max_length=1000, default_factory=list)]
 
 
-class _Config(ComponentSchema):
-    tokenizer_class: Literal["CLIPTokenizer", "CLIPTokenizerFast"] | None = None
-    bos_token: Token = "<|startoftext|>"
-    eos_token: Token = "<|endoftext|>"
-    unk_token: Token = "<|endoftext|>"
-    pad_token: Token = "<|endoftext|>"
-    # Without a limit transformers writes 10^30.
-    model_max_length: Annotated[float, Field(ge=2, le=1e31)] = CONTEXT
-    additional_special_tokens: _Tokens
-    extra_special_tokens: _Tokens
-    added_tokens_decoder: Annotated[dict[str, Token], Field(default_factory=dict)]
-
-
 class _SpecialTokens(ComponentSchema):
     bos_token: Token = "<|startoftext|>"
     eos_token: Token = "<|endoftext|>"
     unk_token: Token = "<|endoftext|>"
     pad_token: Token = "<|endoftext|>"
+    # CLIP has no use for these three, but a prompt may hold them.
+    cls_token: Token | None = None
+    sep_token: Token | None = None
+    mask_token: Token | None = None
     additional_special_tokens: _Tokens
     extra_special_tokens: _Tokens
+
+
+class _Config(_SpecialTokens):
+    tokenizer_class: Literal["CLIPTokenizer", "CLIPTokenizerFast"] | None = None
+    # Without a limit transformers writes 10^30.
+    model_max_length: Annotated[float, Field(ge=2, le=1e31)] = CONTEXT
+    padding_side: Literal["left", "right"] = "right"
+    truncation_side: Literal["left", "right"] = "right"
+    split_special_tokens: bool = False
+    added_tokens_decoder: Annotated[dict[str, Token], Field(default_factory=dict)]
+
+
+_OPTIONS = ("padding_side", "truncation_side", "split_special_tokens")
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,11 @@ class TokenizerParts:
     Attributes:
         vocabulary: token → number.
         merges: pairs of tokens, the most frequent first.
-        special: `bos_token`, `eos_token`, `unk_token`, `pad_token` → the token.
+        special: `bos_token`, `eos_token`, `unk_token`, `pad_token` and others → the token.
         extra: further special tokens; those without a number in `added` follow the vocabulary.
         added: number → a token that was added to the vocabulary, with its flags.
         context: tokens of a caption.
+        options: where a caption is cut and filled, and how its special tokens are read, by transformers' names.
     """
 
     vocabulary: dict[str, int]
@@ -105,6 +110,7 @@ class TokenizerParts:
     extra: list[Any]
     added: dict[int, Any]
     context: int
+    options: dict[str, Any]
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, Any]:
@@ -143,10 +149,11 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
     """
     config = _check(_Config, files, "tokenizer_config.json", where)
     older = _check(_SpecialTokens, files, "special_tokens_map.json", where)
-    # As in transformers, the last counts. Of SD2's published files, only the older one has the right `pad_token`.
-    sources = (older, config) if "added_tokens_decoder" in config else (config, older)
+    if "added_tokens_decoder" in config:  # transformers then leaves the older file alone
+        older = {}
     names = _SpecialTokens.model_fields.keys() - set(_EXTRA)
-    tokens = {name: value for source in sources for name, value in source.items() if name in names}
+    # As in transformers, the last counts. Of SD2's published files, only the older one has the right `pad_token`.
+    tokens = {name: value for source in (config, older) for name, value in source.items() if name in names and value}
     named = [_as_list(source.get(name)) for source in (config, older) for name in _EXTRA]
     extra: list[Any] = next(filter(None, named), [])
     if "pad_token" not in tokens:  # the published models have different ones
@@ -166,7 +173,8 @@ def check_tokenizer(files: Mapping[str, Any], where: str | Path) -> TokenizerPar
     special = [_content(token) for token in (*tokens.values(), *config_extra, *config_more, *older_extra)]
     added = _collect_added(files, config, special, where)
     context = int(min(config.get("model_max_length", CONTEXT), 10**9))
-    return TokenizerParts(vocabulary, merges, tokens, extra, added, context)
+    options = {name: config[name] for name in _OPTIONS if name in config}
+    return TokenizerParts(vocabulary, merges, tokens, extra, added, context, options)
 
 
 def _check(schema: type[ComponentSchema], files: Mapping[str, Any], name: str, where: str | Path) -> dict[str, Any]:
@@ -212,7 +220,7 @@ def _collect_added(
     Upper and lower case are one in those of `added_tokens.json`, except in `special`.
     """
     added: dict[int, Any] = {}
-    listed = files.get("added_tokens.json", {})
+    listed = {} if "added_tokens_decoder" in config else files.get("added_tokens.json", {})
     whole = files.get("tokenizer.json", {})
     try:
         entries = [(entry["id"], entry) for entry in (whole.get("added_tokens") or [])]

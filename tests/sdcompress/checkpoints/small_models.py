@@ -168,7 +168,7 @@ def full_size(family: str, preset: str | None = None) -> dict[str, tuple[int, ..
             parts["text_encoder_2"] = transformers.CLIPTextModelWithProjection(
                 transformers.CLIPTextConfig(**config("text_encoder_2"))
             )
-    scheduler = diffusers.DDIMScheduler(steps_offset=1, clip_sample=False)
+    scheduler = diffusers.DDIMScheduler(**BETAS, steps_offset=1, clip_sample=False)
     kind = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
     more: dict[str, Any] = (
         {"tokenizer_2": None, "add_watermarker": False}

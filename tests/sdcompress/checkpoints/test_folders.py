@@ -135,6 +135,19 @@ def test_shards_are_loaded_together_and_stay_in_their_folder(name: str, folder: 
         refusal(folder)
 
 
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_shards_of_a_save_over_an_earlier_one_are_no_choice_of_weights(part: str, folder: Path) -> None:
+    """diffusers then loads the shards, and transformers the whole file."""
+    (whole,) = (folder / part).glob("*.safetensors")
+    shard = whole.with_name(f"{whole.stem}-00001-of-00001.safetensors")
+    save_file({key: value / 2 for key, value in load_file(whole).items()}, shard)
+    names = dict.fromkeys(load_file(whole), shard.name)
+    whole.with_name(f"{whole.name}.index.json").write_text(json.dumps({"weight_map": names}))
+    assert f"has weights twice: {whole.name}" in refusal(folder)
+    shard.unlink()
+    load_pipeline(folder)
+
+
 def test_names_of_old_versions_are_read(folder: Path) -> None:
     """diffusers before 0.14 and transformers before 5; such are the files of SD 1.4, 1.5 and 2.1."""
     before = load_pipeline(folder).pipeline

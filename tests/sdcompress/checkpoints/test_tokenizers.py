@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sdcompress_engines.errors import ModelError
 from transformers import CLIPTokenizer
 
@@ -56,6 +58,34 @@ def test_where_two_files_differ_the_filling_of_captions_is_that_of_transformers(
     path.write_text(json.dumps({"pad_token": "<|endoftext|>", "model_max_length": 77} | changes))
     change(folder, "special_tokens_map.json", {"pad_token": "!"})
     assert load_tokenizer(folder).pad_token == CLIPTokenizer.from_pretrained(folder).pad_token
+
+
+OPTIONS: dict[str, Any] = {
+    "cls_token": ["[CLS]", "<|endoftext|>", None],
+    "sep_token": ["[SEP]"],
+    "mask_token": ["<mask>"],
+    "padding_side": ["left", "right"],
+    "truncation_side": ["left", "right"],
+    "split_special_tokens": [True, False],
+    "added_tokens_decoder": [{}],
+}
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_option_gives_the_tokens_of_transformers(folder: Path, data: st.DataObject) -> None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = {"pad_token": "!", "model_max_length": 12} | {
+            option: data.draw(st.sampled_from(values), option)
+            for option, values in OPTIONS.items()
+            if name == "tokenizer_config.json" or option.endswith("_token")
+            if data.draw(st.booleans())
+        }
+        (folder / name).write_text(json.dumps(config))
+    made, expected = load_tokenizer(folder), CLIPTokenizer.from_pretrained(folder)
+    for text in ("a [CLS] cat [SEP] <mask> <|endoftext|> hat!", "a cat " * 20):
+        tokens = [each(text, padding="max_length", max_length=12, truncation=True) for each in (made, expected)]
+        assert tokens[0].input_ids == tokens[1].input_ids
 
 
 @pytest.mark.parametrize("is_special", [False, True])

@@ -67,6 +67,21 @@ def test_installing_twice_writes_nothing_the_second_time(link: bool, place: tupl
     assert {path: path.lstat().st_mtime_ns for path in root.rglob("*")} == times
 
 
+@pytest.mark.parametrize("link", [False, True], ids=["copy", "link"])
+def test_an_engine_of_another_model_under_the_same_name_is_replaced_with_a_note(
+    link: bool, place: tuple[Any, Path], tmp_path: Path
+) -> None:
+    host, root = place
+    first, again, other = (
+        make_engine(tmp_path / name, host.name, plan=name.encode(), inputs={"pipeline": digit * 64})
+        for name, digit in (("first", "a"), ("again", "a"), ("other", "b"))
+    )
+    assert not install(host, root, [first], link=link).notes
+    assert not install(host, root, [again], link=link).notes
+    note = f"sd-tiny replaces the engine of another model: sd-tiny, sha256 {'a' * 12}"
+    assert note in install(host, root, [other], link=link).notes
+
+
 def test_the_installed_plugin_is_complete_and_carries_the_engine_package(place: tuple[Any, Path]) -> None:
     host, root = place
     install(host, root)
