@@ -10,9 +10,10 @@ from typing import Any
 from sdcompress_engines.errors import BackendMissing, UsageError
 
 from sdcompress.backends.registry import find_backend
+from sdcompress.support.bounds import LEAST_PX
 
 from .models import random_folder
-from .prompts import read_prompts
+from .prompts import read_prompts, read_reference
 from .scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
 from .suite_file import GateEntry, ModelEntry, SuiteFile, check_suite, read_setup, suite_names
 
@@ -212,6 +213,7 @@ def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> Pr
 
     Raises:
         UsageError: a file or folder in the settings does not exist.
+        ModelError, DataError: the folder holds no CLIP, or no pictures.
     """
     usual = _usual_prompts(teacher, file, quick)
     metric = Path(file.clip) if file.clip else usual.metric
@@ -219,6 +221,12 @@ def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> Pr
     for path, option in ((metric, "--clip"), (real, "--reference")):
         if path is not None and not path.exists():
             raise UsageError(f"{option} does not exist", where=path)
+    if file.clip:  # what is opened only after hours of measurement is checked here
+        from .resnet_clip import is_dual_encoder
+
+        is_dual_encoder(Path(file.clip))
+    if file.reference:
+        read_reference(file.reference, LEAST_PX)
     return replace(usual, metric=metric, real=real)
 
 

@@ -78,6 +78,9 @@ def open_pipeline(
         raise UsageError(f"no fallback {fallback!r}", expected=" or ".join(FALLBACKS))
     if (owner := _find_owner(Path(model))) is not None:
         _check_export_runs(str(model), owner, backend, fallback)
+        if precision is not None or artifacts is not None:
+            what = "a precision or artifacts with an export folder, which is both"
+            raise UsageError(what, where=model, hint="leave them out")
         return open_exported(Path(model), device, steady=steady)
     if backend == AUTO:
         if precision is not None or artifacts is not None:
@@ -86,6 +89,8 @@ def open_pipeline(
         from sdcompress.backends.fastest import find_fastest
 
         backend, precision = find_fastest(model, device=device, report=report)
+    else:
+        _check_effect(find_backend(backend), device, precision or default_precision(device), artifacts, fallback)
     target = _Target(find_backend(backend), device, precision or default_precision(device), artifacts, report)
     pipeline = _open_model(model, target, fallback, steady)
     if device.startswith("cuda"):
@@ -172,6 +177,23 @@ def _open_model(model: str | Path, target: _Target, fallback: str | None, steady
     folder = target.artifacts or cached_artifacts(model, backend.name, precision, target.report)
     make_unet = _fallback_unet(model, device, precision) if fallback else None
     return open_exported(folder, device, make_unet=make_unet, steady=steady, report=target.report)
+
+
+def _check_effect(
+    backend: Backend, device: str, precision: Precision, artifacts: Path | None, fallback: str | None
+) -> None:
+    """Refuse options that have no effect with a backend, and a precision that it does not compute.
+
+    The arguments are those of `open_pipeline`.
+    """
+    if artifacts is not None and backend.artifact is None and backend.cached_unet is None:
+        hint = "the backend that runs them, such as --backend ort, or leave out --artifacts"
+        raise UsageError(f"the backend {backend.short_name} runs no artifacts", where=artifacts, hint=hint)
+    if fallback is not None and backend.artifact is None:
+        what = f"--fallback {fallback} with the backend {backend.short_name}: only graphs and engines fall back"
+        raise UsageError(what, hint="leave out --fallback")
+    if artifacts is None and (reason := backend.lacks.get(device.partition(":")[0], {}).get(precision)):
+        raise BackendMissing(reason, hint="another --precision, or --backend torch")
 
 
 def _open_in_torch(model: str | Path, target: _Target) -> TextToImagePipeline:

@@ -113,6 +113,10 @@ def command(
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
+    if negative_prompt and guidance is not None and guidance <= 1:
+        raise click.UsageError(f"--negative-prompt has no effect with --guidance {guidance:g}, which is no guidance")
+    if artifacts is not None and precision is not None and fallback is None and backend != "aot":
+        raise click.UsageError("--precision has no effect with --artifacts, which have their own")
     weighted_loras = _check_options(model, backend, artifacts, loras, output, trust)
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
