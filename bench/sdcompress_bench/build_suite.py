@@ -86,6 +86,7 @@ def build_suite(
     names = (file.gpu_backends if device == "cuda" else None) or file.backends
     measured, skipped = choose_backends(names, device, precision)
     chosen = models or tuple(find_model(entry) for entry in file.models)
+    _check_gates(file, chosen, where)
     native_size_px = _native_size_px(chosen[0])
     prompts = _choose_prompts(chosen[0], file, quick)
     suite = Suite(
@@ -263,6 +264,13 @@ def _count_quality_pictures(models: tuple[ModelUnderTest, ...], file: SuiteFile,
 def _read_gate(entry: GateEntry, precision: str) -> Gate:
     setup = read_setup(entry.backend, precision) if entry.backend else None
     return Gate(entry.figure, entry.model, setup, entry.at_least, entry.at_most)
+
+
+def _check_gates(file: SuiteFile, models: tuple[ModelUnderTest, ...], where: Path | None) -> None:
+    """Refuse a gate on a model that the suite does not have: it could never pass."""
+    names = [model.name for model in models]
+    if unknown := [entry.model for entry in file.gates if entry.model not in (None, *names)]:
+        raise UsageError(f"a gate on a model {unknown[0]!r}", where=where, expected=f"one of {', '.join(names)}")
 
 
 def _is_measured(entry: GateEntry, precision: str, measured: tuple[BackendSetup, ...]) -> bool:
