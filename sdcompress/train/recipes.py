@@ -61,7 +61,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
 def load_config(
     config_class: type[Config], recipe: str | Path | None, overrides: dict[str, Any], settings: tuple[str, ...] = ()
 ) -> Config:
-    """Returns the configuration of a recipe with the command line's overrides.
+    """Returns the configuration of a recipe with the command line's overrides; `settings` win over `overrides`.
 
     Args:
         config_class: the configuration's class. The recipe's own `kind` (distill, finetune, lora; distill where it has
@@ -71,7 +71,7 @@ def load_config(
         settings: texts such as "data.flip=true".
 
     Raises:
-        UsageError: no such recipe, a recipe of another kind, a knob that is set twice, unknown names or invalid values;
+        UsageError: no such recipe, a recipe of another kind, a knob that `settings` set twice, unknown names or invalid values;
             one message names all errors of names and values.
     """
     values: dict[str, Any] = {}
@@ -84,10 +84,11 @@ def load_config(
             raise UsageError(
                 f"is a recipe for {kind}", where=recipe, expected=f"one for {wanted}", hint="sdcompress recipes list"
             )
-    given = {k: v for k, v in overrides.items() if v is not None}
+    values = _merge(values, {k: v for k, v in overrides.items() if v is not None})
+    knobs: dict[str, Any] = {}
     for setting in settings:
-        given = _merge(given, _parse_setting(setting), refuse_twice=True)
-    values = _merge(values, given)
+        knobs = _merge(knobs, _parse_setting(setting), refuse_twice=True)
+    values = _merge(values, knobs)
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
@@ -113,8 +114,8 @@ def _merge(
             value = _merge(base[key], value, refuse_twice=refuse_twice, within=f"{within}{key}.")
         elif refuse_twice and key in base:
             raise UsageError(
-                f"{within}{key} is set twice: {describe_value(base[key])} and {describe_value(value)}",
-                expected="one --set for a knob, or its option",
+                f"--set {within}{key} is there twice: {describe_value(base[key])} and {describe_value(value)}",
+                expected="one for each knob",
             )
         merged[key] = value
     return merged
