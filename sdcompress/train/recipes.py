@@ -71,8 +71,8 @@ def load_config(
         settings: texts such as "data.flip=true".
 
     Raises:
-        UsageError: no such recipe, a recipe of another kind, a knob that `settings` set twice, unknown names or invalid values;
-            one message names all errors of names and values.
+        UsageError: no such recipe, a recipe of another kind, a knob that `settings` set twice, unknown names or invalid
+            values; one message names all errors of names and values.
     """
     values: dict[str, Any] = {}
     where: str | Path = "the options"

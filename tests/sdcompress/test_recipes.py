@@ -6,7 +6,6 @@ import itertools
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
