@@ -10,9 +10,10 @@ from typing import Any
 from sdcompress_engines.errors import BackendMissing, UsageError
 
 from sdcompress.backends.registry import find_backend
+from sdcompress.support.bounds import LEAST_PX
 
 from .models import random_folder
-from .prompts import read_prompts
+from .prompts import read_prompts, read_reference
 from .scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
 from .suite_file import GateEntry, ModelEntry, SuiteFile, check_suite, read_setup, suite_names
 
@@ -85,6 +86,7 @@ def build_suite(
     names = (file.gpu_backends if device == "cuda" else None) or file.backends
     measured, skipped = choose_backends(names, device, precision)
     chosen = models or tuple(find_model(entry) for entry in file.models)
+    _check_gates(file, chosen, where)
     native_size_px = _native_size_px(chosen[0])
     prompts = _choose_prompts(chosen[0], file, quick)
     suite = Suite(
@@ -213,6 +215,7 @@ def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> Pr
 
     Raises:
         UsageError: a file or folder in the settings does not exist.
+        ModelError, DataError: the folder holds no CLIP, or no pictures.
     """
     usual = _usual_prompts(teacher, file, quick)
     metric = Path(file.clip) if file.clip else usual.metric
@@ -220,6 +223,12 @@ def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> Pr
     for path, option in ((metric, "--clip"), (real, "--reference")):
         if path is not None and not path.exists():
             raise UsageError(f"{option} does not exist", where=path)
+    if file.clip:  # what is opened only after hours of measurement is checked here
+        from .resnet_clip import is_dual_encoder
+
+        is_dual_encoder(Path(file.clip))
+    if file.reference:
+        read_reference(file.reference, LEAST_PX)
     return replace(usual, metric=metric, real=real)
 
 
@@ -256,6 +265,13 @@ def _count_quality_pictures(models: tuple[ModelUnderTest, ...], file: SuiteFile,
 def _read_gate(entry: GateEntry, precision: str) -> Gate:
     setup = read_setup(entry.backend, precision) if entry.backend else None
     return Gate(entry.figure, entry.model, setup, entry.at_least, entry.at_most)
+
+
+def _check_gates(file: SuiteFile, models: tuple[ModelUnderTest, ...], where: Path | None) -> None:
+    """Refuse a gate on a model that the suite does not have: it could never pass."""
+    names = [model.name for model in models]
+    if unknown := [entry.model for entry in file.gates if entry.model not in (None, *names)]:
+        raise UsageError(f"a gate on a model {unknown[0]!r}", where=where, expected=f"one of {', '.join(names)}")
 
 
 def _is_measured(entry: GateEntry, precision: str, measured: tuple[BackendSetup, ...]) -> bool:

@@ -95,7 +95,7 @@ def _run_alone(settings: ChainSettings, inputs: Inputs, report: Reporter, comman
     from sdcompress.train.pipelines import check_trainable
 
     started = time.monotonic()
-    machine = _read_machine()
+    machine = _read_machine(settings.compute_capabilities)
     graphs = 1 + len(inputs.plans) if machine.onnxruntime else 0
     engines = 2 * (len(inputs.plans) + machine.gpu) if machine.no_engine is None else 0
     stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
@@ -173,7 +173,15 @@ class _Machine:
     no_engine: str | None
 
 
-def _read_machine() -> _Machine:
+def _read_machine(capabilities: Sequence[tuple[int, int]] | None) -> _Machine:
+    """Returns what this machine can do.
+
+    Args:
+        capabilities: as of `ChainSettings.compute_capabilities`.
+
+    Raises:
+        EngineError: the library builds for no such card.
+    """
     import torch
     from sdcompress_engines.flavour import choose_flavour, present_card
     from sdcompress_engines.runners import available
@@ -184,7 +192,17 @@ def _read_machine() -> _Machine:
         choose_flavour(None, present_card())
     except BackendMissing as error:
         no_engine = str(error)
+    else:
+        _choose_cards(capabilities)
     return _Machine(gpu, not available("cuda" if gpu else "cpu")["onnxruntime"], no_engine)
+
+
+def _choose_cards(capabilities: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
+    """Returns the compute capabilities that engines are built for; see `builder.targets`."""
+    from sdcompress_engines.builder import targets
+    from sdcompress_engines.flavour import choose_flavour, present_card
+
+    return targets(choose_flavour(None, present_card(), capabilities), capabilities)
 
 
 def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: Inputs, output: Path) -> LatentCache:
@@ -291,20 +309,16 @@ class _Exporter:
         self.stages.run_together("exporting graphs", stages, make)
 
     def _build_engine(self, name: str, graphs: Path, folder: Path) -> None:
-        from sdcompress_engines.builder import targets
-        from sdcompress_engines.flavour import choose_flavour, present_card
-
         from sdcompress.export.tensorrt import build_engines
 
         capabilities = self.settings.compute_capabilities
-        cards = targets(choose_flavour(None, present_card(), capabilities), capabilities)
         self.stages.run(
             Stage(
                 f"build {name} as a TensorRT engine",
                 folder,
                 "engine",
                 {"onnx": sha256_file(graphs / MANIFEST_NAME)},
-                {"compute_capabilities": [list(card) for card in cards]},
+                {"compute_capabilities": [list(card) for card in _choose_cards(capabilities)]},
             ),
             lambda: build_engines(
                 graphs, folder, compute_capabilities=capabilities, force=True, report=self.stages.report

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from sdcompress_engines.errors import UsageError, shorten
 from sdcompress_engines.paths import is_plain_path
 
+from .prompts import read_prompts
+
 if TYPE_CHECKING:
     from sdcompress.data.sources import Source
     from sdcompress.prune.plan import BlockPlan
@@ -67,16 +69,22 @@ def read_inputs(settings: ChainSettings) -> Inputs:
     """Returns the inputs of a run.
 
     Raises:
-        UsageError, PlanError, ModelError, DataError: the teacher, the plans, the data or the training settings are
-            wrong.
+        UsageError, PlanError, ModelError, DataError: the teacher, the plans, the data, the prompts or the training
+            settings are wrong. BackendMissing: what the training needs is not installed.
     """
     from sdcompress.data.sources import open_source
     from sdcompress.models.locate import BUILT_IN, display_name, locate_pipeline, read_unet_config, refuse_student
     from sdcompress.prune.presets import read_plan
+    from sdcompress.prune.student import meta_unet
+    from sdcompress.train.accelerator import check_settings
     from sdcompress.train.config import DistillConfig
+    from sdcompress.train.distill import find_attentions
     from sdcompress.train.recipes import load_config
 
     config = load_config(DistillConfig, settings.recipe, dict(settings.overrides))
+    check_settings(config)
+    if settings.prompts_file is not None:  # it is read again when the report is written
+        read_prompts(settings.prompts_file)
     unet_config = read_unet_config(settings.teacher)
     refuse_student(unet_config, settings.teacher)
     teacher = settings.teacher if settings.teacher in BUILT_IN else display_name(locate_pipeline(settings.teacher))
@@ -84,6 +92,7 @@ def read_inputs(settings: ChainSettings) -> Inputs:
     plans: dict[str, BlockPlan] = {}
     for given in settings.plans:
         plan = read_plan(given, unet_config)
+        find_attentions(meta_unet(plan.student_config()), plan, config)
         name = plan.name if plan.name != "custom" else Path(given).stem
         others = taken | {other.casefold() for other in plans if other != name}
         if not is_plain_path(name) or "/" in name or name[0] == "." or name.casefold() in others:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError
+from sdcompress_engines.json_files import write_json
 
 from .latency import STAGES, Latency
 from .results import Results, point
@@ -176,15 +175,7 @@ def _notes(before: Results, after: Results) -> list[str]:
 
 def to_json(found: Comparison) -> str:
     """Returns the comparison as JSON. An infinite bound of an interval, as with one round, becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(each) for key, each in value.items()}
-        if isinstance(value, list):
-            return [plain(each) for each in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(asdict(found)), indent=1, allow_nan=False)
+    return write_json(asdict(found), indent=1)
 
 
 def render(found: Comparison) -> str:

@@ -53,10 +53,6 @@ class ClipMetric:
 
         from .resnet_clip import load_clip
 
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                "not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer"
-            )
         self.model = load_clip(folder).eval().to(device)
         self.tokenizer = load_tokenizer(folder)
         self.device = device

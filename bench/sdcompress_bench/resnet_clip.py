@@ -33,16 +33,17 @@ class ResNetClip(VisionTextDualEncoderModel):
         return BaseModelOutputWithPooling(pooler_output=self.visual_projection(features))
 
 
-def load_clip(folder: Path) -> CLIPModel | ResNetClip:
-    """Returns the CLIP of a folder in float32, whichever of the two kinds it is.
-
-    Args:
-        folder: with a transformers config and weights.
+def is_dual_encoder(folder: Path) -> bool:
+    """Returns whether a folder's CLIP is a `ResNetClip`; if not, it is a `CLIPModel`. No weights are read.
 
     Raises:
-        ModelError: the config names another kind or code, or a weight is missing, of another shape or not finite.
+        ModelError: the config is missing, or names another kind or code.
     """
     path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            "not a CLIP model", where=folder, expected="a folder with config.json, the weights and a tokenizer"
+        )
     config = read_json_object(path, ModelError)
     parts = [config.get(f"{tower}_config") or {} for tower in ("text", "vision")]
     for part in (config, *parts):
@@ -56,6 +57,19 @@ def load_clip(folder: Path) -> CLIPModel | ResNetClip:
             where=path,
             expected="a CLIPModel, or a dual encoder of a ResNet and a CLIP text encoder",
         )
+    return dual
+
+
+def load_clip(folder: Path) -> CLIPModel | ResNetClip:
+    """Returns the CLIP of a folder in float32, whichever of the two kinds it is.
+
+    Args:
+        folder: with a transformers config and weights.
+
+    Raises:
+        ModelError: as `is_dual_encoder`, or a weight is missing, of another shape or not finite.
+    """
+    dual = is_dual_encoder(folder)
     with library_errors("CLIP model", folder):
         model, found = (ResNetClip if dual else CLIPModel).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True

@@ -98,7 +98,7 @@ class SuiteFile(Settings):
         None,
         ge=0,
         le=MOST_GUIDANCE,
-        description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 4 for nano.",
+        description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 2.5 for nano.",
     )
     prompts: str | None = Field(None, description="A file of captions: txt, csv, tsv, jsonl, or COCO's json.")
     reference: str | None = Field(None, description="A folder of real pictures, for FID and KID.")

@@ -73,9 +73,9 @@ def check_file(target: Path, inputs: Iterable[Path] = (), *, replace: bool = Tru
             mode = target.stat().st_mode
             if not stat.S_ISREG(mode):
                 what = "a folder" if stat.S_ISDIR(mode) else "a device or a pipe"
-                raise ArtifactError(f"is {what}", where=target, expected="a file to write", hint=ANOTHER_OUTPUT)
+                raise ArtifactError(f"is {what}", where=target, expected="a file to write", hint="choose another name")
             if not replace:
-                raise ArtifactError("exists", where=target, hint="add --force to replace it, or choose another -o")
+                raise ArtifactError("exists", where=target, hint="add --force to replace it, or choose another name")
         _check_writable(target)
         remove_leftovers(target.absolute())
 

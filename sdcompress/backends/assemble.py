@@ -77,12 +77,10 @@ def open_pipeline(
     if fallback is not None and fallback not in FALLBACKS:
         raise UsageError(f"no fallback {fallback!r}", expected=" or ".join(FALLBACKS))
     if (owner := _find_owner(Path(model))) is not None:
-        _check_export_runs(str(model), owner, backend, fallback)
+        _check_export_runs(str(model), owner, backend, fallback, has_choice=bool(precision or artifacts))
         return open_exported(Path(model), device, steady=steady)
+    _check_effect(backend, device, precision, artifacts, fallback)
     if backend == AUTO:
-        if precision is not None or artifacts is not None:
-            what = "a precision or artifacts with the backend auto, which chooses both"
-            raise UsageError(what, hint="leave them out, or name a backend")
         from sdcompress.backends.fastest import find_fastest
 
         backend, precision = find_fastest(model, device=device, report=report)
@@ -118,14 +116,18 @@ def _find_owner(model: Path) -> Backend | None:
     return owner
 
 
-def _check_export_runs(model: str, owner: Backend, backend: str, fallback: str | None) -> None:
-    """Refuse an export folder that the chosen backend or fallback cannot run.
+def _check_export_runs(model: str, owner: Backend, backend: str, fallback: str | None, *, has_choice: bool) -> None:
+    """Refuse an export folder that the chosen backend or fallback cannot run, and choices that it has made.
 
     Args:
         model: the folder.
         owner: the backend that runs it.
         backend, fallback: the chosen ones.
+        has_choice: a precision or artifacts were chosen.
     """
+    if has_choice:
+        what = "is an export folder, which has its own precision and files"
+        raise UsageError(what, where=model, hint="leave out --precision and --artifacts")
     if backend not in (owner.name, AUTO):
         raise UsageError(
             f"is an export of kind {owner.artifact}, which the backend {backend} does not run",
@@ -172,6 +174,31 @@ def _open_model(model: str | Path, target: _Target, fallback: str | None, steady
     folder = target.artifacts or cached_artifacts(model, backend.name, precision, target.report)
     make_unet = _fallback_unet(model, device, precision) if fallback else None
     return open_exported(folder, device, make_unet=make_unet, steady=steady, report=target.report)
+
+
+def _check_effect(
+    name: str, device: str, precision: Precision | None, artifacts: Path | None, fallback: str | None
+) -> None:
+    """Refuse options that have no effect with a backend, and a precision that it does not compute.
+
+    Args:
+        name: of the backend, or `auto`.
+        device, precision, artifacts, fallback: as of `open_pipeline`.
+    """
+    if name == AUTO:
+        if precision is not None or artifacts is not None:
+            what = "a precision or artifacts with the backend auto, which chooses both"
+            raise UsageError(what, hint="leave them out, or name a backend")
+        return
+    backend, kind = find_backend(name), device.partition(":")[0]
+    if artifacts is not None and backend.artifact is None and backend.cached_unet is None:
+        hint = "the backend that runs them, such as --backend ort, or leave out --artifacts"
+        raise UsageError(f"the backend {backend.short_name} runs no artifacts", where=artifacts, hint=hint)
+    if fallback is not None and backend.artifact is None:
+        what = f"--fallback {fallback} with the backend {backend.short_name}: only graphs and engines fall back"
+        raise UsageError(what, hint="leave out --fallback")
+    if artifacts is None and (reason := backend.lacks.get(kind, {}).get(precision or default_precision(device))):
+        raise BackendMissing(reason, hint="another --precision, or --backend torch")
 
 
 def _open_in_torch(model: str | Path, target: _Target) -> TextToImagePipeline:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import sys
 from collections.abc import Callable, Container, Iterable
@@ -70,8 +69,10 @@ def echo(text: str = "", *, newline: bool = True) -> None:
 
 
 def print_json(value: Any, indent: int | None = None) -> None:
-    """Print a value as JSON on stdout, in ASCII: every encoding of a pipe holds it."""
-    click.echo(json.dumps(value, indent=indent))
+    """Print a value as JSON on stdout, in ASCII: every encoding of a pipe holds it. NaN and infinity become null."""
+    from sdcompress_engines.json_files import write_json
+
+    click.echo(write_json(value, indent))
 
 
 def card(title: str, rows: Iterable[tuple[str, object]], next_command: str | None = None) -> None:

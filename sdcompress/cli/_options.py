@@ -108,19 +108,21 @@ def parse_shares(name: str, texts: Iterable[str]) -> dict[str, float]:
         texts: the values of a repeated option.
 
     Raises:
-        UsageError: a share is not a number.
+        UsageError: a share is not a number, or a name has two.
     """
     from sdcompress_engines.errors import UsageError
 
-    shares = {}
+    shares: dict[str, float] = {}
     for text in texts:
         column, _, share = text.partition("=")
         try:
-            shares[column] = float(share or 1)
+            number = float(share or 1)
         except ValueError as error:
             raise UsageError(
                 f"--{name.removesuffix('s')} {text!r}", expected="COLUMN or COLUMN=SHARE, such as caption=0.7"
             ) from error
+        if shares.setdefault(column, number) != number:
+            raise UsageError(f"--{name.removesuffix('s')} {column} has two shares", expected="each column once")
     return shares
 
 

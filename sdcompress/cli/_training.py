@@ -127,6 +127,7 @@ def load_inputs(
     force: bool,
     report: ConsoleReporter,
     files: Sequence[Path] = (),
+    check: Callable[[LoadedPipeline], None] = lambda loaded: None,
 ) -> tuple[LoadedPipeline, LatentCache]:
     """Returns the model and its cache: an existing cache is opened and checked, a missing one is built.
 
@@ -142,40 +143,50 @@ def load_inputs(
         force: the training replaces `output`.
         report: shows the progress.
         files: what else the training reads: recipe and plan.
+        check: refuses what this kind of training cannot do with the model, before the data is encoded.
 
     Raises:
         ArtifactError: the output folder is not empty, or holds an input.
+        BackendMissing: what the configuration needs is not installed.
         DataError: the cache does not fit the model, the data or the data options.
         ModelError: the model cannot be loaded, or not trained.
         UsageError: no such data or model.
     """
-    from sdcompress_engines.output_folders import check_free
-
     from sdcompress.data.build_cache import build_cache
     from sdcompress.data.cache import LatentCache
     from sdcompress.data.sources import open_source
     from sdcompress.models.load import load_pipeline
     from sdcompress.models.locate import local_paths
-    from sdcompress.support.console import is_first_process
     from sdcompress.support.pipeline import native_size_px
+    from sdcompress.train.accelerator import check_settings
     from sdcompress.train.pipelines import check_trainable
-    from sdcompress.train.run_folder import check_resumable
 
+    check_settings(config)
     source = open_source(data, config.data)
     folder = cache_folder or output.absolute().parent / f"{output.absolute().name}-cache"
     inputs = [*local_paths(model), *source.inputs, folder, *files]
-    if resume:
-        check_resumable(output, inputs)
-    elif is_first_process():  # which may have made the folder before another one looks
-        check_free(output, force, inputs, in_place=True)
+    _check_output(output, inputs, resume, force)
     loaded = load_pipeline(model)
     check_trainable(loaded.pipeline)
+    check(loaded)
     size_px = config.data.size_px or native_size_px(loaded.pipeline)
     if not folder.exists():
         return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)
     cache = LatentCache.open(folder, loaded.sha256, source, size_px, config.data)
     report.show_line(f"cache: {len(cache):,} pictures in {folder}")
     return loaded, cache
+
+
+def _check_output(output: Path, inputs: Sequence[Path], resume: bool, force: bool) -> None:
+    from sdcompress_engines.output_folders import check_free
+
+    from sdcompress.support.console import is_first_process
+    from sdcompress.train.run_folder import check_resumable
+
+    if resume:
+        check_resumable(output, inputs)
+    elif is_first_process():  # which may have made the folder before another one looks
+        check_free(output, force, inputs, in_place=True)
 
 
 def folder_size_bytes(folder: Path) -> int:

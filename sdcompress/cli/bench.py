@@ -105,7 +105,9 @@ def command() -> None:
     "--guidance",
     "guidance_scale",
     type=GUIDANCE,
-    help="Guidance scale; at 1 or less the UNet runs once a step, not twice.  [default: 7.5; nano and its students 4]",
+    help=(
+        "Guidance scale; at 1 or less the UNet runs once a step, not twice.  [default: 7.5; nano and its students 2.5]"
+    ),
 )
 @click.option(
     "--prompts",

@@ -52,7 +52,7 @@ def command(
     from sdcompress.prune.cost import count_parameters
     from sdcompress.prune.presets import plan_files, read_plan
     from sdcompress.prune.student import meta_unet
-    from sdcompress.train.distill import distill
+    from sdcompress.train.distill import distill, find_attentions
     from sdcompress.train.pipelines import PIPELINE
     from sdcompress.train.recipes import recipe_files
 
@@ -60,6 +60,8 @@ def command(
     teacher_config = read_unet_config(teacher)
     refuse_student(teacher_config, teacher)
     plan = read_plan(plan_name or config.plan or "bk-tiny", teacher_config)
+    student = meta_unet(plan.student_config())
+    find_attentions(student, plan, config)
     files = [*recipe_files(recipe), *plan_files(plan_name, config.plan)]
     report = ConsoleReporter()
     loaded, cache = load_inputs(
@@ -67,7 +69,7 @@ def command(
     )
     result = distill(loaded, plan, cache, config, output, resume=resume, force=force, report=report)
     folder = output / PIPELINE
-    before, after = count_parameters(meta_unet(plan.teacher)), count_parameters(meta_unet(plan.student_config()))
+    before, after = count_parameters(meta_unet(plan.teacher)), count_parameters(student)
     card(
         f"{plan.name} student of {loaded.name}",
         [

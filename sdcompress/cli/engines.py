@@ -51,6 +51,7 @@ def list_engines(folder: Path | None, store: Path | None, as_json: bool) -> None
 
     from sdcompress.export.engine_facts import BUILD, describe_entry, describe_folder
 
+    _refuse_both(folder, store)
     opened = EngineStore(store)
     facts = describe_folder(folder) if folder else [describe_entry(entry) for entry in opened.entries()]
     if as_json:
@@ -87,7 +88,7 @@ def show(engine: str, store: Path | None, as_json: bool) -> None:
 
     from sdcompress.export.engine_facts import describe_entry, describe_path, find_entry
 
-    if Path(engine).exists():
+    if store is None and Path(engine).exists():
         facts = describe_path(Path(engine))
     else:
         facts = [describe_entry(find_entry(EngineStore(store), engine), contents=True)]
@@ -126,6 +127,7 @@ def verify(folder: Path | None, store: Path | None, as_json: bool) -> None:
 
     from sdcompress.export.engine_facts import BUILD, describe_code, find_engine_folder, list_faults
 
+    _refuse_both(folder, store)
     opened = EngineStore(store)
     place = find_engine_folder(folder, ("engine", "package", "onnx")) if folder else opened.root
     verdict = Verdict((Finding(place, tuple(list_faults(place))),), ()) if folder else opened.verify()
@@ -198,7 +200,8 @@ def trust(paths: tuple[Path, ...], withdraw: bool) -> None:
 def prune(
     keys: tuple[str, ...], older_than: float | None, unusable: bool, everything: bool, dry_run: bool, store: Path | None
 ) -> None:
-    """Remove engines from the store, given by the beginning of their keys or by a condition.
+    """Remove engines from the store: those named by the beginning of their keys, those that meet one of the conditions,
+    or all.
 
     The folders that they were exported to stay as they are.
 
@@ -213,6 +216,9 @@ def prune(
 
     if not (keys or unusable or everything or older_than is not None):
         raise UsageError("no engines were named", expected="keys, --older-than DAYS, --unusable or --all")
+    if sum((bool(keys), unusable or older_than is not None, everything)) > 1:
+        expected = "either keys, or conditions (--older-than DAYS, --unusable), or --all"
+        raise UsageError("more than one choice of engines", expected=expected)
     opened = EngineStore(store)
     chosen = [find_entry(opened, key).digest for key in keys]
     pruned = opened.prune(older_than, unusable, everything, chosen, dry_run)
@@ -253,6 +259,11 @@ def path(key: str | None, store: Path | None) -> None:
             hint="sdcompress engines prune --unusable, then export again",
         )
     echo(str(entry.path))
+
+
+def _refuse_both(folder: Path | None, store: Path | None) -> None:
+    if folder is not None and store is not None:
+        raise click.UsageError("a FOLDER and --store: give one of them")
 
 
 def _table_row(fact: Mapping[str, Any]) -> tuple[str, ...]:

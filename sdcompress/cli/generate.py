@@ -164,6 +164,7 @@ def _check_options(
     from sdcompress.lora.fuse import parse_lora
     from sdcompress.models.locate import local_path, local_paths
 
+    _refuse_without_effect(**click.get_current_context().params)
     weighted_loras = [parse_lora(text) for text in loras]
     export = command_line(["sdcompress", "export", as_argument(model)])
     if loras and backend != "torch":
@@ -181,6 +182,21 @@ def _check_options(
     inputs = [*local_paths(model), *(file for file, _ in weighted_loras)]
     check_file(output, inputs if artifacts is None else [*inputs, artifacts])
     return weighted_loras
+
+
+def _refuse_without_effect(
+    negative_prompt: str | None,
+    guidance: float | None,
+    artifacts: Path | None,
+    precision: str | None,
+    fallback: str | None,
+    backend: str,
+    **others: Any,
+) -> None:
+    if negative_prompt and guidance is not None and guidance <= 1:
+        raise click.UsageError(f"--negative-prompt has no effect with --guidance {guidance:g}, which is no guidance")
+    if artifacts is not None and precision is not None and fallback is None and backend not in ("aot", "aoti"):
+        raise click.UsageError("--precision has no effect with --artifacts, which have their own")
 
 
 def _fuse_loras(pipeline: TextToImagePipeline, weighted_loras: list[tuple[Path, float]]) -> None:

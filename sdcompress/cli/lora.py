@@ -47,13 +47,22 @@ def train(
       sdcompress lora train nano-tiny --data ./pictures --recipe nano-lora -o style
       sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32 --set text_encoder=true
     """
-    from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, train_lora
+    from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, check_adaptable, train_lora
     from sdcompress.train.recipes import recipe_files
 
     config = training_config(LoraConfig, recipe, settings, options)
     report = ConsoleReporter()
     loaded, cache = load_inputs(
-        model, data, cache_folder, config, output, resume=resume, force=force, report=report, files=recipe_files(recipe)
+        model,
+        data,
+        cache_folder,
+        config,
+        output,
+        resume=resume,
+        force=force,
+        report=report,
+        files=recipe_files(recipe),
+        check=lambda loaded: check_adaptable(loaded, config),
     )
     result = train_lora(loaded, cache, config, output, resume=resume, force=force, report=report)
     folder = output / LORA

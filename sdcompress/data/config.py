@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
+from sdcompress_engines.errors import UsageError
 
+from sdcompress.data.filters import parse_conditions
 from sdcompress.support.bounds import LEAST_PX, MOST_PX, STEP_PX
 from sdcompress.support.settings import Settings
 
@@ -66,3 +68,20 @@ class DataConfig(Settings):
         le=1,
         description="Stop where a larger share of the pictures is broken or has no caption.",
     )
+
+    @field_validator("where")
+    @classmethod
+    def _conditions(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        try:
+            parse_conditions(value)
+        except UsageError as error:
+            raise ValueError(f"{error.what}; expected {error.expected}") from error
+        return value
+
+    @model_validator(mode="after")
+    def _with_effect(self) -> DataConfig:
+        if self.captions and not any(self.captions.values()):
+            raise ValueError("captions: every column has the share 0")
+        if self.views > 1 and self.crop != "random":
+            raise ValueError(f"views {self.views} needs crop random; centered crops of one picture are equal")
+        return self

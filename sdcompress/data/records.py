@@ -43,6 +43,7 @@ OVERSIZE = f"file of over {MAX_PICTURE_BYTES // 2**20} MiB"
 LONG_TEXT = f"text of over {MAX_TEXT_BYTES // 2**20} MiB"
 UNIT_PICTURES = 1000
 """Pictures in one unit of a folder."""
+_TABLES = (".csv", ".tsv", ".json", ".jsonl")
 TEXT_SUFFIXES = (".txt", ".json", ".jsonl", ".csv")
 """Captions, metadata and tables."""
 MAX_FIELDS = 40
@@ -288,17 +289,19 @@ def read_prompt_lines(path: Path) -> list[str]:
     """Returns the lines of a text file of prompts, stripped; blank lines are left out.
 
     Raises:
-        DataError: it is no regular file, too large, no UTF-8 text, or has no prompts or one that is too long.
+        DataError: it is no regular file, a table, too large, no UTF-8 text, or has no prompts or one that is too long.
     """
     expected = "a UTF-8 text file of prompts, one a line"
+    if (kind := path.suffix.lower()) in _TABLES:
+        raise DataError(f"is a file of type {kind}, whose lines are no prompts", where=path, expected=expected)
     try:
         check_regular(path, DataError)
         encoded = read_limited(path, MAX_PROMPTS_BYTES)
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror or error})", where=path, expected=expected) from error
     text = None if encoded is None else decode_text(encoded)
-    if text is None:
-        fault = "is too large" if encoded is None else "cannot be read (UnicodeDecodeError)"
+    if text is None or not is_text(text):
+        fault = "is too large" if encoded is None else "is no UTF-8 text"
         raise DataError(fault, where=path, expected=expected)
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:

@@ -63,7 +63,7 @@ class ConsoleReporter(Reporter):
         )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             task = bar.add_task(escape_controls(label), total=total, note="")
-            yield lambda n=1, note="": bar.update(task, advance=n, note=note)
+            yield lambda n=1, note="": bar.update(task, advance=n, note=escape_controls(note))
 
     @contextmanager
     def _show_lines(self, label: str, total: int | None) -> Iterator[Advance]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 MOST_FAULTS = 12
 """Faults that are named; of the others only the number is given."""
 _NAME_LENGTH, _TEXT_LENGTH, _VALUE_LENGTH = 80, 160, 60
+
+_WORDS = {r"valid tuple": "list", r"valid dictionary( or instance of \w+)?": "mapping of names to values"}
+"""What pydantic calls in Python's words → as people write it in YAML."""
 
 _values = Repr()
 _values.maxstring = _values.maxother = _values.maxlong = _VALUE_LENGTH
@@ -48,6 +52,8 @@ def _describe(fault: ErrorDetails, model: type[BaseModel] | None, noun: str) -> 
         near = difflib.get_close_matches(path[-1][:_NAME_LENGTH], _known_names(model, path[:-1]), n=1, cutoff=0.5)
         return f"{name}: unknown {noun}" + (f", did you mean {near[0]}?" if near else "")
     text = str(fault["ctx"]["error"]) if fault["type"] == "value_error" else fault["msg"][:1].lower() + fault["msg"][1:]
+    for words, plain in _WORDS.items():
+        text = re.sub(words, plain, text)
     given = "" if fault["type"] in ("missing", "value_error") else f", got {describe_value(fault['input'])}"
     return f"{f'{name}: ' if name else ''}{shorten(text, _TEXT_LENGTH)}{given}"
 

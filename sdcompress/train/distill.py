@@ -103,15 +103,10 @@ def make_objective(
         config: the loss weights, the feature pairs and the precision.
 
     Raises:
-        PlanError: self-attentions are to be compared, and the student has none.
+        PlanError: as `find_attentions`.
     """
     weights = config.loss_weights()
-    attentions = attention_pairs(student, plan)
-    if weights["attention_kd_loss"] > 0 and not attentions:
-        raise PlanError(
-            f"{plan.name} leaves no attention in the student for attention_kd_weight to compare",
-            hint="--set attention_kd_weight=0",
-        )
+    attentions = find_attentions(student, plan, config)
     needs_teacher = any(weight > 0 for name, weight in weights.items() if name != "task_loss")
     return BlockDistillation(
         copy_frozen(teacher_unet, config.precision) if needs_teacher else None,
@@ -120,3 +115,22 @@ def make_objective(
         config.feature_norm,
         attentions,
     )
+
+
+def find_attentions(student: nn.Module, plan: BlockPlan, config: DistillConfig) -> list[tuple[str, str]]:
+    """Returns the self-attentions that can be compared, as (student module, teacher module) names.
+
+    Args:
+        student: the network of `plan`; one on the meta device will do.
+        plan, config: as of `make_objective`.
+
+    Raises:
+        PlanError: they are to be compared, and the student has none.
+    """
+    attentions = attention_pairs(student, plan)
+    if config.attention_kd_weight > 0 and not attentions:
+        raise PlanError(
+            f"{plan.name} leaves no attention in the student for attention_kd_weight to compare",
+            hint="--set attention_kd_weight=0",
+        )
+    return attentions

@@ -17,6 +17,7 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.lora.files import Layers, LoraLayer, write_lora
 from sdcompress.lora.names import unet_modules
+from sdcompress.prune.student import meta_unet
 from sdcompress.train.config import LoraConfig
 from sdcompress.train.loop import Sampler, TrainResult, train
 from sdcompress.train.objectives.denoising import Denoising
@@ -88,10 +89,7 @@ def train_lora(
             them.
     """
     pipeline: Any = model.pipeline
-    if config.text_encoder and getattr(pipeline, "text_encoder_2", None) is not None:
-        raise ModelError(
-            "the two text encoders of SDXL cannot be trained", where=model.name, hint="--set text_encoder=false"
-        )
+    check_adaptable(model, config)
     inputs = [model.folder, cache.folder]
     with run_folder(output, resume=resume, force=force, inputs=inputs, result=LORA), storage_errors(output):
         write_recipe(config, output)
@@ -111,6 +109,21 @@ def train_lora(
         if PartialState().is_main_process:
             save_lora(trained, output / LORA, config, describe_training(model, cache, config, result))
     return result
+
+
+def check_adaptable(model: LoadedPipeline, config: LoraConfig) -> None:
+    """Refuse what cannot be adapted, before any work.
+
+    Raises:
+        ModelError: the model has two text encoders (SDXL) and the configuration asks for `text_encoder`.
+        UsageError: the targets match no layer.
+    """
+    pipeline: Any = model.pipeline
+    if config.text_encoder and getattr(pipeline, "text_encoder_2", None) is not None:
+        raise ModelError(
+            "the two text encoders of SDXL cannot be trained", where=model.name, hint="--set text_encoder=false"
+        )
+    add_adapters(meta_unet(dict(pipeline.unet.config)), config, config.targets)
 
 
 def make_adapted_network(pipeline: Any, config: LoraConfig) -> nn.Module:

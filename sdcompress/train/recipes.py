@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from sdcompress_engines.errors import UsageError, shorten
 
-from sdcompress.support.faults import faults_of
+from sdcompress.support.faults import describe_value, faults_of
 from sdcompress.support.yaml_files import parse_yaml, read_mapping
 from sdcompress.train.config import KINDS, TrainConfig
 
@@ -71,8 +71,8 @@ def load_config(
         settings: texts such as "data.flip=true".
 
     Raises:
-        UsageError: no such recipe, a recipe of another kind, unknown names or invalid values; one message names all
-            errors.
+        UsageError: no such recipe, a recipe of another kind, a knob that `settings` set twice, unknown names or invalid
+            values; one message names all errors of names and values.
     """
     values: dict[str, Any] = {}
     where: str | Path = "the options"
@@ -85,21 +85,39 @@ def load_config(
                 f"is a recipe for {kind}", where=recipe, expected=f"one for {wanted}", hint="sdcompress recipes list"
             )
     values = _merge(values, {k: v for k, v in overrides.items() if v is not None})
+    knobs: dict[str, Any] = {}
     for setting in settings:
-        values = _merge(values, _parse_setting(setting))
+        knobs = _merge(knobs, _parse_setting(setting), refuse_twice=True)
+    values = _merge(values, knobs)
     try:
         return config_class.model_validate(values)
     except ValidationError as error:
         raise UsageError(faults_of(error, config_class, "knob"), where=where) from error
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Returns `base` with the values of `over`; nested mappings are merged too."""
+def _merge(
+    base: dict[str, Any], over: dict[str, Any], *, refuse_twice: bool = False, within: str = ""
+) -> dict[str, Any]:
+    """Returns `base` with the values of `over`; nested mappings are merged too.
+
+    Args:
+        base, over: knobs by name.
+        refuse_twice: refuse a knob that is in both.
+        within: name of the section whose knobs these are, with a dot; for the message.
+
+    Raises:
+        UsageError: with `refuse_twice`, such a knob.
+    """
     merged = dict(base)
     for key, value in over.items():
-        merged[key] = (
-            _merge(merged[key], value) if isinstance(value, dict) and isinstance(merged.get(key), dict) else value
-        )
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            value = _merge(base[key], value, refuse_twice=refuse_twice, within=f"{within}{key}.")
+        elif refuse_twice and key in base:
+            raise UsageError(
+                f"--set {within}{key} is there twice: {describe_value(base[key])} and {describe_value(value)}",
+                expected="one for each knob",
+            )
+        merged[key] = value
     return merged
 
 

@@ -104,3 +104,9 @@ def test_a_gate_on_a_backend_that_is_not_measured_is_left_out() -> None:
     gates = [{"figure": "speedup", "backend": name, "at_least": 1.0} for name in (None, "ort", "torch")]
     suite, _ = build_suite({"models": ["nano"], "backends": ["torch"], "gates": gates, "device": "cpu"})
     assert [gate.setup for gate in suite.gates] == [None, BackendSetup("torch")]
+
+
+def test_a_gate_on_a_model_that_is_not_measured_is_refused() -> None:
+    gates = [{"figure": "speedup", "model": "nano-tinny", "at_least": 1}]
+    with pytest.raises(UsageError, match="a gate on a model 'nano-tinny'; expected one of nano, nano-tiny"):
+        build_suite({"models": ["nano", "nano-tiny"], "backends": ["torch"], "gates": gates, "device": "cpu"})

@@ -13,6 +13,8 @@ from click.testing import CliRunner, Result
 from sdcompress_bench.results import Results
 
 from sdcompress.cli import cli
+from sdcompress.families.family import Family
+from sdcompress.families.registry import families
 
 
 def type_in(*arguments: object) -> Result:
@@ -32,6 +34,8 @@ def type_in(*arguments: object) -> Result:
         (("nano", "--prompts", "gone.txt"), 2, "gone.txt: no such file of prompts"),
         (("nano", "--clip", "gone"), 2, "--clip does not exist"),
         (("nano", "--reference", "gone"), 2, "--reference does not exist"),
+        (("nano", "--clip", str(Path(__file__).parent)), 1, "not a CLIP model"),
+        (("nano", "--reference", str(Path(__file__).parent)), 1, "has no pictures"),
         (("gone.yaml",), 2, "gone.yaml: no such suite"),
         (("compare", "gone.json", "gone.json"), 2, "gone.json: no such file"),
     ],
@@ -59,6 +63,13 @@ def test_all_faults_of_a_suite_are_reported_at_once(tmp_path: Path) -> None:
 def test_a_gpu_suite_without_a_gpu_names_the_command_to_type() -> None:
     assert "there is none. Try: sdcompress bench sd15-cpu" in str(type_in("sd15").exception)
     assert "tensorrt" in str(type_in("nano-tiny", "--backend", "trt", "--strict", "--dry-run").exception).lower()
+
+
+def test_the_help_names_the_guidance_that_nano_gets() -> None:
+    (nano,) = {family.guidance_scale for family in families().values()} - {Family.guidance_scale}
+    expected = f"[default: {Family.guidance_scale:g}; nano and its students {nano:g}]"
+    for command in ("bench", "generate"):
+        assert expected in " ".join(CliRunner().invoke(cli, [command, "--help"]).output.split())
 
 
 def test_suites_are_listed_by_name() -> None:

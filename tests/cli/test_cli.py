@@ -149,6 +149,63 @@ def test_wrong_options_are_usage_errors(cli: Cli, random_folder: Path, pictures:
     assert "onnxruntime" in one_line(err)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--artifacts", "graphs"), "the backend torch runs no artifacts"),
+        (("--artifacts", "graphs", "--backend", "compile"), "the backend compile runs no artifacts"),
+        (("--fallback", "torch"), "--fallback torch with the backend torch"),
+        (
+            ("--artifacts", "graphs", "--backend", "ort", "--precision", "fp16"),
+            "--precision has no effect with --artifacts",
+        ),
+        (("--negative-prompt", "dog", "--guidance", "1"), "--negative-prompt has no effect with --guidance 1"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    cli: Cli,
+    random_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "graphs").mkdir()
+    code, _, err = cli("generate", random_folder, "a cat", *options, "-o", "a.png")
+    assert code == 2
+    assert message in one_line(err)
+    assert [path.name for path in tmp_path.iterdir()] == ["graphs"]
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "message"),
+    [
+        ("distill", ["batch_size=7", "gradient_accumulation=2"], "expected a multiple of 2"),
+        ("distill", ["optimizer=adamw8bit"], "pip install bitsandbytes"),
+        ("distill", ["tracker=wandb"], "pip install wandb"),
+        ("lora train", ["targets=[to_x]"], "targets to_x match no layer"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_the_data_is_encoded(
+    cli: Cli,
+    random_folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    settings: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr("sdcompress.train.accelerator.find_spec", lambda name: None)
+    monkeypatch.setattr("sdcompress.train.accelerator.get_available_trackers", lambda: [])
+    options = [option for setting in settings for option in ("--set", setting)]
+    code, _, err = cli(*command.split(), random_folder, "--data", pictures, *options, "-o", tmp_path / "out")
+    assert code in (1, 2)
+    assert message in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_trt_without_tensorrt_names_what_to_install(
     cli: Cli, tmp_path: Path, random_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -232,6 +232,12 @@ def test_a_folder_without_engines_is_refused(cli: Cli, store: EngineStore, tmp_p
     assert cli("engines", "list", "--store", tmp_path / "nowhere")[0] == 2
 
 
+def test_a_folder_and_a_store_are_not_given_both(cli: Cli, store: EngineStore, exported: Path) -> None:
+    for verb in ("list", "verify"):
+        assert cli("engines", verb, exported, "--store", store.root)[0] == 2
+    assert cli("engines", "show", exported, "--store", store.root)[0] == 2
+
+
 def test_verify_exits_with_3_and_names_each_fault(cli: Cli, store: EngineStore) -> None:
     code, out, _ = cli("engines", "verify")
     assert code == 0
@@ -268,6 +274,19 @@ def test_prune_needs_a_choice_and_prints_what_it_frees(cli: Cli, store: EngineSt
     assert [entry.digest for entry in store.entries()] == [DECODER.digest]
     assert cli("engines", "prune", DECODER.digest[:5])[0] == 0
     assert store.entries() == []
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [("--all", "--older-than", 30), ("--all", "--unusable"), (UNET.digest, "--all"), (UNET.digest, "--unusable")],
+)
+def test_prune_removes_nothing_where_the_choices_contradict(
+    cli: Cli, store: EngineStore, choices: tuple[object, ...]
+) -> None:
+    code, _, err = cli("engines", "prune", *choices)
+    assert code == 2
+    assert "either keys, or conditions" in one_line(err)
+    assert len(store.entries()) == 2
 
 
 @pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")

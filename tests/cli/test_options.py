@@ -70,6 +70,8 @@ def test_values_of_another_type_and_other_names_are_refused(arguments: tuple[str
 def test_a_share_that_is_no_number_is_refused() -> None:
     with pytest.raises(UsageError, match="--caption 'text=most'"):
         parse("--caption", "text=most")
+    with pytest.raises(UsageError, match="--caption text has two shares"):
+        parse("--caption", "text", "--caption", "text=0.5")
 
 
 def test_the_help_has_description_default_and_unit() -> None:

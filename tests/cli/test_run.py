@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from sdcompress_engines.flavour import TENSORRT_RTX
 from sdcompress_engines.manifest import faults
 
 from sdcompress.cli import main
 
-from .conftest import Cli
+from .conftest import Cli, one_line
 
 
 @pytest.mark.slow
@@ -77,3 +78,23 @@ def test_what_is_not_a_compute_capability_is_refused(cli: Cli, tmp_path: Path, t
     code, _, err = cli("run", "nano", "--data", "nano", "-o", tmp_path / "out", f"--compute-capability={text}")
     assert code == 2
     assert "is not a compute capability; 8.9 is one" in err
+
+
+def test_what_is_needed_last_is_checked_first(cli: Cli, random_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    run = ("run", random_folder, "--data", pictures, "-o", tmp_path / "out")
+    code, _, err = cli(*run, "--prompts", tmp_path / "gone.txt")
+    assert code == 2
+    assert "no such file of prompts" in one_line(err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_a_card_that_no_engine_can_be_built_for_is_refused_first(
+    cli: Cli, random_folder: Path, pictures: Path, tmp_path: Path
+) -> None:
+    run = ("run", random_folder, "--data", pictures, "-o", tmp_path / "out")
+    code, _, err = cli(*run, "--compute-capability", "3.5")
+    assert code == 1
+    assert "builds for no compute capability 3.5" in one_line(err)
+    assert list(tmp_path.iterdir()) == []

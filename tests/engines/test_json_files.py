@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sdcompress_engines.errors import ArtifactError, ModelError
-from sdcompress_engines.json_files import MOST_LEVELS, parse_json, read_json, read_json_object
+from sdcompress_engines.json_files import MOST_LEVELS, parse_json, read_json, read_json_object, write_json
 
 
 def nested(levels: int) -> str:
@@ -59,3 +63,19 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(ArtifactError, match="is a named pipe"):
         read_json(tmp_path / "config.json")
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+    )
+)
+def test_what_is_written_is_json_of_numbers_that_are_finite(value: object) -> None:
+    def refuse(name: str) -> None:
+        pytest.fail(name)
+
+    read = json.loads(write_json(value), parse_constant=refuse)
+    expected = None if isinstance(value, float) and not math.isfinite(value) else value
+    assert isinstance(value, list | dict) or read == expected
+    assert write_json(value).isascii()

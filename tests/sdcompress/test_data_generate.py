@@ -194,9 +194,14 @@ def test_prompts_are_the_lines_that_are_not_empty(tmp_path: Path) -> None:
     file.write_text(" \n\n")
     with pytest.raises(DataError, match="holds no prompt"):
         read_prompts(file)
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="cannot be read"):
-        read_prompts(file)
+    for text in (b"\xff\xfe\x00", "a cat\n".encode("utf-16-le"), "a cat\n".encode("utf-16")):
+        file.write_bytes(text)
+        with pytest.raises(DataError, match="is no UTF-8 text"):
+            read_prompts(file)
+    for name in ("prompts.csv", "prompts.TSV", "prompts.jsonl", "captions.json"):
+        (tmp_path / name).write_text("caption,style\na cat,flat\n")
+        with pytest.raises(DataError, match="whose lines are no prompts"):
+            read_prompts(tmp_path / name)
     with pytest.raises(UsageError, match="does not exist"):
         read_prompts(tmp_path / "gone")
 

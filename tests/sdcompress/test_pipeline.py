@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.errors import BackendMissing, ModelError, UsageError
 from sdcompress_engines.exactness import ieee_fp32, relative_l2, use_ieee_fp32
+from sdcompress_engines.manifest import write_manifest
 
 from sdcompress.backends.assemble import open_pipeline
 from sdcompress.backends.torch_unet import PositionalUNet
@@ -135,3 +136,16 @@ def test_convolutions_of_a_reference_are_exact_to_fp32() -> None:
     with ieee_fp32():
         output = torch.nn.functional.conv2d(x.cuda(), w.cuda(), padding=1).cpu().double()
     assert relative_l2(output, exact) < 1e-5
+
+
+def test_a_precision_that_a_backend_does_not_compute_is_refused_before_an_export(small_folder: Path) -> None:
+    with pytest.raises(BackendMissing, match="computes no bf16 on a CPU"):
+        open_pipeline(small_folder, "ort", device="cpu", precision="bf16")
+
+
+def test_an_export_folder_has_its_own_precision_and_files(tmp_path: Path) -> None:
+    write_manifest(tmp_path, "onnx")
+    each: tuple[dict[str, Any], ...] = ({"precision": "fp16"}, {"artifacts": tmp_path})
+    for choices in each:
+        with pytest.raises(UsageError, match="is an export folder, which has its own"):
+            open_pipeline(tmp_path, "ort", device="cpu", **choices)

@@ -199,3 +199,36 @@ def test_the_check_of_command_lines_finds_faults(line: str, fault: str) -> None:
 def test_true_is_no_share_of_a_caption() -> None:
     with pytest.raises(UsageError, match="true or false"):
         load_config(DistillConfig, None, {}, ("data.captions={text: true}",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (("steps=5", "steps=6"), "steps"),
+        (("data.flip=true", "data={flip: false}"), "data.flip"),
+        (("data=5", "data.flip=true"), "data"),
+    ],
+)
+def test_a_knob_that_is_set_twice_is_refused(settings: tuple[str, ...], name: str) -> None:
+    with pytest.raises(UsageError, match=f"--set {re.escape(name)} is there twice"):
+        load_config(DistillConfig, "nano", {"steps": 4}, settings)
+
+
+def test_knobs_of_one_section_are_merged() -> None:
+    config = load_config(DistillConfig, "bk-sdm-tiny", {"data": {"crop": "random"}}, ("data.views=3", "steps=6"))
+    assert (config.data.crop, config.data.views, config.data.flip, config.steps) == ("random", 3, True, 6)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("validation_prompts=a cat", "validation_prompts: input should be a list, got 'a cat'"),
+        ("data=5", "data: input should be a mapping of names to values, got 5"),
+        ("data.where=[aesthetic]", "data.where: --where 'aesthetic'; expected FIELD, one of"),
+        ("data.views=4", "views 4 needs crop random"),
+        ("data.captions={text: 0}", "captions: every column has the share 0"),
+    ],
+)
+def test_a_wrong_value_is_described_in_the_words_of_a_recipe(setting: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_config(DistillConfig, "nano", {}, (setting,))
