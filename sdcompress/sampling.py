@@ -92,7 +92,8 @@ def generate(
                 generator=generators,
                 output_type="np",
             ).images
-        pictures += _to_pictures(pixels, f"{steps} steps with the {type(pipeline.scheduler).__name__}")
+        dtype = str(pipeline.unet.dtype).removeprefix("torch.")
+        pictures += _to_pictures(pixels, f"in {dtype}, after {steps} steps of the {type(pipeline.scheduler).__name__}")
     return pictures
 
 
@@ -108,7 +109,7 @@ def _to_pictures(pixels: np.ndarray, drawn: str) -> list[Image.Image]:
     """
     if not np.isfinite(pixels).all():
         raise ModelError(
-            f"a picture of {drawn} is not finite",
+            f"a picture has values that are not finite {drawn}",
             hint="--precision fp32 or bf16, another number of steps, or a scheduler config that fits the model",
         )
     return [Image.fromarray(picture) for picture in (pixels * 255).round().astype(np.uint8)]

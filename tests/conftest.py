@@ -22,7 +22,14 @@ settings.register_profile("random")
 settings.load_profile("repeatable")  # `--hypothesis-profile random` looks for new inputs
 
 
+SLOWEST_S = 1800
+"""Limit of a slow test without one of its own, for a machine with other work."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(SLOWEST_S))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

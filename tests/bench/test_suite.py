@@ -206,7 +206,7 @@ def test_a_missing_model_costs_its_own_row_and_a_setup_that_overflows_fails_its_
     results = suite.run_suite(short, tmp_path / "report")
     failed = {(run.model, run.precision): run.failed for run in results.latency}
     assert failed["teacher", "fp32"] is None
-    assert "not finite in fp16" in str(failed["teacher", "fp16"])
+    assert "not finite in float16" in str(failed["teacher", "fp16"])
     assert "does not exist" in str(failed["missing", "fp32"])
     assert any("not finite" in failure for failure in results.failed_gates())
     assert results.students == {}

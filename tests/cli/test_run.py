@@ -18,7 +18,6 @@ from .conftest import Cli, one_line
 
 @pytest.mark.slow
 @pytest.mark.alone  # it keeps all cores busy by itself
-@pytest.mark.timeout(1500)
 def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
     random_folder: Path,
     pictures: Path,

@@ -24,7 +24,6 @@ def test_samples_and_earlier_findings_are_read_or_refused_in_one_line(path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_a_minute_of_fuzzing_finds_nothing() -> None:
     pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
     from .run import fuzz

@@ -54,7 +54,7 @@ def test_a_size_that_the_vae_does_not_allow_is_refused(random_pipeline: Any, siz
 def test_a_picture_that_is_not_finite_is_refused(random_folder: Path) -> None:
     pipeline = open_pipeline(random_folder, device="cpu")
     pipeline.vae.post_quant_conv.bias.data[0] = torch.nan
-    with pytest.raises(ModelError, match="a picture of 1 steps with the PNDMScheduler is not finite"):
+    with pytest.raises(ModelError, match="not finite in float32, after 1 steps of the PNDMScheduler"):
         generate(pipeline, ["a cat"], seeds=[1], steps=1, size_px=64)
 
 

@@ -311,7 +311,6 @@ def test_a_graph_too_far_from_fp32_is_refused_with_its_figures() -> None:
 @needs_modelopt
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
 def test_nano_is_quantized_within_its_limits_and_builds(tmp_path: Path) -> None:
     from sdcompress.export.components import component_graph, signature_of
     from sdcompress.export.onnx import export_onnx

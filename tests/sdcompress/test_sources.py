@@ -265,8 +265,8 @@ def test_conditions_filter_and_are_counted_apart_from_faults(tmp_path: Path) -> 
     assert list(none) == []
     with pytest.raises(DataError, match="the fields are aesthetic, file_name, text"):
         none.skipped.check(none.name, none.config.max_unusable)
-    with pytest.raises(UsageError, match="FIELD"):
-        open_source(tmp_path, DataConfig(where=("aesthetic about 7",)))
+    with pytest.raises(ValueError, match="FIELD"):
+        DataConfig(where=("aesthetic about 7",))
     small = open_source(tmp_path, DataConfig(min_size_px=31))
     assert list(small) == []
     assert small.skipped.filtered == {"smaller than 31 px": 4}
