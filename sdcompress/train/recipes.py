@@ -71,8 +71,8 @@ def load_config(
         settings: texts such as "data.flip=true".
 
     Raises:
-        UsageError: no such recipe, a recipe of another kind, a knob that `settings` set twice, unknown names or invalid
-            values; one message names all errors of names and values.
+        UsageError: no such recipe, a recipe of another kind, a knob that `settings` set to two values, unknown names or
+            invalid values; one message names all errors of names and values.
     """
     values: dict[str, Any] = {}
     where: str | Path = "the options"
@@ -87,7 +87,7 @@ def load_config(
     values = _merge(values, {k: v for k, v in overrides.items() if v is not None})
     knobs: dict[str, Any] = {}
     for setting in settings:
-        knobs = _merge(knobs, _parse_setting(setting), refuse_twice=True)
+        knobs = _merge(knobs, _parse_setting(setting), refuse_change=True)
     values = _merge(values, knobs)
     try:
         return config_class.model_validate(values)
@@ -96,26 +96,26 @@ def load_config(
 
 
 def _merge(
-    base: dict[str, Any], over: dict[str, Any], *, refuse_twice: bool = False, within: str = ""
+    base: dict[str, Any], over: dict[str, Any], *, refuse_change: bool = False, within: str = ""
 ) -> dict[str, Any]:
     """Returns `base` with the values of `over`; nested mappings are merged too.
 
     Args:
         base, over: knobs by name.
-        refuse_twice: refuse a knob that is in both.
+        refuse_change: refuse a knob that has another value in `base`.
         within: name of the section whose knobs these are, with a dot; for the message.
 
     Raises:
-        UsageError: with `refuse_twice`, such a knob.
+        UsageError: with `refuse_change`, such a knob.
     """
     merged = dict(base)
     for key, value in over.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            value = _merge(base[key], value, refuse_twice=refuse_twice, within=f"{within}{key}.")
-        elif refuse_twice and key in base:
+            value = _merge(base[key], value, refuse_change=refuse_change, within=f"{within}{key}.")
+        elif refuse_change and base.get(key, value) != value:
             raise UsageError(
-                f"--set {within}{key} is there twice: {describe_value(base[key])} and {describe_value(value)}",
-                expected="one for each knob",
+                f"--set {within}{key} has two values: {describe_value(base[key])} and {describe_value(value)}",
+                expected="one value for each knob",
             )
         merged[key] = value
     return merged

@@ -210,7 +210,7 @@ def test_true_is_no_share_of_a_caption() -> None:
     ],
 )
 def test_a_knob_that_is_set_twice_is_refused(settings: tuple[str, ...], name: str) -> None:
-    with pytest.raises(UsageError, match=f"--set {re.escape(name)} is there twice"):
+    with pytest.raises(UsageError, match=f"--set {re.escape(name)} has two values"):
         load_config(DistillConfig, "nano", {"steps": 4}, settings)
 
 
