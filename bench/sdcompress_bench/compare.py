@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sdcompress_engines.errors import ArtifactError
-from sdcompress_engines.json_files import write_json
+from sdcompress_engines.json_files import format_json
 
 from .latency import STAGES, Latency
 from .results import Results, point
@@ -175,7 +175,7 @@ def _notes(before: Results, after: Results) -> list[str]:
 
 def to_json(found: Comparison) -> str:
     """Returns the comparison as JSON. An infinite bound of an interval, as with one round, becomes null."""
-    return write_json(asdict(found), indent=1)
+    return format_json(asdict(found), indent=1)
 
 
 def render(found: Comparison) -> str:

@@ -129,7 +129,7 @@ def _name_type(value: Any) -> str:
     return names.get(type(value), "null")
 
 
-def write_json(value: Any, indent: int | None = None) -> str:
+def format_json(value: Any, indent: int | None = None) -> str:
     """Returns a value as JSON in ASCII; a number that is not finite, which JSON does not have, becomes null."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
 

@@ -24,11 +24,11 @@ def find_unusual_noise(scheduler: Mapping[str, Any]) -> str | None:
 
 
 def find_host_difference(scheduler: Mapping[str, Any], vae: Mapping[str, Any], *, schedule: bool) -> str | None:
-    """Returns the property of a model that such a program would ignore, as a noun, or None.
+    """Returns the property of a model that a WebUI or ComfyUI would ignore, as a noun, or None.
 
     Args:
         scheduler, vae: configs of the model.
-        schedule: whether the program also takes the betas of its own checkpoint.
+        schedule: whether betas other than Stable Diffusion's are such a property; ComfyUI takes those of the model.
     """
     prediction = scheduler.get("prediction_type") or "epsilon"
     betas = scheduler.get("trained_betas"), {name: scheduler.get(name, usual) for name, usual in _SCHEDULE.items()}

@@ -292,7 +292,7 @@ def _refuse_link(target: Path) -> None:
             f"is a link, to {os.readlink(target)}",
             where=target,
             expected="a place to write",
-            hint=f"choose another -o, or the place itself: {os.path.realpath(target)}",
+            hint=f"{ANOTHER_OUTPUT}, or the place itself: {os.path.realpath(target)}",
         )
 
 
@@ -310,11 +310,11 @@ def _check_content(target: Path, force: bool) -> None:
             f"is not empty and holds {len(names):,} {'file' if len(names) == 1 else 'files'} that sdcompress did not"
             f" write as one output ({shown})",
             where=target,
-            hint="choose another -o; --force replaces only an output of sdcompress with nothing else in it",
+            hint=f"{ANOTHER_OUTPUT}; --force replaces only an output of sdcompress with nothing else in it",
         )
     if not force:
         raise ArtifactError(
-            "exists and is not empty", where=target, hint="add --force to replace it, or choose another -o"
+            "exists and is not empty", where=target, hint=f"add --force to replace it, or {ANOTHER_OUTPUT}"
         )
 
 
@@ -379,7 +379,7 @@ def _check_writable(target: Path) -> None:
     place = target if target.is_dir() else nearest_existing(target.absolute().parent)
     if not place.is_dir():
         raise StorageError(
-            "a part of this path is a file, not a folder", where=place, expected="a folder", hint="choose another -o"
+            "a part of this path is a file, not a folder", where=place, expected="a folder", hint=ANOTHER_OUTPUT
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise StorageError("no permission to write here", where=place, hint=ANOTHER_OUTPUT)

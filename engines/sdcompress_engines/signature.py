@@ -129,7 +129,7 @@ def _shapes(
             {"latent_parameters": ("batch", 2 * _size(config, "latent_channels"), "height", "width")},
             _reduction(config),
         )
-    check_inputs(config)
+    check_unet_inputs(config)
     shapes: dict[str, tuple[int | str, ...]] = {
         "sample": ("batch", _size(config, "in_channels"), "height", "width"),
         "timestep": ("batch",),
@@ -145,8 +145,8 @@ def _shapes(
     return shapes, {"out_sample": ("batch", _size(config, "out_channels"), "height", "width")}, _reduction(config)
 
 
-def check_inputs(config: Mapping[str, Any]) -> None:
-    """Refuse a UNet that takes more than a graph tells it. Its graph would draw, and draw something else.
+def check_unet_inputs(config: Mapping[str, Any]) -> None:
+    """Refuse a UNet with an input that no graph of ours has: the graph would draw other pictures than the model.
 
     Args:
         config: the UNet's diffusers config.

@@ -125,7 +125,7 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
     if graph.name not in folder_manifest.files:
         raise errors.EngineMismatch(f"holds no {graph.name}", where=folder, expected="the engine of a UNet", hint=BUILD)
     unet = _read_config(folder, folder_manifest, "unet/config.json")
-    signature.check_inputs(unet)
+    signature.check_unet_inputs(unet)
     family, host = _read_family(unet, folder), str(folder_manifest.config.get("signature"))
     if host not in signature.HOSTS or (host == "diffusers" and family == "sdxl"):
         raise errors.EngineMismatch(

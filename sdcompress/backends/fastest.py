@@ -20,7 +20,7 @@ from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import cache_folder
 from sdcompress_engines.progress import SILENT, Reporter
-from sdcompress_engines.signature import check_inputs
+from sdcompress_engines.signature import check_unet_inputs
 
 from sdcompress.backends.machine import machine_key
 from sdcompress.backends.registry import backends
@@ -105,7 +105,7 @@ def find_fastest(model: str | Path, *, device: str = "cpu", report: Reporter = S
     """
     from sdcompress.models.locate import hash_pipeline, locate_pipeline, read_unet_config
 
-    check_inputs(read_unet_config(model))
+    check_unet_inputs(read_unet_config(model))
     digest = hash_pipeline(locate_pipeline(model))
     path = cache_folder() / "models" / digest[:16] / f"auto-{torch.device(device).type}.json"
     key = machine_key(device)

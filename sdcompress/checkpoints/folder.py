@@ -55,7 +55,7 @@ def find_weight_files(folder: Path) -> list[Path]:
                     raise ModelError(
                         f"has weights twice: {name}, and in the shards of {index.name}",
                         where=folder,
-                        expected="one of them, for diffusers and transformers do not take the same",
+                        expected="one of them: diffusers takes the shards, transformers the whole file",
                         hint="delete or move away those of the earlier save",
                     )
                 return [folder / name]

@@ -70,9 +70,9 @@ def echo(text: str = "", *, newline: bool = True) -> None:
 
 def print_json(value: Any, indent: int | None = None) -> None:
     """Print a value as JSON on stdout, in ASCII: every encoding of a pipe holds it. NaN and infinity become null."""
-    from sdcompress_engines.json_files import write_json
+    from sdcompress_engines.json_files import format_json
 
-    click.echo(write_json(value, indent))
+    click.echo(format_json(value, indent))
 
 
 def card(title: str, rows: Iterable[tuple[str, object]], next_command: str | None = None) -> None:

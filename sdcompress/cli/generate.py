@@ -113,13 +113,13 @@ def command(
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
+    _refuse_without_effect(negative_prompt, guidance, backend, artifacts, precision, fallback)
     weighted_loras = _check_options(model, backend, artifacts, loras, output, trust)
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
     pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
-    if weighted_loras:
-        _fuse_loras(pipeline, weighted_loras)
+    _fuse_loras(pipeline, weighted_loras)
     loaded = time.monotonic()
     with report.task(f"draw {steps} steps on {backend}"):
         (picture,) = generate(
@@ -164,7 +164,6 @@ def _check_options(
     from sdcompress.lora.fuse import parse_lora
     from sdcompress.models.locate import local_path, local_paths
 
-    _refuse_without_effect(**click.get_current_context().params)
     weighted_loras = [parse_lora(text) for text in loras]
     export = command_line(["sdcompress", "export", as_argument(model)])
     if loras and backend != "torch":
@@ -187,15 +186,18 @@ def _check_options(
 def _refuse_without_effect(
     negative_prompt: str | None,
     guidance: float | None,
+    backend: str,
     artifacts: Path | None,
     precision: str | None,
     fallback: str | None,
-    backend: str,
-    **others: Any,
 ) -> None:
+    from sdcompress.backends.registry import AUTO, find_backend
+
     if negative_prompt and guidance is not None and guidance <= 1:
         raise click.UsageError(f"--negative-prompt has no effect with --guidance {guidance:g}, which is no guidance")
-    if artifacts is not None and precision is not None and fallback is None and backend not in ("aot", "aoti"):
+    if artifacts is None or precision is None or fallback is not None or backend == AUTO:
+        return  # a fallback has the precision; of `auto` the choice of a backend refuses both
+    if find_backend(backend).cached_unet is None:  # a compiled package is looked up by its precision
         raise click.UsageError("--precision has no effect with --artifacts, which have their own")
 
 

@@ -11,13 +11,12 @@ from sdcompress_engines.errors import ArtifactError, UsageError, shorten
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.output_folders import staged
 
+from sdcompress.families.registry import families
+from sdcompress.families.schemas.index import component_classes
 from sdcompress.publish.finished_model import CARD, PICTURE
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-"""The folders of a pipeline."""
 
 # huggingface_hub has changed its HTTP library more than once.
 _HTTP_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests")
@@ -112,7 +111,8 @@ def upload(
         if there and not force:
             raise _refuse_files(there, repo)
         # Of two models in one repository, diffusers could load a part of each.
-        old = sorted(name for name in there - contents.keys() if name.partition("/")[0] in PARTS)
+        components = {name for family in families().values() for name in component_classes(family.pipeline_class)}
+        old = sorted(name for name in there - contents.keys() if name.partition("/")[0] in components)
         changes: list[Any] = [CommitOperationAdd(name, content) for name, content in contents.items()]
         api.create_commit(repo, changes + [CommitOperationDelete(name) for name in old], commit_message=message)
     except OfflineModeIsEnabled as error:

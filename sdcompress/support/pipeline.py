@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from sdcompress_engines import noise
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.noise import find_host_difference
 
 _SAMPLE_SIZE = 64
 """Side of the latents where the UNet's config has none, as in diffusers."""
@@ -71,24 +71,24 @@ def native_size_px(pipeline: TextToImagePipeline) -> int:
     return int(max(size) if isinstance(size, list | tuple) else size) * pipeline.vae_scale_factor
 
 
-def find_unusual_noise(scheduler: Any) -> str | None:
-    """Returns the noise that a scheduler has in place of Stable Diffusion's, which has numbered timesteps, or None."""
-    return noise.find_unusual_noise({**scheduler.config, "_class_name": type(scheduler).__name__})
+def scheduler_config(scheduler: Any) -> dict[str, Any]:
+    """Returns the config of a scheduler as its file has it: with the class."""
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def check_host_noise(pipeline: TextToImagePipeline, what: str, *, schedule: bool = True) -> None:
-    """Refuse a model that a program with its own noise schedule, such as a WebUI, would draw differently.
+    """Refuse a model of which a WebUI or ComfyUI would draw other pictures.
 
     Args:
         pipeline: of diffusers.
-        what: is made for the program, for the message.
-        schedule: whether the program takes the betas of its own checkpoint.
+        what: what is written for the host, as a noun, for the message.
+        schedule: as of `find_host_difference`.
 
     Raises:
-        ModelError: names what the program would not know.
+        ModelError: names the property that the host would ignore.
     """
-    scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    if difference := noise.find_host_difference(scheduler, pipeline.vae.config, schedule=schedule):
+    config = scheduler_config(pipeline.scheduler)
+    if difference := find_host_difference(config, pipeline.vae.config, schedule=schedule):
         raise ModelError(
             f"the model has {difference}, which {what} does not tell the program that loads it",
             expected="the noise schedule, targets and latents of Stable Diffusion",

@@ -116,7 +116,7 @@ def check_adaptable(model: LoadedPipeline, config: LoraConfig) -> None:
 
     Raises:
         ModelError: the model has two text encoders (SDXL) and the configuration asks for `text_encoder`.
-        UsageError: the targets match no layer.
+        UsageError: a target matches no layer.
     """
     pipeline: Any = model.pipeline
     if config.text_encoder and getattr(pipeline, "text_encoder_2", None) is not None:

@@ -14,13 +14,14 @@ import torch
 from sdcompress_engines.errors import ModelError, storage_errors
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import write_manifest
+from sdcompress_engines.noise import find_unusual_noise
 from sdcompress_engines.output_folders import staged
 from torch import nn
 
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.pictures import save_picture
-from sdcompress.support.pipeline import find_unusual_noise
+from sdcompress.support.pipeline import scheduler_config
 from sdcompress.support.quiet import quiet
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import TrainConfig
@@ -49,7 +50,7 @@ def make_training_scheduler(scheduler: Any) -> Any:
     """
     from diffusers import DDPMScheduler
 
-    if kind := find_unusual_noise(scheduler):
+    if kind := find_unusual_noise(scheduler_config(scheduler)):
         raise ModelError(
             f"a model with the noise of {type(scheduler).__name__} ({kind}) cannot be trained",
             expected="the noise of SD 1.x, SD 2.x and SDXL, in numbered timesteps",

@@ -179,12 +179,12 @@ def test_an_option_without_effect_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("command", "settings", "message"),
+    ("command", "settings", "expected_code", "message"),
     [
-        ("distill", ["batch_size=7", "gradient_accumulation=2"], "expected a multiple of 2"),
-        ("distill", ["optimizer=adamw8bit"], "pip install bitsandbytes"),
-        ("distill", ["tracker=wandb"], "pip install wandb"),
-        ("lora train", ["targets=[to_x]"], "targets to_x match no layer"),
+        ("distill", ["batch_size=7", "gradient_accumulation=2"], 2, "expected a multiple of 2"),
+        ("distill", ["optimizer=adamw8bit"], 1, "pip install bitsandbytes"),
+        ("distill", ["tracker=wandb"], 1, "pip install wandb"),
+        ("lora train", ["targets=[to_x]"], 2, "targets to_x match no layer"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_data_is_encoded(
@@ -195,13 +195,14 @@ def test_what_cannot_be_trained_is_refused_before_the_data_is_encoded(
     monkeypatch: pytest.MonkeyPatch,
     command: str,
     settings: list[str],
+    expected_code: int,
     message: str,
 ) -> None:
     monkeypatch.setattr("sdcompress.train.accelerator.find_spec", lambda name: None)
     monkeypatch.setattr("sdcompress.train.accelerator.get_available_trackers", lambda: [])
     options = [option for setting in settings for option in ("--set", setting)]
     code, _, err = cli(*command.split(), random_folder, "--data", pictures, *options, "-o", tmp_path / "out")
-    assert code in (1, 2)
+    assert code == expected_code
     assert message in one_line(err)
     assert list(tmp_path.iterdir()) == []
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sdcompress_engines.errors import ArtifactError, ModelError
-from sdcompress_engines.json_files import MOST_LEVELS, parse_json, read_json, read_json_object, write_json
+from sdcompress_engines.json_files import MOST_LEVELS, format_json, parse_json, read_json, read_json_object
 
 
 def nested(levels: int) -> str:
@@ -75,7 +75,7 @@ def test_what_is_written_is_json_of_numbers_that_are_finite(value: object) -> No
     def refuse(name: str) -> None:
         pytest.fail(name)
 
-    read = json.loads(write_json(value), parse_constant=refuse)
+    read = json.loads(format_json(value), parse_constant=refuse)
     expected = None if isinstance(value, float) and not math.isfinite(value) else value
     assert isinstance(value, list | dict) or read == expected
-    assert write_json(value).isascii()
+    assert format_json(value).isascii()
