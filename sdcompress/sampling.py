@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sdcompress_engines.errors import DataError, ModelError, UsageError, shorten
 
-from sdcompress.families.registry import family_of
+from sdcompress.families.sampling_defaults import SamplingDefaults, sampling_defaults
 from sdcompress.support.pipeline import TextToImagePipeline, native_size_px
 
 
@@ -42,7 +42,7 @@ def generate(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    steps: int = 25,
+    steps: int | None = None,
     guidance_scale: float | None = None,
     size_px: int | None = None,
     negative_prompt: str | None = None,
@@ -55,8 +55,8 @@ def generate(
     Args:
         pipeline: on any backend.
         prompts, seeds: of equal length.
-        steps: denoising steps.
-        guidance_scale: of classifier-free guidance; None is the family's.
+        steps: denoising steps; None is the model's own number.
+        guidance_scale: of classifier-free guidance; None is the model's own scale.
         size_px: side in pixels; None is what the UNet was made for.
         negative_prompt: what the pictures are guided away from.
         batch_size: pictures drawn at once.
@@ -64,15 +64,19 @@ def generate(
     Raises:
         DataError: prompts and seeds differ in number.
         ModelError: a picture is not finite.
-        UsageError: the size is not a positive multiple of 8, or the scheduler cannot draw in so many steps.
+        UsageError: the size is not a positive multiple of 8, the scheduler cannot draw in so many steps, or guidance or
+            a negative prompt is asked of a model that takes none.
     """
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts and {len(seeds)} seeds", expected="a seed for each prompt")
     size_px = size_px or native_size_px(pipeline)
     if size_px < pipeline.vae_scale_factor or size_px % 8:
         raise UsageError(f"size {size_px} px", expected="a positive multiple of 8")
+    defaults = sampling_defaults(pipeline)
+    steps = defaults.num_inference_steps if steps is None else steps
     check_steps(pipeline.scheduler, steps)
-    guidance_scale = family_of(pipeline.unet.config).guidance_scale if guidance_scale is None else guidance_scale
+    check_guidance(defaults, guidance_scale, negative_prompt)
+    guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     pipeline.set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
     pictures: list[Image.Image] = []
@@ -134,6 +138,29 @@ def check_steps(scheduler: Any, steps: int) -> None:
             f"the {type(scheduler).__name__} cannot draw in {steps} steps ({shorten(error, 120)})",
             hint="another number of steps, such as 25",
         ) from error
+
+
+def check_guidance(defaults: SamplingDefaults, guidance_scale: float | None, negative_prompt: str | None) -> None:
+    """Refuse guidance of a model that has it in its weights: it would be applied twice, and saturate the picture.
+
+    Args:
+        defaults: of the model.
+        guidance_scale, negative_prompt: what is asked for; None is nothing.
+
+    Raises:
+        UsageError: the model takes no guidance.
+    """
+    if not defaults.is_guidance_free:
+        return
+    asked = f"guidance {guidance_scale:g}" if guidance_scale is not None and guidance_scale > 1 else ""
+    asked = asked or ("a negative prompt" if negative_prompt else "")
+    if asked:
+        raise UsageError(
+            f"{asked} with a model that was trained for {defaults.num_inference_steps} steps without guidance: the"
+            " guidance is in its weights",
+            expected="--guidance 1 and no negative prompt",
+            hint="leave both out, or use the model before its few-step training",
+        )
 
 
 def grid(pictures: Sequence[Image.Image], columns: int | None = None) -> Image.Image:

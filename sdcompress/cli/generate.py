@@ -23,12 +23,15 @@ if TYPE_CHECKING:
 @click.argument("model", type=NAME)
 @click.argument("prompt", type=TEXT)
 @click.option("--negative-prompt", type=TEXT, default=None, help="What the picture should not show.")
-@click.option("--steps", type=STEPS, default=25, show_default=True, help="Denoising steps.")
+@click.option(
+    "--steps", type=STEPS, default=None, help="Denoising steps.  [default: 25; those a few-step model was trained for]"
+)
 @click.option(
     "--guidance",
     type=GUIDANCE,
     default=None,
-    help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 2.5]",
+    help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 2.5; few-step models"
+    " 1]",
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the initial noise.")
 @click.option(
@@ -87,7 +90,7 @@ def command(
     model: str,
     prompt: str,
     negative_prompt: str | None,
-    steps: int,
+    steps: int | None,
     guidance: float | None,
     seed: int,
     size_px: int | None,
@@ -121,6 +124,7 @@ def command(
     pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
     _fuse_loras(pipeline, weighted_loras)
     loaded = time.monotonic()
+    steps, guidance = _choose_sampling(pipeline, steps, guidance)
     with report.task(f"draw {steps} steps on {backend}"):
         (picture,) = generate(
             pipeline,
@@ -140,8 +144,20 @@ def command(
             ("file", output),
             ("size", f"{picture.width} x {picture.height} px"),
             ("seed", seed),
+            ("steps", f"{steps}, {f'guidance {guidance:g}' if guidance > 1 else 'no guidance'}"),
             ("time", f"{drawn - loaded:.1f} s (and {loaded - started:.1f} s to load)"),
         ],
+    )
+
+
+def _choose_sampling(pipeline: TextToImagePipeline, steps: int | None, guidance: float | None) -> tuple[int, float]:
+    """Returns the steps and the guidance scale that were asked for, else the model's own."""
+    from sdcompress.families.sampling_defaults import sampling_defaults
+
+    defaults = sampling_defaults(pipeline)
+    return (
+        defaults.num_inference_steps if steps is None else steps,
+        defaults.guidance_scale if guidance is None else guidance,
     )
 
 

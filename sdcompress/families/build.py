@@ -12,6 +12,7 @@ from sdcompress_engines.errors import ModelError, SdCompressError, shorten
 
 from sdcompress.families.family import Family
 from sdcompress.families.registry import family_of_pipeline
+from sdcompress.families.sampling_defaults import GUIDANCE, STEPS, set_defaults
 from sdcompress.families.schemas.base import some_of
 from sdcompress.families.schemas.check import check_config
 from sdcompress.families.schemas.scheduler import SCHEDULERS
@@ -190,7 +191,9 @@ def build_pipeline(index: Mapping[str, Any], parts: Mapping[str, Any], where: st
         options["force_zeros_for_empty_prompt"] = index["force_zeros_for_empty_prompt"]
     with library_errors("pipeline", where):
         pipeline: TextToImagePipeline = getattr(diffusers, name)(**parts, **options)
-        return pipeline
+    if STEPS in index:
+        set_defaults(pipeline, index[STEPS], index[GUIDANCE])
+    return pipeline
 
 
 def _check_tokens(tokenizer: Any, encoder: Any, name: str, where: str | Path) -> None:

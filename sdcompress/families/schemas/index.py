@@ -12,9 +12,11 @@ from typing import Any
 from sdcompress_engines.errors import ModelError, shorten
 
 from sdcompress.families.registry import families
+from sdcompress.families.sampling_defaults import GUIDANCE, STEPS
 from sdcompress.families.schemas.base import refuse_code, some_of, with_lists
 from sdcompress.families.schemas.scheduler import SCHEDULERS
 from sdcompress.families.schemas.tokenizer import CLASSES as TOKENIZERS
+from sdcompress.support.bounds import MOST_GUIDANCE, MOST_STEPS
 
 _TEXT_ENCODER, _PROJECTED = "CLIPTextModel", "CLIPTextModelWithProjection"
 NOT_LOADED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -42,7 +44,7 @@ def component_classes(pipeline_class: str) -> dict[str, tuple[str, tuple[str, ..
 
 
 def check_index(content: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
-    """Returns the entries of a pipeline's index that are known: its class, its components and its switches.
+    """Returns the entries of a pipeline's index that are known: class, components, switches and sampling defaults.
 
     Args:
         content: of the file.
@@ -81,7 +83,20 @@ def check_index(content: Mapping[str, Any], where: str | Path) -> dict[str, Any]
     for name in SWITCHES:
         if not isinstance(index.get(name, False), bool | None):
             raise ModelError(f"{name}: {shorten(repr(index[name]), 40)}", where=where, expected="true or false")
-    kept = ("_class_name", *classes, *SWITCHES)
+    _check_defaults(index, where)
+    kept = ("_class_name", *classes, *SWITCHES, *(name for name in (STEPS, GUIDANCE) if index.get(name) is not None))
     return {key: value for key, value in index.items() if key in kept} | {
         name: [None, None] for name in NOT_LOADED if name in index
     }
+
+
+def _check_defaults(index: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse sampling defaults that are no numbers within the bounds, or of which one is missing."""
+    for name, kinds, least, most in ((STEPS, (int,), 1, MOST_STEPS), (GUIDANCE, (int, float), 0, MOST_GUIDANCE)):
+        value = index.get(name)
+        if value is not None and not (type(value) in kinds and least <= value <= most):
+            raise ModelError(
+                f"{name}: {shorten(repr(value), 40)}", where=where, expected=f"a number from {least} to {most:g}"
+            )
+    if (index.get(STEPS) is None) != (index.get(GUIDANCE) is None):
+        raise ModelError(f"has only one of {STEPS} and {GUIDANCE}", where=where, expected="both, or neither")
