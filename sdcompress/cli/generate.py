@@ -138,16 +138,7 @@ def command(
     drawn = time.monotonic()
     close_pipeline(pipeline)
     _save(picture, output)
-    card(
-        "picture",
-        [
-            ("file", output),
-            ("size", f"{picture.width} x {picture.height} px"),
-            ("seed", seed),
-            ("steps", f"{steps}, {f'guidance {guidance:g}' if guidance > 1 else 'no guidance'}"),
-            ("time", f"{drawn - loaded:.1f} s (and {loaded - started:.1f} s to load)"),
-        ],
-    )
+    _show_card(picture, output, seed, steps, guidance, drawn - loaded, loaded - started)
 
 
 def _choose_sampling(pipeline: TextToImagePipeline, steps: int | None, guidance: float | None) -> tuple[int, float]:
@@ -158,6 +149,21 @@ def _choose_sampling(pipeline: TextToImagePipeline, steps: int | None, guidance:
     return (
         defaults.num_inference_steps if steps is None else steps,
         defaults.guidance_scale if guidance is None else guidance,
+    )
+
+
+def _show_card(
+    picture: Image.Image, output: Path, seed: int, steps: int, guidance: float, draw_s: float, load_s: float
+) -> None:
+    card(
+        "picture",
+        [
+            ("file", output),
+            ("size", f"{picture.width} x {picture.height} px"),
+            ("seed", seed),
+            ("steps", f"{steps}, {f'guidance {guidance:g}' if guidance > 1 else 'no guidance'}"),
+            ("time", f"{draw_s:.1f} s (and {load_s:.1f} s to load)"),
+        ],
     )
 
 
