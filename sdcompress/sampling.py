@@ -64,8 +64,7 @@ def generate(
     Raises:
         DataError: prompts and seeds differ in number.
         ModelError: a picture is not finite.
-        UsageError: the size is not a positive multiple of 8, the scheduler cannot draw in so many steps, or guidance or
-            a negative prompt is asked of a model that takes none.
+        UsageError: the size is not a positive multiple of 8, or as `check_steps` and `check_guidance`.
     """
     if len(prompts) != len(seeds):
         raise DataError(f"{len(prompts)} prompts and {len(seeds)} seeds", expected="a seed for each prompt")
@@ -73,9 +72,9 @@ def generate(
     if size_px < pipeline.vae_scale_factor or size_px % 8:
         raise UsageError(f"size {size_px} px", expected="a positive multiple of 8")
     defaults = sampling_defaults(pipeline)
+    check_guidance(defaults, guidance_scale, negative_prompt)
     steps = defaults.num_inference_steps if steps is None else steps
     check_steps(pipeline.scheduler, steps)
-    check_guidance(defaults, guidance_scale, negative_prompt)
     guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     pipeline.set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
