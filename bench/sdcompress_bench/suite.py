@@ -196,7 +196,7 @@ def fingerprint(suite: Suite, facts: Mapping[str, Any]) -> str:
         suite: what is measured.
         facts: see `environment.environment`.
     """
-    models = [[m.name, m.sha256, str(m.onnx), str(m.engine)] for m in suite.models]
+    models = [[m.name, m.sha256, str(m.onnx), str(m.engine), asdict(m.sampling)] for m in suite.models]
     gpus = [gpu["name"] for gpu in facts["gpu"]]
     machine = [facts["cpu"], facts["cores"], gpus, installed_versions(), facts["commit"]]
     prompts = [asdict(prompt) for prompt in suite.prompts]
