@@ -87,9 +87,11 @@ class UNetInputs:
 
     def split(self, size: int) -> list[UNetInputs]:
         """Returns the batch in parts of `size`; the last one may be smaller."""
-        fields = (self.encoder_hidden_states, self.text_embeds, self.time_ids)
-        starts = range(0, len(self.encoder_hidden_states), size)
-        return [UNetInputs(*(None if f is None else f[at : at + size] for f in fields)) for at in starts]
+
+        def part(rows: slice) -> UNetInputs:
+            return self._map(lambda tensor: tensor[rows])
+
+        return [part(slice(at, at + size)) for at in range(0, len(self.encoder_hidden_states), size)]
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> UNetInputs:
         return UNetInputs(
