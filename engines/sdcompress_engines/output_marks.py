@@ -19,6 +19,7 @@ KINDS = frozenset(
         "checkpoint",
         "dataset",
         "engine",
+        "few-step",
         "finetuned",
         "lora",
         "onnx",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,15 @@ def set_option(help: str) -> Callable[[Any], Any]:
     return click.option("--set", "settings", type=TEXT, multiple=True, metavar="KNOB=VALUE", help=help)
 
 
-def training_options(config_class: type[TrainConfig], output_help: str) -> Callable[[Any], Any]:
+def training_options(
+    config_class: type[TrainConfig], output_help: str, flags: Mapping[str, str] | None = None
+) -> Callable[[Any], Any]:
     """Returns the decorator that adds the options for data, recipe and the most used knobs, `-o` and `--force`.
 
     Args:
         config_class: of this kind of training; it gives the defaults.
         output_help: help text of `-o`.
+        flags: as of `field_options`.
     """
     decorators = (
         click.option("--data", type=NAME, required=True, metavar="DATA", help=DATA_HELP),
@@ -70,7 +73,7 @@ def training_options(config_class: type[TrainConfig], output_help: str) -> Calla
             help="Named settings (`sdcompress recipes list`) in place of the defaults; the options override them.",
         ),
         set_option("Any knob of the recipe, such as ema_decay=0.999 or data.flip=true; repeat for more."),
-        field_options(config_class, TRAINING_FIELDS),
+        field_options(config_class, TRAINING_FIELDS, flags=flags),
         click.option("--resume", is_flag=True, help="Continue from the newest intact checkpoint in the output folder."),
         output_option(output_help),
         force_option,
@@ -127,7 +130,7 @@ def load_inputs(
     force: bool,
     report: ConsoleReporter,
     files: Sequence[Path] = (),
-    check: Callable[[LoadedPipeline], None] = lambda loaded: None,
+    check: Callable[[LoadedPipeline], object] = lambda loaded: None,
 ) -> tuple[LoadedPipeline, LatentCache]:
     """Returns the model and its cache: an existing cache is opened and checked, a missing one is built.
 

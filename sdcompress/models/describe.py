@@ -11,7 +11,7 @@ from sdcompress_engines.manifest import Manifest, faults, read_manifest
 
 from sdcompress.models.locate import locate_pipeline, read_component_config, read_model_index, read_unet_config
 
-_PIPELINES = ("student", "teacher", "finetuned")  # kinds of artifacts that are diffusers folders
+_PIPELINES = ("student", "teacher", "few-step", "finetuned")  # kinds of artifacts that are diffusers folders
 
 
 def describe_model(path: str) -> tuple[dict[str, Any], Manifest | None]:

@@ -59,11 +59,16 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
         return path
     if path.exists():
         check_regular(path, ModelError)
-    if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
+    if is_hub_id(name):
         return _download(name)
     raise UsageError(
         "does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name that is no path of this machine can be a repository of the hub."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith((".", "/", "~"))
 
 
 def local_paths(*names_or_paths: str | Path) -> list[Path]:

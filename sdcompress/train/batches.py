@@ -126,6 +126,7 @@ class Batches:
         config: seed, batch size, Min-SNR, noise offset and caption dropout.
         tokens: put token ids in place of text embeddings, for a text encoder in training.
         latents_mean: a number or (C, 1, 1).
+        timesteps: those that are drawn, (K,) int64; None for all of the schedule.
     """
 
     def __init__(
@@ -137,11 +138,13 @@ class Batches:
         *,
         tokens: bool = False,
         latents_mean: float | torch.Tensor = 0.0,
+        timesteps: torch.Tensor | None = None,
     ) -> None:
         self.cache, self.config, self.tokens = cache, config, tokens
         self.scaling_factor, self.latents_mean = scaling_factor, latents_mean
         self.scheduler: Any = scheduler  # its stubs ask for a subclass of int tensors that torch does not have
         self.alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
+        self.timesteps = torch.arange(len(self.alphas)) if timesteps is None else timesteps
         self.prediction_type = self.scheduler.config.prediction_type
         self.order = SampleOrder(cache.buckets, config.batch_size, config.seed)
 
@@ -176,7 +179,7 @@ class Batches:
     def _draw_sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, Any]:
         """Returns latents, noise, text, timestep and SDXL's added conditions (or None) for a position."""
         generator = make_generator(self.config.seed, "sample", position)
-        view, timestep = (int(torch.randint(n, (), generator=generator)) for n in (self.cache.views, len(self.alphas)))
+        view, place = (int(torch.randint(n, (), generator=generator)) for n in (self.cache.views, len(self.timesteps)))
         dropout, pick = torch.rand(2, generator=generator).tolist()
         cached = self.cache.sample(self.order[position], view, pick, drop_caption=dropout < self.config.caption_dropout)
         latents = cached.mean + cached.std * torch.randn(cached.mean.shape, generator=generator)
@@ -186,4 +189,4 @@ class Batches:
             noise = noise + self.config.noise_offset * torch.randn(noise.shape[0], 1, 1, generator=generator)
         added = None if cached.pooled is None else {"text_embeds": cached.pooled, "time_ids": cached.time_ids.long()}
         text = cached.ids if self.tokens and cached.ids is not None else cached.text
-        return latents, noise, text, timestep, added
+        return latents, noise, text, int(self.timesteps[place]), added

@@ -10,10 +10,11 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from sdcompress.data.config import DataConfig
-from sdcompress.support.bounds import MOST_BATCH, MOST_SEED, MOST_TRAINING_STEPS
+from sdcompress.support.bounds import MOST_BATCH, MOST_GUIDANCE, MOST_SEED, MOST_TRAINING_STEPS
 from sdcompress.support.settings import Settings
 
 _MOST_RATE, _MOST_WEIGHT = 100.0, 1e6
+_MOST_FEW_STEPS = 20
 
 
 class TrainConfig(Settings):
@@ -188,5 +189,75 @@ class LoraConfig(TrainConfig):
     )
 
 
-KINDS: dict[str, type[TrainConfig]] = {"distill": DistillConfig, "finetune": FinetuneConfig, "lora": LoraConfig}
+class FewStepConfig(TrainConfig):
+    """How a model is trained to draw in few steps, without guidance (arXiv 2310.04378 and 2405.18407)."""
+
+    num_inference_steps: int = Field(4, ge=1, le=_MOST_FEW_STEPS, description="Steps in which the model shall draw.")
+    phases: int | None = Field(
+        None,
+        ge=1,
+        le=_MOST_FEW_STEPS,
+        description=(
+            "Parts of the trajectory whose ends the model learns: as many as steps (the default) draws the same picture"
+            " each time; 1 is latent consistency, which adds new noise between steps."
+        ),
+    )
+    solver_steps: int = Field(
+        40,
+        ge=1,
+        le=1000,
+        description="Steps of the teacher's solver along the whole trajectory; more are more exact and learned slower.",
+    )
+    guidance_scale: float | None = Field(
+        None,
+        ge=1,
+        le=MOST_GUIDANCE,
+        description="Guidance that goes into the weights: higher follows the prompt more; default: the teacher's own.",
+    )
+    huber_c: float = Field(
+        0.001, gt=0, le=1e3, description="Differences under it count as their square, larger ones as their size."
+    )
+    learning_rate: float = Field(1e-5, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; higher blurs.")
+    ema_decay: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="Decay of the moving average of the weights, whose predictions are the targets and which is saved.",
+    )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="Share of captions replaced by the empty one; the model draws without guidance."
+    )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Train a LoRA of this rank in place of all weights, for the model it came from.",
+    )
+    lora_targets: tuple[str, ...] = Field(
+        (
+            *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        ),
+        description="Names of the layers that a LoRA adapts.",
+    )
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> FewStepConfig:
+        if self.phases not in (None, 1, self.num_inference_steps):
+            raise ValueError(f"phases {self.phases} should be 1 or the {self.num_inference_steps} steps")
+        if self.snr_gamma is not None:
+            raise ValueError("snr_gamma has no effect: the consistency loss compares samples, not noise")
+        return self
+
+    def count_phases(self) -> int:
+        """Returns the number of phases, where None stands for the number of steps."""
+        return self.phases or self.num_inference_steps
+
+
+KINDS: dict[str, type[TrainConfig]] = {
+    "distill": DistillConfig,
+    "few-step": FewStepConfig,
+    "finetune": FinetuneConfig,
+    "lora": LoraConfig,
+}
 """The kinds of training, as a recipe's `kind` names them."""

@@ -185,6 +185,7 @@ class TrainingRun:
                 stack.enter_context(tune_convolutions())
             elif self.accelerator.mixed_precision == "bf16":
                 stack.enter_context(use_plain_attention(self.trained))
+            self.objective.use_average(self.average or {})
             stack.enter_context(self.objective.attach_hooks(self.trained))
             if self.config.compile:
                 for network, hooked in zip((self.trained, self.frozen), self.objective.hooked_modules, strict=True):
@@ -251,7 +252,7 @@ class TrainingRun:
             raise Stopped(
                 f"stopped at step {done} of {self.config.steps}; its checkpoint is written",
                 where=self.output,
-                hint="the same command; with distill, finetune and lora train, add --resume",
+                hint="the same command; with distill, few-step, finetune and lora train, add --resume",
             )
 
     def draw_samples(self, sampler: Sampler, done: int) -> None:

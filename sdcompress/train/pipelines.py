@@ -58,13 +58,20 @@ def make_training_scheduler(scheduler: Any) -> Any:
     return DDPMScheduler.from_config(scheduler.config)
 
 
-def make_batches(pipeline: Any, cache: LatentCache, config: TrainConfig, *, tokens: bool = False) -> Batches:
+def make_batches(
+    pipeline: Any,
+    cache: LatentCache,
+    config: TrainConfig,
+    *,
+    tokens: bool = False,
+    timesteps: torch.Tensor | None = None,
+) -> Batches:
     """Returns the noisy batches that a pipeline's UNet is trained on.
 
     Args:
         pipeline: gives the noise schedule and the scale of the latents. SDXL's pipeline has a mean and a standard
             deviation for each channel, where its VAE's config holds them (Playground v2.5).
-        cache, config, tokens: see `Batches`.
+        cache, config, tokens, timesteps: see `Batches`.
 
     Raises:
         ModelError: as `check_trainable`.
@@ -73,9 +80,9 @@ def make_batches(pipeline: Any, cache: LatentCache, config: TrainConfig, *, toke
     scheduler, vae = make_training_scheduler(pipeline.scheduler), pipeline.vae.config
     mean, std = vae.get("latents_mean"), vae.get("latents_std")
     if "text_encoder_2" not in pipeline.components or mean is None or std is None:
-        return Batches(cache, scheduler, vae.scaling_factor, config, tokens=tokens)
+        return Batches(cache, scheduler, vae.scaling_factor, config, tokens=tokens, timesteps=timesteps)
     factor, mean = vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
-    return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean)
+    return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean, timesteps=timesteps)
 
 
 def check_trainable(pipeline: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -26,6 +27,13 @@ class Objective(Protocol):
     def attach_hooks(self, trained: nn.Module) -> AbstractContextManager[None]:
         """Attach the hooks that the losses need to the trained network, for the length of a run."""
         return nullcontext()
+
+    def use_average(self, average: Mapping[str, torch.Tensor]) -> None:
+        """Receive the moving average of the trained weights, by name, before the first step.
+
+        The loop updates it in place after each step. Without averaging it is empty.
+        """
+        return None
 
     def compute_losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
         """Returns `loss`, the sum to minimize, and each of its parts by name; scalars on the training device.
