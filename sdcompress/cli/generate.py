@@ -113,6 +113,7 @@ def command(
 
     from sdcompress.backends.assemble import close_pipeline, open_pipeline
     from sdcompress.backends.registry import backend_name
+    from sdcompress.lora.apply import apply_loras
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
@@ -122,7 +123,7 @@ def command(
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
     pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
-    _fuse_loras(pipeline, weighted_loras)
+    apply_loras(pipeline, weighted_loras)
     loaded = time.monotonic()
     steps, guidance = _choose_sampling(pipeline, steps, guidance)
     with report.task(f"draw {steps} steps on {backend}"):
@@ -221,15 +222,6 @@ def _refuse_without_effect(
         return  # a fallback has the precision; of `auto` the choice of a backend refuses both
     if find_backend(backend).cached_unet is None:  # a compiled package is looked up by its precision
         raise click.UsageError("--precision has no effect with --artifacts, which have their own")
-
-
-def _fuse_loras(pipeline: TextToImagePipeline, weighted_loras: list[tuple[Path, float]]) -> None:
-    from sdcompress.lora.files import read_lora
-    from sdcompress.lora.fuse import fuse_lora
-    from sdcompress.lora.names import unet_modules
-
-    for file, weight in weighted_loras:
-        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
 
 
 def _save(picture: Image.Image, output: Path) -> None:

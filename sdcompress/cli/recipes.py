@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 
     from sdcompress.train.config import TrainConfig
 
-TRAINERS = {"distill": "distill TEACHER", "finetune": "finetune MODEL", "lora": "lora train MODEL"}
+TRAINERS = {
+    "distill": "distill TEACHER",
+    "few-step": "few-step MODEL",
+    "finetune": "finetune MODEL",
+    "lora": "lora train MODEL",
+}
 
 
 @click.group()
 def command() -> None:
-    """List, show, copy and check recipes: named settings for distill, finetune and lora train.
+    """List, show, copy and check recipes: named settings for distill, few-step, finetune and lora train.
 
     \b
       sdcompress recipes list

@@ -22,9 +22,8 @@ from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 from sdcompress.export.quantize.precisions import unsupported
 from sdcompress.export.settings import check_components
 from sdcompress.export.tensorrt import EnginesResult, build_engines, shape_ranges
-from sdcompress.lora.files import read_lora
-from sdcompress.lora.fuse import fuse_lora, parse_lora
-from sdcompress.lora.names import unet_modules
+from sdcompress.lora.apply import apply_loras
+from sdcompress.lora.fuse import parse_lora
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.models.locate import local_paths, read_unet_config
 
@@ -132,7 +131,7 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
         "components": request.components or None,
         "host": request.host,
         "opset": request.opset or (newest_opset(library) if library else None),
-        "source": {"pipeline": loaded.sha256} | _fuse_loras(loaded, loras),
+        "source": {"pipeline": loaded.sha256} | _apply_loras(loaded, loras),
         "name": name,
         "calibration_prompts": request.calibration_prompts,
         "keep_failed": request.keep_failed,
@@ -199,19 +198,15 @@ def export_checkpoint(
 
     check_file(output, _inputs(model, loras), replace=force)
     loaded = load_pipeline(model)
-    _fuse_loras(loaded, [parse_lora(text) for text in loras])
+    _apply_loras(loaded, [parse_lora(text) for text in loras])
     metadata = {"sdcompress.pipeline_sha256": loaded.sha256}
     return loaded.name, export_ldm(loaded.pipeline, output, DTYPES[precision], metadata=metadata, force=force)
 
 
-def _fuse_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
+def _apply_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
     """Add LoRAs to a pipeline's weights, in place.
 
     Returns name → sha256 of the files, for the manifest.
     """
-    pipeline: Any = loaded.pipeline
-    source = {}
-    for file, weight in loras:
-        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
-        source[f"lora {file.name}:{weight:g}"] = sha256_file(file)
-    return source
+    apply_loras(loaded.pipeline, loras)
+    return {f"lora {file.name}:{weight:g}": sha256_file(file) for file, weight in loras}

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
-_TAGS = {"student": ("distillation", "block-pruning"), "finetuned": (), "lora": ("lora",)}
+_TAGS = {
+    "student": ("distillation", "block-pruning"),
+    "few-step": ("distillation", "consistency"),
+    "finetuned": (),
+    "lora": ("lora",),
+}
 _LOSSES = {
     "task_weight": "weight of the denoising loss against the true noise",
     "output_kd_weight": "weight of the loss against the teacher's prediction",
@@ -118,6 +123,11 @@ def _summary(model: FinishedModel, base: str) -> str:
         return f"A LoRA for {code_span(base)}.\n"
     if model.manifest.kind == "finetuned":
         return f"{code_span(base)}, with every weight of its UNet trained further.\n"
+    if model.manifest.kind == "few-step":
+        return (
+            f"{code_span(base)}, trained by consistency distillation (arXiv 2310.04378, 2405.18407) to draw in"
+            f" {_count_steps(model.manifest)} steps, without guidance.\n"
+        )
     plan = _read_plan(model)
     before, after = _count_teacher_parameters(plan), _count_unet_parameters(model.folder)
     return (
@@ -125,6 +135,11 @@ def _summary(model: FinishedModel, base: str) -> str:
         f" the rest was trained by distillation. The UNet has {after:,} parameters and the teacher's {before:,}:"
         f" {1 - after / before:.1%} fewer.\n"
     )
+
+
+def _count_steps(manifest: Manifest) -> str:
+    steps = manifest.config.get("train", {}).get("num_inference_steps")
+    return str(steps) if type(steps) is int else "few"
 
 
 def _samples(model: FinishedModel) -> str:
@@ -182,7 +197,7 @@ def _architecture(model: FinishedModel) -> str:
         )
         return f"## What is in it\n\nMatrices of rank {rank:d} (alpha {alpha:g}) for the layers {layers}.\n"
     after = _count_unet_parameters(model.folder)
-    if model.manifest.kind == "finetuned":
+    if model.manifest.kind in ("finetuned", "few-step"):
         return (
             f"## What is in it\n\nA UNet of {after:,} parameters; its architecture is the base model's, and so are text"
             " encoder, tokenizer and VAE.\n"

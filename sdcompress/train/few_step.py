@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.families.registry import family_of
 from sdcompress.families.sampling_defaults import sampling_defaults, set_defaults
 from sdcompress.lora.fuse import fuse_lora
+from sdcompress.lora.sampling import describe_sampling
 from sdcompress.train.config import FewStepConfig, LoraConfig
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.lora import LORA, add_adapters, read_adapters, save_lora
@@ -71,17 +73,10 @@ def few_step(
 
     Raises:
         ArtifactError: `output` is not empty (with neither `resume` nor `force`), or in use.
-        ModelError: as `check_pair`.
-        TrainingError: divergence, or a resume of another run.
-        UsageError: a LoRA's target matches no layer, the batch does not divide over the processes, or an option does
-            not fit them.
+        ModelError: as `check_pair`. TrainingError: divergence, or a resume of another run.
+        UsageError: a LoRA's target matches no layer, or an option does not fit the processes.
     """
-    if config.ema_decay and is_set(SHARDING):
-        raise UsageError(
-            "few-step training with an average does not take weights in shards",
-            where="accelerate launch",
-            expected="--set ema_decay=0, or no --use_fsdp",
-        )
+    _refuse_shards(config)
     trajectory = check_pair(model, teacher, config)
     pipeline: Any = model.pipeline
     inputs = [model.folder, teacher.folder, cache.folder]
@@ -89,13 +84,9 @@ def few_step(
         write_recipe(config, output)
         torch.manual_seed(config.seed)
         trained = make_trained_network(pipeline, config)
-        objective = Consistency(
-            copy_frozen(teacher.pipeline.unet, config.precision),
-            trajectory,
-            cache.read_absent_caption(),
-            choose_guidance(teacher.pipeline, config),
-            config.huber_c,
-        )
+        frozen = copy_frozen(teacher.pipeline.unet, config.precision)
+        guidance_scale = choose_guidance(teacher.pipeline, config)
+        objective = Consistency(frozen, trajectory, cache.read_absent_caption(), guidance_scale, config.huber_c)
         identity = {"model": model.sha256, "teacher": teacher.sha256, "data": cache.sha256}
         result = train(
             trained,
@@ -104,19 +95,27 @@ def few_step(
             config,
             output,
             identity | {"config": config.model_dump(mode="json")},
-            frozen=objective.teacher,
-            sampler=make_sampler(
-                lambda unet: make_few_step_pipeline(pipeline, unet, config), config, output, cache.size_px
-            ),
+            frozen=frozen,
+            sampler=make_sampler(partial(make_few_step_pipeline, pipeline, config), config, output, cache.size_px),
             label="few steps",
             report=report,
         )
         if PartialState().is_main_process:
             manifest = describe_training(model, cache, config, result)
-            manifest["config"] |= {"teacher_name": teacher.name, "guidance_scale": objective.guidance_scale}
+            manifest["config"] |= {"teacher_name": teacher.name, "guidance_scale": guidance_scale}
             manifest["inputs"] |= {"teacher": teacher.sha256}
             save_few_step(pipeline, trained.cpu().eval(), config, output, manifest)
     return result
+
+
+def _refuse_shards(config: FewStepConfig) -> None:
+    """Refuse weights in shards (FSDP) with an average, by which the whole network would have to run."""
+    if config.ema_decay and is_set(SHARDING):
+        raise UsageError(
+            "few-step training with an average does not take weights in shards",
+            where="accelerate launch",
+            expected="--set ema_decay=0, or no --use_fsdp",
+        )
 
 
 def choose_guidance(teacher: Any, config: FewStepConfig) -> float:
@@ -156,14 +155,15 @@ def save_few_step(
     """
     unet: Any = trained
     if config.lora_rank is not None:
-        save_lora(trained, output / LORA, _lora_config(config), manifest)
         unet = copy.deepcopy(pipeline.unet).float()
         fuse_lora(with_unet(pipeline, unet), read_adapters("unet", trained))
-    finished = make_few_step_pipeline(pipeline, unet, config)
+    finished = make_few_step_pipeline(pipeline, config, unet)
+    if config.lora_rank is not None:
+        save_lora(trained, output / LORA, _lora_config(config), manifest, describe_sampling(finished))
     save_pipeline(finished, output / PIPELINE, "few-step", precision=config.save_precision, force=True, **manifest)
 
 
-def make_few_step_pipeline(pipeline: Any, unet: nn.Module, config: FewStepConfig) -> Any:
+def make_few_step_pipeline(pipeline: Any, config: FewStepConfig, unet: nn.Module) -> Any:
     """Returns a pipeline around a few-step UNet, with the scheduler and the sampling defaults of its training."""
     few = with_unet(pipeline, unet)
     few.register_modules(scheduler=make_few_step_scheduler(pipeline.scheduler, config))

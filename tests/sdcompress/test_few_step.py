@@ -19,6 +19,7 @@ from sdcompress.families.sampling_defaults import sampling_defaults
 from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.names import unet_modules
+from sdcompress.lora.sampling import apply_sampling
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.models.origin import find_teacher
 from sdcompress.prune.presets import make_plan
@@ -294,6 +295,9 @@ def test_a_lora_makes_the_student_the_finished_model(
         assert any(not torch.equal(fused[key], before[key]) for key in before)
         for key, value in finished.items():
             torch.testing.assert_close(fused[key], value, atol=1e-6, rtol=1e-5)
+        apply_sampling(pipeline, tmp_path / "run/lora" / name)
+        assert sampling_defaults(pipeline) == sampling_defaults(load_pipeline(tmp_path / "run").pipeline)
+        assert type(pipeline.scheduler).__name__ == "LCMScheduler"
     assert type(load_pipeline(tmp_path / "run").pipeline.scheduler).__name__ == "LCMScheduler"
 
 

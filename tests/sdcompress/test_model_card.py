@@ -24,8 +24,9 @@ from sdcompress.prune.cost import count_parameters
 from sdcompress.prune.presets import make_plan
 from sdcompress.publish.finished_model import find_finished_model
 from sdcompress.publish.model_card import model_card
-from sdcompress.train.config import DistillConfig, FinetuneConfig, LoraConfig
+from sdcompress.train.config import DistillConfig, FewStepConfig, FinetuneConfig, LoraConfig
 from sdcompress.train.distill import distill
+from sdcompress.train.few_step import few_step
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import train_lora
 from sdcompress.train.recipes import load_config
@@ -54,10 +55,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
         load_config(DistillConfig, None, options | {"output_kd_weight": 0.5, "ema_decay": 0.9}),
         folder / "student",
     )
+    student = load_pipeline(folder / "student/pipeline")
+    few_step(student, teacher, cache, load_config(FewStepConfig, None, options), folder / "fast")
     finetune(teacher, cache, load_config(FinetuneConfig, None, options), folder / "finetuned")
     train_lora(teacher, cache, load_config(LoraConfig, None, options | {"rank": 3}), folder / "style")
     return {
         "student": folder / "student/pipeline",
+        "few-step": folder / "fast/pipeline",
         "finetuned": folder / "finetuned/pipeline",
         "lora": folder / "style/lora",
     }
@@ -101,7 +105,7 @@ def test_the_card_of_a_student_names_the_removed_blocks_and_its_sources(
     assert "sdcompress export me/random-tiny" in card
 
 
-@pytest.mark.parametrize("kind", ["student", "finetuned", "lora"])
+@pytest.mark.parametrize("kind", ["student", "few-step", "finetuned", "lora"])
 def test_the_front_matter_has_the_entries_of_the_hub(trained: dict[str, Path], kind: str) -> None:
     matter = front_matter(make_card(trained[kind], "me/thing", "creativeml-openrail-m", base_model="org/teacher"))
     assert matter["license"] == "creativeml-openrail-m"
@@ -110,6 +114,12 @@ def test_the_front_matter_has_the_entries_of_the_hub(trained: dict[str, Path], k
     assert matter["pipeline_tag"] == "text-to-image"
     assert "sdcompress" in matter["tags"]
     assert ("lora" in matter["tags"]) == (kind == "lora")
+
+
+def test_the_card_of_a_few_step_model_says_in_how_many_steps_it_draws(trained: dict[str, Path]) -> None:
+    card = make_card(trained["few-step"], "me/fast")
+    assert "`student`, trained by consistency distillation" in card
+    assert "to draw in 4 steps, without guidance" in card
 
 
 def test_a_teacher_that_is_a_folder_is_no_base_model_on_the_hub(trained: dict[str, Path]) -> None:
@@ -183,7 +193,7 @@ def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_pa
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=TEXTS.filter(bool), kind=st.sampled_from(["student", "finetuned", "lora"]))
+@given(text=TEXTS.filter(bool), kind=st.sampled_from(["student", "few-step", "finetuned", "lora"]))
 def test_any_text_in_a_manifest_leaves_one_front_matter_and_no_markup(
     trained: dict[str, Path], text: str, kind: str
 ) -> None:

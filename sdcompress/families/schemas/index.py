@@ -83,15 +83,23 @@ def check_index(content: Mapping[str, Any], where: str | Path) -> dict[str, Any]
     for name in SWITCHES:
         if not isinstance(index.get(name, False), bool | None):
             raise ModelError(f"{name}: {shorten(repr(index[name]), 40)}", where=where, expected="true or false")
-    _check_defaults(index, where)
+    check_defaults(index, where)
     kept = ("_class_name", *classes, *SWITCHES, *(name for name in (STEPS, GUIDANCE) if index.get(name) is not None))
     return {key: value for key, value in index.items() if key in kept} | {
         name: [None, None] for name in NOT_LOADED if name in index
     }
 
 
-def _check_defaults(index: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse sampling defaults that are no numbers within the bounds, or of which one is missing."""
+def check_defaults(index: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse sampling defaults that are no numbers within the bounds, or of which one is missing.
+
+    Args:
+        index: holds them under `STEPS` and `GUIDANCE`, or does not.
+        where: its file, for the message.
+
+    Raises:
+        ModelError: as said.
+    """
     for name, kinds, least, most in ((STEPS, (int,), 1, MOST_STEPS), (GUIDANCE, (int, float), 0, MOST_GUIDANCE)):
         value = index.get(name)
         if value is not None and not (type(value) in kinds and least <= value <= most):
