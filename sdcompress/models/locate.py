@@ -17,7 +17,7 @@ from sdcompress_engines.paths import expand_user
 from sdcompress.families.schemas.check import check_config, config_file
 from sdcompress.families.schemas.index import check_index
 
-BUILT_IN = ("nano", "nano-tiny")
+BUILT_IN = ("nano", "nano-tiny", "nano-tiny-4step")
 
 _MOST_CONFIG_MIB = 2
 """Largest config that is read: a scheduler's, with a list of 1,000 betas, has 0.03 MiB."""
@@ -76,7 +76,7 @@ def local_paths(*names_or_paths: str | Path) -> list[Path]:
 
     Args:
         names_or_paths: as for `locate_pipeline`; those that lead to nothing here are left out. For a built-in model it
-            is the folder in the package that holds both of them.
+            is the folder in the package that holds all of them.
     """
     from sdcompress.models import nano
 

@@ -9,9 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.files import copy_tree
+from sdcompress_engines.files import copy_tree, write_atomically
 from sdcompress_engines.manifest import cache_folder, read_manifest, sha256_tree
 from sdcompress_engines.output_folders import staged, unless_present
+
+from sdcompress.families.sampling_defaults import GUIDANCE, STEPS
+from sdcompress.models.locate import BUILT_IN
+from sdcompress.support.quiet import quiet
 
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 
@@ -35,20 +39,49 @@ def data_folder() -> Path:
 
 
 def pipeline_folder(name: str) -> Path:
-    """Returns the pipeline folder of `nano` or `nano-tiny`.
+    """Returns the pipeline folder of a built-in model.
 
-    The package holds only the UNet of `nano-tiny`. The folder that joins it to the teacher's other components is
-    written to the user's cache on first use.
+    The package holds only the UNet of `nano-tiny`, and only a LoRA of `nano-tiny-4step`. The folders that join them to
+    the rest are written to the user's cache on first use.
+
+    Args:
+        name: nano, nano-tiny or nano-tiny-4step.
     """
     if name == "nano":
         return teacher_folder()
-    unet = ASSETS / "tiny"
-    target = cache_folder() / f"{name}-{sha256_tree(unet)[:12]}"
+    parts = [ASSETS / "tiny"] + ([ASSETS / "tiny-4step"] if name == "nano-tiny-4step" else [])
+    target = cache_folder() / "-".join([name, *(sha256_tree(part)[:12] for part in parts)])
     if not target.is_dir():
         with unless_present(target), staged(target) as out:
             copy_tree(teacher_folder(), out, without="unet")
-            copy_tree(unet, out / "unet")
+            copy_tree(parts[0], out / "unet")
+            if len(parts) > 1:
+                _apply_few_steps(out, parts[1] / "lora.safetensors")
     return target
+
+
+def _apply_few_steps(folder: Path, lora: Path) -> None:
+    """Fuse a few-step LoRA into a pipeline folder, and write the scheduler and the defaults that it was trained for.
+
+    Args:
+        folder: of the pipeline; its UNet, scheduler and index are written anew.
+        lora: the file.
+    """
+    from diffusers import UNet2DConditionModel
+
+    from sdcompress.lora.apply import apply_loras
+    from sdcompress.models.load import load_pipeline
+
+    pipeline: Any = load_pipeline(folder, as_stored=True).pipeline
+    apply_loras(pipeline, [(lora, 1.0)])
+    unet: UNet2DConditionModel = pipeline.unet
+    with quiet():
+        unet.save_pretrained(folder / "unet")
+        pipeline.scheduler.save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index |= {name: pipeline.config[name] for name in (STEPS, GUIDANCE)}
+    index["scheduler"] = ["diffusers", type(pipeline.scheduler).__name__]
+    write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 
 @cache
@@ -68,12 +101,12 @@ def concepts() -> dict[str, list[str]]:
 
 
 def draws_like_nano(model: str | Path) -> bool:
-    """Returns whether a model is nano, nano-tiny, or a student or an export of nano, so that it knows nano's concepts.
+    """Returns whether a model is built in, or a student or an export of nano, so that it knows nano's concepts.
 
     Args:
         model: a name, a path or a hub id.
     """
-    if str(model) in ("nano", "nano-tiny"):
+    if str(model) in BUILT_IN:
         return True
     manifest = read_manifest(Path(model)) if Path(model).is_dir() else None
     made_from = manifest.inputs.values() if manifest and manifest.kind != "finetuned" else ()

@@ -19,6 +19,7 @@ from sdcompress.families.registry import family_of
 from sdcompress.families.sampling_defaults import sampling_defaults, set_defaults
 from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.sampling import describe_sampling
+from sdcompress.prune.student import meta_unet
 from sdcompress.train.config import FewStepConfig, LoraConfig
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.lora import LORA, add_adapters, read_adapters, save_lora
@@ -195,7 +196,7 @@ def check_pair(model: LoadedPipeline, teacher: LoadedPipeline, config: FewStepCo
     Raises:
         ModelError: they differ in family, noise schedule, prediction type, VAE or text encoder, so that one would be
             trained on what the other means differently; or as `make_training_scheduler` and `make_trajectory`.
-        UsageError: as `make_trajectory`.
+        UsageError: as `make_trajectory`, or a LoRA's target matches no layer.
     """
     student: Any = model.pipeline
     whole: Any = teacher.pipeline
@@ -228,6 +229,8 @@ def check_pair(model: LoadedPipeline, teacher: LoadedPipeline, config: FewStepCo
             expected="the model that it was distilled from, or one that it shares its text encoder and VAE with",
             hint="--teacher TEACHER",
         )
+    if config.lora_rank is not None:
+        add_adapters(meta_unet(dict(student.unet.config)), _lora_config(config), config.lora_targets)
     return make_trajectory(other, config.num_inference_steps, config.count_phases(), config.solver_steps)
 
 

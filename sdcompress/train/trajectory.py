@@ -102,13 +102,15 @@ def make_trajectory(scheduler: Any, steps: int, phases: int, solver_steps: int) 
             exist.
     """
     cumprod, prediction_type = scheduler.alphas_cumprod.float(), scheduler.config.prediction_type
+    if len(cumprod) % steps:
+        dividing = ", ".join(str(n) for n in range(1, 11) if len(cumprod) % n == 0)
+        raise UsageError(f"{steps} steps do not divide {len(cumprod)} timesteps", expected=f"--steps {dividing}, ...")
     if len(cumprod) % solver_steps or solver_steps % steps:
-        fitting = [n for n in range(steps, len(cumprod) + 1, steps) if len(cumprod) % n == 0]
-        listed = ", ".join(map(str, fitting)) or f"none, because {len(cumprod)} is no multiple of {steps} steps"
+        fitting = [str(n) for n in range(steps, len(cumprod) + 1, steps) if len(cumprod) % n == 0]
         raise UsageError(
             f"{solver_steps} solver steps do not divide {len(cumprod)} timesteps into {steps} equal phases",
-            expected=f"solver_steps among {listed}",
-            hint="--steps 1, 2, 4 or 8 with --set solver_steps=40",
+            expected=f"solver_steps of {', '.join(fitting)}",
+            hint="--set solver_steps=40, which fits 1, 2, 4, 5 and 8 steps",
         )
     if prediction_type == "epsilon" and float(cumprod[-1]) == 0:
         raise ModelError(

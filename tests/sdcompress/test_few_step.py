@@ -312,10 +312,10 @@ def test_sdxl_is_trained_with_its_added_conditions(sdxl_folder: Path, pictures: 
 
 @pytest.mark.parametrize(
     ("steps", "solver_steps", "expected"),
-    [(4, 50, "solver_steps among 4, 8, 20, 40"), (8, 100, "8, 40, 200"), (3, 40, "no multiple of 3 steps")],
+    [(4, 50, "solver_steps of 4, 8, 20, 40"), (8, 100, "8, 40, 200"), (3, 40, "--steps 1, 2, 4, 5, 8, 10")],
 )
 def test_steps_that_do_not_divide_are_refused(steps: int, solver_steps: int, expected: str) -> None:
-    with pytest.raises(UsageError, match=f"{solver_steps} solver steps do not divide") as refusal:
+    with pytest.raises(UsageError, match="steps do not divide 1000 timesteps") as refusal:
         make_trajectory(schedule(), steps, steps, solver_steps)
     assert expected in str(refusal.value)
 
@@ -326,6 +326,12 @@ def test_noise_prediction_from_pure_noise_is_refused() -> None:
         make_trajectory(scheduler, 4, 4, 40)
     scheduler = DDPMScheduler(**BETAS, rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert make_trajectory(scheduler, 4, 4, 40).alphas_cumprod[-1] == 0
+
+
+def test_a_lora_for_layers_that_are_not_there_is_refused(student: LoadedPipeline, teacher: LoadedPipeline) -> None:
+    config = SHORT.model_copy(update={"lora_rank": 2, "lora_targets": ("nothing",)})
+    with pytest.raises(UsageError, match="targets nothing match no layer"):
+        check_pair(student, teacher, config)
 
 
 def test_settings_without_effect_are_refused() -> None:
