@@ -160,13 +160,18 @@ def _add_shapes(profiles: tuple[str, ...], shapes: Mapping[str, str]) -> list[st
 
 
 def _write_checkpoint(model: str, output: Path, precision: Precision, loras: tuple[str, ...], force: bool) -> None:
+    from sdcompress.checkpoints.ldm_keys import USAGE_HINT
+    from sdcompress.checkpoints.weights import open_weights
     from sdcompress.export.export_model import export_checkpoint
 
     started = time.monotonic()
     name, path = export_checkpoint(model, output, precision, loras, force=force)
+    rows: list[tuple[str, object]] = [("size", mib(path.stat().st_size)), ("precision", precision)]
+    if hint := open_weights(path).metadata.get(USAGE_HINT):
+        rows.append(("sampling", hint))
     card(
         f"{name} → {output}",
-        [("size", mib(path.stat().st_size)), ("precision", precision), ("time", f"{time.monotonic() - started:.1f} s")],
+        [*rows, ("time", f"{time.monotonic() - started:.1f} s")],
         command_line(["sdcompress", "inspect", as_argument(output)]),
     )
 
@@ -183,9 +188,13 @@ def next_command(output: Path, request: ExportRequest) -> str:
 
 
 def _rows(result: ModelExport) -> list[tuple[str, object]]:
+    from sdcompress_engines.few_steps import read_exported_few_steps
+
     engines = [] if result.engines is None else _engine_rows(result.engines)
     graphs = _graph_rows(result.graphs, "" if result.engines is None else "onnx/")
-    return [*graphs, *engines, ("time", f"{result.seconds:.1f} s")]
+    sampling = read_exported_few_steps(result.graphs.folder, result.graphs.manifest)
+    sampled = [] if sampling is None else [("sampling", sampling.describe_in())]
+    return [*graphs, *engines, *sampled, ("time", f"{result.seconds:.1f} s")]
 
 
 def _graph_rows(result: ExportResult, prefix: str) -> list[tuple[str, object]]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError, SdCompressError, shorten
+from sdcompress_engines.few_steps import GUIDANCE, STEPS
 
 from sdcompress.families.family import Family
 from sdcompress.families.registry import family_of_pipeline
-from sdcompress.families.sampling_defaults import GUIDANCE, STEPS, set_defaults
+from sdcompress.families.sampling_defaults import set_defaults
 from sdcompress.families.schemas.base import some_of
 from sdcompress.families.schemas.check import check_config
 from sdcompress.families.schemas.scheduler import SCHEDULERS

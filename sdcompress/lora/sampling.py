@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError
+from sdcompress_engines.few_steps import GUIDANCE, STEPS
 from sdcompress_engines.json_files import parse_json
 
 from sdcompress.checkpoints.weights import open_weights
 from sdcompress.families.build import build_scheduler
-from sdcompress.families.sampling_defaults import GUIDANCE, STEPS, sampling_defaults, set_defaults
+from sdcompress.families.sampling_defaults import sampling_defaults, set_defaults
 from sdcompress.families.schemas.index import check_defaults
 from sdcompress.support.pipeline import scheduler_config
 

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.few_steps import GUIDANCE, STEPS
 from sdcompress_engines.files import copy_tree, write_atomically
 from sdcompress_engines.manifest import cache_folder, read_manifest, sha256_tree
 from sdcompress_engines.output_folders import staged, unless_present
 
-from sdcompress.families.sampling_defaults import GUIDANCE, STEPS
 from sdcompress.models.locate import BUILT_IN
 from sdcompress.support.quiet import quiet
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from sdcompress_engines.errors import ModelError, UsageError, shorten
+from sdcompress_engines.few_steps import HOST_TITLES, FewStepSampling, read_few_steps
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
 
 from sdcompress.models.locate import read_unet_config
@@ -88,12 +90,14 @@ def model_card(model: FinishedModel, repo: str, license: str | None = None, base
 def _write_card(model: FinishedModel, repo: str, license: str | None, base_model: str | None) -> str:
     manifest = model.manifest
     base = base_model or _name_of_base(manifest)
+    sampling = _read_sampling(model)
     sections = [
         _front_matter(manifest, license, base),
         f"# {escape_markdown(repo.rpartition('/')[2])}\n",
-        _summary(model, base),
+        _summary(model, base, sampling),
         _samples(model),
-        _loading(manifest, repo, base),
+        _loading(manifest, repo, base, sampling),
+        _hosts(sampling),
         _architecture(model),
         _training(manifest),
         _license_note(license, base),
@@ -118,7 +122,7 @@ def _front_matter(manifest: Manifest, license: str | None, base: str) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
 
 
-def _summary(model: FinishedModel, base: str) -> str:
+def _summary(model: FinishedModel, base: str, sampling: FewStepSampling | None) -> str:
     if model.manifest.kind == "lora":
         return f"A LoRA for {code_span(base)}.\n"
     if model.manifest.kind == "finetuned":
@@ -126,7 +130,7 @@ def _summary(model: FinishedModel, base: str) -> str:
     if model.manifest.kind == "few-step":
         return (
             f"{code_span(base)}, trained by consistency distillation (arXiv 2310.04378, 2405.18407) to draw in"
-            f" {_count_steps(model.manifest)} steps, without guidance.\n"
+            f" {sampling.steps if sampling else 'few'} steps, without guidance.\n"
         )
     plan = _read_plan(model)
     before, after = _count_teacher_parameters(plan), _count_unet_parameters(model.folder)
@@ -137,9 +141,12 @@ def _summary(model: FinishedModel, base: str) -> str:
     )
 
 
-def _count_steps(manifest: Manifest) -> str:
-    steps = manifest.config.get("train", {}).get("num_inference_steps")
-    return str(steps) if type(steps) is int else "few"
+def _read_sampling(model: FinishedModel) -> FewStepSampling | None:
+    if model.manifest.kind == "lora":
+        return None
+    names = ("model_index.json", "scheduler/scheduler_config.json")
+    configs = [read_json_object(model.file(name)) if name in model.manifest.files else {} for name in names]
+    return read_few_steps(*configs)
 
 
 def _samples(model: FinishedModel) -> str:
@@ -152,7 +159,7 @@ def _samples(model: FinishedModel) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loading(manifest: Manifest, repo: str, base: str) -> str:
+def _loading(manifest: Manifest, repo: str, base: str, sampling: FewStepSampling | None) -> str:
     if manifest.kind == "lora":
         from sdcompress.train.lora import FILE, KOHYA_FILE
 
@@ -173,6 +180,9 @@ def _loading(manifest: Manifest, repo: str, base: str) -> str:
             f'    sdcompress generate {repo} "PROMPT" -o picture.png',
             f"    sdcompress export {repo} -o engines --trt",
         ]
+    drawn = "num_inference_steps=25"
+    if sampling is not None:
+        drawn = f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale}"
     lines = [
         "## How to load it\n",
         "```python",
@@ -181,11 +191,27 @@ def _loading(manifest: Manifest, repo: str, base: str) -> str:
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         *code,
-        'pipeline("PROMPT", num_inference_steps=25).images[0].save("picture.png")',
+        f'pipeline("PROMPT", {drawn}).images[0].save("picture.png")',
         "```\n",
         *usage,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _hosts(sampling: FewStepSampling | None) -> str:
+    """Returns what to choose for a few-step model in programs that do not read its scheduler."""
+    if sampling is None:
+        return ""
+    rows = [
+        f"| {title} | {choice.sampler} | {' + '.join(filter(None, (choice.schedule, choice.node)))} |"
+        for host, title in HOST_TITLES.items()
+        if (choice := sampling.choice(host)) is not None
+    ]
+    table = ["\n| | sampler | schedule |\n|---|---|---|", *rows] if rows else []
+    text = f"This model was trained for {sampling}"
+    if sampling.guidance_scale <= 1:
+        text += ": the guidance is in its weights, and a negative prompt has no effect"
+    return "\n".join(["## Steps and sampler\n", f"{text}.", *table]) + "\n"
 
 
 def _architecture(model: FinishedModel) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.few_steps import GUIDANCE, STEPS
 
 from sdcompress.families.registry import families
-from sdcompress.families.sampling_defaults import GUIDANCE, STEPS
 from sdcompress.families.schemas.base import refuse_code, some_of, with_lists
 from sdcompress.families.schemas.scheduler import SCHEDULERS
 from sdcompress.families.schemas.tokenizer import CLASSES as TOKENIZERS
