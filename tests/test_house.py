@@ -69,6 +69,7 @@ UNGUARDED = {
     "sdcompress/hosts/files.py": "a copy that is renamed; an uninstall knows what was left by its name",
     "sdcompress/hosts/record.py": "as `hosts/files.py`",
     "sdcompress/lora/files.py": "a staged file",
+    "sdcompress/models/nano.py": "a staged folder",
     "sdcompress/publish/upload.py": "a staged or temporary folder",
     "sdcompress/support/pictures.py": "to memory",
     "sdcompress/train/checkpoint.py": "the staging folder of a checkpoint, which is synchronized before its rename",

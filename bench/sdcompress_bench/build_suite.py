@@ -168,7 +168,8 @@ def find_model(entry: ModelEntry) -> ModelUnderTest:
     Raises:
         UsageError, ModelError: there is no such model.
     """
-    from sdcompress.models.locate import BUILT_IN, display_name, hash_pipeline, locate_pipeline
+    from sdcompress.models.locate import display_name, hash_pipeline, locate_pipeline
+    from sdcompress.models.nano import BUILT_IN
 
     if entry.random:
         random = Random(entry.random, entry.plan)

@@ -130,7 +130,7 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 def next_command(diagnosis: Diagnosis) -> str:
     """Returns the command to type next: the first that fixes a fault, else one that draws on the fastest backend."""
-    from sdcompress.models.locate import BUILT_IN
+    from sdcompress.models.nano import BUILT_IN
 
     fixes = [*(check.command for check in diagnosis.checks), *(result.command for result in diagnosis.backends)]
     if first := next(filter(None, fixes), None):

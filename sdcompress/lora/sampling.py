@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +31,47 @@ def describe_sampling(pipeline: Any) -> dict[str, str]:
     return {ENTRY: json.dumps(entry)}
 
 
+def read_sampling(lora: Path) -> tuple[dict[str, Any], Any] | None:
+    """Returns the sampling defaults that a LoRA was trained for and its scheduler, or None; most name none.
+
+    Args:
+        lora: the LoRA's file.
+
+    Returns:
+        The entries for `model_index.json`, and a scheduler of diffusers.
+
+    Raises:
+        ModelError: the entry is broken.
+    """
+    text = open_weights(lora).metadata.get(ENTRY)
+    if text is None:
+        return None
+    where = f"{lora}/{ENTRY}"
+    entry = parse_json(text, where, ModelError)
+    if not isinstance(entry, dict) or not {STEPS, GUIDANCE, _SCHEDULER} <= entry.keys():
+        raise ModelError("does not say how to draw", where=where, expected=f"{STEPS}, {GUIDANCE} and a {_SCHEDULER}")
+    if not isinstance(entry[_SCHEDULER], dict):
+        raise ModelError(f"{_SCHEDULER} is no JSON object", where=where, expected="a scheduler's config")
+    check_defaults(entry, where)
+    return {name: entry[name] for name in (STEPS, GUIDANCE)}, build_scheduler(entry[_SCHEDULER], where)
+
+
 def apply_sampling(pipeline: Any, lora: Path) -> None:
-    """Give a pipeline the scheduler and the sampling defaults that a LoRA was trained for; most name none.
+    """Give a pipeline the scheduler and the sampling defaults that a LoRA was trained for, if it names them.
 
     Args:
         pipeline: of diffusers; it is changed.
         lora: the LoRA's file.
 
     Raises:
-        ModelError: the entry is broken, or the scheduler has other noise than the pipeline's.
+        ModelError: the entry is broken, or for another prediction type than the pipeline's.
     """
-    text = open_weights(lora).metadata.get(ENTRY)
-    if text is None:
+    found = read_sampling(lora)
+    if found is None:
         return
-    where = f"{lora}/{ENTRY}"
-    entry = parse_json(text, where, ModelError)
-    if not (
-        isinstance(entry, Mapping) and isinstance(entry.get(_SCHEDULER), Mapping) and {STEPS, GUIDANCE} <= set(entry)
-    ):
-        raise ModelError("does not say how to draw", where=where, expected=f"{STEPS}, {GUIDANCE} and a {_SCHEDULER}")
-    check_defaults(entry, where)
-    scheduler = build_scheduler(entry[_SCHEDULER], where)
+    defaults, scheduler = found
     mine, own = scheduler.config.prediction_type, pipeline.scheduler.config.prediction_type
     if mine != own:
         raise ModelError(f"is a LoRA for the prediction type {mine}", where=lora, expected=f"{own}, of the model")
     pipeline.register_modules(scheduler=scheduler)
-    set_defaults(pipeline, entry[STEPS], entry[GUIDANCE])
+    set_defaults(pipeline, defaults[STEPS], defaults[GUIDANCE])

@@ -9,13 +9,13 @@ from typing import Any
 from sdcompress_engines.paths import expand_user
 
 from sdcompress.models.locate import (
-    BUILT_IN,
     display_name,
     hash_pipeline,
     locate_pipeline,
     read_config_in,
     read_model_index,
 )
+from sdcompress.models.nano import BUILT_IN
 from sdcompress.support.pipeline import TextToImagePipeline
 from sdcompress.support.quiet import quiet
 

@@ -16,8 +16,8 @@ from sdcompress_engines.paths import expand_user
 
 from sdcompress.families.schemas.check import check_config, config_file
 from sdcompress.families.schemas.index import check_index
-
-BUILT_IN = ("nano", "nano-tiny", "nano-tiny-4step")
+from sdcompress.models import nano
+from sdcompress.models.nano import BUILT_IN
 
 _MOST_CONFIG_MIB = 2
 """Largest config that is read: a scheduler's, with a list of 1,000 betas, has 0.03 MiB."""
@@ -39,8 +39,6 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     """
     name = str(name_or_path)
     if name in BUILT_IN:
-        from sdcompress.models import nano
-
         return nano.pipeline_folder(name)
     path = expand_user(name)
     if path.is_dir():
@@ -78,8 +76,6 @@ def local_paths(*names_or_paths: str | Path) -> list[Path]:
         names_or_paths: as for `locate_pipeline`; those that lead to nothing here are left out. For a built-in model it
             is the folder in the package that holds all of them.
     """
-    from sdcompress.models import nano
-
     found = [nano.ASSETS] if any(str(name) in BUILT_IN for name in names_or_paths) else []
     for path in filter(None, map(local_path, names_or_paths)):
         has_pipeline = not (path / "model_index.json").is_file() and (path / "pipeline/model_index.json").is_file()

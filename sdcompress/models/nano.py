@@ -7,16 +7,19 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-from sdcompress_engines.few_steps import GUIDANCE, STEPS
 from sdcompress_engines.files import copy_tree, write_atomically
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import cache_folder, read_manifest, sha256_tree
 from sdcompress_engines.output_folders import staged, unless_present
 
-from sdcompress.models.locate import BUILT_IN
+from sdcompress.support.pipeline import TextToImagePipeline
 from sdcompress.support.quiet import quiet
 
+BUILT_IN = ("nano", "nano-tiny", "nano-tiny-4step")
+"""The models in the package: the teacher, its bk-tiny student, and that student in four steps."""
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 
 
@@ -67,20 +70,24 @@ def _apply_few_steps(folder: Path, lora: Path) -> None:
         folder: of the pipeline; its UNet, scheduler and index are written anew.
         lora: the file.
     """
-    from diffusers import UNet2DConditionModel
+    from sdcompress.checkpoints.component import keep_half
+    from sdcompress.checkpoints.folder import load_component
+    from sdcompress.lora.files import read_lora
+    from sdcompress.lora.fuse import fuse_lora
+    from sdcompress.lora.names import unet_modules
+    from sdcompress.lora.sampling import read_sampling
 
-    from sdcompress.lora.apply import apply_loras
-    from sdcompress.models.load import load_pipeline
-
-    pipeline: Any = load_pipeline(folder, as_stored=True).pipeline
-    apply_loras(pipeline, [(lora, 1.0)])
-    unet: UNet2DConditionModel = pipeline.unet
+    config = read_json_object(folder / "unet/config.json")
+    unet = load_component(folder / "unet", "unet", config, keep_half)
+    fuse_lora(cast(TextToImagePipeline, SimpleNamespace(unet=unet)), read_lora(lora, unet_modules(unet)))
+    sampling = read_sampling(lora)
+    assert sampling is not None, "the package's LoRA says how it draws"
+    defaults, scheduler = sampling
     with quiet():
         unet.save_pretrained(folder / "unet")
-        pipeline.scheduler.save_pretrained(folder / "scheduler")
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    index |= {name: pipeline.config[name] for name in (STEPS, GUIDANCE)}
-    index["scheduler"] = ["diffusers", type(pipeline.scheduler).__name__]
+        scheduler.save_pretrained(folder / "scheduler")
+    index = read_json_object(folder / "model_index.json") | defaults
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_atomically(folder / "model_index.json", json.dumps(index, indent=2) + "\n")
 
 

@@ -6,7 +6,8 @@ from sdcompress_engines.errors import UsageError, shorten
 from sdcompress_engines.manifest import read_manifest
 
 from sdcompress.families.registry import family_of
-from sdcompress.models.locate import BUILT_IN, hash_pipeline, is_hub_id, locate_pipeline, read_unet_config
+from sdcompress.models.locate import hash_pipeline, is_hub_id, locate_pipeline, read_unet_config
+from sdcompress.models.nano import BUILT_IN
 
 
 def find_teacher(model: str) -> str:
