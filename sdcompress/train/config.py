@@ -217,6 +217,13 @@ class FewStepConfig(TrainConfig):
     huber_c: float = Field(
         0.001, gt=0, le=1e3, description="Differences under it count as their square, larger ones as their size."
     )
+    loss_unit: Literal["prediction", "sample"] = Field(
+        "prediction",
+        description=(
+            "What the loss compares: `sample` where jumps end, as the papers; `prediction` divides that by how far an"
+            " end moves with the prediction, so that all timesteps count alike."
+        ),
+    )
     learning_rate: float = Field(1e-5, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; higher blurs.")
     ema_decay: float = Field(
         0.95,

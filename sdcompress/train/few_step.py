@@ -85,9 +85,7 @@ def few_step(
         write_recipe(config, output)
         torch.manual_seed(config.seed)
         trained = make_trained_network(pipeline, config)
-        frozen = copy_frozen(teacher.pipeline.unet, config.precision)
-        guidance_scale = choose_guidance(teacher.pipeline, config)
-        objective = Consistency(frozen, trajectory, cache.read_absent_caption(), guidance_scale, config.huber_c)
+        objective = make_objective(teacher.pipeline, trajectory, cache, config)
         identity = {"model": model.sha256, "teacher": teacher.sha256, "data": cache.sha256}
         result = train(
             trained,
@@ -96,14 +94,14 @@ def few_step(
             config,
             output,
             identity | {"config": config.model_dump(mode="json")},
-            frozen=frozen,
+            frozen=objective.teacher,
             sampler=make_sampler(partial(make_few_step_pipeline, pipeline, config), config, output, cache.size_px),
             label="few steps",
             report=report,
         )
         if PartialState().is_main_process:
             manifest = describe_training(model, cache, config, result)
-            manifest["config"] |= {"teacher_name": teacher.name, "guidance_scale": guidance_scale}
+            manifest["config"] |= {"teacher_name": teacher.name, "guidance_scale": objective.guidance_scale}
             manifest["inputs"] |= {"teacher": teacher.sha256}
             save_few_step(pipeline, trained.cpu().eval(), config, output, manifest)
     return result
@@ -117,6 +115,25 @@ def _refuse_shards(config: FewStepConfig) -> None:
             where="accelerate launch",
             expected="--set ema_decay=0, or no --use_fsdp",
         )
+
+
+def make_objective(teacher: Any, trajectory: Trajectory, cache: LatentCache, config: FewStepConfig) -> Consistency:
+    """Returns the loss of a few-step training, with a frozen copy of the teacher's UNet.
+
+    Args:
+        teacher: its pipeline.
+        trajectory: of the training.
+        cache: gives the embeddings of the absent caption.
+        config: guidance, loss and precision.
+    """
+    return Consistency(
+        copy_frozen(teacher.unet, config.precision),
+        trajectory,
+        cache.read_absent_caption(),
+        choose_guidance(teacher, config),
+        config.huber_c,
+        config.loss_unit,
+    )
 
 
 def choose_guidance(teacher: Any, config: FewStepConfig) -> float:

@@ -82,6 +82,19 @@ class Trajectory:
         c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
         return c_skip * sample + c_out * self.step(sample, prediction, start, end)
 
+    def find_reach(self, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+        """Returns how far a step's end moves with the prediction: the size of its derivative, (B, 1, 1, 1) float32.
+
+        Args:
+            start, end: places, (B,) int64.
+        """
+        alpha, sigma = self._alpha_sigma(start)
+        end_alpha, end_sigma = self._alpha_sigma(end)
+        turned = (end_alpha * sigma - end_sigma * alpha).abs()
+        if self.prediction_type == "epsilon":
+            return turned / alpha
+        return turned if self.prediction_type == "v_prediction" else turned / sigma
+
     def _alpha_sigma(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         cumprod = self.alphas_cumprod.to(places.device)[places].view(-1, 1, 1, 1)
         return cumprod.sqrt(), (1 - cumprod).sqrt()

@@ -104,6 +104,17 @@ def test_a_step_leads_to_the_same_mix_of_picture_and_noise(prediction_type: str)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_the_reach_is_how_far_a_step_moves_with_the_prediction(prediction_type: str) -> None:
+    trajectory = make_trajectory(schedule(prediction_type), 2, 2, 40)
+    start = torch.arange(1, 41)
+    end = trajectory.find_phase_ends(start)
+    sample, predicted = torch.randn(2, 40, 4, 3, 3)
+    moved = trajectory.step(sample, predicted + 1, start, end) - trajectory.step(sample, predicted, start, end)
+    expected = trajectory.find_reach(start, end).expand_as(moved)
+    torch.testing.assert_close(moved.abs(), expected, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
 def test_a_jump_from_the_end_of_a_phase_stays_there(prediction_type: str) -> None:
     trajectory = make_trajectory(schedule(prediction_type), 4, 4, 40)
     places = torch.tensor([0, 10, 20, 30])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch.func import functional_call
 from sdcompress.train.batches import NoisyBatch
 from sdcompress.train.objectives.objective import Objective
 from sdcompress.train.trajectory import Trajectory
+
+_LEAST_REACH = 0.02
+"""Below it a difference is rounding, which a division would enlarge."""
 
 
 class Consistency(Objective):
@@ -28,6 +31,8 @@ class Consistency(Objective):
         absent: the embeddings of the absent caption: `text`, (1, 77, D), and with SDXL `pooled`, (1, P), float.
         guidance_scale: of the teacher's steps; 1 is none.
         huber_c: below this difference the loss is quadratic, above it linear (arXiv 2310.14189, section 3.3).
+        unit: `sample` compares where the jumps end; `prediction` divides that by how far an end moves with the
+            prediction, so that all places count alike. Otherwise those near pure noise outweigh the rest.
     """
 
     def __init__(
@@ -37,9 +42,10 @@ class Consistency(Objective):
         absent: Mapping[str, torch.Tensor],
         guidance_scale: float,
         huber_c: float,
+        unit: Literal["prediction", "sample"] = "prediction",
     ) -> None:
         self.teacher, self.trajectory, self.absent = teacher, trajectory, absent
-        self.guidance_scale, self.huber_c = guidance_scale, huber_c
+        self.guidance_scale, self.huber_c, self.unit = guidance_scale, huber_c, unit
         self._trained: nn.Module | None = None
         self._average: Mapping[str, torch.Tensor] = {}
 
@@ -66,8 +72,10 @@ class Consistency(Objective):
             target = self.trajectory.jump(nearer, self._predict_on_average(batch, nearer, places - 1), places - 1, ends)
         arguments, options = batch.unet_arguments()
         jumped = self.trajectory.jump(batch.sample, trained(*arguments, **options)[0].float(), places, ends)
-        squares = (jumped - target).square()
-        distances = (squares + self.huber_c**2).sqrt() - self.huber_c
+        difference = jumped - target
+        if self.unit == "prediction":
+            difference = difference / self.trajectory.find_reach(places, ends).clamp_min(_LEAST_REACH)
+        distances = (difference.square() + self.huber_c**2).sqrt() - self.huber_c
         return {"loss": (batch.weight * distances.flatten(1).mean(1)).mean()}
 
     def _predict_with_guidance(self, batch: NoisyBatch) -> torch.Tensor:
