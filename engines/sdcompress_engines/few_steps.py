@@ -48,6 +48,13 @@ class Choice:
         return [_TRAINED_TIMESTEPS - 1 - step * self.table // steps * skip for step in range(steps)]
 
 
+_DDIM_OPTIONS = (
+    ("timestep_spacing", "leading", "trailing"),
+    ("clip_sample", True, False),
+    ("thresholding", False, False),
+    ("set_alpha_to_one", True, True),
+)
+"""(option of `DDIMScheduler`, diffusers' default, what the hosts do)."""
 _EULER, _EPSILON = Choice("Euler", "Simple"), ("epsilon",)
 _LCM_OF_50 = Choice("LCM", "Simple", table=50)
 _CHOICES: dict[str, dict[str, tuple[Choice, ...]]] = {
@@ -88,7 +95,7 @@ class FewStepSampling:
         """The trained timesteps, from noise to picture, as diffusers sets them; None of a scheduler without choices."""
         kind, config = self.scheduler.get("_class_name"), self.scheduler
         count = _count(config.get("num_train_timesteps"), _TRAINED_TIMESTEPS)
-        if kind == "DDIMScheduler" and config.get("timestep_spacing") == "trailing":
+        if kind == "DDIMScheduler" and all(config.get(name, usual) == host for name, usual, host in _DDIM_OPTIONS):
             return [round(count - step * count / self.steps) - 1 for step in range(self.steps)]
         if kind == "LCMScheduler":
             known = _count(config.get("original_inference_steps"), 50)

@@ -20,7 +20,7 @@ def few_step_scheduler(kind: str, prediction: str = "epsilon", **config: Any) ->
     import diffusers
 
     given = {"timestep_spacing": "trailing"} if kind == "DDIMScheduler" else {"original_inference_steps": 40}
-    settings = {"clip_sample": False, "prediction_type": prediction, **BETAS, **given, **config}
+    settings = {"clip_sample": False, "steps_offset": 1, "prediction_type": prediction, **BETAS, **given, **config}
     return getattr(diffusers, kind)(**settings)
 
 

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 from sdcompress_engines.errors import ArtifactError, ModelError, PlanError
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, save_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, save_manifest, write_manifest
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
+from sdcompress.families.sampling_defaults import set_defaults
 from sdcompress.models.load import load_pipeline
 from sdcompress.prune.cost import count_parameters
 from sdcompress.prune.presets import make_plan
@@ -31,6 +32,7 @@ from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import train_lora
 from sdcompress.train.recipes import load_config
 
+from ..conftest import BETAS
 from ..hostile_text import TEXTS
 
 PROMPT = "a flat icon of a wine glass"
@@ -149,6 +151,37 @@ def test_the_code_of_a_card_runs(trained: dict[str, Path], tmp_path: Path, monke
     exec(compile(code, "card", "exec"), {})
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (128, 128)
+
+
+def test_the_card_of_a_few_step_model_draws_in_its_steps_and_names_the_hosts_samplers(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "few"
+    pipeline = load_pipeline(trained["student"]).pipeline
+    pipeline.scheduler = few_step_scheduler()
+    set_defaults(pipeline, 4, 1.0)
+    pipeline.save_pretrained(folder)
+    made = read_manifest(trained["student"])
+    assert made is not None
+    write_manifest(folder, made.kind, config=made.config, inputs=made.inputs, figures=made.figures)
+    card = make_card(folder, "me/thing")
+    drawn = 'pipeline("PROMPT", num_inference_steps=4, guidance_scale=1.0)'
+    assert drawn in card
+    assert "This model was trained for 4 steps, CFG 1: the guidance is in its weights" in card
+    for row in ("| AUTOMATIC1111 | Euler | Simple |", "| Forge | Euler | Simple |", "| ComfyUI | euler | simple |"):
+        assert row in card
+    monkeypatch.chdir(tmp_path)
+    code = card.split("```python\n")[1].split("```")[0].replace("me/thing", str(folder))
+    exec(compile(code, "card", "exec"), {})
+    assert (tmp_path / "picture.png").is_file()
+    assert "Steps and sampler" not in make_card(trained["student"], "me/thing")
+
+
+def few_step_scheduler() -> Any:
+    """Returns the scheduler that few-step training saves."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**BETAS, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
 
 
 def test_the_newest_samples_are_shown_with_their_prompts(trained: dict[str, Path], tmp_path: Path) -> None:
