@@ -80,6 +80,7 @@ ARMS = (
     *(Arm("phases", {"num_inference_steps": steps}, steps=(steps,)) for steps in (2, 4, 8)),
     Arm("phases, from itself", teacher=STUDENT),
     Arm("phases, loss of samples", {"loss_unit": "sample"}, one_seed=True),
+    Arm("phases, average 0.95 as target", {"ema_decay": 0.95}, one_seed=True),
     *(Arm(f"phases, guidance {scale:g}", {"guidance_scale": scale}, one_seed=True) for scale in GUIDANCE),
 )
 
