@@ -18,6 +18,7 @@ from PIL import Image
 from sdcompress_engines.errors import ModelError
 from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
 
+from sdcompress.sampling import encode_pictures
 from sdcompress.support.pipeline import TextToImagePipeline
 
 from .metrics import PSNR_CAP_DB, Lpips, psnr, ssim
@@ -201,7 +202,7 @@ def make_probe(
     """
     vae, device = pipeline.vae, pipeline.unet.device
     pixels = torch.stack([to_pixels(image) for image in images]).to(device, vae.dtype) * 2 - 1
-    clean = (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).float().cpu()
+    clean = encode_pictures(vae, pixels).float().cpu()
     return _noised(pipeline, clean, captions, timesteps, seed, images[0].width)
 
 

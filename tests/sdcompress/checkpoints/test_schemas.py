@@ -72,7 +72,7 @@ def test_the_shipped_configs_fit_each_other() -> None:
             name: check_config(name, json.loads((folder / config_file(name)).read_text(encoding="utf-8")), name)
             for name in names
         }
-        check_match(configs, folder)
+        check_match(configs, folder, index)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
