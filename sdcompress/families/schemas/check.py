@@ -44,7 +44,10 @@ def check_config(component: str, content: Any, where: str | Path) -> dict[str, A
     schema, classes = _SCHEMAS[component]
     if component == "vae" and is_tiny_vae(content):
         schema = TinyVaeSchema
-    return check_content(schema, content, where, classes)[0]
+    kept, checked = check_content(schema, content, where, classes)
+    if isinstance(checked, TinyVaeSchema):  # from which the scale of the latents follows
+        kept["block_out_channels"] = checked.decoder_block_out_channels
+    return kept
 
 
 def is_tiny_vae(config: Any) -> bool:
