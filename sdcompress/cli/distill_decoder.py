@@ -39,7 +39,7 @@ def command(
       sdcompress distill-decoder rv4.safetensors --data ./laion-art --recipe sd-decoder -o rv4-decoder
       sdcompress generate nano "a flat icon of a cat" --decoder small/decoder -o cat.png
     """
-    from sdcompress.models.decoder import DECODER
+    from sdcompress.models.locate import DECODER
     from sdcompress.support.pipeline import native_size_px
     from sdcompress.train.decoder import build_decoder, check_lpips, check_teacher, count_decoder, distill_decoder
     from sdcompress.train.recipes import recipe_files

@@ -172,8 +172,7 @@ def check_decoder_runs(request: ExportRequest) -> None:
     if request.host != "diffusers":
         raise UsageError(
             f"--decoder with --signature {request.host}: this export holds the UNet alone; the host has its own VAE",
-            expected="an export without --decoder",
-            hint="docs/webui.md and docs/comfyui.md say where the decoder's files go",
+            expected="an export without --decoder; docs/webui.md and docs/comfyui.md say where its files go",
         )
     if request.components and not any(name.startswith("vae_") for name in request.components):
         raise UsageError(

@@ -18,10 +18,9 @@ from sdcompress_engines.paths import expand_user
 from sdcompress.checkpoints.folder import load_component
 from sdcompress.families.schemas.check import check_config, is_tiny_vae
 from sdcompress.families.schemas.tiny_vae import TINY_VAE
+from sdcompress.models.locate import DECODER
 from sdcompress.support.pipeline import TextToImagePipeline, vae_config
 
-DECODER = "decoder"
-"""The folder of the decoder in its training folder, and its kind of artifact."""
 MAKE = "sdcompress distill-decoder MODEL --data DATA -o DIR"
 _FACTS = ("latent_channels", "scaling_factor", "latents_mean", "latents_std")
 

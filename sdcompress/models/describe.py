@@ -10,9 +10,8 @@ from typing import Any
 from sdcompress_engines.manifest import Manifest, faults, read_manifest
 
 from sdcompress.families.schemas.tiny_vae import TINY_VAE
-from sdcompress.models.locate import locate_pipeline, read_component_config, read_model_index, read_unet_config
+from sdcompress.models.locate import DECODER, locate_pipeline, read_component_config, read_model_index, read_unet_config
 
-DECODER = "decoder"
 _PIPELINES = ("student", "teacher", "finetuned")  # kinds of artifacts that are diffusers folders
 
 

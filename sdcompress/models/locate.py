@@ -18,6 +18,8 @@ from sdcompress.families.schemas.check import check_config, config_file
 from sdcompress.families.schemas.index import check_index
 
 BUILT_IN = ("nano", "nano-tiny")
+DECODER = "decoder"
+"""The folder of a small decoder in its training folder, and its kind of artifact."""
 
 _MOST_CONFIG_MIB = 2
 """Largest config that is read: a scheduler's, with a list of 1,000 betas, has 0.03 MiB."""

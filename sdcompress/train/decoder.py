@@ -16,7 +16,8 @@ from torch import nn
 from sdcompress.checkpoints.taesd import fits_taesd, write_taesd
 from sdcompress.data.cache import LatentCache
 from sdcompress.families.registry import family_of, family_of_pipeline
-from sdcompress.models.decoder import DECODER, check_has_vae, describe_vae
+from sdcompress.models.decoder import check_has_vae, describe_vae
+from sdcompress.models.locate import DECODER
 from sdcompress.prune.cost import count_parameters
 from sdcompress.support.lpips import LpipsNetwork, find_backbone
 from sdcompress.support.package_weights import find_weights
