@@ -39,6 +39,7 @@ class ModelEntry(Settings):
         None, description="In place of a path: the shape of this family, with random weights."
     )
     plan: str | None = Field(None, description="With `random`: a student with this plan.")
+    decoder: str | None = Field(None, description="Folder of a small decoder to draw with, in the place of its VAE.")
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelEntry:
@@ -75,6 +76,9 @@ class SuiteFile(Settings):
     title: str = Field("", description="The title of the report.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="The first is the teacher.")
+    decoder: str | None = Field(
+        None, description="Folder of a small decoder: the last model is measured once more, with it."
+    )
     backends: tuple[str, ...] | None = Field(
         None,
         min_length=1,

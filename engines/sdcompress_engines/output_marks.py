@@ -18,6 +18,7 @@ KINDS = frozenset(
         "cache",
         "checkpoint",
         "dataset",
+        "decoder",
         "engine",
         "few-step",
         "finetuned",

@@ -22,6 +22,7 @@ COMMANDS = {
     "plan": "Show what a block-removal plan keeps of a teacher's UNet.",
     "distill": "Train a smaller student from a teacher.",
     "few-step": "Train a model to draw in 1 to 8 steps, without guidance.",
+    "distill-decoder": "Train a small decoder in the place of a teacher's VAE.",
     "data": "Inspect a data set, cache it for training, or make one with a teacher.",
     "finetune": "Train a teacher or a student on new pictures.",
     "lora": "Train a LoRA, or convert one of the teacher for a student.",

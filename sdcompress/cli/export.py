@@ -36,15 +36,15 @@ def command(
     host: str,
     components: tuple[str, ...],
     loras: tuple[str, ...],
+    decoder: Path | None,
     opset: int | None,
     calibration_prompts: Path | None,
     keep_failed: bool,
     force: bool,
     **engine_options: Any,
 ) -> None:
-    """Write ONNX graphs of MODEL, each checked against torch, and build TensorRT engines from them.
-
-    MODEL is a name, a pipeline folder or a single file.
+    """Write ONNX graphs of MODEL (a name, a pipeline folder or a single file), each checked against torch, and build
+    TensorRT engines from them.
 
     \b
     sdcompress export nano -o graphs                                     fp32 ONNX
@@ -52,7 +52,7 @@ def command(
     sdcompress export rv4.safetensors -o rv4 --trt --profile sd15-512    one size, the fastest
     sdcompress export rv4.safetensors -o rv4 --trt --height 512 --width 512:768:1024 --batch 1:2:8
     sdcompress export student/pipeline -o webui --trt --signature webui --profile webui
-    sdcompress export student/pipeline -o styled --trt --lora style.safetensors:0.8
+    sdcompress export student/pipeline -o styled --trt --lora style.safetensors:0.8 --decoder small/decoder
     sdcompress export student/pipeline --ldm -o student.safetensors      a checkpoint for ComfyUI and the WebUIs
     """
     given = [parameter.opts[0] for parameter in given_parameters(engine_options)]  # an error names the first
@@ -60,6 +60,7 @@ def command(
         others = {
             "--trt": trt,
             "--component": components,
+            "--decoder": decoder,
             "--calibration-prompts": calibration_prompts,
             f"--precision {precision}": precision in QUANTIZED,
             "--opset": opset,
@@ -70,7 +71,6 @@ def command(
         return _write_checkpoint(model, output, cast("Precision", precision or "fp16"), loras, force)
     _check_combination(given, engine_options, trt, precision, calibration_prompts)
 
-    from sdcompress.data.records import read_prompt_lines
     from sdcompress.export.export_model import ExportRequest, export_model
 
     request = ExportRequest(
@@ -78,15 +78,22 @@ def command(
         host=host,
         components=components,
         loras=loras,
+        decoder=decoder,
         opset=opset,
-        calibration_prompts=read_prompt_lines(calibration_prompts) if calibration_prompts else None,
         keep_failed=keep_failed,
         force=force,
         engines=_engine_request(engine_options) if trt else None,
-        files=[calibration_prompts] if calibration_prompts else (),
+        **_calibration(calibration_prompts),
     )
     result = export_model(model, output, request, ConsoleReporter())
     card(f"{result.name} → {output}", _rows(result), next_command(output, request))
+
+
+def _calibration(prompts: Path | None) -> dict[str, Any]:
+    """Returns the fields of `ExportRequest` for a file of calibration prompts, one a line."""
+    from sdcompress.data.records import read_prompt_lines
+
+    return {} if prompts is None else {"calibration_prompts": read_prompt_lines(prompts), "files": [prompts]}
 
 
 def _refuse_with_ldm(given: Sequence[str]) -> None:

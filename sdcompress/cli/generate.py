@@ -76,6 +76,13 @@ if TYPE_CHECKING:
     metavar="FILE[:WEIGHT]",
     help="LoRA for this model, in diffusers' or kohya's naming; repeat for more.",
 )
+@click.option(
+    "--decoder",
+    type=FilePath(),
+    default=None,
+    metavar="DIR",
+    help="Small decoder in the place of the VAE, from `distill-decoder`.",
+)
 @trust_option
 @click.option(
     "-o",
@@ -99,6 +106,7 @@ def command(
     artifacts: Path | None,
     fallback: str | None,
     loras: tuple[str, ...],
+    decoder: Path | None,
     trust: bool,
     output: Path,
 ) -> None:
@@ -118,11 +126,13 @@ def command(
 
     backend = backend_name(backend)
     _refuse_without_effect(negative_prompt, guidance, backend, artifacts, precision, fallback)
-    weighted_loras = _check_options(model, backend, artifacts, loras, output, trust)
+    weighted_loras = _check_options(model, backend, artifacts, decoder, loras, output, trust)
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
-    pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
+    pipeline = open_pipeline(
+        model, backend, artifacts, precision=precision, fallback=fallback, decoder=decoder, report=report
+    )
     apply_loras(pipeline, weighted_loras)
     loaded = time.monotonic()
     steps, guidance = _choose_sampling(pipeline, steps, guidance)
@@ -178,7 +188,13 @@ def _warn_of_unknown(model: str, prompt: str, report: ConsoleReporter) -> None:
 
 
 def _check_options(
-    model: str, backend: str, artifacts: Path | None, loras: tuple[str, ...], output: Path, trust: bool
+    model: str,
+    backend: str,
+    artifacts: Path | None,
+    decoder: Path | None,
+    loras: tuple[str, ...],
+    output: Path,
+    trust: bool,
 ) -> list[tuple[Path, float]]:
     """Returns the file and weight of each LoRA, after a check of all options that need no model, and the consent."""
     from sdcompress_engines.errors import UsageError
@@ -202,7 +218,7 @@ def _check_options(
     if trust:
         allow_all([local_path(model), artifacts])
     inputs = [*local_paths(model), *(file for file, _ in weighted_loras)]
-    check_file(output, inputs if artifacts is None else [*inputs, artifacts])
+    check_file(output, [*inputs, *(folder for folder in (artifacts, decoder) if folder is not None)])
     return weighted_loras
 
 

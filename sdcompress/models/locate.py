@@ -19,6 +19,9 @@ from sdcompress.families.schemas.index import check_index
 from sdcompress.models import nano
 from sdcompress.models.nano import BUILT_IN
 
+DECODER = "decoder"
+"""The folder of a small decoder in its training folder, and its kind of artifact."""
+
 _MOST_CONFIG_MIB = 2
 """Largest config that is read: a scheduler's, with a list of 1,000 betas, has 0.03 MiB."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,6 +28,28 @@ def make_generator(seed: int, stream: str, index: int) -> torch.Generator:
     """
     digest = hashlib.blake2b(f"{seed} {stream} {index}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class Batch(Protocol):
+    """The input of one forward pass, made on the CPU; the training loop moves it to the device."""
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Returns the batch with `function` applied to every tensor."""
+        ...
+
+
+class BatchSource(Protocol):
+    """Makes the batches of a run; each is a function of (seed, position) alone.
+
+    Attributes:
+        order: of the pictures in the stream of samples.
+    """
+
+    order: SampleOrder
+
+    def make_batch(self, positions: range) -> Batch:
+        """Returns the batch for these positions in the stream of samples, on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sdcompress_engines.few_steps import GUIDANCE, STEPS
 from sdcompress.families.registry import families
 from sdcompress.families.schemas.base import refuse_code, some_of, with_lists
 from sdcompress.families.schemas.scheduler import SCHEDULERS
+from sdcompress.families.schemas.tiny_vae import VAES
 from sdcompress.families.schemas.tokenizer import CLASSES as TOKENIZERS
 from sdcompress.support.bounds import MOST_GUIDANCE, MOST_STEPS
 
@@ -33,7 +34,7 @@ def component_classes(pipeline_class: str) -> dict[str, tuple[str, tuple[str, ..
     family = {family.pipeline_class: family for family in reversed(families().values())}[pipeline_class]
     return {
         "unet": ("diffusers", ("UNet2DConditionModel",)),
-        "vae": ("diffusers", ("AutoencoderKL",)),
+        "vae": ("diffusers", VAES),
         "scheduler": ("diffusers", SCHEDULERS),
         **{
             name: ("transformers", (_PROJECTED if name in family.projected_text_encoders else _TEXT_ENCODER,))

@@ -9,8 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from sdcompress.train.batches import NoisyBatch
-
 HookedModules = tuple[list[str], list[str]]
 
 
@@ -35,12 +33,12 @@ class Objective(Protocol):
         """
         return None
 
-    def compute_losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+    def compute_losses(self, trained: Any, batch: Any) -> dict[str, torch.Tensor]:
         """Returns `loss`, the sum to minimize, and each of its parts by name; scalars on the training device.
 
         Args:
             trained: the network to call, or accelerate's wrapper of it.
-            batch: on the training device.
+            batch: of the kind that the run's batches are, on the training device.
         """
         ...
 
