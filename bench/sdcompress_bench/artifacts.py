@@ -54,7 +54,7 @@ def _prepare(suite: Suite, model: ModelUnderTest, setup: BackendSetup, journal: 
     name, limit_s = f"prepare {model.name} {setup}", suite.scenario_timeout_s
     if setup.backend != "tensorrt" or existing is not None:
         return journal.call(name, build_artifacts, case, limit_s)
-    found = journal.call(name, build_artifacts, case | {"profiles": [picture_profile(suite)]}, limit_s)
+    found = journal.call(name, build_artifacts, case | {"profiles": [picture_profile(suite, model)]}, limit_s)
     if "failed" in found:
         return found
     static = {}
@@ -77,11 +77,11 @@ def static_profile(scenario: Scenario) -> str:
     )
 
 
-def picture_profile(suite: Suite) -> str:
-    """Returns the engine profile for a suite's probes and for its pictures, in batches up to `quality_batch`."""
-    pictures = max(1, min(suite.quality_batch, max(suite.pictures, suite.quality_pictures)))
-    calls = pictures * (2 if suite.guidance_scale > 1 else 1)
-    most, size = max(calls, suite.probes), suite.sizes_px[0]
+def picture_profile(suite: Suite, model: ModelUnderTest) -> str:
+    """Returns the engine profile for the probes and the pictures of a model, as many at once as the suite allows."""
+    pictures = max(1, min(suite.pictures_at_once(model), max(suite.pictures, suite.quality_pictures)))
+    calls = model.sampling.unet_batch(pictures)
+    most, size = max(calls, suite.probes_at_once(model)), suite.sizes_px[0]
     return f"batch=1:{calls}:{most},pictures=1:{pictures}:{pictures},height={size},width={size},tokens={CONTEXT_TOKENS}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import BackendMissing, UsageError
 
@@ -14,8 +14,11 @@ from sdcompress.support.bounds import LEAST_PX
 
 from .models import random_folder
 from .prompts import read_prompts, read_reference
-from .scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
+from .scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Sampling, Suite
 from .suite_file import GateEntry, ModelEntry, SuiteFile, check_suite, read_setup, suite_names
+
+if TYPE_CHECKING:
+    from sdcompress.families.sampling_defaults import SamplingDefaults
 
 DEFAULT_PROMPTS = (
     "a photo of a lighthouse on a cliff at dusk",
@@ -74,7 +77,7 @@ def build_suite(
         settings: fields of `SuiteFile`.
         quick: take fewer of nano's prompts.
         where: the suite's file, for messages.
-        models: used in place of the `models` in the settings.
+        models: those of the settings, already found; None finds them.
 
     Raises:
         UsageError: a wrong setting, or a model or file that does not exist.
@@ -85,7 +88,9 @@ def build_suite(
     precision = file.precision or ("fp16" if device == "cuda" else "fp32")
     names = (file.gpu_backends if device == "cuda" else None) or file.backends
     measured, skipped = choose_backends(names, device, precision)
-    chosen = models or tuple(find_model(entry) for entry in _with_decoder(file))
+    entries = file.models if models else _with_decoder(file)
+    found = models or tuple(find_model(entry) for entry in entries)
+    chosen = tuple(_with_sampling(model, entry, file) for model, entry in zip(found, entries, strict=True))
     _check_gates(file, chosen, where)
     native_size_px = _native_size_px(chosen[0])
     prompts = _choose_prompts(chosen[0], file, quick)
@@ -96,8 +101,6 @@ def build_suite(
         device=device,
         sizes_px=file.size_px or (native_size_px,),
         batch=file.batch,
-        steps=file.steps,
-        guidance_scale=_choose_guidance_scale(chosen[0], file),
         prompts=prompts.prompts,
         shown=prompts.shown[: file.pictures],
         seed=file.seed,
@@ -221,12 +224,33 @@ def _native_size_px(model: ModelUnderTest) -> int:
     return int(configs["unet"]["sample_size"]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
 
 
-def _choose_guidance_scale(teacher: ModelUnderTest, file: SuiteFile) -> float:
-    from sdcompress.families.registry import family_of
+def _with_sampling(model: ModelUnderTest, entry: ModelEntry, file: SuiteFile) -> ModelUnderTest:
+    """Returns a model with its steps and guidance: those of its entry, else the suite's, else the model's own.
 
-    if file.guidance_scale is not None:
-        return file.guidance_scale
-    return family_of(read_configs(teacher)["unet"]).guidance_scale
+    Raises:
+        UsageError: guidance for a model that was trained to draw without it.
+    """
+    own = _read_defaults(model)
+    asked = (entry.guidance_scale, file.guidance_scale)
+    guidance_scale = next((scale for scale in asked if scale is not None), own.guidance_scale)
+    if own.is_guidance_free and guidance_scale > 1:
+        raise UsageError(
+            f"guidance {guidance_scale:g} for {model.name}, which was trained for {own.num_inference_steps} steps"
+            " without guidance: the guidance is in its weights",
+            expected="no guidance for this model",
+            hint=f"leave the guidance out, or in a suite: models: [{{path: ..., guidance_scale: {guidance_scale:g}}}]"
+            " for the others",
+        )
+    sampling = Sampling(entry.steps or file.steps or own.num_inference_steps, guidance_scale)
+    return replace(model, sampling=sampling)
+
+
+def _read_defaults(model: ModelUnderTest) -> SamplingDefaults:
+    from sdcompress.families.sampling_defaults import read_defaults
+    from sdcompress.models.locate import locate_pipeline, read_model_index
+
+    index = {} if model.random else read_model_index(locate_pipeline(model.path))
+    return read_defaults(index, read_configs(model)["unet"])
 
 
 def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> PromptSet:

@@ -14,7 +14,6 @@ from .results import Results, point
 from .scenario import BackendSetup
 from .stats import LEAST_CHANGE, SIGNIFICANCE, Change, change
 
-_MUST_AGREE = ("steps", "guidance_scale")
 _SETS = ("fid", "kid", "lpips", "clip_score", "style", "top5")
 
 
@@ -73,18 +72,19 @@ def compare(before: Results, after: Results, before_name: str = "before", after_
         before_name, after_name: their names in the answer and in messages.
 
     Raises:
-        ArtifactError: they have no scenario in common, or other steps or another guidance scale.
+        ArtifactError: they have no scenario in common, or a model has other steps or another guidance scale.
     """
+    drawn = [results.sampling() for results in (before, after)]
     unlike = [
-        f"{name} {before.settings[name]} and {after.settings[name]}"
-        for name in _MUST_AGREE
-        if before.settings[name] != after.settings[name]
+        f"{name} is drawn in {drawn[0][name]} there and in {drawn[1][name]} here"
+        for name in drawn[0]
+        if name in drawn[1] and drawn[0][name] != drawn[1][name]
     ]
     if unlike:
         raise ArtifactError(
             f"cannot be compared with {before_name}: {'; '.join(unlike)}",
             where=after_name,
-            expected="two runs of the same suite",
+            expected="equal steps and guidance of each model that both have",
             hint="measure one of them again with the other's settings",
         )
     sides = [{_key(run): run for run in results.latency if not run.failed} for results in (before, after)]

@@ -40,7 +40,7 @@ def list_scenarios(suite: Suite, report: Reporter = SILENT) -> list[dict[str, An
 
 def _count_work(scenario: Scenario) -> Mapping[str, Work]:
     model: Any = read_configs(scenario.model) if scenario.model.random else scenario.model.path
-    guided = scenario.guidance_scale > 1
+    guided = scenario.model.sampling.is_guided
     return count_pipeline(model, scenario.size_px, scenario.batch, guided, scenario.setup.precision)
 
 
@@ -53,6 +53,8 @@ def _describe(scenario: Scenario, work: Mapping[str, Work]) -> dict[str, Any]:
         "precision": scenario.setup.precision,
         "size_px": scenario.size_px,
         "batch": scenario.batch,
+        "steps": scenario.model.sampling.steps,
+        "guidance_scale": scenario.model.sampling.guidance_scale,
         "memory_bytes": held,
         "unet_macs": work["unet"].macs,
     }

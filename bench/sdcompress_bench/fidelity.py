@@ -86,6 +86,11 @@ class UNetInputs:
         """Returns the batch repeated `times` times, as classifier-free guidance repeats it twice."""
         return self._map(lambda tensor: torch.cat([tensor] * times))
 
+    def split(self, size: int) -> list[UNetInputs]:
+        """Returns the batch in parts of `size`; the last one may be smaller."""
+        starts = range(0, len(self.encoder_hidden_states), size)
+        return [self._map(lambda tensor, at=at: tensor[at : at + size]) for at in starts]  # type: ignore[misc]
+
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> UNetInputs:
         return UNetInputs(
             function(self.encoder_hidden_states),
@@ -254,15 +259,23 @@ def _noised(
 
 
 @torch.inference_mode()
-def predict(pipeline: Any, probe: Probe) -> torch.Tensor:
-    """Returns the UNet's noise prediction for a probe: (T, B, C, h, w), float32, on the CPU."""
+def predict(pipeline: Any, probe: Probe, at_once: int | None = None) -> torch.Tensor:
+    """Returns the UNet's noise prediction for a probe: (T, B, C, h, w), float32, on the CPU.
+
+    Args:
+        pipeline: its UNet is called.
+        probe: the inputs.
+        at_once: latents in one call, at most; None is all B.
+    """
     unet = pipeline.unet
-    inputs = probe.inputs.to(unet.device, unet.dtype)
+    at_once = at_once or probe.latents.shape[1]
+    parts = [part.to(unet.device, unet.dtype) for part in probe.inputs.split(at_once)]
     outputs = []
     for latents, step in zip(probe.latents, probe.timesteps, strict=True):
-        sample, timestep = latents.to(unet.device, unet.dtype), torch.tensor(step, device=unet.device)
+        samples, timestep = latents.to(unet.device, unet.dtype).split(at_once), torch.tensor(step, device=unet.device)
         # The copy is needed because a runner may overwrite its output buffer in the next call.
-        outputs.append(inputs.call(unet, sample, timestep).float().cpu().clone())
+        calls = zip(parts, samples, strict=True)
+        outputs.append(torch.cat([part.call(unet, sample, timestep).float().cpu().clone() for part, sample in calls]))
     return torch.stack(outputs)
 
 

@@ -6,10 +6,10 @@ only one is alive at a time, so a machine that warms up or is shared slows all o
 
 Timed, after a warm-up that lasts until calls are steady:
 
-    unet_step     one UNet call as sampling makes it: 2·batch latents under classifier-free guidance
+    unet_step     one UNet call as sampling makes it: 2·batch latents under classifier-free guidance, else `batch`
     text_encoder  `batch` captions (a guided picture does this twice: prompt and empty prompt)
     vae_decode    `batch` latents to pixels
-    end_to_end    captions to PIL pictures at `steps` steps
+    end_to_end    captions to PIL pictures, in the steps and with the guidance of the model
 
 On a GPU the first three are timed by CUDA events; everything else, and everything on a CPU, by the wall clock.
 """
@@ -145,8 +145,8 @@ def case_of(scenario: Scenario, suite: Suite, artifacts: Artifacts) -> dict[str,
         "size_px": scenario.size_px,
         "batch": scenario.batch,
         "unet_batch": scenario.unet_batch,
-        "steps": scenario.steps,
-        "guidance_scale": scenario.guidance_scale,
+        "steps": scenario.model.sampling.steps,
+        "guidance_scale": scenario.model.sampling.guidance_scale,
         "prompts": prompts,
         "seed": suite.seed,
         "samples": suite.samples,
@@ -166,8 +166,8 @@ def _combine(scenario: Scenario, rounds: list[dict[str, Any]], failed: str | Non
         "size_px": scenario.size_px,
         "batch": scenario.batch,
         "unet_batch": scenario.unet_batch,
-        "steps": scenario.steps,
-        "guidance_scale": scenario.guidance_scale,
+        "steps": scenario.model.sampling.steps,
+        "guidance_scale": scenario.model.sampling.guidance_scale,
     }
     if failed:
         return Latency(**facts, failed=failed)

@@ -122,6 +122,8 @@ class OutputComparison:
                 "sha256": model.sha256,
                 "parameters": parameters,
                 "random": model.random is not None,
+                "steps": model.sampling.steps,
+                "guidance_scale": model.sampling.guidance_scale,
             }
         )
         for setup in self.suite.setups:
@@ -155,10 +157,11 @@ class OutputComparison:
             "folder": str(self._folder(model, setup)),
             "captions": [prompt.caption for prompt in drawn.prompts[:count]],
             "seeds": list(drawn.seeds[:count]),
-            "steps": suite.steps,
-            "guidance_scale": suite.guidance_scale,
+            "steps": model.sampling.steps,
+            "guidance_scale": model.sampling.guidance_scale,
             "size_px": suite.sizes_px[0],
-            "batch": min(suite.quality_batch, max(count, 1)),
+            "batch": min(suite.pictures_at_once(model), max(count, 1)),
+            "probes_at_once": suite.probes_at_once(model),
             "seed": suite.seed,
             "timesteps": list(suite.timesteps),
             "probe": str(self.probe) if self.probe else None,

@@ -35,7 +35,7 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
     Args:
         case: `path`, `backend`, `artifacts`, `device`, `precision`, `decoder` of the model; `folder` to write to;
             `captions` and `seeds` of the pictures; `probe`, the file of a probe to predict for; or `make_probe`, from
-            how many pictures to make a new probe, with `timesteps` and `random`.
+            how many pictures to make a new probe, with `timesteps` and `random`; `probes_at_once` in a UNet call.
     """
     if case["threads"]:
         torch.set_num_threads(case["threads"])
@@ -61,7 +61,7 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
         if not _accepts(pipeline, probe):
             return found | {"unlike": "its UNet takes other inputs than the teacher's"}
     if probe is not None:
-        prediction = fidelity.predict(pipeline, probe)
+        prediction = fidelity.predict(pipeline, probe, case["probes_at_once"])
         found["finite"] = bool(torch.isfinite(prediction).all())
         with atomic_file(folder / PREDICTION) as partial:
             torch.save(prediction, partial)

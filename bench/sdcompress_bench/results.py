@@ -16,7 +16,7 @@ from sdcompress_engines.paths import file_inside
 
 from .latency import Latency
 from .results_schema import check_results
-from .scenario import BackendSetup, Gate
+from .scenario import BackendSetup, Gate, Sampling
 from .stats import Summary
 
 RESULTS_SCHEMA = 2
@@ -30,13 +30,15 @@ class Row:
     """One line of the main table: a model in a backend setup, at a size and a batch.
 
     Attributes:
-        speedup: in pictures a second, over the teacher in the baseline setup.
+        sampling: how its pictures were drawn.
+        speedup: in pictures a second, over the teacher in the baseline setup; each in its own steps and guidance.
         share_of_peak: of the device's measured matrix product peak, in [0, 1].
         fidelity: relative L2 to PyTorch fp32 with the same weights, worst timestep.
         fidelity_passed: whether its gate holds; None where there is no gate.
     """
 
     model: str
+    sampling: Sampling
     setup: BackendSetup
     size_px: int
     batch: int
@@ -62,7 +64,8 @@ class Results:
         command: what to type to measure it again.
         settings: the suite, and its `baseline` as [backend, precision].
         environment: see `environment.environment`.
-        models: name, `sha256`, `parameters` by component, `random` weights or not; the teacher first.
+        models: name, `sha256`, `parameters` by component, `random` weights or not, `steps` and `guidance_scale` of its
+            pictures; the teacher first.
         latency: a `Latency` for each scenario.
         peaks: precision → the device's limits, as `peaks.Peaks`.
         backends: the same weights in another setup, compared with PyTorch fp32: model, backend, precision, and the
@@ -111,6 +114,15 @@ class Results:
         found = self.settings.get("baseline")
         return BackendSetup(*found) if found else None
 
+    def sampling(self) -> dict[str, Sampling]:
+        """Returns model → how its pictures were drawn. Older results have one answer for all, in their settings."""
+        found = {}
+        for model in self.models:
+            given = {name: value for name, value in model.items() if value is not None}
+            known = {**self.settings, **given}
+            found[model["name"]] = Sampling(int(known["steps"]), float(known["guidance_scale"]))
+        return found
+
     def rows(self) -> Iterator[Row]:
         """Yields the rows of the main table, in the order in which they were measured."""
         parameters = {model["name"]: model["parameters"].get("unet", 0) for model in self.models}
@@ -125,6 +137,7 @@ class Results:
             error = errors.get((run.model, run.backend, run.precision), {})
             yield Row(
                 model=run.model,
+                sampling=Sampling(run.steps, run.guidance_scale),
                 setup=run.setup,
                 size_px=run.size_px,
                 batch=run.batch,

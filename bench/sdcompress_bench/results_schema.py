@@ -16,8 +16,8 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Settings(BaseModel):
-    steps: Count
-    guidance_scale: Finite
+    steps: Count | None = None
+    guidance_scale: Finite | None = None
     rounds: Count
     baseline: tuple[Name, Name] | None = None
 
@@ -36,6 +36,8 @@ class _Model(BaseModel):
     name: Name
     sha256: Name
     parameters: dict[Name, int]
+    steps: Count | None = None
+    guidance_scale: Finite | None = None
 
 
 class _Estimate(BaseModel):
@@ -117,6 +119,15 @@ class _Parts(BaseModel):
     quality: dict[Name, _Figures] = Field(default_factory=dict)
     pictures: list[_Pictures] = Field(default_factory=list)
     gates: list[_SuiteGate] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _sampling(self) -> _Parts:
+        """Older results have one number of steps and one guidance for all models, in the settings."""
+        for part in self.models:
+            for name in ("steps", "guidance_scale"):
+                if getattr(part, name) is None and getattr(self.settings, name) is None:
+                    raise ValueError(f"{name} of {part.name} is missing")
+        return self
 
 
 def check_results(raw: dict[str, Any], results: type[Any], path: Path) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from sdcompress_engines.errors import UsageError
 
 from sdcompress.backends.registry import backends
+from sdcompress.families.sampling_defaults import USUAL_STEPS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 FIGURES = {
@@ -47,6 +48,32 @@ class Random:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a model draws its pictures.
+
+    Attributes:
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance; at 1 or less there is none.
+    """
+
+    steps: int = USUAL_STEPS
+    guidance_scale: float = 7.5
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether there is classifier-free guidance."""
+        return self.guidance_scale > 1
+
+    def unet_batch(self, pictures: int) -> int:
+        """Returns the latents in one UNet call: with guidance, each picture with and without its prompt."""
+        return pictures * (2 if self.is_guided else 1)
+
+    def __str__(self) -> str:
+        guidance = f"guidance {self.guidance_scale:g}" if self.is_guided else "no guidance"
+        return f"{self.steps} step{'s' if self.steps > 1 else ''}, {guidance}"
+
+
+@dataclass(frozen=True)
 class ModelUnderTest:
     """A pipeline that is measured.
 
@@ -61,6 +88,7 @@ class ModelUnderTest:
             and memory, not for pictures.
         decoder: folder of the small decoder that it draws with, in the place of its VAE.
         decoder_sha256: hash of that folder.
+        sampling: its steps and its guidance.
     """
 
     name: str
@@ -72,6 +100,7 @@ class ModelUnderTest:
     random: Random | None = None
     decoder: Path | None = None
     decoder_sha256: str = ""
+    sampling: Sampling = Sampling()
 
     def artifacts(self, backend: str) -> Path | None:
         """Returns the folder that the backend runs from, or None where it is created on demand."""
@@ -120,14 +149,12 @@ class Gate:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is timed as one: a model in a backend setup, at a size and a batch."""
+    """What is timed as one: a model with its own steps and guidance, in a backend setup, at a size and a batch."""
 
     model: ModelUnderTest
     setup: BackendSetup
     size_px: int
     batch: int
-    steps: int
-    guidance_scale: float
 
     @property
     def key(self) -> str:
@@ -136,8 +163,8 @@ class Scenario:
 
     @property
     def unet_batch(self) -> int:
-        """Latents in one UNet call: with classifier-free guidance, each picture with and without its prompt."""
-        return self.batch * (2 if self.guidance_scale > 1 else 1)
+        """Latents in one UNet call; see `Sampling.unet_batch`."""
+        return self.model.sampling.unet_batch(self.batch)
 
 
 @dataclass(frozen=True)
@@ -177,8 +204,6 @@ class Suite:
     device: str = "cpu"
     sizes_px: tuple[int, ...] = (512,)
     batch: tuple[int, ...] = (1,)
-    steps: int = 25
-    guidance_scale: float = 7.5
     prompts: tuple[Prompt, ...] = field(default=(Prompt("a photo of a lighthouse at dusk"),))
     shown: tuple[Prompt, ...] = ()
     seed: int = 0
@@ -214,7 +239,8 @@ class Suite:
                 raise UsageError(f"unknown precision {setup.precision!r}", expected=", ".join(PRECISIONS))
         if not self.prompts:
             raise UsageError("no prompts", expected="at least one caption")
-        if min(self.rounds, self.samples, self.end_to_end_samples, self.steps, *self.sizes_px, *self.batch) < 1:
+        counts = (self.rounds, self.samples, self.end_to_end_samples, *self.sizes_px, *self.batch)
+        if min(*counts, *(model.sampling.steps for model in self.models)) < 1:
             raise UsageError("a count under 1", expected="rounds, samples, steps, size and batch of at least 1")
 
     @property
@@ -225,13 +251,24 @@ class Suite:
         """
         return next((setup for setup in self.setups if setup.backend == "torch"), None)
 
+    def pictures_at_once(self, model: ModelUnderTest) -> int:
+        """Returns how many pictures that are not timed a model draws in one call.
+
+        Without guidance it is one, as in use: an engine for such a model may accept no more.
+        """
+        return self.quality_batch if model.sampling.is_guided else 1
+
+    def probes_at_once(self, model: ModelUnderTest) -> int:
+        """Returns how many probes a model gets in one UNet call; without guidance one, as in use."""
+        return self.probes if model.sampling.is_guided else 1
+
     def scenarios(self) -> Iterator[Scenario]:
         """Yields models × setups × sizes × batch sizes, model by model."""
         for model in self.models:
             for setup in self.setups:
                 for size_px in self.sizes_px:
                     for batch in self.batch:
-                        yield Scenario(model, setup, size_px, batch, self.steps, self.guidance_scale)
+                        yield Scenario(model, setup, size_px, batch)
 
     def settings(self) -> dict[str, Any]:
         """Returns the part of the suite that a results file keeps: plain values, without models and paths."""
@@ -241,8 +278,6 @@ class Suite:
             "ways": [[setup.backend, setup.precision] for setup in self.setups],
             "sizes_px": list(self.sizes_px),
             "batch": list(self.batch),
-            "steps": self.steps,
-            "guidance_scale": self.guidance_scale,
             "seed": self.seed,
             "rounds": self.rounds,
             "samples": self.samples,

@@ -197,7 +197,9 @@ def fingerprint(suite: Suite, facts: Mapping[str, Any]) -> str:
         suite: what is measured.
         facts: see `environment.environment`.
     """
-    models = [[m.name, m.sha256, str(m.onnx), str(m.engine), m.decoder_sha256] for m in suite.models]
+    models = [
+        [m.name, m.sha256, str(m.onnx), str(m.engine), m.decoder_sha256, asdict(m.sampling)] for m in suite.models
+    ]
     gpus = [gpu["name"] for gpu in facts["gpu"]]
     machine = [facts["cpu"], facts["cores"], gpus, installed_versions(), facts["commit"]]
     prompts = [asdict(prompt) for prompt in suite.prompts]

@@ -40,6 +40,10 @@ class ModelEntry(Settings):
     )
     plan: str | None = Field(None, description="With `random`: a student with this plan.")
     decoder: str | None = Field(None, description="Folder of a small decoder to draw with, in the place of its VAE.")
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="Its sampling steps. None is the suite's `steps`.")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=MOST_GUIDANCE, description="Its guidance scale. None is the suite's `guidance_scale`."
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelEntry:
@@ -97,12 +101,20 @@ class SuiteFile(Settings):
     batch: tuple[Annotated[int, Field(ge=1, le=MOST_BATCH)], ...] = Field(
         (1,), min_length=1, description="Pictures in one call; each value is a row."
     )
-    steps: int = Field(25, ge=1, le=MOST_STEPS, description="Sampling steps.")
+    steps: int | None = Field(
+        None,
+        ge=1,
+        le=MOST_STEPS,
+        description="Sampling steps of every model. None is each model's own number: 25, or what it was trained for.",
+    )
     guidance_scale: float | None = Field(
         None,
         ge=0,
         le=MOST_GUIDANCE,
-        description="At 1 or less the UNet runs once a step, not twice. None is 7.5, and 2.5 for nano.",
+        description=(
+            "Of every model; at 1 or less the UNet runs once a step, not twice. None is each model's own: 7.5, 2.5 for"
+            " nano, and none for a model that was trained to draw without guidance."
+        ),
     )
     prompts: str | None = Field(None, description="A file of captions: txt, csv, tsv, jsonl, or COCO's json.")
     reference: str | None = Field(None, description="A folder of real pictures, for FID and KID.")

@@ -100,13 +100,18 @@ def command() -> None:
     metavar="N[,N]",
     help="Pictures in one batch; each size is a row.  [default: 1]",
 )
-@click.option("--steps", type=STEPS, help="Sampling steps.  [default: 25]")
+@click.option(
+    "--steps",
+    type=STEPS,
+    help="Sampling steps of every model.  [default: 25, or those that a model was trained for]",
+)
 @click.option(
     "--guidance",
     "guidance_scale",
     type=GUIDANCE,
     help=(
-        "Guidance scale; at 1 or less the UNet runs once a step, not twice.  [default: 7.5; nano and its students 2.5]"
+        "Guidance scale of every model; at 1 or less the UNet runs once a step, not twice."
+        "  [default: 7.5; nano and its students 2.5; none for a model that was trained to draw without]"
     ),
 )
 @click.option(
@@ -267,8 +272,8 @@ def compare_command(before: Path, after: Path, fail_on_slower: bool, as_json: bo
     """Show what changed from one results.json to another, and whether the change is beyond noise.
 
     BEFORE and AFTER are results.json files, or the folders that hold them. The scenarios that are in both files are
-    compared: those with the same model name, backend, precision, size, batch, steps and guidance. Files of different
-    settings are refused. The evidence is the rounds: with fewer than 3 on a side there is no verdict.
+    compared: those with the same model name, backend, precision, size and batch. Files that draw a model in other steps
+    or with another guidance are refused. The evidence is the rounds: with fewer than 3 on a side there is no verdict.
 
     \b
       sdcompress bench compare before/results.json after/results.json
@@ -323,7 +328,8 @@ def _print_dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None
     for row, scenario in zip(rows, suite.scenarios(), strict=True):
         echo(
             f"{scenario.model.name:<12} {scenario.setup!s:<22} {scenario.size_px:>5} px  batch {scenario.batch:<3}"
-            f" {mib(row['memory_bytes']):>14}   UNet step {row['unet_macs'] / 1e9:,.1f} GMACs"
+            f" {mib(row['memory_bytes']):>14}   {scenario.model.sampling},"
+            f" {row['unet_macs'] / 1e9:,.1f} GMACs a UNet step"
         )
     for name, reason in skipped.items():
         echo(f"left out: {name}, {reason}")
@@ -345,6 +351,8 @@ def _print_card(results: Results, output: Path) -> None:
 
 
 def _speed_text(results: Results, row: Row) -> str:
+    from sdcompress_bench.report import format_seconds
+
     several = len({(each.size_px, each.batch) for each in results.rows()}) > 1
     head = f"{row.size_px} px, batch {row.batch}: " if several else ""
     if row.unet_step is None or row.images_per_s is None:
@@ -352,8 +360,8 @@ def _speed_text(results: Results, row: Row) -> str:
     speedup = f", {row.speedup:.2f}× the teacher in PyTorch" if row.speedup else ""
     noisy = ", noisy" if row.unet_step.noisy else ""
     return (
-        f"{head}UNet step {row.unet_step.median:,.1f} ms, {row.images_per_s:.3g} pictures/s{speedup},"
-        f" {row.peak_mib:,.0f} MiB{noisy}"
+        f"{head}{row.sampling}: {format_seconds(1 / row.images_per_s)} s a picture, {row.images_per_s:.3g} pictures/s"
+        f"{speedup}; one UNet step {row.unet_step.median:,.1f} ms, {row.peak_mib:,.0f} MiB{noisy}"
     )
 
 

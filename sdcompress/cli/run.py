@@ -118,7 +118,8 @@ def _model_rows(result: ChainResult, model: dict[str, Any]) -> Iterator[tuple[st
             faster = f", {row.speedup:.2f}× the teacher in PyTorch" if row.speedup else ""
             yield (
                 "",
-                f"{row.setup}: UNet step {row.unet_step.median:.1f} ms, {row.images_per_s or 0:.2f} pictures/s{faster}",
+                f"{row.setup}, {row.sampling}: {row.images_per_s or 0:.2f} pictures/s{faster};"
+                f" one UNet step {row.unet_step.median:.1f} ms",
             )
     if name in results.students:
         distance = results.students[name]["relative_l2_mean"]

@@ -64,7 +64,9 @@ def test_too_few_rounds_give_no_verdict() -> None:
 
 def test_different_scenarios_are_refused() -> None:
     base = results(run("nano", "torch", 100, 1))
-    with pytest.raises(ArtifactError, match=r"steps 25 and 50"):
+    with pytest.raises(
+        ArtifactError, match=r"nano is drawn in 25 steps, guidance 4 there and in 50 steps, guidance 4 here"
+    ):
         compare(base, results(run("nano", "torch", 100, 1), settings=base.settings | {"steps": 50}))
     with pytest.raises(
         ArtifactError,

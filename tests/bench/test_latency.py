@@ -17,7 +17,7 @@ from sdcompress_bench import scenario_timer
 from sdcompress_bench.artifacts import build_artifacts, picture_profile, prepare_artifacts, static_profile
 from sdcompress_bench.journal import Journal
 from sdcompress_bench.latency import STAGES, Latency, case_of, measure
-from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Suite
+from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Sampling, Suite
 from sdcompress_bench.scenario_timer import cuda_peak_mib, time_case
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.profiles import check_ranges, component_profile, parse_profile
@@ -28,10 +28,9 @@ from sdcompress.sampling import generate
 UNET = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 768, "block_out_channels": [320, 640, 1280, 1280]}
 VAE = {"latent_channels": 4, "in_channels": 3, "out_channels": 3, "block_out_channels": [128, 256, 512, 512]}
 QUICK = Suite(
-    models=(ModelUnderTest("teacher", "nowhere"),),
+    models=(ModelUnderTest("teacher", "nowhere", sampling=Sampling(1)),),
     setups=(BackendSetup("torch"),),
     sizes_px=(64,),
-    steps=1,
     prompts=(Prompt("a cat"),),
     rounds=1,
     samples=3,
@@ -43,7 +42,11 @@ QUICK = Suite(
 
 def test_a_model_is_measured_and_a_missing_one_is_recorded(pipeline_folder: Path, tmp_path: Path) -> None:
     suite = dataclasses.replace(
-        QUICK, models=(ModelUnderTest("missing", tmp_path / "missing"), ModelUnderTest("teacher", pipeline_folder))
+        QUICK,
+        models=(
+            ModelUnderTest("missing", tmp_path / "missing"),
+            ModelUnderTest("teacher", pipeline_folder, sampling=Sampling(1)),
+        ),
     )
     journal = Journal()
     missing, teacher = measure(suite, prepare_artifacts(suite, journal), journal)
@@ -75,7 +78,7 @@ def test_values_that_are_not_finite_fail_the_case(pipeline_folder: Path, tmp_pat
     weights = load_file(file)
     weights["conv_out.weight"].fill_(1e38)  # finite, but its sums are not
     save_file(weights, file)
-    suite = dataclasses.replace(QUICK, models=(ModelUnderTest("broken", broken),))
+    suite = dataclasses.replace(QUICK, models=(ModelUnderTest("broken", broken, sampling=Sampling(1)),))
     (run,) = measure(suite, prepare_artifacts(suite, Journal()), Journal())
     assert run.failed is not None
     assert "values that are not finite in float32" in run.failed
@@ -121,7 +124,7 @@ def test_engine_profiles_accept_every_shape_of_a_suite(
         setups=(BackendSetup("tensorrt", "fp16"),),
         sizes_px=(512, 768),
         batch=batches,
-        guidance_scale=guidance_scale,
+        models=(ModelUnderTest("teacher", "nowhere", sampling=Sampling(1, guidance_scale)),),
         pictures=min(pictures, 6),
         quality_pictures=pictures,
         probes=4,
@@ -137,11 +140,11 @@ def test_engine_profiles_accept_every_shape_of_a_suite(
             component_profile("text_encoder", {"hidden_size": 768}, static, 8).shapes["input_ids"][2][0]
             >= scenario.batch
         )
-    free = parse_profile(picture_profile(suite), 512, 64)
-    at_once = min(suite.quality_batch, max(1, pictures))
+    free = parse_profile(picture_profile(suite, suite.models[0]), 512, 64)
+    at_once = min(suite.pictures_at_once(suite.models[0]), max(1, pictures))
     least, _, most = component_profile("unet", UNET, free, 8).shapes["sample"]
     assert least[0] == 1
-    assert most[0] >= max(suite.probes, at_once * (2 if guidance_scale > 1 else 1))
+    assert most[0] == (1 if guidance_scale <= 1 else max(suite.probes, 2 * at_once))
     assert component_profile("vae_decoder", VAE, free, 8).shapes["latent_sample"][2][0] == at_once
 
 
@@ -181,7 +184,9 @@ def test_a_compiled_unet_is_compiled_once_for_pictures_and_steps(
     monkeypatch.setattr(sampling, "generate", generate_and_count)
     torch._dynamo.reset()
     suite = dataclasses.replace(
-        QUICK, models=(ModelUnderTest("teacher", pipeline_folder),), setups=(BackendSetup("compile"),)
+        QUICK,
+        models=(ModelUnderTest("teacher", pipeline_folder, sampling=Sampling(1)),),
+        setups=(BackendSetup("compile"),),
     )
     (scenario,) = suite.scenarios()
     time_case(case_of(scenario, suite, {("teacher", BackendSetup("compile")): {}}))
@@ -223,7 +228,8 @@ def test_artifacts_that_cannot_be_built_are_a_failed_row_and_are_not_timed() -> 
 
 def test_guidance_doubles_the_unet_batch() -> None:
     for guidance, doubled in ((7.5, 8), (1.0, 4)):
-        (scenario,) = dataclasses.replace(QUICK, batch=(4,), guidance_scale=guidance).scenarios()
+        model = ModelUnderTest("teacher", "nowhere", sampling=Sampling(1, guidance))
+        (scenario,) = dataclasses.replace(QUICK, batch=(4,), models=(model,)).scenarios()
         assert scenario.unet_batch == doubled
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sdcompress_bench import suite
 from sdcompress_bench.journal import Journal
 from sdcompress_bench.results import Results, read_results
-from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Suite
+from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Sampling, Suite
 from sdcompress_engines.errors import ArtifactError, BackendMissing, ModelError
 from sdcompress_engines.manifest import faults, read_manifest
 
@@ -45,11 +45,12 @@ def student_folder(pipeline_folder: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def settings(pipeline_folder: Path, student_folder: Path, clip_folder: Path) -> Suite:
     return Suite(
-        models=(ModelUnderTest("teacher", pipeline_folder), ModelUnderTest("student", student_folder)),
+        models=(
+            ModelUnderTest("teacher", pipeline_folder, sampling=Sampling(1, 1.0)),
+            ModelUnderTest("student", student_folder, sampling=Sampling(1, 1.0)),
+        ),
         setups=(BackendSetup("torch"), BackendSetup("torch", "bf16"), BackendSetup("onnxruntime")),
         sizes_px=(64,),
-        steps=1,
-        guidance_scale=1.0,
         prompts=PROMPTS,
         rounds=1,
         samples=3,
@@ -192,7 +193,10 @@ def test_a_missing_model_costs_its_own_row_and_a_setup_that_overflows_fails_its_
     weights = load_file(file)
     weights["conv_in.weight"][0] = 7e4  # too large only for half precision
     save_file(weights, file)
-    models = (ModelUnderTest("teacher", broken), ModelUnderTest("missing", tmp_path / "missing", sha256="0"))
+    models = (
+        ModelUnderTest("teacher", broken, sampling=Sampling(1, 1.0)),
+        ModelUnderTest("missing", tmp_path / "missing", sha256="0"),
+    )
     short = dataclasses.replace(
         settings,
         models=models,
@@ -264,14 +268,13 @@ def test_a_teacher_that_does_not_run_ends_the_suite_and_leaves_no_report(setting
 def test_sdxl_is_measured_with_both_text_encoders_and_its_sizes(
     settings: Suite, sdxl_folder: Path, tmp_path: Path
 ) -> None:
-    models = (ModelUnderTest("sdxl", sdxl_folder), ModelUnderTest("copy", sdxl_folder))
+    models = tuple(ModelUnderTest(name, sdxl_folder, sampling=Sampling(1, 5.0)) for name in ("sdxl", "copy"))
     results = suite.run_suite(
         dataclasses.replace(
             settings,
             models=models,
             setups=(BackendSetup("torch"),),
             sizes_px=(128,),
-            guidance_scale=5.0,
             quality_pictures=0,
             pictures=1,
             metric=None,
@@ -291,7 +294,9 @@ def test_the_fingerprint_changes_with_everything_that_figures_depend_on(settings
     base = suite.fingerprint(settings, facts)
     assert base == suite.fingerprint(settings, dict(facts))
     others = [
-        dataclasses.replace(settings, steps=2),
+        dataclasses.replace(
+            settings, models=tuple(dataclasses.replace(m, sampling=Sampling(2, 1.0)) for m in settings.models)
+        ),
         dataclasses.replace(settings, prompts=PROMPTS[:3]),
         dataclasses.replace(settings, models=settings.models[:1]),
     ]

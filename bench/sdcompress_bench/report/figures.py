@@ -23,14 +23,15 @@ _QUALITY_AXES = (
 
 
 def speed_plots(results: Results) -> list[Markup]:
-    """Returns the bars of UNet steps and whole pictures, and speed against quality."""
+    """Returns the bars of whole pictures and of UNet steps, and speed against quality."""
     rows = [row for row in results.rows() if not row.failed]
     steps = [(row, row.unet_step) for row in rows]
     whole = [(row, row.end_to_end) for row in rows]
+    counts = " or ".join(map(str, dict.fromkeys(row.sampling.steps for row in rows)))
     plots = []
     for title, summaries in (
-        ("One UNet step, ms (median, 95% interval)", steps),
         ("Prompt to picture, ms (median, 95% interval)", whole),
+        (f"One of a picture's {counts} UNet steps, ms (median, 95% interval)", steps),
     ):
         bars = [
             svg.Bar(format_row_name(results, row), s.median, s.low, s.high, format_ms(s.median), row.setup.backend)

@@ -24,6 +24,11 @@ def format_rate(value: float) -> str:
     return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
 
 
+def format_seconds(value: float) -> str:
+    """Returns seconds with three digits, or without decimals from 100 on, for a unit to follow."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def format_large(value: float) -> str:
     """Returns a number of operations or bytes with its SI prefix, for a unit to follow."""
     return f"{value / 1e12:,.1f} T" if value >= 1e12 else f"{value / 1e9:,.1f} G"

@@ -55,7 +55,7 @@ def render_html(results: Results, folder: Path) -> str:
             answer=tables.answer_table(results),
             speed_plots=figures.speed_plots(results),
             stages=tables.stage_table(results),
-            columns=[_column(entry) for entry in results.pictures],
+            columns=[_column(results, entry) for entry in results.pictures],
             pictures_note=text.pictures_note(results),
             picture_rows=list(_picture_rows(results, folder)),
             quality=tables.quality_tables(results),
@@ -87,9 +87,12 @@ def _keep_intervals(cell: str) -> Markup:
     return Markup(_INTERVAL.sub(r"<i>\1</i>", str(escape(cell))))
 
 
-def _column(entry: dict[str, Any]) -> tuple[str, str]:
-    """Returns the model and the backend setup of a column of the picture grid."""
-    return str(entry["model"]), str(BackendSetup(entry["backend"], entry["precision"]))
+def _column(results: Results, entry: dict[str, Any]) -> tuple[str, str]:
+    """Returns the model and the backend setup of a column of the picture grid; with its steps where they differ."""
+    sampling = results.sampling()
+    differ = entry["model"] in sampling and len(set(sampling.values())) > 1
+    setup = str(BackendSetup(entry["backend"], entry["precision"]))
+    return str(entry["model"]), f"{setup}, {sampling[entry['model']]}" if differ else setup
 
 
 def _picture_rows(results: Results, folder: Path) -> Iterator[tuple[str, list[str]]]:

@@ -16,6 +16,7 @@ from .formatting import (
     format_ms,
     format_or_dash,
     format_rate,
+    format_seconds,
     format_setup,
 )
 
@@ -58,35 +59,38 @@ class Table:
 
 
 def answer_table(results: Results) -> Table:
-    """Returns the main table: a row for each model, backend setup, size and batch."""
+    """Returns the main table: a row for each model, backend setup, size and batch. Whole pictures stand first."""
     head = (
         "model",
+        "drawn in",
         "parameters",
         "UNet size",
         "backend",
-        "UNet step",
+        "s a picture",
         "pictures/s",
         "speed-up",
+        "one UNet step",
         "of peak",
         "peak memory",
         "relative L2 to PyTorch fp32",
     )
     rows = list(results.rows())
-    return Table("", head, [_answer_cells(results, row) for row in rows], [row.setup.backend for row in rows], left=4)
+    return Table("", head, [_answer_cells(results, row) for row in rows], [row.setup.backend for row in rows], left=5)
 
 
 def _answer_cells(results: Results, row: Row) -> list[str]:
     setup = format_setup(results, row)
+    names = [row.model, str(row.sampling), format_millions(row.parameters)]
     if row.failed or row.unet_step is None or row.images_per_s is None or row.peak_mib is None:
-        return [row.model, format_millions(row.parameters), NO_FIGURE, setup, f"failed: {row.failed}"] + [NO_FIGURE] * 5
+        return [*names, NO_FIGURE, setup, f"failed: {row.failed}"] + [NO_FIGURE] * 6
     return [
-        row.model,
-        format_millions(row.parameters),
+        *names,
         f"{row.unet_mib:,.1f} MiB",
         setup,
-        format_ms(row.unet_step.median) + (" (noisy)" if row.unet_step.noisy else ""),
+        format_seconds(1 / row.images_per_s),
         format_rate(row.images_per_s),
         f"{row.speedup:.2f}×" if row.speedup else NO_FIGURE,
+        format_ms(row.unet_step.median) + (" (noisy)" if row.unet_step.noisy else ""),
         f"{row.share_of_peak:.0%}" if row.share_of_peak else NO_FIGURE,
         f"{row.peak_mib:,.0f} MiB",
         _fidelity(row),
@@ -104,12 +108,12 @@ def stage_table(results: Results) -> Table:
     head = (
         "model",
         "backend",
+        "end to end",
         "text encoder",
-        "UNet step",
+        "one UNet step",
         "p90",
         "p99",
         "VAE decode",
-        "end to end",
         "load",
         "first picture",
         "build",
@@ -124,7 +128,7 @@ def _stage_rows(results: Results) -> Iterable[list[str]]:
         if text and step and vae and whole:
             first = min(load + picture for load, picture in zip(run.load_ms, run.first_image_ms, strict=True))
             build = NO_FIGURE if run.build_s is None else f"{run.build_s:,.0f} s"
-            times = [text.median, step.median, step.p90, step.p99, vae.median, whole.median, min(run.load_ms), first]
+            times = [whole.median, text.median, step.median, step.p90, step.p99, vae.median, min(run.load_ms), first]
             yield [run.model, format_setup(results, run), *map(format_ms, times), build]
 
 
@@ -150,6 +154,7 @@ def _student_tables(results: Results) -> Iterable[Table]:
         keys = _present(_STUDENT_NAMES, results.students)
         rows = [[name, *(format_figure(figures.get(k)) for k in keys)] for name, figures in results.students.items()]
         title = f"Student against {results.teacher}, equal prompts and seeds"
+        title += ", each in its own steps" if len(set(results.sampling().values())) > 1 else ""
         yield Table(title, ["student", *(_STUDENT_NAMES[key] for key in keys)], rows)
 
 

@@ -28,7 +28,10 @@ def headline(results: Results) -> str:
         and (row.size_px, row.batch) == (best.size_px, best.batch)
     )
     uncertain = any(s is None or s.noisy or s.count < 3 for s in (best.end_to_end, reference.end_to_end))
-    claim = f"{best.model} on {best.setup} makes pictures {best.speedup:.2f}× as fast as {base}"
+    name = best.model
+    if best.sampling != reference.sampling:
+        name, base = f"{name} ({best.sampling})", f"{results.teacher} ({reference.sampling}) in {results.baseline}"
+    claim = f"{name} on {best.setup} makes pictures {best.speedup:.2f}× as fast as {base}"
     return claim + (", if these few or scattered samples can be trusted" if uncertain else "")
 
 
@@ -45,8 +48,16 @@ def subline(results: Results) -> str:
     settings = results.settings
     sizes = " and ".join(map(str, settings["sizes_px"]))
     random = ", random weights" if any(model.get("random") for model in results.models) else ""
-    parts.append(f"{sizes} px, {settings['steps']} steps, guidance {settings['guidance_scale']:g}{random}")
+    parts.append(f"{sizes} px, {_sampling(results)}{random}")
     return ". ".join(parts) + "."
+
+
+def _sampling(results: Results) -> str:
+    """Returns in how many steps and with which guidance the pictures were drawn; by model where they differ."""
+    found = results.sampling()
+    if len(set(found.values())) == 1:
+        return str(next(iter(found.values())))
+    return "; ".join(f"{name} in {sampling}" for name, sampling in found.items())
 
 
 def _quality_parts(results: Results) -> Iterator[str]:
@@ -116,8 +127,15 @@ def pictures_note(results: Results) -> str | None:
 def method(results: Results) -> list[str]:
     """Returns a paragraph for each thing that was measured: how, and what the figure means."""
     settings = results.settings
-    guided = settings["guidance_scale"] > 1
-    inputs = "2 × batch latents, as classifier-free guidance makes it" if guided else "batch latents, without guidance"
+    guided = {sampling.is_guided for sampling in results.sampling().values()}
+    inputs = " or ".join(
+        text
+        for is_guided, text in (
+            (True, "2 × batch latents, as classifier-free guidance makes it"),
+            (False, "batch latents, without guidance"),
+        )
+        if is_guided in guided
+    )
     paragraphs = [
         f"Every case runs in a fresh process, {settings['rounds']} time(s), taking turns and never two at once. After a"
         f" warm-up until calls agree within 10%, up to {settings['samples']} calls of a stage are timed a round"
@@ -125,7 +143,8 @@ def method(results: Results) -> list[str]:
         " and include how rounds differ, if there are two or more. Raw samples are in results.json.",
         f"A UNet step is one call on {inputs}."
         f" Speed-up compares pictures a second, prompt to pixels, with {results.teacher} in"
-        f" {results.baseline or 'PyTorch'} at the same size and batch. Peak memory is the GPU's where there is one,"
+        f" {results.baseline or 'PyTorch'} at the same size and batch, each model in its own steps and with its own"
+        " guidance. Peak memory is the GPU's where there is one,"
         " else the resident memory of the process, the Python runtime and its libraries included. The first picture"
         " includes loading and warming up.",
         "Of peak: multiply-adds counted in convolutions, products and attention, over what this device reached in"

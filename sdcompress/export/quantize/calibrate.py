@@ -13,7 +13,8 @@ from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.export.quantize.recorder import InputRecorder
 from sdcompress.families.registry import family_of
-from sdcompress.sampling import initial_latents
+from sdcompress.families.sampling_defaults import SamplingDefaults, sampling_defaults
+from sdcompress.sampling import check_guidance, initial_latents
 from sdcompress.support.pipeline import TextToImagePipeline, native_size_px
 
 PROMPTS = (
@@ -35,7 +36,13 @@ HELD_OUT_PROMPTS = (
     "a futuristic city skyline with flying cars, digital art",
 )
 
+_STEPS, _SAMPLES = 20, 64
 _PROMPTS_AT_ONCE = 2  # with guidance, each is two rows of a batch
+
+
+def calibration_steps(defaults: SamplingDefaults) -> int:
+    """Returns in how many steps a pipeline is calibrated: its own, if it was trained for them."""
+    return defaults.num_inference_steps if defaults.is_few_step else _STEPS
 
 
 def default_prompts(pipeline: TextToImagePipeline) -> tuple[list[str], list[str]]:
@@ -55,8 +62,8 @@ def collect_calibration(
     pipeline: TextToImagePipeline,
     prompts: Sequence[str],
     *,
-    steps: int = 20,
-    samples: int = 64,
+    steps: int | None = None,
+    samples: int | None = None,
     guidance_scale: float | None = None,
     size_px: int | None = None,
     seed: int = 0,
@@ -71,19 +78,26 @@ def collect_calibration(
     Args:
         pipeline: in torch. It stays unchanged, and nothing is decoded.
         prompts: at least one.
-        steps: denoising steps.
-        samples: rows to return, N.
-        guidance_scale: None is the family's. At 1 or less there is no unconditional half.
+        steps: denoising steps; None is 20, or the number that the pipeline was trained for.
+        samples: rows to return, N; None is 64, or of a pipeline that was trained for few steps all, if there are fewer.
+        guidance_scale: None is the pipeline's own. At 1 or less there is no unconditional half.
         size_px: side of the picture; None is the UNet's own.
         seed: of the first prompt's noise; each further prompt has the next one.
         report: gets the progress.
 
     Raises:
         DataError: no prompts, or fewer UNet calls times prompts than `samples`.
+        UsageError: guidance for a pipeline that was trained to draw without it.
     """
+    defaults = sampling_defaults(pipeline)
+    check_guidance(defaults, guidance_scale, None)
+    guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
+    steps = calibration_steps(defaults) if steps is None else steps
+    if samples is None:
+        rows = steps * len(prompts) * (1 if guidance_scale <= 1 else 2)
+        samples = min(_SAMPLES, rows) if defaults.is_few_step else _SAMPLES
     if not prompts or samples < 1 or steps < 1:
         raise DataError(f"{len(prompts)} prompts, {samples} samples, {steps} steps", expected="at least one of each")
-    guidance_scale = family_of(pipeline.unet.config).guidance_scale if guidance_scale is None else guidance_scale
     used = list(prompts[: samples if guidance_scale <= 1 else -(-samples // 2)])
     label = f"drawing {len(used)} prompts to calibrate with"
     with report.task(label) as advance, torch.no_grad(), _hidden_progress_bar(pipeline):

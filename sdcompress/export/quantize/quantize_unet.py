@@ -12,10 +12,16 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners import TorchRunner
 
 from sdcompress.export.components import component_graph, signature_of
-from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, rename_for_host
+from sdcompress.export.quantize.calibrate import (
+    calibration_steps,
+    collect_calibration,
+    default_prompts,
+    rename_for_host,
+)
 from sdcompress.export.quantize.check import Accuracy, check_quantized
 from sdcompress.export.quantize.precisions import Quantized
 from sdcompress.export.quantize.quantize_graph import QuantizeResult, quantize_graph
+from sdcompress.families.sampling_defaults import sampling_defaults
 from sdcompress.support.pipeline import TextToImagePipeline
 
 _HELD_OUT_SEED = 1000
@@ -63,7 +69,8 @@ def quantize_unet(
     if torch.cuda.is_available():
         pipeline.to("cuda")
     rows = collect_calibration(pipeline, prompts or calibration_prompts, report=report)
-    feeds = collect_calibration(pipeline, held_out, samples=4 * len(held_out), seed=_HELD_OUT_SEED, report=report)
+    samples = min(4, calibration_steps(sampling_defaults(pipeline))) * len(held_out)
+    feeds = collect_calibration(pipeline, held_out, samples=samples, seed=_HELD_OUT_SEED, report=report)
     pipeline.to(device)
     exact = signature_of("unet", pipeline.unet, "fp32", host)
     calibration = rename_for_host(rows, exact.names, pipeline.unet)
