@@ -96,11 +96,11 @@ def generate(
                 output_type="np",
             ).images
         dtype = str(pipeline.unet.dtype).removeprefix("torch.")
-        pictures += _to_pictures(pixels, f"in {dtype}, after {steps} steps of the {type(pipeline.scheduler).__name__}")
+        pictures += to_pictures(pixels, f"in {dtype}, after {steps} steps of the {type(pipeline.scheduler).__name__}")
     return pictures
 
 
-def _to_pictures(pixels: np.ndarray, drawn: str) -> list[Image.Image]:
+def to_pictures(pixels: np.ndarray, drawn: str) -> list[Image.Image]:
     """Returns pictures of pixels in [0, 1], (B, H, W, 3), as diffusers does, which makes black ones of NaN.
 
     Args:
@@ -116,6 +116,18 @@ def _to_pictures(pixels: np.ndarray, drawn: str) -> list[Image.Image]:
             hint="--precision fp32 or bf16, another number of steps, or a scheduler config that fits the model",
         )
     return [Image.fromarray(picture) for picture in (pixels * 255).round().astype(np.uint8)]
+
+
+def encode_pictures(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Returns the latents of pictures as the UNet takes them, without noise, (B, C, H/8, W/8), in the VAE's dtype.
+
+    Args:
+        vae: of a pipeline on any backend, a small decoder with its encoder too.
+        pixels: (B, 3, H, W) in [-1, 1], in the VAE's dtype, on its device.
+    """
+    encoded = vae.encode(pixels)
+    latents: torch.Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents * vae.config.scaling_factor
 
 
 def check_steps(scheduler: Any, steps: int) -> None:

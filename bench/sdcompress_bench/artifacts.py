@@ -44,6 +44,7 @@ def _prepare(suite: Suite, model: ModelUnderTest, setup: BackendSetup, journal: 
     existing = model.artifacts(setup.backend)
     case: dict[str, Any] = {
         "path": str(model.path),
+        "decoder": model.decoder and str(model.decoder),
         "backend": setup.backend,
         "precision": setup.precision,
         "device": suite.device,
@@ -105,7 +106,10 @@ def build_artifacts(case: dict[str, Any]) -> dict[str, Any]:
     folder = Path(case["artifacts"]) if case["artifacts"] else None
     if folder is None and case["backend"] == "aot":
         folder = cached_package(load_pipeline(case["path"]), case["device"], case["precision"]).parent
-    folder = folder or cached_artifacts(case["path"], case["backend"], case["precision"], profiles=case["profiles"])
+    decoder = Path(case["decoder"]) if case["decoder"] else None
+    folder = folder or cached_artifacts(
+        case["path"], case["backend"], case["precision"], profiles=case["profiles"], decoder=decoder
+    )
     manifest = read_manifest(folder)
     figures = manifest.figures if manifest else {}
     parts = [figures, *(part for part in figures.values() if isinstance(part, dict))]

@@ -88,8 +88,9 @@ def build_suite(
     precision = file.precision or ("fp16" if device == "cuda" else "fp32")
     names = (file.gpu_backends if device == "cuda" else None) or file.backends
     measured, skipped = choose_backends(names, device, precision)
-    found = models or tuple(find_model(entry) for entry in file.models)
-    chosen = tuple(_with_sampling(model, entry, file) for model, entry in zip(found, file.models, strict=True))
+    entries = file.models if models else _with_decoder(file)
+    found = models or tuple(find_model(entry) for entry in entries)
+    chosen = tuple(_with_sampling(model, entry, file) for model, entry in zip(found, entries, strict=True))
     _check_gates(file, chosen, where)
     native_size_px = _native_size_px(chosen[0])
     prompts = _choose_prompts(chosen[0], file, quick)
@@ -168,18 +169,37 @@ def find_model(entry: ModelEntry) -> ModelUnderTest:
     A model with random weights has no hash yet: `models.prepare_model` creates the weights and computes it.
 
     Raises:
-        UsageError, ModelError: there is no such model.
+        UsageError, ModelError: there is no such model, or no such decoder.
     """
-    from sdcompress.models.locate import BUILT_IN, display_name, hash_pipeline, locate_pipeline
+    from sdcompress.models.decoder import hash_decoder, locate_decoder
+    from sdcompress.models.locate import display_name, hash_pipeline, locate_pipeline
+    from sdcompress.models.nano import BUILT_IN
 
+    decoder = None if entry.decoder is None else locate_decoder(entry.decoder)
+    found: dict[str, Any] = {} if decoder is None else {"decoder": decoder, "decoder_sha256": hash_decoder(decoder)}
     if entry.random:
         random = Random(entry.random, entry.plan)
         name = entry.name or f"{entry.random} {entry.plan or ''}".strip()
-        return ModelUnderTest(name, random_folder(random), random=random)
+        return ModelUnderTest(name + _suffix(entry), random_folder(random), random=random, **found)
     folder = locate_pipeline(str(entry.path))
     metrics = folder.parent / "metrics.jsonl"
-    name = entry.name or (str(entry.path) if entry.path in BUILT_IN else display_name(folder))
-    return ModelUnderTest(name, folder, sha256=hash_pipeline(folder), metrics=metrics if metrics.is_file() else None)
+    name = entry.name or (str(entry.path) if entry.path in BUILT_IN else display_name(folder)) + _suffix(entry)
+    found["metrics"] = metrics if metrics.is_file() else None
+    return ModelUnderTest(name, folder, sha256=hash_pipeline(folder), **found)
+
+
+def _suffix(entry: ModelEntry) -> str:
+    """Returns what the name of an entry without one ends in, so that it differs from the model with its own VAE."""
+    return " with small decoder" if entry.decoder and not entry.name else ""
+
+
+def _with_decoder(file: SuiteFile) -> tuple[ModelEntry, ...]:
+    """Returns the models of a suite, with the last one once more where a decoder is given."""
+    if file.decoder is None:
+        return file.models
+    last = file.models[-1]
+    name = f"{last.name} with small decoder" if last.name else None
+    return (*file.models, last.model_copy(update={"decoder": file.decoder, "name": name}))
 
 
 def read_configs(model: ModelUnderTest) -> dict[str, Any]:

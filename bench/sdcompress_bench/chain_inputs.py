@@ -73,7 +73,8 @@ def read_inputs(settings: ChainSettings) -> Inputs:
             settings are wrong. BackendMissing: what the training needs is not installed.
     """
     from sdcompress.data.sources import open_source
-    from sdcompress.models.locate import BUILT_IN, display_name, locate_pipeline, read_unet_config, refuse_student
+    from sdcompress.models.locate import display_name, locate_pipeline, read_unet_config, refuse_student
+    from sdcompress.models.nano import BUILT_IN
     from sdcompress.prune.presets import read_plan
     from sdcompress.prune.student import meta_unet
     from sdcompress.train.accelerator import check_settings

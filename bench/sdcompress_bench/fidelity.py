@@ -18,6 +18,7 @@ from PIL import Image
 from sdcompress_engines.errors import ModelError
 from sdcompress_engines.exactness import FP32_LIMIT, HALF_FACTOR, relative_l2
 
+from sdcompress.sampling import encode_pictures
 from sdcompress.support.pipeline import TextToImagePipeline
 
 from .metrics import PSNR_CAP_DB, Lpips, psnr, ssim
@@ -161,7 +162,12 @@ def tokens(tokenizer: Any, captions: Sequence[str], device: torch.device | str) 
 
 
 def load(
-    path: str | Path, backend: str, artifacts: str | Path | None = None, device: str = "cpu", precision: str = "fp32"
+    path: str | Path,
+    backend: str,
+    artifacts: str | Path | None = None,
+    device: str = "cpu",
+    precision: str = "fp32",
+    decoder: str | Path | None = None,
 ) -> TextToImagePipeline:
     """Returns a pipeline without a progress bar.
 
@@ -173,8 +179,13 @@ def load(
         artifacts: what the backend runs from; None takes the backend's own choice.
         device: `cpu` or `cuda`.
         precision: fp32, fp16 or bf16.
+        decoder: folder of a small decoder in the place of the VAE; graphs and engines were made with it.
     """
     from sdcompress.backends.assemble import open_pipeline
+    from sdcompress.backends.registry import find_backend
+
+    if artifacts is not None and find_backend(backend).artifact is not None:
+        decoder = None
 
     pipeline = open_pipeline(
         path,
@@ -183,6 +194,7 @@ def load(
         device=device,
         precision=precision,  # type: ignore[arg-type]
         steady=True,
+        decoder=None if decoder is None else Path(decoder),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -209,7 +221,7 @@ def make_probe(
     """
     vae, device = pipeline.vae, pipeline.unet.device
     pixels = torch.stack([to_pixels(image) for image in images]).to(device, vae.dtype) * 2 - 1
-    clean = (vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor).float().cpu()
+    clean = encode_pictures(vae, pixels).float().cpu()
     return _noised(pipeline, clean, captions, timesteps, seed, images[0].width)
 
 

@@ -138,6 +138,7 @@ def case_of(scenario: Scenario, suite: Suite, artifacts: Artifacts) -> dict[str,
     prompts = [suite.prompts[i % len(suite.prompts)].caption for i in range(scenario.batch)]
     return {
         "path": str(scenario.model.path),
+        "decoder": scenario.model.decoder and str(scenario.model.decoder),
         "backend": scenario.setup.backend,
         "artifacts": find_artifacts(scenario, artifacts).get("artifacts"),
         "precision": scenario.setup.precision,

@@ -148,6 +148,7 @@ class OutputComparison:
         count = len(drawn.prompts) if setup == self.drawing_setup else drawn.grid_count if in_grid else 0
         case = {
             "path": str(model.path),
+            "decoder": model.decoder and str(model.decoder),
             "backend": setup.backend,
             "artifacts": artifacts.get("artifacts"),
             "device": suite.device,

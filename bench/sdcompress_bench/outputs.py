@@ -33,15 +33,16 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
     the UNet does not accept the probe.
 
     Args:
-        case: `path`, `backend`, `artifacts`, `device`, `precision` of the model; `folder` to write to; `captions` and
-            `seeds` of the pictures; `probe`, the file of a probe to predict for; or `make_probe`, from how many
-            pictures to make a new probe, with `timesteps` and `random`; `probes_at_once` in a UNet call.
+        case: `path`, `backend`, `artifacts`, `device`, `precision`, `decoder` of the model; `folder` to write to;
+            `captions` and `seeds` of the pictures; `probe`, the file of a probe to predict for; or `make_probe`, from
+            how many pictures to make a new probe, with `timesteps` and `random`; `probes_at_once` in a UNet call.
     """
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline = fidelity.load(case["path"], case["backend"], case["artifacts"], case["device"], case["precision"])
+    places = (case["artifacts"], case["device"], case["precision"], case["decoder"])
+    pipeline = fidelity.load(case["path"], case["backend"], *places)
     images = _draw(pipeline, case)
     for number, image in enumerate(images):
         save_picture(image, folder / f"{number:04}.png")

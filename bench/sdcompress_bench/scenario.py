@@ -86,6 +86,8 @@ class ModelUnderTest:
         metrics: the `metrics.jsonl` of its training, for the loss curves.
         random: the family and plan from which `path` is created with random weights. Such a model is good for latency
             and memory, not for pictures.
+        decoder: folder of the small decoder that it draws with, in the place of its VAE.
+        decoder_sha256: hash of that folder.
         sampling: its steps and its guidance.
     """
 
@@ -96,6 +98,8 @@ class ModelUnderTest:
     sha256: str = ""
     metrics: Path | None = None
     random: Random | None = None
+    decoder: Path | None = None
+    decoder_sha256: str = ""
     sampling: Sampling = Sampling()
 
     def artifacts(self, backend: str) -> Path | None:

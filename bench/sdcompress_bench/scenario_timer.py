@@ -76,7 +76,8 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     used_before = gpu_memory_used_mib() if cuda else None  # before this process has a context, which counts too
     free_before = torch.cuda.mem_get_info()[0] if cuda else 0
     started = time.perf_counter()
-    pipeline = load(case["path"], case["backend"], case["artifacts"], case["device"], case["precision"])
+    places = (case["artifacts"], case["device"], case["precision"], case["decoder"])
+    pipeline = load(case["path"], case["backend"], *places)
     load_ms = _since(started)
     options = {"steps": case["steps"], "guidance_scale": case["guidance_scale"], "size_px": case["size_px"]}
     seeds = [case["seed"] + i for i in range(case["batch"])]

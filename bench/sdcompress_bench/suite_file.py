@@ -39,6 +39,7 @@ class ModelEntry(Settings):
         None, description="In place of a path: the shape of this family, with random weights."
     )
     plan: str | None = Field(None, description="With `random`: a student with this plan.")
+    decoder: str | None = Field(None, description="Folder of a small decoder to draw with, in the place of its VAE.")
     steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="Its sampling steps. None is the suite's `steps`.")
     guidance_scale: float | None = Field(
         None, ge=0, le=MOST_GUIDANCE, description="Its guidance scale. None is the suite's `guidance_scale`."
@@ -79,6 +80,9 @@ class SuiteFile(Settings):
     title: str = Field("", description="The title of the report.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` is cuda where there is one.")
     models: tuple[ModelEntry, ...] = Field(min_length=1, description="The first is the teacher.")
+    decoder: str | None = Field(
+        None, description="Folder of a small decoder: the last model is measured once more, with it."
+    )
     backends: tuple[str, ...] | None = Field(
         None,
         min_length=1,

@@ -31,6 +31,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
+from sdcompress.families.schemas.check import is_tiny_vae
+from sdcompress.support.pipeline import vae_config
+
 BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "fp8": 1}
 """Precision → bytes of a value, weight or activation."""
 
@@ -76,7 +79,7 @@ def count_work(
         component: a module on any device, in any dtype.
         example: the call's arguments by name, tensors on any device: a UNet's `sample`, `timestep`,
             `encoder_hidden_states` and SDXL's `added_cond_kwargs`, a text encoder's `input_ids`, the `z` of a VAE's
-            `decode`.
+            `decode`, or the `x` of a small decoder's.
         bytes_per_value: of every floating-point value, whatever the component's dtype; other values have their own.
         method: the component's method that is called.
 
@@ -266,7 +269,7 @@ def count_pipeline(
         latents = torch.empty(batch, vae.config.latent_channels, side, side)
         examples: dict[str, tuple[str, dict[str, Any], str]] = {
             "unet": ("unet", _unet_example(unet.config, rows, side), "forward"),
-            "vae_decoder": ("vae", {"z": latents}, "decode"),
+            "vae_decoder": ("vae", {"x" if is_tiny_vae(vae_config(vae)) else "z": latents}, "decode"),
         }
         for name in parts.keys() & {"text_encoder", "text_encoder_2"}:
             examples[name] = (name, {"input_ids": torch.zeros(batch, CONTEXT_TOKENS, dtype=torch.long)}, "forward")

@@ -37,6 +37,7 @@ def find_host_difference(scheduler: Mapping[str, Any], vae: Mapping[str, Any], *
         f"the noise of {noise}": noise is not None,
         f"the prediction type {prediction}": prediction not in ("epsilon", "v_prediction"),
         "a mean of its latents": vae.get("latents_mean") is not None,
+        "a small decoder in the place of its VAE": vae.get("_class_name") == "AutoencoderTiny",
         "a noise schedule of its own": schedule and betas != (None, _SCHEDULE),
     }
     return next((what for what, is_there in differences.items() if is_there), None)

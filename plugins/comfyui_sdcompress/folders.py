@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calls import Limits
-from .library import engine_files, errors, export_folder, flavour, manifest, noise, signature, trust
+from .library import engine_files, errors, export_folder, few_steps, flavour, manifest, noise, signature, trust
 
 if TYPE_CHECKING:
+    from sdcompress_engines.few_steps import FewStepSampling
     from sdcompress_engines.manifest import Manifest
 
 BUILD = "sdcompress export MODEL --trt --signature comfyui -o DIR"
@@ -45,6 +46,7 @@ class EngineFolder:
         scaling_factor: of the latents, or None if the pipeline lacks it.
         dtype: of the graph's float tensors.
         limits: of its profiles; empty if every shape runs.
+        sampling: that a few-step model was trained for, or None.
     """
 
     name: str
@@ -58,6 +60,7 @@ class EngineFolder:
     scaling_factor: float | None
     dtype: torch.dtype
     limits: tuple[Limits, ...]
+    sampling: FewStepSampling | None = None
 
     @property
     def bytes(self) -> int:
@@ -156,6 +159,7 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
         scaling_factor=None if scaling is None else float(scaling),
         dtype=_DTYPES[precision],
         limits=tuple(Limits.of(each, host) for each in folder_manifest.config.get("profiles", {}).get("unet", [])),
+        sampling=few_steps.read_exported_few_steps(folder, folder_manifest),
     )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         engine_files,
         errors,
         export_folder,
+        few_steps,
         flavour,
         manifest,
         noise,
@@ -27,15 +28,15 @@ else:
         if (Path(__file__).parent / "sdcompress_engines").is_dir()
         else "sdcompress_engines"
     )
-    calls, engine_files, errors, export_folder, flavour, manifest, noise, runners, signature, trust, unet = (
+    calls, engine_files, errors, export_folder, few_steps, flavour, manifest, noise, runners, signature, trust, unet = (
         importlib.import_module(f"{_ROOT}.{name}")
         for name in (
-            *("calls", "engine_files", "errors", "export_folder", "flavour"),
+            *("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour"),
             *("manifest", "noise", "runners", "signature", "trust", "unet"),
         )
     )
 
 __all__ = [
-    *("calls", "engine_files", "errors", "export_folder", "flavour"),
+    *("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour"),
     *("manifest", "noise", "runners", "signature", "trust", "unet"),
 ]

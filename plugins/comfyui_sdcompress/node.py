@@ -13,7 +13,7 @@ from typing import Any
 from .folders import EngineFolder, engine_folders, find_obstacle, read_folder
 from .layout import ldm_layout
 from .library import errors, manifest
-from .model import EngineModel
+from .model import LOG, EngineModel
 
 KIND = "sdcompress"
 """ComfyUI's name of the model folder: `models/sdcompress`, and `sdcompress:` in `extra_model_paths.yaml`."""
@@ -46,6 +46,19 @@ def find_folder(name: str) -> Path:
     return folders[name]
 
 
+def _list_few_step_engines(roots: list[str]) -> list[str]:
+    """Returns a line for each few-step engine: what to choose in the KSampler."""
+    lines = []
+    for name, place in engine_folders(roots).items():
+        try:
+            sampling = read_folder(name, place).sampling
+        except errors.SdCompressError:  # shown when this engine is chosen
+            continue
+        if sampling is not None:
+            lines.append(f"{name}: {sampling.describe('comfyui')}")
+    return lines
+
+
 class LoadSdcompressEngine:
     """*Load sdcompress engine*: a MODEL whose UNet is an engine.
 
@@ -64,18 +77,16 @@ class LoadSdcompressEngine:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         """Returns the node's inputs."""
+        roots = model_folders()
+        place = "A folder in models/sdcompress, put there by: sdcompress install comfyui COMFYUI ENGINE"
         graphs = (
             "Replay a captured CUDA graph for sizes that repeat: faster for small pictures, at the cost of some memory."
         )
         return {
             "required": {
                 "engine": (
-                    list(engine_folders(model_folders())),
-                    {
-                        "tooltip": (
-                            "A folder in models/sdcompress, put there by: sdcompress install comfyui COMFYUI ENGINE"
-                        )
-                    },
+                    list(engine_folders(roots)),
+                    {"tooltip": "\n".join([place, *_list_few_step_engines(roots)])},
                 )
             },
             "optional": {"cuda_graph": ("BOOLEAN", {"default": False, "tooltip": graphs})},
@@ -104,6 +115,8 @@ class LoadSdcompressEngine:
             SdCompressError: it does not fit, is damaged, or does not load here.
         """
         folder = read_folder(engine, find_folder(engine))
+        if folder.sampling is not None:
+            LOG.info("%s was trained for %s", engine, folder.sampling.describe("comfyui"))
         return (engine_patcher(folder, {"cuda_graph": cuda_graph}),)
 
 

@@ -26,6 +26,7 @@ from sdcompress.backends.registry import (
     find_backend,
 )
 from sdcompress.export.components import DTYPES, Precision
+from sdcompress.models.decoder import locate_decoder
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.locate import hash_pipeline, locate_pipeline
 from sdcompress.sampling import keep_timesteps_on_host
@@ -41,6 +42,7 @@ def open_pipeline(
     precision: Precision | None = None,
     fallback: str | None = None,
     steady: bool = False,
+    decoder: Path | None = None,
     report: Reporter = SILENT,
 ) -> TextToImagePipeline:
     """Returns a diffusers pipeline for `model` that runs on `backend`; free it with `close_pipeline`.
@@ -63,8 +65,8 @@ def open_pipeline(
             artifacts have their own. fp32 is IEEE fp32: TF32 is off in this process from then on.
         fallback: `torch` runs the UNet in PyTorch where an engine does not take a shape, and reports it. Without it
             such a shape is an error.
-        steady: compile the kernels of TensorRT-RTX for a shape before its first run, not during it, so that the first
-            measured time is the final one.
+        steady: compile the kernels of TensorRT-RTX for a shape before its first run, not during it.
+        decoder: folder of a small decoder to run in the place of the VAE.
         report: gets the progress.
 
     Raises:
@@ -77,14 +79,16 @@ def open_pipeline(
     if fallback is not None and fallback not in FALLBACKS:
         raise UsageError(f"no fallback {fallback!r}", expected=" or ".join(FALLBACKS))
     if (owner := _find_owner(Path(model))) is not None:
-        _check_export_runs(str(model), owner, backend, fallback, has_choice=bool(precision or artifacts))
+        _check_export_runs(str(model), owner, backend, fallback, has_choice=bool(precision or artifacts or decoder))
         return open_exported(Path(model), device, steady=steady)
     _check_effect(backend, device, precision, artifacts, fallback)
+    _check_decoder(decoder, backend, artifacts)
     if backend == AUTO:
         from sdcompress.backends.fastest import find_fastest
 
         backend, precision = find_fastest(model, device=device, report=report)
-    target = _Target(find_backend(backend), device, precision or default_precision(device), artifacts, report)
+    precision = precision or default_precision(device)
+    target = _Target(find_backend(backend), device, precision, artifacts, decoder, report)
     pipeline = _open_model(model, target, fallback, steady)
     if device.startswith("cuda"):
         keep_timesteps_on_host(pipeline)
@@ -123,11 +127,11 @@ def _check_export_runs(model: str, owner: Backend, backend: str, fallback: str |
         model: the folder.
         owner: the backend that runs it.
         backend, fallback: the chosen ones.
-        has_choice: a precision or artifacts were chosen.
+        has_choice: a precision, artifacts or a decoder were chosen.
     """
     if has_choice:
         what = "is an export folder, which has its own precision and files"
-        raise UsageError(what, where=model, hint="leave out --precision and --artifacts")
+        raise UsageError(what, where=model, hint="leave out --precision, --artifacts and --decoder")
     if backend not in (owner.name, AUTO):
         raise UsageError(
             f"is an export of kind {owner.artifact}, which the backend {backend} does not run",
@@ -150,6 +154,7 @@ class _Target:
     device: str
     precision: Precision
     artifacts: Path | None
+    decoder: Path | None
     report: Reporter
 
 
@@ -171,7 +176,7 @@ def _open_model(model: str | Path, target: _Target, fallback: str | None, steady
         _check_same_model(model, target.artifacts)
     if backend.artifact is None:
         return _open_in_torch(model, target)
-    folder = target.artifacts or cached_artifacts(model, backend.name, precision, target.report)
+    folder = target.artifacts or cached_artifacts(model, backend.name, precision, target.report, decoder=target.decoder)
     make_unet = _fallback_unet(model, device, precision) if fallback else None
     return open_exported(folder, device, make_unet=make_unet, steady=steady, report=target.report)
 
@@ -201,10 +206,31 @@ def _check_effect(
         raise BackendMissing(reason, hint="another --precision, or --backend torch")
 
 
+def _check_decoder(decoder: Path | None, name: str, artifacts: Path | None) -> None:
+    """Refuse a folder that is no small decoder, and artifacts that have a decoder already.
+
+    Args:
+        decoder: the folder, or None.
+        name: of the backend, or `auto`.
+        artifacts: as of `open_pipeline`.
+    """
+    if decoder is None:
+        return
+    locate_decoder(decoder)
+    if artifacts is not None and name != AUTO and find_backend(name).artifact is not None:
+        raise UsageError(
+            "--decoder with --artifacts, which have their own",
+            where=artifacts,
+            hint=f"{command_line(['sdcompress', 'export', 'MODEL', '--decoder', str(decoder)])} -o DIR",
+        )
+
+
 def _open_in_torch(model: str | Path, target: _Target) -> TextToImagePipeline:
     """Returns the pipeline in torch, with the backend's runner in the place of the UNet where it has one."""
     backend, device, precision = target.backend, target.device, target.precision
-    loaded = load_pipeline(model)
+    loaded = load_pipeline(model, decoder=target.decoder)
+    if loaded.note:
+        target.report.show_line(loaded.note)
     pipeline = loaded.pipeline
     # No `dtype` for fp32: nothing changes, and diffusers refuses a dtype without a safety checker in half precision.
     pipeline = pipeline.to(device) if precision == "fp32" else pipeline.to(device, DTYPES[precision])

@@ -23,6 +23,7 @@ def cached_artifacts(
     precision: Precision,
     report: Reporter = SILENT,
     profiles: Sequence[str | ShapeRanges] = (),
+    decoder: Path | None = None,
 ) -> Path:
     """Returns the folder of a model's graphs or engines in the cache. It is written now if it is not there.
 
@@ -33,21 +34,24 @@ def cached_artifacts(
         report: gets the progress.
         profiles: the shapes to build engines for; by default the `dynamic` preset. Each set of profiles has a folder of
             its own.
+        decoder: folder of a small decoder in the place of the VAE. Equal graphs are copied from those of the model.
 
     Raises:
         UsageError, ModelError: the model. ExportError, GateFailed, StorageError: as `export_onnx` and `build_engines`.
     """
     from sdcompress.export.onnx import export_onnx
     from sdcompress.export.tensorrt import build_engines
+    from sdcompress.models.decoder import hash_decoder
     from sdcompress.models.load import load_pipeline
     from sdcompress.models.locate import hash_pipeline, locate_pipeline
 
     sha256 = hash_pipeline(locate_pipeline(model))
     entry = find_backend(backend)
     runtime = graph_runtime(entry, "cuda" if torch.cuda.is_available() else "cpu")
-    graphs = cached_graphs(sha256, precision, runtime)
+    own = cached_graphs(sha256, precision, runtime)
+    graphs = own if decoder is None else cached_graphs(sha256, precision, runtime, hash_decoder(decoder))
     if not graphs.is_dir():
-        loaded = load_pipeline(model)
+        loaded = load_pipeline(model, decoder=decoder)
         report.show_line(f"no graphs given: exporting {loaded.name} once to {graphs}")
         with unless_present(graphs):
             export_onnx(
@@ -55,13 +59,14 @@ def cached_artifacts(
                 graphs,
                 precision=precision,
                 runtime=runtime,
-                source={"pipeline": sha256},
+                source=loaded.inputs,
                 name=loaded.name,
+                reuse=own if decoder is not None and own.is_dir() else None,
                 report=report,
             )
     if entry.artifact == "onnx":
         return graphs
-    engines = graphs.parent / f"engine-{precision}{_profile_suffix(profiles)}"
+    engines = graphs.with_name(f"{graphs.name.replace('onnx', 'engine', 1)}{_profile_suffix(profiles)}")
     if not engines.is_dir():
         with unless_present(engines):
             build_engines(graphs, engines, profiles=profiles, report=report)
@@ -73,15 +78,20 @@ def graph_runtime(backend: Backend, device: str) -> Runtime:
     return backend.graph_runtimes.get(device, "any")
 
 
-def cached_graphs(sha256: str, precision: Precision, runtime: Runtime = "any") -> Path:
+def cached_graphs(
+    sha256: str, precision: Precision, runtime: Runtime = "any", decoder_sha256: str | None = None
+) -> Path:
     """Returns the folder in the cache for a model's graphs, whether it is there or not.
 
     Args:
         sha256: of the model.
         precision: of the graphs.
         runtime: see `graph_runtime`.
+        decoder_sha256: of the small decoder in the place of its VAE, if there is one.
     """
     suffix = "" if runtime == "any" else f"-{runtime}"
+    if decoder_sha256 is not None:
+        suffix += f"-decoder-{decoder_sha256[:12]}"
     return cache_folder() / "models" / sha256[:16] / f"onnx-{precision}{suffix}"
 
 

@@ -26,7 +26,8 @@ from sdcompress.backends.machine import (
 )
 from sdcompress.backends.proof_plan import full_name, plan_proofs, provable
 from sdcompress.backends.prove import prove_backends
-from sdcompress.models.locate import BUILT_IN, display_name, locate_pipeline
+from sdcompress.models.locate import display_name, locate_pipeline
+from sdcompress.models.nano import BUILT_IN
 
 MINUTES, LONG_MINUTES = 2.0, 60.0
 """The time for all checks: of nano, and of a whole model or with `full`."""

@@ -66,7 +66,7 @@ def open_exported(
     index = read_model_index(configs)
     parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
     described = {name: read_config_in(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]}
-    check_match(described, configs)
+    check_match(described, configs, index)
     return _assemble(index, parts, described, _GraphOpener(folder, manifest, device, steady), make_unet, report)
 
 

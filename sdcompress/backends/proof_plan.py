@@ -16,7 +16,8 @@ from sdcompress.backends.installation import IMPORTED_BY_DIFFUSERS, Check, Drive
 from sdcompress.backends.proof import Case
 from sdcompress.backends.subjects import SMALL, WHOLE
 from sdcompress.export.components import Precision
-from sdcompress.models.locate import BUILT_IN, hash_pipeline, locate_pipeline
+from sdcompress.models.locate import hash_pipeline, locate_pipeline
+from sdcompress.models.nano import BUILT_IN
 
 
 def provable() -> dict[str, Backend]:

@@ -20,6 +20,9 @@ EDM = ("edm_mean", "edm_vpred.sigma_max")
 METADATA_KEY = "sdcompress.configs"
 """The metadata entry of a safetensors file that holds the pipeline's configs."""
 
+USAGE_HINT = "modelspec.usage_hint"
+"""The entry of ModelSpec that says how to use a model: of a few-step model, what to choose in each host."""
+
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 
 _OPENCLIP_ENDS = {

@@ -55,7 +55,7 @@ def load_single_file(path: Path, *, as_stored: bool = False) -> TextToImagePipel
     unet = configs["unet/config.json"]
     family = family_of_pipeline(str(index["_class_name"]), unet)
     modules = {name: configs[f"{name}/config.json"] for name in ("unet", "vae", *family.text_encoders)}
-    check_match(modules, path)
+    check_match(modules, path, index)
     choose_dtype = keep_half if as_stored else lambda stored: torch.float32
     parts: dict[str, Any] = {"scheduler": build_scheduler(configs["scheduler/scheduler_config.json"], path)}
     for name in family.tokenizers:

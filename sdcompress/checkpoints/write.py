@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.few_steps import GUIDANCE, STEPS
 from sdcompress_engines.output_folders import check_file, require_space, staged_file
 
 from sdcompress.checkpoints.ldm_keys import (
     METADATA_KEY,
     UNET,
+    USAGE_HINT,
     V_PREDICTION,
     VAE,
     ZERO_SNR,
@@ -27,6 +29,7 @@ from sdcompress.checkpoints.ldm_keys import (
     vae_keys,
 )
 from sdcompress.families.registry import family_of_pipeline
+from sdcompress.families.sampling_defaults import few_step_sampling
 from sdcompress.families.schemas.index import NOT_LOADED, SWITCHES
 from sdcompress.support.pipeline import TextToImagePipeline, check_host_noise
 
@@ -140,7 +143,8 @@ def write_ldm(
     """Write a pipeline as one `.safetensors` file in LDM layout; returns the absolute path.
 
     A1111, Forge, ComfyUI and `load_pipeline` read it. Its metadata holds the pipeline's configs, and its tokenizer
-    where that is not CLIP's, so that reading it back is exact for any width. The file appears by one rename.
+    where that is not CLIP's, so that reading it back is exact for any width. Of a few-step model it says what to choose
+    in each host. The file appears by one rename.
 
     Args:
         pipeline: in torch, on any device.
@@ -159,6 +163,8 @@ def write_ldm(
         for key, tensor in ldm_state_dict(pipeline).items()
     }
     metadata = {**(metadata or {}), "format": "pt", METADATA_KEY: json.dumps(_collect_configs(pipeline))}
+    if (sampling := few_step_sampling(pipeline)) is not None:
+        metadata[USAGE_HINT] = sampling.describe_in()
     path = path.absolute()
     with staged_file(path) as partial:
         save_file(weights, partial, metadata=metadata)
@@ -186,7 +192,7 @@ def _collect_configs(pipeline: TextToImagePipeline) -> dict[str, str]:
     from sdcompress.families.vocabulary import shared_vocabulary
     from sdcompress.support.quiet import quiet
 
-    switches = {name: pipeline.config[name] for name in SWITCHES if name in pipeline.config}
+    switches = {name: pipeline.config[name] for name in (*SWITCHES, STEPS, GUIDANCE) if name in pipeline.config}
     index: dict[str, Any] = {"_class_name": type(pipeline).__name__} | switches
     files: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as scratch, quiet():

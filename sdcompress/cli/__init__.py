@@ -21,6 +21,8 @@ COMMANDS = {
     "run": "Run plan → distill → export → engine → bench for a teacher; resumable by stage.",
     "plan": "Show what a block-removal plan keeps of a teacher's UNet.",
     "distill": "Train a smaller student from a teacher.",
+    "few-step": "Train a model to draw in 1 to 8 steps, without guidance.",
+    "distill-decoder": "Train a small decoder in the place of a teacher's VAE.",
     "data": "Inspect a data set, cache it for training, or make one with a teacher.",
     "finetune": "Train a teacher or a student on new pictures.",
     "lora": "Train a LoRA, or convert one of the teacher for a student.",
@@ -47,7 +49,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        return importlib.import_module(f"sdcompress.cli.{name}").command
+        return importlib.import_module(f"sdcompress.cli.{name.replace('-', '_')}").command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -77,7 +79,8 @@ def cli() -> None:
     With your own checkpoint:
       sdcompress plan TEACHER --preset bk-tiny           what it would remove and keep
       sdcompress distill TEACHER --plan bk-tiny --data DATA -o student
-      sdcompress export student/pipeline -o engines --trt
+      sdcompress few-step student/pipeline --data DATA --steps 4 -o fast
+      sdcompress export fast/pipeline -o engines --trt
       sdcompress bench TEACHER student/pipeline -o report
     """
 

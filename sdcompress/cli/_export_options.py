@@ -52,6 +52,13 @@ _MODEL_OPTIONS = (
         "--lora", "loras", type=NAME, multiple=True, metavar="FILE[:WEIGHT]", help="LoRA to bake in; repeat for more."
     ),
     click.option(
+        "--decoder",
+        type=FilePath(),
+        default=None,
+        metavar="DIR",
+        help="Small decoder to export in the place of the VAE, from `distill-decoder`.",
+    ),
+    click.option(
         "--opset",
         type=OPSET,
         default=None,

@@ -16,7 +16,10 @@ PIXELS = "_px"
 
 
 def field_options(
-    model: type[BaseModel], names: Iterable[str] | None = None, metavars: Mapping[str, str] | None = None
+    model: type[BaseModel],
+    names: Iterable[str] | None = None,
+    metavars: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] | None = None,
 ) -> Callable[[Any], Any]:
     """Returns the decorator that adds one option for each field, in the fields' order.
 
@@ -27,9 +30,13 @@ def field_options(
         model: the configuration's class.
         names: the fields; None for all.
         metavars: names of the values in the help, by field; by default click's own, and PX for pixels.
+        flags: names of the options, by field, such as `--lora`; by default the fields' own.
     """
-    fields, metavars = model.model_fields, metavars or {}
-    options = [make_option(name, fields[name], metavars.get(name)) for name in (fields if names is None else names)]
+    fields, metavars, flags = model.model_fields, metavars or {}, flags or {}
+    options = [
+        make_option(name, fields[name], metavars.get(name), flags.get(name))
+        for name in (fields if names is None else names)
+    ]
 
     def decorate(function: Any) -> Any:
         for option in reversed(options):
@@ -39,7 +46,9 @@ def field_options(
     return decorate
 
 
-def make_option(name: str, field: FieldInfo, metavar: str | None = None) -> Callable[[Any], Any]:
+def make_option(
+    name: str, field: FieldInfo, metavar: str | None = None, flag: str | None = None
+) -> Callable[[Any], Any]:
     """Returns the decorator that adds the option of one field.
 
     `size_px` becomes `--size PX`. A bool becomes a flag, a Literal a choice, a tuple or a mapping an option that can be
@@ -49,6 +58,7 @@ def make_option(name: str, field: FieldInfo, metavar: str | None = None) -> Call
         name: of the field, and of the option's argument of the command.
         field: its type, default and description.
         metavar: name of the value in the help.
+        flag: name of the option; None derives it from the field's.
     """
     value_type = without_none(field.annotation)
     settings: dict[str, Any] = {"default": None, "help": describe(field)}
@@ -64,7 +74,7 @@ def make_option(name: str, field: FieldInfo, metavar: str | None = None) -> Call
         settings["type"] = number_type(value_type, field)
     if metavar or unit:
         settings["metavar"] = metavar or unit
-    return click.option(f"--{option_name.replace('_', '-')}", name, **settings)
+    return click.option(flag or f"--{option_name.replace('_', '-')}", name, **settings)
 
 
 def number_type(value_type: type, field: FieldInfo) -> Whole | Number:

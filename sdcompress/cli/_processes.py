@@ -23,7 +23,10 @@ from sdcompress.support.console import LAUNCHED
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-SHARED = (("distill",), ("finetune",), ("lora", "train"), ("data", "cache"))
+SHARED = (
+    *(("distill",), ("few-step",), ("distill-decoder",), ("finetune",)),
+    *(("lora", "train"), ("data", "cache")),
+)
 """The commands that share their work among processes."""
 ALONE = (("run",), ("demo",))
 """The other commands that train."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from sdcompress.cli._console import ConsoleReporter, force_option, output_option
 from sdcompress.cli._options import field_options, pop_given
 from sdcompress.cli._types import NAME, TEXT, FilePath
 from sdcompress.data.config import DataConfig
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.config import LoopConfig
 
 if TYPE_CHECKING:
     from sdcompress.data.cache import LatentCache
@@ -31,7 +31,7 @@ TRAINING_FIELDS = (
     "validation_prompts",
     "seed",
 )
-"""The fields of `TrainConfig` that have an option of their own; `--set` reaches the others."""
+"""The fields that have an option of their own, in the kinds of training that have them; `--set` reaches the others."""
 
 data_options = field_options(
     DataConfig, metavars={"where": "CONDITION", "captions": "COLUMN[=SHARE]", "max_unusable": "SHARE"}
@@ -44,12 +44,15 @@ def set_option(help: str) -> Callable[[Any], Any]:
     return click.option("--set", "settings", type=TEXT, multiple=True, metavar="KNOB=VALUE", help=help)
 
 
-def training_options(config_class: type[TrainConfig], output_help: str) -> Callable[[Any], Any]:
+def training_options(
+    config_class: type[LoopConfig], output_help: str, flags: Mapping[str, str] | None = None
+) -> Callable[[Any], Any]:
     """Returns the decorator that adds the options for data, recipe and the most used knobs, `-o` and `--force`.
 
     Args:
         config_class: of this kind of training; it gives the defaults.
         output_help: help text of `-o`.
+        flags: as of `field_options`.
     """
     decorators = (
         click.option("--data", type=NAME, required=True, metavar="DATA", help=DATA_HELP),
@@ -70,7 +73,9 @@ def training_options(config_class: type[TrainConfig], output_help: str) -> Calla
             help="Named settings (`sdcompress recipes list`) in place of the defaults; the options override them.",
         ),
         set_option("Any knob of the recipe, such as ema_decay=0.999 or data.flip=true; repeat for more."),
-        field_options(config_class, TRAINING_FIELDS),
+        field_options(
+            config_class, [name for name in TRAINING_FIELDS if name in config_class.model_fields], flags=flags
+        ),
         click.option("--resume", is_flag=True, help="Continue from the newest intact checkpoint in the output folder."),
         output_option(output_help),
         force_option,
@@ -120,18 +125,17 @@ def load_inputs(
     model: str,
     data: str,
     cache_folder: Path | None,
-    config: TrainConfig,
+    config: LoopConfig,
     output: Path,
     *,
     resume: bool,
     force: bool,
     report: ConsoleReporter,
     files: Sequence[Path] = (),
-    check: Callable[[LoadedPipeline], None] = lambda loaded: None,
+    check: Callable[[LoadedPipeline], object] = lambda loaded: None,
+    denoises: bool = True,
 ) -> tuple[LoadedPipeline, LatentCache]:
     """Returns the model and its cache: an existing cache is opened and checked, a missing one is built.
-
-    Options and data are checked before the model is loaded.
 
     Args:
         model: path, hub id or built-in name.
@@ -144,6 +148,7 @@ def load_inputs(
         report: shows the progress.
         files: what else the training reads: recipe and plan.
         check: refuses what this kind of training cannot do with the model, before the data is encoded.
+        denoises: the training trains the UNet, so that its noise and inputs have to be known ones.
 
     Raises:
         ArtifactError: the output folder is not empty, or holds an input.
@@ -167,7 +172,8 @@ def load_inputs(
     inputs = [*local_paths(model), *source.inputs, folder, *files]
     _check_output(output, inputs, resume, force)
     loaded = load_pipeline(model)
-    check_trainable(loaded.pipeline)
+    if denoises:
+        check_trainable(loaded.pipeline)
     check(loaded)
     size_px = config.data.size_px or native_size_px(loaded.pipeline)
     if not folder.exists():

@@ -136,6 +136,12 @@ def command() -> None:
     metavar="PATH",
     help="A CLIP (transformers folder) that judges the pictures.  [default: nano-CLIP for nano]",
 )
+@click.option(
+    "--decoder",
+    type=NAME,
+    metavar="DIR",
+    help="A small decoder, from `distill-decoder`: the last MODEL is measured once more, with it in place of its VAE.",
+)
 @click.option("--seed", type=SEED, help="Of the first picture; the next has the next seed.  [default: 0]")
 @click.option(
     "--rounds",

@@ -130,10 +130,12 @@ def verdict(diagnosis: Diagnosis) -> str:
 
 def next_command(diagnosis: Diagnosis) -> str:
     """Returns the command to type next: the first that fixes a fault, else one that draws on the fastest backend."""
+    from sdcompress.models.nano import BUILT_IN
+
     fixes = [*(check.command for check in diagnosis.checks), *(result.command for result in diagnosis.backends)]
     if first := next(filter(None, fixes), None):
         return first
-    model = diagnosis.model if diagnosis.model in ("nano", "nano-tiny") else "MODEL"
+    model = diagnosis.model if diagnosis.model in BUILT_IN else "MODEL"
     return f'sdcompress generate {model} "a flat icon of a cat" --backend auto'
 
 

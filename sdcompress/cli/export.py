@@ -36,15 +36,15 @@ def command(
     host: str,
     components: tuple[str, ...],
     loras: tuple[str, ...],
+    decoder: Path | None,
     opset: int | None,
     calibration_prompts: Path | None,
     keep_failed: bool,
     force: bool,
     **engine_options: Any,
 ) -> None:
-    """Write ONNX graphs of MODEL, each checked against torch, and build TensorRT engines from them.
-
-    MODEL is a name, a pipeline folder or a single file.
+    """Write ONNX graphs of MODEL (a name, a pipeline folder or a single file), each checked against torch, and build
+    TensorRT engines from them.
 
     \b
     sdcompress export nano -o graphs                                     fp32 ONNX
@@ -52,7 +52,7 @@ def command(
     sdcompress export rv4.safetensors -o rv4 --trt --profile sd15-512    one size, the fastest
     sdcompress export rv4.safetensors -o rv4 --trt --height 512 --width 512:768:1024 --batch 1:2:8
     sdcompress export student/pipeline -o webui --trt --signature webui --profile webui
-    sdcompress export student/pipeline -o styled --trt --lora style.safetensors:0.8
+    sdcompress export student/pipeline -o styled --trt --lora style.safetensors:0.8 --decoder small/decoder
     sdcompress export student/pipeline --ldm -o student.safetensors      a checkpoint for ComfyUI and the WebUIs
     """
     given = [parameter.opts[0] for parameter in given_parameters(engine_options)]  # an error names the first
@@ -60,6 +60,7 @@ def command(
         others = {
             "--trt": trt,
             "--component": components,
+            "--decoder": decoder,
             "--calibration-prompts": calibration_prompts,
             f"--precision {precision}": precision in QUANTIZED,
             "--opset": opset,
@@ -70,7 +71,6 @@ def command(
         return _write_checkpoint(model, output, cast("Precision", precision or "fp16"), loras, force)
     _check_combination(given, engine_options, trt, precision, calibration_prompts)
 
-    from sdcompress.data.records import read_prompt_lines
     from sdcompress.export.export_model import ExportRequest, export_model
 
     request = ExportRequest(
@@ -78,15 +78,22 @@ def command(
         host=host,
         components=components,
         loras=loras,
+        decoder=decoder,
         opset=opset,
-        calibration_prompts=read_prompt_lines(calibration_prompts) if calibration_prompts else None,
         keep_failed=keep_failed,
         force=force,
         engines=_engine_request(engine_options) if trt else None,
-        files=[calibration_prompts] if calibration_prompts else (),
+        **_calibration(calibration_prompts),
     )
     result = export_model(model, output, request, ConsoleReporter())
     card(f"{result.name} → {output}", _rows(result), next_command(output, request))
+
+
+def _calibration(prompts: Path | None) -> dict[str, Any]:
+    """Returns the fields of `ExportRequest` for a file of calibration prompts, one a line."""
+    from sdcompress.data.records import read_prompt_lines
+
+    return {} if prompts is None else {"calibration_prompts": read_prompt_lines(prompts), "files": [prompts]}
 
 
 def _refuse_with_ldm(given: Sequence[str]) -> None:
@@ -160,13 +167,18 @@ def _add_shapes(profiles: tuple[str, ...], shapes: Mapping[str, str]) -> list[st
 
 
 def _write_checkpoint(model: str, output: Path, precision: Precision, loras: tuple[str, ...], force: bool) -> None:
+    from sdcompress.checkpoints.ldm_keys import USAGE_HINT
+    from sdcompress.checkpoints.weights import open_weights
     from sdcompress.export.export_model import export_checkpoint
 
     started = time.monotonic()
     name, path = export_checkpoint(model, output, precision, loras, force=force)
+    rows: list[tuple[str, object]] = [("size", mib(path.stat().st_size)), ("precision", precision)]
+    if hint := open_weights(path).metadata.get(USAGE_HINT):
+        rows.append(("sampling", hint))
     card(
         f"{name} → {output}",
-        [("size", mib(path.stat().st_size)), ("precision", precision), ("time", f"{time.monotonic() - started:.1f} s")],
+        [*rows, ("time", f"{time.monotonic() - started:.1f} s")],
         command_line(["sdcompress", "inspect", as_argument(output)]),
     )
 
@@ -183,9 +195,13 @@ def next_command(output: Path, request: ExportRequest) -> str:
 
 
 def _rows(result: ModelExport) -> list[tuple[str, object]]:
+    from sdcompress_engines.few_steps import read_exported_few_steps
+
     engines = [] if result.engines is None else _engine_rows(result.engines)
     graphs = _graph_rows(result.graphs, "" if result.engines is None else "onnx/")
-    return [*graphs, *engines, ("time", f"{result.seconds:.1f} s")]
+    sampling = read_exported_few_steps(result.graphs.folder, result.graphs.manifest)
+    sampled = [] if sampling is None else [("sampling", sampling.describe_in())]
+    return [*graphs, *engines, *sampled, ("time", f"{result.seconds:.1f} s")]
 
 
 def _graph_rows(result: ExportResult, prefix: str) -> list[tuple[str, object]]:

@@ -76,6 +76,13 @@ if TYPE_CHECKING:
     metavar="FILE[:WEIGHT]",
     help="LoRA for this model, in diffusers' or kohya's naming; repeat for more.",
 )
+@click.option(
+    "--decoder",
+    type=FilePath(),
+    default=None,
+    metavar="DIR",
+    help="Small decoder in the place of the VAE, from `distill-decoder`.",
+)
 @trust_option
 @click.option(
     "-o",
@@ -99,6 +106,7 @@ def command(
     artifacts: Path | None,
     fallback: str | None,
     loras: tuple[str, ...],
+    decoder: Path | None,
     trust: bool,
     output: Path,
 ) -> None:
@@ -113,16 +121,19 @@ def command(
 
     from sdcompress.backends.assemble import close_pipeline, open_pipeline
     from sdcompress.backends.registry import backend_name
+    from sdcompress.lora.apply import apply_loras
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
     _refuse_without_effect(negative_prompt, guidance, backend, artifacts, precision, fallback)
-    weighted_loras = _check_options(model, backend, artifacts, loras, output, trust)
+    weighted_loras = _check_options(model, backend, artifacts, decoder, loras, output, trust)
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
-    pipeline = open_pipeline(model, backend, artifacts, precision=precision, fallback=fallback, report=report)
-    _fuse_loras(pipeline, weighted_loras)
+    pipeline = open_pipeline(
+        model, backend, artifacts, precision=precision, fallback=fallback, decoder=decoder, report=report
+    )
+    apply_loras(pipeline, weighted_loras)
     loaded = time.monotonic()
     steps, guidance = _choose_sampling(pipeline, steps, guidance)
     with report.task(f"draw {steps} steps on {backend}"):
@@ -177,7 +188,13 @@ def _warn_of_unknown(model: str, prompt: str, report: ConsoleReporter) -> None:
 
 
 def _check_options(
-    model: str, backend: str, artifacts: Path | None, loras: tuple[str, ...], output: Path, trust: bool
+    model: str,
+    backend: str,
+    artifacts: Path | None,
+    decoder: Path | None,
+    loras: tuple[str, ...],
+    output: Path,
+    trust: bool,
 ) -> list[tuple[Path, float]]:
     """Returns the file and weight of each LoRA, after a check of all options that need no model, and the consent."""
     from sdcompress_engines.errors import UsageError
@@ -201,7 +218,7 @@ def _check_options(
     if trust:
         allow_all([local_path(model), artifacts])
     inputs = [*local_paths(model), *(file for file, _ in weighted_loras)]
-    check_file(output, inputs if artifacts is None else [*inputs, artifacts])
+    check_file(output, [*inputs, *(folder for folder in (artifacts, decoder) if folder is not None)])
     return weighted_loras
 
 
@@ -221,15 +238,6 @@ def _refuse_without_effect(
         return  # a fallback has the precision; of `auto` the choice of a backend refuses both
     if find_backend(backend).cached_unet is None:  # a compiled package is looked up by its precision
         raise click.UsageError("--precision has no effect with --artifacts, which have their own")
-
-
-def _fuse_loras(pipeline: TextToImagePipeline, weighted_loras: list[tuple[Path, float]]) -> None:
-    from sdcompress.lora.files import read_lora
-    from sdcompress.lora.fuse import fuse_lora
-    from sdcompress.lora.names import unet_modules
-
-    for file, weight in weighted_loras:
-        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
 
 
 def _save(picture: Image.Image, output: Path) -> None:

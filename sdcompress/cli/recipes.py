@@ -15,14 +15,20 @@ from sdcompress.cli._types import NAME, FilePath
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from sdcompress.train.config import TrainConfig
+    from sdcompress.train.config import LoopConfig
 
-TRAINERS = {"distill": "distill TEACHER", "finetune": "finetune MODEL", "lora": "lora train MODEL"}
+TRAINERS = {
+    "distill": "distill TEACHER",
+    "few-step": "few-step MODEL",
+    "finetune": "finetune MODEL",
+    "lora": "lora train MODEL",
+    "decoder": "distill-decoder TEACHER",
+}
 
 
 @click.group()
 def command() -> None:
-    """List, show, copy and check recipes: named settings for distill, finetune and lora train.
+    """List, show, copy and check recipes: named settings for every kind of training.
 
     \b
       sdcompress recipes list
@@ -142,7 +148,7 @@ def validate(recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     )
 
 
-def resolve_recipe(recipe: str, settings: tuple[str, ...] = ()) -> tuple[str, TrainConfig]:
+def resolve_recipe(recipe: str, settings: tuple[str, ...] = ()) -> tuple[str, LoopConfig]:
     """Returns a recipe's kind and configuration.
 
     Raises:
@@ -220,9 +226,9 @@ def render_config(config: BaseModel, indent: str = "") -> str:
     return text
 
 
-def figure_rows(config: TrainConfig) -> list[tuple[str, object]]:
+def figure_rows(config: LoopConfig) -> list[tuple[str, object]]:
     """Returns the rows of the card: the figures of a configuration that decide a run."""
-    from sdcompress.train.config import DistillConfig, LoraConfig
+    from sdcompress.train.config import DecoderConfig, DistillConfig, LoraConfig, TrainConfig
 
     passes = (
         f", in {config.gradient_accumulation} passes of {config.batch_size // config.gradient_accumulation}"
@@ -231,6 +237,7 @@ def figure_rows(config: TrainConfig) -> list[tuple[str, object]]:
     )
     warmup = f" after {config.lr_warmup_steps} of warm-up" if config.lr_warmup_steps else ""
     data = config.data.model_dump(exclude_defaults=True)
+    is_checkpointed = isinstance(config, TrainConfig) and config.gradient_checkpointing
     rows: list[tuple[str, object]] = [
         ("steps", f"{config.steps:,}"),
         ("batch", f"{config.batch_size}{passes}"),
@@ -241,7 +248,7 @@ def figure_rows(config: TrainConfig) -> list[tuple[str, object]]:
             f"{config.optimizer}, weight decay {config.weight_decay:g}, gradient norm {config.max_grad_norm:g}"
             + (f", EMA decay {config.ema_decay:g}" if config.ema_decay else ""),
         ),
-        ("precision", config.precision + (", gradient checkpointing" if config.gradient_checkpointing else "")),
+        ("precision", config.precision + (", gradient checkpointing" if is_checkpointed else "")),
         (
             "data",
             ", ".join(f"{name} {value}" for name, value in data.items()) or "all pictures, at the UNet's own size",
@@ -254,6 +261,11 @@ def figure_rows(config: TrainConfig) -> list[tuple[str, object]]:
         rows += [
             ("plan", config.plan or "not set; --plan chooses it"),
             ("losses", ", ".join(f"{name} x {weight:g}" for name, weight in weights.items() if weight)),
+        ]
+    if isinstance(config, DecoderConfig):
+        rows += [
+            ("decoder", f"{config.width} channels, blocks {', '.join(map(str, config.blocks))}"),
+            ("losses", f"pixels x {config.pixel_weight:g}, LPIPS ({config.lpips_net}) x {config.lpips_weight:g}"),
         ]
     if isinstance(config, LoraConfig):
         rows.append(

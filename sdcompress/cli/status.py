@@ -74,6 +74,7 @@ def _describe_engine(engine: EngineStatus) -> str:
     facts, details = engine.facts, "unknown"
     if facts:
         details = f"{facts['runtime']}, {facts['precision']}, {facts['signature']}, {mib(facts['bytes'])}"
+        details += f"; {facts['sampling']}" if facts["sampling"] else ""
     return f"{engine.name}  ({details}{'' if engine.is_recorded else '; not installed by sdcompress'})  {verdict}"
 
 

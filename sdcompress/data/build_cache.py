@@ -27,6 +27,7 @@ from sdcompress.data.encode import LatentEncoder
 from sdcompress.data.precision import Precision, PrecisionChoice, choose_vae_precision
 from sdcompress.data.records import Source
 from sdcompress.data.units import UnitEncoder
+from sdcompress.models.decoder import check_has_vae
 from sdcompress.support.pipeline import native_size_px
 
 if TYPE_CHECKING:
@@ -69,12 +70,13 @@ def build_cache(
     Raises:
         DataError: nothing is usable, more is unusable than `config.max_unusable`, or there is too little memory for one
             picture; or the processes were given different builds.
-        BackendMissing: `precision` is bf16 and the GPU has none.
+        BackendMissing: `precision` is bf16 and the GPU has none. ModelError: as `check_has_vae`.
         ArtifactError, StorageError: `output` cannot be written, or another process is building it.
     """
     from accelerate import PartialState
 
     config, pipeline, output = config or DataConfig(), teacher.pipeline, output.absolute()
+    check_has_vae(pipeline, teacher.name)
     size_px = size_px or config.size_px or native_size_px(pipeline)
     state = PartialState(cpu=not torch.cuda.is_available())
     inputs = [*source.inputs, teacher.folder]

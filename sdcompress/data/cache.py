@@ -114,6 +114,14 @@ class LatentCache:
             self._empty = empty
         return self._empty
 
+    def read_absent_caption(self) -> dict[str, torch.Tensor]:
+        """Returns the embeddings of what guidance takes in place of a caption, see `embed_absent_caption`.
+
+        Raises:
+            DataError: a file was damaged or edited.
+        """
+        return self._read_empty(self._unit(int(self.index["unit"][0])))
+
     def sample(self, i: int, view: int, pick: float, *, drop_caption: bool = False) -> CachedSample:
         """Returns one view of one picture with one caption.
 

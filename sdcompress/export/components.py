@@ -28,6 +28,9 @@ Runtime = Literal["any", "onnxruntime"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
+_LEAST_LOGVAR = -30.0
+"""Of diffusers' `DiagonalGaussianDistribution`."""
+
 PARTS = {
     "unet": "unet",
     "text_encoder": "text_encoder",
@@ -218,10 +221,16 @@ class VaeDecoderGraph(ComponentGraph):
 
 
 class VaeEncoderGraph(ComponentGraph):
-    """The VAE's encoder: pictures to the mean and log-variance of their latents, not scaled yet."""
+    """The VAE's encoder: pictures to the mean and log-variance of their latents, not scaled yet.
+
+    The encoder beside a small decoder has no variance; its graph gives the least log-variance that diffusers knows.
+    """
 
     def forward(self, sample: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return (self.part.encode(sample).latent_dist.parameters,)
+        encoded = self.part.encode(sample)
+        if hasattr(encoded, "latents"):
+            return (torch.cat([encoded.latents, torch.full_like(encoded.latents, _LEAST_LOGVAR)], dim=1),)
+        return (encoded.latent_dist.parameters,)
 
 
 _GRAPHS: dict[str, type[ComponentGraph]] = {

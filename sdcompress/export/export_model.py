@@ -22,9 +22,8 @@ from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 from sdcompress.export.quantize.precisions import unsupported
 from sdcompress.export.settings import check_components
 from sdcompress.export.tensorrt import EnginesResult, build_engines, shape_ranges
-from sdcompress.lora.files import read_lora
-from sdcompress.lora.fuse import fuse_lora, parse_lora
-from sdcompress.lora.names import unet_modules
+from sdcompress.lora.apply import apply_loras
+from sdcompress.lora.fuse import parse_lora
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.models.locate import local_paths, read_unet_config
 
@@ -68,6 +67,7 @@ class ExportRequest:
         force: replace an existing output.
         engines: build these too, in `engine` beside `onnx`.
         files: that the request was read from, such as the calibration prompts.
+        decoder: folder of a small decoder to export in the place of the VAE.
     """
 
     precision: Precision | Quantized | None = None
@@ -80,6 +80,7 @@ class ExportRequest:
     force: bool = False
     engines: EngineRequest | None = None
     files: Sequence[Path] = ()
+    decoder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -115,24 +116,29 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
         UsageError, BackendMissing, EngineError: the request does not fit the model or this machine.
         ArtifactError: `output` is in the way. What `export_onnx` and `build_engines` raise passes through.
     """
-    inputs = [*_inputs(model, request.loras), *request.files]
+    inputs = [*_inputs(model, request.loras), *request.files, *([request.decoder] if request.decoder else [])]
     check_free(output, request.force, inputs)
     if request.keep_failed:
         check_free(failed_place(output), force=True, inputs=inputs)
     library = None if request.engines is None else _check_engines(model, request.engines, request.precision)
     if request.components:
         check_components(request.components, request.host)
+    if request.decoder is not None:
+        check_decoder_runs(request)
     loras = [parse_lora(text) for text in request.loras]
     started = time.monotonic()
     # A LoRA is added in fp32, and a calibration draws in fp32.
-    loaded = load_pipeline(model, as_stored=not loras and request.precision not in QUANTIZED)
+    as_stored = not loras and request.precision not in QUANTIZED
+    loaded = load_pipeline(model, as_stored=as_stored, decoder=request.decoder)
+    if loaded.note:
+        report.show_line(loaded.note)
     name = loaded.name
     settings: dict[str, Any] = {
         "precision": request.precision or ("fp32" if library is None else "fp16"),
         "components": request.components or None,
         "host": request.host,
         "opset": request.opset or (newest_opset(library) if library else None),
-        "source": {"pipeline": loaded.sha256} | _fuse_loras(loaded, loras),
+        "source": loaded.inputs | _apply_loras(loaded, loras),
         "name": name,
         "calibration_prompts": request.calibration_prompts,
         "keep_failed": request.keep_failed,
@@ -154,6 +160,23 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
             report=report,
         )
     return ModelExport(name, graphs, engines, time.monotonic() - started)
+
+
+def check_decoder_runs(request: ExportRequest) -> None:
+    """Refuse a small decoder in an export that does not hold the graph of it.
+
+    Raises:
+        UsageError: names the option that leaves it out.
+    """
+    if request.host != "diffusers":
+        raise UsageError(
+            f"--decoder with --signature {request.host}: this export holds the UNet alone; the host has its own VAE",
+            expected="an export without --decoder; docs/webui.md and docs/comfyui.md say where its files go",
+        )
+    if request.components and not any(name.startswith("vae_") for name in request.components):
+        raise UsageError(
+            f"--decoder with --component {request.components[0]}", expected="--component vae_decoder beside it"
+        )
 
 
 def _inputs(model: str, loras: Sequence[str]) -> list[Path]:
@@ -199,19 +222,15 @@ def export_checkpoint(
 
     check_file(output, _inputs(model, loras), replace=force)
     loaded = load_pipeline(model)
-    _fuse_loras(loaded, [parse_lora(text) for text in loras])
+    _apply_loras(loaded, [parse_lora(text) for text in loras])
     metadata = {"sdcompress.pipeline_sha256": loaded.sha256}
     return loaded.name, export_ldm(loaded.pipeline, output, DTYPES[precision], metadata=metadata, force=force)
 
 
-def _fuse_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
+def _apply_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
     """Add LoRAs to a pipeline's weights, in place.
 
     Returns name → sha256 of the files, for the manifest.
     """
-    pipeline: Any = loaded.pipeline
-    source = {}
-    for file, weight in loras:
-        fuse_lora(pipeline, read_lora(file, unet_modules(pipeline.unet)), weight)
-        source[f"lora {file.name}:{weight:g}"] = sha256_file(file)
-    return source
+    apply_loras(loaded.pipeline, loras)
+    return {f"lora {file.name}:{weight:g}": sha256_file(file) for file, weight in loras}

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError, SdCompressError, shorten
+from sdcompress_engines.few_steps import GUIDANCE, STEPS
 
 from sdcompress.families.family import Family
 from sdcompress.families.registry import family_of_pipeline
-from sdcompress.families.sampling_defaults import GUIDANCE, STEPS, set_defaults
+from sdcompress.families.sampling_defaults import set_defaults
 from sdcompress.families.schemas.base import some_of
-from sdcompress.families.schemas.check import check_config
+from sdcompress.families.schemas.check import check_config, is_tiny_vae
 from sdcompress.families.schemas.scheduler import SCHEDULERS
 from sdcompress.families.schemas.tokenizer import check_tokenizer, read_tokenizer_files
 from sdcompress.support.pipeline import TextToImagePipeline
@@ -65,9 +66,9 @@ def build_module(name: str, config: Mapping[str, Any], where: str | Path, family
 
             return UNet2DConditionModel.from_config(checked)
         if name == "vae":
-            from diffusers import AutoencoderKL
+            from diffusers import AutoencoderKL, AutoencoderTiny
 
-            return AutoencoderKL.from_config(checked)
+            return (AutoencoderTiny if is_tiny_vae(checked) else AutoencoderKL).from_config(checked)
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
         projected = family is not None and name in family.projected_text_encoders

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sdcompress.families.registry import family_of
-from sdcompress.support.pipeline import TextToImagePipeline
+from sdcompress_engines.few_steps import GUIDANCE, STEPS, FewStepSampling, read_few_steps
 
-STEPS, GUIDANCE = "_num_inference_steps", "_guidance_scale"
-"""The entries of `model_index.json` that hold a model's own defaults. diffusers ignores names with an underscore."""
+from sdcompress.families.registry import family_of
+from sdcompress.support.pipeline import TextToImagePipeline, scheduler_config
+
 USUAL_STEPS = 25
 
 
@@ -50,6 +50,11 @@ def read_defaults(index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> S
 def sampling_defaults(pipeline: TextToImagePipeline) -> SamplingDefaults:
     """Returns the sampling defaults of a loaded pipeline, on any backend."""
     return read_defaults(pipeline.config, pipeline.unet.config)
+
+
+def few_step_sampling(pipeline: TextToImagePipeline) -> FewStepSampling | None:
+    """Returns what a loaded few-step pipeline was trained for, and what to choose in each host, or None."""
+    return read_few_steps(pipeline.config, scheduler_config(pipeline.scheduler))
 
 
 def set_defaults(pipeline: Any, num_inference_steps: int, guidance_scale: float) -> None:

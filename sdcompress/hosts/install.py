@@ -10,6 +10,7 @@ from pathlib import Path
 from sdcompress_engines.command import command_line
 from sdcompress_engines.engine_files import find_manifest_folder
 from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError, shorten
+from sdcompress_engines.few_steps import read_exported_few_steps
 from sdcompress_engines.manifest import MANIFEST_NAME, read_manifest
 from sdcompress_engines.paths import file_inside, is_link
 from sdcompress_engines.progress import SILENT, Reporter
@@ -78,7 +79,7 @@ def install(
         for file in find_leftovers(host, root):  # of installs that were killed; none is at work, by the lock
             (root / file).unlink(missing_ok=True)
         outcome = replace(outcome, notes=(*outcome.notes, *replaced))
-        return _note_running(_note_foreign(outcome, opened), host, root)
+        return _note_running(_note_sampling(_note_foreign(outcome, opened), host, opened), host, root)
 
 
 def _read_engines(engines: Sequence[str | Path], host: Host, name: str | None) -> list[Engine]:
@@ -198,6 +199,13 @@ def _note_foreign(outcome: Outcome, engines: Sequence[Engine]) -> Outcome:
         for engine in engines
         if find_unallowed(engine.manifest)
     ]
+    return replace(outcome, notes=(*outcome.notes, *notes))
+
+
+def _note_sampling(outcome: Outcome, host: Host, engines: Sequence[Engine]) -> Outcome:
+    """Returns the outcome, with a note for each few-step engine: what to choose in the host."""
+    known = {engine.name: read_exported_few_steps(engine.folder, engine.manifest) for engine in engines}
+    notes = [f"{name}: {sampling.describe(host.name)}" for name, sampling in known.items() if sampling is not None]
     return replace(outcome, notes=(*outcome.notes, *notes))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sdcompress_engines.engine_files import find_manifest_folder, folder_faults
 from sdcompress_engines.errors import SdCompressError
+from sdcompress_engines.few_steps import read_exported_few_steps
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
@@ -30,7 +31,8 @@ class EngineStatus:
         name: of its folder.
         path: of the folder with the manifest.
         is_recorded: whether a record lists it, so that sdcompress has installed it.
-        facts: runtime, precision, signature, size in bytes and more, for display.
+        facts: runtime, precision, signature, size in bytes and more, for display. `sampling` is what to choose in the
+            host for a few-step model, or None.
         fault: what is wrong with its files, or None.
         why_not: why it does not load on this machine, or None.
     """
@@ -86,7 +88,7 @@ def read_status(host: Host, root: Path) -> Status:
         record=record,
         broken=broken,
         changed=_find_changes(host, root, record or Record()),
-        engines=tuple(_read_engine_status(folder, folder.name in installed) for folder in folders),
+        engines=tuple(_read_engine_status(host, folder, folder.name in installed) for folder in folders),
         leftovers=tuple(find_leftovers(host, root)),
         packages=read_packages(root),
     )
@@ -106,7 +108,7 @@ def _find_changes(host: Host, root: Path, record: Record) -> dict[str, str]:
     }
 
 
-def _read_engine_status(place: Path, is_recorded: bool) -> EngineStatus:
+def _read_engine_status(host: Host, place: Path, is_recorded: bool) -> EngineStatus:
     name, folder = place.name, place
     try:
         folder = find_manifest_folder(place) or place
@@ -114,7 +116,8 @@ def _read_engine_status(place: Path, is_recorded: bool) -> EngineStatus:
         if manifest is None:
             return EngineStatus(name, folder, is_recorded, {}, f"has no {MANIFEST_NAME}", None)
         fault = "; ".join(folder_faults(folder, manifest.kind)) or None
-        return EngineStatus(name, folder, is_recorded, _read_facts(manifest), fault, _find_obstacle(manifest, folder))
+        facts = _read_facts(manifest) | {"sampling": None if fault else _read_sampling(host, folder, manifest)}
+        return EngineStatus(name, folder, is_recorded, facts, fault, _find_obstacle(manifest, folder))
     except SdCompressError as error:
         return EngineStatus(name, folder, is_recorded, {}, error.what, None)
     except OSError as error:
@@ -132,6 +135,11 @@ def _read_facts(manifest: Manifest) -> dict[str, Any]:
         "created": manifest.created,
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
     }
+
+
+def _read_sampling(host: Host, folder: Path, manifest: Manifest) -> str | None:
+    sampling = read_exported_few_steps(folder, manifest)
+    return None if sampling is None else sampling.describe(host.name)
 
 
 def _find_obstacle(manifest: Manifest, folder: Path) -> str | None:

@@ -9,9 +9,10 @@ from typing import Any
 
 from sdcompress_engines.manifest import Manifest, faults, read_manifest
 
-from sdcompress.models.locate import locate_pipeline, read_component_config, read_model_index, read_unet_config
+from sdcompress.families.schemas.tiny_vae import TINY_VAE
+from sdcompress.models.locate import DECODER, locate_pipeline, read_component_config, read_model_index, read_unet_config
 
-_PIPELINES = ("student", "teacher", "finetuned")  # kinds of artifacts that are diffusers folders
+_PIPELINES = ("student", "teacher", "few-step", "finetuned")  # kinds of artifacts that are diffusers folders
 
 
 def describe_model(path: str) -> tuple[dict[str, Any], Manifest | None]:
@@ -29,8 +30,13 @@ def describe_model(path: str) -> tuple[dict[str, Any], Manifest | None]:
     if manifest is None and (folder / "lora").is_dir():  # a training folder holds its LoRA under lora/
         folder = folder / "lora"
         manifest = read_manifest(folder)
+    if manifest is None and (folder / DECODER).is_dir():
+        folder = folder / DECODER
+        manifest = read_manifest(folder)
     facts: dict[str, Any] = {}
-    if manifest is None or manifest.kind in _PIPELINES:
+    if manifest is not None and manifest.kind == DECODER:
+        facts = _describe_decoder(folder)
+    elif manifest is None or manifest.kind in _PIPELINES:
         folder = locate_pipeline(path)
         if folder.is_file():
             facts = _describe_file(folder)
@@ -53,6 +59,24 @@ def describe_model(path: str) -> tuple[dict[str, Any], Manifest | None]:
             "versions": manifest.versions,
         }
     return facts, manifest
+
+
+def _describe_decoder(folder: Path) -> dict[str, Any]:
+    from sdcompress.checkpoints.folder import open_component
+    from sdcompress.models.decoder import locate_decoder
+
+    weights = open_component(locate_decoder(folder))
+    sides = {
+        side: sum(math.prod(shape) for name, shape in weights.shapes.items() if name.startswith(side))
+        for side in ("decoder", "encoder")
+    }
+    return {
+        "format": "diffusers folder",
+        "class": TINY_VAE,
+        "parameters": sides,
+        "dtype": ", ".join(sorted(set(weights.dtypes.values()))),
+        "taesd": sorted(path.name for path in folder.glob("taesd*")),
+    }
 
 
 def _measure_size(path: Path) -> int:

@@ -16,8 +16,11 @@ from sdcompress_engines.paths import expand_user
 
 from sdcompress.families.schemas.check import check_config, config_file
 from sdcompress.families.schemas.index import check_index
+from sdcompress.models import nano
+from sdcompress.models.nano import BUILT_IN
 
-BUILT_IN = ("nano", "nano-tiny")
+DECODER = "decoder"
+"""The folder of a small decoder in its training folder, and its kind of artifact."""
 
 _MOST_CONFIG_MIB = 2
 """Largest config that is read: a scheduler's, with a list of 1,000 betas, has 0.03 MiB."""
@@ -39,8 +42,6 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
     """
     name = str(name_or_path)
     if name in BUILT_IN:
-        from sdcompress.models import nano
-
         return nano.pipeline_folder(name)
     path = expand_user(name)
     if path.is_dir():
@@ -59,11 +60,16 @@ def locate_pipeline(name_or_path: str | Path) -> Path:
         return path
     if path.exists():
         check_regular(path, ModelError)
-    if _HUB_ID.fullmatch(name) and not name.startswith((".", "/", "~")):
+    if is_hub_id(name):
         return _download(name)
     raise UsageError(
         "does not exist", where=name, expected=f"the path of a diffusers pipeline, a hub id, or {' / '.join(BUILT_IN)}"
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Returns whether a name that is no path of this machine can be a repository of the hub."""
+    return _HUB_ID.fullmatch(name) is not None and not name.startswith((".", "/", "~"))
 
 
 def local_paths(*names_or_paths: str | Path) -> list[Path]:
@@ -71,10 +77,8 @@ def local_paths(*names_or_paths: str | Path) -> list[Path]:
 
     Args:
         names_or_paths: as for `locate_pipeline`; those that lead to nothing here are left out. For a built-in model it
-            is the folder in the package that holds both of them.
+            is the folder in the package that holds all of them.
     """
-    from sdcompress.models import nano
-
     found = [nano.ASSETS] if any(str(name) in BUILT_IN for name in names_or_paths) else []
     for path in filter(None, map(local_path, names_or_paths)):
         has_pipeline = not (path / "model_index.json").is_file() and (path / "pipeline/model_index.json").is_file()

@@ -26,7 +26,7 @@ from sdcompress.support.pictures import read_picture
 
 CARD = "README.md"
 PICTURE = "samples.webp"
-KINDS = ("student", "finetuned", "lora")
+KINDS = ("student", "few-step", "finetuned", "lora")
 _PARTS = ("pipeline", "lora")
 _CONFIGS = ("config.json", "model_index.json")
 """Ends of the names of configs, in which diffusers and transformers note where they were loaded from."""
@@ -38,7 +38,7 @@ class FinishedModel:
 
     Attributes:
         folder: holds the manifest and the files that it names.
-        manifest: of kind student, finetuned or lora, as it is published: without paths of this machine, sealed anew.
+        manifest: of one of `KINDS`, as it is published: without paths of this machine, sealed anew.
         samples: the newest grid of pictures drawn during training, or None.
         texts: name → content of the files that are published with changes: the manifest, and configs that name a path
             of this machine.
@@ -131,7 +131,7 @@ def _publish_manifest(manifest: Manifest, texts: Mapping[str, bytes]) -> Manifes
 
 def _find_manifest(folder: Path) -> tuple[Path, Manifest]:
     """Returns the artifact's folder, `folder` itself or its `pipeline/` or `lora/`, and its manifest."""
-    expected = "a pipeline or LoRA that distill, finetune or lora train has finished, or its training folder"
+    expected = "a pipeline or LoRA that distill, few-step, finetune or lora train has finished, or its training folder"
     inside = (folder / part for part in _PARTS if not is_link(folder / part))
     place = next((place for place in (folder, *inside) if (place / MANIFEST_NAME).is_file()), None)
     if place is None and (folder / "checkpoints").is_dir():

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from sdcompress_engines.errors import ModelError, UsageError, shorten
+from sdcompress_engines.few_steps import HOST_TITLES, FewStepSampling, read_few_steps
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
 
 from sdcompress.models.locate import read_unet_config
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _HUB_ID = re.compile(r"[a-z0-9][\w.-]*/[a-z0-9][\w.-]*", re.ASCII | re.IGNORECASE)
-_TAGS = {"student": ("distillation", "block-pruning"), "finetuned": (), "lora": ("lora",)}
+_TAGS = {
+    "student": ("distillation", "block-pruning"),
+    "few-step": ("distillation", "consistency"),
+    "finetuned": (),
+    "lora": ("lora",),
+}
 _LOSSES = {
     "task_weight": "weight of the denoising loss against the true noise",
     "output_kd_weight": "weight of the loss against the teacher's prediction",
@@ -83,12 +90,14 @@ def model_card(model: FinishedModel, repo: str, license: str | None = None, base
 def _write_card(model: FinishedModel, repo: str, license: str | None, base_model: str | None) -> str:
     manifest = model.manifest
     base = base_model or _name_of_base(manifest)
+    sampling = _read_sampling(model)
     sections = [
         _front_matter(manifest, license, base),
         f"# {escape_markdown(repo.rpartition('/')[2])}\n",
-        _summary(model, base),
+        _summary(model, base, sampling),
         _samples(model),
-        _loading(manifest, repo, base),
+        _loading(manifest, repo, base, sampling),
+        _hosts(sampling),
         _architecture(model),
         _training(manifest),
         _license_note(license, base),
@@ -113,11 +122,16 @@ def _front_matter(manifest: Manifest, license: str | None, base: str) -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n"
 
 
-def _summary(model: FinishedModel, base: str) -> str:
+def _summary(model: FinishedModel, base: str, sampling: FewStepSampling | None) -> str:
     if model.manifest.kind == "lora":
         return f"A LoRA for {code_span(base)}.\n"
     if model.manifest.kind == "finetuned":
         return f"{code_span(base)}, with every weight of its UNet trained further.\n"
+    if model.manifest.kind == "few-step":
+        return (
+            f"{code_span(base)}, trained by consistency distillation (arXiv 2310.04378, 2405.18407) to draw in"
+            f" {sampling.steps if sampling else 'few'} steps, without guidance.\n"
+        )
     plan = _read_plan(model)
     before, after = _count_teacher_parameters(plan), _count_unet_parameters(model.folder)
     return (
@@ -125,6 +139,14 @@ def _summary(model: FinishedModel, base: str) -> str:
         f" the rest was trained by distillation. The UNet has {after:,} parameters and the teacher's {before:,}:"
         f" {1 - after / before:.1%} fewer.\n"
     )
+
+
+def _read_sampling(model: FinishedModel) -> FewStepSampling | None:
+    if model.manifest.kind == "lora":
+        return None
+    names = ("model_index.json", "scheduler/scheduler_config.json")
+    configs = [read_json_object(model.file(name)) if name in model.manifest.files else {} for name in names]
+    return read_few_steps(*configs)
 
 
 def _samples(model: FinishedModel) -> str:
@@ -137,7 +159,7 @@ def _samples(model: FinishedModel) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _loading(manifest: Manifest, repo: str, base: str) -> str:
+def _loading(manifest: Manifest, repo: str, base: str, sampling: FewStepSampling | None) -> str:
     if manifest.kind == "lora":
         from sdcompress.train.lora import FILE, KOHYA_FILE
 
@@ -158,6 +180,9 @@ def _loading(manifest: Manifest, repo: str, base: str) -> str:
             f'    sdcompress generate {repo} "PROMPT" -o picture.png',
             f"    sdcompress export {repo} -o engines --trt",
         ]
+    drawn = "num_inference_steps=25"
+    if sampling is not None:
+        drawn = f"num_inference_steps={sampling.steps}, guidance_scale={sampling.guidance_scale}"
     lines = [
         "## How to load it\n",
         "```python",
@@ -166,11 +191,27 @@ def _loading(manifest: Manifest, repo: str, base: str) -> str:
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         *code,
-        'pipeline("PROMPT", num_inference_steps=25).images[0].save("picture.png")',
+        f'pipeline("PROMPT", {drawn}).images[0].save("picture.png")',
         "```\n",
         *usage,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _hosts(sampling: FewStepSampling | None) -> str:
+    """Returns what to choose for a few-step model in programs that do not read its scheduler."""
+    if sampling is None:
+        return ""
+    rows = [
+        f"| {title} | {choice.sampler} | {' + '.join(filter(None, (choice.schedule, choice.node)))} |"
+        for host, title in HOST_TITLES.items()
+        if (choice := sampling.choice(host)) is not None
+    ]
+    table = ["\n| | sampler | schedule |\n|---|---|---|", *rows] if rows else []
+    text = f"This model was trained for {sampling}"
+    if sampling.guidance_scale <= 1:
+        text += ": the guidance is in its weights, and a negative prompt has no effect"
+    return "\n".join(["## Steps and sampler\n", f"{text}.", *table]) + "\n"
 
 
 def _architecture(model: FinishedModel) -> str:
@@ -182,7 +223,7 @@ def _architecture(model: FinishedModel) -> str:
         )
         return f"## What is in it\n\nMatrices of rank {rank:d} (alpha {alpha:g}) for the layers {layers}.\n"
     after = _count_unet_parameters(model.folder)
-    if model.manifest.kind == "finetuned":
+    if model.manifest.kind in ("finetuned", "few-step"):
         return (
             f"## What is in it\n\nA UNet of {after:,} parameters; its architecture is the base model's, and so are text"
             " encoder, tokenizer and VAE.\n"

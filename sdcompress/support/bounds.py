@@ -15,3 +15,4 @@ MOST_SEED = 2**62 - 1
 MOST_THREADS = 4096
 LEAST_OPSET, MOST_OPSET = 18, 23
 """ONNX opsets that torch's exporter writes its graphs in."""
+MOST_DECODER_WIDTH, MOST_DECODER_BLOCKS = 1024, 64

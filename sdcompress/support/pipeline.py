@@ -76,6 +76,11 @@ def scheduler_config(scheduler: Any) -> dict[str, Any]:
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
+def vae_config(vae: Any) -> dict[str, Any]:
+    """Returns the config of a VAE in torch as its file has it: with the class."""
+    return {**vae.config, "_class_name": type(vae).__name__}
+
+
 def check_host_noise(pipeline: TextToImagePipeline, what: str, *, schedule: bool = True) -> None:
     """Refuse a model of which a WebUI or ComfyUI would draw other pictures.
 
@@ -88,7 +93,7 @@ def check_host_noise(pipeline: TextToImagePipeline, what: str, *, schedule: bool
         ModelError: names the property that the host would ignore.
     """
     config = scheduler_config(pipeline.scheduler)
-    if difference := find_host_difference(config, pipeline.vae.config, schedule=schedule):
+    if difference := find_host_difference(config, vae_config(pipeline.vae), schedule=schedule):
         raise ModelError(
             f"the model has {difference}, which {what} does not tell the program that loads it",
             expected="the noise schedule, targets and latents of Stable Diffusion",

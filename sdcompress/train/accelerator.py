@@ -12,12 +12,12 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import patch_environment
 from sdcompress_engines.errors import BackendMissing, UsageError
 
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.config import LoopConfig
 from sdcompress.train.precision import resolve_precision
 from sdcompress.train.sharding import SHARDING, refuse_unsupported
 
 
-def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
+def make_accelerator(config: LoopConfig, output: Path) -> Accelerator:
     """Returns the run's accelerator.
 
     Args:
@@ -51,7 +51,7 @@ def make_accelerator(config: TrainConfig, output: Path) -> Accelerator:
     return accelerator
 
 
-def check_settings(config: TrainConfig) -> None:
+def check_settings(config: LoopConfig) -> None:
     """Refuse what no training can do here, so that nobody waits for the data to be encoded before.
 
     Raises:
@@ -69,7 +69,7 @@ def check_settings(config: TrainConfig) -> None:
         )
 
 
-def _check_batch(config: TrainConfig, processes: int) -> None:
+def _check_batch(config: LoopConfig, processes: int) -> None:
     passes = config.gradient_accumulation * processes
     if config.batch_size % passes:
         raise UsageError(

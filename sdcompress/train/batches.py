@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -28,6 +28,28 @@ def make_generator(seed: int, stream: str, index: int) -> torch.Generator:
     """
     digest = hashlib.blake2b(f"{seed} {stream} {index}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class Batch(Protocol):
+    """The input of one forward pass, made on the CPU; the training loop moves it to the device."""
+
+    def map_tensors(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """Returns the batch with `function` applied to every tensor."""
+        ...
+
+
+class BatchSource(Protocol):
+    """Makes the batches of a run; each is a function of (seed, position) alone.
+
+    Attributes:
+        order: of the pictures in the stream of samples.
+    """
+
+    order: SampleOrder
+
+    def make_batch(self, positions: range) -> Batch:
+        """Returns the batch for these positions in the stream of samples, on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -126,6 +148,7 @@ class Batches:
         config: seed, batch size, Min-SNR, noise offset and caption dropout.
         tokens: put token ids in place of text embeddings, for a text encoder in training.
         latents_mean: a number or (C, 1, 1).
+        timesteps: those that are drawn, (K,) int64; None for all of the schedule.
     """
 
     def __init__(
@@ -137,11 +160,13 @@ class Batches:
         *,
         tokens: bool = False,
         latents_mean: float | torch.Tensor = 0.0,
+        timesteps: torch.Tensor | None = None,
     ) -> None:
         self.cache, self.config, self.tokens = cache, config, tokens
         self.scaling_factor, self.latents_mean = scaling_factor, latents_mean
         self.scheduler: Any = scheduler  # its stubs ask for a subclass of int tensors that torch does not have
         self.alphas = torch.as_tensor(scheduler.alphas_cumprod, dtype=torch.float32)
+        self.timesteps = torch.arange(len(self.alphas)) if timesteps is None else timesteps
         self.prediction_type = self.scheduler.config.prediction_type
         self.order = SampleOrder(cache.buckets, config.batch_size, config.seed)
 
@@ -176,7 +201,7 @@ class Batches:
     def _draw_sample(self, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int, Any]:
         """Returns latents, noise, text, timestep and SDXL's added conditions (or None) for a position."""
         generator = make_generator(self.config.seed, "sample", position)
-        view, timestep = (int(torch.randint(n, (), generator=generator)) for n in (self.cache.views, len(self.alphas)))
+        view, place = (int(torch.randint(n, (), generator=generator)) for n in (self.cache.views, len(self.timesteps)))
         dropout, pick = torch.rand(2, generator=generator).tolist()
         cached = self.cache.sample(self.order[position], view, pick, drop_caption=dropout < self.config.caption_dropout)
         latents = cached.mean + cached.std * torch.randn(cached.mean.shape, generator=generator)
@@ -186,4 +211,4 @@ class Batches:
             noise = noise + self.config.noise_offset * torch.randn(noise.shape[0], 1, 1, generator=generator)
         added = None if cached.pooled is None else {"text_embeds": cached.pooled, "time_ids": cached.time_ids.long()}
         text = cached.ids if self.tokens and cached.ids is not None else cached.text
-        return latents, noise, text, timestep, added
+        return latents, noise, text, int(self.timesteps[place]), added

@@ -5,19 +5,27 @@ A field's description is also the comment in `recipes show --resolved` and the h
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from sdcompress.data.config import DataConfig
-from sdcompress.support.bounds import MOST_BATCH, MOST_SEED, MOST_TRAINING_STEPS
+from sdcompress.support.bounds import (
+    MOST_BATCH,
+    MOST_DECODER_BLOCKS,
+    MOST_DECODER_WIDTH,
+    MOST_GUIDANCE,
+    MOST_SEED,
+    MOST_TRAINING_STEPS,
+)
 from sdcompress.support.settings import Settings
 
 _MOST_RATE, _MOST_WEIGHT = 100.0, 1e6
+_MOST_FEW_STEPS = 20
 
 
-class TrainConfig(Settings):
-    """The settings that every kind of training has. Unknown keys are refused."""
+class LoopConfig(Settings):
+    """The settings of the training loop, which every kind of training has. Unknown keys are refused."""
 
     steps: int = Field(1000, ge=1, le=MOST_TRAINING_STEPS, description="Number of optimizer steps.")
     batch_size: int = Field(
@@ -42,6 +50,47 @@ class TrainConfig(Settings):
     )
     weight_decay: float = Field(0.01, ge=0, le=_MOST_WEIGHT, description="Weight decay of the optimizer.")
     max_grad_norm: float = Field(1.0, gt=0, le=1e12, description="Gradients are clipped to this norm.")
+    ema_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Decay of the exponential moving average of the weights; the average is what is saved; 0 is off.",
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Precision of training; auto is bf16 where the device computes in it, else fp16 on a GPU and fp32"
+        " on a CPU.",
+    )
+    tf32: bool = Field(
+        True, description="On NVIDIA GPUs, compute fp32 products in TF32: faster, with 10 bits of mantissa."
+    )
+    compile: bool = Field(
+        False, description="torch.compile for teacher and student: minutes to start, faster steps on a GPU."
+    )
+    checkpoint_every: int = Field(500, ge=1, le=MOST_TRAINING_STEPS, description="Steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, le=1000, description="Number of newest checkpoints to keep.")
+    log_every: int = Field(10, ge=1, le=MOST_TRAINING_STEPS, description="Steps between lines of metrics.jsonl.")
+    tracker: Literal["none", "tensorboard", "wandb"] = Field(
+        "none", description="Service that records the losses besides metrics.jsonl."
+    )
+    sample_every: int = Field(
+        500,
+        ge=0,
+        le=MOST_TRAINING_STEPS,
+        description="Steps between pictures that show what has been learned; 0 draws no pictures.",
+    )
+    divergence_factor: float = Field(
+        50.0, gt=1, le=1e12, description="Stop when the loss is this many times its running average."
+    )
+    seed: int = Field(0, ge=0, le=MOST_SEED, description="Seed of everything random in the run.")
+    data: DataConfig = Field(
+        default_factory=DataConfig, description="Which pictures are used, and how they are cropped."
+    )
+
+
+class TrainConfig(LoopConfig):
+    """The settings of every training that denoises."""
+
     snr_gamma: float | None = Field(
         None,
         gt=0,
@@ -60,47 +109,11 @@ class TrainConfig(Settings):
     caption_dropout: float = Field(
         0.1, ge=0, le=1, description="Share of captions replaced by the empty caption, which guidance needs."
     )
-    ema_decay: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="Decay of the exponential moving average of the weights; the average is what is saved; 0 is off.",
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="Precision of training; auto is bf16 where the device computes in it, else fp16 on a GPU and fp32"
-        " on a CPU.",
-    )
     save_precision: Literal["fp32", "fp16"] = Field("fp32", description="Precision of the finished pipeline.")
-    tf32: bool = Field(
-        True, description="On NVIDIA GPUs, compute fp32 products in TF32: faster, with 10 bits of mantissa."
-    )
-    compile: bool = Field(
-        False, description="torch.compile for teacher and student: minutes to start, faster steps on a GPU."
-    )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: about half the memory, a third more time."
     )
-    checkpoint_every: int = Field(500, ge=1, le=MOST_TRAINING_STEPS, description="Steps between checkpoints.")
-    keep_checkpoints: int = Field(2, ge=1, le=1000, description="Number of newest checkpoints to keep.")
-    log_every: int = Field(10, ge=1, le=MOST_TRAINING_STEPS, description="Steps between lines of metrics.jsonl.")
-    tracker: Literal["none", "tensorboard", "wandb"] = Field(
-        "none", description="Service that records the losses besides metrics.jsonl."
-    )
-    sample_every: int = Field(
-        500,
-        ge=0,
-        le=MOST_TRAINING_STEPS,
-        description="Steps between pictures of the validation prompts; 0 draws no pictures.",
-    )
     validation_prompts: tuple[str, ...] = Field((), description="Prompts that are drawn as pictures during training.")
-    divergence_factor: float = Field(
-        50.0, gt=1, le=1e12, description="Stop when the loss is this many times its running average."
-    )
-    seed: int = Field(0, ge=0, le=MOST_SEED, description="Seed of everything random in the run.")
-    data: DataConfig = Field(
-        default_factory=DataConfig, description="Which pictures are used, and how they are cropped."
-    )
 
 
 class DistillConfig(TrainConfig):
@@ -188,5 +201,127 @@ class LoraConfig(TrainConfig):
     )
 
 
-KINDS: dict[str, type[TrainConfig]] = {"distill": DistillConfig, "finetune": FinetuneConfig, "lora": LoraConfig}
+class FewStepConfig(TrainConfig):
+    """How a model is trained to draw in few steps, without guidance (arXiv 2310.04378 and 2405.18407)."""
+
+    num_inference_steps: int = Field(4, ge=1, le=_MOST_FEW_STEPS, description="Steps in which the model shall draw.")
+    phases: int | None = Field(
+        None,
+        ge=1,
+        le=_MOST_FEW_STEPS,
+        description=(
+            "Parts of the trajectory whose ends the model learns: as many as steps (the default) draws the same picture"
+            " each time; 1 is latent consistency, which adds new noise between steps."
+        ),
+    )
+    solver_steps: int = Field(
+        40,
+        ge=1,
+        le=1000,
+        description="Steps of the teacher's solver along the whole trajectory; more are more exact and learned slower.",
+    )
+    guidance_scale: float | None = Field(
+        None,
+        ge=1,
+        le=MOST_GUIDANCE,
+        description="Guidance that goes into the weights: higher follows the prompt more; default: the teacher's own.",
+    )
+    huber_c: float = Field(
+        0.001, gt=0, le=1e3, description="Differences under it count as their square, larger ones as their size."
+    )
+    loss_unit: Literal["prediction", "sample"] = Field(
+        "prediction",
+        description=(
+            "What the loss compares: `sample` where jumps end, as the papers; `prediction` divides that by how far an"
+            " end moves with the prediction, so that all timesteps count alike."
+        ),
+    )
+    learning_rate: float = Field(1e-5, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; higher blurs.")
+    ema_decay: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="Decay of the moving average of the weights, whose predictions are the targets and which is saved.",
+    )
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="Share of captions replaced by the empty one; the model draws without guidance."
+    )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Train a LoRA of this rank in place of all weights, for the model it came from.",
+    )
+    lora_targets: tuple[str, ...] = Field(
+        (
+            *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+            *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+        ),
+        description="Names of the layers that a LoRA adapts.",
+    )
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> FewStepConfig:
+        if self.phases not in (None, 1, self.num_inference_steps):
+            raise ValueError(f"phases {self.phases} should be 1 or the {self.num_inference_steps} steps")
+        if self.snr_gamma is not None:
+            raise ValueError("snr_gamma has no effect: the consistency loss compares samples, not noise")
+        return self
+
+    def count_phases(self) -> int:
+        """Returns the number of phases, where None stands for the number of steps."""
+        return self.phases or self.num_inference_steps
+
+
+class DecoderConfig(LoopConfig):
+    """How a small decoder is trained from a VAE."""
+
+    learning_rate: float = Field(
+        5e-4, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; a network from scratch needs a large one."
+    )
+    width: int = Field(
+        64,
+        ge=4,
+        le=MOST_DECODER_WIDTH,
+        description="Channels of every layer: TAESD's 64, which the WebUIs and ComfyUI load; fewer are faster.",
+    )
+    blocks: tuple[Annotated[int, Field(ge=0, le=MOST_DECODER_BLOCKS)], ...] = Field(
+        (3, 3, 3, 1),
+        min_length=1,
+        max_length=8,
+        description=(
+            "Blocks of each level of the decoder, from the latents to the picture; the encoder has them in reverse."
+            " The last levels take the most time; the WebUIs and ComfyUI load 3, 3, 3, 1."
+        ),
+    )
+    pixel_weight: float = Field(
+        1.0, ge=0, le=_MOST_WEIGHT, description="Weight of the mean absolute error of the pixels."
+    )
+    lpips_weight: float = Field(
+        0.5,
+        ge=0,
+        le=_MOST_WEIGHT,
+        description=(
+            "Weight of LPIPS, the perceptual distance (arXiv 1801.03924), without which details blur; 0 is off, and"
+            " needs no package."
+        ),
+    )
+    lpips_net: Literal["alex", "vgg"] = Field(
+        "vgg", description="Network of LPIPS: vgg gives better gradients, alex costs a tenth."
+    )
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> DecoderConfig:
+        if not (self.pixel_weight or self.lpips_weight):
+            raise ValueError("pixel_weight, lpips_weight are all 0, so that nothing would be learned")
+        return self
+
+
+KINDS: dict[str, type[LoopConfig]] = {
+    "distill": DistillConfig,
+    "few-step": FewStepConfig,
+    "finetune": FinetuneConfig,
+    "lora": LoraConfig,
+    "decoder": DecoderConfig,
+}
 """The kinds of training, as a recipe's `kind` names them."""

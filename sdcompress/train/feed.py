@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from accelerate import Accelerator
 
-from sdcompress.train.batches import Batches, NoisyBatch
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.batches import Batch, BatchSource
+from sdcompress.train.config import LoopConfig
 
 
 class BatchFeed:
     """This process's share of each batch, made one ahead on a thread while the step before is computed.
 
     Args:
-        batches: makes the noisy batches.
+        batches: makes the batches.
         config: batch size and gradient accumulation.
         accelerator: the run's.
 
@@ -25,7 +25,7 @@ class BatchFeed:
         waited_s: seconds for which the training loop has waited for a batch.
     """
 
-    def __init__(self, batches: Batches, config: TrainConfig, accelerator: Accelerator) -> None:
+    def __init__(self, batches: BatchSource, config: LoopConfig, accelerator: Accelerator) -> None:
         self.batches, self.config, self.accelerator = batches, config, accelerator
         self.share = config.batch_size // (config.gradient_accumulation * accelerator.num_processes)
         # Its tensor operations run on one thread too: a second pool of OpenMP threads, spinning beside the first,
@@ -33,7 +33,7 @@ class BatchFeed:
         self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,))
         self.waited_s = 0.0
 
-    def iterate(self, first_step: int) -> Iterator[NoisyBatch]:
+    def iterate(self, first_step: int) -> Iterator[Batch]:
         """Yield batches without end, on the training device: `gradient_accumulation` of them per step.
 
         Args:

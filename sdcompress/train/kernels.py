@@ -47,12 +47,12 @@ def tune_convolutions() -> Iterator[None]:
 
 @contextmanager
 def compile_blocks(network: nn.Module | None, hooked: Collection[str] = (), **options: Any) -> Iterator[int]:
-    """Compile the resnets and transformers of a UNet inside the block; yield their number.
+    """Compile the resnets and transformers of a network inside the block; yield their number.
 
     They do nearly all of the work, and compile in a fraction of the time that the whole network takes in one piece.
 
     Args:
-        network: a UNet, or a module with UNets inside; None compiles nothing.
+        network: a UNet, a VAE, or a module with some inside; None compiles nothing.
         hooked: names of modules with forward hooks. torch shares compiled code between modules of one class and ignores
             their hooks. So a block with such a module inside is not compiled as a whole, only its parts without hooks.
         options: keyword arguments of `torch.compile`.
@@ -74,10 +74,11 @@ def compile_blocks(network: nn.Module | None, hooked: Collection[str] = (), **op
 def _find_blocks_without_hooks(name: str, module: nn.Module, hooked: Collection[str]) -> Iterator[nn.Module]:
     """Yield the outermost resnets and transformers that contain no hooked module."""
     from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-    block_types = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock)
+    block_types = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock, AutoencoderTinyBlock)
     if isinstance(module, block_types) and not any(each.startswith(f"{name}.") for each in hooked):
         yield module
         return

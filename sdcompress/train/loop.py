@@ -18,9 +18,9 @@ from torch import nn
 
 from sdcompress.train.accelerator import make_accelerator
 from sdcompress.train.averaging import averaged_weights, update_average
-from sdcompress.train.batches import Batches, NoisyBatch, make_generator
+from sdcompress.train.batches import Batch, BatchSource, make_generator
 from sdcompress.train.checkpoint import CHECKPOINTS, DIFFERENCES_SHOWN, Checkpoints, flatten, trainable_state
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.config import LoopConfig, TrainConfig
 from sdcompress.train.feed import BatchFeed
 from sdcompress.train.kernels import compile_blocks, tune_convolutions, use_plain_attention
 from sdcompress.train.metrics import LossMonitor, MetricsLog
@@ -67,8 +67,8 @@ class TrainResult:
 def train(
     trained: nn.Module,
     objective: Objective,
-    batches: Batches,
-    config: TrainConfig,
+    batches: BatchSource,
+    config: LoopConfig,
     output: Path,
     identity: dict[str, Any],
     *,
@@ -85,7 +85,7 @@ def train(
     Args:
         trained: the network, on any device; its trained parameters are float32.
         objective: computes the losses of a batch.
-        batches: makes the noisy batches.
+        batches: makes the batches.
         config: steps, learning rate, precision and the rest.
         output: the training folder: checkpoints and `metrics.jsonl`.
         identity: what distinguishes the run from others (plan, teacher, data, configuration); a checkpoint of
@@ -105,7 +105,7 @@ def train(
     run = TrainingRun(trained, objective, batches, config, output, identity, frozen)
     main = run.accelerator.is_main_process
     if main and sampler is not None and run.sharded:
-        report.show_line(f"{label}: no pictures of the validation prompts, because no process has all weights")
+        report.show_line(f"{label}: no sample pictures, because no process has all weights")
         sampler = None
     if main and (unused := batches.order.never_drawn):
         total, shown = len(batches.order.buckets), f"fewer than a batch of {config.batch_size} have their shape"
@@ -139,8 +139,8 @@ class TrainingRun:
         self,
         trained: nn.Module,
         objective: Objective,
-        batches: Batches,
-        config: TrainConfig,
+        batches: BatchSource,
+        config: LoopConfig,
         output: Path,
         identity: dict[str, Any],
         frozen: nn.Module | None,
@@ -185,6 +185,7 @@ class TrainingRun:
                 stack.enter_context(tune_convolutions())
             elif self.accelerator.mixed_precision == "bf16":
                 stack.enter_context(use_plain_attention(self.trained))
+            self.objective.use_average(self.average or {})
             stack.enter_context(self.objective.attach_hooks(self.trained))
             if self.config.compile:
                 for network, hooked in zip((self.trained, self.frozen), self.objective.hooked_modules, strict=True):
@@ -221,7 +222,7 @@ class TrainingRun:
             if self.accelerator.is_main_process:
                 self.metrics.write(done, self.losses, learning_rate=learning_rate, grad_norm=grad_norm)
 
-    def _compute_losses(self, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+    def _compute_losses(self, batch: Batch) -> dict[str, torch.Tensor]:
         with self.accelerator.autocast():
             return self.objective.compute_losses(self.wrapped, batch)
 
@@ -251,7 +252,7 @@ class TrainingRun:
             raise Stopped(
                 f"stopped at step {done} of {self.config.steps}; its checkpoint is written",
                 where=self.output,
-                hint="the same command; with distill, finetune and lora train, add --resume",
+                hint="the same command with --resume; `run` and `demo` need no option",
             )
 
     def draw_samples(self, sampler: Sampler, done: int) -> None:
@@ -322,7 +323,7 @@ def check_same_start(first_step: int, identity: dict[str, Any], output: Path) ->
 def place_networks(
     trained: nn.Module,
     frozen: nn.Module | None,
-    config: TrainConfig,
+    config: LoopConfig,
     accelerator: Accelerator,
     *,
     sharded: bool = False,
@@ -339,7 +340,7 @@ def place_networks(
             no other.
     """
     trained.train()
-    if config.gradient_checkpointing:
+    if isinstance(config, TrainConfig) and config.gradient_checkpointing:
         for module in trained.modules():
             enable: Any = getattr(module, "enable_gradient_checkpointing", None)
             if enable is not None:

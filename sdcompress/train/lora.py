@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,7 +178,13 @@ def add_adapters(network: Any, config: LoraConfig, targets: tuple[str, ...]) -> 
     return network
 
 
-def save_lora(trained: nn.Module, target: Path, config: LoraConfig, manifest: dict[str, Any]) -> None:
+def save_lora(
+    trained: nn.Module,
+    target: Path,
+    config: LoraConfig,
+    manifest: dict[str, Any],
+    entries: Mapping[str, str] | None = None,
+) -> None:
     """Write the trained adapters as a folder with both files and a manifest, by one rename.
 
     Args:
@@ -185,6 +192,7 @@ def save_lora(trained: nn.Module, target: Path, config: LoraConfig, manifest: di
         target: the folder; replaced if it exists.
         config: rank and alpha, for the files' metadata.
         manifest: entries of `write_manifest`.
+        entries: further entries of the files' headers.
     """
     if isinstance(trained, UNetWithTextEncoder):
         layers = read_adapters("unet", trained.unet) | read_adapters("text_encoder", trained.text_encoder)
@@ -194,6 +202,7 @@ def save_lora(trained: nn.Module, target: Path, config: LoraConfig, manifest: di
         "ss_base_model": manifest["config"]["model_name"],
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.alpha or config.rank),
+        **(entries or {}),
     }
     with staged(target, force=True) as out:
         write_lora(layers, out / FILE, "diffusers", metadata)

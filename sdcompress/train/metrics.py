@@ -14,7 +14,7 @@ from sdcompress_engines.files import append_line, write_atomically
 from sdcompress_engines.json_files import parse_json
 
 from sdcompress.train.checkpoint import CHECKPOINTS, flatten, list_checkpoints
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.config import LoopConfig
 
 METRICS = "metrics.jsonl"
 
@@ -29,7 +29,7 @@ class MetricsLog:
         first_step: the step at which this process starts. Lines of later steps are removed.
     """
 
-    def __init__(self, config: TrainConfig, output: Path, accelerator: Accelerator, first_step: int) -> None:
+    def __init__(self, config: LoopConfig, output: Path, accelerator: Accelerator, first_step: int) -> None:
         self.path, self.accelerator = output / METRICS, accelerator
         if accelerator.is_main_process:
             keep_lines_up_to(self.path, first_step)
@@ -67,7 +67,7 @@ class LossMonitor:
         output: the training folder.
     """
 
-    def __init__(self, config: TrainConfig, output: Path) -> None:
+    def __init__(self, config: LoopConfig, output: Path) -> None:
         self.factor, self.output = config.divergence_factor, output
         self.running_average: float | None = None
 

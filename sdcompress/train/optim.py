@@ -9,11 +9,11 @@ from sdcompress_engines.errors import BackendMissing, UsageError
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.config import LoopConfig
 from sdcompress.train.muon import make_muon
 
 
-def compute_learning_rate(config: TrainConfig, step: int) -> float:
+def compute_learning_rate(config: LoopConfig, step: int) -> float:
     """Returns the learning rate of a step, counted from 0.
 
     diffusers' `get_scheduler` starts its warm-up at rate 0, ours at 1/warm-up steps: earlier runs would not resume to
@@ -27,7 +27,7 @@ def compute_learning_rate(config: TrainConfig, step: int) -> float:
     return rate
 
 
-def make_optimizer(config: TrainConfig, trained: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: LoopConfig, trained: nn.Module) -> torch.optim.Optimizer:
     """Returns torch's fused AdamW, bitsandbytes' AdamW with its state in 8 bits, or Muon.
 
     Args:

@@ -24,7 +24,7 @@ from sdcompress.support.pictures import save_picture
 from sdcompress.support.pipeline import scheduler_config
 from sdcompress.support.quiet import quiet
 from sdcompress.train.batches import Batches
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.config import LoopConfig, TrainConfig
 from sdcompress.train.loop import Sampler, TrainResult
 
 if TYPE_CHECKING:
@@ -58,24 +58,40 @@ def make_training_scheduler(scheduler: Any) -> Any:
     return DDPMScheduler.from_config(scheduler.config)
 
 
-def make_batches(pipeline: Any, cache: LatentCache, config: TrainConfig, *, tokens: bool = False) -> Batches:
+def make_batches(
+    pipeline: Any,
+    cache: LatentCache,
+    config: TrainConfig,
+    *,
+    tokens: bool = False,
+    timesteps: torch.Tensor | None = None,
+) -> Batches:
     """Returns the noisy batches that a pipeline's UNet is trained on.
 
     Args:
-        pipeline: gives the noise schedule and the scale of the latents. SDXL's pipeline has a mean and a standard
-            deviation for each channel, where its VAE's config holds them (Playground v2.5).
-        cache, config, tokens: see `Batches`.
+        pipeline: gives the noise schedule and the scale of the latents; see `latent_scale`.
+        cache, config, tokens, timesteps: see `Batches`.
 
     Raises:
         ModelError: as `check_trainable`.
     """
     check_trainable(pipeline)
-    scheduler, vae = make_training_scheduler(pipeline.scheduler), pipeline.vae.config
+    factor, mean = latent_scale(pipeline)
+    scheduler = make_training_scheduler(pipeline.scheduler)
+    return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean, timesteps=timesteps)
+
+
+def latent_scale(pipeline: Any) -> tuple[float | torch.Tensor, float | torch.Tensor]:
+    """Returns the factor and the mean of a pipeline's latents: its UNet takes (VAE's latents - mean) × factor.
+
+    SDXL's pipeline has a mean and a standard deviation for each channel, where its VAE's config holds them (Playground
+    v2.5); they are (C, 1, 1) then, else numbers.
+    """
+    vae = pipeline.vae.config
     mean, std = vae.get("latents_mean"), vae.get("latents_std")
     if "text_encoder_2" not in pipeline.components or mean is None or std is None:
-        return Batches(cache, scheduler, vae.scaling_factor, config, tokens=tokens)
-    factor, mean = vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
-    return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean)
+        return vae.scaling_factor, 0.0
+    return vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
 
 
 def check_trainable(pipeline: Any) -> None:
@@ -120,7 +136,7 @@ def save_pipeline(
 
 
 def describe_training(
-    model: LoadedPipeline, cache: LatentCache, config: TrainConfig, result: TrainResult, role: str = "model"
+    model: LoadedPipeline, cache: LatentCache, config: LoopConfig, result: TrainResult, role: str = "model"
 ) -> dict[str, Any]:
     """Returns the manifest entries of everything that is trained: configuration, inputs, figures and seed.
 

@@ -12,13 +12,13 @@ from sdcompress_engines.errors import UsageError, shorten
 
 from sdcompress.support.faults import describe_value, faults_of
 from sdcompress.support.yaml_files import parse_yaml, read_mapping
-from sdcompress.train.config import KINDS, TrainConfig
+from sdcompress.train.config import KINDS, LoopConfig
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 KIND = "kind"
 _SETTING = re.compile(r"\w{1,80}(\.\w{1,80}){0,3}=.*", re.DOTALL)
 
-Config = TypeVar("Config", bound=TrainConfig)
+Config = TypeVar("Config", bound=LoopConfig)
 
 
 def recipe_names() -> list[str]:

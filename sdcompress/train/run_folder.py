@@ -19,7 +19,7 @@ from sdcompress_engines.output_folders import check_free, check_inputs
 from sdcompress_engines.output_marks import TRAINING
 
 from sdcompress.train.checkpoint import CHECKPOINTS, PREFIX, check_identity, is_intact, list_checkpoints
-from sdcompress.train.config import TrainConfig
+from sdcompress.train.config import LoopConfig
 
 LOCK = ".lock"
 RECIPE = "recipe.json"
@@ -53,7 +53,7 @@ def run_folder(
         state.wait_for_everyone()
 
 
-def write_recipe(config: TrainConfig, output: Path, plan: str | None = None) -> None:
+def write_recipe(config: LoopConfig, output: Path, plan: str | None = None) -> None:
     """Write the resolved recipe to the training folder, and the plan, on the main process.
 
     Files that are there stay: a refused resume must leave the run's own ones unchanged. A run without a checkpoint is

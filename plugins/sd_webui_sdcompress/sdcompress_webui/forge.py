@@ -15,6 +15,7 @@ from sdcompress_engines.errors import SdCompressError, UsageError
 
 from . import pages
 from .a1111 import find_other_checkpoint
+from .hints import find_hint
 from .host import Change
 from .menu import REASON
 from .traits import Traits, read_traits
@@ -125,6 +126,15 @@ class Forge:
         job.extra_generation_params["sdcompress"] = choice.partition(REASON)[0]
         with suppress(SdCompressError):  # the first call tries again, and its error reaches the user
             choose().activate_once()
+            self._hint(job, choose())
+
+    def _hint(self, job: Any, unet: HostedUNet) -> None:
+        """Compare a few-step model's settings with the picture's, before its first sampling."""
+        from modules import shared
+
+        is_first = not getattr(job, "iteration", 0) and not getattr(job, "is_hr_pass", False)
+        if is_first and (hint := find_hint(unet.model, job, "forge", shared.opts)) is not None:
+            self.host.warn(hint)
 
     def after(self, job: Any, processed: Any, choice: str | None) -> None:
         """Report a picture that was drawn without the engine, because another extension has replaced its wrapper.

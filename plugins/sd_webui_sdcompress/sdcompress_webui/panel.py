@@ -101,7 +101,7 @@ class Row:
 
     Attributes:
         folder: the engine's.
-        model: name, kind and family.
+        model: name, kind, family and, of a few-step model, the sampling that it was trained for.
         built: backend, precision and card.
         shapes: that the engine takes.
         fault: why the engine cannot run, or None.
@@ -147,6 +147,8 @@ def _read_row(artifact: Artifact | Unreadable, checkpoint: Traits | None) -> Row
     ranges = profile_ranges(artifact.manifest)
     shapes = "; ".join(map(str, ranges)) or f"any, in steps of {artifact.multiple * artifact.vae_scale} px"
     model = f"{artifact.name} ({'whole' if artifact.whole else 'student'}, {artifact.traits.family})"
+    if artifact.sampling is not None:
+        model += f"; {artifact.sampling.describe_in(('webui', 'forge'))}"
     fault = artifact.find_obstacle() or (artifact.traits.find_mismatch(checkpoint) if checkpoint else None)
     return Row(artifact.folder, model, built, shapes, fault, command)
 

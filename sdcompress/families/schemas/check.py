@@ -12,12 +12,13 @@ from sdcompress_engines.signature import context_width
 from sdcompress.families.schemas.base import ComponentSchema, check_content
 from sdcompress.families.schemas.scheduler import SCHEDULERS, SchedulerSchema
 from sdcompress.families.schemas.text_encoder import TextEncoderSchema
+from sdcompress.families.schemas.tiny_vae import TINY_VAE, VAES, TinyVaeSchema
 from sdcompress.families.schemas.unet import UNetSchema
 from sdcompress.families.schemas.vae import VaeSchema
 
 _SCHEMAS: Mapping[str, tuple[type[ComponentSchema], tuple[str, ...]]] = {
     "unet": (UNetSchema, ("UNet2DConditionModel",)),
-    "vae": (VaeSchema, ("AutoencoderKL",)),
+    "vae": (VaeSchema, VAES),
     "text_encoder": (TextEncoderSchema, ()),
     "text_encoder_2": (TextEncoderSchema, ()),
     "scheduler": (SchedulerSchema, SCHEDULERS),
@@ -41,20 +42,37 @@ def check_config(component: str, content: Any, where: str | Path) -> dict[str, A
         ModelError: one line that names every fault.
     """
     schema, classes = _SCHEMAS[component]
-    return check_content(schema, content, where, classes)[0]
+    if component == "vae" and is_tiny_vae(content):
+        schema = TinyVaeSchema
+    kept, checked = check_content(schema, content, where, classes)
+    if isinstance(checked, TinyVaeSchema):  # from which the scale of the latents follows
+        kept["block_out_channels"] = checked.decoder_block_out_channels
+    return kept
 
 
-def check_match(configs: Mapping[str, Mapping[str, Any]], where: str | Path) -> None:
+def is_tiny_vae(config: Any) -> bool:
+    """Returns whether the config of a VAE is that of a small decoder; see `TinyVaeSchema`."""
+    return isinstance(config, Mapping) and config.get("_class_name") == TINY_VAE
+
+
+def check_match(configs: Mapping[str, Mapping[str, Any]], where: str | Path, index: Mapping[str, Any]) -> None:
     """Refuse components that do not fit each other, before their weights are read.
 
     Args:
         configs: component → its checked config; needs `unet` and `vae`.
         where: the pipeline, for the message.
+        index: the pipeline's `model_index.json`, checked.
 
     Raises:
-        ModelError: the UNet takes other latents than the VAE makes, or other text than the text encoders make.
+        ModelError: the VAE has another class than the index names, or the UNet takes other latents than the VAE makes,
+            or other text than the text encoders make.
     """
-    unet, vae = UNetSchema.model_validate(configs["unet"]), VaeSchema.model_validate(configs["vae"])
+    if is_tiny_vae(configs["vae"]) != (index["vae"][1] == TINY_VAE):
+        raise ModelError(
+            f"has a VAE of the class {configs['vae'].get('_class_name')}", where=where, expected=index["vae"][1]
+        )
+    vae_schema = TinyVaeSchema if is_tiny_vae(configs["vae"]) else VaeSchema
+    unet, vae = UNetSchema.model_validate(configs["unet"]), vae_schema.model_validate(configs["vae"])
     if unet.in_channels != vae.latent_channels:
         raise ModelError(
             f"has a UNet of {unet.in_channels} input channels: an inpainting or editing model",

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.errors import ModelError, shorten
+from sdcompress_engines.few_steps import GUIDANCE, STEPS
 
 from sdcompress.families.registry import families
-from sdcompress.families.sampling_defaults import GUIDANCE, STEPS
 from sdcompress.families.schemas.base import refuse_code, some_of, with_lists
 from sdcompress.families.schemas.scheduler import SCHEDULERS
+from sdcompress.families.schemas.tiny_vae import VAES
 from sdcompress.families.schemas.tokenizer import CLASSES as TOKENIZERS
 from sdcompress.support.bounds import MOST_GUIDANCE, MOST_STEPS
 
@@ -33,7 +34,7 @@ def component_classes(pipeline_class: str) -> dict[str, tuple[str, tuple[str, ..
     family = {family.pipeline_class: family for family in reversed(families().values())}[pipeline_class]
     return {
         "unet": ("diffusers", ("UNet2DConditionModel",)),
-        "vae": ("diffusers", ("AutoencoderKL",)),
+        "vae": ("diffusers", VAES),
         "scheduler": ("diffusers", SCHEDULERS),
         **{
             name: ("transformers", (_PROJECTED if name in family.projected_text_encoders else _TEXT_ENCODER,))
@@ -83,15 +84,23 @@ def check_index(content: Mapping[str, Any], where: str | Path) -> dict[str, Any]
     for name in SWITCHES:
         if not isinstance(index.get(name, False), bool | None):
             raise ModelError(f"{name}: {shorten(repr(index[name]), 40)}", where=where, expected="true or false")
-    _check_defaults(index, where)
+    check_defaults(index, where)
     kept = ("_class_name", *classes, *SWITCHES, *(name for name in (STEPS, GUIDANCE) if index.get(name) is not None))
     return {key: value for key, value in index.items() if key in kept} | {
         name: [None, None] for name in NOT_LOADED if name in index
     }
 
 
-def _check_defaults(index: Mapping[str, Any], where: str | Path) -> None:
-    """Refuse sampling defaults that are no numbers within the bounds, or of which one is missing."""
+def check_defaults(index: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse sampling defaults that are no numbers within the bounds, or of which one is missing.
+
+    Args:
+        index: holds them under `STEPS` and `GUIDANCE`, or does not.
+        where: its file, for the message.
+
+    Raises:
+        ModelError: as said.
+    """
     for name, kinds, least, most in ((STEPS, (int,), 1, MOST_STEPS), (GUIDANCE, (int, float), 0, MOST_GUIDANCE)):
         value = index.get(name)
         if value is not None and not (type(value) in kinds and least <= value <= most):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-
-from sdcompress.train.batches import NoisyBatch
 
 HookedModules = tuple[list[str], list[str]]
 
@@ -27,12 +26,19 @@ class Objective(Protocol):
         """Attach the hooks that the losses need to the trained network, for the length of a run."""
         return nullcontext()
 
-    def compute_losses(self, trained: Any, batch: NoisyBatch) -> dict[str, torch.Tensor]:
+    def use_average(self, average: Mapping[str, torch.Tensor]) -> None:
+        """Receive the moving average of the trained weights, by name, before the first step.
+
+        The loop updates it in place after each step. Without averaging it is empty.
+        """
+        return None
+
+    def compute_losses(self, trained: Any, batch: Any) -> dict[str, torch.Tensor]:
         """Returns `loss`, the sum to minimize, and each of its parts by name; scalars on the training device.
 
         Args:
             trained: the network to call, or accelerate's wrapper of it.
-            batch: on the training device.
+            batch: of the kind that the run's batches are, on the training device.
         """
         ...
 

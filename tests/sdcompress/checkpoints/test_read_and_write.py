@@ -14,13 +14,14 @@ from sdcompress.checkpoints.read import load_single_file
 from sdcompress.checkpoints.weights import open_weights
 from sdcompress.checkpoints.write import write_ldm
 from sdcompress.families.registry import family_of
+from sdcompress.families.sampling_defaults import SamplingDefaults, sampling_defaults, set_defaults
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.locate import read_unet_config
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 
-from .small_models import assert_equal, by_diffusers, with_unet
+from .small_models import BETAS, assert_equal, by_diffusers, with_unet
 
 
 def test_nano_in_one_file_gives_equal_output_through_diffusers_and_sdcompress(tmp_path: Path) -> None:
@@ -82,3 +83,23 @@ def test_a_write_that_fails_leaves_nothing(random_pipeline: Any, tmp_path: Path)
     with pytest.raises(StorageError):
         write_ldm(random_pipeline, tmp_path / "file/a.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_few_step_model_in_one_file_keeps_its_steps_and_says_what_to_choose(
+    random_pipeline: Any, tmp_path: Path
+) -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(**BETAS, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
+    few = type(random_pipeline)(
+        **(random_pipeline.components | {"scheduler": scheduler, "requires_safety_checker": False})
+    )
+    set_defaults(few, 4, 1.0)
+    file = write_ldm(few, tmp_path / "few.safetensors")
+    assert open_weights(file).metadata["modelspec.usage_hint"] == (
+        "4 steps, CFG 1; AUTOMATIC1111 and Forge: Euler, Simple; ComfyUI: euler, simple"
+    )
+    loaded: Any = load_single_file(file)
+    assert sampling_defaults(loaded) == SamplingDefaults(4, 1.0, is_few_step=True)
+    assert type(loaded.scheduler) is DDIMScheduler
+    assert "modelspec.usage_hint" not in open_weights(write_ldm(random_pipeline, tmp_path / "a.safetensors")).metadata

