@@ -107,6 +107,7 @@ class Preset:
         note: what it is for.
         batch, tokens: see `ShapeRanges`.
         size: of height and width: pixels, or where `relative` shares of the size the model was trained on.
+        guided: whether a picture is two samples of the UNet; else the VAE gets as many pictures as the UNet samples.
     """
 
     note: str
@@ -114,13 +115,15 @@ class Preset:
     size: tuple[float, float, float]
     tokens: Range
     relative: bool = False
+    guided: bool = True
 
     def ranges(self, native_px: int, step_px: int) -> ShapeRanges:
         """Returns the ranges for a model that was trained on `native_px` and whose sizes are multiples of `step_px`."""
         least, best, most = (
             (round(share * native_px / step_px) or 1) * step_px if self.relative else int(share) for share in self.size
         )
-        return ShapeRanges(self.batch, (least, best, most), (least, best, most), self.tokens)
+        pictures = None if self.guided else self.batch
+        return ShapeRanges(self.batch, (least, best, most), (least, best, most), self.tokens, pictures)
 
 
 PRESETS = {
@@ -148,26 +151,37 @@ PRESETS = {
     "sdxl-1024": Preset(
         "one 1024 px picture with guidance; static, the fastest", (2, 2, 2), (1024, 1024, 1024), (77, 77, 77)
     ),
+    "unguided": Preset(
+        "one picture of the model's own size, for a model trained to draw without guidance; static, the fastest",
+        (1, 1, 1),
+        (1, 1, 1),
+        (77, 77, 77),
+        relative=True,
+        guided=False,
+    ),
 }
 DEFAULT_PRESET = "dynamic"
+UNGUIDED_PRESET = "unguided"
+"""The default of a model that was trained to draw without guidance."""
 
 
-def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:
+def parse_profile(text: str, native_px: int, step_px: int, default: str = DEFAULT_PRESET) -> ShapeRanges:
     """Returns the shape ranges that a text describes.
 
     The text is a preset's name, `batch=1:2:8,height=512,width=512:768:1024,tokens=77`, or a preset with changes:
-    `webui,batch=1:2:4`. Fields that are left out are those of `dynamic`. A height or width alone counts for both.
+    `webui,batch=1:2:4`. Fields that are left out are those of `default`. A height or width alone counts for both.
 
     Args:
         text: the description.
         native_px: the size that the model was trained on.
         step_px: what its sizes are multiples of.
+        default: the preset that is changed where the text names none.
 
     Raises:
         UsageError: no such preset or field, or a malformed range.
     """
     parts = [part.strip() for part in text.split(",")]
-    preset = PRESETS[parts.pop(0)] if parts[0] in PRESETS else PRESETS[DEFAULT_PRESET]
+    preset = PRESETS[parts.pop(0) if parts[0] in PRESETS else default]
     known = [field.name for field in fields(ShapeRanges)]
     given: dict[str, Range] = {}
     for part in parts:
@@ -181,6 +195,8 @@ def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:
     for one, other in (("height", "width"), ("width", "height")):
         if one in given and other not in given:
             given[other] = given[one]
+    if not preset.guided and "batch" in given:
+        given.setdefault("pictures", given["batch"])
     return replace(preset.ranges(native_px, step_px), **given)
 
 

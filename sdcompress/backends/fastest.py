@@ -26,6 +26,7 @@ from sdcompress.backends.machine import machine_key
 from sdcompress.backends.registry import backends
 from sdcompress.backends.subjects import BATCH
 from sdcompress.export.components import Precision
+from sdcompress.families.sampling_defaults import read_defaults
 
 SAMPLES = 3
 """The least number of timed calls. Short steps are timed more often, because three of a few milliseconds vary a lot."""
@@ -103,10 +104,11 @@ def find_fastest(model: str | Path, *, device: str = "cpu", report: Reporter = S
     Raises:
         UsageError, ModelError: the model. BackendMissing: not even torch ran it.
     """
-    from sdcompress.models.locate import hash_pipeline, locate_pipeline, read_unet_config
+    from sdcompress.models.locate import hash_pipeline, locate_pipeline, read_model_index, read_unet_config
 
-    check_unet_inputs(read_unet_config(model))
-    digest = hash_pipeline(locate_pipeline(model))
+    unet_config, folder = read_unet_config(model), locate_pipeline(model)
+    check_unet_inputs(unet_config)
+    digest = hash_pipeline(folder)
     path = cache_folder() / "models" / digest[:16] / f"auto-{torch.device(device).type}.json"
     key = machine_key(device)
     try:
@@ -115,7 +117,8 @@ def find_fastest(model: str | Path, *, device: str = "cpu", report: Reporter = S
             return known["backend"], known["precision"]
     except (OSError, ValueError, KeyError):
         pass
-    measured = measure_backends(model, candidates(device), device=device, report=report)
+    batch = 1 if read_defaults(read_model_index(folder), unet_config).is_guidance_free else BATCH
+    measured = measure_backends(model, candidates(device), device=device, batch=batch, report=report)
     best = _choose_fastest(measured, str(model))
     for each in measured:
         report.show_line(f"  {each}")

@@ -16,7 +16,7 @@ from sdcompress_engines.files import copy_tree
 from sdcompress_engines.flavour import choose_flavour, present_card
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, sha256_file, write_manifest
 from sdcompress_engines.output_folders import staged
-from sdcompress_engines.profiles import PRESETS, ShapeRanges, check_ranges, parse_profile
+from sdcompress_engines.profiles import DEFAULT_PRESET, UNGUIDED_PRESET, ShapeRanges, check_ranges, parse_profile
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
 from sdcompress_engines.store import EngineStore
@@ -26,7 +26,8 @@ from sdcompress.export.components import PARTS, latent_side
 from sdcompress.export.engine_build import EngineBuilder, vae_scale
 from sdcompress.export.graph_folder import read_graph_folder
 from sdcompress.export.settings import check_components
-from sdcompress.models.locate import read_component_config
+from sdcompress.families.sampling_defaults import read_defaults
+from sdcompress.models.locate import read_component_config, read_model_index
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,8 @@ def build_engines(
     Args:
         onnx_folder: as `export_onnx` writes it.
         output: the folder to write.
-        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; by default `dynamic`.
+        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; by default
+            `default_profile` of the model.
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
@@ -109,7 +111,8 @@ def build_engines(
     configs = {name: read_component_config(onnx_folder / "pipeline", part) for name, part in parts.items()}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
-    ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"])))
+    default = default_profile(read_model_index(onnx_folder / "pipeline"), configs["unet"])
+    ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"]), default))
     where = library, compute_capabilities, cards
     builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
     store = store or EngineStore()
@@ -149,15 +152,29 @@ def _merge_configs(engines: Mapping[str, StoredEngine], precision: str) -> dict[
     }
 
 
+def default_profile(index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str:
+    """Returns the preset that a model's engines are built for where none is given.
+
+    Args:
+        index: its `model_index.json`, checked.
+        unet_config: from diffusers.
+    """
+    return UNGUIDED_PRESET if read_defaults(index, unet_config).is_guidance_free else DEFAULT_PRESET
+
+
 def shape_ranges(
-    profiles: Sequence[str | ShapeRanges], unet_config: Mapping[str, Any], scale: int = 8
+    profiles: Sequence[str | ShapeRanges],
+    unet_config: Mapping[str, Any],
+    scale: int = 8,
+    default: str = DEFAULT_PRESET,
 ) -> list[ShapeRanges]:
     """Returns the ranges of profiles for a UNet.
 
     Args:
-        profiles: presets, texts or ranges; none is the preset `dynamic`.
+        profiles: presets, texts or ranges; none is the preset `default`.
         unet_config: from diffusers.
         scale: pixels in a latent pixel.
+        default: see `default_profile`; it also has the ranges that a text leaves out.
 
     Raises:
         UsageError: there is no such preset, or the UNet does not take the sizes.
@@ -165,8 +182,8 @@ def shape_ranges(
     step = signature("unet", unet_config).multiple * scale
     native = latent_side(unet_config) * scale
     ranges = [
-        profile if isinstance(profile, ShapeRanges) else parse_profile(profile, native, step)
-        for profile in profiles or [next(iter(PRESETS))]
+        profile if isinstance(profile, ShapeRanges) else parse_profile(profile, native, step, default)
+        for profile in profiles or [default]
     ]
     for each in ranges:
         check_ranges(each, step)
