@@ -15,21 +15,21 @@ def machine(found: Results) -> str:
 
 def answer_head(*more: str) -> Cells:
     """Returns the head of a report's table in the README; `more` stands before the memory."""
-    head = ("model", "UNet parameters", "backend", "UNet step", "pictures/s", "speed-up")
+    head = ("model", "drawn in", "UNet parameters", "backend", "pictures/s", "speed-up", "one UNet step")
     return (*head, *more, "peak memory", "relative L2 to PyTorch fp32")
 
 
 def answer_cells(row: Row, peak: bool = False) -> Cells:
     """Returns a row of a report's table in the README; with `peak` also the share of the peak."""
-    cells = [row.model, f"{row.parameters / 1e6:,.1f} M", str(row.setup)]
+    cells = [row.model, str(row.sampling), f"{row.parameters / 1e6:,.1f} M", str(row.setup)]
     if row.failed or row.unet_step is None or row.images_per_s is None:
         return [*cells, f"failed: {row.failed}", *[None] * (5 if peak else 4)]
     step = row.unet_step
     time = f"{step.median:.1f} ms ({step.low:.1f} to {step.high:.1f})"
     if step.median >= 1000:
         time = f"{step.median / 1000:.2f} s ({step.low / 1000:.2f} to {step.high / 1000:.2f})"
-    cells += [time + (", noisy" if step.noisy else ""), f"{row.images_per_s:.3g}"]
-    cells.append(f"{row.speedup:.2f}×" if row.speedup else "–")
+    cells += [f"{row.images_per_s:.3g}", f"{row.speedup:.2f}×" if row.speedup else "–"]
+    cells.append(time + (", noisy" if step.noisy else ""))
     if peak:
         cells.append(f"{row.share_of_peak:.0%}" if row.share_of_peak else "–")
     error = f"{row.fidelity:.1e}" if row.fidelity is not None else "reference"
