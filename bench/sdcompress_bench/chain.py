@@ -1,4 +1,4 @@
-"""The chain behind `sdcompress run` and `sdcompress demo`: encode, distill, export, build engines, measure.
+"""The chain behind `sdcompress run` and `sdcompress demo`: encode, distill, few steps, export, engines, measure.
 
 Every stage leaves one artifact in the run's folder. A stage is skipped if its artifact is complete and was made from
 the same inputs, so a run that was stopped continues with the first unfinished stage.
@@ -24,7 +24,7 @@ from sdcompress_engines.output_marks import RUN
 from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
-from .chain_inputs import CACHE, REPORT, ChainSettings, Inputs, list_read, read_inputs
+from .chain_inputs import CACHE, REPORT, ChainSettings, FewStepStudent, Inputs, list_read, read_inputs
 from .chain_stages import Stage, StageRunner
 from .export_jobs import ExportJob, count_workers, run_exports
 from .outputs import count_weights
@@ -46,6 +46,7 @@ class ChainResult:
     Attributes:
         teacher: its name.
         students: student → its pipeline folder.
+        few_step: the name of the student that draws in few steps, or None.
         graphs: model → the size of its UNet's ONNX graph, in bytes.
         engines: model → the size of its UNet's engine, in bytes.
         no_engine: why no engine was built, or None.
@@ -57,6 +58,7 @@ class ChainResult:
 
     teacher: str
     students: Mapping[str, Path]
+    few_step: str | None
     graphs: Mapping[str, int]
     engines: Mapping[str, int]
     no_engine: str | None
@@ -92,15 +94,15 @@ def run_chain(settings: ChainSettings, report: Reporter = SILENT, command: str |
 def _run_alone(settings: ChainSettings, inputs: Inputs, report: Reporter, command: str | None) -> ChainResult:
     """Do as `run_chain` does, while no other process writes the output."""
     from sdcompress.models.load import load_pipeline
-    from sdcompress.train.pipelines import check_trainable
 
     started = time.monotonic()
     machine = _read_machine(settings.compute_capabilities)
-    graphs = 1 + len(inputs.plans) if machine.onnxruntime else 0
-    engines = 2 * (len(inputs.plans) + machine.gpu) if machine.no_engine is None else 0
-    stages = StageRunner(report, 2 + len(inputs.plans) + graphs + engines)
+    students = len(inputs.plans) + (inputs.few_step is not None)
+    graphs = 1 + students if machine.onnxruntime else 0
+    engines = 2 * (students + machine.gpu) if machine.no_engine is None else 0
+    stages = StageRunner(report, 2 + students + graphs + engines)
     teacher = load_pipeline(settings.teacher)
-    check_trainable(teacher.pipeline)
+    _check_teacher(teacher, inputs)
     with _begun_folder(settings):
         cache = _encode_data(stages, teacher, inputs, settings.output)
     with _continuable():
@@ -109,12 +111,16 @@ def _run_alone(settings: ChainSettings, inputs: Inputs, report: Reporter, comman
         models = [ModelUnderTest(teacher.name, settings.teacher, sha256=teacher.sha256)]
         for name, plan in inputs.plans.items():
             models.append(_distill_student(stages, teacher, name, plan, cache, inputs.config, settings.output / name))
+        if inputs.few_step is not None:
+            student = next(model for model in models if model.name == inputs.few_step.student)
+            models.append(_train_few_steps(stages, teacher, student, inputs.few_step, cache, settings.output))
         exporter.export(models)
         models = [exporter.with_artifacts(model) for model in models]
         results = _measure(stages, settings, models, cache.size_px, command)
     return ChainResult(
         teacher.name,
         {model.name: Path(model.path) for model in models[1:]},
+        None if inputs.few_step is None else inputs.few_step.name,
         {name: (folder / "unet.onnx").stat().st_size for name, folder in exporter.graphs.items()},
         {name: (folder / "unet.engine").stat().st_size for name, folder in exporter.engines.items()},
         machine.no_engine,
@@ -123,6 +129,21 @@ def _run_alone(settings: ChainSettings, inputs: Inputs, report: Reporter, comman
         time.monotonic() - started,
         stages.seconds,
     )
+
+
+def _check_teacher(teacher: LoadedPipeline, inputs: Inputs) -> None:
+    """Refuse a teacher that no stage can learn from, before anything is written.
+
+    Raises:
+        ModelError: it cannot be trained, or has no trajectory of many steps.
+        UsageError: the few steps do not fit its noise schedule.
+    """
+    from sdcompress.train.few_step import check_pair
+    from sdcompress.train.pipelines import check_trainable
+
+    check_trainable(teacher.pipeline)
+    if inputs.few_step is not None:
+        check_pair(teacher, teacher, inputs.few_step.config)
 
 
 def _continues(settings: ChainSettings) -> bool:
@@ -253,6 +274,34 @@ def _distill_student(
     made_with = {"train": config.model_dump(mode="json"), "plan": json.loads(plan.to_json())}
     stages.run(Stage(f"distill {name}", pipeline, "student", inputs, made_with), train)
     return ModelUnderTest(name, str(pipeline), sha256=sha256_tree(pipeline), metrics=folder / "metrics.jsonl")
+
+
+def _train_few_steps(
+    stages: StageRunner,
+    teacher: LoadedPipeline,
+    student: ModelUnderTest,
+    wanted: FewStepStudent,
+    cache: LatentCache,
+    output: Path,
+) -> ModelUnderTest:
+    """Train a student to draw in few steps; a training that was stopped is resumed."""
+    from sdcompress.models.load import load_pipeline
+    from sdcompress.train.few_step import few_step
+    from sdcompress.train.pipelines import PIPELINE
+
+    folder, config = output / wanted.name, wanted.config
+
+    def train() -> None:
+        resume = (folder / "checkpoints").is_dir()
+        model = load_pipeline(student.path)
+        few_step(model, teacher, cache, config, folder, resume=resume, force=not resume, report=stages.report)
+
+    pipeline = folder / PIPELINE
+    inputs = {"model": student.sha256, "teacher": teacher.sha256, "data": cache.sha256}
+    made_with = {"train": config.model_dump(mode="json")}
+    label = f"train {student.name} to draw in {config.num_inference_steps} steps"
+    stages.run(Stage(label, pipeline, "few-step", inputs, made_with), train)
+    return ModelUnderTest(wanted.name, str(pipeline), sha256=sha256_tree(pipeline), metrics=folder / "metrics.jsonl")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,25 @@ from .prompts import read_prompts
 if TYPE_CHECKING:
     from sdcompress.data.sources import Source
     from sdcompress.prune.plan import BlockPlan
-    from sdcompress.train.config import DistillConfig
+    from sdcompress.train.config import DistillConfig, FewStepConfig
 
 CACHE, REPORT = "cache", "report"
 """Folders of a run that belong to no model."""
+
+
+@dataclass(frozen=True)
+class FewStepSettings:
+    """A training after which a student draws in few steps, and without guidance.
+
+    Attributes:
+        steps: in which the student shall draw.
+        recipe: the training settings, a name or a file; None takes the defaults.
+        overrides: training settings that override the recipe's; None values are ignored.
+    """
+
+    steps: int
+    recipe: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,7 @@ class ChainSettings:
         prompts_file: captions for the report; None takes the usual ones.
         quick: measure less.
         force: replace the output folder.
+        few_step: what makes the smallest student draw in few steps; None leaves this out.
     """
 
     teacher: str
@@ -48,6 +64,22 @@ class ChainSettings:
     prompts_file: Path | None = None
     quick: bool = False
     force: bool = False
+    few_step: FewStepSettings | None = None
+
+
+@dataclass(frozen=True)
+class FewStepStudent:
+    """A student that is trained further, to draw in few steps.
+
+    Attributes:
+        name: its own, which is also its folder in the run's.
+        student: the name of the student that it is made from.
+        config: of the training.
+    """
+
+    name: str
+    student: str
+    config: FewStepConfig
 
 
 @dataclass(frozen=True)
@@ -58,11 +90,13 @@ class Inputs:
         config: of the training.
         plans: student, which is also its folder in the run's → its plan.
         source: the data.
+        few_step: the student that draws in few steps, or None.
     """
 
     config: DistillConfig
     plans: Mapping[str, BlockPlan]
     source: Source
+    few_step: FewStepStudent | None = None
 
 
 def read_inputs(settings: ChainSettings) -> Inputs:
@@ -105,7 +139,34 @@ def read_inputs(settings: ChainSettings) -> Inputs:
             raise UsageError(
                 f"two --plan are named {name!r}", expected="a name for each; it is the plan's own, or its file's"
             )
-    return Inputs(config, plans, open_source(settings.data, config.data))
+    few_step = None
+    if settings.few_step is not None:
+        few_step = _read_few_step(settings.few_step, plans, config)
+        if few_step.name.casefold() in taken | {name.casefold() for name in plans}:
+            raise UsageError(f"--few-step makes {few_step.name!r}, and a --plan has this name", hint="rename the plan")
+    return Inputs(config, plans, open_source(settings.data, config.data), few_step)
+
+
+def _read_few_step(
+    settings: FewStepSettings, plans: Mapping[str, BlockPlan], distillation: DistillConfig
+) -> FewStepStudent:
+    """Returns the smallest student, by its UNet's parameters, as one that draws in few steps; the last of equal ones.
+
+    It learns from the data of the distillation, encoded with the settings of that.
+
+    Raises:
+        UsageError: the training settings are wrong.
+    """
+    from sdcompress.prune.cost import count_unet_parameters
+    from sdcompress.train.accelerator import check_settings
+    from sdcompress.train.config import FewStepConfig
+    from sdcompress.train.recipes import load_config
+
+    overrides = {**settings.overrides, "num_inference_steps": settings.steps}
+    config = load_config(FewStepConfig, settings.recipe, overrides).model_copy(update={"data": distillation.data})
+    check_settings(config)
+    student = min(reversed(list(plans)), key=lambda name: count_unet_parameters(plans[name].student_config()))
+    return FewStepStudent(f"{student}-{settings.steps}step", student, config)
 
 
 def list_read(settings: ChainSettings, inputs: Inputs) -> list[Path]:
@@ -115,5 +176,6 @@ def list_read(settings: ChainSettings, inputs: Inputs) -> list[Path]:
     from sdcompress.train.recipes import recipe_files
 
     prompts = [] if settings.prompts_file is None else [settings.prompts_file]
-    files = [*plan_files(*settings.plans), *recipe_files(settings.recipe), *prompts]
+    recipes = [settings.recipe, settings.few_step.recipe if settings.few_step else None]
+    files = [*plan_files(*settings.plans), *(file for recipe in recipes for file in recipe_files(recipe)), *prompts]
     return [*local_paths(settings.teacher), *inputs.source.inputs, *files]

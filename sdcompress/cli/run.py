@@ -18,7 +18,7 @@ from sdcompress.cli._console import (
     typed_command,
 )
 from sdcompress.cli._training import DATA_HELP
-from sdcompress.cli._types import NAME, TRAINING_STEPS, Capability, FilePath
+from sdcompress.cli._types import FEW_STEPS, NAME, TRAINING_STEPS, Capability, FilePath
 
 if TYPE_CHECKING:
     from sdcompress_bench.chain import ChainResult
@@ -46,6 +46,21 @@ if TYPE_CHECKING:
 @click.option("--recipe", type=NAME, default=None, metavar="NAME|FILE", help="Training settings, such as nano.")
 @click.option("--steps", type=TRAINING_STEPS, default=None, help="Training steps; overrides the recipe.")
 @click.option(
+    "--few-step",
+    "few_step",
+    type=FEW_STEPS,
+    default=None,
+    metavar="N",
+    help="Train the smallest student further, to draw in N steps without guidance; it is measured beside the others.",
+)
+@click.option(
+    "--few-step-recipe",
+    type=NAME,
+    default=None,
+    metavar="NAME|FILE",
+    help="Settings of that training, such as few-step or nano-few-step.  [default: those of sdcompress few-step]",
+)
+@click.option(
     "--compute-capability",
     type=Capability(),
     default=None,
@@ -62,22 +77,46 @@ if TYPE_CHECKING:
 @click.option("--quick", is_flag=True, help="Measure less: a first look, not for publication.")
 @output_option("Folder of the run; an earlier run in it is continued.")
 @force_option
-def command(compute_capability: tuple[int, int] | None, steps: int | None, **settings: Any) -> None:
-    """Take TEACHER through every stage: plan → distill → export → engine → bench.
+def command(
+    compute_capability: tuple[int, int] | None,
+    steps: int | None,
+    few_step: int | None,
+    few_step_recipe: str | None,
+    **settings: Any,
+) -> None:
+    """Take TEACHER through every stage: plan → distill → few steps → export → engine → bench.
 
     If a run is interrupted, the same command continues it.
 
     \b
       sdcompress run nano --data nano --recipe nano -o demo
       sdcompress run ./realistic-vision-v4 --data ./pictures --plan sd-small --plan sd-tiny --steps 50000 -o rv4
+      sdcompress run ./realistic-vision-v4 --data ./pictures --few-step 4 --few-step-recipe few-step -o rv4
     """
-    from sdcompress_bench.chain_inputs import ChainSettings
+    from sdcompress_bench.chain_inputs import ChainSettings, FewStepSettings
+    from sdcompress_engines.errors import UsageError
 
+    if few_step_recipe is not None and few_step is None:
+        raise UsageError("--few-step-recipe without --few-step", hint="add --few-step 4")
     capabilities = None if compute_capability is None else [compute_capability]
-    run_and_print(ChainSettings(**settings, overrides={"steps": steps}, compute_capabilities=capabilities))
+    run_and_print(
+        ChainSettings(
+            **settings,
+            overrides={"steps": steps},
+            compute_capabilities=capabilities,
+            few_step=None if few_step is None else FewStepSettings(few_step, few_step_recipe),
+        )
+    )
 
 
-_STAGES = {"cache": "data", "onnx": "graphs", "student": "training", "engine": "engines", "results": "bench"}
+_STAGES = {
+    "cache": "data",
+    "student": "training",
+    "few-step": "few steps",
+    "onnx": "graphs",
+    "engine": "engines",
+    "results": "bench",
+}
 """Kind of artifact → what the card calls the stages that make it."""
 
 
@@ -88,14 +127,17 @@ def run_and_print(settings: ChainSettings) -> None:
         settings: what to do.
     """
     from sdcompress_bench.chain import run_chain
+    from sdcompress_bench.report import headline
 
     result = run_chain(settings, ConsoleReporter(), typed_command())
-    rows = [row for model in result.results.models for row in _model_rows(result, model)]
+    rows: list[tuple[str, object]] = [("answer", headline(result.results))]
+    rows += [row for model in result.results.models for row in _model_rows(result, model)]
     if result.no_engine is not None:
         rows.append(("no engine", result.no_engine))
     parts = ", ".join(f"{_STAGES[kind]} {seconds:.0f} s" for kind, seconds in result.stage_seconds.items())
     rows += [("time", f"{result.seconds:.0f} s{f' ({parts})' if parts else ''}"), ("report", result.report)]
-    student = next(iter(result.students.values()))
+    rows.append(("side by side", result.report.with_name("grid.webp")))
+    student = result.students[result.few_step or next(iter(result.students))]
     card(
         f"{result.teacher} → {', '.join(result.students)}",
         rows,

@@ -7,6 +7,8 @@ LEAST_PX, MOST_PX, STEP_PX = 64, 8192, 8
 MOST_STEPS = 1000
 """Denoising steps: the noise schedules have 1000 timesteps."""
 MOST_TRAINING_STEPS = 10**9
+MOST_FEW_STEPS = 20
+"""Denoising steps that a model is trained for, in few-step training."""
 MOST_BATCH = 2**16
 MOST_PICTURES = 10**8
 MOST_GUIDANCE = 100.0

@@ -14,6 +14,7 @@ from sdcompress.support.bounds import (
     MOST_BATCH,
     MOST_DECODER_BLOCKS,
     MOST_DECODER_WIDTH,
+    MOST_FEW_STEPS,
     MOST_GUIDANCE,
     MOST_SEED,
     MOST_TRAINING_STEPS,
@@ -21,7 +22,6 @@ from sdcompress.support.bounds import (
 from sdcompress.support.settings import Settings
 
 _MOST_RATE, _MOST_WEIGHT = 100.0, 1e6
-_MOST_FEW_STEPS = 20
 
 
 class LoopConfig(Settings):
@@ -204,11 +204,11 @@ class LoraConfig(TrainConfig):
 class FewStepConfig(TrainConfig):
     """How a model is trained to draw in few steps, without guidance (arXiv 2310.04378 and 2405.18407)."""
 
-    num_inference_steps: int = Field(4, ge=1, le=_MOST_FEW_STEPS, description="Steps in which the model shall draw.")
+    num_inference_steps: int = Field(4, ge=1, le=MOST_FEW_STEPS, description="Steps in which the model shall draw.")
     phases: int | None = Field(
         None,
         ge=1,
-        le=_MOST_FEW_STEPS,
+        le=MOST_FEW_STEPS,
         description=(
             "Parts of the trajectory whose ends the model learns: as many as steps (the default) draws the same picture"
             " each time; 1 is latent consistency, which adds new noise between steps."
