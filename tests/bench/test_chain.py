@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from sdcompress_bench import chain
-from sdcompress_bench.chain_inputs import ChainSettings, Inputs, read_inputs
+from sdcompress_bench.chain_inputs import ChainSettings, FewStepSettings, FewStepStudent, Inputs, read_inputs
 from sdcompress_bench.chain_stages import Stage, StageRunner
 from sdcompress_bench.scenario import ModelUnderTest
 from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
@@ -23,7 +23,7 @@ from sdcompress.data.sources import open_source
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.locate import read_unet_config
 from sdcompress.prune.presets import make_plan
-from sdcompress.train.config import DistillConfig
+from sdcompress.train.config import DistillConfig, FewStepConfig
 
 
 class Recorder(StageRunner):
@@ -113,6 +113,43 @@ def test_data_are_encoded_again_when_their_settings_have_changed(
         counts.append(chain._encode_data(runner, teacher, inputs, tmp_path).views)
     assert counts == [1, 2, 2]
     assert runner.seconds == {}  # the third time nothing was encoded
+
+
+def test_the_smallest_student_learns_to_draw_in_few_steps(tmp_path: Path) -> None:
+    few = FewStepSettings(4, "nano-few-step", {"steps": 7})
+    for plans in (("bk-base", "bk-tiny"), ("bk-tiny", "bk-base")):
+        found = read_inputs(settings(tmp_path / "out", *plans, few_step=few)).few_step
+        assert found is not None
+        assert (found.name, found.student) == ("bk-tiny-4step", "bk-tiny")
+        assert (found.config.num_inference_steps, found.config.steps) == (4, 7)
+    assert read_inputs(settings(tmp_path / "out")).few_step is None
+
+
+def test_a_plan_cannot_have_the_name_of_the_few_step_student(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path / "plan.json", "BK-tiny-4step", "bk-base")
+    with pytest.raises(UsageError, match="--few-step makes 'bk-tiny-4step', and a --plan has this name"):
+        read_inputs(settings(tmp_path / "out", "bk-tiny", plan, few_step=FewStepSettings(4)))
+
+
+def test_steps_that_do_not_fit_are_refused_before_anything_is_written(random_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="3 steps"):
+        chain.run_chain(settings(tmp_path / "out", teacher=random_folder, few_step=FewStepSettings(3)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_few_step_student_is_trained_again_for_another_student_or_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher: Any = SimpleNamespace(sha256="0", pipeline=None)
+    cache: Any = SimpleNamespace(sha256="1")
+    stages = Recorder()
+    monkeypatch.setattr(chain, "sha256_tree", lambda folder: "2")
+    for sha256, config in (("a", FewStepConfig()), ("b", FewStepConfig()), ("a", FewStepConfig(steps=7))):
+        student, wanted = ModelUnderTest("bk-tiny", "x", sha256=sha256), FewStepStudent("few", "bk-tiny", config)
+        made = chain._train_few_steps(stages, teacher, student, wanted, cache, tmp_path)
+        assert (made.name, made.path) == ("few", str(tmp_path / "few/pipeline"))
+    keys = [(stage.inputs, stage.config) for stage in stages.stages]
+    assert all(one != other for one, other in itertools.combinations(keys, 2))
 
 
 def test_a_student_of_another_plan_is_another_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from sdcompress_engines.flavour import TENSORRT_RTX
-from sdcompress_engines.manifest import faults
+from sdcompress_engines.manifest import faults, read_manifest
 
 from sdcompress.cli import main
 
@@ -27,6 +27,8 @@ def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a flat icon of a cat\na cartoon of a dog\n")
 
+    (tmp_path / "few.yaml").write_text("kind: few-step\nsteps: 2\nbatch_size: 2\n")
+
     def run() -> tuple[str, str]:
         command = [
             "run",
@@ -37,6 +39,10 @@ def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
             "bk-tiny",
             "--steps",
             2,
+            "--few-step",
+            2,
+            "--few-step-recipe",
+            tmp_path / "few.yaml",
             "--quick",
             "--prompts",
             tmp_path / "prompts.txt",
@@ -56,13 +62,21 @@ def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
         "random/onnx": "onnx",
         "bk-tiny/pipeline": "student",
         "bk-tiny/onnx": "onnx",
+        "bk-tiny-2step/pipeline": "few-step",
+        "bk-tiny-2step/onnx": "onnx",
         "report": "results",
     }
     if TENSORRT_RTX.missing() is None:
-        kinds |= {"bk-tiny/onnx-fp16": "onnx", "bk-tiny/engine": "engine"}
+        for student in ("bk-tiny", "bk-tiny-2step"):
+            kinds |= {f"{student}/onnx-fp16": "onnx", f"{student}/engine": "engine"}
+        engine = read_manifest(tmp_path / "out/bk-tiny-2step/engine")
+        assert engine is not None
+        (profile,) = engine.config["profiles"]["unet"]
+        assert {shape[0] for shape in profile["sample"]} == {1}
     for folder, kind in kinds.items():
         assert faults(tmp_path / "out" / folder, kind) == []
     assert "report.html" in out
+    assert "2 steps, no guidance" in out
     stamps = {folder: (tmp_path / "out" / folder / "sdcompress.json").stat().st_mtime_ns for folder in kinds}
     shutil.rmtree(tmp_path / "out/random/onnx")
     (tmp_path / "out/report/report.html").write_text("cut")
@@ -77,6 +91,12 @@ def test_what_is_not_a_compute_capability_is_refused(cli: Cli, tmp_path: Path, t
     code, _, err = cli("run", "nano", "--data", "nano", "-o", tmp_path / "out", f"--compute-capability={text}")
     assert code == 2
     assert "is not a compute capability; 8.9 is one" in err
+
+
+def test_settings_of_a_few_step_training_without_one_are_refused(cli: Cli, tmp_path: Path) -> None:
+    code, _, err = cli("run", "nano", "--data", "nano", "--few-step-recipe", "few-step", "-o", tmp_path / "out")
+    assert code == 2
+    assert "--few-step-recipe without --few-step. Try: add --few-step 4" in one_line(err)
 
 
 def test_what_is_needed_last_is_checked_first(cli: Cli, random_folder: Path, pictures: Path, tmp_path: Path) -> None:

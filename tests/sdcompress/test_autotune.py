@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from sdcompress_engines.errors import BackendMissing
 from sdcompress.backends import fastest as fastest_module
 from sdcompress.backends.fastest import Candidate, Measured, candidates, find_fastest, has_fast_bf16, measure_backends
 from sdcompress.backends.fastest_worker import time_candidate
+from sdcompress.export.tensorrt import default_profile, shape_ranges
+from sdcompress.models.locate import read_unet_config
 
 TORCH, ORT, HALF = Candidate("torch", "fp32"), Candidate("onnxruntime", "fp32"), Candidate("torch", "bf16")
 
@@ -142,3 +145,33 @@ def test_a_child_that_cannot_start_is_a_reason_not_a_crash(tmp_path: Path) -> No
     (m,) = measure_backends(tmp_path / "nowhere", [TORCH])
     assert isinstance(m, Measured)
     assert "nowhere" in str(m.failed)
+
+
+def test_a_model_without_guidance_is_measured_with_one_sample(
+    random_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It draws with one a step, and an engine of it takes no more."""
+    few = tmp_path / "few"
+    shutil.copytree(random_folder, few)
+    index = json.loads((few / "model_index.json").read_text())
+    (few / "model_index.json").write_text(json.dumps(index | {"_num_inference_steps": 4, "_guidance_scale": 1.0}))
+    batches = []
+
+    def measure(model: Any, chosen: Any, **settings: Any) -> list[Measured]:
+        batches.append(settings["batch"])
+        return [Measured(TORCH, 1.0, 0.0, 1e-4)]
+
+    monkeypatch.setattr(fastest_module, "measure_backends", measure)
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path / "cache"))
+    for folder in (random_folder, few):
+        assert find_fastest(folder) == ("torch", "fp32")
+    assert batches == [2, 1]
+
+
+def test_an_engine_without_profiles_is_for_what_the_model_draws(random_folder: Path) -> None:
+    config = read_unet_config(random_folder)
+    assert default_profile({}, config) == "dynamic"
+    assert default_profile({"_num_inference_steps": 4, "_guidance_scale": 2.0}, config) == "dynamic"
+    assert default_profile({"_num_inference_steps": 4, "_guidance_scale": 1.0}, config) == "unguided"
+    (one,) = shape_ranges([], config, default="unguided")
+    assert (one.batch, one.vae_batch, one.height) == ((1, 1, 1), (1, 1, 1), (128, 128, 128))

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from sdcompress_engines.errors import DataError
+from sdcompress_engines.errors import DataError, UsageError
 
 from sdcompress.export.quantize.calibrate import collect_calibration, default_prompts, rename_for_host
+from sdcompress.families.sampling_defaults import set_defaults
+from sdcompress.train.config import FewStepConfig
+from sdcompress.train.few_step import make_few_step_scheduler
 
 CANONICAL = ("sample", "timestep", "encoder_hidden_states")
 
@@ -84,3 +87,18 @@ def test_prompts_to_check_with_are_not_those_to_calibrate_with(random_pipeline: 
     calibration, held_out = default_prompts(random_pipeline)
     assert len(calibration) == 8
     assert not set(calibration) & set(held_out)
+
+
+def test_a_few_step_model_is_calibrated_at_its_own_timesteps(random_pipeline: Any) -> None:
+    parts = {name: part for name, part in random_pipeline.components.items() if name != "scheduler"}
+    few: Any = type(random_pipeline)(
+        **parts,
+        scheduler=make_few_step_scheduler(random_pipeline.scheduler, FewStepConfig()),
+        requires_safety_checker=False,
+    )
+    set_defaults(few, 4, 1.0)
+    rows = collect_calibration(few, ["a cat", "a dog"])
+    assert rows["sample"].shape[0] == 8
+    assert set(rows["timestep"].tolist()) == {999.0, 749.0, 499.0, 249.0}
+    with pytest.raises(UsageError, match="guidance 7 with a model that was trained for 4 steps without guidance"):
+        collect_calibration(few, ["a cat"], guidance_scale=7.0)
