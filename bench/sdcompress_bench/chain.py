@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdcompress_engines.errors import BackendMissing, SdCompressError, storage_errors
+from sdcompress_engines.errors import SdCompressError, storage_errors
 from sdcompress_engines.files import parents_made, write_atomically
 from sdcompress_engines.leftovers import remove_partial_files
 from sdcompress_engines.manifest import MANIFEST_NAME, sha256_file, sha256_tree
@@ -25,6 +25,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 
 from .build_suite import QUICK, build_suite
 from .chain_inputs import CACHE, REPORT, ChainSettings, FewStepStudent, Inputs, list_read, read_inputs
+from .chain_machine import Machine, choose_cards, read_machine
 from .chain_stages import Stage, StageRunner
 from .export_jobs import ExportJob, count_workers, run_exports
 from .outputs import count_weights
@@ -96,7 +97,7 @@ def _run_alone(settings: ChainSettings, inputs: Inputs, report: Reporter, comman
     from sdcompress.models.load import load_pipeline
 
     started = time.monotonic()
-    machine = _read_machine(settings.compute_capabilities)
+    machine = read_machine(settings.compute_capabilities)
     students = len(inputs.plans) + (inputs.few_step is not None)
     graphs = 1 + students if machine.onnxruntime else 0
     engines = 2 * (students + machine.gpu) if machine.no_engine is None else 0
@@ -177,53 +178,6 @@ def _continuable() -> Iterator[None]:
         yield
     except SdCompressError as error:
         raise error.with_hint("the same command continues after the finished stages") from error
-
-
-@dataclass(frozen=True)
-class _Machine:
-    """What this machine can do.
-
-    Attributes:
-        gpu: whether there is a CUDA device.
-        onnxruntime: whether ONNX Runtime runs on the device.
-        no_engine: why no TensorRT flavor can build here, or None. TensorRT for RTX builds without a GPU.
-    """
-
-    gpu: bool
-    onnxruntime: bool
-    no_engine: str | None
-
-
-def _read_machine(capabilities: Sequence[tuple[int, int]] | None) -> _Machine:
-    """Returns what this machine can do.
-
-    Args:
-        capabilities: as of `ChainSettings.compute_capabilities`.
-
-    Raises:
-        EngineError: the library builds for no such card.
-    """
-    import torch
-    from sdcompress_engines.flavour import choose_flavour, present_card
-    from sdcompress_engines.runners import available
-
-    gpu = torch.cuda.is_available()
-    no_engine = None
-    try:
-        choose_flavour(None, present_card())
-    except BackendMissing as error:
-        no_engine = str(error)
-    else:
-        _choose_cards(capabilities)
-    return _Machine(gpu, not available("cuda" if gpu else "cpu")["onnxruntime"], no_engine)
-
-
-def _choose_cards(capabilities: Sequence[tuple[int, int]] | None) -> tuple[tuple[int, int], ...]:
-    """Returns the compute capabilities that engines are built for; see `builder.targets`."""
-    from sdcompress_engines.builder import targets
-    from sdcompress_engines.flavour import choose_flavour, present_card
-
-    return targets(choose_flavour(None, present_card(), capabilities), capabilities)
 
 
 def _encode_data(stages: StageRunner, teacher: LoadedPipeline, inputs: Inputs, output: Path) -> LatentCache:
@@ -319,7 +273,7 @@ class _Exporter:
 
     stages: StageRunner
     settings: ChainSettings
-    machine: _Machine
+    machine: Machine
     teacher: str
     parameters: int
     graphs: dict[str, Path] = field(default_factory=dict)
@@ -367,7 +321,7 @@ class _Exporter:
                 folder,
                 "engine",
                 {"onnx": sha256_file(graphs / MANIFEST_NAME)},
-                {"compute_capabilities": [list(card) for card in _choose_cards(capabilities)]},
+                {"compute_capabilities": [list(card) for card in choose_cards(capabilities)]},
             ),
             lambda: build_engines(
                 graphs, folder, compute_capabilities=capabilities, force=True, report=self.stages.report

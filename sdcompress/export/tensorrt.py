@@ -12,6 +12,7 @@ from typing import Any
 
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import targets
+from sdcompress_engines.export_folder import read_named_json
 from sdcompress_engines.files import copy_tree
 from sdcompress_engines.flavour import choose_flavour, present_card
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, sha256_file, write_manifest
@@ -27,7 +28,7 @@ from sdcompress.export.engine_build import EngineBuilder, vae_scale
 from sdcompress.export.graph_folder import read_graph_folder
 from sdcompress.export.settings import check_components
 from sdcompress.families.sampling_defaults import read_defaults
-from sdcompress.models.locate import read_component_config, read_model_index
+from sdcompress.models.locate import read_component_config
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,13 @@ def build_engines(
     manifest = read_graph_folder(onnx_folder)
     requested = manifest.config["components"] if components is None else components
     chosen = check_components(requested, manifest.config["signature"])
-    parts = {component: PARTS[component] for component in (*chosen, "unet", "vae_decoder")}
-    configs = {name: read_component_config(onnx_folder / "pipeline", part) for name, part in parts.items()}
+    named = (*chosen, "unet", "vae_decoder")
+    configs = {name: read_component_config(onnx_folder / "pipeline", PARTS[name]) for name in named}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
-    cards = targets(library, compute_capabilities)
-    default = default_profile(read_model_index(onnx_folder / "pipeline"), configs["unet"])
+    index = read_named_json(onnx_folder, manifest, "pipeline/model_index.json") or {}  # some components have none
+    default = default_profile(index, configs["unet"])
     ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"]), default))
-    where = library, compute_capabilities, cards
+    where = library, compute_capabilities, targets(library, compute_capabilities)
     builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
     store = store or EngineStore()
     engines: dict[str, StoredEngine] = {}

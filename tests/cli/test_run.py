@@ -30,25 +30,9 @@ def test_run_makes_every_artifact_and_remakes_only_what_is_missing(
     (tmp_path / "few.yaml").write_text("kind: few-step\nsteps: 2\nbatch_size: 2\n")
 
     def run() -> tuple[str, str]:
-        command = [
-            "run",
-            random_folder,
-            "--data",
-            pictures,
-            "--plan",
-            "bk-tiny",
-            "--steps",
-            2,
-            "--few-step",
-            2,
-            "--few-step-recipe",
-            tmp_path / "few.yaml",
-            "--quick",
-            "--prompts",
-            tmp_path / "prompts.txt",
-            "-o",
-            tmp_path / "out",
-        ]
+        prompts, recipe = ("--prompts", tmp_path / "prompts.txt"), ("--few-step-recipe", tmp_path / "few.yaml")
+        trained = ("--plan", "bk-tiny", "--steps", 2, "--few-step", 2, *recipe)
+        command = ["run", random_folder, "--data", pictures, *trained, "--quick", *prompts, "-o", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", ["sdcompress", *map(str, command)])
         with pytest.raises(SystemExit) as stop:
             main()
