@@ -91,8 +91,7 @@ def build_engines(
     Args:
         onnx_folder: as `export_onnx` writes it.
         output: the folder to write.
-        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; by default
-            `default_profile` of the model.
+        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; see `default_profile`.
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
@@ -111,8 +110,7 @@ def build_engines(
     named = (*chosen, "unet", "vae_decoder")
     configs = {name: read_component_config(onnx_folder / "pipeline", PARTS[name]) for name in named}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
-    index = read_named_json(onnx_folder, manifest, "pipeline/model_index.json") or {}  # some components have none
-    default = default_profile(index, configs["unet"])
+    default = default_profile(_read_index(onnx_folder, manifest), configs["unet"])
     ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"]), default))
     where = library, compute_capabilities, targets(library, compute_capabilities)
     builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
@@ -151,6 +149,11 @@ def _merge_configs(engines: Mapping[str, StoredEngine], precision: str) -> dict[
         "precision": precision,
         "precisions": {component: each["precision"] for component, each in configs.items()},
     }
+
+
+def _read_index(onnx_folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Returns the `model_index.json` of an export; an empty one where it holds single components, without an index."""
+    return read_named_json(onnx_folder, manifest, "pipeline/model_index.json") or {}
 
 
 def default_profile(index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str:

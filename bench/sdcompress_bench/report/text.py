@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..results import Results
-from ..scenario import BackendSetup
+from ..scenario import BackendSetup, Sampling
 from .formatting import format_millions, format_row_name
 
 
@@ -54,10 +54,12 @@ def subline(results: Results) -> str:
 
 def _sampling(results: Results) -> str:
     """Returns in how many steps and with which guidance the pictures were drawn; by model where they differ."""
-    found = results.sampling()
-    if len(set(found.values())) == 1:
-        return str(next(iter(found.values())))
-    return "; ".join(f"{name} in {sampling}" for name, sampling in found.items())
+    names: dict[Sampling, list[str]] = {}
+    for name, sampling in results.sampling().items():
+        names.setdefault(sampling, []).append(name)
+    if len(names) == 1:
+        return str(next(iter(names)))
+    return "; ".join(f"{', '.join(models)} in {sampling}" for sampling, models in names.items())
 
 
 def _quality_parts(results: Results) -> Iterator[str]:
