@@ -173,7 +173,8 @@ def load_inputs(
     if not folder.exists():
         return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)
     cache = LatentCache.open(folder, loaded.sha256, source, size_px, config.data)
-    report.show_line(f"cache: {len(cache):,} pictures in {folder}")
+    drawn = f", {cache.drawn:,} with the teacher's own latents" if cache.drawn else ""
+    report.show_line(f"cache: {len(cache):,} pictures in {folder}{drawn}")
     return loaded, cache
 
 

@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sdcompress_engines.errors import ModelError, storage_errors
 from sdcompress_engines.files import write_atomically
 from sdcompress_engines.manifest import write_manifest
@@ -21,7 +20,7 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.pictures import save_picture
-from sdcompress.support.pipeline import scheduler_config
+from sdcompress.support.pipeline import latent_scale, scheduler_config
 from sdcompress.support.quiet import quiet
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import TrainConfig
@@ -62,19 +61,15 @@ def make_batches(pipeline: Any, cache: LatentCache, config: TrainConfig, *, toke
     """Returns the noisy batches that a pipeline's UNet is trained on.
 
     Args:
-        pipeline: gives the noise schedule and the scale of the latents. SDXL's pipeline has a mean and a standard
-            deviation for each channel, where its VAE's config holds them (Playground v2.5).
+        pipeline: gives the noise schedule and the scale of the latents.
         cache, config, tokens: see `Batches`.
 
     Raises:
         ModelError: as `check_trainable`.
     """
     check_trainable(pipeline)
-    scheduler, vae = make_training_scheduler(pipeline.scheduler), pipeline.vae.config
-    mean, std = vae.get("latents_mean"), vae.get("latents_std")
-    if "text_encoder_2" not in pipeline.components or mean is None or std is None:
-        return Batches(cache, scheduler, vae.scaling_factor, config, tokens=tokens)
-    factor, mean = vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
+    scheduler = make_training_scheduler(pipeline.scheduler)
+    factor, mean = latent_scale(pipeline.vae.config, pipeline.components)
     return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean)
 
 
