@@ -59,6 +59,7 @@ UNGUARDED = {
     "sdcompress/cli/generate.py": "a staged file",
     "sdcompress/cli/plan.py": "a staged file",
     "sdcompress/cli/recipes.py": "a staged file",
+    "sdcompress/data/drawn.py": "the content of a file, in memory",
     "sdcompress/data/cache_units.py": "to a file of `atomic_file`",
     "sdcompress/data/build_cache.py": "the hidden folder of a build, which is synchronized before its rename",
     "sdcompress/export/layers.py": "graphs in a temporary folder",
