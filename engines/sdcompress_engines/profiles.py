@@ -107,6 +107,7 @@ class Preset:
         note: what it is for.
         batch, tokens: see `ShapeRanges`.
         size: of height and width: pixels, or where `relative` shares of the size the model was trained on.
+        pictures: see `ShapeRanges`.
     """
 
     note: str
@@ -114,13 +115,14 @@ class Preset:
     size: tuple[float, float, float]
     tokens: Range
     relative: bool = False
+    pictures: Range | None = None
 
     def ranges(self, native_px: int, step_px: int) -> ShapeRanges:
         """Returns the ranges for a model that was trained on `native_px` and whose sizes are multiples of `step_px`."""
         least, best, most = (
             (round(share * native_px / step_px) or 1) * step_px if self.relative else int(share) for share in self.size
         )
-        return ShapeRanges(self.batch, (least, best, most), (least, best, most), self.tokens)
+        return ShapeRanges(self.batch, (least, best, most), (least, best, most), self.tokens, self.pictures)
 
 
 PRESETS = {
@@ -139,6 +141,14 @@ PRESETS = {
         (77, 77, 231),
         relative=True,
     ),
+    "few-step": Preset(
+        "one picture without guidance, of the model's own size; static, the fastest",
+        (1, 1, 1),
+        (1, 1, 1),
+        (77, 77, 77),
+        relative=True,
+        pictures=(1, 1, 1),
+    ),
     "sd15-512": Preset(
         "one 512 px picture with guidance; static, the fastest", (2, 2, 2), (512, 512, 512), (77, 77, 77)
     ),
@@ -150,6 +160,8 @@ PRESETS = {
     ),
 }
 DEFAULT_PRESET = "dynamic"
+GUIDANCE_FREE_PRESET = "few-step"
+"""The default for a model that was trained to draw without guidance."""
 
 
 def parse_profile(text: str, native_px: int, step_px: int) -> ShapeRanges:

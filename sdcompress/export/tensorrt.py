@@ -12,11 +12,18 @@ from typing import Any
 
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import targets
+from sdcompress_engines.few_steps import read_exported_few_steps
 from sdcompress_engines.files import copy_tree
 from sdcompress_engines.flavour import choose_flavour, present_card
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, sha256_file, write_manifest
 from sdcompress_engines.output_folders import staged
-from sdcompress_engines.profiles import PRESETS, ShapeRanges, check_ranges, parse_profile
+from sdcompress_engines.profiles import (
+    DEFAULT_PRESET,
+    GUIDANCE_FREE_PRESET,
+    ShapeRanges,
+    check_ranges,
+    parse_profile,
+)
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
 from sdcompress_engines.store import EngineStore
@@ -89,7 +96,8 @@ def build_engines(
     Args:
         onnx_folder: as `export_onnx` writes it.
         output: the folder to write.
-        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; by default `dynamic`.
+        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; by default `dynamic`, and
+            `few-step` for a model that draws without guidance.
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
@@ -109,6 +117,7 @@ def build_engines(
     configs = {name: read_component_config(onnx_folder / "pipeline", part) for name, part in parts.items()}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
+    profiles = profiles or [_choose_preset(onnx_folder, manifest)]
     ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"])))
     where = library, compute_capabilities, cards
     builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
@@ -129,6 +138,12 @@ def build_engines(
             figures={component: asdict(built) for component, built in builds.items()},
         )
     return EnginesResult(output, written, builds, ranges)
+
+
+def _choose_preset(onnx_folder: Path, manifest: Manifest) -> str:
+    """Returns the profile for an exported model where none is chosen."""
+    sampling = read_exported_few_steps(onnx_folder, manifest)
+    return DEFAULT_PRESET if sampling is None or sampling.guidance_scale > 1 else GUIDANCE_FREE_PRESET
 
 
 def _merge_configs(engines: Mapping[str, StoredEngine], precision: str) -> dict[str, Any]:
@@ -166,7 +181,7 @@ def shape_ranges(
     native = latent_side(unet_config) * scale
     ranges = [
         profile if isinstance(profile, ShapeRanges) else parse_profile(profile, native, step)
-        for profile in profiles or [next(iter(PRESETS))]
+        for profile in profiles or [DEFAULT_PRESET]
     ]
     for each in ranges:
         check_ranges(each, step)

@@ -73,7 +73,7 @@ def test_the_webui_preset_covers_what_a_webui_asks_for() -> None:
 
 def test_presets_with_one_shape_are_static_and_others_are_not() -> None:
     static = {name for name, preset in PRESETS.items() if ":" not in str(preset.ranges(512, 64))}
-    assert static == {"sd15-512", "sdxl-1024"}
+    assert static == {"few-step", "sd15-512", "sdxl-1024"}
 
 
 def test_a_profile_is_a_preset_ranges_or_both() -> None:

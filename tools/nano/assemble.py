@@ -18,7 +18,7 @@ from captions import make_tokenizer
 from common import ROOT, config
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sdcompress_bench.resnet_clip import load_clip
 from train_unet import SCHEDULE, build_model, load_latents
 from train_vae import build as build_vae
@@ -82,7 +82,8 @@ def tiny_4step(run: Path) -> None:
     shutil.rmtree(ASSETS / "tiny-4step", ignore_errors=True)
     (ASSETS / "tiny-4step").mkdir()
     with safe_open(run / "lora/lora.safetensors", "pt") as file:
-        weights, metadata = {name: file.get_tensor(name).half() for name in file.keys()}, file.metadata()
+        metadata = file.metadata()
+    weights = {name: tensor.half() for name, tensor in load_file(run / "lora/lora.safetensors").items()}
     save_file(weights, ASSETS / "tiny-4step/lora.safetensors", metadata=metadata)
 
 
