@@ -96,8 +96,7 @@ def build_engines(
     Args:
         onnx_folder: as `export_onnx` writes it.
         output: the folder to write.
-        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; by default `dynamic`, and
-            `few-step` for a model that draws without guidance.
+        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; see `_choose_preset`.
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
@@ -107,8 +106,8 @@ def build_engines(
         report: gets the progress.
 
     Raises:
-        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size that the model has no latents for.
-            BackendMissing, EngineError, StorageError: as `build_engine`.
+        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size that the model has no latents for. Others as
+            `build_engine`.
     """
     manifest = read_graph_folder(onnx_folder)
     requested = manifest.config["components"] if components is None else components
@@ -117,8 +116,8 @@ def build_engines(
     configs = {name: read_component_config(onnx_folder / "pipeline", part) for name, part in parts.items()}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
     cards = targets(library, compute_capabilities)
-    profiles = profiles or [_choose_preset(onnx_folder, manifest)]
-    ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"])))
+    wanted, scale = profiles or [_choose_preset(onnx_folder, manifest)], vae_scale(configs["vae_decoder"])
+    ranges = tuple(shape_ranges(wanted, configs["unet"], scale))
     where = library, compute_capabilities, cards
     builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
     store = store or EngineStore()
@@ -141,7 +140,7 @@ def build_engines(
 
 
 def _choose_preset(onnx_folder: Path, manifest: Manifest) -> str:
-    """Returns the profile for an exported model where none is chosen."""
+    """Returns the preset for a model where none is chosen: `dynamic`, or `few-step` where it draws without guidance."""
     sampling = read_exported_few_steps(onnx_folder, manifest)
     return DEFAULT_PRESET if sampling is None or sampling.guidance_scale > 1 else GUIDANCE_FREE_PRESET
 
