@@ -100,14 +100,12 @@ def build_engines(
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
-        components: by default those in the folder.
-        store: by default the user's.
+        components: by default those in the folder. store: by default the user's.
         force: replace an existing output.
         report: gets the progress.
 
     Raises:
-        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size that the model has no latents for. Others as
-            `build_engine`.
+        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size without latents. Others as `build_engine`.
     """
     manifest = read_graph_folder(onnx_folder)
     requested = manifest.config["components"] if components is None else components
