@@ -139,7 +139,8 @@ def build_engines(
 
 def _choose_preset(onnx_folder: Path, manifest: Manifest) -> str:
     """Returns the preset for a model where none is chosen: `dynamic`, or `few-step` where it draws without guidance."""
-    sampling = read_exported_few_steps(onnx_folder, manifest)
+    has_index = "pipeline/model_index.json" in manifest.files  # not in an export of single components
+    sampling = read_exported_few_steps(onnx_folder, manifest) if has_index else None
     return DEFAULT_PRESET if sampling is None or sampling.guidance_scale > 1 else GUIDANCE_FREE_PRESET
 
 
