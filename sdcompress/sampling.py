@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ def generate(
     size_px: int | None = None,
     negative_prompt: str | None = None,
     batch_size: int = 16,
+    take_latents: Callable[[torch.Tensor], None] = lambda latents: None,
 ) -> list[Image.Image]:
     """Returns one picture a prompt.
 
@@ -60,6 +61,8 @@ def generate(
         size_px: side in pixels; None is what the UNet was made for.
         negative_prompt: what the pictures are guided away from.
         batch_size: pictures drawn at once.
+        take_latents: called for each batch with what its pictures are decoded from: the UNet's latents, (B, C, H/8,
+            W/8), in its dtype and on its device.
 
     Raises:
         DataError: prompts and seeds differ in number.
@@ -71,33 +74,48 @@ def generate(
     size_px = size_px or native_size_px(pipeline)
     if size_px < pipeline.vae_scale_factor or size_px % 8:
         raise UsageError(f"size {size_px} px", expected="a positive multiple of 8")
-    defaults = sampling_defaults(pipeline)
-    check_guidance(defaults, guidance_scale, negative_prompt)
-    steps = defaults.num_inference_steps if steps is None else steps
+    steps, guidance_scale = choose_sampling(sampling_defaults(pipeline), steps, guidance_scale, negative_prompt)
     check_steps(pipeline.scheduler, steps)
-    guidance_scale = defaults.guidance_scale if guidance_scale is None else guidance_scale
     pipeline.set_progress_bar_config(disable=True)
     pipeline.safety_checker = None
     pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
         chunk = list(prompts[start : start + batch_size])
         latents, generators = initial_latents(pipeline, seeds[start : start + batch_size], size_px)
-        negative = [negative_prompt] * len(chunk) if negative_prompt else None
-        with torch.no_grad():
-            pixels = pipeline(
-                chunk,
-                negative_prompt=negative,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                height=size_px,
-                width=size_px,
-                latents=latents.to(pipeline.unet.device, pipeline.unet.dtype),
-                generator=generators,
-                output_type="np",
-            ).images
-        dtype = str(pipeline.unet.dtype).removeprefix("torch.")
-        pictures += to_pictures(pixels, f"in {dtype}, after {steps} steps of the {type(pipeline.scheduler).__name__}")
+        pixels, final = _run(
+            pipeline,
+            chunk,
+            negative_prompt=[negative_prompt] * len(chunk) if negative_prompt else None,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            height=size_px,
+            width=size_px,
+            latents=latents.to(pipeline.unet.device, pipeline.unet.dtype),
+            generator=generators,
+        )
+        take_latents(final)
+        dtype, scheduler = str(pipeline.unet.dtype).removeprefix("torch."), type(pipeline.scheduler).__name__
+        pictures += to_pictures(pixels, f"in {dtype}, after {steps} steps of the {scheduler}")
     return pictures
+
+
+def _run(pipeline: TextToImagePipeline, prompts: list[str], **options: Any) -> tuple[np.ndarray, torch.Tensor]:
+    """Returns pixels in [0, 1], (B, H, W, 3), and the latents that they were decoded from: those of the last step.
+
+    Args:
+        pipeline: of diffusers.
+        prompts: of the pictures.
+        options: further arguments of the pipeline's call.
+    """
+    last: dict[str, torch.Tensor] = {}
+
+    def keep(_: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        last.update(tensors)
+        return tensors
+
+    with torch.no_grad():
+        pixels = pipeline(prompts, output_type="np", callback_on_step_end=keep, **options).images
+    return pixels, last["latents"]
 
 
 def to_pictures(pixels: np.ndarray, drawn: str) -> list[Image.Image]:
@@ -149,6 +167,25 @@ def check_steps(scheduler: Any, steps: int) -> None:
             f"the {type(scheduler).__name__} cannot draw in {steps} steps ({shorten(error, 120)})",
             hint="another number of steps, such as 25",
         ) from error
+
+
+def choose_sampling(
+    defaults: SamplingDefaults, steps: int | None, guidance_scale: float | None, negative_prompt: str | None = None
+) -> tuple[int, float]:
+    """Returns the steps and the guidance scale that are asked for; in place of None, the model's own.
+
+    Args:
+        defaults: of the model.
+        steps, guidance_scale, negative_prompt: what is asked for.
+
+    Raises:
+        UsageError: as `check_guidance`.
+    """
+    check_guidance(defaults, guidance_scale, negative_prompt)
+    return (
+        defaults.num_inference_steps if steps is None else steps,
+        defaults.guidance_scale if guidance_scale is None else guidance_scale,
+    )
 
 
 def check_guidance(defaults: SamplingDefaults, guidance_scale: float | None, negative_prompt: str | None) -> None:

@@ -59,6 +59,7 @@ UNGUARDED = {
     "sdcompress/cli/generate.py": "a staged file",
     "sdcompress/cli/plan.py": "a staged file",
     "sdcompress/cli/recipes.py": "a staged file",
+    "sdcompress/data/drawn.py": "the content of a file, in memory",
     "sdcompress/data/cache_units.py": "to a file of `atomic_file`",
     "sdcompress/data/build_cache.py": "the hidden folder of a build, which is synchronized before its rename",
     "sdcompress/export/layers.py": "graphs in a temporary folder",
@@ -262,7 +263,7 @@ def test_weights_and_data_fit() -> None:
     data = sum(p.stat().st_size for p in (assets / "data").rglob("*.tar.gz"))
     assert weights
     assert max(weights) <= 15 * 2**20
-    assert sum(weights) <= 26 * 2**20
+    assert sum(weights) <= 27 * 2**20
     assert 0 < data <= 9e6
 
 

@@ -77,7 +77,7 @@ MARKS = (
     Mark(
         "settings.json",
         frozenset({"prompts", "picture_format"}),
-        re.compile(r"metadata\.jsonl|\d{6,}\.(webp|png)"),
+        re.compile(r"metadata\.jsonl|\d{6,}\.(webp|png)|latents-\d{6,}\.safetensors"),
     ),
 )
 """The marks of `run`, of a training, of a cache whose build was killed at its very end, and of `data generate`."""

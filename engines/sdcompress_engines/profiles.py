@@ -107,7 +107,7 @@ class Preset:
         note: what it is for.
         batch, tokens: see `ShapeRanges`.
         size: of height and width: pixels, or where `relative` shares of the size the model was trained on.
-        guided: whether a picture is two samples of the UNet; else the VAE gets as many pictures as the UNet samples.
+        pictures: see `ShapeRanges`.
     """
 
     note: str
@@ -115,15 +115,14 @@ class Preset:
     size: tuple[float, float, float]
     tokens: Range
     relative: bool = False
-    guided: bool = True
+    pictures: Range | None = None
 
     def ranges(self, native_px: int, step_px: int) -> ShapeRanges:
         """Returns the ranges for a model that was trained on `native_px` and whose sizes are multiples of `step_px`."""
         least, best, most = (
             (round(share * native_px / step_px) or 1) * step_px if self.relative else int(share) for share in self.size
         )
-        pictures = None if self.guided else self.batch
-        return ShapeRanges(self.batch, (least, best, most), (least, best, most), self.tokens, pictures)
+        return ShapeRanges(self.batch, (least, best, most), (least, best, most), self.tokens, self.pictures)
 
 
 PRESETS = {
@@ -142,6 +141,14 @@ PRESETS = {
         (77, 77, 231),
         relative=True,
     ),
+    "few-step": Preset(
+        "one picture without guidance, of the model's own size; static, the fastest",
+        (1, 1, 1),
+        (1, 1, 1),
+        (77, 77, 77),
+        relative=True,
+        pictures=(1, 1, 1),
+    ),
     "sd15-512": Preset(
         "one 512 px picture with guidance; static, the fastest", (2, 2, 2), (512, 512, 512), (77, 77, 77)
     ),
@@ -151,25 +158,18 @@ PRESETS = {
     "sdxl-1024": Preset(
         "one 1024 px picture with guidance; static, the fastest", (2, 2, 2), (1024, 1024, 1024), (77, 77, 77)
     ),
-    "unguided": Preset(
-        "one picture of the model's own size, for a model trained to draw without guidance; static, the fastest",
-        (1, 1, 1),
-        (1, 1, 1),
-        (77, 77, 77),
-        relative=True,
-        guided=False,
-    ),
 }
 DEFAULT_PRESET = "dynamic"
-UNGUIDED_PRESET = "unguided"
-"""The default of a model that was trained to draw without guidance."""
+GUIDANCE_FREE_PRESET = "few-step"
+"""The default for a model that was trained to draw without guidance."""
 
 
 def parse_profile(text: str, native_px: int, step_px: int, default: str = DEFAULT_PRESET) -> ShapeRanges:
     """Returns the shape ranges that a text describes.
 
     The text is a preset's name, `batch=1:2:8,height=512,width=512:768:1024,tokens=77`, or a preset with changes:
-    `webui,batch=1:2:4`. Fields that are left out are those of `default`. A height or width alone counts for both.
+    `webui,batch=1:2:4`. Fields that are left out are those of `default`. A height or width alone counts for both, and
+    without guidance a batch for the pictures too.
 
     Args:
         text: the description.
@@ -195,7 +195,7 @@ def parse_profile(text: str, native_px: int, step_px: int, default: str = DEFAUL
     for one, other in (("height", "width"), ("width", "height")):
         if one in given and other not in given:
             given[other] = given[one]
-    if not preset.guided and "batch" in given:
+    if preset.pictures is not None and "batch" in given:
         given.setdefault("pictures", given["batch"])
     return replace(preset.ranges(native_px, step_px), **given)
 

@@ -32,7 +32,7 @@ def cached_artifacts(
         backend: one that runs graphs or engines, by its full name.
         precision: of the graphs.
         report: gets the progress.
-        profiles: the shapes to build engines for; by default those of the model, see `default_profile`. Each set of
+        profiles: the shapes to build engines for; by default the preset of the model. Each set of
             profiles has a folder of its own.
         decoder: folder of a small decoder in the place of the VAE. Equal graphs are copied from those of the model.
 

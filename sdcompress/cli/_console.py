@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from sdcompress_engines.command import command_line
 from sdcompress_engines.errors import escape_controls
 
-from sdcompress.cli._types import FilePath
+from sdcompress.cli._types import GUIDANCE, STEPS, FilePath
 from sdcompress.support.console import ConsoleReporter, is_first_process
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "millions",
     "output_option",
     "print_json",
+    "sampling_options",
     "suggest",
     "typed_command",
 ]
@@ -104,6 +105,17 @@ def force_option(function: Any) -> Any:
     return click.option(
         "--force", is_flag=True, help="Replace the output folder, if sdcompress wrote all that is in it."
     )(function)
+
+
+def sampling_options(function: Any) -> Any:
+    """Add `--steps` and `--guidance`; each is None where it is not given, which is the model's own."""
+    guidance_help = (
+        "Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 2.5; few-step models"
+        " 1]"
+    )
+    steps_help = "Denoising steps.  [default: 25; those a few-step model was trained for]"
+    function = click.option("--guidance", type=GUIDANCE, default=None, help=guidance_help)(function)
+    return click.option("--steps", type=STEPS, default=None, help=steps_help)(function)
 
 
 def json_option(function: Any) -> Any:

@@ -12,7 +12,7 @@ from sdcompress.cli._types import NAME, OPSET, Capability, FilePath, Shapes, Who
 # As in `sdcompress_engines.signature` and `.profiles`, which load torch; a test checks that they are equal.
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae_decoder", "vae_encoder")
 HOSTS = ("diffusers", "webui", "comfyui")
-PRESETS = ("dynamic", "webui", "sd15-512", "sd15-dynamic", "sdxl-1024", "unguided")
+PRESETS = ("dynamic", "webui", "few-step", "sd15-512", "sd15-dynamic", "sdxl-1024")
 QUANTIZED = ("fp8", "int8")
 
 
@@ -80,7 +80,7 @@ _ENGINE_OPTIONS = (
         metavar="PRESET|RANGES",
         help=(
             f"Shapes to build for: {', '.join(PRESETS)}, or batch=1:2:8,height=512,...; repeat for more in one"
-            " engine.  [default: dynamic; unguided for a model that was trained to draw without guidance]"
+            " engine.  [default: dynamic; few-step for a model without guidance]"
         ),
     ),
     click.option(

@@ -169,8 +169,7 @@ def load_inputs(
     check_settings(config)
     source = open_source(data, config.data)
     folder = cache_folder or output.absolute().parent / f"{output.absolute().name}-cache"
-    inputs = [*local_paths(model), *source.inputs, folder, *files]
-    _check_output(output, inputs, resume, force)
+    _check_output(output, [*local_paths(model), *source.inputs, folder, *files], resume, force)
     loaded = load_pipeline(model)
     if denoises:
         check_trainable(loaded.pipeline)
@@ -179,7 +178,8 @@ def load_inputs(
     if not folder.exists():
         return loaded, build_cache(source, loaded, folder, size_px, config=config.data, report=report)
     cache = LatentCache.open(folder, loaded.sha256, source, size_px, config.data)
-    report.show_line(f"cache: {len(cache):,} pictures in {folder}")
+    drawn = f", {cache.drawn:,} with the teacher's own latents" if cache.drawn else ""
+    report.show_line(f"cache: {len(cache):,} pictures in {folder}{drawn}")
     return loaded, cache
 
 

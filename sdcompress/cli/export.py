@@ -86,7 +86,7 @@ def command(
         **_calibration(calibration_prompts),
     )
     result = export_model(model, output, request, ConsoleReporter())
-    card(f"{result.name} → {output}", _rows(result), next_command(output, request))
+    card(f"{result.name} → {output}", _rows(result, output), next_command(output, request))
 
 
 def _calibration(prompts: Path | None) -> dict[str, Any]:
@@ -194,12 +194,13 @@ def next_command(output: Path, request: ExportRequest) -> str:
     return command_line(["sdcompress", "inspect", as_argument(output)])
 
 
-def _rows(result: ModelExport) -> list[tuple[str, object]]:
+def _rows(result: ModelExport, output: Path) -> list[tuple[str, object]]:
     from sdcompress_engines.few_steps import read_exported_few_steps
 
     engines = [] if result.engines is None else _engine_rows(result.engines)
-    graphs = _graph_rows(result.graphs, "" if result.engines is None else "onnx/")
-    sampling = read_exported_few_steps(result.graphs.folder, result.graphs.manifest)
+    place = "" if result.engines is None else "onnx/"
+    graphs = _graph_rows(result.graphs, place)
+    sampling = read_exported_few_steps(output / place, result.graphs.manifest)
     sampled = [] if sampling is None else [("sampling", sampling.describe_in())]
     return [*graphs, *engines, *sampled, ("time", f"{result.seconds:.1f} s")]
 

@@ -9,9 +9,9 @@ import click
 from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.backends.registry import help_text
-from sdcompress.cli._console import ConsoleReporter, card
+from sdcompress.cli._console import ConsoleReporter, card, sampling_options
 from sdcompress.cli._trust import allow_all, trust_option
-from sdcompress.cli._types import GUIDANCE, NAME, SEED, SIZE_PX, STEPS, TEXT, FilePath
+from sdcompress.cli._types import NAME, SEED, SIZE_PX, TEXT, FilePath
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,16 +23,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=NAME)
 @click.argument("prompt", type=TEXT)
 @click.option("--negative-prompt", type=TEXT, default=None, help="What the picture should not show.")
-@click.option(
-    "--steps", type=STEPS, default=None, help="Denoising steps.  [default: 25; those a few-step model was trained for]"
-)
-@click.option(
-    "--guidance",
-    type=GUIDANCE,
-    default=None,
-    help="Scale of classifier-free guidance; 1 turns it off.  [default: 7.5; nano and its students 2.5; few-step models"
-    " 1]",
-)
+@sampling_options
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the initial noise.")
 @click.option(
     "--size",

@@ -22,6 +22,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress.data.cache import EMPTY, INDEX, LatentCache, select_content_settings
 from sdcompress.data.cache_units import UnitTotals, drop_duplicates, read_facts, sum_units, write_unit
 from sdcompress.data.config import DataConfig
+from sdcompress.data.drawn import DrawnSet, describe_latents
 from sdcompress.data.embed import embed_absent_caption, text_encoders_on
 from sdcompress.data.encode import LatentEncoder
 from sdcompress.data.precision import Precision, PrecisionChoice, choose_vae_precision
@@ -54,7 +55,8 @@ def build_cache(
 
     A stopped build is continued if it has the same teacher, data, settings and precision; otherwise it starts over.
     Under `accelerate launch` or `torchrun` the processes share the units, and the first one writes the index. Exact
-    duplicates, which have the same bytes and the same captions, are kept once. The teacher is not changed.
+    duplicates, which have the same bytes and the same captions, are kept once. Whole pictures of a drawn set are not
+    encoded where the set holds their latents. The teacher is not changed.
 
     Args:
         source: the data set.
@@ -79,10 +81,10 @@ def build_cache(
     check_has_vae(pipeline, teacher.name)
     size_px = size_px or config.size_px or native_size_px(pipeline)
     state = PartialState(cpu=not torch.cuda.is_available())
-    inputs = [*source.inputs, teacher.folder]
-    check_free(output, force, inputs)
+    check_free(output, force, inputs := [*source.inputs, teacher.folder])
     chosen = agree_on_precision(choose_vae_precision(pipeline, state.device, precision))
-    identity = _identify_build(source, teacher, size_px, config, chosen)
+    drawn = _open_latents(source, teacher, report)
+    identity = _identify_build(source, teacher, size_px, config, chosen, drawn)
     _check_same_build(identity, output)
     partial = output.with_name(f".{output.name}.partial")
     with _owned(output, force, inputs, state), text_encoders_on(pipeline, state.device):
@@ -90,7 +92,7 @@ def build_cache(
             _start_or_continue(partial, identity, report)
         state.wait_for_everyone()
         latents = LatentEncoder(pipeline.vae, state.device, chosen, processes=state.num_processes, report=report)
-        encoder = UnitEncoder(pipeline, latents, size_px, config)
+        encoder = UnitEncoder(pipeline, latents, size_px, config, drawn)
         with _kept_where_begun(partial, state):
             _encode_units(partial, source, encoder, state, report)
             state.wait_for_everyone()
@@ -137,8 +139,34 @@ def agree_on_precision(precision: Precision) -> Precision:
     return "fp32" if "fp32" in gather_object([precision]) else precision
 
 
+def _open_latents(source: Source, teacher: LoadedPipeline, report: Reporter) -> DrawnSet | None:
+    """Returns the latents that were drawn with the pictures, or None where the pictures have to be encoded.
+
+    Args:
+        source, teacher: as of `build_cache`.
+        report: gets a line where there are latents that cannot be used.
+    """
+    try:
+        drawn = source.open_drawn()
+    except DataError as error:
+        report.show_line(f"cache: the pictures are encoded, without the drawn latents: {error}")
+        return None
+    if drawn is None or drawn.fits(teacher.sha256, teacher.pipeline.vae):
+        return drawn
+    report.show_line(
+        f"cache: the pictures are encoded: the latents of {source.name} were drawn by {drawn.teacher[:12]}, whose VAE"
+        f" is not known to be that of {teacher.name} ({teacher.sha256[:12]})"
+    )
+    return None
+
+
 def _identify_build(
-    source: Source, teacher: LoadedPipeline, size_px: int, config: DataConfig, precision: Precision
+    source: Source,
+    teacher: LoadedPipeline,
+    size_px: int,
+    config: DataConfig,
+    precision: Precision,
+    drawn: DrawnSet | None,
 ) -> dict[str, Any]:
     """Returns what decides the content of a cache, as JSON values.
 
@@ -146,6 +174,7 @@ def _identify_build(
         source, teacher, config: as of `build_cache`.
         size_px: side of the square pictures, or the root of the buckets' area.
         precision: in which the VAE encodes.
+        drawn: latents that are taken in place of encoding.
     """
     return {
         "teacher": teacher.sha256,
@@ -155,6 +184,7 @@ def _identify_build(
         "data": select_content_settings(config),
         "units": source.count_units(),
         "precision": precision,
+        "latents": None if drawn is None else drawn.sha256,
     }
 
 
@@ -182,7 +212,8 @@ def _start_or_continue(partial: Path, identity: dict[str, Any], report: Reporter
     marker = partial / BUILD
     if marker.is_file():
         try:
-            begun = {"precision": "fp32", "captions": identity["captions"]} | read_json_object(marker)
+            recorded_later = {"precision": "fp32", "captions": identity["captions"], "latents": None}
+            begun = recorded_later | read_json_object(marker)
         except ArtifactError:
             begun = {}
         done = len(list(partial.glob("unit-*.json")))
@@ -263,6 +294,8 @@ def _finish(
         "skipped": {reason: len(keys) for reason, keys in skipped.reasons.items()},
         "filtered": skipped.filtered,
         "tiled_views": totals.tiled,
+        "drawn": totals.drawn,
+        "not_drawn": totals.not_drawn,
     }
     sidecars = [*(path.name for path in partial.glob("unit-*.json")), BUILD]  # by which a killed build is continued
     _write_manifest(partial, source, encoder, identity, totals, figures, sidecars)
@@ -273,6 +306,7 @@ def _finish(
     parts += [f"{len(keys)} left out: {reason}" for reason, keys in skipped.reasons.items()]
     parts += [f"{count} filtered out: {reason}" for reason, count in skipped.filtered.items()]
     parts += [f"{duplicates} duplicates"] if duplicates else []
+    parts += [describe_latents(totals.drawn, totals.not_drawn)] if encoder.drawn is not None else []
     report.show_line(f"cache: {', '.join(parts)}")
 
 
@@ -314,5 +348,6 @@ def _write_manifest(
             "shapes": encoder.shapes,
             "precision": identity["precision"],
             "tile_px": totals.tile_px,
+            "latents": identity["latents"],
         },
     )

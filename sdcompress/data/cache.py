@@ -63,6 +63,7 @@ class LatentCache:
         source: name of the data set.
         precision: in which the VAE encoded; fp32 for caches from before it was recorded.
         tile_px: side of the smallest tiles in which pictures were encoded; None where all were encoded whole.
+        drawn: number of pictures, duplicates included, whose latents were drawn with them, not encoded.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class LatentCache:
     source: str = ""
     precision: Precision = "fp32"
     tile_px: int | None = None
+    drawn: int = 0
     _units: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict, repr=False)
     _empty: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
@@ -207,6 +209,7 @@ class LatentCache:
             source=facts.source,
             precision=facts.precision,
             tile_px=facts.tile_px,
+            drawn=facts.drawn,
         )
 
 
@@ -221,6 +224,7 @@ class _Facts(BaseModel):
     data: dict[str, Any]
     precision: Precision = "fp32"
     tile_px: int | None = None
+    drawn: int = Field(0, ge=0)
     data_sha256: str
     teacher: str
 
@@ -231,9 +235,10 @@ def _check_facts(folder: Path, manifest: Manifest) -> _Facts:
     Raises:
         DataError: they are missing or of another kind; one message names all.
     """
-    inputs = {"data_sha256": manifest.inputs.get("data"), "teacher": manifest.inputs.get("teacher")}
+    elsewhere = {"data_sha256": manifest.inputs.get("data"), "teacher": manifest.inputs.get("teacher")}
+    elsewhere |= {"drawn": manifest.figures.get("drawn", 0)}
     try:
-        return _Facts.model_validate(manifest.config | inputs)
+        return _Facts.model_validate(manifest.config | elsewhere)
     except ValidationError as error:
         fault = shorten(faults_of(error, _Facts, "entry"))
         raise DataError(

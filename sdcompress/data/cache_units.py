@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class UnitFacts(BaseModel):
     fields: list[str]
     tiled: int = 0
     tile_px: int | None = None
+    drawn: int = 0
+    not_drawn: dict[str, int] = {}
 
 
 def write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
@@ -71,6 +74,8 @@ def write_unit(folder: Path, number: int, unit: EncodedUnit) -> None:
         "fields": sorted(skipped.fields),
         "tiled": unit.tiled,
         "tile_px": unit.tile_px,
+        "drawn": unit.drawn,
+        "not_drawn": unit.not_drawn,
     }
     write_atomically(folder / f"{unit_name(number)}.json", json.dumps(facts))
 
@@ -86,6 +91,7 @@ class UnitTotals:
         captions: embedded captions.
         tiled: views that were encoded in tiles.
         tile_px: side of the smallest of those tiles, in pixels; None where there are none.
+        drawn, not_drawn: as of `EncodedUnit`.
     """
 
     skipped: Skipped
@@ -94,13 +100,16 @@ class UnitTotals:
     captions: int
     tiled: int
     tile_px: int | None
+    drawn: int
+    not_drawn: dict[str, int]
 
 
 def sum_units(folder: Path, count: int) -> UnitTotals:
     """Read the sidecars and the pictures' columns of `count` units. Returns their sums."""
     skipped, hashed = Skipped(), dict[str, FileEntry]()
     parts: dict[str, list[torch.Tensor]] = {}
-    caption_entries = captions = tiled = 0
+    caption_entries = captions = tiled = drawn = 0
+    not_drawn = Counter[str]()
     tiles_px: list[int] = []
     for number in range(count):
         facts = read_facts(folder, number)
@@ -110,6 +119,8 @@ def sum_units(folder: Path, count: int) -> UnitTotals:
             )
         skipped.merge(Skipped(facts["read"], facts["reasons"], facts["filtered"], set(facts["fields"])))
         tiled += facts["tiled"]
+        drawn += facts["drawn"]
+        not_drawn.update(facts["not_drawn"])
         tiles_px += [facts["tile_px"]] if facts["tile_px"] else []
         hashed[unit_name(number)] = FileEntry(facts["sha256"], facts["bytes"])
         unit = read_safetensors(folder / unit_name(number), DataError)
@@ -123,7 +134,8 @@ def sum_units(folder: Path, count: int) -> UnitTotals:
         for name, tensor in pictures.items():
             parts.setdefault(name, []).append(tensor)
     columns = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    return UnitTotals(skipped, hashed, columns, captions, tiled, min(tiles_px, default=None))
+    smallest_px = min(tiles_px, default=None)
+    return UnitTotals(skipped, hashed, columns, captions, tiled, smallest_px, drawn, dict(not_drawn))
 
 
 def drop_duplicates(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

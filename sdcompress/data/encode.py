@@ -48,6 +48,7 @@ class LatentEncoder:
         tile_px: side of the tiles in pixels; None while pictures are encoded whole.
         tiled: number of pictures encoded in tiles so far.
         factor: side of a picture over the side of its latents.
+        channels: of the latents.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LatentEncoder:
         self.device, self.precision, self.budget_bytes, self.processes = device, precision, budget_bytes, processes
         self.report = report
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.channels: int = vae.config.latent_channels
         self.tile_px: int | None = None
         self.tiled = 0
         self._picture_bytes: dict[tuple[int, int], int] = {}

@@ -13,6 +13,7 @@ from sdcompress_engines.json_files import read_json_lines
 from sdcompress_engines.manifest import by_parts
 
 from sdcompress.data.config import DataConfig
+from sdcompress.data.drawn import DrawnSet, open_drawn
 from sdcompress.data.records import (
     LONG_TEXT,
     MAX_PICTURE_BYTES,
@@ -38,7 +39,7 @@ class FolderSource(Source):
 
     Captions and metadata are in `metadata.jsonl` or `metadata.csv` of the folder, with the column `file_name` and one
     of `CAPTION_COLUMNS`, or in a `.json` or `.txt` file beside each picture. Rows without a picture, and pictures of
-    `UNREAD_SUFFIXES`, are counted as unusable.
+    `UNREAD_SUFFIXES`, are counted as unusable. Of a set that a teacher drew, the folder holds the latents too.
 
     Args:
         name: for reports and manifests.
@@ -82,6 +83,9 @@ class FolderSource(Source):
 
     def hash_captions(self) -> str:
         return fingerprint_texts(f for f in self.root.rglob("*") if f.is_file())
+
+    def open_drawn(self) -> DrawnSet | None:
+        return open_drawn(self.root)
 
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         for path in self._pictures[number * UNIT_PICTURES : (number + 1) * UNIT_PICTURES]:

@@ -20,6 +20,7 @@ from sdcompress_engines.json_files import parse_json
 from sdcompress_engines.manifest import by_parts, sha256_file
 
 from sdcompress.data.config import DataConfig
+from sdcompress.data.drawn import DrawnSet
 from sdcompress.data.filters import parse_conditions
 from sdcompress.data.skipped import Skipped
 
@@ -191,6 +192,14 @@ class Source:
     def hash_captions(self) -> str:
         """Returns a hash of the captions, of which an edit often keeps the size; empty for shards and hub sets."""
         return ""
+
+    def open_drawn(self) -> DrawnSet | None:
+        """Returns the latents that were drawn with the pictures, or None where there are none.
+
+        Raises:
+            DataError: as `sdcompress.data.drawn.open_drawn`.
+        """
+        return None
 
     def _read_all(self, number: int, skipped: Skipped) -> Iterator[Record]:
         """Yields every picture of unit `number` with its caption, which may be empty.

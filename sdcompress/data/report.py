@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +15,7 @@ from PIL import Image
 from sdcompress_engines.errors import DataError
 from sdcompress_engines.progress import SILENT, Reporter
 
+from sdcompress.data.drawn import DrawnSet
 from sdcompress.data.filters import as_number
 from sdcompress.data.records import Record, Source
 from sdcompress.data.skipped import EXAMPLE_KEYS
@@ -85,6 +87,9 @@ class Figures:
         caption_words: number of words in the first caption of each usable picture.
         captions: some first captions, drawn at random.
         fault: why training on this source would stop; None where it would not.
+        drawn_by: sha256 of the teacher that drew the pictures and their latents; None for other pictures.
+        drawn: number of usable pictures with those latents.
+        not_drawn: of a drawn set, why other pictures have none → their number.
     """
 
     name: str
@@ -100,6 +105,9 @@ class Figures:
     caption_words: Spread | None
     captions: tuple[str, ...]
     fault: str | None
+    drawn_by: str | None
+    drawn: int
+    not_drawn: dict[str, int]
 
 
 class Reservoir(Generic[Item]):
@@ -208,10 +216,12 @@ class _Survey:
 
     Args:
         small_px: see `Figures`.
+        drawn: the latents that were drawn with the pictures.
     """
 
-    def __init__(self, small_px: int) -> None:
-        self.small_px = small_px
+    def __init__(self, small_px: int, drawn: DrawnSet | None) -> None:
+        self.small_px, self.latents = small_px, drawn
+        self.drawn, self.not_drawn = 0, Counter[str]()
         self.width, self.height, self.aspect, self.words = _Numbers(), _Numbers(), _Numbers(), _Numbers()
         self.fields = _Fields()
         self.captions = Reservoir[str](EXAMPLE_CAPTIONS)
@@ -232,6 +242,10 @@ class _Survey:
         self.words.add(float(len(record.caption.split())))
         self.fields.add(record.meta)
         self.captions.offer(record.caption)
+        if self.latents is not None:
+            found = self.latents.read(record.key, record.encoded)
+            self.drawn += not isinstance(found, str)
+            self.not_drawn.update([found] if isinstance(found, str) else [])
 
     def figures(self, source: Source) -> Figures:
         """Returns the figures, with what `source.skipped` left out."""
@@ -257,6 +271,9 @@ class _Survey:
             caption_words=self.words.spread(),
             captions=tuple(self.captions.items()),
             fault=fault,
+            drawn_by=None if self.latents is None else self.latents.teacher,
+            drawn=self.drawn,
+            not_drawn=dict(self.not_drawn),
         )
 
 
@@ -284,7 +301,7 @@ def inspect_source(
         DataError: the metadata file of a folder is malformed.
     """
     unreadable: list[str] = []
-    survey, tiles = _Survey(small_px), Reservoir[Image.Image](SHEET_PICTURES)
+    survey, tiles = _Survey(small_px, _open_latents(source, report)), Reservoir[Image.Image](SHEET_PICTURES)
     with report.task("inspect pictures", limit) as advance:
         for record in islice(source, limit):
             advance()
@@ -300,6 +317,15 @@ def inspect_source(
         source.skipped.read -= len(unreadable)
         source.skipped.reasons.setdefault("unreadable picture", []).extend(unreadable)
     return survey.figures(source), draw_contact_sheet(tiles.items()) if sheet and tiles.items() else None
+
+
+def _open_latents(source: Source, report: Reporter) -> DrawnSet | None:
+    """Returns the latents that were drawn with the pictures. A line says why they cannot be used."""
+    try:
+        return source.open_drawn()
+    except DataError as error:
+        report.show_line(f"latents: not used: {error}")
+        return None
 
 
 def _offer_tile(tiles: Reservoir[Image.Image], record: Record) -> None:

@@ -27,6 +27,19 @@ class View:
     time_ids: tuple[int, int, int, int, int, int]
 
 
+@dataclass(frozen=True)
+class DrawnView:
+    """A whole picture whose latents are known.
+
+    Attributes:
+        latents: unscaled, (C, H/8, W/8) float16, on the CPU.
+        time_ids: see `View`.
+    """
+
+    latents: torch.Tensor
+    time_ids: tuple[int, int, int, int, int, int]
+
+
 def bucket_shapes(size_px: int, step_px: int) -> list[tuple[int, int]]:
     """Returns shapes of nearly equal area as (width, height) in pixels, sorted by aspect ratio, the square first.
 

@@ -21,11 +21,11 @@ from sdcompress.export.onnx import ExportResult, export_onnx, failed_place
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 from sdcompress.export.quantize.precisions import unsupported
 from sdcompress.export.settings import check_components
-from sdcompress.export.tensorrt import EnginesResult, build_engines, default_profile, shape_ranges
+from sdcompress.export.tensorrt import EnginesResult, build_engines, shape_ranges
 from sdcompress.lora.apply import apply_loras
 from sdcompress.lora.fuse import parse_lora
 from sdcompress.models.load import LoadedPipeline, load_pipeline
-from sdcompress.models.locate import local_paths, locate_pipeline, read_model_index, read_unet_config
+from sdcompress.models.locate import local_paths, read_unet_config
 
 if TYPE_CHECKING:
     from sdcompress.export.components import Precision
@@ -199,9 +199,7 @@ def _check_engines(model: str, request: EngineRequest, precision: str | None) ->
                 f"--precision {precision} is not possible: {reason}",
                 hint="--compute-capability 8.9, or --precision int8",
             )
-    unet_config = read_unet_config(model)
-    default = default_profile(read_model_index(locate_pipeline(model)), unet_config)
-    shape_ranges(request.profiles, unet_config, default=default)
+    shape_ranges(request.profiles, read_unet_config(model))
     return library
 
 

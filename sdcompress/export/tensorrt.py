@@ -12,12 +12,18 @@ from typing import Any
 
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import targets
-from sdcompress_engines.export_folder import read_named_json
+from sdcompress_engines.few_steps import read_exported_few_steps
 from sdcompress_engines.files import copy_tree
 from sdcompress_engines.flavour import choose_flavour, present_card
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, sha256_file, write_manifest
 from sdcompress_engines.output_folders import staged
-from sdcompress_engines.profiles import DEFAULT_PRESET, UNGUIDED_PRESET, ShapeRanges, check_ranges, parse_profile
+from sdcompress_engines.profiles import (
+    DEFAULT_PRESET,
+    GUIDANCE_FREE_PRESET,
+    ShapeRanges,
+    check_ranges,
+    parse_profile,
+)
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.signature import signature
 from sdcompress_engines.store import EngineStore
@@ -27,7 +33,6 @@ from sdcompress.export.components import PARTS, latent_side
 from sdcompress.export.engine_build import EngineBuilder, vae_scale
 from sdcompress.export.graph_folder import read_graph_folder
 from sdcompress.export.settings import check_components
-from sdcompress.families.sampling_defaults import read_defaults
 from sdcompress.models.locate import read_component_config
 
 
@@ -91,28 +96,27 @@ def build_engines(
     Args:
         onnx_folder: as `export_onnx` writes it.
         output: the folder to write.
-        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; see `default_profile`.
+        profiles: presets, texts such as `batch=...,height=...`, or ranges, to tune for each; see `_choose_preset`.
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
-        components: by default those in the folder.
-        store: by default the user's.
+        components: by default those in the folder. store: by default the user's.
         force: replace an existing output.
         report: gets the progress.
 
     Raises:
-        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size that the model has no latents for.
-            BackendMissing, EngineError, StorageError: as `build_engine`.
+        ArtifactError: no `onnx` folder, or a damaged one. UsageError: a size without latents. Others as `build_engine`.
     """
     manifest = read_graph_folder(onnx_folder)
     requested = manifest.config["components"] if components is None else components
     chosen = check_components(requested, manifest.config["signature"])
-    named = (*chosen, "unet", "vae_decoder")
-    configs = {name: read_component_config(onnx_folder / "pipeline", PARTS[name]) for name in named}
+    parts = {component: PARTS[component] for component in (*chosen, "unet", "vae_decoder")}
+    configs = {name: read_component_config(onnx_folder / "pipeline", part) for name, part in parts.items()}
     library = choose_flavour(flavour, present_card(), compute_capabilities)
-    default = default_profile(_read_index(onnx_folder, manifest), configs["unet"])
-    ranges = tuple(shape_ranges(profiles, configs["unet"], vae_scale(configs["vae_decoder"]), default))
-    where = library, compute_capabilities, targets(library, compute_capabilities)
+    cards = targets(library, compute_capabilities)
+    default, scale = _choose_preset(onnx_folder, manifest), vae_scale(configs["vae_decoder"])
+    ranges = tuple(shape_ranges(profiles, configs["unet"], scale, default))
+    where = library, compute_capabilities, cards
     builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
     store = store or EngineStore()
     engines: dict[str, StoredEngine] = {}
@@ -133,6 +137,13 @@ def build_engines(
     return EnginesResult(output, written, builds, ranges)
 
 
+def _choose_preset(onnx_folder: Path, manifest: Manifest) -> str:
+    """Returns the preset for a model where none is chosen: `dynamic`, or `few-step` where it draws without guidance."""
+    has_index = "pipeline/model_index.json" in manifest.files  # not in an export of single components
+    sampling = read_exported_few_steps(onnx_folder, manifest) if has_index else None
+    return DEFAULT_PRESET if sampling is None or sampling.guidance_scale > 1 else GUIDANCE_FREE_PRESET
+
+
 def _merge_configs(engines: Mapping[str, StoredEngine], precision: str) -> dict[str, Any]:
     """Returns the manifest config of an engine folder.
 
@@ -151,21 +162,6 @@ def _merge_configs(engines: Mapping[str, StoredEngine], precision: str) -> dict[
     }
 
 
-def _read_index(onnx_folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Returns the `model_index.json` of an export; an empty one where it holds single components, without an index."""
-    return read_named_json(onnx_folder, manifest, "pipeline/model_index.json") or {}
-
-
-def default_profile(index: Mapping[str, Any], unet_config: Mapping[str, Any]) -> str:
-    """Returns the preset that a model's engines are built for where none is given.
-
-    Args:
-        index: its `model_index.json`, checked.
-        unet_config: from diffusers.
-    """
-    return UNGUIDED_PRESET if read_defaults(index, unet_config).is_guidance_free else DEFAULT_PRESET
-
-
 def shape_ranges(
     profiles: Sequence[str | ShapeRanges],
     unet_config: Mapping[str, Any],
@@ -178,7 +174,7 @@ def shape_ranges(
         profiles: presets, texts or ranges; none is the preset `default`.
         unet_config: from diffusers.
         scale: pixels in a latent pixel.
-        default: see `default_profile`; it also has the ranges that a text leaves out.
+        default: the preset that has what a text leaves out.
 
     Raises:
         UsageError: there is no such preset, or the UNet does not take the sizes.

@@ -14,8 +14,8 @@ from sdcompress_engines.leftovers import remove_leftovers, remove_partial_files
 from sdcompress_engines.manifest import Manifest, faults, read_manifest, sha256_file
 from sdcompress_engines.output_folders import begun_folder, check_free, check_inputs, moved_aside
 
-KIND = "dataset"
-"""Kind of the manifest."""
+from sdcompress.data.drawn import DATASET
+
 SETTINGS = "settings.json"
 METADATA = "metadata.jsonl"
 
@@ -31,7 +31,7 @@ def claim_folder(
     Args:
         output: the folder.
         identity: what decides the pictures.
-        names: file names of all pictures.
+        names: names of all files with pictures or latents.
         force: replace a set of other settings, or another output of sdcompress.
         inputs: what the pictures are made from.
 
@@ -72,7 +72,7 @@ def _find_finished(output: Path, names: list[str]) -> Manifest | None:
         ArtifactError: somebody has edited the captions, which the end of the run would write anew.
     """
     manifest = _read_manifest(output)
-    if manifest is None or not faults(output, KIND):
+    if manifest is None or not faults(output, DATASET):
         return manifest
     captions, entry = output / METADATA, manifest.files.get(METADATA)
     if captions.is_file() and entry is not None and sha256_file(captions) != entry.sha256:
@@ -85,11 +85,10 @@ def _find_finished(output: Path, names: list[str]) -> Manifest | None:
     return None
 
 
-def list_missing(output: Path, names: list[str]) -> list[int]:
-    """Returns the indices of the pictures in `names` that the folder lacks; an empty file counts as missing."""
+def find_missing(output: Path, names: Iterable[str]) -> set[str]:
+    """Returns those of `names` that the folder lacks; an empty file counts as missing."""
     with storage_errors(output):
-        present = {path.name for path in output.iterdir() if path.stat().st_size}
-    return [i for i, name in enumerate(names) if name not in present]
+        return set(names) - {path.name for path in output.iterdir() if path.stat().st_size}
 
 
 def _check_folder(output: Path, identity: dict[str, Any], force: bool, inputs: Iterable[Path]) -> None:
@@ -139,7 +138,9 @@ def _read_settings(output: Path) -> dict[str, Any] | None:
         found = json.loads((output / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and "prompts" in found and "picture_format" in found else None
+    if not isinstance(found, dict) or "prompts" not in found or "picture_format" not in found:
+        return None
+    return {"latents": False} | found  # earlier versions wrote none
 
 
 def _read_manifest(output: Path) -> Manifest | None:
@@ -151,7 +152,7 @@ def _read_manifest(output: Path) -> Manifest | None:
 
 
 def _remove_damaged(output: Path, manifest: Manifest, names: list[str]) -> None:
-    """Remove the pictures in `names` that are not as the manifest of the folder records them."""
+    """Remove the files in `names` that are not as the manifest of the folder records them."""
     for name in names:
         path, entry = output / name, manifest.files.get(name)
         if path.is_file() and (

@@ -205,7 +205,11 @@ def _note_foreign(outcome: Outcome, engines: Sequence[Engine]) -> Outcome:
 def _note_sampling(outcome: Outcome, host: Host, engines: Sequence[Engine]) -> Outcome:
     """Returns the outcome, with a note for each few-step engine: what to choose in the host."""
     known = {engine.name: read_exported_few_steps(engine.folder, engine.manifest) for engine in engines}
-    notes = [f"{name}: {sampling.describe(host.name)}" for name, sampling in known.items() if sampling is not None]
+    notes = [
+        f"{name} was trained for {sampling.describe(host.name)}: choose these for it"
+        for name, sampling in known.items()
+        if sampling is not None
+    ]
     return replace(outcome, notes=(*outcome.notes, *notes))
 
 

@@ -22,11 +22,11 @@ _SCHEDULER = "scheduler"
 
 def describe_sampling(pipeline: Any) -> dict[str, str]:
     """Returns the entry of a LoRA's header that holds a few-step pipeline's scheduler and sampling defaults."""
-    defaults = sampling_defaults(pipeline)
+    defaults, config = sampling_defaults(pipeline), scheduler_config(pipeline.scheduler)
     entry = {
         STEPS: defaults.num_inference_steps,
         GUIDANCE: defaults.guidance_scale,
-        _SCHEDULER: scheduler_config(pipeline.scheduler),
+        _SCHEDULER: {name: value for name, value in config.items() if name == "_class_name" or name[0] != "_"},
     }
     return {ENTRY: json.dumps(entry)}
 

@@ -71,6 +71,27 @@ def native_size_px(pipeline: TextToImagePipeline) -> int:
     return int(max(size) if isinstance(size, list | tuple) else size) * pipeline.vae_scale_factor
 
 
+def latent_scale(vae_config: Mapping[str, Any], index: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns the factor and the mean of a UNet's latents: they are the VAE's less the mean, times the factor.
+
+    SDXL's pipeline has a mean and a standard deviation for each channel, where its VAE's config holds them (Playground
+    v2.5); others have one factor.
+
+    Args:
+        vae_config: of its VAE.
+        index: the pipeline's `model_index.json`, or its components by name.
+
+    Returns:
+        Two floats, or two tensors, (C, 1, 1) float32.
+    """
+    import torch
+
+    factor, mean, std = vae_config["scaling_factor"], vae_config.get("latents_mean"), vae_config.get("latents_std")
+    if "text_encoder_2" not in index or mean is None or std is None:
+        return factor, 0.0
+    return factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
+
+
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """Returns the config of a scheduler as its file has it: with the class."""
     return {**scheduler.config, "_class_name": type(scheduler).__name__}

@@ -22,12 +22,13 @@ from sdcompress.prune.cost import count_parameters
 from sdcompress.support.lpips import LpipsNetwork, find_backbone
 from sdcompress.support.package_weights import find_weights
 from sdcompress.support.pictures import save_picture
+from sdcompress.support.pipeline import latent_scale
 from sdcompress.support.quiet import quiet
 from sdcompress.train.config import DecoderConfig
 from sdcompress.train.latent_batches import LatentBatches
 from sdcompress.train.loop import Sampler, TrainResult, train
 from sdcompress.train.objectives.decoder_distillation import DecoderDistillation, SmallAutoencoder, TeacherDecoder
-from sdcompress.train.pipelines import SAMPLES, describe_training, latent_scale
+from sdcompress.train.pipelines import SAMPLES, describe_training
 from sdcompress.train.precision import DTYPES, resolve_precision
 from sdcompress.train.run_folder import run_folder, write_recipe
 
@@ -76,7 +77,7 @@ def distill_decoder(
         network = build_decoder(config, pipeline.vae.config.latent_channels)
         trained = SmallAutoencoder(network)
         objective = make_objective(teacher, config)
-        batches = LatentBatches(cache, config, *latent_scale(pipeline))
+        batches = LatentBatches(cache, config, *latent_scale(pipeline.vae.config, pipeline.components))
         result = train(
             trained,
             objective,
@@ -148,7 +149,7 @@ def check_teacher(teacher: LoadedPipeline, config: DecoderConfig, size_px: int) 
 def make_objective(teacher: LoadedPipeline, config: DecoderConfig) -> DecoderDistillation:
     """Returns the losses, with a frozen copy of the teacher's decoder."""
     pipeline: Any = teacher.pipeline
-    factor, mean = latent_scale(pipeline)
+    factor, mean = latent_scale(pipeline.vae.config, pipeline.components)
     frozen = TeacherDecoder(pipeline.vae, choose_dtype(pipeline, config.precision), factor, mean)
     lpips = LpipsNetwork(config.lpips_net, WITHOUT_LPIPS) if config.lpips_weight else None
     return DecoderDistillation(frozen, lpips, config.pixel_weight, config.lpips_weight)

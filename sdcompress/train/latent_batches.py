@@ -33,7 +33,7 @@ class LatentBatches:
     Args:
         cache: the latents.
         config: seed and batch size.
-        factor, mean: see `sdcompress.train.pipelines.latent_scale`.
+        factor, mean: see `sdcompress.support.pipeline.latent_scale`.
     """
 
     def __init__(

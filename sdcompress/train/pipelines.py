@@ -21,7 +21,7 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.support.pictures import save_picture
-from sdcompress.support.pipeline import scheduler_config
+from sdcompress.support.pipeline import latent_scale, scheduler_config
 from sdcompress.support.quiet import quiet
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import LoopConfig, TrainConfig
@@ -76,22 +76,9 @@ def make_batches(
         ModelError: as `check_trainable`.
     """
     check_trainable(pipeline)
-    factor, mean = latent_scale(pipeline)
     scheduler = make_training_scheduler(pipeline.scheduler)
+    factor, mean = latent_scale(pipeline.vae.config, pipeline.components)
     return Batches(cache, scheduler, factor, config, tokens=tokens, latents_mean=mean, timesteps=timesteps)
-
-
-def latent_scale(pipeline: Any) -> tuple[float | torch.Tensor, float | torch.Tensor]:
-    """Returns the factor and the mean of a pipeline's latents: its UNet takes (VAE's latents - mean) × factor.
-
-    SDXL's pipeline has a mean and a standard deviation for each channel, where its VAE's config holds them (Playground
-    v2.5); they are (C, 1, 1) then, else numbers.
-    """
-    vae = pipeline.vae.config
-    mean, std = vae.get("latents_mean"), vae.get("latents_std")
-    if "text_encoder_2" not in pipeline.components or mean is None or std is None:
-        return vae.scaling_factor, 0.0
-    return vae.scaling_factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
 
 
 def check_trainable(pipeline: Any) -> None:

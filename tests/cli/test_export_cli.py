@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sdcompress_engines.few_steps import read_exported_few_steps
 from sdcompress_engines.flavour import TENSORRT_RTX
-from sdcompress_engines.manifest import write_manifest
+from sdcompress_engines.manifest import read_manifest, write_manifest
 
 from .conftest import Cli, one_line
 
 needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
+DDIM = "DDIMScheduler"
 
 
 @pytest.mark.parametrize(
@@ -92,6 +95,32 @@ def test_engines_come_from_the_store_the_second_time_and_are_listed(cli: Cli, tm
     assert code == 0, err
     assert "text_encoder" in out
     assert "tensorrt-rtx" in out
+
+
+@needs_rtx
+@pytest.mark.parametrize("engines", [[], ["--trt", "--flavour", "tensorrt-rtx"]], ids=["graphs", "engines"])
+def test_an_exported_few_step_model_keeps_its_steps_and_says_what_to_choose(
+    cli: Cli, tmp_path: Path, random_folder: Path, engines: list[str]
+) -> None:
+    model = shutil.copytree(random_folder, tmp_path / "few")
+    scheduler = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    changes = {
+        "model_index.json": {"_num_inference_steps": 4, "_guidance_scale": 1.0, "scheduler": ["diffusers", DDIM]},
+        "scheduler/scheduler_config.json": {"_class_name": DDIM, **scheduler},
+    }
+    for name, values in changes.items():
+        content = json.loads((model / name).read_text())
+        (model / name).write_text(json.dumps(content | values))
+    code, out, err = cli("export", model, "-o", tmp_path / "out", "--component", "text_encoder", *engines)
+    assert code == 0, err
+    assert "sampling" in out
+    assert "4 steps, CFG 1; AUTOMATIC1111 and Forge: Euler, Simple; ComfyUI: euler, simple" in " ".join(out.split())
+    folder = tmp_path / "out/engine" if engines else tmp_path / "out"
+    manifest = read_manifest(folder)
+    assert manifest is not None
+    sampling = read_exported_few_steps(folder, manifest)
+    assert sampling is not None
+    assert sampling.timesteps == [999, 749, 499, 249]
 
 
 def test_a_checkpoint_in_ldm_layout_is_one_file_that_loads_again(cli: Cli, tmp_path: Path, random_folder: Path) -> None:

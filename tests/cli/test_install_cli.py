@@ -69,7 +69,7 @@ def test_a_few_step_engine_says_what_to_choose(host: str, chosen: str, cli: Cli,
     }
     code, out, _ = cli("install", host, root, make_engine(tmp_path / "made", host, extra=extra))
     assert code == 0
-    assert f"sd-tiny: 4 steps, CFG 1, {chosen}" in " ".join(out.split())
+    assert f"sd-tiny was trained for 4 steps, CFG 1, {chosen}: choose these" in " ".join(out.split())
     code, out, _ = cli("status", host, root)
     assert (code, f"4 steps, CFG 1, {chosen})" in " ".join(out.split())) == (0, True)
     code, out, _ = cli("status", host, root, "--json")

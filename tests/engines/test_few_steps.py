@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,18 @@ def test_a_strange_scheduler_config_is_no_crash(name: str, value: Any) -> None:
     for kind in ("DDIMScheduler", "LCMScheduler"):
         sampling = make_sampling(kind, **{name: value})
         assert "4 steps, CFG 1" in sampling.describe_in()
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [("DDIMScheduler", {}), ("LCMScheduler", {"original_inference_steps": 40}), ("LCMScheduler", {})],
+)
+def test_the_docs_name_the_same_choices(kind: str, config: dict[str, Any]) -> None:
+    docs, sampling = Path(__file__).parents[2] / "docs", make_sampling(kind, **config)
+    in_webui, in_forge, in_comfyui = map(sampling.choice, HOST_TITLES)
+    assert in_comfyui is not None
+    near = "" if sampling.is_exact("webui") else " (near)"
+    assert f"| {in_webui}{near} | {in_forge} | 4 | 1 |" in (docs / "webui.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[2:] for row in (docs / "comfyui.md").read_text(encoding="utf-8").splitlines() if kind in row]
+    if not in_comfyui.node:
+        assert rows == [[f" `{in_comfyui.sampler}` ", f" `{in_comfyui.schedule}` ", " 4 ", " 1 ", ""]]

@@ -202,7 +202,7 @@ def write_data_set(folder: Path) -> None:
     """What `data generate` leaves when it is stopped."""
     folder.mkdir(parents=True)
     (folder / "settings.json").write_text(json.dumps({"prompts": "0", "picture_format": "webp"}))
-    for name in ("000000.webp",):
+    for name in ("000000.webp", "latents-000000.safetensors"):
         (folder / name).touch()
 
 

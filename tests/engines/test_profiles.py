@@ -8,8 +8,8 @@ import pytest
 from sdcompress_engines import profiles
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.profiles import (
+    GUIDANCE_FREE_PRESET,
     PRESETS,
-    UNGUIDED_PRESET,
     Profile,
     ShapeRanges,
     check_ranges,
@@ -74,7 +74,7 @@ def test_the_webui_preset_covers_what_a_webui_asks_for() -> None:
 
 def test_presets_with_one_shape_are_static_and_others_are_not() -> None:
     static = {name for name, preset in PRESETS.items() if ":" not in str(preset.ranges(512, 64))}
-    assert static == {"sd15-512", "sdxl-1024", "unguided"}
+    assert static == {"few-step", "sd15-512", "sdxl-1024"}
 
 
 def test_a_profile_is_a_preset_ranges_or_both() -> None:
@@ -90,12 +90,12 @@ def test_a_profile_is_a_preset_ranges_or_both() -> None:
 
 
 def test_without_guidance_the_vae_gets_as_many_pictures_as_the_unet_samples() -> None:
-    one = parse_profile("unguided", 512, 64)
+    one = parse_profile("few-step", 512, 64)
     assert (one.batch, one.vae_batch, one.height, one.tokens) == ((1,) * 3, (1,) * 3, (512,) * 3, (77,) * 3)
-    four = parse_profile("batch=1:1:4", 512, 64, UNGUIDED_PRESET)
+    four = parse_profile("batch=1:1:4", 512, 64, GUIDANCE_FREE_PRESET)
     assert (four.batch, four.vae_batch, four.height) == ((1, 1, 4), (1, 1, 4), (512,) * 3)
-    assert parse_profile("batch=1:1:4,pictures=2", 512, 64, UNGUIDED_PRESET).vae_batch == (2, 2, 2)
-    assert parse_profile("webui", 512, 64, UNGUIDED_PRESET) == parse_profile("webui", 512, 64)
+    assert parse_profile("batch=1:1:4,pictures=2", 512, 64, GUIDANCE_FREE_PRESET).vae_batch == (2, 2, 2)
+    assert parse_profile("webui", 512, 64, GUIDANCE_FREE_PRESET) == parse_profile("webui", 512, 64)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ from sdcompress_engines.exactness import relative_l2
 from .comfyui_cases import SHAPE, record_calls, text
 from .comfyui_host import REAL, Harness
 from .few_step_cases import SEED, draw_by_diffusers, few_step_scheduler, make_few_step
+from .webui_cases import ROUNDING
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning" if REAL else "error")
-ROUNDING = 1e-4
 NEAR = 2e-2
 PROMPT, NEGATIVE = text(77, 1), text(77, 2)
 

@@ -15,8 +15,6 @@ from sdcompress_engines.errors import BackendMissing
 from sdcompress.backends import fastest as fastest_module
 from sdcompress.backends.fastest import Candidate, Measured, candidates, find_fastest, has_fast_bf16, measure_backends
 from sdcompress.backends.fastest_worker import time_candidate
-from sdcompress.export.tensorrt import default_profile, shape_ranges
-from sdcompress.models.locate import read_unet_config
 
 TORCH, ORT, HALF = Candidate("torch", "fp32"), Candidate("onnxruntime", "fp32"), Candidate("torch", "bf16")
 
@@ -166,12 +164,3 @@ def test_a_model_without_guidance_is_measured_with_one_sample(
     for folder in (random_folder, few):
         assert find_fastest(folder) == ("torch", "fp32")
     assert batches == [2, 1]
-
-
-def test_an_engine_without_profiles_is_for_what_the_model_draws(random_folder: Path) -> None:
-    config = read_unet_config(random_folder)
-    assert default_profile({}, config) == "dynamic"
-    assert default_profile({"_num_inference_steps": 4, "_guidance_scale": 2.0}, config) == "dynamic"
-    assert default_profile({"_num_inference_steps": 4, "_guidance_scale": 1.0}, config) == "unguided"
-    (one,) = shape_ranges([], config, default="unguided")
-    assert (one.batch, one.vae_batch, one.height) == ((1, 1, 1), (1, 1, 1), (128, 128, 128))

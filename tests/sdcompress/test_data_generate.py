@@ -21,6 +21,7 @@ from sdcompress_engines.manifest import MANIFEST_NAME, faults
 from sdcompress_engines.progress import Advance, Reporter
 
 from sdcompress.backends import assemble
+from sdcompress.data.drawn import latents_name
 from sdcompress.data.sources import open_source
 from sdcompress.generate.dataset import generate_dataset, hash_teacher
 from sdcompress.generate.output_folder import METADATA
@@ -79,6 +80,7 @@ def test_a_stopped_run_continues_and_equals_one_that_was_not_stopped(
         generate_dataset(random_folder, PROMPTS, tmp_path / "set", SETTINGS, report=StopAfter(2))
     assert not (tmp_path / "set" / MANIFEST_NAME).exists()
     (tmp_path / "set" / "000004.webp").unlink()
+    (tmp_path / "set" / latents_name(0)).unlink()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     left = temporary_path(tmp_path / "set/000006.webp")
@@ -110,6 +112,7 @@ def test_a_finished_set_is_not_changed_and_a_damaged_one_is_repaired(
     assert (copy / MANIFEST_NAME).read_bytes() == before
     (copy / "000000.webp").unlink()
     (copy / "000005.webp").write_bytes(b"altered")
+    (copy / latents_name(6)).write_bytes(b"altered")
     (copy / MANIFEST_NAME).write_bytes(before)
     assert generate_dataset(random_folder, PROMPTS, copy, SETTINGS).drawn == 2
     assert contents(copy) == contents(drawn)
@@ -143,6 +146,7 @@ def test_other_settings_are_refused_by_name_and_force_replaces_the_set(
     assert sorted(p.name for p in copy.iterdir()) == [
         "000000.png",
         "000001.png",
+        "latents-000000.safetensors",
         METADATA,
         MANIFEST_NAME,
         "settings.json",

@@ -27,12 +27,13 @@ from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.sampling import encode_pictures, generate
 from sdcompress.support import package_weights
 from sdcompress.support.lpips import LpipsNetwork
+from sdcompress.support.pipeline import latent_scale
 from sdcompress.train.batches import Batches
 from sdcompress.train.config import DecoderConfig, TrainConfig
 from sdcompress.train.decoder import build_decoder, check_lpips, count_decoder, distill_decoder
 from sdcompress.train.latent_batches import LatentBatches
 from sdcompress.train.objectives.decoder_distillation import DecoderDistillation, TeacherDecoder
-from sdcompress.train.pipelines import latent_scale, make_batches
+from sdcompress.train.pipelines import make_batches
 from sdcompress.train.recipes import load_config
 
 SHORT = DecoderConfig(
@@ -129,11 +130,13 @@ def test_the_teacher_decodes_the_latents_that_its_own_pipeline_would(
     teacher: LoadedPipeline, cache: LatentCache
 ) -> None:
     pipeline: Any = teacher.pipeline
-    batches = LatentBatches(cache, SHORT, *latent_scale(pipeline))
+    batches = LatentBatches(cache, SHORT, *latent_scale(pipeline.vae.config, pipeline.components))
     latents = batches.make_batch(range(4)).latents
     with torch.no_grad():
         expected = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample.clamp(-1, 1)
-    pictures = TeacherDecoder(pipeline.vae, torch.float32, *latent_scale(pipeline))(latents)
+    pictures = TeacherDecoder(pipeline.vae, torch.float32, *latent_scale(pipeline.vae.config, pipeline.components))(
+        latents
+    )
     assert torch.allclose(pictures, expected, atol=1e-5)
     parts = torch.cat([batches.make_batch(range(2)).latents, batches.make_batch(range(2, 4)).latents])
     assert torch.equal(parts, latents)
@@ -155,7 +158,9 @@ def test_latents_with_a_mean_and_a_spread_of_each_channel_are_decoded_from_what_
 def test_latents_are_scaled_as_for_the_unets_training(teacher: LoadedPipeline, cache: LatentCache) -> None:
     noisy = make_batches(teacher.pipeline, cache, TrainConfig(batch_size=4))
     assert isinstance(noisy, Batches)
-    assert (noisy.scaling_factor, noisy.latents_mean) == latent_scale(teacher.pipeline)
+    assert (noisy.scaling_factor, noisy.latents_mean) == latent_scale(
+        teacher.pipeline.vae.config, teacher.pipeline.components
+    )
 
 
 def test_files_for_comfyui_and_the_webuis_are_written_for_the_shape_that_they_build_and_its_size_is_small(

@@ -9,12 +9,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from sdcompress_engines.errors import ModelError, TrainingError, UsageError
-from sdcompress_engines.manifest import read_manifest
+from sdcompress_engines.manifest import read_manifest, write_manifest
 from torch import nn
 
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
+from sdcompress.export.pipeline_files import save_small_parts
+from sdcompress.export.tensorrt import _choose_preset
 from sdcompress.families.sampling_defaults import sampling_defaults
 from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import fuse_lora
@@ -244,6 +246,16 @@ def test_the_finished_pipeline_draws_in_its_own_steps(finished: Path, student: L
     with pytest.raises(UsageError, match="a negative prompt"):
         generate(pipeline, ["a cat"], seeds=[0], negative_prompt="a dog")
     assert not sampling_defaults(student.pipeline).is_few_step
+
+
+def test_an_engine_without_guidance_is_built_for_one_picture(
+    finished: Path, student: LoadedPipeline, tmp_path: Path
+) -> None:
+    for pipeline, preset in ((load_pipeline(finished).pipeline, "few-step"), (student.pipeline, "dynamic")):
+        folder = tmp_path / preset
+        folder.mkdir()
+        save_small_parts(pipeline, folder / "pipeline")
+        assert _choose_preset(folder, write_manifest(folder, "onnx", config={})) == preset
 
 
 def test_plain_diffusers_draws_the_same_picture(finished: Path) -> None:

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from sdcompress_bench.quality import to_pixels
 from sdcompress_engines.manifest import sha256_tree
 
+from sdcompress.data.nano_prompts import shown_prompts
 from sdcompress.data.sources import open_source
+from sdcompress.families.sampling_defaults import SamplingDefaults, sampling_defaults
 from sdcompress.models import nano
 from sdcompress.models.load import load_pipeline
 from sdcompress.prune.cost import count_parameters
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
+from sdcompress.sampling import generate
 
 RESULTS = Path(__file__).parents[2] / "bench/results"
 
@@ -88,6 +92,21 @@ def test_nano_tiny_is_a_trained_bk_tiny_of_nano(tmp_path: Path, monkeypatch: pyt
     assert trained.keys() == untrained.keys()
     changed = [k for k in trained if not torch.equal(trained[k], untrained[k])]
     assert len(changed) > 0.9 * len(trained)
+
+
+def test_nano_tiny_in_four_steps_draws_what_nano_tiny_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
+    captions = [prompt.caption for prompt in shown_prompts()[:4]]
+    drawn = {}
+    for name in ("nano-tiny", "nano-tiny-4step"):
+        pipeline = load_pipeline(name).pipeline
+        pictures = generate(pipeline, captions, seeds=range(4))
+        drawn[name] = torch.stack([to_pixels(picture) for picture in pictures])
+    assert sampling_defaults(pipeline) == SamplingDefaults(4, 1.0, is_few_step=True)
+    whole, few = drawn.values()
+    same = (few - whole).square().mean((1, 2, 3))
+    other = (few - whole.roll(1, 0)).square().mean((1, 2, 3))
+    assert (same < other / 3).all()
 
 
 def test_the_metric_model_shares_no_weights_with_the_text_encoder() -> None:

@@ -3,6 +3,7 @@
 python tools/nano/assemble.py --work build/nano teacher            the pipeline
 python tools/nano/assemble.py --work build/nano metric             nano-CLIP
 python tools/nano/assemble.py --work build/nano tiny RUN           the UNet of a `sdcompress distill` run
+python tools/nano/assemble.py --work build/nano tiny-4step RUN     the LoRA of a `sdcompress few-step --lora` run
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from captions import make_tokenizer
 from common import ROOT, config
 from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from sdcompress_bench.resnet_clip import load_clip
 from train_unet import SCHEDULE, build_model, load_latents
 from train_vae import build as build_vae
@@ -75,14 +78,23 @@ def tiny(run: Path) -> None:
     strip_names(ASSETS / "tiny")
 
 
+def tiny_4step(run: Path) -> None:
+    shutil.rmtree(ASSETS / "tiny-4step", ignore_errors=True)
+    (ASSETS / "tiny-4step").mkdir()
+    with safe_open(run / "lora/lora.safetensors", "pt") as file:
+        metadata = file.metadata()
+    weights = {name: tensor.half() for name, tensor in load_file(run / "lora/lora.safetensors").items()}
+    save_file(weights, ASSETS / "tiny-4step/lora.safetensors", metadata=metadata)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("part", choices=["teacher", "metric", "tiny"])
+    parser.add_argument("part", choices=["teacher", "metric", "tiny", "tiny-4step"])
     parser.add_argument("run", type=Path, nargs="?")
     args = parser.parse_args()
-    if args.part == "tiny":
-        tiny(args.run)
+    if args.part.startswith("tiny"):
+        {"tiny": tiny, "tiny-4step": tiny_4step}[args.part](args.run)
     else:
         {"teacher": teacher, "metric": metric}[args.part](args.work)
     files = [p for p in ASSETS.rglob("*") if p.suffix == ".safetensors"]

@@ -20,7 +20,7 @@ class TeacherDecoder(nn.Module):
     Args:
         vae: an `AutoencoderKL`; it stays unchanged.
         dtype: that it computes in.
-        factor, mean: see `sdcompress.train.pipelines.latent_scale`.
+        factor, mean: see `sdcompress.support.pipeline.latent_scale`.
     """
 
     factor: torch.Tensor
