@@ -299,7 +299,7 @@ def generate(
             ("prompts", f"{figures['prompts']:,}"),
             ("steps", f"{drawn_with['steps']}, guidance {drawn_with['guidance_scale']:g}"),
             ("size", f"{mib(figures['bytes'])}, {figures['bytes_per_picture']:,} bytes a picture"),
-            *([("latents", mib(size))] if (size := figures.get("latents_bytes")) else []),
+            *([("latents", f"{mib(size)} in all")] if (size := figures.get("latents_bytes")) else []),
             ("time", f"{generated.seconds:.0f} s"),
         ],
         f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([as_argument(teacher)])} --data"

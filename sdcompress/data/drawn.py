@@ -20,6 +20,7 @@ from sdcompress_engines.manifest import MANIFEST_NAME, FileEntry, find_file_faul
 from sdcompress_engines.paths import file_inside
 
 from sdcompress.checkpoints.tensor_files import open_safetensors, read_safetensors
+from sdcompress.models.decoder import hash_decoder_weights
 from sdcompress.support.faults import faults_of
 
 DATASET = "dataset"
@@ -72,18 +73,12 @@ def read_vae_hash(path: Path) -> str:
 def hash_vae(vae: Any) -> str:
     """Returns a sha256 that VAEs with the same latents share; "" for one that is no `AutoencoderKL` in torch.
 
-    It covers the weights in half precision, in which checkpoints store them, and no config: two pipelines may scale the
-    same latents differently for their UNets.
+    It is that of the decoder's weights: they say what the latents mean. The config is left out, because two pipelines
+    may scale the same latents differently for their UNets.
     """
     from diffusers import AutoencoderKL
 
-    if not isinstance(vae, AutoencoderKL):
-        return ""
-    digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().half().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return hash_decoder_weights(vae) if isinstance(vae, AutoencoderKL) else ""
 
 
 class _Facts(BaseModel):
@@ -118,7 +113,7 @@ class DrawnSet:
         self._read_batch = functools.lru_cache(_OPEN_FILES)(self._read_file)
 
     def fits(self, teacher_sha256: str, vae: Any) -> bool:
-        """Returns whether these are latents of a teacher: it or its export drew them, or its VAE has the same weights.
+        """Returns whether these are latents of a teacher: it or its export drew them, or its VAE decodes the same.
 
         Args:
             teacher_sha256: of the teacher.

@@ -25,6 +25,8 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress.backends.registry import backend_name
 from sdcompress.data.drawn import DATASET, hash_vae, pack_latents, read_vae_hash
 from sdcompress.families.sampling_defaults import SamplingDefaults, read_defaults
+from sdcompress.families.schemas.check import is_tiny_vae
+from sdcompress.families.schemas.tiny_vae import TinyVaeSchema
 from sdcompress.families.schemas.vae import VaeSchema
 from sdcompress.generate.layout import Batch, Layout
 from sdcompress.generate.output_folder import METADATA, check_claim, claim_folder, find_missing
@@ -95,15 +97,16 @@ def generate_dataset(
     Raises:
         DataError: there are no prompts.
         UsageError: invalid settings, no such teacher, or guidance of one that was trained without.
+        ModelError: as `open_pipeline`, or the teacher has no VAE in whose scale its latents can be written.
         ArtifactError: something else is in `output`, or a set of other settings.
-        ModelError, BackendMissing: as `open_pipeline`.
+        BackendMissing: as `open_pipeline`.
         StorageError: `output` cannot be written.
     """
     settings.check()
     if not prompts:
         raise DataError("no prompt to draw", expected="at least one")
     output = output.absolute()
-    model = _read_teacher(teacher)
+    model = _read_teacher(teacher, latents=settings.latents)
     steps, guidance_scale = choose_sampling(model.defaults, settings.steps, settings.guidance_scale)
     layout = Layout(prompts, replace(settings, steps=steps, guidance_scale=guidance_scale))
     identity = asdict(layout.settings) | {
@@ -130,7 +133,7 @@ class _TeacherFacts:
 
     Attributes:
         defaults: its own steps and guidance.
-        scaling_factor: of its VAE.
+        scaling_factor: of its VAE, or of the small decoder in its place.
         factor, mean: of its latents, see `latent_scale`.
         pipeline: sha256 of the pipeline that it is an export of; None where it is no export.
     """
@@ -142,15 +145,27 @@ class _TeacherFacts:
     pipeline: str | None
 
 
-def _read_teacher(teacher: str | Path) -> _TeacherFacts:
+def _read_teacher(teacher: str | Path, *, latents: bool) -> _TeacherFacts:
     """Returns what the configs of a teacher say; no weights are read.
 
+    Args:
+        teacher: as of `generate_dataset`.
+        latents: its latents are needed in the scale of its VAE.
+
     Raises:
-        UsageError, ModelError: as `locate_pipeline`, or a config is broken.
+        UsageError, ModelError: as `locate_pipeline`, or a config is broken, or there is no VAE.
     """
     exported = read_manifest(Path(teacher)) if is_export(teacher) else None
     folder = locate_pipeline(teacher) if exported is None else Path(teacher) / "pipeline"
-    index, vae = read_model_index(folder), VaeSchema.model_validate(read_config_in(folder, "vae"))
+    index, config = read_model_index(folder), read_config_in(folder, "vae")
+    if latents and is_tiny_vae(config):
+        raise ModelError(
+            "has a small decoder in the place of its VAE, so the VAE's scale of its latents is not known",
+            where=teacher,
+            expected="a model with its own VAE",
+            hint="--no-latents, or the model from before it got the small decoder",
+        )
+    vae = (TinyVaeSchema if is_tiny_vae(config) else VaeSchema).model_validate(config)
     factor, mean = latent_scale(vae.model_dump(), index)
     defaults = read_defaults(index, read_config_in(folder, "unet"))
     pipeline = None if exported is None else exported.inputs.get("pipeline")

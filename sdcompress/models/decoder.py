@@ -173,12 +173,16 @@ def describe_vae(vae: Any) -> dict[str, Any]:
         "latent_channels": vae.config.latent_channels,
         "scaling_factor": float(vae.config.scaling_factor),
         **{name: None if value is None else [float(each) for each in value] for name, value in mean_and_std},
-        "sha256": _hash_decoder(vae),
+        "sha256": hash_decoder_weights(vae),
     }
 
 
-def _hash_decoder(vae: Any) -> str:
-    """Returns the sha256 of the decoder's weights in half precision, so that a copy saved in fp16 has the same one."""
+def hash_decoder_weights(vae: Any) -> str:
+    """Returns the sha256 of a VAE's decoder in half precision, so that a copy saved in fp16 has the same one.
+
+    Args:
+        vae: an `AutoencoderKL`.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(vae.state_dict().items()):
         if name.startswith(("decoder.", "post_quant_conv.")):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sdcompress_engines.errors import UsageError
+from sdcompress_engines.errors import ModelError, UsageError
 
 from sdcompress.backends import assemble
 from sdcompress.data.build_cache import build_cache
@@ -56,3 +56,21 @@ def test_guidance_of_a_guidance_free_teacher_is_refused_before_it_is_loaded(
     with pytest.raises(UsageError, match="guidance 7 with a model that was trained for 4 steps without guidance"):
         generate_dataset(few_step_folder, PROMPTS, tmp_path / "set", replace(SETTINGS, guidance_scale=7.0))
     assert not (tmp_path / "set").exists()
+
+
+def test_a_teacher_with_a_small_decoder_draws_pictures_and_its_latents_are_refused(
+    random_folder: Path, tmp_path: Path
+) -> None:
+    from diffusers import AutoencoderTiny
+
+    pipeline: Any = load_pipeline(random_folder).pipeline
+    pipeline.register_modules(
+        vae=AutoencoderTiny(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4)
+    )
+    pipeline.save_pretrained(tmp_path / "small")
+    settings = replace(SETTINGS, steps=1)
+    with pytest.raises(ModelError, match=r"has a small decoder in the place of its VAE.*--no-latents"):
+        generate_dataset(tmp_path / "small", PROMPTS, tmp_path / "set", settings)
+    assert not (tmp_path / "set").exists()
+    drawn = generate_dataset(tmp_path / "small", PROMPTS, tmp_path / "set", replace(settings, latents=False))
+    assert drawn.drawn == 2
