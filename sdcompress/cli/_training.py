@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,10 +46,51 @@ def set_option(help: str) -> Callable[[Any], Any]:
     return click.option("--set", "settings", type=TEXT, multiple=True, metavar="KNOB=VALUE", help=help)
 
 
+@dataclass(frozen=True)
+class TrainingArguments:
+    """What was typed for a training, of the options that every kind of it has.
+
+    Attributes:
+        data: what `open_source` takes.
+        cache_folder: None for the folder beside the output.
+        recipe: name or file, or None.
+        settings: values of `--set`.
+        resume: continue the training in `output`.
+        output: the training folder.
+        force: replace `output`.
+        knobs: values of the options that set a field of the configuration or of its data section, by name.
+    """
+
+    data: str
+    cache_folder: Path | None
+    recipe: str | None
+    settings: tuple[str, ...]
+    resume: bool
+    output: Path
+    force: bool
+    knobs: Mapping[str, Any]
+
+    def read_config(self, config_class: type[Config]) -> Config:
+        """Returns the resolved configuration of this kind of training.
+
+        Raises:
+            UsageError: as `load_config`.
+        """
+        from sdcompress.train.recipes import load_config
+
+        options = dict(self.knobs)
+        data = pop_data_overrides(options)
+        overrides = pop_given(config_class, options) | ({"data": data} if data else {})
+        return load_config(config_class, self.recipe, overrides, self.settings)
+
+
 def training_options(
     config_class: type[LoopConfig], output_help: str, flags: Mapping[str, str] | None = None
 ) -> Callable[[Any], Any]:
     """Returns the decorator that adds the options for data, recipe and the most used knobs, `-o` and `--force`.
+
+    The command gets them as one argument, `run`, a `TrainingArguments`. So it does with other options that set a field
+    of the configuration.
 
     Args:
         config_class: of this kind of training; it gives the defaults.
@@ -81,11 +124,19 @@ def training_options(
         force_option,
         data_options,
     )
+    shared = {field.name for field in fields(TrainingArguments)} - {"knobs"}
+    knobs = {*config_class.model_fields, *DataConfig.model_fields} - shared
 
     def decorate(function: Any) -> Any:
+        @wraps(function)
+        def gather(**options: Any) -> Any:
+            given = {name: options.pop(name) for name in shared}
+            run = TrainingArguments(**given, knobs={name: options.pop(name) for name in knobs & options.keys()})
+            return function(run=run, **options)
+
         for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
+            gather = decorator(gather)
+        return gather
 
     return decorate
 
@@ -99,54 +150,26 @@ def pop_data_overrides(options: dict[str, Any]) -> dict[str, Any]:
     return pop_given(DataConfig, options)
 
 
-def training_config(
-    config_class: type[Config], recipe: str | None, settings: tuple[str, ...], options: dict[str, Any]
-) -> Config:
-    """Returns the resolved configuration; the options that set knobs are removed from `options`.
-
-    Args:
-        config_class: of this kind of training.
-        recipe: name or file, or None.
-        settings: values of `--set`.
-        options: values by argument name, as click passes them.
-
-    Raises:
-        UsageError: as `load_config`.
-    """
-    from sdcompress.train.recipes import load_config
-
-    data = pop_data_overrides(options)
-    return load_config(
-        config_class, recipe, pop_given(config_class, options) | ({"data": data} if data else {}), settings
-    )
-
-
 def load_inputs(
     model: str,
-    data: str,
-    cache_folder: Path | None,
+    run: TrainingArguments,
     config: LoopConfig,
-    output: Path,
-    *,
-    resume: bool,
-    force: bool,
     report: ConsoleReporter,
+    *,
     files: Sequence[Path] = (),
     check: Callable[[LoadedPipeline], object] = lambda loaded: None,
     denoises: bool = True,
 ) -> tuple[LoadedPipeline, LatentCache]:
     """Returns the model and its cache: an existing cache is opened and checked, a missing one is built.
 
+    Options and data are checked before the model is loaded.
+
     Args:
         model: path, hub id or built-in name.
-        data: what `open_source` takes.
-        cache_folder: None for the folder beside the output.
-        config: holds the data section.
-        output: the training folder.
-        resume: the training continues in `output`.
-        force: the training replaces `output`.
+        run: what was typed.
+        config: of the training.
         report: shows the progress.
-        files: what else the training reads: recipe and plan.
+        files: what the training reads besides model, data and recipe.
         check: refuses what this kind of training cannot do with the model, before the data is encoded.
         denoises: the training trains the UNet, so that its noise and inputs have to be known ones.
 
@@ -165,11 +188,12 @@ def load_inputs(
     from sdcompress.support.pipeline import native_size_px
     from sdcompress.train.accelerator import check_settings
     from sdcompress.train.pipelines import check_trainable
+    from sdcompress.train.recipes import recipe_files
 
     check_settings(config)
-    source = open_source(data, config.data)
-    folder = cache_folder or output.absolute().parent / f"{output.absolute().name}-cache"
-    _check_output(output, [*local_paths(model), *source.inputs, folder, *files], resume, force)
+    source, output = open_source(run.data, config.data), run.output.absolute()
+    folder = run.cache_folder or output.parent / f"{output.name}-cache"
+    _check_output(run, [*local_paths(model), *source.inputs, folder, *recipe_files(run.recipe), *files])
     loaded = load_pipeline(model)
     if denoises:
         check_trainable(loaded.pipeline)
@@ -183,16 +207,16 @@ def load_inputs(
     return loaded, cache
 
 
-def _check_output(output: Path, inputs: Sequence[Path], resume: bool, force: bool) -> None:
+def _check_output(run: TrainingArguments, inputs: Sequence[Path]) -> None:
     from sdcompress_engines.output_folders import check_free
 
     from sdcompress.support.console import is_first_process
     from sdcompress.train.run_folder import check_resumable
 
-    if resume:
-        check_resumable(output, inputs)
+    if run.resume:
+        check_resumable(run.output, inputs)
     elif is_first_process():  # which may have made the folder before another one looks
-        check_free(output, force, inputs, in_place=True)
+        check_free(run.output, run.force, inputs, in_place=True)
 
 
 def folder_size_bytes(folder: Path) -> int:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib, millions
 from sdcompress.cli._options import field_options
-from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._training import TrainingArguments, folder_size_bytes, load_inputs, result_rows, training_options
 from sdcompress.cli._types import NAME
 from sdcompress.train.config import DistillConfig
 
@@ -31,14 +28,7 @@ from sdcompress.train.config import DistillConfig
 def command(
     teacher: str,
     plan_name: str | None,
-    data: str,
-    cache_folder: Path | None,
-    recipe: str | None,
-    settings: tuple[str, ...],
-    resume: bool,
-    output: Path,
-    force: bool,
-    **options: Any,
+    run: TrainingArguments,
 ) -> None:
     """Train a smaller student of TEACHER: blocks are removed by a plan, then the student learns from the teacher.
 
@@ -54,21 +44,17 @@ def command(
     from sdcompress.prune.student import meta_unet
     from sdcompress.train.distill import distill, find_attentions
     from sdcompress.train.pipelines import PIPELINE
-    from sdcompress.train.recipes import recipe_files
 
-    config = training_config(DistillConfig, recipe, settings, options)
+    config = run.read_config(DistillConfig)
     teacher_config = read_unet_config(teacher)
     refuse_student(teacher_config, teacher)
     plan = read_plan(plan_name or config.plan or "bk-tiny", teacher_config)
     student = meta_unet(plan.student_config())
     find_attentions(student, plan, config)
-    files = [*recipe_files(recipe), *plan_files(plan_name, config.plan)]
     report = ConsoleReporter()
-    loaded, cache = load_inputs(
-        teacher, data, cache_folder, config, output, resume=resume, force=force, report=report, files=files
-    )
-    result = distill(loaded, plan, cache, config, output, resume=resume, force=force, report=report)
-    folder = output / PIPELINE
+    loaded, cache = load_inputs(teacher, run, config, report, files=plan_files(plan_name, config.plan))
+    result = distill(loaded, plan, cache, config, run.output, resume=run.resume, force=run.force, report=report)
+    folder = run.output / PIPELINE
     before, after = count_parameters(meta_unet(plan.teacher)), count_parameters(student)
     card(
         f"{plan.name} student of {loaded.name}",
@@ -78,5 +64,5 @@ def command(
             ("size", mib(folder_size_bytes(folder))),
             *result_rows(result),
         ],
-        command_line(["sdcompress", "export", as_argument(folder), "-o", f"{output.absolute().name}-onnx"]),
+        command_line(["sdcompress", "export", as_argument(folder), "-o", f"{run.output.absolute().name}-onnx"]),
     )

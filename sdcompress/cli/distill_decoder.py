@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib, millions
 from sdcompress.cli._options import field_options
-from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._training import TrainingArguments, folder_size_bytes, load_inputs, result_rows, training_options
 from sdcompress.cli._types import NAME
 from sdcompress.train.config import DecoderConfig
 
@@ -23,14 +22,7 @@ from sdcompress.train.config import DecoderConfig
 )
 def command(
     teacher: str,
-    data: str,
-    cache_folder: Path | None,
-    recipe: str | None,
-    settings: tuple[str, ...],
-    resume: bool,
-    output: Path,
-    force: bool,
-    **options: Any,
+    run: TrainingArguments,
 ) -> None:
     """Train a small decoder that draws what TEACHER's VAE draws, for the teacher and all its students.
 
@@ -42,26 +34,20 @@ def command(
     from sdcompress.models.locate import DECODER
     from sdcompress.support.pipeline import native_size_px
     from sdcompress.train.decoder import build_decoder, check_lpips, check_teacher, count_decoder, distill_decoder
-    from sdcompress.train.recipes import recipe_files
 
-    config = training_config(DecoderConfig, recipe, settings, options)
+    config = run.read_config(DecoderConfig)
     check_lpips(config)
     report = ConsoleReporter()
     loaded, cache = load_inputs(
         teacher,
-        data,
-        cache_folder,
+        run,
         config,
-        output,
-        resume=resume,
-        force=force,
-        report=report,
-        files=recipe_files(recipe),
+        report,
         check=lambda loaded: check_teacher(loaded, config, config.data.size_px or native_size_px(loaded.pipeline)),
         denoises=False,
     )
-    result = distill_decoder(loaded, cache, config, output, resume=resume, force=force, report=report)
-    folder, vae = output / DECODER, loaded.pipeline.vae
+    result = distill_decoder(loaded, cache, config, run.output, resume=run.resume, force=run.force, report=report)
+    folder, vae = run.output / DECODER, loaded.pipeline.vae
     before, after = count_decoder(vae), count_decoder(build_decoder(config, vae.config.latent_channels))
     rows: list[tuple[str, object]] = [
         ("decoder", folder),

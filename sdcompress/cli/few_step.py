@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._options import field_options
-from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._training import TrainingArguments, folder_size_bytes, load_inputs, result_rows, training_options
 from sdcompress.cli._types import NAME
 from sdcompress.train.config import FewStepConfig
 
@@ -37,14 +34,7 @@ from sdcompress.train.config import FewStepConfig
 def command(
     model: str,
     teacher: str | None,
-    data: str,
-    cache_folder: Path | None,
-    recipe: str | None,
-    settings: tuple[str, ...],
-    resume: bool,
-    output: Path,
-    force: bool,
-    **options: Any,
+    run: TrainingArguments,
 ) -> None:
     """Train MODEL, a student or a whole model, to draw in few steps and without guidance.
 
@@ -55,30 +45,28 @@ def command(
       sdcompress few-step student/pipeline --teacher rv4.safetensors --data drawn --steps 4 -o fast
       sdcompress few-step segmind/tiny-sd --teacher SG161222/Realistic_Vision_V4.0_noVAE --data drawn --lora 64 -o fast
     """
+    from functools import cache
+
     from sdcompress.models.load import load_pipeline
     from sdcompress.models.locate import local_paths
     from sdcompress.models.origin import find_teacher
     from sdcompress.train.few_step import check_pair, few_step
     from sdcompress.train.pipelines import PIPELINE
-    from sdcompress.train.recipes import recipe_files
 
-    config = training_config(FewStepConfig, recipe, settings, options)
+    config = run.read_config(FewStepConfig)
     report = ConsoleReporter()
-    student = load_pipeline(model)
-    loaded, cache = load_inputs(
+    load_student = cache(lambda: load_pipeline(model))  # after the checks of options and data
+    loaded, latents = load_inputs(
         teacher or find_teacher(model),
-        data,
-        cache_folder,
+        run,
         config,
-        output,
-        resume=resume,
-        force=force,
-        report=report,
-        files=[*recipe_files(recipe), *local_paths(model)],
-        check=lambda loaded: check_pair(student, loaded, config),
+        report,
+        files=local_paths(model),
+        check=lambda loaded: check_pair(load_student(), loaded, config),
     )
-    result = few_step(student, loaded, cache, config, output, resume=resume, force=force, report=report)
-    folder = output / PIPELINE
+    student = load_student()
+    result = few_step(student, loaded, latents, config, run.output, resume=run.resume, force=run.force, report=report)
+    folder = run.output / PIPELINE
     rows: list[tuple[str, object]] = [
         ("pipeline", folder),
         ("size", mib(folder_size_bytes(folder))),

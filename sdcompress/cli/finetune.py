@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
-from sdcompress.cli._training import folder_size_bytes, load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._training import TrainingArguments, folder_size_bytes, load_inputs, result_rows, training_options
 from sdcompress.cli._types import NAME
 from sdcompress.train.config import FinetuneConfig
 
@@ -21,14 +18,7 @@ from sdcompress.train.config import FinetuneConfig
 )
 def command(
     model: str,
-    data: str,
-    cache_folder: Path | None,
-    recipe: str | None,
-    settings: tuple[str, ...],
-    resume: bool,
-    output: Path,
-    force: bool,
-    **options: Any,
+    run: TrainingArguments,
 ) -> None:
     """Train every weight of MODEL's UNet, a teacher's or a student's, on new pictures.
 
@@ -39,15 +29,12 @@ def command(
     """
     from sdcompress.train.finetune import finetune
     from sdcompress.train.pipelines import PIPELINE
-    from sdcompress.train.recipes import recipe_files
 
-    config = training_config(FinetuneConfig, recipe, settings, options)
+    config = run.read_config(FinetuneConfig)
     report = ConsoleReporter()
-    loaded, cache = load_inputs(
-        model, data, cache_folder, config, output, resume=resume, force=force, report=report, files=recipe_files(recipe)
-    )
-    result = finetune(loaded, cache, config, output, resume=resume, force=force, report=report)
-    folder = output / PIPELINE
+    loaded, cache = load_inputs(model, run, config, report)
+    result = finetune(loaded, cache, config, run.output, resume=run.resume, force=run.force, report=report)
+    folder = run.output / PIPELINE
     rows: list[tuple[str, object]] = [
         ("pipeline", folder),
         ("size", mib(folder_size_bytes(folder))),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._options import field_options
-from sdcompress.cli._training import load_inputs, result_rows, training_config, training_options
+from sdcompress.cli._training import TrainingArguments, load_inputs, result_rows, training_options
 from sdcompress.cli._types import NAME, FilePath
 from sdcompress.train.config import LoraConfig
 
@@ -32,14 +31,7 @@ def command() -> None:
 @training_options(LoraConfig, "Training folder: checkpoints, metrics.jsonl, samples, and the LoRA under lora/.")
 def train(
     model: str,
-    data: str,
-    cache_folder: Path | None,
-    recipe: str | None,
-    settings: tuple[str, ...],
-    resume: bool,
-    output: Path,
-    force: bool,
-    **options: Any,
+    run: TrainingArguments,
 ) -> None:
     """Train a LoRA for MODEL's attention layers. It is saved for diffusers and, in kohya's naming, for the WebUIs.
 
@@ -48,24 +40,12 @@ def train(
       sdcompress lora train segmind/tiny-sd --data ./portraits -o portrait --set rank=32 --set text_encoder=true
     """
     from sdcompress.train.lora import FILE, KOHYA_FILE, LORA, check_adaptable, train_lora
-    from sdcompress.train.recipes import recipe_files
 
-    config = training_config(LoraConfig, recipe, settings, options)
+    config = run.read_config(LoraConfig)
     report = ConsoleReporter()
-    loaded, cache = load_inputs(
-        model,
-        data,
-        cache_folder,
-        config,
-        output,
-        resume=resume,
-        force=force,
-        report=report,
-        files=recipe_files(recipe),
-        check=lambda loaded: check_adaptable(loaded, config),
-    )
-    result = train_lora(loaded, cache, config, output, resume=resume, force=force, report=report)
-    folder = output / LORA
+    loaded, cache = load_inputs(model, run, config, report, check=lambda loaded: check_adaptable(loaded, config))
+    result = train_lora(loaded, cache, config, run.output, resume=run.resume, force=run.force, report=report)
+    folder = run.output / LORA
     rows: list[tuple[str, object]] = [
         ("diffusers", folder / FILE),
         ("WebUIs", folder / KOHYA_FILE),

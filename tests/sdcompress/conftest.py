@@ -84,3 +84,22 @@ def small_exports(small_pipeline: Any, make_once: Callable[..., Any]) -> Exports
         return results[key]
 
     return export
+
+
+@pytest.fixture
+def stop_at_call(monkeypatch: pytest.MonkeyPatch) -> Callable[[type, int], None]:
+    """Returns a function (objective class, number): this call of its `compute_losses` is interrupted, as by Ctrl-C."""
+
+    def stop(objective: Any, number: int) -> None:
+        genuine, calls = objective.compute_losses, 0
+
+        def compute(self: Any, *args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise KeyboardInterrupt
+            return genuine(self, *args)
+
+        monkeypatch.setattr(objective, "compute_losses", compute)
+
+    return stop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +104,13 @@ def test_diffusers_loads_it_without_a_warning_and_every_weight_was_trained(finis
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(
-    teacher: LoadedPipeline, cache: LatentCache, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: LoadedPipeline,
+    cache: LatentCache,
+    finished: Path,
+    tmp_path: Path,
+    stop_at_call: Callable[[type, int], None],
 ) -> None:
-    calls = 0
-    genuine = DecoderDistillation.compute_losses
-
-    def stops(self, *args):  # type: ignore[no-untyped-def]
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return genuine(self, *args)
-
-    monkeypatch.setattr(DecoderDistillation, "compute_losses", stops)
+    stop_at_call(DecoderDistillation, 6)
     with pytest.raises(KeyboardInterrupt):
         distill_decoder(teacher, cache, SHORT, tmp_path / "run")
     assert not (tmp_path / "run/decoder").exists()

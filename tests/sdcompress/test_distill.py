@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -81,20 +82,14 @@ def test_each_loss_is_logged_apart(finished: Path) -> None:
 
 
 def test_a_stopped_run_resumes_to_the_same_weights(
-    teacher: LoadedPipeline, cache: LatentCache, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: LoadedPipeline,
+    cache: LatentCache,
+    finished: Path,
+    tmp_path: Path,
+    stop_at_call: Callable[[type, int], None],
 ) -> None:
-    calls = 0
-    genuine = BlockDistillation.compute_losses
-
-    def stops(self, *args):  # type: ignore[no-untyped-def]
-        nonlocal calls
-        calls += 1
-        if calls == 6:
-            raise KeyboardInterrupt
-        return genuine(self, *args)
-
     plan = make_plan(teacher.pipeline.unet.config, "bk-tiny")
-    monkeypatch.setattr(BlockDistillation, "compute_losses", stops)
+    stop_at_call(BlockDistillation, 6)
     with pytest.raises(KeyboardInterrupt):
         distill(teacher, plan, cache, SHORT, tmp_path / "run")
     assert not (tmp_path / "run/pipeline").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -282,18 +283,9 @@ def test_a_stopped_run_resumes_to_the_same_weights(
     cache: LatentCache,
     finished: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_at_call: Callable[[type, int], None],
 ) -> None:
-    genuine, calls = Consistency.compute_losses, 0
-
-    def stops(self: Consistency, *args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        return genuine(self, *args)
-
-    monkeypatch.setattr(Consistency, "compute_losses", stops)
+    stop_at_call(Consistency, 4)
     with pytest.raises(KeyboardInterrupt):
         few_step(student, teacher, cache, SHORT, tmp_path / "run")
     assert few_step(student, teacher, cache, SHORT, tmp_path / "run", resume=True).resumed_from == 2

@@ -12,7 +12,7 @@ from torch import nn
 
 from sdcompress.train.batches import NoisyBatch
 from sdcompress.train.features import collect_features
-from sdcompress.train.objectives.objective import HookedModules, Objective, weighted_mse
+from sdcompress.train.objectives.objective import HookedModules, Objective, predict_frozen, weighted_mse
 
 
 class BlockDistillation(Objective):
@@ -69,7 +69,7 @@ class BlockDistillation(Objective):
         losses = {"task_loss": weighted_mse(predicted, batch.target, batch.weight)}
         if self.teacher is not None:
             student_features = dict(self._student_features)
-            expected = self._predict_with_teacher(batch)
+            expected = predict_frozen(self.teacher, batch)
             losses["output_kd_loss"] = weighted_mse(predicted, expected, batch.weight)
             for name, pairs in self.compared_pairs.items():
                 losses[name] = torch.stack(
@@ -78,21 +78,6 @@ class BlockDistillation(Objective):
             self._student_features.clear()
             self._teacher_features.clear()
         return {"loss": torch.stack([self.weights[name] * value for name, value in losses.items()]).sum()} | losses
-
-    @torch.no_grad()
-    def _predict_with_teacher(self, batch: NoisyBatch) -> torch.Tensor:
-        """Returns the teacher's prediction, (B, C, h, w), computed in the teacher's own precision.
-
-        Autocast would keep its norms in float32 and cast its inputs at every layer.
-        """
-        assert self.teacher is not None
-        dtype = next(self.teacher.parameters()).dtype
-        arguments, options = batch.map_tensors(
-            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        ).unet_arguments()
-        with torch.autocast(batch.sample.device.type, enabled=False):
-            expected: torch.Tensor = self.teacher(*arguments, **options)[0]
-        return expected
 
     def _compare(self, student_feature: torch.Tensor, teacher_feature: torch.Tensor) -> torch.Tensor:
         """Returns the MSE between two outputs in float32, divided by the teacher's mean square if so configured.

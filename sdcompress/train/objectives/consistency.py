@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.func import functional_call
 
 from sdcompress.train.batches import NoisyBatch
-from sdcompress.train.objectives.objective import Objective
+from sdcompress.train.objectives.objective import Objective, predict_frozen
 from sdcompress.train.trajectory import Trajectory
 
 _LEAST_REACH = 0.02
@@ -80,41 +81,22 @@ class Consistency(Objective):
 
     def _predict_with_guidance(self, batch: NoisyBatch) -> torch.Tensor:
         """Returns the teacher's prediction with classifier-free guidance, (B, C, h, w) float32."""
-        count = len(batch.sample)
-        if self.guidance_scale != 1:
-            batch = self._with_absent_captions(batch)
-        dtype = next(self.teacher.parameters()).dtype
-        arguments, options = batch.map_tensors(
-            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        ).unet_arguments()
-        with torch.autocast(batch.sample.device.type, enabled=False):
-            predicted: torch.Tensor = self.teacher(*arguments, **options)[0].float()
         if self.guidance_scale == 1:
-            return predicted
-        captioned, absent = predicted.split(count)
+            return predict_frozen(self.teacher, batch).float()
+        captioned, absent = predict_frozen(self.teacher, self._with_absent_captions(batch)).float().chunk(2)
         return absent + self.guidance_scale * (captioned - absent)
 
     def _with_absent_captions(self, batch: NoisyBatch) -> NoisyBatch:
         """Returns the batch, followed by the same samples with the absent caption."""
 
-        def follow(tensor: torch.Tensor, name: str) -> torch.Tensor:
-            second = self.absent[name].to(tensor).expand_as(tensor) if name in self.absent else tensor
-            return torch.cat([tensor, second])
+        def follow(captioned: torch.Tensor, name: str) -> torch.Tensor:
+            return torch.cat([captioned, self.absent[name].to(captioned).expand_as(captioned)])
 
-        added = None
-        if batch.added is not None:
-            added = {
-                "text_embeds": follow(batch.added["text_embeds"], "pooled"),
-                "time_ids": follow(batch.added["time_ids"], "time_ids"),
-            }
-        return NoisyBatch(
-            sample=follow(batch.sample, "sample"),
-            timesteps=follow(batch.timesteps, "timesteps"),
-            encoder_hidden_states=follow(batch.encoder_hidden_states, "text"),
-            target=follow(batch.target, "target"),
-            weight=follow(batch.weight, "weight"),
-            added=added,
-        )
+        both = batch.map_tensors(lambda tensor: torch.cat([tensor, tensor]))
+        added = both.added
+        if batch.added is not None and added is not None:
+            added = added | {"text_embeds": follow(batch.added["text_embeds"], "pooled")}
+        return replace(both, encoder_hidden_states=follow(batch.encoder_hidden_states, "text"), added=added)
 
     def _predict_on_average(self, batch: NoisyBatch, sample: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """Returns the prediction of the averaged network, (B, C, h, w) float32.

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from sdcompress.train.batches import NoisyBatch
+
 HookedModules = tuple[list[str], list[str]]
 
 
@@ -51,3 +53,18 @@ def weighted_mse(a: torch.Tensor, b: torch.Tensor, weight: torch.Tensor) -> torc
         weight: (B,) float32.
     """
     return (weight * (a.float() - b.float()).square().flatten(1).mean(1)).mean()
+
+
+@torch.no_grad()
+def predict_frozen(network: nn.Module, batch: NoisyBatch) -> torch.Tensor:
+    """Returns the prediction of a frozen UNet, (B, C, h, w), computed in the network's own precision.
+
+    Autocast would keep its norms in float32 and cast its inputs at every layer.
+    """
+    dtype = next(network.parameters()).dtype
+    arguments, options = batch.map_tensors(
+        lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor
+    ).unet_arguments()
+    with torch.autocast(batch.sample.device.type, enabled=False):
+        predicted: torch.Tensor = network(*arguments, **options)[0]
+    return predicted
