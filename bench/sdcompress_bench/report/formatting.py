@@ -26,7 +26,7 @@ def format_rate(value: float) -> str:
 
 def format_seconds(value: float) -> str:
     """Returns seconds with three digits, or without decimals from 100 on, for a unit to follow."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
 
 
 def format_large(value: float) -> str:
