@@ -163,6 +163,10 @@ def choose_backends(
     return measured, skipped
 
 
+RANDOM = "random"
+"""The decoder of an entry that draws with random weights."""
+
+
 def find_model(entry: ModelEntry) -> ModelUnderTest:
     """Returns the model of an entry, with its hash and the `metrics.jsonl` of its training folder.
 
@@ -175,10 +179,11 @@ def find_model(entry: ModelEntry) -> ModelUnderTest:
     from sdcompress.models.locate import display_name, hash_pipeline, locate_pipeline
     from sdcompress.models.nano import BUILT_IN
 
-    decoder = None if entry.decoder is None else locate_decoder(entry.decoder)
+    is_random = entry.random is not None and entry.decoder == RANDOM
+    decoder = None if entry.decoder is None or is_random else locate_decoder(entry.decoder)
     found: dict[str, Any] = {} if decoder is None else {"decoder": decoder, "decoder_sha256": hash_decoder(decoder)}
     if entry.random:
-        random = Random(entry.random, entry.plan)
+        random = Random(entry.random, entry.plan, is_random)
         name = entry.name or f"{entry.random} {entry.plan or ''}".strip()
         return ModelUnderTest(name + _suffix(entry), random_folder(random), random=random, **found)
     folder = locate_pipeline(str(entry.path))

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sdcompress_engines.errors import ModelError
+from sdcompress_engines.json_files import read_json_object
 from sdcompress_engines.progress import SILENT, Reporter
+
+from sdcompress.families.schemas.tiny_vae import taesd_config
 
 from .build_suite import read_configs
 from .scenario import Scenario, Suite
-from .work import Work, count_pipeline
+from .work import Work, count_pipeline, read_pipeline_configs
 
 
 def list_scenarios(suite: Suite, report: Reporter = SILENT) -> list[dict[str, Any]]:
@@ -39,9 +43,13 @@ def list_scenarios(suite: Suite, report: Reporter = SILENT) -> list[dict[str, An
 
 
 def _count_work(scenario: Scenario) -> Mapping[str, Work]:
-    model: Any = read_configs(scenario.model) if scenario.model.random else scenario.model.path
-    guided = scenario.model.sampling.is_guided
-    return count_pipeline(model, scenario.size_px, scenario.batch, guided, scenario.setup.precision)
+    model = scenario.model
+    configs = read_configs(model) if model.random else read_pipeline_configs(model.path)
+    if model.decoder is not None:
+        configs["vae"] = read_json_object(model.decoder / "config.json", ModelError)
+    elif model.random and model.random.decoder:
+        configs["vae"] = taesd_config(configs["vae"]["latent_channels"])
+    return count_pipeline(configs, scenario.size_px, scenario.batch, model.sampling.is_guided, scenario.setup.precision)
 
 
 def _describe(scenario: Scenario, work: Mapping[str, Work]) -> dict[str, Any]:

@@ -41,10 +41,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Random:
-    """A model of a published shape with random weights, created on demand; see `sdcompress.models.random`."""
+    """A model of a published shape with random weights, created on demand; see `sdcompress.models.random`.
+
+    Attributes:
+        family: of the pipeline.
+        plan: of its student; None is the whole UNet.
+        decoder: draw with a random small decoder in the place of the VAE.
+    """
 
     family: str
     plan: str | None = None
+    decoder: bool = False
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,13 @@ class ModelEntry(Settings):
         None, description="In place of a path: the shape of this family, with random weights."
     )
     plan: str | None = Field(None, description="With `random`: a student with this plan.")
-    decoder: str | None = Field(None, description="Folder of a small decoder to draw with, in the place of its VAE.")
+    decoder: str | None = Field(
+        None,
+        description=(
+            "Folder of a small decoder to draw with, in the place of its VAE. With `random`, `random` is one of TAESD's"
+            " shape with random weights."
+        ),
+    )
     steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="Its sampling steps. None is the suite's `steps`.")
     guidance_scale: float | None = Field(
         None, ge=0, le=MOST_GUIDANCE, description="Its guidance scale. None is the suite's `guidance_scale`."

@@ -258,7 +258,7 @@ def count_pipeline(
         raise UsageError(f"no precision {precision!r}", expected=" or ".join(BYTES))
     if batch < 1:
         raise UsageError(f"a batch of {batch}", expected="at least 1")
-    parts = _build(_configs(model))
+    parts = _build(_choose_configs(model))
     unet, vae = parts["unet"], parts["vae"]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     levels = 2 ** (len(unet.config.block_out_channels) - 1)
@@ -293,18 +293,31 @@ def _unet_example(config: Any, rows: int, side: int) -> dict[str, Any]:
     return example
 
 
-def _configs(model: str | Path | Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _choose_configs(model: str | Path | Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    if not isinstance(model, Mapping):
+        return read_pipeline_configs(model)
+    lacking = {"unet", "vae", "text_encoder"} - model.keys()
+    if lacking:
+        raise ModelError(
+            f"no config of the {', '.join(sorted(lacking))}", expected="those of unet, vae and text_encoder"
+        )
+    return {name: model[name] for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in model}
+
+
+def read_pipeline_configs(path: str | Path) -> dict[str, Mapping[str, Any]]:
+    """Returns the configs that `count_pipeline` needs, by the pipeline's names; no weights are read.
+
+    Args:
+        path: what `load_pipeline` takes.
+
+    Raises:
+        UsageError: the path does not exist.
+        ModelError: this is no Stable Diffusion pipeline.
+    """
     from sdcompress.models.locate import locate_pipeline, read_component_config, read_model_index
 
-    if isinstance(model, Mapping):
-        lacking = {"unet", "vae", "text_encoder"} - model.keys()
-        if lacking:
-            raise ModelError(
-                f"no config of the {', '.join(sorted(lacking))}", expected="those of unet, vae and text_encoder"
-            )
-        return {name: model[name] for name in ("unet", "vae", "text_encoder", "text_encoder_2") if name in model}
-    second = ("text_encoder_2",) if "text_encoder_2" in read_model_index(locate_pipeline(model)) else ()
-    return {name: read_component_config(model, name) for name in ("unet", "vae", "text_encoder", *second)}
+    second = ("text_encoder_2",) if "text_encoder_2" in read_model_index(locate_pipeline(path)) else ()
+    return {name: read_component_config(path, name) for name in ("unet", "vae", "text_encoder", *second)}
 
 
 def _build(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,12 +13,11 @@ import torch
 
 from .calls import plan_calls
 from .folders import FAMILIES, EngineFolder, check_contents
+from .hints import SamplingHints
 from .library import calls, errors, runners, unet
 
 LOG = logging.getLogger("sdcompress")
 Wrapped = Callable[..., torch.Tensor]
-_NEGATIVE = 1
-"""ComfyUI's number of the negative prompt in `cond_or_uncond`."""
 
 
 class EngineModel(torch.nn.Module):
@@ -46,7 +45,7 @@ class EngineModel(torch.nn.Module):
         self._unet: Any = None
         self._device: torch.device | None = None
         self._graph_failure: str | None = None
-        self._hinted: set[str] = set()
+        self._hints = SamplingHints(folder)
         self.eval()
 
     @property
@@ -84,25 +83,6 @@ class EngineModel(torch.nn.Module):
         if reason is not None and reason != self._graph_failure:
             LOG.warning("%s runs without CUDA graphs: %s", self.folder.name, reason)
         self._graph_failure = reason
-
-    def _hint(self, timesteps: torch.Tensor, options: Mapping[str, Any]) -> None:
-        """Log once how a sampling differs from the one that a few-step model was trained for.
-
-        What a node before this call has chosen is seen from its timesteps, and from a negative prompt that it runs.
-        """
-        sampling = self.folder.sampling
-        if sampling is None:
-            return
-        differences = []
-        trained, now = sampling.timesteps, float(timesteps.flatten()[0])
-        if trained is not None and all(abs(now - each) > 0.5 for each in trained):
-            differences.append(f"other timesteps than {', '.join(map(str, trained))}")
-        if sampling.guidance_scale <= 1 and _NEGATIVE in options.get("cond_or_uncond", ()):
-            differences.append("a CFG other than 1: its guidance is in its weights, and each step takes two calls")
-        for difference in set(differences) - self._hinted:
-            self._hinted.add(difference)
-            settings = sampling.describe("comfyui")
-            LOG.warning("%s was trained for %s. This sampling has %s", self.folder.name, settings, difference)
 
     def close(self) -> None:
         """Free the engine's memory. The next call loads it again."""
@@ -153,7 +133,7 @@ class EngineModel(torch.nn.Module):
     ) -> torch.Tensor:
         refuse_inside(control, options, self.folder)
         checked = self._check_inputs(x, context, y)
-        self._hint(timesteps, options)
+        self._hints.look(timesteps, options)
         engine = self.open(x.device)
         times = timesteps.expand(x.shape[0])
         results = []

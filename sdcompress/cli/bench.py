@@ -312,23 +312,24 @@ def _list_suites(as_json: bool) -> None:
     if as_json:
         print_json([{"name": name, "title": title} for name, title in titles.items()])
         return
+    width = max(map(len, titles))
     for name, title in titles.items():
-        echo(f"{name:<10} {title}")
+        echo(f"{name:<{width}}  {title}")
 
 
 def _print_dry_run(suite: Suite, skipped: dict[str, str], as_json: bool) -> None:
     """Print what would run: a line for each scenario, with the memory for its weights and activations."""
-
     from sdcompress_bench.dry_run import list_scenarios
 
     rows = list_scenarios(suite, ConsoleReporter())
     if as_json:
         print_json({"scenarios": rows, "rounds": suite.rounds, "skipped": skipped}, indent=1)
         return
+    width = max(len(model.name) for model in suite.models)
     for row, scenario in zip(rows, suite.scenarios(), strict=True):
         echo(
-            f"{scenario.model.name:<12} {scenario.setup!s:<22} {scenario.size_px:>5} px  batch {scenario.batch:<3}"
-            f" {mib(row['memory_bytes']):>14}   {scenario.model.sampling},"
+            f"{scenario.model.name:<{width}}  {scenario.setup!s:<22} {scenario.size_px:>5} px"
+            f"  batch {scenario.batch:<3} {mib(row['memory_bytes']):>14}   {scenario.model.sampling},"
             f" {row['unet_macs'] / 1e9:,.1f} GMACs a UNet step"
         )
     for name, reason in skipped.items():

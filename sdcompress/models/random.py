@@ -5,12 +5,14 @@ No file is downloaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdcompress.families.registry import find_family
+from sdcompress.families.schemas.tiny_vae import taesd_config
 from sdcompress.support.pipeline import TextToImagePipeline
 
 
@@ -60,6 +62,28 @@ def random_pipeline(
         pipeline: TextToImagePipeline = getattr(diffusers, known.pipeline_class)(**parts, **known.pipeline_options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def random_decoder(
+    vae: Mapping[str, Any], *, dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu"
+) -> Any:
+    """Returns an `AutoencoderTiny` of TAESD's shape with random weights, for the latents of a VAE.
+
+    Args:
+        vae: the VAE's config.
+        dtype: of the weights.
+        seed: two seeds give different weights.
+        device: draws and holds the weights.
+    """
+    from diffusers import AutoencoderTiny
+
+    from sdcompress.support.quiet import quiet
+
+    torch.manual_seed(seed)
+    with quiet(), torch.device(device):
+        network = AutoencoderTiny.from_config(taesd_config(vae["latent_channels"]))
+        _add_noise_to_vectors(network)
+        return network.to(dtype).eval()
 
 
 def _random_component(

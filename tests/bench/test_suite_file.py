@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 from sdcompress_bench.build_suite import build_suite
+from sdcompress_bench.dry_run import list_scenarios
 from sdcompress_bench.fidelity import load
 from sdcompress_bench.latency import case_of
-from sdcompress_bench.scenario import BackendSetup
+from sdcompress_bench.models import prepare_model, random_folder
+from sdcompress_bench.scenario import BackendSetup, Random
 from sdcompress_bench.suite import list_inputs
 from sdcompress_bench.suite_file import read_setup, read_suite, suite_names, suite_path
 from sdcompress_bench.work import count_pipeline
-from sdcompress_engines.errors import ModelError, UsageError
+from sdcompress_engines.errors import ArtifactError, ModelError, UsageError
+from sdcompress_engines.manifest import write_manifest
+
+from sdcompress.models import nano
 
 
 def write(folder: Path, text: str) -> Path:
@@ -72,6 +78,35 @@ def test_a_small_decoder_is_measured_beside_the_models_own_vae(tmp_path: Path) -
     assert work.weight_bytes == 4 * 1_222_531
     with pytest.raises(ModelError, match="holds no small decoder"):
         build_suite({"models": ["nano"], "decoder": str(tmp_path / "saved")})
+
+
+def test_a_random_student_draws_with_a_random_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
+    entry = {"random": "sd1", "plan": "bk-tiny", "steps": 4, "guidance_scale": 1}
+    suite, _ = build_suite({"models": [entry | {"name": "own VAE"}, entry | {"decoder": "random"}]})
+    assert [model.name for model in suite.models] == ["own VAE", "sd1 bk-tiny with small decoder"]
+    first, last = suite.models
+    rows = {row["model"]: row["memory_bytes"] for row in list_scenarios(suite)}
+    assert rows[last.name] < rows[first.name], "a small decoder takes less memory"
+    assert not list(tmp_path.iterdir()), "nothing is made before it is measured"
+
+    folder = shutil.copytree(nano.pipeline_folder("nano-tiny"), random_folder(Random("sd1", "bk-tiny")))
+    write_manifest(folder, "random model", inputs={})  # a small model in the place of 1 GB of random weights
+    plain, small_one = (prepare_model(model) for model in suite.models)
+    assert (plain.decoder, plain.path) == (None, small_one.path)
+    assert small_one.decoder is not None
+    assert small_one.decoder_sha256 == prepare_model(last).decoder_sha256, "it is made once"
+    decoder = AutoencoderTiny.from_pretrained(small_one.decoder).decoder
+    assert sum(weight.numel() for weight in decoder.parameters()) == 1_222_531
+    assert isinstance(load(small_one.path, "torch", decoder=small_one.decoder).vae, AutoencoderTiny)
+
+
+def test_a_folder_that_is_no_random_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SDCOMPRESS_CACHE", str(tmp_path))
+    suite, _ = build_suite({"models": [{"random": "sd1"}]})
+    random_folder(Random("sd1")).mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="has no manifest"):
+        prepare_model(suite.models[0])
 
 
 def test_all_errors_are_reported_at_once(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_suites_are_listed_by_name() -> None:
     assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
     assert any(line.startswith("nano ") for line in lines)
     listed = json.loads(type_in("--list", "--json").stdout)
-    assert [f"{suite['name']:<10} {suite['title']}" for suite in listed] == lines
+    width = max(len(suite["name"]) for suite in listed)
+    assert [f"{suite['name']:<{width}}  {suite['title']}" for suite in listed] == lines
 
 
 def test_a_model_whose_path_has_an_equals_sign_is_no_name(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,3 +126,39 @@ def test_another_sampling_is_logged_once_and_drawn(
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (named is not None)
     assert all(named in warning and "was trained for 4 steps, CFG 1, euler, simple" in warning for warning in warnings)
+
+
+class OnCard(torch.Tensor):
+    """A tensor that says it is on a card; its copies to the CPU are plain."""
+
+    device = torch.device("cuda", 0)
+
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        assert kwargs == {"non_blocking": True}
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_timestep_on_a_card_is_read_late_and_never_waited_for(node: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hints = sys.modules[f"{node.__module__.rpartition('.')[0]}.hints"]
+    arrived: list[bool] = [False, True, True]
+    event = SimpleNamespace(query=lambda: arrived.pop(0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: event))
+    reader = hints.LateReader()
+    times = [torch.tensor([float(time)]).as_subclass(OnCard) for time in (999, 749, 499, 249)]
+    assert [reader.read(time) for time in times] == [None, None, 999.0, 499.0]
+
+
+@pytest.mark.gpu
+def test_a_timestep_of_a_real_card_is_read_without_synchronizing(node: Any) -> None:
+    hints = sys.modules[f"{node.__module__.rpartition('.')[0]}.hints"]
+    reader, found = hints.LateReader(), []
+    times = [torch.tensor([float(time)], device="cuda") for time in (999, 749, 499)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for time in times:
+            found.append(reader.read(time))
+            while not reader._copied.query():
+                pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found == [None, 999.0, 749.0]

@@ -15,7 +15,7 @@ from sdcompress_engines.signature import CONTEXT_TOKENS, Signature
 from sdcompress.backends.torch_unet import PositionalUNet
 from sdcompress.export.components import DTYPES, random_inputs, signature_of
 from sdcompress.models.load import load_pipeline
-from sdcompress.models.random import random_pipeline
+from sdcompress.models.random import random_decoder, random_pipeline
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 
@@ -52,6 +52,11 @@ class Models:
         if self.run.smoke:
             return load_pipeline("nano").pipeline.to(self.run.device, dtype)
         return random_pipeline("sd1", dtype=dtype, device=self.run.device)
+
+    @functools.cached_property
+    def small_decoder(self) -> Any:
+        """An `AutoencoderTiny` of TAESD's shape with random weights, for the latents of the teacher's VAE."""
+        return random_decoder(self.pipeline.vae.config, dtype=DTYPES[self.run.precision], device=self.run.device)
 
     @functools.cache  # noqa: B019 (the object lives as long as its process)
     def unet(self, name: str, channels_last: bool = False) -> Any:

@@ -8,6 +8,8 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from sdcompress.sampling import generate, keep_timesteps_on_host
 from sdcompress.support.pipeline import TextToImagePipeline
 
 from ..device_clock import DeviceClock, Mark
+from ..models import step_by_step
 from .child import PartRun
 from .models import TEACHER, Models
 from .part_unet import VARIANTS, Variant, failed_captures_raise
@@ -26,26 +29,55 @@ from .results import measured
 from .timing import synchronize
 
 PROMPT = "a photo of a lighthouse at dusk"
-STEPS, FEWER_STEPS = 25, 15
-SMOKE_STEPS = (2, 1)
 STUDENT = "bk-tiny"
 LIMIT = 0.5
 """Limit of the relative L2, without the means, of a model's pictures on two backends; unrelated pictures give 1.4."""
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How a picture is drawn.
+
+    Attributes:
+        steps: of DDIM; the UNet is called once a step.
+        guidance_scale: with guidance, a call has two latents.
+        small_decoder: draw with a decoder of TAESD's shape in the place of the VAE.
+    """
+
+    steps: int = 25
+    guidance_scale: float = 7.5
+    small_decoder: bool = False
+
+    @property
+    def fewer_steps(self) -> int:
+        """More than half of the steps, to tell what a step costs from what a picture costs."""
+        return self.steps * 3 // 5
+
+
+USUAL, FEW_STEP = Drawing(), Drawing(4, 1.0, small_decoder=True)
+SMALL = {USUAL: Drawing(2), FEW_STEP: Drawing(2, 1.0, small_decoder=True)}
+"""The drawings of the smoke run."""
+
+
 def picture(run: PartRun) -> None:
-    """Write rows for the teacher as people run it, and for the student in the same way and in its fastest."""
+    """Write rows for the teacher as people run it, and for the student in the same way and in its fastest.
+
+    The student also draws in four steps without guidance and with a small decoder, as after `few-step`.
+    """
     models = Models(run)
-    eager = Variant("eager", "eager")
     best = best_variant(run)
-    run.measure(f"{TEACHER} eager", lambda: measure_picture(run, pipeline_of(models, TEACHER)), model=TEACHER)
-    run.measure(f"{STUDENT} best", lambda: measure_best(run, models, best), model=STUDENT, variant=best.name)
-    run.measure(f"{STUDENT} eager", lambda: measure_picture(run, pipeline_of(models, STUDENT)), model=STUDENT)
-    run.measure(
-        f"{TEACHER} eager, timesteps on the host",
-        lambda: measure_picture(run, pipeline_of(models, TEACHER, eager)),
-        model=TEACHER,
-    )
+    few = f"{STUDENT} {FEW_STEP.steps} steps small decoder"
+    cases: list[tuple[str, str, Variant | None, Drawing]] = [
+        (f"{TEACHER} eager", TEACHER, None, USUAL),
+        (f"{STUDENT} best", STUDENT, best, USUAL),
+        (f"{few} eager", STUDENT, None, FEW_STEP),
+        (f"{few} best", STUDENT, best, FEW_STEP),
+        (f"{STUDENT} eager", STUDENT, None, USUAL),
+        (f"{TEACHER} eager, timesteps on the host", TEACHER, Variant("eager", "eager"), USUAL),
+    ]
+    for row, name, variant, drawing in cases:
+        shown = {"variant": best.name} if variant is best else {}
+        run.measure(row, partial(measure_case, run, models, name, variant, drawing), model=name, **shown)
 
 
 def best_variant(run: PartRun) -> Variant:
@@ -58,76 +90,85 @@ def best_variant(run: PartRun) -> Variant:
     return Variant(row["row"].removeprefix(f"{STUDENT} b2 "), row["mode"], row["cuda_graph"])
 
 
-def pipeline_of(models: Models, name: str, variant: Variant | None = None) -> Any:
-    """Returns the teacher's pipeline with another UNet.
+def pipeline_of(models: Models, name: str, variant: Variant | None, drawing: Drawing) -> Any:
+    """Returns the teacher's pipeline with DDIM and another UNet.
 
     Args:
         models: has the pipeline and the UNets.
         name: of the UNet.
         variant: of the UNet, which then runs behind a runner, with the scheduler's timesteps on the host as in
             `open_pipeline`; None is plain diffusers.
+        drawing: chooses the decoder.
     """
     teacher = models.pipeline
     parts = dict(teacher.components)
-    parts["scheduler"] = type(teacher.scheduler).from_config(teacher.scheduler.config)
     unet: Any = models.unet(name)
+    if drawing.small_decoder:
+        parts["vae"] = models.small_decoder
     if variant is not None:
         unet = EngineUNet(models.runner(name, variant.mode, variant.cuda_graph), dict(unet.config))
         if variant.mode != "eager":
-            parts["vae"] = copy.deepcopy(teacher.vae).to(memory_format=torch.channels_last)
+            parts["vae"] = copy.deepcopy(parts["vae"]).to(memory_format=torch.channels_last)
     pipeline = type(teacher)(**{**parts, "unet": unet}, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
+    step_by_step(pipeline)
     if variant is not None:
         keep_timesteps_on_host(pipeline)
     return pipeline
 
 
-def measure_best(run: PartRun, models: Models, best: Variant) -> dict[str, Any]:
-    """Returns the figures of the student in its fastest variant, with the distance of its picture from eager mode's.
+def measure_case(run: PartRun, models: Models, name: str, variant: Variant | None, drawing: Drawing) -> dict[str, Any]:
+    """Returns the figures of a case; of a variant, also the distance of its picture from plain diffusers'.
 
     Args:
         run: the part.
-        models: has the student.
-        best: the variant.
+        models: has the models.
+        name: of the UNet.
+        variant: of the UNet; None is plain diffusers.
+        drawing: how the picture is drawn.
     """
-    plain = draw(run, pipeline_of(models, STUDENT))
-    pipeline = pipeline_of(models, STUDENT, best)
+    drawing = SMALL[drawing] if run.smoke else drawing
+    pipeline = pipeline_of(models, name, variant, drawing)
+    if variant is None:
+        return measure_picture(run, pipeline, drawing)
+    plain = draw(pipeline_of(models, name, None, drawing), drawing)
     began = time.perf_counter()
     with failed_captures_raise():
-        found = draw(run, pipeline)
+        found = draw(pipeline, drawing)
     first_s, error = time.perf_counter() - began, picture_distance(found, plain)
-    figures = {"first_s": first_s, "relative_l2": error, "limit_relative_l2": LIMIT} | measure_picture(run, pipeline)
+    figures: dict[str, Any] = {"first_s": first_s, "relative_l2": error, "limit_relative_l2": LIMIT}
+    figures |= measure_picture(run, pipeline, drawing)
     if not error <= LIMIT:
-        figures["failed"] = f"its picture is off by {error:.2f} from that of eager mode, over {LIMIT:g}"
+        figures["failed"] = f"its picture is off by {error:.2f} from that of plain diffusers, over {LIMIT:g}"
     return figures
 
 
-def draw(run: PartRun, pipeline: TextToImagePipeline, steps: int | None = None) -> Image.Image:
-    """Returns one picture with guidance, of the UNet's own size.
+def draw(pipeline: TextToImagePipeline, drawing: Drawing, steps: int | None = None) -> Image.Image:
+    """Returns one picture of the UNet's own size.
 
     Args:
-        run: the part.
         pipeline: draws it.
-        steps: None is the part's own number.
+        drawing: its steps and guidance.
+        steps: other steps.
     """
-    steps = steps or (SMOKE_STEPS[0] if run.smoke else STEPS)
-    return generate(pipeline, [PROMPT], seeds=[0], steps=steps, guidance_scale=7.5)[0]
+    steps = steps or drawing.steps
+    return generate(pipeline, [PROMPT], seeds=[0], steps=steps, guidance_scale=drawing.guidance_scale)[0]
 
 
-def measure_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, Any]:
+def measure_picture(run: PartRun, pipeline: TextToImagePipeline, drawing: Drawing) -> dict[str, Any]:
     """Returns the wall time of a picture, its parts on the device, and how often the host waits for the device.
 
     Raises:
         RuntimeError: the picture has only one color, so the output was not finite.
     """
-    if not np.ptp(np.asarray(draw(run, pipeline))):
+    if not np.ptp(np.asarray(draw(pipeline, drawing))):
         raise RuntimeError("the picture has one color")
     if run.is_cuda:
         torch.cuda.reset_peak_memory_stats(run.device)
     pictures: list[dict[str, Any]] = []
     end = time.perf_counter() + (0.1 if run.smoke else 4.0)
     while len(pictures) < (1 if run.smoke else 3) or time.perf_counter() < end:
-        pictures.append(time_picture(run, pipeline))
+        pictures.append(time_picture(run, pipeline, drawing))
     peak = {"peak_mib": torch.cuda.max_memory_allocated(run.device) / 2**20} if run.is_cuda else {}
     times = [each["picture_ms"] for each in pictures]
     return {
@@ -136,11 +177,11 @@ def measure_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, An
         "picture_high_ms": max(times),
         "pictures": len(times),
         **peak,
-        **(waits(run, pipeline) if run.is_cuda else {}),
+        **(waits(pipeline, drawing) if run.is_cuda else {}),
     }
 
 
-def time_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, Any]:
+def time_picture(run: PartRun, pipeline: TextToImagePipeline, drawing: Drawing) -> dict[str, Any]:
     """Returns the wall time of one picture and the time of its parts within it, ms."""
     synchronize(run.device)
     with (
@@ -149,7 +190,7 @@ def time_picture(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, Any]:
         timed_calls(run.device, pipeline.vae.decoder) as vae,
     ):
         began = time.perf_counter()
-        draw(run, pipeline)
+        draw(pipeline, drawing)
         synchronize(run.device)
         picture_ms = 1000 * (time.perf_counter() - began)
     parts = {"unet_ms": sum(unet), "text_encoder_ms": sum(text), "vae_ms": sum(vae)}
@@ -176,26 +217,26 @@ def timed_calls(device: torch.device, module: Any) -> Iterator[list[float]]:
     found += [clock.elapsed_ms(start, end) for start, end in zip(marks[::2], marks[1::2], strict=True)]
 
 
-def waits(run: PartRun, pipeline: TextToImagePipeline) -> dict[str, float]:
+def waits(pipeline: TextToImagePipeline, drawing: Drawing) -> dict[str, float]:
     """Returns how often the host waits for the device in a picture and in a step, from two numbers of steps."""
-    more, fewer = SMOKE_STEPS if run.smoke else (STEPS, FEWER_STEPS)
-    counts = [count_waits(run, pipeline, steps) for steps in (more, fewer)]
+    more, fewer = drawing.steps, drawing.fewer_steps
+    counts = [count_waits(pipeline, drawing, steps) for steps in (more, fewer)]
     return {"synchronizations": counts[0], "synchronizations_per_step": (counts[0] - counts[1]) / (more - fewer)}
 
 
-def count_waits(run: PartRun, pipeline: TextToImagePipeline, steps: int) -> int:
+def count_waits(pipeline: TextToImagePipeline, drawing: Drawing, steps: int) -> int:
     """Returns how many synchronizing operations torch reports while it draws a picture.
 
     Args:
-        run: the part.
         pipeline: draws the picture.
+        drawing: its guidance.
         steps: sampling steps.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            draw(run, pipeline, steps)
+            draw(pipeline, drawing, steps)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sum("called a synchronizing" in str(warning.message) for warning in caught)

@@ -55,7 +55,7 @@ PARTS = (
     Part(2, "execution and shared memory over the stand-in engine", f"{_HERE}.part_execution:execution", 30),
     Part(3, "UNet step", f"{_HERE}.part_unet:unet_step", 120),
     Part(4, "UNet step, compiled", f"{_HERE}.part_unet:compiled_step", 190),
-    Part(5, "a whole picture", f"{_HERE}.part_picture:picture", 60, 30),
+    Part(5, "a whole picture", f"{_HERE}.part_picture:picture", 110, 50),
     Part(6, "training", f"{_HERE}.part_training:training", 150, 60),
     Part(7, "pytest -m gpu", f"{_HERE}.part_tests:tests", 90, 40),
     Part(8, "what takes longer", f"{_HERE}.part_longer:longer", 600),

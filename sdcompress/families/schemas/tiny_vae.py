@@ -5,7 +5,7 @@ Fields and defaults are diffusers'.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -58,3 +58,13 @@ class TinyVaeSchema(ComponentSchema):
             self.block_out_channels in (None, decoder), "block_out_channels differs from decoder_block_out_channels"
         )
         return self
+
+
+def taesd_config(latent_channels: int) -> dict[str, Any]:
+    """Returns the config of TAESD's shape, which is diffusers' default.
+
+    Args:
+        latent_channels: of the VAE in whose place it is.
+    """
+    config = TinyVaeSchema(latent_channels=latent_channels)
+    return {"_class_name": TINY_VAE, **config.model_dump(exclude={"block_out_channels"})}
