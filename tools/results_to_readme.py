@@ -15,6 +15,7 @@ from typing import Any
 
 from sdcompress_bench.gpu.readme_section import gpu_section
 from sdcompress_bench.markdown import Cells, section
+from sdcompress_bench.readme_few_steps import decoder_section, few_step_section, whole_pictures_section
 from sdcompress_bench.readme_table import answer_cells, answer_head, format_limit, machine, sensitivity_sentences
 from sdcompress_bench.report import format_estimate
 from sdcompress_bench.results import Results, read_results
@@ -211,8 +212,8 @@ def bench_nano() -> str:
     found = read_results(RESULTS / "bench-nano.json")
     took = f"; {found.seconds / 60:.1f} minutes in all, with the export of the graphs" if found.seconds else ""
     return section(
-        f"`sdcompress bench nano` ({machine(found)}; one picture, guidance, {found.settings['steps']} steps;"
-        f" {found.settings['rounds']} rounds, 95% intervals{took}):",
+        f"`sdcompress bench nano` ({machine(found)}; one picture; {found.settings['rounds']} rounds, 95%"
+        f" intervals{took}):",
         answer_head(),
         (answer_cells(row) for row in found.rows()),
         student_sentence(found),
@@ -246,6 +247,18 @@ def sd15() -> str:
         answer_head("of peak"),
         (answer_cells(row, peak=True) for row in found.rows()),
     )
+
+
+def few_steps() -> str:
+    """Returns how good few steps are, and what the small decoder changes."""
+    return few_step_section(load("few-step-nano.json"))
+
+
+def whole_pictures() -> str:
+    """Returns SD1.5's shapes from 25 steps to four and a small decoder, with that decoder's figures."""
+    found = read_results(RESULTS / "sd15-few-step-cpu.json")
+    table = whole_pictures_section(found, "SD1.5 at 512 px with random weights")
+    return f"{table}\n{decoder_section(load('decoder-nano.json'), found)}"
 
 
 def peers() -> str:
@@ -346,6 +359,7 @@ def gpu() -> str:
 
 SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {
     "nano": (nano, distillation, adapting, training, latency),
+    "few-step": (few_steps, whole_pictures),
     "engines": (engines, backends),
     "gpu": (gpu,),
     "bench": (bench_nano, sd15, peers, overhead, gates),

@@ -83,7 +83,7 @@ def step_by_step(pipeline: Any) -> Any:
 
     if not hasattr(pipeline.scheduler.config, "skip_prk_steps"):
         return pipeline
-    config = {**pipeline.scheduler.config, "timestep_spacing": "trailing"}
+    config = {**pipeline.scheduler.config, "timestep_spacing": "trailing", "clip_sample": False}
     pipeline.register_modules(scheduler=DDIMScheduler.from_config(config))
     return pipeline
 

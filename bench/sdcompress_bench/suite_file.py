@@ -42,8 +42,8 @@ class ModelEntry(Settings):
     decoder: str | None = Field(
         None,
         description=(
-            "Folder of a small decoder to draw with, in the place of its VAE. With `random`, `random` is one of TAESD's"
-            " shape with random weights."
+            "Folder of a small decoder to draw with, in the place of its VAE; `nano` is the built-in one. For a model"
+            " with random weights, `random` is one of TAESD's shape with such weights."
         ),
     )
     steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="Its sampling steps. None is the suite's `steps`.")

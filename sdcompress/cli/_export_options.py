@@ -56,7 +56,7 @@ _MODEL_OPTIONS = (
         type=FilePath(),
         default=None,
         metavar="DIR",
-        help="Small decoder to export in the place of the VAE, from `distill-decoder`.",
+        help="Small decoder to export in the place of the VAE, from `distill-decoder`; `nano` is the built-in one.",
     ),
     click.option(
         "--opset",

@@ -140,7 +140,7 @@ def command() -> None:
     "--decoder",
     type=NAME,
     metavar="DIR",
-    help="A small decoder, from `distill-decoder`: the last MODEL is measured once more, with it in place of its VAE.",
+    help="A small decoder, from `distill-decoder`, or `nano`: the last MODEL is also measured with it for its VAE.",
 )
 @click.option("--seed", type=SEED, help="Of the first picture; the next has the next seed.  [default: 0]")
 @click.option(

@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     type=FilePath(),
     default=None,
     metavar="DIR",
-    help="Small decoder in the place of the VAE, from `distill-decoder`.",
+    help="Small decoder in the place of the VAE, from `distill-decoder`; `nano` is the built-in one.",
 )
 @trust_option
 @click.option(

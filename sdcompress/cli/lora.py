@@ -105,6 +105,7 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, f
     from sdcompress.lora.files import read_lora, write_lora
     from sdcompress.lora.names import unet_modules
     from sdcompress.lora.remap import remap_lora
+    from sdcompress.lora.sampling import sampling_entry
     from sdcompress.models.locate import local_paths, read_unet_config
     from sdcompress.prune.presets import plan_files, read_plan
     from sdcompress.prune.student import meta_unet
@@ -115,7 +116,7 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, f
     remapped = remap_lora(layers, plan, unet_modules(meta_unet(plan.student_config())))
     if not any(component == "unet" for component, _ in remapped.layers):
         raise ModelError(f"changes only blocks that {plan.name} removes", where=lora)
-    write_lora(remapped.layers, output, naming)
+    write_lora(remapped.layers, output, naming, sampling_entry(lora))
     dropped: dict[str, int] = {}
     for name in remapped.dropped:
         block = ".".join(name.split(".")[:4] if name.startswith(("down", "up")) else name.split(".")[:3])

@@ -56,6 +56,16 @@ def read_sampling(lora: Path) -> tuple[dict[str, Any], Any] | None:
     return {name: entry[name] for name in (STEPS, GUIDANCE)}, build_scheduler(entry[_SCHEDULER], where)
 
 
+def sampling_entry(lora: Path) -> dict[str, str]:
+    """Returns the entry of a LoRA's header that says how to draw with it, for a LoRA made from it; most have none.
+
+    Args:
+        lora: the LoRA's file.
+    """
+    text = open_weights(lora).metadata.get(ENTRY)
+    return {} if text is None else {ENTRY: text}
+
+
 def apply_sampling(pipeline: Any, lora: Path) -> None:
     """Give a pipeline the scheduler and the sampling defaults that a LoRA was trained for, if it names them.
 

@@ -18,6 +18,7 @@ from sdcompress_engines.paths import expand_user
 from sdcompress.checkpoints.folder import load_component
 from sdcompress.families.schemas.check import check_config, is_tiny_vae
 from sdcompress.families.schemas.tiny_vae import TINY_VAE
+from sdcompress.models import nano
 from sdcompress.models.locate import DECODER
 from sdcompress.support.pipeline import TextToImagePipeline, vae_config
 
@@ -44,13 +45,13 @@ def locate_decoder(path: str | Path) -> Path:
     """Returns the folder of a small decoder, after a check of its files.
 
     Args:
-        path: of the folder, or of the training folder that holds it as `decoder/`.
+        path: of the folder, or of the training folder that holds it as `decoder/`; or `nano`, the built-in one.
 
     Raises:
         UsageError: the path does not exist, or is no folder.
         ModelError: it holds no `AutoencoderTiny`, or is not as its manifest says.
     """
-    folder = expand_user(str(path))
+    folder = nano.decoder_folder() if str(path) == nano.DECODER_NAME else expand_user(str(path))
     if not folder.is_dir():
         raise UsageError("is no folder" if folder.exists() else "does not exist", where=path, expected=_expected())
     if not (folder / "config.json").is_file() and (folder / DECODER / "config.json").is_file():

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.few_steps import FewStepSampling, read_exported_few_steps, read_few_steps
 from sdcompress_engines.manifest import Manifest, faults, read_manifest
 
 from sdcompress.families.schemas.tiny_vae import TINY_VAE
@@ -48,6 +49,8 @@ def describe_model(path: str) -> tuple[dict[str, Any], Manifest | None]:
                 facts["student_of"] = next((name for name in names if name), facts["student_of"])
     elif manifest.kind == "lora" and (files := sorted(folder.glob("*.safetensors"))):
         facts = _describe_file(files[0])
+    else:
+        facts = _describe_sampling(read_exported_few_steps(folder, manifest))
     facts["bytes"] = _measure_size(folder)
     if manifest is not None:
         facts |= {
@@ -91,13 +94,17 @@ def _describe_file(path: Path) -> dict[str, Any]:
     from sdcompress.checkpoints.weights import open_weights
     from sdcompress.families.registry import family_of_pipeline
     from sdcompress.lora.describe import describe_lora
+    from sdcompress.lora.sampling import read_sampling
+    from sdcompress.support.pipeline import scheduler_config
 
     weights = open_weights(path)
     kind = identify_weights(weights)
     dtypes = ", ".join(sorted(set(weights.dtypes.values())))
     facts = {"format": "single file", "holds": kind}
     if kind == LORA:
-        return facts | describe_lora(weights) | {"dtype": dtypes}
+        own = read_sampling(path)
+        sampling = None if own is None else read_few_steps(own[0], scheduler_config(own[1]))
+        return facts | describe_lora(weights) | _describe_sampling(sampling) | {"dtype": dtypes}
     if kind != CHECKPOINT:
         return facts | {"tensors": len(weights.shapes), "dtype": dtypes}
     configs = derive_configs(weights)
@@ -105,7 +112,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return facts | _describe_pipeline(
         index,
         unet,
-        configs.get("scheduler/scheduler_config.json", {}).get("prediction_type", "epsilon"),
+        configs.get("scheduler/scheduler_config.json", {}),
         count_component_parameters(weights, family_of_pipeline(str(index.get("_class_name")), unet)),
         dtypes,
     )
@@ -113,14 +120,12 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _describe_folder(folder: Path) -> dict[str, Any]:
     has_scheduler = (folder / "scheduler/scheduler_config.json").is_file()
-    prediction_type = (
-        read_component_config(folder, "scheduler").get("prediction_type", "epsilon") if has_scheduler else None
-    )
+    scheduler = read_component_config(folder, "scheduler") if has_scheduler else None
     parameters, dtypes = _describe_components(folder)
     return {"format": "diffusers folder"} | _describe_pipeline(
         read_model_index(folder),
         read_unet_config(folder),
-        prediction_type,
+        scheduler,
         parameters,
         ", ".join(sorted(dtypes)) or "unknown",
     )
@@ -129,7 +134,7 @@ def _describe_folder(folder: Path) -> dict[str, Any]:
 def _describe_pipeline(
     index: Mapping[str, Any],
     unet: Mapping[str, Any],
-    prediction_type: str | None,
+    scheduler: Mapping[str, Any] | None,
     parameters: dict[str, int],
     dtype: str,
 ) -> dict[str, Any]:
@@ -143,7 +148,8 @@ def _describe_pipeline(
         "family": family.layout,
         "student": removal,
         "student_of": None if removal is None else family.title,
-        "prediction_type": prediction_type,
+        "prediction_type": None if scheduler is None else scheduler.get("prediction_type", "epsilon"),
+        **_describe_sampling(read_few_steps(index, scheduler or {})),
         "unet_parameters": count_unet_parameters(unet),
         "parameters": parameters,
         "dtype": dtype,
@@ -151,6 +157,11 @@ def _describe_pipeline(
         "cross_attention_dim": unet["cross_attention_dim"],
         "in_channels": unet.get("in_channels", 4),
     }
+
+
+def _describe_sampling(sampling: FewStepSampling | None) -> dict[str, Any]:
+    """Returns what a few-step model was trained for, and what to choose in each host; of another model, nothing."""
+    return {} if sampling is None else {"trained_for": sampling.describe_in()}
 
 
 def _describe_components(folder: Path) -> tuple[dict[str, int], set[str]]:

@@ -20,6 +20,8 @@ from sdcompress.support.quiet import quiet
 
 BUILT_IN = ("nano", "nano-tiny", "nano-tiny-4step")
 """The models in the package: the teacher, its bk-tiny student, and that student in four steps."""
+DECODER_NAME = "nano"
+"""What `--decoder` takes for the small decoder in the package, for nano and its students."""
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 
 
@@ -39,6 +41,11 @@ def metric_folder() -> Path:
 def data_folder() -> Path:
     """Returns the folder of the training pictures, in webdataset shards."""
     return ASSETS / "data"
+
+
+def decoder_folder() -> Path:
+    """Returns the folder of the small decoder."""
+    return ASSETS / "decoder"
 
 
 def pipeline_folder(name: str) -> Path:

@@ -29,6 +29,8 @@ _TAGS = {
     "finetuned": (),
     "lora": ("lora",),
 }
+_NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+"""Options of a scheduler that belong to the model, not to how it is sampled."""
 _LOSSES = {
     "task_weight": "weight of the denoising loss against the true noise",
     "output_kd_weight": "weight of the loss against the teacher's prediction",
@@ -124,14 +126,13 @@ def _front_matter(manifest: Manifest, license: str | None, base: str) -> str:
 
 def _summary(model: FinishedModel, base: str, sampling: FewStepSampling | None) -> str:
     if model.manifest.kind == "lora":
-        return f"A LoRA for {code_span(base)}.\n"
+        if sampling is None:
+            return f"A LoRA for {code_span(base)}.\n"
+        return f"A LoRA for {code_span(base)}, trained {_describe_few_steps(sampling)}\n"
     if model.manifest.kind == "finetuned":
         return f"{code_span(base)}, with every weight of its UNet trained further.\n"
     if model.manifest.kind == "few-step":
-        return (
-            f"{code_span(base)}, trained by consistency distillation (arXiv 2310.04378, 2405.18407) to draw in"
-            f" {sampling.steps if sampling else 'few'} steps, without guidance.\n"
-        )
+        return f"{code_span(base)}, trained {_describe_few_steps(sampling)}\n"
     plan = _read_plan(model)
     before, after = _count_teacher_parameters(plan), _count_unet_parameters(model.folder)
     return (
@@ -141,9 +142,19 @@ def _summary(model: FinishedModel, base: str, sampling: FewStepSampling | None) 
     )
 
 
+def _describe_few_steps(sampling: FewStepSampling | None) -> str:
+    steps = sampling.steps if sampling else "few"
+    return f"by consistency distillation (arXiv 2310.04378, 2405.18407) to draw in {steps} steps, without guidance."
+
+
 def _read_sampling(model: FinishedModel) -> FewStepSampling | None:
     if model.manifest.kind == "lora":
-        return None
+        from sdcompress.lora.sampling import read_sampling
+        from sdcompress.support.pipeline import scheduler_config
+        from sdcompress.train.lora import FILE
+
+        own = read_sampling(model.file(FILE))
+        return None if own is None else read_few_steps(own[0], scheduler_config(own[1]))
     names = ("model_index.json", "scheduler/scheduler_config.json")
     configs = [read_json_object(model.file(name)) if name in model.manifest.files else {} for name in names]
     return read_few_steps(*configs)
@@ -160,6 +171,7 @@ def _samples(model: FinishedModel) -> str:
 
 
 def _loading(manifest: Manifest, repo: str, base: str, sampling: FewStepSampling | None) -> str:
+    imported = "DiffusionPipeline"
     if manifest.kind == "lora":
         from sdcompress.train.lora import FILE, KOHYA_FILE
 
@@ -168,11 +180,19 @@ def _loading(manifest: Manifest, repo: str, base: str, sampling: FewStepSampling
             f'pipeline = DiffusionPipeline.from_pretrained("{base_id}").to(device)',
             f'pipeline.load_lora_weights("{repo}", weight_name="{FILE}")',
         ]
-        usage = [
-            f"`{KOHYA_FILE}` is the same LoRA in the naming that the WebUIs read.\n",
-            "For a student of the base model:\n",
-            f"    sdcompress lora remap {FILE} --teacher TEACHER --plan bk-tiny -o lora-bk-tiny.safetensors",
-        ]
+        usage = [f"`{KOHYA_FILE}` is the same LoRA in the naming that the WebUIs read.\n"]
+        if sampling is None:
+            usage += [
+                "For a student of the base model:\n",
+                f"    sdcompress lora remap {FILE} --teacher TEACHER --plan bk-tiny -o lora-bk-tiny.safetensors",
+            ]
+        else:
+            imported = f"DiffusionPipeline, {sampling.scheduler['_class_name']}"
+            code += _scheduler_lines(sampling)
+            usage += [
+                "With sdcompress, which reads the scheduler from the LoRA:\n",
+                f'    sdcompress generate {base_id} "PROMPT" --lora {FILE} -o picture.png',
+            ]
     else:
         code = [f'pipeline = DiffusionPipeline.from_pretrained("{repo}").to(device)']
         usage = [
@@ -187,7 +207,7 @@ def _loading(manifest: Manifest, repo: str, base: str, sampling: FewStepSampling
         "## How to load it\n",
         "```python",
         "import torch",
-        "from diffusers import DiffusionPipeline",
+        f"from diffusers import {imported}",
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         *code,
@@ -196,6 +216,14 @@ def _loading(manifest: Manifest, repo: str, base: str, sampling: FewStepSampling
         *usage,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _scheduler_lines(sampling: FewStepSampling) -> list[str]:
+    """Returns the lines of Python that give a pipeline a few-step LoRA's scheduler; the noise stays the pipeline's."""
+    name = sampling.scheduler["_class_name"]
+    options = {key: value for key, value in sampling.scheduler.items() if key[0] != "_" and key not in _NOISE}
+    lines = [f"    {key}={value!r}," for key, value in sorted(options.items())]
+    return [f"pipeline.scheduler = {name}.from_config(", "    pipeline.scheduler.config,", *lines, ")"]
 
 
 def _hosts(sampling: FewStepSampling | None) -> str:
@@ -217,8 +245,9 @@ def _hosts(sampling: FewStepSampling | None) -> str:
 def _architecture(model: FinishedModel) -> str:
     if model.manifest.kind == "lora":
         train = model.manifest.config.get("train", {})
-        rank, alpha = train.get("rank"), train.get("alpha") or train.get("rank")
-        layers = escape_markdown(", ".join(train.get("targets", []))) + (
+        rank, targets = ("lora_rank", "lora_targets") if "lora_rank" in train else ("rank", "targets")
+        rank, alpha = train[rank], train.get("alpha") or train[rank]
+        layers = escape_markdown(", ".join(train.get(targets, []))) + (
             " and the text encoder" if train.get("text_encoder") else ""
         )
         return f"## What is in it\n\nMatrices of rank {rank:d} (alpha {alpha:g}) for the layers {layers}.\n"

@@ -26,6 +26,7 @@ from sdcompress.train.lora import LORA, add_adapters, read_adapters, save_lora
 from sdcompress.train.objectives.consistency import Consistency
 from sdcompress.train.pipelines import (
     PIPELINE,
+    check_trainable,
     describe_training,
     make_batches,
     make_sampler,
@@ -222,7 +223,9 @@ def check_pair(model: LoadedPipeline, teacher: LoadedPipeline, config: FewStepCo
             "draws in few steps already, so that it has no trajectory to learn from",
             where=teacher.name,
             expected="the model before its few-step training",
+            hint="--teacher TEACHER",
         )
+    check_trainable(student)
     own, other = (make_training_scheduler(each.scheduler) for each in (student, whole))
     differing = [
         f"{what} {mine}, not {theirs}"

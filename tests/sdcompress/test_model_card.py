@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ from sdcompress.prune.cost import count_parameters
 from sdcompress.prune.presets import make_plan
 from sdcompress.publish.finished_model import find_finished_model
 from sdcompress.publish.model_card import model_card
+from sdcompress.sampling import generate
 from sdcompress.train.config import DistillConfig, FewStepConfig, FinetuneConfig, LoraConfig
 from sdcompress.train.distill import distill
 from sdcompress.train.few_step import few_step
@@ -61,11 +64,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, random_folder: Path, pictu
     few_step(student, teacher, cache, load_config(FewStepConfig, None, options), folder / "fast")
     finetune(teacher, cache, load_config(FinetuneConfig, None, options), folder / "finetuned")
     train_lora(teacher, cache, load_config(LoraConfig, None, options | {"rank": 3}), folder / "style")
+    adapted = load_config(FewStepConfig, None, options | {"lora_rank": 2})
+    few_step(student, teacher, cache, adapted, folder / "fast-lora")
     return {
         "student": folder / "student/pipeline",
         "few-step": folder / "fast/pipeline",
         "finetuned": folder / "finetuned/pipeline",
         "lora": folder / "style/lora",
+        "few-step-lora": folder / "fast-lora/lora",
     }
 
 
@@ -195,6 +201,30 @@ def test_the_newest_samples_are_shown_with_their_prompts(trained: dict[str, Path
     card = make_card(folder, "me/thing")
     assert "![samples](samples.webp)" in card
     assert f"- {PROMPT}" in card
+
+
+def test_the_card_of_a_few_step_lora_sets_its_scheduler(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = str(trained["student"])
+    card = make_card(trained["few-step-lora"], "me/fast", base_model="org/tiny")
+    assert "A LoRA for `org/tiny`, trained by consistency distillation" in card
+    assert "rank 2 (alpha 2) for the layers to_q" in card
+    assert "| ComfyUI | euler | simple |" in card
+    assert "lora remap" not in card, "it is for this very student"
+    code = card.split("```python\n")[1].split("```")[0].replace("org/tiny", base)
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("me/fast", str(trained["few-step-lora"])), "card", "exec"), names)
+    by_us = load_pipeline(trained["few-step-lora"].parent / "pipeline").pipeline
+    ours = by_us.scheduler.config
+    assert {name: names["pipeline"].scheduler.config[name] for name in ours} == dict(ours)
+    drawn = generate(by_us, ["PROMPT"], seeds=[0])[0]
+    again = names["pipeline"](
+        "PROMPT", num_inference_steps=4, guidance_scale=1.0, generator=torch.Generator().manual_seed(0)
+    ).images[0]
+    difference = np.asarray(drawn, np.float64) - np.asarray(again, np.float64)
+    assert np.abs(difference).mean() < 2
 
 
 def test_a_model_without_a_manifest_gets_no_card(random_folder: Path) -> None:

@@ -21,6 +21,7 @@ from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 from sdcompress.sampling import generate
+from sdcompress.train.decoder import count_decoder
 
 RESULTS = Path(__file__).parents[2] / "bench/results"
 
@@ -124,10 +125,41 @@ def test_the_metric_model_shares_no_weights_with_the_text_encoder() -> None:
         ("nano-teacher.json", "sha256"),
         ("distillation-nano.json", "teacher_sha256"),
         ("adapting-nano.json", "teacher_sha256"),
+        ("few-step-nano.json", "teacher_sha256"),
     ],
 )
 def test_results_are_of_the_teacher_that_ships(name: str, key: str) -> None:
     assert json.loads((RESULTS / name).read_text())[key] == sha256_tree(nano.teacher_folder())
+
+
+def test_four_steps_keep_what_25_draw() -> None:
+    found = json.loads((RESULTS / "few-step-nano.json").read_text())
+    assert found["student_sha256"] == sha256_tree(nano.pipeline_folder("nano-tiny"))
+    rows = found["rows"]
+
+    def top5(arm: str, steps: int) -> list[float]:
+        return [row["retrieval_top5"] for row in rows if (row["arm"], row["steps"]) == (arm, steps)]
+
+    (whole,) = top5("untrained, its own solver", 25)
+    few = top5("phases", 4)
+    assert len(few) == 3
+    assert min(few) >= 0.9 * whole
+    for solver in ("DPM++ 2M", "UniPC"):
+        assert statistics.fmean(few) > top5(f"untrained, {solver}, no guidance", 4)[0], "for the same calls of the UNet"
+
+
+def test_the_small_decoder_draws_what_the_vae_draws() -> None:
+    found = json.loads((RESULTS / "decoder-nano.json").read_text())
+    assert found["lpips_alex"][0] <= 0.1
+    assert found["sd1_parameters"]["small"] <= 0.03 * found["sd1_parameters"]["vae"]
+    for figures in zip(*(found["judged"][decoder].items() for decoder in ("vae", "small")), strict=True):
+        (name, (own, low, high)), (_, (small, *_)) = figures
+        assert low <= small <= high, (name, own, small)
+    vae = load_pipeline("nano").pipeline.vae
+    small = load_pipeline("nano-tiny", decoder=nano.DECODER_NAME)
+    assert not small.note, "it is of the VAE that ships"
+    assert count_decoder(small.pipeline.vae) == found["parameters"]["small"]
+    assert count_decoder(vae) == found["parameters"]["vae"]
 
 
 def test_distillation_beats_no_training_and_the_task_loss_alone() -> None:

@@ -4,6 +4,7 @@ python tools/nano/assemble.py --work build/nano teacher            the pipeline
 python tools/nano/assemble.py --work build/nano metric             nano-CLIP
 python tools/nano/assemble.py --work build/nano tiny RUN           the UNet of a `sdcompress distill` run
 python tools/nano/assemble.py --work build/nano tiny-4step RUN     the LoRA of a `sdcompress few-step --lora` run
+python tools/nano/assemble.py --work build/nano decoder RUN        the decoder of a `sdcompress distill-decoder` run
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pathlib import Path
 import torch
 from captions import make_tokenizer
 from common import ROOT, config
-from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sdcompress_bench.resnet_clip import load_clip
+from sdcompress_engines.manifest import read_manifest, write_manifest
 from train_unet import SCHEDULE, build_model, load_latents
 from train_vae import build as build_vae
 
@@ -87,16 +89,25 @@ def tiny_4step(run: Path) -> None:
     save_file(weights, ASSETS / "tiny-4step/lora.safetensors", metadata=metadata)
 
 
+def decoder(run: Path) -> None:
+    made = read_manifest(run / "decoder")
+    assert made is not None, "an ordinary run writes a manifest"
+    shutil.rmtree(ASSETS / "decoder", ignore_errors=True)
+    AutoencoderTiny.from_pretrained(run / "decoder").half().save_pretrained(ASSETS / "decoder")
+    strip_names(ASSETS / "decoder")
+    write_manifest(ASSETS / "decoder", made.kind, config=made.config, inputs=made.inputs, seed=made.seed)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("part", choices=["teacher", "metric", "tiny", "tiny-4step"])
+    parser.add_argument("part", choices=["teacher", "metric", "tiny", "tiny-4step", "decoder"])
     parser.add_argument("run", type=Path, nargs="?")
     args = parser.parse_args()
-    if args.part.startswith("tiny"):
-        {"tiny": tiny, "tiny-4step": tiny_4step}[args.part](args.run)
-    else:
+    if args.part in ("teacher", "metric"):
         {"teacher": teacher, "metric": metric}[args.part](args.work)
+    else:
+        {"tiny": tiny, "tiny-4step": tiny_4step, "decoder": decoder}[args.part](args.run)
     files = [p for p in ASSETS.rglob("*") if p.suffix == ".safetensors"]
     print(
         json.dumps(

@@ -71,6 +71,9 @@ class Consistency(Objective):
             predicted = self._predict_with_guidance(batch)
             nearer = self.trajectory.step(batch.sample, predicted, places, places - 1)
             target = self.trajectory.jump(nearer, self._predict_on_average(batch, nearer, places - 1), places - 1, ends)
+            # Without an average the target comes from the trained weights: older torch would take autocast's copies of
+            # them, which were made without gradients, for the trained pass too.
+            torch.clear_autocast_cache()
         arguments, options = batch.unet_arguments()
         jumped = self.trajectory.jump(batch.sample, trained(*arguments, **options)[0].float(), places, ends)
         difference = jumped - target

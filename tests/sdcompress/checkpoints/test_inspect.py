@@ -13,7 +13,11 @@ import pytest
 from safetensors.torch import save_file
 from sdcompress_engines.errors import ModelError
 
+from sdcompress.checkpoints.write import write_ldm
+from sdcompress.export.export_model import ExportRequest, export_model
+from sdcompress.models import nano
 from sdcompress.models.describe import describe_model
+from sdcompress.models.load import load_pipeline
 
 from .small_models import diffusers_lora, full_size, kohya_lora, sparse
 
@@ -77,6 +81,17 @@ def test_inspect_describes_a_folder(inspect: Any, random_folder: Path) -> None:
     assert facts["parameters"]["unet"] == facts["unet_parameters"]
     assert facts["dtype"] == "float32"
     assert facts["student"] is None
+
+
+def test_inspect_says_what_a_few_step_model_was_trained_for(inspect: Any, random_folder: Path, tmp_path: Path) -> None:
+    assert "trained_for" not in inspect(random_folder)
+    trained_for = "4 steps, CFG 1; AUTOMATIC1111 and Forge: Euler, Simple; ComfyUI: euler, simple"
+    assert inspect("nano-tiny-4step")["trained_for"] == trained_for
+    assert inspect(nano.ASSETS / "tiny-4step/lora.safetensors")["trained_for"] == trained_for
+    file = write_ldm(load_pipeline("nano-tiny-4step").pipeline, tmp_path / "a.safetensors")
+    assert inspect(file)["trained_for"] == trained_for
+    export_model("nano-tiny-4step", tmp_path / "onnx", ExportRequest(components=("unet",)))
+    assert inspect(tmp_path / "onnx")["trained_for"] == trained_for
 
 
 def test_a_truncated_scheduler_config_is_refused_by_its_name(random_folder: Path, tmp_path: Path) -> None:
