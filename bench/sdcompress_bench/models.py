@@ -47,12 +47,13 @@ def _create_pipeline(random: Random, folder: Path) -> None:
     import torch
 
     from sdcompress.models.random import random_pipeline
+    from sdcompress.support.quiet import quiet
 
     pipeline = step_by_step(random_pipeline(random.family, random.plan, dtype=torch.float16))
     parts = (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
     size = sum(2 * p.numel() for part in parts for p in part.parameters())
     require_space(folder, size, f"{folder.name} with random weights")
-    with unless_present(folder), staged(folder) as partial:
+    with unless_present(folder), staged(folder) as partial, quiet():
         pipeline.save_pretrained(partial)
         write_manifest(partial, "random model", config={"family": random.family, "plan": random.plan}, inputs={})
 
@@ -64,12 +65,13 @@ def _with_random_decoder(model: ModelUnderTest) -> ModelUnderTest:
     from sdcompress.models.decoder import hash_decoder
     from sdcompress.models.locate import DECODER, read_component_config
     from sdcompress.models.random import random_decoder
+    from sdcompress.support.quiet import quiet
 
     vae = read_component_config(model.path, "vae")
     folder = Path(f"{model.path}-{DECODER}")
     if not folder.is_dir():
         decoder = random_decoder(vae, dtype=torch.float16)
-        with unless_present(folder), staged(folder) as partial:
+        with unless_present(folder), staged(folder) as partial, quiet():
             decoder.save_pretrained(partial)
     return dataclasses.replace(model, decoder=folder, decoder_sha256=hash_decoder(folder))
 

@@ -107,7 +107,7 @@ def open_weights(path: Path, *, ldm: bool = True) -> Weights:
     if path.suffix in PICKLE_SUFFIXES:
         return _open_pickle(path, map_keys)
     raise ModelError(
-        f"is a {path.suffix} file" if path.suffix else "has no suffix",
+        "is a folder" if path.is_dir() else f"is a {path.suffix} file" if path.suffix else "has no suffix",
         where=path,
         expected=f"a file that ends in .safetensors, {' or '.join(PICKLE_SUFFIXES[:2])}",
     )

@@ -21,7 +21,7 @@ COMMANDS = {
     "run": "Run plan → distill → export → engine → bench for a teacher; resumable by stage.",
     "plan": "Show what a block-removal plan keeps of a teacher's UNet.",
     "distill": "Train a smaller student from a teacher.",
-    "few-step": "Train a model to draw in 1 to 8 steps, without guidance.",
+    "few-step": "Train a model to draw in few steps, without guidance.",
     "distill-decoder": "Train a small decoder in the place of a teacher's VAE.",
     "data": "Inspect a data set, cache it for training, or make one with a teacher.",
     "finetune": "Train a teacher or a student on new pictures.",
@@ -79,7 +79,7 @@ def cli() -> None:
     With your own checkpoint:
       sdcompress plan TEACHER --preset bk-tiny           what it would remove and keep
       sdcompress distill TEACHER --plan bk-tiny --data DATA -o student
-      sdcompress few-step student/pipeline --data DATA --steps 4 -o fast
+      sdcompress few-step student/pipeline --teacher TEACHER --data DATA --recipe few-step -o fast
       sdcompress export fast/pipeline -o engines --trt
       sdcompress bench TEACHER student/pipeline -o report
     """

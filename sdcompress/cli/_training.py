@@ -17,6 +17,8 @@ from sdcompress.data.config import DataConfig
 from sdcompress.train.config import LoopConfig
 
 if TYPE_CHECKING:
+    from sdcompress_engines.progress import Reporter
+
     from sdcompress.data.cache import LatentCache
     from sdcompress.models.load import LoadedPipeline
     from sdcompress.train.loop import TrainResult
@@ -224,10 +226,27 @@ def folder_size_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def note_few_steps(model: LoadedPipeline, report: Reporter) -> None:
+    """Show that an ordinary training of a few-step model does not keep how it draws in few steps.
+
+    Args:
+        model: to be trained.
+        report: shows the line.
+    """
+    from sdcompress.families.sampling_defaults import sampling_defaults
+
+    defaults = sampling_defaults(model.pipeline)
+    if defaults.is_few_step:
+        report.show_line(
+            f"{model.name} draws in {defaults.num_inference_steps} steps, which this training does not keep up: better"
+            " train the model before it, and let few-step be the last"
+        )
+
+
 def result_rows(result: TrainResult) -> list[tuple[str, object]]:
     """Returns the rows of a training's closing card that say how the training ended."""
     rows: list[tuple[str, object]] = [
-        ("steps", f"{result.steps}" + (f" (resumed at {result.resumed_from})" if result.resumed_from else "")),
+        ("training steps", f"{result.steps}" + (f" (resumed at {result.resumed_from})" if result.resumed_from else "")),
         ("losses", ", ".join(f"{k} {v:.4f}" for k, v in result.losses.items())),
         (
             "time",

@@ -271,7 +271,7 @@ def generate(
       sdcompress data generate nano --prompts prompts.txt -n 200 -o nano-pictures
       sdcompress data generate realistic-vision-v4 --prompts prompts.txt -n 7000 --backend trt -o rv4-pictures
     """
-    from sdcompress.generate.dataset import generate_dataset, is_export
+    from sdcompress.generate.dataset import generate_dataset
     from sdcompress.generate.settings import GenerateSettings, read_prompts
 
     settings = GenerateSettings(count, batch_size, steps, guidance, size_px, seed, backend, picture_format, latents)
@@ -302,9 +302,22 @@ def generate(
             *([("latents", f"{mib(size)} in all")] if (size := figures.get("latents_bytes")) else []),
             ("time", f"{generated.seconds:.0f} s"),
         ],
-        f"sdcompress distill {'TEACHER' if is_export(teacher) else command_line([as_argument(teacher)])} --data"
-        f" {command_line([str(output)])} -o student",
+        _suggest_training(teacher, output),
     )
+
+
+def _suggest_training(teacher: str, data: Path) -> str:
+    """Returns the command that trains on a data set that a model drew: distillation, or finetuning of a student."""
+    from sdcompress.families.registry import family_of
+    from sdcompress.generate.dataset import is_export
+    from sdcompress.models.locate import read_unet_config
+
+    name, command, output = command_line([as_argument(teacher)]), "distill", "student"
+    if is_export(teacher):
+        name = "TEACHER"
+    elif family_of(config := read_unet_config(teacher)).student_of(config) is not None:
+        name, command, output = "MODEL", "finetune", "finetuned"
+    return f"sdcompress {command} {name} --data {command_line([str(data)])} -o {output}"
 
 
 def data_config(options: dict[str, Any]) -> DataConfig:

@@ -51,7 +51,7 @@ def command(
     before, after = count_decoder(vae), count_decoder(build_decoder(config, vae.config.latent_channels))
     rows: list[tuple[str, object]] = [
         ("decoder", folder),
-        ("parameters", f"{millions(before)} → {millions(after)} ({1 - after / before:.1%} smaller)"),
+        ("parameters", f"{millions(before)} → {millions(after)} ({describe_change(before, after)})"),
         ("size", mib(folder_size_bytes(folder))),
         ("WebUIs, ComfyUI", describe_taesd_files(folder)),
     ]
@@ -66,4 +66,9 @@ def command(
 def describe_taesd_files(folder: Path) -> str:
     """Returns the names of the files for the WebUIs and ComfyUI, or why there are none."""
     names = sorted(path.name for path in folder.glob("taesd*"))
-    return ", ".join(names) or "no files: they load a width of 64 with blocks 3, 3, 3, 1 alone"
+    return ", ".join(names) or "no files: they load only width 64 with blocks 3, 3, 3, 1"
+
+
+def describe_change(before: int, after: int) -> str:
+    """Returns by how much a count has changed, such as `94.7% smaller`."""
+    return f"{abs(1 - after / before):.1%} {'smaller' if after <= before else 'larger'}"

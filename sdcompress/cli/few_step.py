@@ -18,7 +18,10 @@ from sdcompress.train.config import FewStepConfig
     "--teacher",
     type=NAME,
     default=None,
-    help="Model whose guided pictures are learned.  [default: the one MODEL was distilled from, or MODEL itself]",
+    help=(
+        "Model whose guided pictures are learned. Needed if MODEL was distilled from a local file.  [default: the"
+        " built-in or hub model that MODEL was distilled from; for a whole model, MODEL itself]"
+    ),
 )
 @field_options(
     FewStepConfig,
@@ -39,11 +42,13 @@ def command(
     """Train MODEL, a student or a whole model, to draw in few steps and without guidance.
 
     Each step then costs half, because nothing is computed for the absent caption, and a negative prompt has no effect.
+    Without --recipe it is a short trial; for a real model take the recipe few-step, or few-step-lora.
 
     \b
       sdcompress few-step nano-tiny --data nano --recipe nano-few-step -o fast
-      sdcompress few-step student/pipeline --teacher rv4.safetensors --data drawn --steps 4 -o fast
-      sdcompress few-step segmind/tiny-sd --teacher SG161222/Realistic_Vision_V4.0_noVAE --data drawn --lora 64 -o fast
+      sdcompress few-step student/pipeline --teacher rv4.safetensors --data drawn --recipe few-step -o fast
+      sdcompress few-step segmind/tiny-sd --teacher SG161222/Realistic_Vision_V4.0_noVAE --data drawn \\
+          --recipe few-step-lora -o fast
     """
     from functools import cache
 
@@ -51,6 +56,7 @@ def command(
     from sdcompress.models.locate import local_paths
     from sdcompress.models.origin import find_teacher
     from sdcompress.train.few_step import check_pair, few_step
+    from sdcompress.train.lora import FILE, LORA
     from sdcompress.train.pipelines import PIPELINE
 
     config = run.read_config(FewStepConfig)
@@ -70,6 +76,7 @@ def command(
     rows: list[tuple[str, object]] = [
         ("pipeline", folder),
         ("size", mib(folder_size_bytes(folder))),
+        *([] if config.lora_rank is None else [("LoRA", run.output / LORA / FILE)]),
         ("draws in", f"{config.num_inference_steps} steps, without guidance or a negative prompt"),
     ]
     card(

@@ -6,7 +6,14 @@ import click
 from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
-from sdcompress.cli._training import TrainingArguments, folder_size_bytes, load_inputs, result_rows, training_options
+from sdcompress.cli._training import (
+    TrainingArguments,
+    folder_size_bytes,
+    load_inputs,
+    note_few_steps,
+    result_rows,
+    training_options,
+)
 from sdcompress.cli._types import NAME
 from sdcompress.train.config import FinetuneConfig
 
@@ -33,6 +40,7 @@ def command(
     config = run.read_config(FinetuneConfig)
     report = ConsoleReporter()
     loaded, cache = load_inputs(model, run, config, report)
+    note_few_steps(loaded, report)
     result = finetune(loaded, cache, config, run.output, resume=run.resume, force=run.force, report=report)
     folder = run.output / PIPELINE
     rows: list[tuple[str, object]] = [

@@ -9,7 +9,7 @@ from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._options import field_options
-from sdcompress.cli._training import TrainingArguments, load_inputs, result_rows, training_options
+from sdcompress.cli._training import TrainingArguments, load_inputs, note_few_steps, result_rows, training_options
 from sdcompress.cli._types import NAME, FilePath
 from sdcompress.train.config import LoraConfig
 
@@ -44,6 +44,7 @@ def train(
     config = run.read_config(LoraConfig)
     report = ConsoleReporter()
     loaded, cache = load_inputs(model, run, config, report, check=lambda loaded: check_adaptable(loaded, config))
+    note_few_steps(loaded, report)
     result = train_lora(loaded, cache, config, run.output, resume=run.resume, force=run.force, report=report)
     folder = run.output / LORA
     rows: list[tuple[str, object]] = [

@@ -24,6 +24,7 @@ INDEX = "index.safetensors"
 EMPTY = "empty.safetensors"
 """The embeddings of the absent caption, see `embed_absent_caption`."""
 REBUILD_HINT = "delete the folder and let it be built again"
+OTHER_CACHE = "another --cache, or none: the cache is then beside the output"
 
 
 @dataclass(frozen=True)
@@ -258,10 +259,14 @@ def _read_cache_manifest(folder: Path) -> Manifest:
     Raises:
         DataError: a file is missing or cut, or this is no cache that can be opened.
     """
+    manifest = read_manifest(folder)
+    if manifest is not None and manifest.kind != "cache":
+        raise DataError(f"is an artifact of kind {manifest.kind}, and no cache", where=folder, hint=OTHER_CACHE)
+    if manifest is None and not (folder / INDEX).exists():
+        raise DataError("is no cache", where=folder, hint=OTHER_CACHE)
     found = faults(folder, "cache", contents=False)
     if found:
         raise DataError(f"is not a complete cache: {found[0]}", where=folder, hint=REBUILD_HINT)
-    manifest = read_manifest(folder)
     if manifest is None or "data" not in manifest.config:
         raise DataError("was made by an earlier version", where=folder, hint=REBUILD_HINT)
     return manifest
@@ -275,7 +280,7 @@ def _check_origin(folder: Path, manifest: Manifest, teacher_sha256: str | None, 
             f"was made with the teacher {encoded_by[:12]}",
             where=folder,
             expected=f"{teacher_sha256[:12]}, the one given",
-            hint=REBUILD_HINT,
+            hint=OTHER_CACHE,
         )
     captions = manifest.config.get("captions")  # earlier versions did not record them
     if source and (
@@ -286,7 +291,7 @@ def _check_origin(folder: Path, manifest: Manifest, teacher_sha256: str | None, 
             f"was made from other data ({manifest.config['source']})",
             where=folder,
             expected=f"{source.name} as it is now",
-            hint=REBUILD_HINT,
+            hint=OTHER_CACHE,
         )
 
 
@@ -297,7 +302,7 @@ def _check_settings(folder: Path, manifest: Manifest, size_px: int | None, confi
             f"holds latents of {manifest.config['size_px']} px pictures",
             where=folder,
             expected=f"{size_px} px",
-            hint="choose another --cache",
+            hint=OTHER_CACHE,
         )
     if config is None:
         return
@@ -311,7 +316,7 @@ def _check_settings(folder: Path, manifest: Manifest, size_px: int | None, confi
         raise DataError(
             f"was made with other data settings ({differing})",
             where=folder,
-            hint=f"choose another --cache, or {REBUILD_HINT}",
+            hint=OTHER_CACHE,
         )
 
 

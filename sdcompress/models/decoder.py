@@ -81,7 +81,7 @@ def hash_decoder(path: str | Path) -> str:
 
 
 def _expected() -> str:
-    return f"a folder that distill-decoder has written, or an {TINY_VAE} of diffusers"
+    return f"a folder that distill-decoder has written, an {TINY_VAE} of diffusers, or nano, the built-in one"
 
 
 def load_decoder(

@@ -28,7 +28,7 @@ def describe_model(path: str) -> tuple[dict[str, Any], Manifest | None]:
     """
     folder = Path(path)
     manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is None and (folder / "lora").is_dir():  # a training folder holds its LoRA under lora/
+    if manifest is None and (folder / "lora").is_dir() and not (folder / "pipeline").is_dir():  # of a LoRA's training
         folder = folder / "lora"
         manifest = read_manifest(folder)
     if manifest is None and (folder / DECODER).is_dir():

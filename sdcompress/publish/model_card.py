@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -336,6 +336,7 @@ def _training(manifest: Manifest) -> str:
         ("learning rate", rate),
         ("optimizer", f"{train.get('optimizer')}, weight decay {train.get('weight_decay'):g}"),
         *((text, f"{train[name]:g}") for name, text in _LOSSES.items() if name in train),
+        *_few_step_rows(manifest.config, train),
         *((f"last {name}", f"{value:.4f}") for name, value in figures.get("losses", {}).items()),
         *((text, f"{train[name]}") for name, text in _OPTIONS.items() if train.get(name)),
         ("seed", manifest.seed),
@@ -343,6 +344,14 @@ def _training(manifest: Manifest) -> str:
     lines = [f"| {escape_markdown(name)} | {escape_markdown(value)} |" for name, value in rows]
     source = "; ".join([code_span(manifest.inputs.get("data", "unknown")), *map(escape_markdown, data)])
     return "\n".join(["## How it was trained\n\n| | |\n|---|---|", *lines, f"| data | sha256 {source} |\n"])
+
+
+def _few_step_rows(config: Mapping[str, Any], train: Mapping[str, Any]) -> list[tuple[str, object]]:
+    """Returns the rows of a few-step training; of another, none."""
+    if "num_inference_steps" not in train:
+        return []
+    phases = train.get("phases") or train["num_inference_steps"]
+    return [("guidance in the weights", config.get("guidance_scale")), ("phases", f"{phases:d}")]
 
 
 def _license_note(license: str | None, base: str) -> str:

@@ -204,14 +204,17 @@ class LoraConfig(TrainConfig):
 class FewStepConfig(TrainConfig):
     """How a model is trained to draw in few steps, without guidance (arXiv 2310.04378 and 2405.18407)."""
 
-    num_inference_steps: int = Field(4, ge=1, le=MOST_FEW_STEPS, description="Steps in which the model shall draw.")
+    num_inference_steps: int = Field(
+        4, ge=1, le=MOST_FEW_STEPS, description="Steps in which the model shall draw: 1, 2, 4, 5, 8, 10 or 20."
+    )
     phases: int | None = Field(
         None,
         ge=1,
         le=MOST_FEW_STEPS,
         description=(
-            "Parts of the trajectory whose ends the model learns: as many as steps (the default) draws the same picture"
-            " each time; 1 is latent consistency, which adds new noise between steps."
+            "Parts into which the trajectory is cut; the model learns to jump to the end of each. As many as steps, the"
+            " default, adds no noise between steps. 1 is latent consistency: new noise between steps, whose number is"
+            " then free."
         ),
     )
     solver_steps: int = Field(
@@ -236,7 +239,7 @@ class FewStepConfig(TrainConfig):
             " end moves with the prediction, so that all timesteps count alike."
         ),
     )
-    learning_rate: float = Field(1e-5, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; higher blurs.")
+    learning_rate: float = Field(5e-6, gt=0, le=_MOST_RATE, description="Learning rate after warm-up; higher blurs.")
     ema_decay: float = Field(
         0.95,
         ge=0,
@@ -263,7 +266,7 @@ class FewStepConfig(TrainConfig):
     @model_validator(mode="after")
     def _check_combination(self) -> FewStepConfig:
         if self.phases not in (None, 1, self.num_inference_steps):
-            raise ValueError(f"phases {self.phases} should be 1 or the {self.num_inference_steps} steps")
+            raise ValueError(f"phases {self.phases} should be 1 or {self.num_inference_steps}, the number of steps")
         if self.snr_gamma is not None:
             raise ValueError("snr_gamma has no effect: the consistency loss compares samples, not noise")
         return self

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from sdcompress_engines.errors import ModelError, UsageError
 
+from sdcompress.support.bounds import MOST_FEW_STEPS
+
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 """Of the boundary condition, as in diffusers' `LCMScheduler` (arXiv 2310.04378, section 4.1)."""
 
@@ -116,8 +118,9 @@ def make_trajectory(scheduler: Any, steps: int, phases: int, solver_steps: int) 
     """
     cumprod, prediction_type = scheduler.alphas_cumprod.float(), scheduler.config.prediction_type
     if len(cumprod) % steps:
-        dividing = ", ".join(str(n) for n in range(1, 11) if len(cumprod) % n == 0)
-        raise UsageError(f"{steps} steps do not divide {len(cumprod)} timesteps", expected=f"--steps {dividing}, ...")
+        dividing = [str(n) for n in range(1, MOST_FEW_STEPS + 1) if len(cumprod) % n == 0]
+        expected = f"{', '.join(dividing[:-1])} or {dividing[-1]}"
+        raise UsageError(f"{steps} steps do not divide {len(cumprod)} timesteps", expected=expected)
     if len(cumprod) % solver_steps or solver_steps % steps:
         fitting = [str(n) for n in range(steps, len(cumprod) + 1, steps) if len(cumprod) % n == 0]
         raise UsageError(

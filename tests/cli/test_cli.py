@@ -12,6 +12,9 @@ import pytest
 from sdcompress_engines import thread_waiting
 
 from sdcompress.cli import COMMANDS
+from sdcompress.cli._console import ConsoleReporter
+from sdcompress.cli._training import note_few_steps
+from sdcompress.models.load import load_pipeline
 
 from .conftest import Cli, one_line
 
@@ -246,6 +249,13 @@ def test_plan_prints_counts_and_writes_a_plan_that_distill_takes(
     assert code == 0
     assert facts["kind"] == "student"
     assert facts["faults"] == []
+
+
+def test_an_ordinary_training_of_a_few_step_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, lines in (("nano-tiny", 0), ("nano-tiny-4step", 1)):
+        note_few_steps(load_pipeline(name), ConsoleReporter())
+        err = capsys.readouterr().err
+        assert err.count("draws in 4 steps, which this training does not keep up") == lines
 
 
 def test_generate_draws_the_same_picture_for_the_same_seed(cli: Cli, tmp_path: Path, random_folder: Path) -> None:

@@ -151,6 +151,15 @@ def test_inspect_reads_what_generate_makes(cli: Cli, random_folder: Path, tmp_pa
     assert "seed: 0 in the folder, 5 now" in one_line(err)
 
 
+def test_pictures_of_a_student_are_for_a_finetuning(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a flat icon of a cat\n")
+    code, out, err = cli(
+        "data", "generate", "nano-tiny-4step", "--prompts", tmp_path / "prompts.txt", "-n", 1, "-o", tmp_path / "made"
+    )
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"next: sdcompress finetune MODEL --data {tmp_path / 'made'} -o finetuned"
+
+
 def test_mistakes_are_one_line(cli: Cli, random_folder: Path, pictures: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n")

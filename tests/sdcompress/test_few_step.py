@@ -367,7 +367,7 @@ def test_sdxl_is_trained_with_its_added_conditions(sdxl_folder: Path, pictures: 
 
 @pytest.mark.parametrize(
     ("steps", "solver_steps", "expected"),
-    [(4, 50, "solver_steps of 4, 8, 20, 40"), (8, 100, "8, 40, 200"), (3, 40, "--steps 1, 2, 4, 5, 8, 10")],
+    [(4, 50, "solver_steps of 4, 8, 20, 40"), (8, 100, "8, 40, 200"), (3, 40, "1, 2, 4, 5, 8, 10 or 20")],
 )
 def test_steps_that_do_not_divide_are_refused(steps: int, solver_steps: int, expected: str) -> None:
     with pytest.raises(UsageError, match="steps do not divide 1000 timesteps") as refusal:
@@ -390,7 +390,7 @@ def test_a_lora_for_layers_that_are_not_there_is_refused(student: LoadedPipeline
 
 
 def test_settings_without_effect_are_refused() -> None:
-    with pytest.raises(UsageError, match="phases 2 should be 1 or the 4 steps"):
+    with pytest.raises(UsageError, match="phases 2 should be 1 or 4, the number of steps"):
         load_config(FewStepConfig, None, {"phases": 2})
     with pytest.raises(UsageError, match="snr_gamma has no effect"):
         load_config(FewStepConfig, None, {"snr_gamma": 5.0})

@@ -94,6 +94,13 @@ def test_inspect_says_what_a_few_step_model_was_trained_for(inspect: Any, random
     assert inspect(tmp_path / "onnx")["trained_for"] == trained_for
 
 
+def test_a_training_folder_is_described_by_its_pipeline(inspect: Any, random_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(random_folder, tmp_path / "pipeline")
+    (tmp_path / "lora").mkdir()
+    save_file(diffusers_lora(), tmp_path / "lora/lora.safetensors")
+    assert inspect(tmp_path)["class"] == "StableDiffusionPipeline"
+
+
 def test_a_truncated_scheduler_config_is_refused_by_its_name(random_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(random_folder, tmp_path / "model")
     (folder / "scheduler/scheduler_config.json").write_text('{"prediction_type": "eps')
