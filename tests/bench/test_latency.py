@@ -18,7 +18,7 @@ from sdcompress_bench.artifacts import build_artifacts, picture_profile, prepare
 from sdcompress_bench.journal import Journal
 from sdcompress_bench.latency import STAGES, Latency, case_of, measure
 from sdcompress_bench.scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Sampling, Suite
-from sdcompress_bench.scenario_timer import cuda_peak_mib, time_case
+from sdcompress_bench.scenario_timer import _needs_no_second, cuda_peak_mib, time_case
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.profiles import check_ranges, component_profile, parse_profile
 
@@ -270,3 +270,13 @@ def test_a_gate_holds_only_for_numbers_within_it() -> None:
         False,
         False,
     ]
+
+
+@pytest.mark.parametrize(
+    ("first_ms", "is_timed"),
+    [(3050.0, True), (2900.0, False), (90_000.0, False)],
+    ids=["minutes", "soon drawn again", "with a compilation"],
+)
+def test_a_long_first_picture_without_one_time_work_is_the_timed_one(first_ms: float, is_timed: bool) -> None:
+    samples = {"unet_step": [95.0, 100.0, 300.0], "text_encoder": [10.0], "vae_decode": [400.0]}
+    assert _needs_no_second(first_ms, samples, {"steps": 25, "stage_budget_s": 0.5}) == is_timed
