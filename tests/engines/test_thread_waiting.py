@@ -74,4 +74,5 @@ def test_onnxruntime_follows_the_policy(
     path: Path = fp32_export.folder / "text_encoder.onnx"
     with OnnxRuntimeRunner(path):
         assert entries.get("session.intra_op.allow_spinning") == spinning
+        assert entries["session.force_spinning_stop"] == "1", "the sessions of a pipeline do not disturb each other"
     assert idle_threads_sleep() == (spinning == "0")

@@ -125,6 +125,8 @@ def create_session(
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if idle_threads_sleep():
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # A pipeline has a session for each component. Their threads spin during a call, and not on into the next one's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     for key, value in request.config.items():
         options.add_session_config_entry(key, str(value))
     name = PROVIDERS[request.provider]
