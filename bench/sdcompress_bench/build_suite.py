@@ -163,10 +163,6 @@ def choose_backends(
     return measured, skipped
 
 
-RANDOM = "random"
-"""The decoder of an entry that draws with random weights."""
-
-
 def find_model(entry: ModelEntry) -> ModelUnderTest:
     """Returns the model of an entry, with its hash and the `metrics.jsonl` of its training folder.
 
@@ -179,7 +175,7 @@ def find_model(entry: ModelEntry) -> ModelUnderTest:
     from sdcompress.models.locate import display_name, hash_pipeline, locate_pipeline
     from sdcompress.models.nano import BUILT_IN
 
-    is_random = entry.random is not None and entry.decoder == RANDOM
+    is_random = entry.random is not None and entry.decoder == "random"
     decoder = None if entry.decoder is None or is_random else locate_decoder(entry.decoder)
     found: dict[str, Any] = {} if decoder is None else {"decoder": decoder, "decoder_sha256": hash_decoder(decoder)}
     if entry.random:

@@ -81,9 +81,9 @@ def step_by_step(pipeline: Any) -> Any:
 
     SD1.5's own scheduler, PNDM, calls it once more: for a picture in four steps that is a quarter of the time.
     """
-    from diffusers import DDIMScheduler
+    from diffusers import DDIMScheduler, PNDMScheduler
 
-    if not hasattr(pipeline.scheduler.config, "skip_prk_steps"):
+    if not isinstance(pipeline.scheduler, PNDMScheduler):
         return pipeline
     config = {**pipeline.scheduler.config, "timestep_spacing": "trailing", "clip_sample": False}
     pipeline.register_modules(scheduler=DDIMScheduler.from_config(config))

@@ -167,8 +167,14 @@ def draw(pipeline: TextToImagePipeline, drawing: Drawing, steps: int | None = No
         steps: other steps.
     """
     latents: list[torch.Tensor] = []
-    options = {"steps": steps or drawing.steps, "guidance_scale": drawing.guidance_scale}
-    (picture,) = generate(pipeline, [PROMPT], seeds=[0], take_latents=latents.append, **options)  # type: ignore[arg-type]
+    (picture,) = generate(
+        pipeline,
+        [PROMPT],
+        seeds=[0],
+        steps=steps or drawing.steps,
+        guidance_scale=drawing.guidance_scale,
+        take_latents=latents.append,
+    )
     return Drawn(picture, latents[0].detach().float().cpu())
 
 
