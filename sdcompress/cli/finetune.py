@@ -39,8 +39,7 @@ def command(
 
     config = run.read_config(FinetuneConfig)
     report = ConsoleReporter()
-    loaded, cache = load_inputs(model, run, config, report)
-    note_few_steps(loaded, report)
+    loaded, cache = load_inputs(model, run, config, report, check=lambda loaded: note_few_steps(loaded, report))
     result = finetune(loaded, cache, config, run.output, resume=run.resume, force=run.force, report=report)
     folder = run.output / PIPELINE
     rows: list[tuple[str, object]] = [

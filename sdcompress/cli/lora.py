@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from sdcompress_engines.command import as_argument, command_line
@@ -12,6 +13,9 @@ from sdcompress.cli._options import field_options
 from sdcompress.cli._training import TrainingArguments, load_inputs, note_few_steps, result_rows, training_options
 from sdcompress.cli._types import NAME, FilePath
 from sdcompress.train.config import LoraConfig
+
+if TYPE_CHECKING:
+    from sdcompress.models.load import LoadedPipeline
 
 
 @click.group()
@@ -43,8 +47,12 @@ def train(
 
     config = run.read_config(LoraConfig)
     report = ConsoleReporter()
-    loaded, cache = load_inputs(model, run, config, report, check=lambda loaded: check_adaptable(loaded, config))
-    note_few_steps(loaded, report)
+
+    def check(loaded: LoadedPipeline) -> None:
+        check_adaptable(loaded, config)
+        note_few_steps(loaded, report)
+
+    loaded, cache = load_inputs(model, run, config, report, check=check)
     result = train_lora(loaded, cache, config, run.output, resume=run.resume, force=run.force, report=report)
     folder = run.output / LORA
     rows: list[tuple[str, object]] = [

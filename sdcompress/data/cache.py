@@ -24,7 +24,7 @@ INDEX = "index.safetensors"
 EMPTY = "empty.safetensors"
 """The embeddings of the absent caption, see `embed_absent_caption`."""
 REBUILD_HINT = "delete the folder and let it be built again"
-OTHER_CACHE = "another --cache, or none: the cache is then beside the output"
+OTHER_CACHE = "choose another --cache; or delete the folder, if nothing else needs it"
 
 
 @dataclass(frozen=True)
@@ -261,9 +261,11 @@ def _read_cache_manifest(folder: Path) -> Manifest:
     """
     manifest = read_manifest(folder)
     if manifest is not None and manifest.kind != "cache":
-        raise DataError(f"is an artifact of kind {manifest.kind}, and no cache", where=folder, hint=OTHER_CACHE)
+        raise DataError(
+            f"is an artifact of kind {manifest.kind}, and no cache", where=folder, hint="choose another --cache"
+        )
     if manifest is None and not (folder / INDEX).exists():
-        raise DataError("is no cache", where=folder, hint=OTHER_CACHE)
+        raise DataError("is no cache", where=folder, hint="choose another --cache")
     found = faults(folder, "cache", contents=False)
     if found:
         raise DataError(f"is not a complete cache: {found[0]}", where=folder, hint=REBUILD_HINT)

@@ -43,7 +43,7 @@ def read_sampling(lora: Path) -> tuple[dict[str, Any], Any] | None:
     Raises:
         ModelError: the entry is broken.
     """
-    text = open_weights(lora).metadata.get(ENTRY)
+    text = sampling_entry(lora).get(ENTRY)
     if text is None:
         return None
     where = f"{lora}/{ENTRY}"

@@ -17,6 +17,7 @@ from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
 from sdcompress.models.locate import read_unet_config
 from sdcompress.publish.finished_model import PICTURE, FinishedModel
 from sdcompress.support.markdown import code_span, escape_markdown
+from sdcompress.support.pipeline import NOISE_OPTIONS, scheduler_config
 
 if TYPE_CHECKING:
     from sdcompress.prune.plan import BlockPlan, LevelPlan
@@ -29,8 +30,6 @@ _TAGS = {
     "finetuned": (),
     "lora": ("lora",),
 }
-_NOISE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-"""Options of a scheduler that belong to the model, not to how it is sampled."""
 _LOSSES = {
     "task_weight": "weight of the denoising loss against the true noise",
     "output_kd_weight": "weight of the loss against the teacher's prediction",
@@ -150,7 +149,6 @@ def _describe_few_steps(sampling: FewStepSampling | None) -> str:
 def _read_sampling(model: FinishedModel) -> FewStepSampling | None:
     if model.manifest.kind == "lora":
         from sdcompress.lora.sampling import read_sampling
-        from sdcompress.support.pipeline import scheduler_config
         from sdcompress.train.lora import FILE
 
         own = read_sampling(model.file(FILE))
@@ -221,7 +219,7 @@ def _loading(manifest: Manifest, repo: str, base: str, sampling: FewStepSampling
 def _scheduler_lines(sampling: FewStepSampling) -> list[str]:
     """Returns the lines of Python that give a pipeline a few-step LoRA's scheduler; the noise stays the pipeline's."""
     name = sampling.scheduler["_class_name"]
-    options = {key: value for key, value in sampling.scheduler.items() if key[0] != "_" and key not in _NOISE}
+    options = {key: value for key, value in sampling.scheduler.items() if key[0] != "_" and key not in NOISE_OPTIONS}
     lines = [f"    {key}={value!r}," for key, value in sorted(options.items())]
     return [f"pipeline.scheduler = {name}.from_config(", "    pipeline.scheduler.config,", *lines, ")"]
 

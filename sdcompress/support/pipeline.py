@@ -92,6 +92,13 @@ def latent_scale(vae_config: Mapping[str, Any], index: Mapping[str, Any]) -> tup
     return factor / torch.tensor(std).view(-1, 1, 1), torch.tensor(mean).view(-1, 1, 1)
 
 
+NOISE_OPTIONS = (
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"),
+    "rescale_betas_zero_snr",
+)
+"""Options of a scheduler that belong to the model, not to how it is sampled."""
+
+
 def scheduler_config(scheduler: Any) -> dict[str, Any]:
     """Returns the config of a scheduler as its file has it: with the class."""
     return {**scheduler.config, "_class_name": type(scheduler).__name__}

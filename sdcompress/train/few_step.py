@@ -20,6 +20,7 @@ from sdcompress.families.sampling_defaults import sampling_defaults, set_default
 from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.sampling import describe_sampling
 from sdcompress.prune.student import meta_unet
+from sdcompress.support.pipeline import NOISE_OPTIONS
 from sdcompress.train.config import FewStepConfig, LoraConfig
 from sdcompress.train.loop import TrainResult, train
 from sdcompress.train.lora import LORA, add_adapters, read_adapters, save_lora
@@ -42,8 +43,6 @@ from sdcompress.train.trajectory import Trajectory, make_trajectory
 if TYPE_CHECKING:
     from sdcompress.models.load import LoadedPipeline
 
-_NOISE = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "prediction_type")
-"""Entries of a scheduler's config that a few-step scheduler takes over."""
 _HALF_ROUNDING = 2e-3
 """Largest difference of a weight that was saved in fp16, over the largest weight of its tensor."""
 
@@ -202,7 +201,7 @@ def make_few_step_scheduler(scheduler: Any, config: FewStepConfig) -> Any:
     from diffusers import DDIMScheduler, LCMScheduler
 
     known = make_training_scheduler(scheduler).config
-    options = {name: known[name] for name in (*_NOISE, "rescale_betas_zero_snr") if name in known}
+    options = {name: known[name] for name in NOISE_OPTIONS if name in known}
     if config.count_phases() > 1:
         return DDIMScheduler(**options, timestep_spacing="trailing", clip_sample=False, steps_offset=1)
     return LCMScheduler(**options, original_inference_steps=config.solver_steps, steps_offset=1)
