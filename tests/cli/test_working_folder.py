@@ -97,13 +97,13 @@ def test_a_process_of_a_bench_imports_nothing_from_the_working_folder(working_fo
 @pytest.mark.parametrize(
     "command",
     [
-        "generate nano cat --steps 1 --backend auto",
-        "export nano -o int8 --precision int8 --component unet",
+        "generate nano-tiny cat --steps 1 --backend auto",
+        "export nano-tiny -o int8 --precision int8 --component unet",
         # the name makes it a model: the suite `nano` has limits of speed, which a busy machine misses
         "bench teacher=nano --backend torch,ort --quick --steps 1 --prompt-count 1 -o bench",
         "doctor --backend ort",
         pytest.param(
-            "export nano -o engines --trt --component unet",
+            "export nano-tiny -o engines --trt --component unet",
             marks=pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed"),
         ),
     ],

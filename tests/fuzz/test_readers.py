@@ -24,11 +24,11 @@ def test_samples_and_earlier_findings_are_read_or_refused_in_one_line(path: Path
 
 
 @pytest.mark.slow
-def test_a_minute_of_fuzzing_finds_nothing() -> None:
+def test_fuzzing_finds_nothing() -> None:
     pytest.importorskip("atheris", reason="atheris has wheels for Linux only")
     from .run import fuzz
 
     with ThreadPoolExecutor(2) as pool:
-        rows = list(pool.map(fuzz, TARGETS))
+        rows = list(pool.map(lambda target: fuzz(target, seconds=20), TARGETS))
     assert {row["target"]: row["finding"] for row in rows if row["finding"]} == {}
     assert {row["target"]: row["executions"] for row in rows if row["executions"] < 500} == {}
