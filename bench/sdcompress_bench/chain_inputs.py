@@ -26,7 +26,7 @@ class FewStepSettings:
     """A training after which a student draws in few steps, and without guidance.
 
     Attributes:
-        steps: in which the student shall draw.
+        steps: in which the student learns to draw.
         recipe: the training settings, a name or a file; None takes the defaults.
         overrides: training settings that override the recipe's; None values are ignored.
     """

@@ -8,6 +8,7 @@ from typing import Any
 
 from .markdown import Cells, section
 from .readme_table import machine
+from .report.formatting import NO_FIGURE, format_seconds
 from .results import Results, Row
 
 Figures = Mapping[str, Any]
@@ -52,11 +53,11 @@ def _methods(rows: Sequence[Figures]) -> Iterator[Cells]:
         for steps in _STEPS:
             known = [row for row in rows if row["arm"].startswith("untrained") and row["arm"].endswith(f", {end}")]
             known = [row for row in known if row["steps"] == steps]
-            cells.append(_pair([max(known, key=lambda row: row["retrieval_top5"])]))
+            cells.append(_pair([max(known, key=lambda row: (row["retrieval_top5"], row["style_accuracy"]))]))
         yield [title, "2" if end == "with guidance" else "1", *cells]
     for title, arm in (("consistency (LCM)", "one phase (LCM)"), ("consistency in as many phases as steps", "phases")):
         found = [[row for row in rows if (row["arm"], row["steps"]) == (arm, steps)] for steps in _STEPS]
-        yield [title, "1", *(_pair(known) if known else "–" for known in found)]
+        yield [title, "1", *(_pair(known) if known else NO_FIGURE for known in found)]
 
 
 def _sentence(rows: Sequence[Figures]) -> str:
@@ -86,7 +87,7 @@ def whole_pictures_section(found: Results, what: str) -> str:
     """
     return section(
         f"{what}, whole pictures ({machine(found)}; `{found.command.partition(' -o ')[0]}`):",
-        ("model", "drawn in", "backend", "a picture", "of which decoding", "times as fast"),
+        ("model", "drawn in", "backend", "a picture, s", "of which decoding, s", "times as fast"),
         (_picture_cells(found, row) for row in found.rows()),
     )
 
@@ -97,12 +98,9 @@ def _picture_cells(found: Results, row: Row) -> Cells:
         return [*cells, f"failed: {row.failed}", None, None]
     run = next(run for run in found.latency if (run.model, run.setup) == (row.model, row.setup))
     decoding = run.summary("vae_decode")
-    times = (row.end_to_end.median, None if decoding is None else decoding.median)
-    return [*cells, *("–" if time is None else _format_time(time) for time in times), f"{row.speedup:.1f}×"]
-
-
-def _format_time(ms: float) -> str:
-    return f"{ms / 1000:,.1f} s" if ms >= 10_000 else f"{ms / 1000:.2f} s" if ms >= 1000 else f"{ms:.0f} ms"
+    times_ms = (row.end_to_end.median, None if decoding is None else decoding.median)
+    seconds = (NO_FIGURE if ms is None else format_seconds(ms / 1000) for ms in times_ms)
+    return [*cells, *seconds, f"{row.speedup:.1f}×"]
 
 
 def decoder_section(found: Figures, full_size: Results) -> str:

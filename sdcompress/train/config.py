@@ -205,7 +205,7 @@ class FewStepConfig(TrainConfig):
     """How a model is trained to draw in few steps, without guidance (arXiv 2310.04378 and 2405.18407)."""
 
     num_inference_steps: int = Field(
-        4, ge=1, le=MOST_FEW_STEPS, description="Steps in which the model shall draw: 1, 2, 4, 5, 8, 10 or 20."
+        4, ge=1, le=MOST_FEW_STEPS, description="Steps in which the model learns to draw: 1, 2, 4, 5, 8, 10 or 20."
     )
     phases: int | None = Field(
         None,

@@ -107,7 +107,7 @@ def make_trajectory(scheduler: Any, steps: int, phases: int, solver_steps: int) 
 
     Args:
         scheduler: a DDPM scheduler, see `make_training_scheduler`.
-        steps: with which the model shall draw.
+        steps: in which the model learns to draw.
         phases: 1 or `steps`.
         solver_steps: places of the grid.
 
