@@ -12,6 +12,7 @@ from sdcompress.backends.registry import help_text
 from sdcompress.cli._console import ConsoleReporter, card, sampling_options
 from sdcompress.cli._trust import allow_all, trust_option
 from sdcompress.cli._types import NAME, SEED, SIZE_PX, TEXT, FilePath
+from sdcompress.support.console import describe_time
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -164,7 +165,7 @@ def _show_card(
             ("size", f"{picture.width} x {picture.height} px"),
             ("seed", seed),
             ("steps", f"{steps}, {f'guidance {guidance:g}' if guidance > 1 else 'no guidance'}"),
-            ("time", f"{draw_s:.1f} s (and {load_s:.1f} s to load)"),
+            ("time", f"{describe_time(draw_s)} (and {describe_time(load_s)} to load)"),
         ],
     )
 

@@ -22,6 +22,11 @@ def is_first_process() -> bool:
     return is_alone or os.environ["RANK"] == "0"
 
 
+def describe_time(seconds: float) -> str:
+    """Returns how long something took, as in `36 ms` or `1.2 s`."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 0.5 else f"{seconds:.1f} s"
+
+
 class ConsoleReporter(Reporter):
     """Prints on stderr: progress bars on a terminal, elsewhere a plain line every few seconds."""
 
@@ -81,4 +86,4 @@ class ConsoleReporter(Reporter):
 
         self.show_line(f"{label} ...")
         yield advance
-        self.show_line(f"{label}: done in {time.monotonic() - started:.1f} s")
+        self.show_line(f"{label}: done in {describe_time(time.monotonic() - started)}")

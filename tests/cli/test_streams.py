@@ -16,7 +16,7 @@ from sdcompress_engines.errors import SdCompressError, UsageError, escape_contro
 
 from sdcompress.cli import COMMANDS, _report
 from sdcompress.cli._streams import _replace_characters
-from sdcompress.support.console import ConsoleReporter
+from sdcompress.support.console import ConsoleReporter, describe_time
 
 from .conftest import Cli, one_line
 
@@ -49,6 +49,11 @@ def test_signs_become_ascii_and_other_characters_escapes() -> None:
     for text, shown in (("─→×≥…µ", "-->x>=...u"), ("“a”", '"a"'), ("é猫", "\\xe9\\u732b"), ("\udcff", "\\xff")):
         error = UnicodeEncodeError("ascii", text, 0, len(text), "no")
         assert text.isascii() or _replace_characters(error)[0].replace("a", "") == shown.replace("a", "")
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.0364, "36 ms"), (0.5, "0.5 s"), (83.24, "83.2 s")])
+def test_a_short_time_is_in_milliseconds(seconds: float, words: str) -> None:
+    assert describe_time(seconds) == words
 
 
 @POSIX
