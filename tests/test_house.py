@@ -50,7 +50,6 @@ WRITERS = {
 UNGUARDED = {
     "engines/sdcompress_engines/files.py": "the helpers themselves",
     "engines/sdcompress_engines/build_worker.py": "to the file that `builder` renames",
-    "engines/sdcompress_engines/store.py": "an engine in a staged folder",
     "sdcompress/backends/worker.py": "an answer in a temporary folder",
     "sdcompress/backends/fastest_worker.py": "an answer in a temporary folder",
     "sdcompress/checkpoints/taesd.py": "a staged folder",
@@ -68,6 +67,7 @@ UNGUARDED = {
     "sdcompress/export/pipeline_files.py": "configs in a staged folder",
     "sdcompress/export/quantize/quantize_graph.py": "calibration data in a temporary folder",
     "sdcompress/export/quantize/worker.py": "a graph in a temporary folder",
+    "sdcompress/export/weights.py": "the weights of a graph in a staged folder",
     "sdcompress/hosts/files.py": "a copy that is renamed; an uninstall knows what was left by its name",
     "sdcompress/hosts/record.py": "as `hosts/files.py`",
     "sdcompress/lora/files.py": "a staged file",

@@ -16,11 +16,13 @@ def _serve() -> None:
     ignore_interrupts()
     while (job := receive_message()) is not None:
         try:
+            loaded = load_pipeline(job["model"])
             export_onnx(
-                load_pipeline(job["model"]).pipeline,
+                loaded.pipeline,
                 Path(job["folder"]),
                 precision=job["precision"],
                 source=job["source"],
+                plan=loaded.plan,
                 reuse=None if job["reuse"] is None else Path(job["reuse"]),
                 force=True,
             )

@@ -22,6 +22,7 @@ class BuildOptions:
         workspace_mib: upper limit of a layer's scratch memory, MiB; None is all there is.
         refit: weights can be exchanged later: `any`, or `identical` for equal ones only, which costs no speed and
             exists from TensorRT 10 on.
+        loras: the weights that a LoRA changes can be exchanged, and only these; see `Runner.set_weights`.
         strip_plan: the engine carries no weights; they are read from the graph when it is loaded.
         weight_streaming: weights may stay in host memory and be streamed, for cards that they do not fit on.
         hardware_compatible: run on other cards too, more slowly: `ampere_plus` or `same_compute_capability`;
@@ -35,6 +36,7 @@ class BuildOptions:
     optimization_level: int | None = None
     workspace_mib: int | None = None
     refit: str | None = None
+    loras: bool = False
     strip_plan: bool = False
     weight_streaming: bool = False
     hardware_compatible: str | None = None

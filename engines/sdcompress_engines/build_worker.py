@@ -1,7 +1,8 @@
 """The process that builds one engine with TensorRT: `python -m sdcompress_engines.build_worker`.
 
 `builder.build_engine` starts it, see `child_process`. Its job has `flavour`, `onnx`, `out`, `profiles`, `targets`,
-`options` and `timing_cache`. Its events are `phase` (progress), and at the end `error`, or `done` with `peak_mib`.
+`options`, `refittable` and `timing_cache`. Its events are `phase` (progress), and at the end `error`, or `done` with
+`peak_mib`.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ USED_API_ATTENTION = {
     "IAttention": ("decomposable",),
     "LayerType": ("ATTENTION_INPUT",),
 }
+# What exchanges single weights of an engine. A library without it marks all of them.
+USED_API_INDIVIDUAL = {"INetworkDefinition": ("mark_weights_refittable",), "BuilderFlag": ("REFIT_INDIVIDUAL",)}
 USED_API_MEMORY = {"IBuilderConfig": ("set_preview_feature",), "PreviewFeature": ("RUNTIME_ACTIVATION_RESIZE_10_10",)}
 USED_API_STREAM = {"Builder": ("build_serialized_network_to_stream",), "IStreamWriter": ("write",)}
 USED_API_AHEAD = {"IBuilderConfig": ("num_compute_capabilities", "set_compute_capability")}
@@ -97,6 +100,7 @@ def build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
     config.progress_monitor = monitor
     _set_cards(trt, config, job["targets"])
     _set_options(trt, config, job["options"])
+    _mark_refittable(trt, network, config, job["refittable"])
     request_exact_memory(trt, config)
     cache = _open_timing_cache(config, Path(job["timing_cache"]))
     for shapes in job["profiles"]:
@@ -187,6 +191,24 @@ def _set_options(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options["workspace_mib"] << 20)
     if level := options.get("hardware_compatible"):
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level.upper())
+
+
+def _mark_refittable(trt: Any, network: Any, config: Any, names: Sequence[str]) -> None:
+    """Let these weights be exchanged in the engine, and where the library can, no others.
+
+    Raises:
+        EngineError: the network has no such weight.
+    """
+    if not names:
+        return
+    individual = getattr(trt.BuilderFlag, "REFIT_INDIVIDUAL", None)
+    if individual is None or not hasattr(network, "mark_weights_refittable"):
+        config.set_flag(trt.BuilderFlag.REFIT)
+        return
+    config.set_flag(individual)
+    for name in names:
+        if not network.mark_weights_refittable(name):
+            raise EngineError(f"TensorRT has no weight {name} of the graph, so no LoRA could change it")
 
 
 def request_exact_memory(trt: Any, config: Any) -> None:

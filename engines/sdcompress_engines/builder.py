@@ -14,8 +14,9 @@ from .build_options import BuildOptions, check_options
 from .child_process import describe_exit, run_job
 from .errors import EngineError, StorageError
 from .files import replace_file, sync
-from .flavour import FLAVOURS, Flavour
-from .graph import read_graph
+from .flavour import FLAVOURS, Flavour, present_card
+from .graph import read_graph, weights_path
+from .graph_weights import GraphWeights
 from .manifest import cache_folder
 from .output_folders import require_space
 from .profiles import Profile
@@ -88,7 +89,7 @@ def build_engine(
         profiles: min, opt and max of every input with a free size; an engine with several is tuned for each.
         flavour: the library to build with.
         compute_capabilities: of the cards to build for, see `targets`.
-        options: by default `BuildOptions()`.
+        options: by default `BuildOptions()`. `loras` needs the file with the graph's weights beside it.
         report: shows the phases of the build.
 
     Raises:
@@ -114,6 +115,7 @@ def build_engine(
         "profiles": [dict(profile.shapes) for profile in profiles],
         "targets": list(cards) if flavour.builds_ahead() else [],
         "options": options.chosen(),
+        "refittable": _refittable(onnx_path) if options.loras else [],
         "timing_cache": str(timing_cache(flavour, cards)),
     }
     started = time.monotonic()
@@ -137,6 +139,12 @@ def timing_cache(flavour: Flavour, cards: Sequence[tuple[int, int]]) -> Path:
     """
     digits = "-".join(f"{major}{minor}" for major, minor in cards)
     return cache_folder() / "engines" / "timing" / f"{flavour.name}-{flavour.version}-sm{digits}.cache"
+
+
+def builds_refittable(flavour: Flavour) -> bool:
+    """Returns whether engines that take LoRAs can be built here: the library runs their code on a card meanwhile."""
+    card = present_card()
+    return card is not None and flavour.explain_unsupported(card) is None
 
 
 def newest_opset(flavour: Flavour) -> int:
@@ -163,6 +171,12 @@ def require_memory(needed_bytes: int, name: str) -> None:
             f"building {name} needs about {needed_bytes / 2**30:.1f} GiB of memory, {free / 2**30:.1f} GiB are free",
             hint="close other programs, or build one component at a time with --component",
         )
+
+
+def _refittable(onnx_path: Path) -> list[str]:
+    """Returns the names of a graph's weights that a LoRA changes; none where they are not beside it."""
+    file = weights_path(onnx_path)
+    return sorted(GraphWeights(file).specs) if file.is_file() else []
 
 
 def _require_present_card(wanted: Sequence[tuple[int, int]] | None, flavour: Flavour) -> tuple[int, int]:

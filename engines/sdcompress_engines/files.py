@@ -123,6 +123,23 @@ def parents_made(path: Path) -> Iterator[None]:
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put a file into another place too: by a hard link where the file system has them, else as a copy.
+
+    Args:
+        source: the file.
+        target: is replaced if it exists.
+
+    Raises:
+        FileNotFoundError: there is no source. OSError: it cannot be copied.
+    """
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+
+
 def copy_tree(source: Path, target: Path, *, without: str = "") -> None:
     """Copy the files of a folder and its subfolders, without their permissions: a copy may be replaced and removed.
 

@@ -82,6 +82,12 @@ def read_graph(path: str | PathLike[str]) -> GraphFacts:
     return facts
 
 
+def weights_path(graph: str | PathLike[str]) -> Path:
+    """Returns where the weights of a graph lie, whether they are there or not."""
+    graph = Path(graph)
+    return graph.with_name(f"{graph.name}.safetensors")
+
+
 def _read_external(model: Any, path: Path) -> dict[str, int]:
     """Returns name → needed bytes of the files beside a graph that hold its weights.
 

@@ -30,8 +30,9 @@ from .errors import (
     UsageError,
     storage_errors,
 )
-from .files import replace_file
+from .files import link_or_copy, replace_file
 from .flavour import obstacle
+from .graph import weights_path
 from .locks import HeldLock, try_lock
 from .manifest import MANIFEST_NAME, cache_folder, read_manifest, write_manifest
 from .output_folders import staged
@@ -185,9 +186,12 @@ class EngineStore:
         return pruned
 
     def link_or_copy(self, entry: StoredEngine, folder: Path) -> Path:
-        """Put an entry's engine file into `folder`. Returns its path there.
+        """Put an entry's engine file into `folder`, and the file with its weights if it has one.
 
-        Both share the disk space where the file system has hard links.
+        Both folders share the disk space where the file system has hard links.
+
+        Returns:
+            The engine's path in `folder`.
 
         Raises:
             ArtifactError: the entry is gone. StorageError: no space, no permission.
@@ -195,18 +199,16 @@ class EngineStore:
         target = folder / entry.path.name
         with storage_errors(target):
             folder.mkdir(parents=True, exist_ok=True)
-            target.unlink(missing_ok=True)
             try:
-                os.link(entry.path, target)
-            except OSError:  # another file system, or one without hard links
-                try:
-                    shutil.copyfile(entry.path, target)
-                except FileNotFoundError as error:
-                    raise ArtifactError(
-                        "the stored engine was removed in the meantime",
-                        where=entry.folder,
-                        hint="run the same command again",
-                    ) from error
+                link_or_copy(entry.path, target)
+                if (weights := weights_path(entry.path)).name in entry.manifest.files:
+                    link_or_copy(weights, weights_path(target))
+            except FileNotFoundError as error:
+                raise ArtifactError(
+                    "the stored engine was removed in the meantime",
+                    where=entry.folder,
+                    hint="run the same command again",
+                ) from error
         return target
 
     def _clear(self, key: EngineKey, entry: Entry | None, report: Reporter) -> None:

@@ -61,6 +61,7 @@ def cached_artifacts(
                 runtime=runtime,
                 source=loaded.inputs,
                 name=loaded.name,
+                plan=loaded.plan,
                 reuse=own if decoder is not None and own.is_dir() else None,
                 report=report,
             )

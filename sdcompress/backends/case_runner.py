@@ -100,6 +100,7 @@ def graph_folder(loaded: LoadedPipeline, case: Case) -> Path:
             runtime=runtime,
             source={"pipeline": loaded.sha256},
             name=loaded.name,
+            plan=loaded.plan,
         )
     return folder
 

@@ -138,6 +138,12 @@ _ENGINE_OPTIONS = (
         help="Let weights be replaced later; any costs speed.  [default: off]",
     ),
     click.option(
+        "--no-lora",
+        "no_lora",
+        is_flag=True,
+        help="Build engines that take no LoRA while they run.  [default: they do, where their card is in this machine]",
+    ),
+    click.option(
         "--strip-plan",
         is_flag=True,
         help="Build engines without weights, which are read from the ONNX graph when they are loaded.",

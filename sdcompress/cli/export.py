@@ -153,9 +153,10 @@ def _engine_request(engine_options: Mapping[str, Any]) -> EngineRequest:
 
     build = dict(engine_options)
     flavour, profiles = build.pop("flavour"), build.pop("profiles")
-    capabilities = build.pop("compute_capabilities")
+    capabilities, no_lora = build.pop("compute_capabilities"), build.pop("no_lora")
     shapes = {name: value for name in _SHAPES if (value := build.pop(name)) is not None}
-    return EngineRequest(flavour, _add_shapes(profiles, shapes), capabilities, BuildOptions(**build))
+    loras = False if no_lora else None
+    return EngineRequest(flavour, _add_shapes(profiles, shapes), capabilities, BuildOptions(**build), loras)
 
 
 def _add_shapes(profiles: tuple[str, ...], shapes: Mapping[str, str]) -> list[str]:

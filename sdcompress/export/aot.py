@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from sdcompress_engines.manifest import Manifest, cache_folder, write_manifest
@@ -14,6 +13,7 @@ from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners.base import Runner
 
 from sdcompress.export.components import DTYPES, Precision, component_graph, example_of, signature_of, silence
+from sdcompress.export.weights import save_module_weights, unet_origins
 from sdcompress.models.load import LoadedPipeline
 
 PACKAGE = "unet.pt2"
@@ -34,6 +34,7 @@ def compile_unet(
     *,
     device: str = "cpu",
     precision: Precision = "fp32",
+    loras: bool = False,
     force: bool = False,
     report: Reporter = SILENT,
 ) -> PackageResult:
@@ -44,6 +45,7 @@ def compile_unet(
         output: the folder to write.
         device: the kind of device to compile for.
         precision: of the weights.
+        loras: whether LoRAs can be put into the package. On the CPU it is slower then, see `compile_package`.
         force: replace an existing output.
         report: gets the progress.
 
@@ -54,35 +56,43 @@ def compile_unet(
     started = time.monotonic()
     with staged(output, force, [loaded.folder]) as folder:
         with report.task(f"compiling the UNet of {loaded.name} for {device}"), silence():
-            _compile(loaded.pipeline.unet, folder / PACKAGE, device, precision)
+            _compile(loaded, folder / PACKAGE, device, precision, loras)
         seconds = time.monotonic() - started
         manifest = write_manifest(
             folder,
             "package",
-            config={"precision": precision, "device": device, "components": ["unet"]},
+            config={"precision": precision, "device": device, "components": ["unet"], "loras": loras},
             inputs={"pipeline": loaded.sha256},
             figures={"seconds": round(seconds, 1)},
         )
     return PackageResult(output, manifest, seconds)
 
 
-def _compile(unet: Any, path: Path, device: str, precision: Precision) -> None:
-    """Compile a UNet in torch.
+def _compile(loaded: LoadedPipeline, path: Path, device: str, precision: Precision, loras: bool) -> None:
+    """Compile the UNet, and write its weights beside the package where LoRAs can be put into it.
 
     Args:
-        unet: in diffusers.
+        loaded: the pipeline in torch.
         path: the package to write.
-        device, precision: see `compile_unet`.
+        device, precision, loras: see `compile_unet`.
+
+    Raises:
+        EngineError: a weight that a LoRA changes became part of the code.
     """
     from sdcompress_engines.runners.aot_compiler import compile_package
 
+    unet = loaded.pipeline.unet
     wanted = signature_of("unet", unet, precision)
     graph = component_graph("unet", unet, DTYPES[precision], stable=False).to(device)
     if precision != "fp32":
         graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     example = example_of(wanted, unet.config)
     inputs = tuple(value.to(device) for value in example.inputs.values())
-    compile_package(graph, inputs, tuple(example.dynamic_shapes.values()), path, wanted.inputs, wanted.outputs)
+    shapes = tuple(example.dynamic_shapes.values())
+    compile_package(graph, inputs, shapes, path, wanted.inputs, wanted.outputs, exchangeable=loras)
+    if loras:
+        save_module_weights(graph, path, unet_origins(unet.config, loaded.plan))
+        open_package(path, device).close()  # which finds each weight in the package
 
 
 def cached_package(loaded: LoadedPipeline, device: str, precision: Precision, report: Reporter = SILENT) -> Path:

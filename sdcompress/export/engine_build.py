@@ -10,8 +10,9 @@ from typing import Any
 from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.builder import build_engine
 from sdcompress_engines.engine_key import EngineKey
+from sdcompress_engines.files import link_or_copy
 from sdcompress_engines.flavour import Card, Flavour, platform_name
-from sdcompress_engines.graph import sha256_files
+from sdcompress_engines.graph import sha256_files, weights_path
 from sdcompress_engines.manifest import Manifest
 from sdcompress_engines.profiles import Profile, ShapeRanges, component_profile
 from sdcompress_engines.progress import Reporter
@@ -21,6 +22,7 @@ from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import StoredEngine
 
 from sdcompress.export.components import DTYPES
+from sdcompress.export.onnx_component import PLAN
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
 
 
@@ -73,11 +75,13 @@ class EngineBuilder:
         return stored, reused
 
     def _build(self, component: str, profiles: Sequence[Profile], folder: Path) -> dict[str, Any]:
-        """Build an engine into a folder. Returns the figures of the build."""
+        """Build an engine into a folder, with its weights beside it if it takes LoRAs. Returns the build's figures."""
         graph, engine = self.onnx_folder / f"{component}.onnx", folder / f"{component}.engine"
         built = build_engine(
             graph, engine, profiles, self.flavour, self.compute_capabilities, self.options, self.report
         )
+        if self.options.loras and weights_path(graph).is_file():
+            link_or_copy(weights_path(graph), weights_path(engine))
         return {"seconds": round(built.seconds, 2), "bytes": built.bytes, "peak_mib": round(built.peak_mib, 1)}
 
     def _profiles(self, component: str) -> list[Profile]:
@@ -112,6 +116,7 @@ class EngineBuilder:
             "inputs": {component: _describe_specs(ports.inputs)},
             "outputs": {component: _describe_specs(ports.outputs)},
             "model_name": self.manifest.config.get("model_name", ""),
+            PLAN: self.manifest.config.get(PLAN),
         }
 
 

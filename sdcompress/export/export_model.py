@@ -44,12 +44,14 @@ class EngineRequest:
         profiles: presets or texts with ranges; see `sdcompress_engines.profiles`.
         compute_capabilities: (major, minor) of the GPUs to build for.
         options: of the build.
+        loras: whether LoRAs can be put into the engines while they run; None is wherever the library can build these.
     """
 
     flavour: str | None = None
     profiles: Sequence[str] = ()
     compute_capabilities: Sequence[tuple[int, int]] = ()
     options: BuildOptions = field(default_factory=BuildOptions)
+    loras: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
         "opset": request.opset or (newest_opset(library) if library else None),
         "source": loaded.inputs | _apply_loras(loaded, loras),
         "name": name,
+        "plan": loaded.plan,
         "calibration_prompts": request.calibration_prompts,
         "keep_failed": request.keep_failed,
         "report": report,
@@ -150,16 +153,22 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
     with staged(output, request.force, inputs) as folder:
         graphs = export_onnx(loaded.pipeline, folder / "onnx", failed_folder=failed_place(output), **settings)
         del loaded  # the build needs the memory
-        engines = build_engines(
-            folder / "onnx",
-            folder / "engine",
-            profiles=request.engines.profiles,
-            flavour=library.name,
-            compute_capabilities=request.engines.compute_capabilities or None,
-            options=request.engines.options,
-            report=report,
-        )
+        engines = _build(request.engines, library, folder, report)
     return ModelExport(name, graphs, engines, time.monotonic() - started)
+
+
+def _build(request: EngineRequest, library: Flavour, folder: Path, report: Reporter) -> EnginesResult:
+    """Build the engines of the graphs in `folder/onnx` into `folder/engine`."""
+    return build_engines(
+        folder / "onnx",
+        folder / "engine",
+        profiles=request.profiles,
+        flavour=library.name,
+        compute_capabilities=request.compute_capabilities or None,
+        options=request.options,
+        loras=request.loras,
+        report=report,
+    )
 
 
 def check_decoder_runs(request: ExportRequest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sdcompress_engines.graph import weights_path
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest
 from sdcompress_engines.paths import file_inside
 from sdcompress_engines.progress import SILENT, Reporter
@@ -20,7 +22,17 @@ from sdcompress.export.onnx_file import write_onnx
 from sdcompress.export.parity import Parity, compare_onnx
 from sdcompress.export.quantize.quantize_unet import QuantizedUNet, quantize_unet
 from sdcompress.export.settings import ExportSettings
+from sdcompress.export.weights import WITH_WEIGHTS, unet_origins
+from sdcompress.prune.plan import BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
+
+PLAN = "plan"
+"""The entry of an export's manifest with the plan of a student's UNet."""
+
+
+def describe_plan(plan: BlockPlan | None) -> dict[str, Any] | None:
+    """Returns a plan as a manifest holds it."""
+    return None if plan is None else json.loads(plan.to_json())
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,7 @@ class ComponentExporter:
         reuse: folder of an earlier export whose equal graphs are taken over, or None.
         calibration_prompts: for a quantized UNet; None takes `default_prompts`.
         report: gets the progress.
+        plan: from the whole model to a student, or None.
     """
 
     pipeline: TextToImagePipeline
@@ -65,6 +78,7 @@ class ComponentExporter:
     reuse: Path | None = None
     calibration_prompts: Sequence[str] | None = None
     report: Reporter = field(default=SILENT)
+    plan: BlockPlan | None = None
 
     def export_all(self) -> dict[str, ExportedComponent]:
         """Write every component. Returns them by name, in the order of the settings.
@@ -110,7 +124,8 @@ class ComponentExporter:
         with self.report.task(f"exporting {component}", total=2) as advance:
             wanted = signature_of(component, part, precision, settings.host)
             graph = component_graph(component, part, DTYPES[precision])
-            write_onnx(graph, wanted, path, settings.opset, settings.runtime)
+            origins = unet_origins(part.config, self.plan) if component == "unet" else {}
+            write_onnx(graph, wanted, path, settings.opset, settings.runtime, origins)
             advance(note="comparing with torch")
             parity = None
             if not onnxruntime_missing():
@@ -121,8 +136,11 @@ class ComponentExporter:
     def _has_equal_graph(self, earlier: Manifest, component: str) -> bool:
         """Returns whether an earlier export has the graph that this one would write."""
         wanted = self.settings.to_config()
+        complete = component not in WITH_WEIGHTS or weights_path(f"{component}.onnx").name in earlier.files
         return (
-            all(earlier.config.get(key, "any") == wanted[key] for key in ("opset", "runtime", "signature"))
+            complete
+            and (component != "unet" or earlier.config.get(PLAN) == describe_plan(self.plan))
+            and all(earlier.config.get(key, "any") == wanted[key] for key in ("opset", "runtime", "signature"))
             and earlier.config.get("precisions", {}).get(component) == wanted["precisions"][component]
             and earlier.config.get("weights_sha256", {}).get(component) == self.weights_sha256[component]
         )

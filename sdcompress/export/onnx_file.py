@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sdcompress_engines.signature import Signature
 
 from sdcompress.export.components import ComponentGraph, Runtime, example_of, silence
 from sdcompress.export.onnxruntime_ops import use_onnxruntime_ops
+from sdcompress.export.weights import WITH_WEIGHTS, move_weights_out, name_weights
 
 OPSET = 23
 """The default opset. `Attention` and `GroupNormalization` are one node each in it.
@@ -23,9 +25,17 @@ _ONE_FILE_BYTES = int(1.9e9)  # protobuf ends at 2 GiB
 
 
 def write_onnx(
-    graph: ComponentGraph, wanted: Signature, path: Path, opset: int = OPSET, runtime: Runtime = "any"
+    graph: ComponentGraph,
+    wanted: Signature,
+    path: Path,
+    opset: int = OPSET,
+    runtime: Runtime = "any",
+    origins: Mapping[str, str] | None = None,
 ) -> None:
-    """Trace a component and write its graph. Weights over 2 GB go to `<path>.data`.
+    """Trace a component and write its graph.
+
+    The parameters of a component that a LoRA can change go to `<path>.safetensors`, from where `Runner.set_weights`
+    reads the original ones. Those of others go to `<path>.data` if they are over 2 GB.
 
     Args:
         graph: the component.
@@ -33,21 +43,30 @@ def write_onnx(
         path: the file to write.
         opset: of the standard operators.
         runtime: the one that the graph is written for.
+        origins: the names of a UNet's weights in the whole model, see `weights.unet_origins`.
 
     Raises:
-        ExportError: torch could not export it.
+        ExportError: torch could not export it, or folded a weight into a constant.
     """
+    import onnx_ir as ir
+
     program = trace_graph(graph, wanted, opset)
+    transposed = name_weights(program.model)
+    program.optimize()
     if runtime == "onnxruntime":
         use_onnxruntime_ops(program.model)
     _name_ports(program.model, wanted)
     _remove_traces(program.model)
+    if wanted.component in WITH_WEIGHTS:
+        move_weights_out(program.model, path, graph.part, transposed, origins or {})
+        ir.save(program.model, path)
+        return
     large = sum(weight.numel() * weight.element_size() for weight in graph.parameters()) > _ONE_FILE_BYTES
     program.save(str(path), external_data=large)
 
 
 def trace_graph(graph: ComponentGraph, wanted: Signature, opset: int) -> torch.onnx.ONNXProgram:
-    """Returns a component as torch exports it, with names of torch's own.
+    """Returns a component as torch exports it, not optimized, with names of torch's own.
 
     Args:
         graph: the component.
@@ -67,6 +86,7 @@ def trace_graph(graph: ComponentGraph, wanted: Signature, opset: int) -> torch.o
                 opset_version=opset,
                 dynamic_shapes=tuple(example.dynamic_shapes.values()),
                 verbose=False,
+                optimize=False,
             )
     except Exception as error:  # torch's exporter raises errors of many classes
         raise ExportError(

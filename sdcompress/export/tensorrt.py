@@ -6,15 +6,16 @@ One profile, in pixels, gives the shapes of all components. Each engine is built
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sdcompress_engines.build_options import BuildOptions
-from sdcompress_engines.builder import targets
+from sdcompress_engines.builder import builds_refittable, targets
 from sdcompress_engines.few_steps import read_exported_few_steps
 from sdcompress_engines.files import copy_tree
-from sdcompress_engines.flavour import choose_flavour, present_card
+from sdcompress_engines.flavour import Flavour, choose_flavour, present_card
+from sdcompress_engines.graph import weights_path
 from sdcompress_engines.manifest import MANIFEST_NAME, Manifest, sha256_file, write_manifest
 from sdcompress_engines.output_folders import staged
 from sdcompress_engines.profiles import (
@@ -84,6 +85,7 @@ def build_engines(
     flavour: str | None = None,
     compute_capabilities: Sequence[tuple[int, int]] | None = None,
     options: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
+    loras: bool | None = None,
     components: Iterable[str] | None = None,
     store: EngineStore | None = None,
     force: bool = False,
@@ -100,6 +102,7 @@ def build_engines(
         flavour: `tensorrt` or `tensorrt-rtx`; by default the first with a GPU, and the second without.
         compute_capabilities: (major, minor) of the cards to build for; see `sdcompress_engines.builder.targets`.
         options: of the build.
+        loras: whether LoRAs can be put into the engines; None is wherever the library can build such engines.
         components: by default those in the folder. store: by default the user's.
         force: replace an existing output.
         report: gets the progress.
@@ -116,11 +119,10 @@ def build_engines(
     cards = targets(library, compute_capabilities)
     default, scale = _choose_preset(onnx_folder, manifest), vae_scale(configs["vae_decoder"])
     ranges = tuple(shape_ranges(profiles, configs["unet"], scale, default))
-    where = library, compute_capabilities, cards
-    builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, options, report)
-    store = store or EngineStore()
-    engines: dict[str, StoredEngine] = {}
-    builds: dict[str, BuiltEngine] = {}
+    options = replace(options, loras=_choose_loras(loras, library, options, manifest, report))
+    where = library, compute_capabilities, cards, options
+    builder = EngineBuilder(onnx_folder, manifest, configs, ranges, *where, report)
+    store, engines, builds = store or EngineStore(), dict[str, StoredEngine](), dict[str, BuiltEngine]()
     with staged(output, force, [onnx_folder]) as folder:
         for component in chosen:
             engines[component], reused = builder.get_or_build(component, store)
@@ -135,6 +137,19 @@ def build_engines(
             figures={component: asdict(built) for component, built in builds.items()},
         )
     return EnginesResult(output, written, builds, ranges)
+
+
+def _choose_loras(
+    wanted: bool | None, library: Flavour, options: BuildOptions, manifest: Manifest, report: Reporter
+) -> bool:
+    """Returns whether the engines are built so that they take LoRAs."""
+    has_weights = any(weights_path(f"{name}.onnx").name in manifest.files for name in manifest.config["components"])
+    if wanted is not None or options.refit or options.strip_plan or not has_weights:
+        return bool(wanted) and has_weights
+    if not builds_refittable(library):
+        report.show_line(f"these engines take no LoRA: {library.name} builds those that do where a card of theirs is")
+        return False
+    return True
 
 
 def _choose_preset(onnx_folder: Path, manifest: Manifest) -> str:

@@ -17,11 +17,14 @@ from sdcompress.models.locate import (
     read_model_index,
 )
 from sdcompress.models.nano import BUILT_IN
+from sdcompress.models.student_plan import find_plan
 from sdcompress.support.pipeline import TextToImagePipeline
 from sdcompress.support.quiet import quiet
 
 if TYPE_CHECKING:
     import torch
+
+    from sdcompress.prune.plan import BlockPlan
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class LoadedPipeline:
         folder: the pipeline folder, or the single-file checkpoint.
         decoder_sha256: of the small decoder in the place of the VAE; None where the pipeline has its own.
         note: what a user should know about the decoder with this model; may be empty.
+        plan: from the whole model to this student; None of a whole model, or where it is not known.
     """
 
     name: str
@@ -43,6 +47,7 @@ class LoadedPipeline:
     folder: Path = field(repr=False)
     decoder_sha256: str | None = None
     note: str = ""
+    plan: BlockPlan | None = field(default=None, repr=False)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -82,14 +87,15 @@ def load_pipeline(
     from_hub = folder.is_dir() and not expand_user(name).exists()
     if name not in BUILT_IN and not from_hub:
         name = display_name(folder)
+    plan = find_plan(folder, pipeline.unet.config)
     if decoder is None:
-        return LoadedPipeline(name, pipeline, hash_pipeline(folder), folder)
+        return LoadedPipeline(name, pipeline, hash_pipeline(folder), folder, plan=plan)
     from sdcompress.models.decoder import load_decoder
 
     small = load_decoder(decoder, pipeline, _choose_dtype(as_stored))
     diffusers_pipeline: Any = pipeline
     diffusers_pipeline.register_modules(vae=small.network)
-    return LoadedPipeline(name, pipeline, hash_pipeline(folder), folder, small.sha256, small.note)
+    return LoadedPipeline(name, pipeline, hash_pipeline(folder), folder, small.sha256, small.note, plan)
 
 
 def _choose_dtype(as_stored: bool) -> Callable[[torch.dtype], torch.dtype]:

@@ -204,7 +204,7 @@ def test_work_left_to_another_provider_is_found_in_what_onnxruntime_reports(tmp_
     with OnnxRuntimeRunner(write_split(tmp_path)) as runner:
         assigned = [
             (part.ep_name, [node.op_type for node in part.get_nodes()])
-            for part in runner._session.get_provider_graph_assignment_info()
+            for part in runner._session.native.get_provider_graph_assignment_info()
         ]
     assert assigned == [("CPUExecutionProvider", ["MatMul"])]
     assert left_out(assigned, {"CPUExecutionProvider"}) == {}
@@ -231,7 +231,7 @@ def test_threads_and_session_entries_reach_onnxruntime(tmp_path: Path) -> None:
     with OnnxRuntimeRunner(
         write_graph(tmp_path / "sum.onnx"), threads=1, config={"session.intra_op.allow_spinning": "0"}
     ) as runner:
-        options = runner._session.get_session_options()
+        options = runner._session.native.get_session_options()
         assert options.intra_op_num_threads == 1
         assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
 

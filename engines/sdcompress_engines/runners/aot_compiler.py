@@ -36,11 +36,13 @@ def compile_package(
     path: str | PathLike[str],
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
+    *,
+    exchangeable: bool = False,
 ) -> Path:
     """Compile `module` for the device and dtype it is in, and write the package. Returns its path.
 
     On the CPU the weights are part of the code, laid out for it ("freezing": 6 to 14 % faster where it was measured),
-    and the code uses as many threads as torch does.
+    unless they are to be exchanged, and the code uses as many threads as torch does.
 
     Args:
         module: takes and returns tensors by position.
@@ -49,6 +51,7 @@ def compile_package(
             every size fixed.
         path: ends in `.pt2`; an existing file is replaced once the new one is whole.
         inputs, outputs: names, shapes and dtypes. An axis that the export makes fixed is kept as its size.
+        exchangeable: whether `Runner.set_weights` can exchange weights on the CPU too. On a GPU it always can.
 
     Raises:
         UsageError: another suffix. BackendMissing: no C++ compiler, or no CUDA toolkit for a GPU. ExportError: the
@@ -65,7 +68,8 @@ def compile_package(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".partial", dir=path.parent) as folder:
             try:
-                compiled = _compile(module, examples, dynamic_shapes, Path(folder) / path.name, inputs, outputs)
+                target = Path(folder) / path.name
+                compiled = _compile(module, examples, dynamic_shapes, target, inputs, outputs, exchangeable)
             except OSError:
                 raise
             except Exception as error:  # the compiler's exceptions share no base class
@@ -92,6 +96,7 @@ def _compile(
     path: Path,
     inputs: Sequence[TensorSpec],
     outputs: Sequence[TensorSpec],
+    exchangeable: bool,
 ) -> str:
     """Write the package. Returns the path that the compiler gave it."""
     device = examples[0].device.type
@@ -103,10 +108,21 @@ def _compile(
         given, axes, fixed = _exported_sizes(program, inputs)
         card = tuple(torch.cuda.get_device_capability()) if device == "cuda" else ()
         results = _fix_sizes(outputs, fixed)
-        facts = Facts(torch.__version__, platform_name(), device, card, (), given, results, axes)
-        options: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True} if device == "cpu" else {}
+        layout = _has_channels_last(module)
+        facts = Facts(torch.__version__, platform_name(), device, card, (), given, results, axes, layout)
+        options: dict[str, Any] = {}
+        if device == "cpu":
+            options = {"freezing": not exchangeable, "cpp.dynamic_threads": True}
         options["aot_inductor.metadata"] = facts.metadata()
         return str(aoti_compile_and_package(program, package_path=str(path), inductor_configs=options))
+
+
+def _has_channels_last(module: torch.nn.Module) -> bool:
+    """Returns whether the weights of a module's convolutions have their channels last."""
+    return any(
+        weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        for weight in module.parameters()
+    )
 
 
 def _compiler_error(error: Exception, device: str, path: Path) -> SdCompressError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from os import PathLike
 from typing import Any
 
@@ -42,6 +42,8 @@ class AotInductorRunner(Runner):
         self._chosen = device is not None
         self._model: Any = None
         self._axes: Mapping[str, AxisRange] = {}
+        self._channels_last = False
+        self._constants: Mapping[str, str] = {}
 
     def _load(self) -> None:
         assert self.path is not None
@@ -77,6 +79,8 @@ class AotInductorRunner(Runner):
                 f"the package does not load ({shorten(error)})", where=self.path, hint=EXPORT_AGAIN
             ) from error
         self.inputs, self.outputs, self._axes = facts.inputs, facts.outputs, facts.axes
+        self._channels_last = facts.channels_last
+        self._constants = self._name_constants()
         if self.device.type == "cuda":
             self.device = cuda_device(self.device.index)
         self._graphed = GraphedCall(self._compute, self.device, self.path) if self.cuda_graph else None
@@ -101,6 +105,41 @@ class AotInductorRunner(Runner):
         except RuntimeError as error:
             raise EngineError(f"the package failed ({shorten(error)})", where=self.path) from error
         return name_outputs(self.outputs, results)
+
+    def _exchange(self, changes: Mapping[str, torch.Tensor], key: Hashable) -> None:
+        """Copy values over the package's constants. Their addresses stay, so CUDA graphs stay valid."""
+        restored = {name: self.read_weight(name) for name in self._changed - set(changes)}
+        for values in (restored, changes):
+            for name in values:
+                self._model.load_constants(
+                    {self._constants[name]: self._lay_out(values[name])}, check_full_update=False, user_managed=False
+                )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the copies are not in the order of torch's stream
+
+    def _lay_out(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns a value as the package's code expects it: its bytes are copied as they are."""
+        value = value.to(self.device)
+        if self._channels_last and value.ndim == 4:
+            return value.contiguous(memory_format=torch.channels_last)
+        return value.contiguous()
+
+    def _name_constants(self) -> dict[str, str]:
+        """Returns weight → the package's name of it, which has the path of the compiled module before it.
+
+        Raises:
+            EngineError: the package has a weight no more, because its value is part of the code.
+        """
+        stored = self._model.get_constant_fqns()
+        names = {}
+        for name in self.weights:
+            found = next((each for each in stored if each == name or each.endswith(f".{name}")), None)
+            if found is None:
+                raise EngineError(
+                    f"takes no LoRA: the weight {name} is part of the compiled code", where=self.path, hint=EXPORT_AGAIN
+                )
+            names[name] = found
+        return names
 
     def _release(self) -> None:
         self._model = self._graphed = None

@@ -63,6 +63,7 @@ class Facts:
         inputs, outputs: in the order of the call.
         axes: free axis → the sizes it was compiled for. The code itself checks none of this: other sizes would read
             past their memory.
+        channels_last: the layout of the weights of convolutions.
     """
 
     torch: str
@@ -73,6 +74,7 @@ class Facts:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, AxisRange]
+    channels_last: bool = False
 
     def metadata(self) -> dict[str, str]:
         """Returns the facts as the compiler takes them for the package's metadata."""
@@ -181,6 +183,7 @@ def _parse_facts(raw: Mapping[str, Any], isa: str) -> Facts:
         specs(raw["inputs"]),
         specs(raw["outputs"]),
         {str(name): AxisRange(**given) for name, given in raw["axes"].items()},
+        raw.get("channels_last") is True,
     )
 
 

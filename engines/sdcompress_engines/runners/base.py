@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,9 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import EngineError, EngineMismatch, UsageError
+from ..graph import weights_path
+from ..graph_weights import GraphWeights, WeightSpec
+from ..manifest import read_manifest
+from .exchange import CheckedChanges, OriginalWeights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+ORIGINAL: Hashable = ()
+"""The key of the original weights."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,9 @@ class Runner(ABC):
         self.inputs: tuple[TensorSpec, ...] = ()
         self.outputs: tuple[TensorSpec, ...] = ()
         self._is_open = False
+        self._originals: OriginalWeights | None = None
+        self._changed: frozenset[str] = frozenset()
+        self._weights_key: Hashable = ORIGINAL
 
     def open(self) -> Self:
         """Load the graph. Returns the runner itself.
@@ -94,6 +104,90 @@ class Runner(ABC):
         if self._is_open:
             self._release()
             self._is_open = False
+            self._originals, self._changed, self._weights_key = None, frozenset(), ORIGINAL
+
+    @property
+    def weights(self) -> Mapping[str, WeightSpec]:
+        """The weights that `set_weights` exchanges, by the names of their parameters in torch; empty where it cannot.
+
+        Raises:
+            ArtifactError: the file beside the graph is damaged.
+        """
+        originals = self._open_originals()
+        return {} if originals is None else originals.specs
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        """Returns the original value of a weight as torch has it, on the CPU. Do not write to it.
+
+        Args:
+            name: a key of `weights`.
+        """
+        originals = self._open_originals()
+        if originals is None:
+            raise self._fixed_weights()
+        return originals.read(name)
+
+    def set_weights(self, changes: Mapping[str, torch.Tensor], key: Hashable = None) -> None:
+        """Exchange weights. Those that are not named get their original values back, bit-equal; `{}` is all of them.
+
+        If it fails, all weights are the original ones again.
+
+        Args:
+            changes: name, a key of `weights` → its value as torch has it, any float dtype, on any device. Each value is
+                asked for once, so a mapping may compute it then.
+            key: equal for equal changes. With the key of the current weights nothing is done, and no value is asked
+                for. A backend may keep what it made for a key.
+
+        Raises:
+            EngineError: the runner is closed, its weights are fixed, or a value is not finite. EngineMismatch: a name
+                or shape that the graph does not have.
+        """
+        if not self._is_open:
+            raise EngineError("the runner is not open", where=self.path, hint="with open_runner(path) as runner: ...")
+        key = key if changes else ORIGINAL
+        if key is not None and key == self._weights_key:
+            return
+        if changes and not self.weights:
+            raise self._fixed_weights()
+        checked = CheckedChanges(changes, self.weights, self.path)
+        self._weights_key = None
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                self._exchange(checked, key)
+            except BaseException:
+                self._changed |= frozenset(checked)
+                self._exchange({}, ORIGINAL)
+                self._changed, self._weights_key = frozenset(), ORIGINAL
+                raise
+        self._changed, self._weights_key = frozenset(checked), key
+
+    def _open_originals(self) -> OriginalWeights | None:
+        """Returns the original weights, from the file beside the graph; None where there is none."""
+        if self._originals is None and self.path is not None and (file := weights_path(self.path)).is_file():
+            self._originals = GraphWeights(file)
+        return self._originals
+
+    def _fixed_weights(self) -> EngineError:
+        """Returns the error for a graph whose weights cannot be exchanged."""
+        manifest = None if self.path is None else read_manifest(self.path.parent)
+        precision = str((manifest.config if manifest else {}).get("precision", ""))
+        if precision in ("int8", "fp8"):
+            reason, hint = f"its weights are rounded to {precision}", "an export in fp16, or with --lora FILE:WEIGHT"
+        else:
+            reason, hint = (
+                "it has no file with its weights beside it",
+                "export it again: sdcompress export MODEL -o DIR",
+            )
+        return EngineError(f"takes no LoRA: {reason}", where=self.path, hint=hint)
+
+    def _exchange(self, changes: Mapping[str, torch.Tensor], key: Hashable) -> None:
+        """Exchange weights; `_changed` has the names of those that are not the original ones now.
+
+        Args:
+            changes: checked, in the dtypes of the graph, on any device.
+            key: see `set_weights`.
+        """
+        raise self._fixed_weights()
 
     def __enter__(self) -> Self:
         return self.open()

@@ -125,6 +125,10 @@ class Execution:
         with self._stream() as stream:
             self._prepare(self._context(profile, stream), shapes)
 
+    def drop_graphs(self) -> None:
+        """Forget every captured graph; the next call of a shape captures it anew. The device must be idle."""
+        self._captured.clear()
+
     @contextmanager
     def _stream(self) -> Iterator[torch.cuda.Stream]:
         """Yield the stream to enqueue on: torch's current one, or instead of the default one a stream of our own.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import torch
 
 from ..errors import BackendMissing, EngineError, SdCompressError, UsageError
-from .base import Runner, TensorSpec, cuda_device
+from .base import ORIGINAL, Runner, TensorSpec, cuda_device
 from .cuda_graphs import warn_without_graph
 from .onnxruntime_install import PROVIDERS, require
 from .onnxruntime_session import (
@@ -25,6 +25,8 @@ from .onnxruntime_session import (
 )
 from .shapes import Ranges, Shape
 
+MAX_SESSIONS = 2
+"""Sessions that a runner keeps, each with weights of its own; a new one replaces the one that was used longest ago."""
 MAX_SESSION_GRAPHS = 4
 """CUDA graphs, each of one shape, of a session. A session cannot free one, so further shapes run without."""
 
@@ -59,8 +61,24 @@ class _Static:
     captured: bool = False
 
 
+@dataclass
+class _Session:
+    """A session of ONNX Runtime with weights of its own.
+
+    Attributes:
+        native: ONNX Runtime's object.
+        statics: shapes → the tensors of their CUDA graph.
+    """
+
+    native: Any
+    statics: dict[tuple[Shape, ...], _Static] = field(default_factory=dict)
+
+
 class OnnxRuntimeRunner(Runner):
     """An `.onnx` file in ONNX Runtime.
+
+    A session cannot change its weights, so `set_weights` starts one with other values for the graph's initializers. The
+    last ones are kept, and a key that comes again costs nothing.
 
     On a GPU it works on a stream of its own, in order with torch's current one, and never makes the host wait.
 
@@ -117,9 +135,9 @@ class OnnxRuntimeRunner(Runner):
         self.provider, self.cuda_graph = chosen, cuda_graph
         self.graph_failure: str | None = None
         self._request = SessionRequest(self.path, chosen, threads, prefer_nhwc, profile, dict(config or {}))
+        self._sessions: dict[Hashable, _Session] = {}  # the one used last comes last
         self._session: Any = None
         self._stream: Any = None
-        self._statics: dict[tuple[Shape, ...], _Static] = {}
 
     def _load(self) -> None:
         require()
@@ -134,34 +152,46 @@ class OnnxRuntimeRunner(Runner):
                 )
             self.device = cuda_device(self.device.index)
             self._stream = torch.cuda.Stream(self.device)
+        refusal = self._start(ORIGINAL, {})
+        native = self._session.native
+        self.inputs = tuple(self._spec(node) for node in native.get_inputs())
+        self.outputs = tuple(self._spec(node) for node in native.get_outputs())
+        if refusal is not None:
+            self._drop_graphs(refusal)
+
+    def _start(self, key: Hashable, weights: Mapping[str, torch.Tensor]) -> str | None:
+        """Start a session and run in it from now on. Returns why it has no CUDA graphs, where they are wanted.
+
+        Args:
+            key: of the weights.
+            weights: initializer → its value, on the CPU; the others are those of the file.
+        """
 
         def start(cuda_graph: bool) -> StartedSession:
-            return create_session(self._request, self.device, self._stream, cuda_graph=cuda_graph)
+            return create_session(self._request, self.device, self._stream, cuda_graph=cuda_graph, weights=weights)
 
         try:
-            session, refusal = start_session(start, self.cuda_graph)
+            session, refusal = start_session(start, self.cuda_graph and self.graph_failure is None)
         except SdCompressError:
             raise
         except Exception as error:  # its exceptions share no base class
             raise explain_refusal(self._request.path, error) from error
         assigned = session.assigned()
         check_provider(self._request, session.names, session.native.get_providers(), left_out(assigned, session.names))
-        self.inputs = tuple(self._spec(node) for node in session.native.get_inputs())
-        self.outputs = tuple(self._spec(node) for node in session.native.get_outputs())
-        self._session = session.native
-        if refusal is not None:
-            others = sorted({name for provider, names in assigned if provider not in session.names for name in names})
-            self._drop_graphs(f"{refusal}; elsewhere: {', '.join(others)}" if others else refusal)
+        self._session = self._sessions[key] = _Session(session.native)
+        others = sorted({name for provider, names in assigned if provider not in session.names for name in names})
+        return refusal if refusal is None or not others else f"{refusal}; elsewhere: {', '.join(others)}"
 
     def _drop_graphs(self, reason: str) -> None:
         """Go on without CUDA graphs.
 
-        `_load` or `_run_on_gpu` calls it, so that the warning names a line of the caller.
+        `_load`, `_exchange` or `_run_on_gpu` calls it, so that the warning names a line of the caller.
         """
         self.graph_failure = reason
-        if self._statics:
+        if any(session.statics for session in self._sessions.values()):
             torch.cuda.synchronize(self.device)  # earlier replays may still read and write them
-            self._statics.clear()
+        for session in self._sessions.values():
+            session.statics.clear()
         warn_without_graph(self.path, reason)
 
     @property
@@ -189,7 +219,7 @@ class OnnxRuntimeRunner(Runner):
 
     def _bind(self, feeds: Mapping[str, torch.Tensor], results: Mapping[str, torch.Tensor] | None = None) -> Any:
         """Returns a binding of feeds and results. Without `results` ONNX Runtime allocates them."""
-        binding = self._session.io_binding()
+        binding = self._session.native.io_binding()
         place = self.device.type, self._device_id
         for name, tensor in feeds.items():
             binding.bind_input(name, *place, _ELEMENT[tensor.dtype], tuple(tensor.shape), tensor.data_ptr())
@@ -203,7 +233,7 @@ class OnnxRuntimeRunner(Runner):
 
     def _infer(self, binding: Any, options: Any = None) -> Any:
         try:
-            self._session.run_with_iobinding(binding, options)
+            self._session.native.run_with_iobinding(binding, options)
         except Exception as error:
             raise EngineError(f"ONNX Runtime failed ({message_of(error)})", where=self.path) from error
         return binding
@@ -261,8 +291,8 @@ class OnnxRuntimeRunner(Runner):
     def _static(self, feeds: Mapping[str, torch.Tensor]) -> _Static | None:
         """Returns the static tensors for these shapes; None for shapes beyond the first `MAX_SESSION_GRAPHS`."""
         key = tuple(tuple(tensor.shape) for tensor in feeds.values())
-        if key not in self._statics:
-            if len(self._statics) == MAX_SESSION_GRAPHS:
+        if key not in self._session.statics:
+            if len(self._session.statics) == MAX_SESSION_GRAPHS:
                 return None
             once = self._infer(self._bind(feeds), self._run_options(-1))
             shapes = {name: view.shape for name, view in self._views(once).items()}
@@ -272,16 +302,41 @@ class OnnxRuntimeRunner(Runner):
                 spec.name: torch.empty(shapes[spec.name], dtype=spec.dtype, device=self.device) for spec in self.outputs
             }
             torch.cuda.synchronize(self.device)
-            self._statics[key] = _Static(
-                fixed, results, self._bind(fixed, results), self._run_options(len(self._statics) + 1)
+            self._session.statics[key] = _Static(
+                fixed, results, self._bind(fixed, results), self._run_options(len(self._session.statics) + 1)
             )
-        return self._statics[key]
+        return self._session.statics[key]
 
     def _release(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._session = None
-        self._statics.clear()
+        self._sessions.clear()
+
+    def _fixed_weights(self) -> EngineError:
+        if self.provider not in ("cpu", "cuda"):
+            return EngineError(
+                f"takes no LoRA: {PROVIDERS[self.provider]} builds the weights into its engine",
+                where=self.path,
+                hint="provider 'cuda', or an export with --lora FILE:WEIGHT",
+            )
+        return super()._fixed_weights()
+
+    def _exchange(self, changes: Mapping[str, torch.Tensor], key: Hashable) -> None:
+        if self.provider not in ("cpu", "cuda"):
+            raise self._fixed_weights()
+        key = object() if key is None else key
+        if (kept := self._sessions.pop(key, None)) is not None:
+            self._session = self._sessions[key] = kept
+            return
+        values = {name: value if not self.weights[name].transposed else value.t() for name, value in changes.items()}
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the session that goes may still run
+        while len(self._sessions) >= MAX_SESSIONS:
+            del self._sessions[next(iter(self._sessions))]
+        refusal = self._start(key, {name: value.cpu().contiguous() for name, value in values.items()})
+        if refusal is not None:
+            self._drop_graphs(refusal)
 
 
 def _torch_view(value: Any) -> torch.Tensor:

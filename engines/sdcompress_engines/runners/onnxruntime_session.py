@@ -102,7 +102,12 @@ class StartedSession:
 
 
 def create_session(
-    request: SessionRequest, device: torch.device, stream: torch.cuda.Stream | None, *, cuda_graph: bool
+    request: SessionRequest,
+    device: torch.device,
+    stream: torch.cuda.Stream | None,
+    *,
+    cuda_graph: bool,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> StartedSession:
     """Returns a new session.
 
@@ -111,6 +116,7 @@ def create_session(
         device: the CPU, or a CUDA device with its index.
         stream: the CUDA stream to work on; None on the CPU.
         cuda_graph: capture and replay the graph (`cuda` only).
+        weights: initializer → the value that replaces the one in the file beside the graph, on the CPU.
 
     Raises:
         BackendMissing: this ONNX Runtime does not have the provider. StorageError: its cache folder cannot be written.
@@ -129,6 +135,8 @@ def create_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for key, value in request.config.items():
         options.add_session_config_entry(key, str(value))
+    if weights:
+        options.add_external_initializers(list(weights), [_to_ort_value(value) for value in weights.values()])
     name = PROVIDERS[request.provider]
     names = {name}
     if stream is None:
@@ -142,6 +150,13 @@ def create_session(
             names.add(devices[0].ep_name)
     native = onnxruntime.InferenceSession(str(request.path), options, providers=providers, enable_fallback=0)
     return StartedSession(native, frozenset(names))
+
+
+def _to_ort_value(value: torch.Tensor) -> Any:
+    """Returns a tensor as ONNX Runtime holds it, without a copy; it keeps the tensor's memory alive."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue.from_dlpack(value.contiguous())
 
 
 def start_session(start: Callable[[bool], Started], cuda_graph: bool) -> tuple[Started, str | None]:

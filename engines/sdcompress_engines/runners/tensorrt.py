@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..trust import check_trusted
 from .base import Runner, TensorSpec, cuda_device
 from .execution import Execution
 from .memory import SharedMemory
+from .refit import Refit
 from .shapes import Ranges, axis_names, choose_profile, make_shape_error
 from .tensorrt_library import DTYPES, KERNELS, create_log, explain_invalid
 
@@ -97,6 +98,7 @@ class TensorRTRunner(Runner):
     def _forget(self) -> None:
         """Drop everything that `_load` sets. Contexts go before their engine, and the log last."""
         self._execution: Any = None
+        self._refit: Refit | None = None
         self._config: Any = None
         self._cache: Any = None
         self._cache_file: Path | None = None
@@ -254,6 +256,30 @@ class TensorRTRunner(Runner):
                 for spec in self.inputs
             }
             self._profiles.append({name: (least, best, most) for name, (least, best, most) in ranges.items()})
+
+    def _fixed_weights(self) -> EngineError:
+        """Returns the error for an engine whose weights cannot be exchanged."""
+        built = self._built or {}
+        if str(built.get("precision")) in ("int8", "fp8"):
+            return super()._fixed_weights()
+        return EngineError(
+            "takes no LoRA: it was built without (--no-lora), or on a machine without its card",
+            where=self.path,
+            hint=f"here, {REBUILD}, or with --lora FILE:WEIGHT",
+        )
+
+    def _exchange(self, changes: Mapping[str, torch.Tensor], key: Hashable) -> None:
+        """Refit the engine. Captured graphs are dropped, because a library may move the weights."""
+
+        def read(name: str) -> torch.Tensor:
+            value = changes[name] if name in changes else self.read_weight(name)
+            return value.t() if self.weights[name].transposed else value
+
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize(self.device)  # the engine may still run
+            self._execution.drop_graphs()
+            self._refit = self._refit or Refit(self._trt, self._engine, self._log, self.device, self.path)
+            self._refit.exchange([*changes, *(self._changed - set(changes))], read)
 
     def _mismatch(self, reason: str | None) -> EngineMismatch:
         built = self._built

@@ -58,6 +58,11 @@ USED_API_REFIT = {
     "OnnxParserRefitter": ("refit_from_file", "num_errors", "get_error"),
     "ParserError": ("desc",),
 }
+# For exchanging weights. Some versions lack the last of the refitter's, and take weights from the host's memory only.
+USED_API_EXCHANGE = {
+    "Refitter": ("set_named_weights", "get_missing_weights", "refit_cuda_engine", "refit_cuda_engine_async"),
+    "TensorLocation": ("DEVICE", "HOST"),
+}
 # What only some versions have, and is looked up before it is used: a runtime configuration from TensorRT 10.11 on, the
 # rest in TensorRT-RTX.
 USED_API_RTX = {

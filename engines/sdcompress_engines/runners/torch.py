@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from ..errors import BackendMissing, UsageError
 from .base import Runner, TensorSpec, name_outputs
 from .cuda_graphs import GraphedCall, check_graph_device
+from .exchange import ModuleWeights, OriginalWeights
 
 MODES = ("eager", "channels_last", "compile")
 COMPILER = "install a C++ compiler (Debian, Ubuntu: apt-get install g++)"
@@ -30,6 +31,7 @@ class TorchRunner(Runner):
             input, and `channels_last` gains little there; `compile` keeps the layout.
         cuda_graph: replay a captured graph for each shape, so that the host launches no single kernels; on a GPU only.
             The module's weights may change in place, but must not move.
+        named: the module by whose names of parameters `set_weights` takes weights; by default `module`.
 
     Raises:
         UsageError: an unknown mode, or a CUDA graph of a module that is on no GPU.
@@ -45,13 +47,14 @@ class TorchRunner(Runner):
         mode: str = "eager",
         *,
         cuda_graph: bool = False,
+        named: torch.nn.Module | None = None,
     ) -> None:
         weight = next(module.parameters(), None)
         super().__init__(None, torch.device("cpu") if weight is None else weight.device)
         if mode not in MODES:
             raise UsageError(f"no torch mode {mode!r}", expected=" or ".join(MODES))
         self.module, self.inputs, self.outputs, self.mode = module, tuple(inputs), tuple(outputs), mode
-        self.cuda_graph = cuda_graph
+        self.cuda_graph, self._named = cuda_graph, named or module
         check_graph_device(cuda_graph, self.device)
         self._call: Callable[..., Any] = module
         self._graphed: GraphedCall | None = None
@@ -88,8 +91,24 @@ class TorchRunner(Runner):
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor.clone() if self.mode == "compile" and tensor.is_inference() else tensor
 
+    def _open_originals(self) -> OriginalWeights:
+        if self._originals is None:
+            self._originals = ModuleWeights(self._named)
+        return self._originals
+
+    def _exchange(self, changes: Mapping[str, torch.Tensor], key: Hashable) -> None:
+        """Change the module's weights in place, so that compiled code and CUDA graphs stay valid."""
+        originals = self._open_originals()
+        assert isinstance(originals, ModuleWeights)
+        for name in self._changed - set(changes):
+            originals.restore(name)
+        for name in changes:
+            originals.write(name, changes[name])
+
     def _release(self) -> None:
-        """Drop what was compiled and captured. The module stays with the caller."""
+        """Drop what was compiled and captured, and restore the weights. The module stays with the caller."""
+        for name in self._changed:
+            self._open_originals().restore(name)
         self._call, self._graphed = self.module, None
 
 
