@@ -16,7 +16,7 @@ from sdcompress_engines.paths import file_inside
 from sdcompress_engines.progress import SILENT, Reporter
 from sdcompress_engines.runners.onnxruntime_install import missing as onnxruntime_missing
 
-from sdcompress.export.components import DTYPES, component_graph, part_of, signature_of
+from sdcompress.export.components import DTYPES, component_graph, config_of, part_of, signature_of
 from sdcompress.export.graph_folder import read_graph_folder
 from sdcompress.export.onnx_file import write_onnx
 from sdcompress.export.parity import Parity, compare_onnx
@@ -124,7 +124,7 @@ class ComponentExporter:
         with self.report.task(f"exporting {component}", total=2) as advance:
             wanted = signature_of(component, part, precision, settings.host)
             graph = component_graph(component, part, DTYPES[precision])
-            origins = unet_origins(part.config, self.plan) if component == "unet" else {}
+            origins = unet_origins(config_of(part), self.plan) if component == "unet" else {}
             write_onnx(graph, wanted, path, settings.opset, settings.runtime, origins)
             advance(note="comparing with torch")
             parity = None

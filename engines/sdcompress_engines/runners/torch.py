@@ -10,7 +10,7 @@ import torch
 from ..errors import BackendMissing, UsageError
 from .base import Runner, TensorSpec, name_outputs
 from .cuda_graphs import GraphedCall, check_graph_device
-from .exchange import ModuleWeights, OriginalWeights
+from .exchange import ModuleWeights
 
 MODES = ("eager", "channels_last", "compile")
 COMPILER = "install a C++ compiler (Debian, Ubuntu: apt-get install g++)"
@@ -58,6 +58,7 @@ class TorchRunner(Runner):
         check_graph_device(cuda_graph, self.device)
         self._call: Callable[..., Any] = module
         self._graphed: GraphedCall | None = None
+        self._module_weights: ModuleWeights | None = None
 
     def _load(self) -> None:
         self.module.eval()
@@ -91,15 +92,14 @@ class TorchRunner(Runner):
             tensor = tensor.contiguous(memory_format=torch.channels_last)
         return tensor.clone() if self.mode == "compile" and tensor.is_inference() else tensor
 
-    def _open_originals(self) -> OriginalWeights:
-        if self._originals is None:
-            self._originals = ModuleWeights(self._named)
-        return self._originals
+    def _open_originals(self) -> ModuleWeights:
+        if self._module_weights is None:
+            self._module_weights = ModuleWeights(self._named)
+        return self._module_weights
 
     def _exchange(self, changes: Mapping[str, torch.Tensor], key: Hashable) -> None:
         """Change the module's weights in place, so that compiled code and CUDA graphs stay valid."""
         originals = self._open_originals()
-        assert isinstance(originals, ModuleWeights)
         for name in self._changed - set(changes):
             originals.restore(name)
         for name in changes:
