@@ -23,6 +23,7 @@ FAULTS_SHOWN = 3
 """Faulty layers that a message names."""
 NAME_SHOWN = 80
 """Longest name of a layer in a message."""
+_KEY_SHOWN = 100
 SUPPORTED = "LoRA, LoCon, LoHa, LoKr or DoRA"
 
 
@@ -119,7 +120,7 @@ def _group_by_layer(weights: Weights, modules: Iterable[str]) -> dict[tuple[str,
             expected="layers named as diffusers, PEFT, kohya's scripts or LyCORIS name them",
         )
     if unknown:
-        shown = ", ".join(shorten(key, NAME_SHOWN) for key in unknown[:FAULTS_SHOWN])
+        shown = ", ".join(shorten(key, _KEY_SHOWN) for key in unknown[:FAULTS_SHOWN])
         raise ModelError(
             f"has {len(unknown)} of {len(weights.shapes)} tensors that belong to no layer here, such as {shown}",
             where=weights.path,

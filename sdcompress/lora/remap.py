@@ -67,7 +67,7 @@ def remap_lora(layers: Layers, plan: BlockPlan, student_modules: Iterable[str]) 
 def remap_to_teacher(layers: Layers, plan: BlockPlan) -> Layers:
     """Returns a LoRA for the teacher from one for its student: the same layers by the names of the whole model.
 
-    A WebUI that holds a student in the layout of the whole model finds the layers by these names.
+    A loader that knows the layers of the whole model only, such as a WebUI's, finds them by these names.
 
     Args:
         layers: of the student's LoRA.
