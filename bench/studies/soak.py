@@ -41,11 +41,11 @@ LONGEST_S = 3 * 3600.0
 
 def make_lora(unet: Any, seed: int) -> dict[tuple[str, str], Any]:
     """Returns a LoRA with random weights for every attention's query of a UNet."""
-    from sdcompress.lora.files import LoraLayer
+    from sdcompress.lora.adapters import LowRank
 
     draw = torch.Generator().manual_seed(seed)
     return {
-        ("unet", name): LoraLayer(
+        ("unet", name): LowRank(
             0.02 * torch.randn(RANK, module.in_features, generator=draw),
             0.02 * torch.randn(module.out_features, RANK, generator=draw),
             float(RANK),

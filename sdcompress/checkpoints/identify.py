@@ -15,10 +15,13 @@ from sdcompress.families.registry import families
 
 CHECKPOINT, LORA, UNKNOWN = "a Stable Diffusion checkpoint", "a LoRA", "unknown weights"
 
+_LORA_KEY = re.compile(
+    r"\.lora_(down|up|A|B)\.|[._]lora\.(down|up)\.|\.lora_linear_layer\.|\.(hada|lokr)_w[12](_[ab])?$|\.diff$"
+)
 # Other kinds of weight files, by their keys. The first that matches is taken.
 _OTHER_KINDS = {
-    LORA: re.compile(r"\.lora_(down|up|A|B)\.|[._]lora\.(down|up)\.|\.lora_linear_layer\."),
-    "a LoHa or LoKr adapter": re.compile(r"\.(hada_w1|lokr_w1)"),
+    LORA: _LORA_KEY,
+    "an OFT, IA3 or GLoRA adapter": re.compile(r"\.(oft_blocks|oft_diag|b?oft_[rR]|on_input|ia3_l|a1\.weight)(\.|$)"),
     "a ControlNet": re.compile(r"^control_model\.|^controlnet_cond_embedding\.|(^|\.)input_hint_block\."),
     "a textual-inversion embedding": re.compile(r"^(emb_params|string_to_param|clip_[lg])$"),
     "a Stable Diffusion 3 transformer": re.compile(r"(^|\.)joint_blocks\.\d"),
@@ -32,7 +35,8 @@ _OTHER_KINDS = {
 
 def identify_weights(weights: Weights) -> str:
     """Returns what a weight file is: `CHECKPOINT`, `LORA`, `a VAE alone`, ...; `UNKNOWN` where no key is known."""
-    if any(key.startswith(f"{UNET}input_blocks.") for key in weights.shapes):
+    # A LoRA may name its layers as a checkpoint does.
+    if any(key.startswith(f"{UNET}input_blocks.") and not _LORA_KEY.search(key) for key in weights.shapes):
         return CHECKPOINT
     return next(
         (name for name, pattern in _OTHER_KINDS.items() if any(pattern.search(key) for key in weights.shapes)), UNKNOWN

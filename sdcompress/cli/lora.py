@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 from sdcompress_engines.command import as_argument, command_line
+from sdcompress_engines.errors import ModelError
 
 from sdcompress.cli._console import ConsoleReporter, card, mib
 from sdcompress.cli._options import field_options
@@ -15,6 +16,7 @@ from sdcompress.cli._types import NAME, FilePath
 from sdcompress.train.config import LoraConfig
 
 if TYPE_CHECKING:
+    from sdcompress.lora.remap import RemappedLora
     from sdcompress.models.load import LoadedPipeline
 
 
@@ -99,43 +101,59 @@ def train(
     metavar="FILE",
     help="The student's LoRA, .safetensors.",
 )
+@click.option("--reverse", is_flag=True, help="FILE was trained on the student: name its layers as the teacher does.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
-def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, force: bool) -> None:
+def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, reverse: bool, force: bool) -> None:
     """Convert a LoRA of the whole UNet into one for the student.
 
-    Layers of removed blocks are dropped; the card names them.
+    Layers of removed blocks are dropped; the card names them, and says how much of the change is kept. Reads LoRA,
+    LoCon, LoHa, LoKr and DoRA. With --reverse, a LoRA of the student gets the names that a WebUI's loader knows.
 
     \b
       sdcompress lora remap detail-tweaker.safetensors --teacher ./rv4 --plan bk-tiny -o tweaker-tiny.safetensors
+      sdcompress lora remap my-style.safetensors --teacher ./rv4 --plan bk-tiny --reverse -o my-style-whole.safetensors
     """
-    from sdcompress_engines.errors import ModelError
     from sdcompress_engines.output_folders import check_file
 
+    from sdcompress.checkpoints.weights import open_weights
     from sdcompress.lora.files import read_lora, write_lora
     from sdcompress.lora.names import unet_modules
-    from sdcompress.lora.remap import remap_lora
-    from sdcompress.lora.sampling import sampling_entry
+    from sdcompress.lora.remap import remap_lora, remap_to_teacher
+    from sdcompress.lora.settings import kept_entries
     from sdcompress.models.locate import local_paths, read_unet_config
     from sdcompress.prune.presets import plan_files, read_plan
     from sdcompress.prune.student import meta_unet
 
     check_file(output, [lora, *plan_files(plan_name), *local_paths(teacher)], replace=force)
     plan = read_plan(plan_name, read_unet_config(teacher))
-    layers = read_lora(lora, unet_modules(meta_unet(plan.teacher)))
-    remapped = remap_lora(layers, plan, unet_modules(meta_unet(plan.student_config())))
-    if not any(component == "unet" for component, _ in remapped.layers):
-        raise ModelError(f"changes only blocks that {plan.name} removes", where=lora)
-    write_lora(remapped.layers, output, naming, sampling_entry(lora))
+    student = unet_modules(meta_unet(plan.student_config()))
+    layers = read_lora(lora, student if reverse else unet_modules(meta_unet(plan.teacher)))
+    if reverse:
+        written, rows = remap_to_teacher(layers, plan), list[tuple[str, object]]()
+    else:
+        remapped = remap_lora(layers, plan, student)
+        written, rows = remapped.layers, _describe_kept(remapped)
+        if not any(component == "unet" for component, _ in written):
+            raise ModelError(f"changes only blocks that {plan.name} removes", where=lora)
+    write_lora(written, output, naming, kept_entries(open_weights(lora)))
+    card(
+        f"{lora.name} for {'the whole model' if reverse else plan.name}",
+        [
+            ("LoRA", output),
+            ("size", mib(output.stat().st_size)),
+            ("layers", f"{len(layers)} → {len(written)}"),
+            *rows,
+        ],
+    )
+
+
+def _describe_kept(remapped: RemappedLora) -> list[tuple[str, object]]:
+    """Returns the card's rows on what a student keeps of a LoRA, and what it loses."""
     dropped: dict[str, int] = {}
     for name in remapped.dropped:
         block = ".".join(name.split(".")[:4] if name.startswith(("down", "up")) else name.split(".")[:3])
         dropped[block] = dropped.get(block, 0) + 1
-    rows: list[tuple[str, object]] = [
-        ("LoRA", output),
-        ("size", mib(output.stat().st_size)),
-        ("layers", f"{len(layers)} → {len(remapped.layers)}"),
-    ]
-    rows += [
+    rows: list[tuple[str, object]] = [("kept", f"{remapped.kept_norm:.0%} of its change by norm")]
+    return rows + [
         ("dropped" if i == 0 else "", f"{block}: {count} layers") for i, (block, count) in enumerate(dropped.items())
     ]
-    card(f"{lora.name} for {plan.name}", rows)

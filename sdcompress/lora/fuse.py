@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from sdcompress_engines.errors import ModelError, UsageError, shorten
 
-from sdcompress.lora.files import NAME_SHOWN, Layers, describe_faults
+from sdcompress.lora.adapters import Layers
+from sdcompress.lora.files import NAME_SHOWN, describe_faults
 from sdcompress.support.pipeline import TextToImagePipeline
 
 MOST_WEIGHT = 100.0
@@ -40,6 +41,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def fuse_lora(pipeline: TextToImagePipeline, layers: Layers, weight: float = 1.0) -> None:
     """Add a LoRA to the pipeline's weights in place.
 
+    Several LoRAs are added one after another: each changes the weights that the one before has left.
+
     Args:
         pipeline: in torch.
         layers: of the LoRA.
@@ -51,7 +54,7 @@ def fuse_lora(pipeline: TextToImagePipeline, layers: Layers, weight: float = 1.0
     components = {component for component, _ in layers}
     targets = find_targets(layers, {name: getattr(pipeline, name, None) for name in components})
     for place, target in targets.items():
-        changed = target + (weight * layers[place].delta(target.shape)).to(target)
+        changed = (target.float() + weight * layers[place].delta(target)).to(target.dtype)
         if not changed.isfinite().all():
             raise ModelError(
                 f"the LoRA makes weights of {place[1]} that are not finite",

@@ -43,7 +43,7 @@ def read_sampling(lora: Path) -> tuple[dict[str, Any], Any] | None:
     Raises:
         ModelError: the entry is broken.
     """
-    text = sampling_entry(lora).get(ENTRY)
+    text = open_weights(lora).metadata.get(ENTRY)
     if text is None:
         return None
     where = f"{lora}/{ENTRY}"
@@ -54,16 +54,6 @@ def read_sampling(lora: Path) -> tuple[dict[str, Any], Any] | None:
         raise ModelError(f"{_SCHEDULER} is no JSON object", where=where, expected="a scheduler's config")
     check_defaults(entry, where)
     return {name: entry[name] for name in (STEPS, GUIDANCE)}, build_scheduler(entry[_SCHEDULER], where)
-
-
-def sampling_entry(lora: Path) -> dict[str, str]:
-    """Returns the entry of a LoRA's header that says how to draw with it, for a LoRA made from it; most have none.
-
-    Args:
-        lora: the LoRA's file.
-    """
-    text = open_weights(lora).metadata.get(ENTRY)
-    return {} if text is None else {ENTRY: text}
 
 
 def apply_sampling(pipeline: Any, lora: Path) -> None:

@@ -1,4 +1,4 @@
-"""What PEFT notes about a LoRA in the header of the file: how its layers are scaled."""
+"""What stands about a LoRA in the header of its file, such as how PEFT scales its layers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,15 @@ from sdcompress.checkpoints.weights import Weights
 
 _ENTRY = "lora_adapter_metadata"
 """diffusers writes it since 0.34, with a component and a dot before each name, such as `unet.lora_alpha`."""
+
+
+def kept_entries(weights: Weights) -> dict[str, str]:
+    """Returns the entries of a file's header that stay true of its layers when they are written to another file.
+
+    PEFT's settings do not: `write_lora` writes every layer with its own scale, which a reader of the settings would
+    apply a second time.
+    """
+    return {name: text for name, text in weights.metadata.items() if name != _ENTRY}
 
 
 def read_settings(weights: Weights) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from sdcompress_engines.progress import SILENT, Reporter
 from torch import nn
 
 from sdcompress.data.cache import LatentCache
-from sdcompress.lora.files import Layers, LoraLayer, write_lora
+from sdcompress.lora.adapters import Layers, LowRank
+from sdcompress.lora.files import write_lora
 from sdcompress.lora.names import unet_modules
 from sdcompress.prune.student import meta_unet
 from sdcompress.train.config import LoraConfig
@@ -222,7 +223,7 @@ def read_adapters(component: str, network: Any) -> Layers:
         if hasattr(module, "lora_A") and "default" in module.lora_A:
             down, up = (getattr(module, side)["default"].weight.detach().float().cpu() for side in ("lora_A", "lora_B"))
             full = name if component == "unet" or name.startswith("text_model.") else f"text_model.{name}"
-            layers[component, full] = LoraLayer(down, up, float(module.scaling["default"] * len(down)))
+            layers[component, full] = LowRank(down, up, float(module.scaling["default"] * len(down)))
     return layers
 
 

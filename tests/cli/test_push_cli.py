@@ -21,7 +21,8 @@ from PIL import Image
 from sdcompress_engines.errors import SdCompressError
 from sdcompress_engines.manifest import MANIFEST_NAME, faults, read_manifest, sha256_file, write_manifest
 
-from sdcompress.lora.files import LoraLayer, write_lora
+from sdcompress.lora.adapters import LowRank
+from sdcompress.lora.files import write_lora
 from sdcompress.publish.finished_model import find_finished_model
 from sdcompress.train.config import LoraConfig
 from sdcompress.train.recipes import load_config
@@ -34,7 +35,7 @@ from .conftest import Cli, one_line
 def trained(tmp_path: Path) -> Path:
     """A training folder as `lora train` leaves it: a small LoRA under lora/ and a grid of samples."""
     folder = tmp_path / "style"
-    layers = {("unet", "mid_block.attentions.0.proj_in"): LoraLayer(torch.randn(2, 8), torch.randn(8, 2), 2.0)}
+    layers = {("unet", "mid_block.attentions.0.proj_in"): LowRank(torch.randn(2, 8), torch.randn(8, 2), 2.0)}
     write_lora(layers, folder / "lora/lora.safetensors", "diffusers")
     write_lora(layers, folder / "lora/lora-kohya.safetensors", "kohya")
     config = load_config(LoraConfig, "nano-lora", {}).model_dump(mode="json")

@@ -319,7 +319,8 @@ def test_in_half_precision_the_time_embedding_stays_exact(fp16_graphs: ExportRes
 def test_a_lora_is_baked_into_the_graph(small_pipeline: Any, tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    from sdcompress.lora.files import LoraLayer, write_lora
+    from sdcompress.lora.adapters import LowRank
+    from sdcompress.lora.files import write_lora
 
     torch.manual_seed(3)
     plain_unet = UNet2DConditionModel(
@@ -338,7 +339,7 @@ def test_a_lora_is_baked_into_the_graph(small_pipeline: Any, tmp_path: Path) -> 
     layer = plain_unet.get_submodule(name)
     down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
     file = tmp_path / "style.safetensors"
-    write_lora({("unet", name): LoraLayer(down, up, 2.0)}, file, "kohya")
+    write_lora({("unet", name): LowRank(down, up, 2.0)}, file, "kohya")
     arguments = [str(tmp_path / "model"), "-o", str(tmp_path / "out"), "--component", "unet", "--lora", f"{file}:0.5"]
     result = CliRunner().invoke(cli_export.command, arguments)
     assert result.exception is None, result.exception

@@ -245,7 +245,7 @@ def test_a_file_that_is_no_lora_for_this_unet_is_refused(trained: Path, model: L
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="is not a LoRA: it holds unknown weights"):
         read_lora(tmp_path / "other.safetensors", modules)
-    for name in ("base_model.model.conv_in.lora_A.weight", "down_blocks.0.to_q_lora.down.weight"):
+    for name in ("transformer.blocks.0.to_q.lora_A.weight", "down_blocks.0.to_q_lora.down.weight"):
         save_file({name: torch.zeros(2, 2)}, tmp_path / "other.safetensors")
         with pytest.raises(ModelError, match=f"a LoRA whose layers have names of another kind, such as {name}"):
             read_lora(tmp_path / "other.safetensors", modules)

@@ -15,7 +15,7 @@ from sdcompress_engines.ldm_keys import ldm_unet_keys
 from sdcompress_engines.signature import context_width, signature
 
 from sdcompress.families.unet_blocks import read_blocks
-from sdcompress.lora.files import LoraLayer
+from sdcompress.lora.adapters import LowRank
 from sdcompress.lora.remap import remap_lora
 from sdcompress.prune.cost import count_parameters, unet_cost
 from sdcompress.prune.plan import BlockPlan, LevelPlan
@@ -126,7 +126,7 @@ def test_everything_derived_from_a_plan_fits(config: dict[str, Any], preset: str
     inputs = {spec.name: spec.shape for spec in signature("unet", dict(student.config)).inputs}
     assert inputs["encoder_hidden_states"] == ("batch", "tokens", CONTEXT)
     layers = {
-        ("unet", name): LoraLayer(torch.zeros(1, module.in_features), torch.zeros(module.out_features, 1), 1.0)
+        ("unet", name): LowRank(torch.zeros(1, module.in_features), torch.zeros(module.out_features, 1), 1.0)
         for name, module in teacher.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
