@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .errors import EngineError, EngineMismatch, UsageError
+from .graph_weights import WeightSpec
 from .runners import Runner
 from .signature import HOSTS
 
@@ -55,6 +56,19 @@ class EngineModule(torch.nn.Module):
     @property
     def device(self) -> torch.device:
         return self.runner.device
+
+    @property
+    def weights(self) -> Mapping[str, WeightSpec]:
+        """The weights that `set_weights` exchanges; see `Runner.weights`."""
+        return self.runner.weights
+
+    def read_weight(self, name: str) -> torch.Tensor:
+        """Returns the original value of a weight; see `Runner.read_weight`."""
+        return self.runner.read_weight(name)
+
+    def set_weights(self, changes: Mapping[str, torch.Tensor], key: Hashable = None) -> None:
+        """Exchange weights; see `Runner.set_weights`."""
+        self.runner.set_weights(changes, key)
 
     def close(self) -> None:
         """Free the engine. TensorRT-RTX keeps the kernels that it compiled for the next time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from .engine_module import EngineModule
 from .errors import EngineMismatch
 from .outputs import UNetOutput
 from .progress import SILENT, Reporter
-from .runners import Runner
+from .runners import Runner, TorchRunner
 
 
 class EngineUNet(EngineModule):
@@ -39,7 +39,8 @@ class EngineUNet(EngineModule):
         super().__init__(runner, config, host)
         self._fallback, self._report = fallback, report
         # In a list, so that it is no submodule: `to()` and `device` are the engine's.
-        self._torch: list[torch.nn.Module] = []
+        self._torch: list[TorchRunner] = []
+        self._changes: tuple[Mapping[str, torch.Tensor], Hashable] = ({}, None)
         if self.config.get("addition_embed_type") == "text_time":
             # SDXL's pipeline reads this width from the module, not from its config.
             self.add_embedding = SimpleNamespace(
@@ -83,6 +84,11 @@ class EngineUNet(EngineModule):
         out = out.to(sample.dtype)
         return UNetOutput(out) if return_dict else (out,)
 
+    def set_weights(self, changes: Mapping[str, torch.Tensor], key: Hashable = None) -> None:
+        """Exchange weights of the engine, and of the UNet in torch when it runs; see `Runner.set_weights`."""
+        super().set_weights(changes, key)
+        self._changes = changes, key
+
     def _in_torch(
         self,
         error: EngineMismatch,
@@ -94,8 +100,9 @@ class EngineUNet(EngineModule):
         if not self._torch:
             assert self._fallback is not None
             self._report.show_line(f"falling back to torch for this shape: {error}")
-            self._torch.append(self._fallback().eval())
-        module = self._torch[0]
+            self._torch.append(TorchRunner(self._fallback(), (), ()).open())
+        self._torch[0].set_weights(*self._changes)
+        module = self._torch[0].module
         weight = next(module.parameters())
         with torch.no_grad():
             conditions = {name: tensor.to(weight.device, weight.dtype) for name, tensor in added.items()}

@@ -26,6 +26,7 @@ from sdcompress.backends.registry import (
     find_backend,
 )
 from sdcompress.export.components import DTYPES, Precision
+from sdcompress.lora.pipeline_loras import enable_loras
 from sdcompress.models.decoder import locate_decoder
 from sdcompress.models.load import load_pipeline
 from sdcompress.models.locate import hash_pipeline, locate_pipeline
@@ -43,9 +44,12 @@ def open_pipeline(
     fallback: str | None = None,
     steady: bool = False,
     decoder: Path | None = None,
+    loras: bool = False,
     report: Reporter = SILENT,
 ) -> TextToImagePipeline:
     """Returns a diffusers pipeline for `model` that runs on `backend`; free it with `close_pipeline`.
+
+    Its method `set_loras([(file, weight), ...])` puts LoRAs into it, on every backend: see `PipelineLoras.set`.
 
     | backend | what runs where |
     |---|---|
@@ -67,32 +71,28 @@ def open_pipeline(
             such a shape is an error.
         steady: compile the kernels of TensorRT-RTX for a shape before its first run, not during it.
         decoder: folder of a small decoder to run in the place of the VAE.
+        loras: whether LoRAs will be set; on a CPU, the faster package of `aot` takes none.
         report: gets the progress.
 
     Raises:
-        UsageError: unknown backend or path. BackendMissing: the runtime is not installed, or has no device.
-            ModelError: not a pipeline. EngineMismatch: artifacts of another model. ArtifactError: an export that is
-            not as its manifest says. NotTrusted: an engine or package that was built elsewhere.
+        UsageError: unknown backend or path. BackendMissing: no such runtime or device. ModelError: not a pipeline.
+            EngineMismatch: artifacts of another model. ArtifactError: an export that is not as its manifest says.
+            NotTrusted: an engine or package that was built elsewhere.
     """
     backend = backend_name(backend)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if fallback is not None and fallback not in FALLBACKS:
-        raise UsageError(f"no fallback {fallback!r}", expected=" or ".join(FALLBACKS))
+    _check_fallback(fallback)
     if (owner := _find_owner(Path(model))) is not None:
         _check_export_runs(str(model), owner, backend, fallback, has_choice=bool(precision or artifacts or decoder))
-        return open_exported(Path(model), device, steady=steady)
+        return open_exported(Path(model), device, steady=steady, report=report)
     _check_effect(backend, device, precision, artifacts, fallback)
     _check_decoder(decoder, backend, artifacts)
     if backend == AUTO:
         from sdcompress.backends.fastest import find_fastest
 
         backend, precision = find_fastest(model, device=device, report=report)
-    precision = precision or default_precision(device)
-    target = _Target(find_backend(backend), device, precision, artifacts, decoder, report)
-    pipeline = _open_model(model, target, fallback, steady)
-    if device.startswith("cuda"):
-        keep_timesteps_on_host(pipeline)
-    return pipeline
+    chosen = find_backend(backend), device, precision or default_precision(device)
+    return _open_model(model, _Target(*chosen, artifacts, decoder, loras, report), fallback, steady)
 
 
 def close_pipeline(pipeline: TextToImagePipeline) -> None:
@@ -155,6 +155,7 @@ class _Target:
     precision: Precision
     artifacts: Path | None
     decoder: Path | None
+    loras: bool
     report: Reporter
 
 
@@ -175,10 +176,27 @@ def _open_model(model: str | Path, target: _Target, fallback: str | None, steady
     if target.artifacts is not None:
         _check_same_model(model, target.artifacts)
     if backend.artifact is None:
-        return _open_in_torch(model, target)
-    folder = target.artifacts or cached_artifacts(model, backend.name, precision, target.report, decoder=target.decoder)
+        pipeline = _open_in_torch(model, target)
+    else:
+        pipeline = _open_graphs(model, target, fallback, steady)
+    if device.startswith("cuda"):
+        keep_timesteps_on_host(pipeline)
+    return pipeline
+
+
+def _open_graphs(model: str | Path, target: _Target, fallback: str | None, steady: bool) -> TextToImagePipeline:
+    """Returns the pipeline of a model whose components are graphs or engines, those given or those in the cache."""
+    backend, device, precision = target.backend, target.device, target.precision
+    folder = target.artifacts or cached_artifacts(
+        model, backend.name, precision, target.report, decoder=target.decoder, loras=target.loras
+    )
     make_unet = _fallback_unet(model, device, precision) if fallback else None
     return open_exported(folder, device, make_unet=make_unet, steady=steady, report=target.report)
+
+
+def _check_fallback(fallback: str | None) -> None:
+    if fallback is not None and fallback not in FALLBACKS:
+        raise UsageError(f"no fallback {fallback!r}", expected=" or ".join(FALLBACKS))
 
 
 def _check_effect(
@@ -238,8 +256,9 @@ def _open_in_torch(model: str | Path, target: _Target) -> TextToImagePipeline:
         for part in (pipeline.unet, pipeline.vae):
             part.to(memory_format=torch.channels_last)
     if backend.open_unet is not None:
-        runner = backend.open_unet(UNetRequest(loaded, device, precision, target.artifacts, target.report))
-        pipeline.unet = EngineUNet(runner, dict(pipeline.unet.config))
+        request = UNetRequest(loaded, device, precision, target.artifacts, target.report, target.loras)
+        pipeline.unet = EngineUNet(backend.open_unet(request), dict(pipeline.unet.config))
+    enable_loras(pipeline, loaded.plan, target.report)
     return pipeline
 
 

@@ -27,6 +27,7 @@ class UNetRequest:
         artifacts: the folder with the compiled UNet; None uses the one in the cache folder, compiled now if it is not
             there.
         report: gets the progress.
+        loras: whether LoRAs are to be put into the UNet while it is open.
     """
 
     loaded: LoadedPipeline
@@ -34,6 +35,7 @@ class UNetRequest:
     precision: Precision
     artifacts: Path | None = None
     report: Reporter = SILENT
+    loras: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from sdcompress_engines.graph import weights_path
 from sdcompress_engines.manifest import cache_folder
 from sdcompress_engines.output_folders import unless_present
 from sdcompress_engines.profiles import ShapeRanges
@@ -24,6 +26,7 @@ def cached_artifacts(
     report: Reporter = SILENT,
     profiles: Sequence[str | ShapeRanges] = (),
     decoder: Path | None = None,
+    loras: bool = False,
 ) -> Path:
     """Returns the folder of a model's graphs or engines in the cache. It is written now if it is not there.
 
@@ -35,6 +38,7 @@ def cached_artifacts(
         profiles: the shapes to build engines for; by default the preset of the model. Each set of
             profiles has a folder of its own.
         decoder: folder of a small decoder in the place of the VAE. Equal graphs are copied from those of the model.
+        loras: whether LoRAs are to be put into them. Graphs of an earlier version, which take none, are written anew.
 
     Raises:
         UsageError, ModelError: the model. ExportError, GateFailed, StorageError: as `export_onnx` and `build_engines`.
@@ -45,11 +49,12 @@ def cached_artifacts(
     from sdcompress.models.load import load_pipeline
     from sdcompress.models.locate import hash_pipeline, locate_pipeline
 
-    sha256 = hash_pipeline(locate_pipeline(model))
-    entry = find_backend(backend)
+    sha256, entry = hash_pipeline(locate_pipeline(model)), find_backend(backend)
     runtime = graph_runtime(entry, "cuda" if torch.cuda.is_available() else "cpu")
     own = cached_graphs(sha256, precision, runtime)
     graphs = own if decoder is None else cached_graphs(sha256, precision, runtime, hash_decoder(decoder))
+    if loras:
+        _remove_without_weights(graphs)
     if not graphs.is_dir():
         loaded = load_pipeline(model, decoder=decoder)
         report.show_line(f"no graphs given: exporting {loaded.name} once to {graphs}")
@@ -68,10 +73,18 @@ def cached_artifacts(
     if entry.artifact == "onnx":
         return graphs
     engines = graphs.with_name(f"{graphs.name.replace('onnx', 'engine', 1)}{_profile_suffix(profiles)}")
+    if loras:
+        _remove_without_weights(engines)
     if not engines.is_dir():
         with unless_present(engines):
             build_engines(graphs, engines, profiles=profiles, report=report)
     return engines
+
+
+def _remove_without_weights(folder: Path) -> None:
+    """Remove a folder of the cache whose graphs or engines take no LoRA."""
+    if folder.is_dir() and not any(weights_path(file).is_file() for file in folder.glob("unet.*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def graph_runtime(backend: Backend, device: str) -> Runtime:

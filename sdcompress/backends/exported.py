@@ -19,9 +19,12 @@ from sdcompress_engines.unet import EngineUNet
 from sdcompress_engines.vae import EngineVaeDecoder
 
 from sdcompress.backends.registry import backend_of_artifact, backends
+from sdcompress.export.onnx_component import PLAN
 from sdcompress.families.build import build_pipeline, build_scheduler, load_tokenizer
 from sdcompress.families.schemas.check import check_match
+from sdcompress.lora.pipeline_loras import enable_loras
 from sdcompress.models.locate import read_config_in, read_model_index
+from sdcompress.prune.plan import BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
 
 _RUN_FROM_GRAPHS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -44,7 +47,7 @@ def open_exported(
         device: `cpu`, `cuda` or `cuda:N`.
         make_unet: returns a UNet in torch for shapes that the engine does not take; None makes such a shape an error.
         steady: compile the kernels of TensorRT-RTX for a shape before its first run.
-        report: gets a line when the UNet in torch is used.
+        report: gets a line when the UNet in torch is used, and about LoRAs.
 
     Raises:
         ModelError: `folder` is not an export, or a component's graph is missing. ArtifactError: it is not as its
@@ -67,7 +70,11 @@ def open_exported(
     parts = {name: entry for name, entry in index.items() if not name.startswith("_") and isinstance(entry, list)}
     described = {name: read_config_in(configs, name) for name in _RUN_FROM_GRAPHS if parts.get(name, [None])[0]}
     check_match(described, configs, index)
-    return _assemble(index, parts, described, _GraphOpener(folder, manifest, device, steady), make_unet, report)
+    opener = _GraphOpener(folder, manifest, device, steady)
+    pipeline = _assemble(index, parts, described, opener, make_unet, report)
+    plan = manifest.config.get(PLAN)
+    enable_loras(pipeline, None if plan is None else BlockPlan.from_content(plan, folder), report)
+    return pipeline
 
 
 def artifact_kinds() -> list[str]:

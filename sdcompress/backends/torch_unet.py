@@ -52,7 +52,8 @@ def open_compiled(request: UNetRequest) -> Runner:
     unet = request.loaded.pipeline.unet
     signature = signature_of("unet", unet, request.precision)
     cuda_graph = request.device.startswith("cuda")
-    return TorchRunner(PositionalUNet(unet), signature.inputs, signature.outputs, "compile", cuda_graph=cuda_graph)
+    module = PositionalUNet(unet)
+    return TorchRunner(module, signature.inputs, signature.outputs, "compile", cuda_graph=cuda_graph, named=unet)
 
 
 def open_packaged(request: UNetRequest) -> Runner:
@@ -60,6 +61,7 @@ def open_packaged(request: UNetRequest) -> Runner:
     if request.artifacts is not None:
         check_export(request.artifacts, ["package"])
         return open_package(request.artifacts / PACKAGE, request.device)
-    return open_package(
-        cached_package(request.loaded, request.device, request.precision, request.report), request.device
+    package = cached_package(
+        request.loaded, request.device, request.precision, loras=request.loras, report=request.report
     )
+    return open_package(package, request.device)

@@ -173,7 +173,7 @@ def _write_checkpoint(model: str, output: Path, precision: Precision, loras: tup
     from sdcompress.export.export_model import export_checkpoint
 
     started = time.monotonic()
-    name, path = export_checkpoint(model, output, precision, loras, force=force)
+    name, path = export_checkpoint(model, output, precision, loras, force=force, report=ConsoleReporter())
     rows: list[tuple[str, object]] = [("size", mib(path.stat().st_size)), ("precision", precision)]
     if hint := open_weights(path).metadata.get(USAGE_HINT):
         rows.append(("sampling", hint))

@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     type=NAME,
     multiple=True,
     metavar="FILE[:WEIGHT]",
-    help="LoRA for this model, in diffusers' or kohya's naming; repeat for more.",
+    help="LoRA for this model, or of the whole model for its student, on any backend; repeat for more.",
 )
 @click.option(
     "--decoder",
@@ -107,13 +107,13 @@ def command(
     \b
       sdcompress generate nano "a flat icon of a wine glass" -o glass.png
       sdcompress generate nano-tiny "a flat icon of a cat" --lora style/lora/lora.safetensors:0.8 -o styled.png
+      sdcompress generate graphs "a cat" --backend ort --lora detail.safetensors:0.8 --lora style.safetensors -o cat.png
       sdcompress generate student/pipeline "a 3d render of a cat face" --backend auto -o cat.png
     """
     import time
 
     from sdcompress.backends.assemble import close_pipeline, open_pipeline
     from sdcompress.backends.registry import backend_name
-    from sdcompress.lora.apply import apply_loras
     from sdcompress.sampling import generate
 
     backend = backend_name(backend)
@@ -122,10 +122,10 @@ def command(
     report = ConsoleReporter()
     _warn_of_unknown(model, prompt, report)
     started = time.monotonic()
-    pipeline = open_pipeline(
-        model, backend, artifacts, precision=precision, fallback=fallback, decoder=decoder, report=report
-    )
-    apply_loras(pipeline, weighted_loras)
+    options = {"precision": precision, "fallback": fallback, "decoder": decoder, "loras": bool(weighted_loras)}
+    pipeline = open_pipeline(model, backend, artifacts, **options, report=report)
+    if weighted_loras:
+        pipeline.set_loras(weighted_loras)
     loaded = time.monotonic()
     steps, guidance = _choose_sampling(pipeline, steps, guidance)
     with report.task(f"draw {steps} steps on {backend}"):
@@ -197,12 +197,6 @@ def _check_options(
 
     weighted_loras = [parse_lora(text) for text in loras]
     export = command_line(["sdcompress", "export", as_argument(model)])
-    if loras and backend != "torch":
-        raise UsageError(
-            f"--lora with the backend {backend}: a graph's weights are fixed",
-            expected="--backend torch",
-            hint=f"{export} {command_line(['--lora', loras[0]])} -o DIR, which fuses it into the graph",
-        )
     if artifacts is not None and not artifacts.is_dir():
         raise UsageError("no such folder", where=artifacts, hint=f"{export} {command_line(['-o', str(artifacts)])}")
     if output.suffix.lower() not in (".png", ".webp", ".jpg", ".jpeg"):

@@ -95,36 +95,39 @@ def _compile(loaded: LoadedPipeline, path: Path, device: str, precision: Precisi
         open_package(path, device).close()  # which finds each weight in the package
 
 
-def cached_package(loaded: LoadedPipeline, device: str, precision: Precision, report: Reporter = SILENT) -> Path:
+def cached_package(
+    loaded: LoadedPipeline, device: str, precision: Precision, *, loras: bool = False, report: Reporter = SILENT
+) -> Path:
     """Returns a model's package in the cache folder, compiled now if it is not there.
 
     Args:
         loaded: the pipeline in torch.
         device: the kind of device to compile for.
         precision: of the weights.
+        loras: see `compile_unet`. A package that takes LoRAs is one of its own, because it is slower on the CPU.
         report: gets the progress.
 
     Raises:
         BackendMissing, ExportError, StorageError: as `compile_unet`.
     """
-    folder = package_folder(loaded.sha256, device, precision)
+    folder = package_folder(loaded.sha256, device, precision, loras=loras)
     if not (folder / PACKAGE).is_file():
         report.show_line(f"compiling {loaded.name} once to {folder}: this takes minutes")
-        compile_unet(loaded, folder, device=device, precision=precision, force=True, report=report)
+        compile_unet(loaded, folder, device=device, precision=precision, loras=loras, force=True, report=report)
     return folder / PACKAGE
 
 
-def package_folder(sha256: str, device: str, precision: Precision) -> Path:
+def package_folder(sha256: str, device: str, precision: Precision, *, loras: bool = False) -> Path:
     """Returns the folder of `cached_package`, whether it is there or not.
 
     Its name has the version of torch, because only that version loads a package that it compiled.
 
     Args:
         sha256: of the model.
-        device, precision: see `cached_package`.
+        device, precision, loras: see `cached_package`.
     """
-    kind = torch.device(device).type
-    return cache_folder() / "models" / sha256[:16] / f"aot-{kind}-{precision}-{torch.__version__.replace('+', '-')}"
+    name = f"aot-{torch.device(device).type}-{precision}-{torch.__version__.replace('+', '-')}"
+    return cache_folder() / "models" / sha256[:16] / (f"{name}-lora" if loras else name)
 
 
 def open_package(path: Path, device: str) -> Runner:

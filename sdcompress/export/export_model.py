@@ -140,7 +140,7 @@ def export_model(model: str, output: Path, request: ExportRequest, report: Repor
         "components": request.components or None,
         "host": request.host,
         "opset": request.opset or (newest_opset(library) if library else None),
-        "source": loaded.inputs | _apply_loras(loaded, loras),
+        "source": loaded.inputs | _apply_loras(loaded, loras, report),
         "name": name,
         "plan": loaded.plan,
         "calibration_prompts": request.calibration_prompts,
@@ -213,7 +213,13 @@ def _check_engines(model: str, request: EngineRequest, precision: str | None) ->
 
 
 def export_checkpoint(
-    model: str, output: Path, precision: Precision = "fp16", loras: Sequence[str] = (), *, force: bool = False
+    model: str,
+    output: Path,
+    precision: Precision = "fp16",
+    loras: Sequence[str] = (),
+    *,
+    force: bool = False,
+    report: Reporter = SILENT,
 ) -> tuple[str, Path]:
     """Write one `.safetensors` file in LDM layout; returns the model's name and the file.
 
@@ -223,6 +229,7 @@ def export_checkpoint(
         precision: of the weights.
         loras: LoRAs to add to the weights, `FILE` or `FILE:WEIGHT`.
         force: replace an existing file.
+        report: gets a line about each LoRA of the whole model that was carried over to a student.
 
     Raises:
         UsageError, ArtifactError, ModelError, StorageError: as `sdcompress.checkpoints.write.export_ldm`.
@@ -231,15 +238,15 @@ def export_checkpoint(
 
     check_file(output, _inputs(model, loras), replace=force)
     loaded = load_pipeline(model)
-    _apply_loras(loaded, [parse_lora(text) for text in loras])
+    _apply_loras(loaded, [parse_lora(text) for text in loras], report)
     metadata = {"sdcompress.pipeline_sha256": loaded.sha256}
     return loaded.name, export_ldm(loaded.pipeline, output, DTYPES[precision], metadata=metadata, force=force)
 
 
-def _apply_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]]) -> dict[str, str]:
+def _apply_loras(loaded: LoadedPipeline, loras: Sequence[tuple[Path, float]], report: Reporter) -> dict[str, str]:
     """Add LoRAs to a pipeline's weights, in place.
 
     Returns name → sha256 of the files, for the manifest.
     """
-    apply_loras(loaded.pipeline, loras)
+    apply_loras(loaded.pipeline, loras, loaded.plan, report)
     return {f"lora {file.name}:{weight:g}": sha256_file(file) for file, weight in loras}

@@ -22,7 +22,8 @@ from sdcompress.export.onnx_file import write_onnx
 from sdcompress.export.parity import Parity, compare_onnx
 from sdcompress.export.quantize.quantize_unet import QuantizedUNet, quantize_unet
 from sdcompress.export.settings import ExportSettings
-from sdcompress.export.weights import WITH_WEIGHTS, unet_origins
+from sdcompress.export.weights import unet_origins
+from sdcompress.lora.model_lora import COMPONENTS as LORA_COMPONENTS
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
 
@@ -136,7 +137,7 @@ class ComponentExporter:
     def _has_equal_graph(self, earlier: Manifest, component: str) -> bool:
         """Returns whether an earlier export has the graph that this one would write."""
         wanted = self.settings.to_config()
-        complete = component not in WITH_WEIGHTS or weights_path(f"{component}.onnx").name in earlier.files
+        complete = component not in LORA_COMPONENTS or weights_path(f"{component}.onnx").name in earlier.files
         return (
             complete
             and (component != "unet" or earlier.config.get(PLAN) == describe_plan(self.plan))

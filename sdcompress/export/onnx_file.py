@@ -12,7 +12,8 @@ from sdcompress_engines.signature import Signature
 
 from sdcompress.export.components import ComponentGraph, Runtime, example_of, silence
 from sdcompress.export.onnxruntime_ops import use_onnxruntime_ops
-from sdcompress.export.weights import WITH_WEIGHTS, move_weights_out, name_weights
+from sdcompress.export.weights import move_weights_out, name_weights
+from sdcompress.lora.model_lora import COMPONENTS as LORA_COMPONENTS
 
 OPSET = 23
 """The default opset. `Attention` and `GroupNormalization` are one node each in it.
@@ -57,7 +58,7 @@ def write_onnx(
         use_onnxruntime_ops(program.model)
     _name_ports(program.model, wanted)
     _remove_traces(program.model)
-    if wanted.component in WITH_WEIGHTS:
+    if wanted.component in LORA_COMPONENTS:
         move_weights_out(program.model, path, graph.part, transposed, origins or {})
         ir.save(program.model, path)
         return

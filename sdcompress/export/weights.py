@@ -19,8 +19,6 @@ from sdcompress.families.registry import family_of
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.student import meta_unet
 
-WITH_WEIGHTS = ("unet", "text_encoder", "text_encoder_2")
-"""The components that a LoRA can change."""
 _PREFIX = "part."
 """Of a component's parameters in its `ComponentGraph`."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from sdcompress_engines.errors import ModelError, UsageError, shorten
 
-from sdcompress.lora.adapters import Layers
+from sdcompress.lora.adapters import Adapter, Layers
 from sdcompress.lora.files import NAME_SHOWN, describe_faults
 from sdcompress.support.pipeline import TextToImagePipeline
 
@@ -52,44 +53,77 @@ def fuse_lora(pipeline: TextToImagePipeline, layers: Layers, weight: float = 1.0
         ModelError: the pipeline does not have one of the layers, or has it in another shape, or a sum is not finite.
     """
     components = {component for component, _ in layers}
-    targets = find_targets(layers, {name: getattr(pipeline, name, None) for name in components})
-    for place, target in targets.items():
-        changed = (target.float() + weight * layers[place].delta(target)).to(target.dtype)
-        if not changed.isfinite().all():
-            raise ModelError(
-                f"the LoRA makes weights of {place[1]} that are not finite",
-                expected="a LoRA for this model",
-                hint="a smaller weight: --lora FILE:WEIGHT",
-            )
-        target.copy_(changed)
+    networks: dict[str, Any] = {name: getattr(pipeline, name, None) for name in components}
+    targets = find_targets(layers, {name: shapes_of(network) for name, network in networks.items()})
+    for place, name in targets.items():
+        target = networks[place[0]].get_parameter(f"{name}.weight")
+        target.copy_(add_layers(target, [(layers[place], weight)], place[1]))
 
 
-def find_targets(layers: Layers, networks: Mapping[str, torch.nn.Module | None]) -> dict[tuple[str, str], torch.Tensor]:
-    """Returns the weight that each layer of a LoRA changes.
+def add_layers(before: torch.Tensor, changes: Iterable[tuple[Adapter, float]], name: str) -> torch.Tensor:
+    """Returns a weight after the changes of LoRAs, one after another, in its dtype.
+
+    Args:
+        before: the weight, (out, in) or (out, in, kh, kw), of any float dtype. The sum is in float32.
+        changes: layer of a LoRA and the factor of its change.
+        name: of the layer, for the message.
+
+    Raises:
+        ModelError: the result is not finite.
+    """
+    changed = before.float()
+    for layer, factor in changes:
+        changed = changed + factor * layer.delta(changed)
+    changed = changed.to(before.dtype)
+    if not changed.isfinite().all():
+        raise ModelError(
+            f"the LoRA makes weights of {shorten(name, NAME_SHOWN)} that are not finite",
+            expected="a LoRA for this model",
+            hint="a smaller weight: --lora FILE:WEIGHT",
+        )
+    return changed
+
+
+def shapes_of(network: torch.nn.Module | None) -> Mapping[str, tuple[int, ...]] | None:
+    """Returns the linear layers and convolutions of a network, which a LoRA can change, with their weights' shapes.
+
+    Args:
+        network: may be on the meta device; of None the result is None.
+    """
+    if network is None:
+        return None
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+
+
+def find_targets(
+    layers: Layers, networks: Mapping[str, Mapping[str, tuple[int, ...]] | None]
+) -> dict[tuple[str, str], str]:
+    """Returns the name of the layer that each layer of a LoRA changes.
 
     Args:
         layers: of the LoRA.
-        networks: component → its network, which may be on the meta device; None where the model has none.
+        networks: component → its layers with their weights' shapes, of `shapes_of`; None where the model has no such
+            component.
 
     Raises:
-        ModelError: names the layers that a network does not have, that are of a kind that no LoRA changes, or whose
-            weight has another shape.
+        ModelError: names the layers that a network does not have, or whose weight has another shape.
     """
-    modules = {name: dict(network.named_modules()) for name, network in networks.items() if network is not None}
-    targets, absent, faults = dict[tuple[str, str], torch.Tensor](), list[str](), list[str]()
+    targets, absent, faults = dict[tuple[str, str], str](), list[str](), list[str]()
     for (component, name), layer in layers.items():
-        names = modules.get(component, {})
-        module = names.get(name) or names.get(name.removeprefix("text_model."))
+        shapes = networks.get(component) or {}
+        found = next((form for form in (name, name.removeprefix("text_model.")) if form in shapes), None)
         shown = shorten(name, NAME_SHOWN)
-        if module is None:
-            absent.append(f"{shown}, which the {component} does not have")
-        elif not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            faults.append(f"{shown} is a {type(module).__name__}")
-        elif not layer.fits(module.weight.shape):
-            expected = " x ".join(map(str, module.weight.shape))
+        if found is None:
+            absent.append(f"{shown}, which the {component} does not have as a linear layer or convolution")
+        elif not layer.fits(shapes[found]):
+            expected = " x ".join(map(str, shapes[found]))
             faults.append(f"{shown} fits a layer of {layer.describe_shape()}, not {expected}")
         else:
-            targets[component, name] = module.weight
+            targets[component, name] = found
     if absent:
         more = f", and {len(absent) - 1} more of {len(layers)}" if len(absent) > 1 else ""
         raise ModelError(

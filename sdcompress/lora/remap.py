@@ -10,7 +10,7 @@ from sdcompress_engines.errors import ModelError
 
 from sdcompress.families.family import UNetConfig
 from sdcompress.lora.adapters import Layers
-from sdcompress.lora.fuse import find_targets
+from sdcompress.lora.fuse import find_targets, shapes_of
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.student import meta_unet
 
@@ -90,4 +90,4 @@ def _check_unet_layers(layers: Layers, config: UNetConfig) -> None:
         ModelError: names the layers.
     """
     unet = {place: layer for place, layer in layers.items() if place[0] == "unet"}
-    find_targets(unet, {"unet": meta_unet(config)})
+    find_targets(unet, {"unet": shapes_of(meta_unet(config))})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from sdcompress_engines.errors import ModelError
@@ -58,6 +58,10 @@ class TextToImagePipeline(Protocol):
 
     def save_pretrained(self, *args: Any, **options: Any) -> None:
         """Write the pipeline as a diffusers folder."""
+        ...
+
+    def set_loras(self, loras: Sequence[tuple[Any, float]]) -> None:
+        """Put LoRAs into the pipeline; of those that `open_pipeline` returns. See `PipelineLoras.set`."""
         ...
 
     def set_progress_bar_config(self, **options: Any) -> None:
