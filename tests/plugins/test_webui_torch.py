@@ -16,7 +16,7 @@ from sdcompress_webui.engine_folders import Artifact
 from sdcompress_webui.menu import PREFIX
 from sdcompress_webui.torch_unet import TorchUNet
 from sdcompress_webui.traits import is_whole
-from sdcompress_webui.weights import find_weights, read_safetensors, read_unet
+from sdcompress_webui.weights import find_weights, read_tensors, read_unet
 
 from sdcompress.checkpoints.ldm_keys import unet_keys
 from sdcompress.prune.presets import make_plan
@@ -172,4 +172,4 @@ def test_a_cut_file_of_weights_is_an_error(tmp_path: Path, student_unet: Any, ke
     save_file({"a": torch.ones(4000)}, tmp_path / "w.safetensors")
     (tmp_path / "w.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:keep])
     with pytest.raises(ArtifactError, match="not a readable safetensors"):
-        read_safetensors(tmp_path / "w.safetensors")
+        read_tensors(tmp_path / "w.safetensors")

@@ -116,6 +116,11 @@ class Runner(ABC):
         originals = self._open_originals()
         return {} if originals is None else originals.specs
 
+    @property
+    def weights_key(self) -> Hashable:
+        """The key of the current weights: `ORIGINAL`, that of the last `set_weights`, or None where it had none."""
+        return self._weights_key
+
     def read_weight(self, name: str) -> torch.Tensor:
         """Returns the original value of a weight as torch has it, on the CPU. Do not write to it.
 

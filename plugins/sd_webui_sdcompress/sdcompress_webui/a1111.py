@@ -15,11 +15,14 @@ from sdcompress_engines.errors import EngineError
 from . import pages
 from .hints import find_hint
 from .host import Change
+from .loras import flatten_name
 from .menu import Model
 from .torch_unet import Deltas
 from .traits import Traits, read_traits
 from .unet import HostedUNet
 
+_UNET_LAYER = "diffusion_model_"
+"""The beginning of the names of the UNet's layers."""
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 
 
@@ -104,24 +107,37 @@ def find_loras() -> list[Change]:
     changes = []
     for net in getattr(networks, "loaded_networks", None) or ():
         layers = {
-            name: layer for name, layer in getattr(net, "modules", {}).items() if name.startswith("diffusion_model_")
+            name.removeprefix(_UNET_LAYER): layer
+            for name, layer in getattr(net, "modules", {}).items()
+            if name.startswith(_UNET_LAYER)
         }
         strength = float(getattr(net, "unet_multiplier", 1.0))
         if not layers or strength == 0:
             continue
-        key = net.name, strength, getattr(net, "te_multiplier", None), getattr(net, "dyn_dim", None)
         file = getattr(getattr(net, "network_on_disk", None), "filename", f"{net.name}.safetensors")
         changes.append(
             Change(
-                f"the LoRA {net.name} ({strength:g})", "bake it in", _lora_deltas(layers), key, f"{file}:{strength:g}"
+                f"the LoRA {net.name} ({strength:g})",
+                "bake it in",
+                _lora_deltas(layers),
+                # The host changes strengths in place, and reads a file again when it is newer.
+                (file, net.name, strength, getattr(net, "dyn_dim", None), getattr(net, "mtime", None)),
+                f"{file}:{strength:g}",
+                {name: _weight_shape(layer) for name, layer in layers.items()},
             )
         )
     return changes
 
 
+def _weight_shape(layer: Any) -> tuple[int, ...]:
+    """Returns the shape of the weight that a layer of a LoRA changes; one axis if the host does not know it."""
+    weight = getattr(getattr(layer, "sd_module", None), "weight", None)
+    return tuple(getattr(weight, "shape", None) or getattr(layer, "shape", None) or (0,))
+
+
 def _lora_deltas(layers: dict[str, Any]) -> Deltas:
     def deltas(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        network = layers.get(f"diffusion_model_{layer.replace('.', '_')}")
+        network = layers.get(flatten_name(layer))
         if network is None:
             return None, None
         result = network.calc_updown(weight)

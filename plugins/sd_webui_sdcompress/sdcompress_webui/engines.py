@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from sdcompress_engines.runners import Runner, SharedMemory, open_runner
 
 from .calls import CONTEXT, SAMPLE, Plan
 from .engine_folders import Artifact
-from .host import Host, Settings
+from .host import Change, Host, Settings
+from .loras import EngineLoras
 from .menu import Model
 from .panel import build_command
 
@@ -39,15 +40,21 @@ class OpenEngines:
         self._title, self._host, self._settings = model.title, host, settings
         self._memory: SharedMemory | None = None
         self._reported: set[str] = set()
+        self._loras = EngineLoras(host)
 
-    def run(self, plan: Plan, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def run(self, plan: Plan, feeds: Mapping[str, torch.Tensor], changes: Sequence[Change] = ()) -> torch.Tensor:
         """Returns the prediction of a call, run in the parts of its plan on one engine.
 
         Args:
             plan: of `plan_call` for these shapes.
             feeds: input → tensor with the batch first, any float dtype, on any device.
+            changes: the LoRAs of the picture.
+
+        Raises:
+            EngineMismatch: the engine does not take these LoRAs.
         """
         runner = self.open(self.owners[plan.profile])
+        self._loras.apply(runner, changes)
         results = []
         for part in plan.parts(len(feeds[SAMPLE])):
             inputs = {}

@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from sdcompress_engines.errors import EngineError, EngineMismatch
 from sdcompress_engines.exactness import relative_l2
+from sdcompress_engines.graph import weights_path
+from sdcompress_engines.graph_weights import GraphWeights, WeightSpec
 
 from .calls import ADDED, CONTEXT, SAMPLE, TIMESTEPS, Plan
 from .engine_folders import Artifact
 from .engines import OpenEngines
 from .host import Change, Host, sum_deltas
+from .loras import rename_deltas
 from .menu import Model
 from .torch_unet import TorchUNet
 from .weights import PLACES, find_weights, read_unet
@@ -52,25 +55,38 @@ class TorchFallback:
             changes: what to add to the weights.
 
         Raises:
-            EngineError: there are no weights, or other ones, or a change cannot be added to a student.
+            EngineError: there are no weights, or other ones, or it is not known which layers of a student a LoRA
+                changes.
         """
         first = self._model.usable[0]
-        if changes and not first.whole:
-            raise EngineError(
-                f"{error.what}, and torch cannot add a LoRA to a student, because the WebUI matches LoRAs to the layers"
-                " of the checkpoint",
-                where=error.where,
-                hint=error.hint,
-            ) from error
+        deltas = sum_deltas(changes) if changes else None
+        if deltas is not None and not first.whole:
+            deltas = rename_deltas(deltas, self._student_specs(first, error))
         module = self._load(error)
-        applied = tuple(change for change in changes if change.deltas is not None)
-        module.patch(tuple(change.key for change in applied), sum_deltas(applied) if applied else None)
+        module.patch(tuple(change.key for change in changes), deltas)
         if error.what not in self._reported:
             self._reported.add(error.what)
             self._host.warn(
                 f"sdcompress: {error.what}. Torch draws this picture with the same weights, without the engine's speed."
             )
         return _call(module, feeds)
+
+    def _student_specs(self, artifact: Artifact, error: EngineMismatch) -> Mapping[str, WeightSpec]:
+        """Returns a student's weights, with the names that they have in the checkpoint.
+
+        Raises:
+            EngineError: these are not known.
+        """
+        file = weights_path(artifact.file)
+        specs = GraphWeights(file).specs if file.is_file() else {}
+        if not any(spec.origin for spec in specs.values()):
+            raise EngineError(
+                f"{error.what}, and torch cannot add a LoRA to this student, because the WebUI matches LoRAs to the"
+                " layers of the checkpoint",
+                where=error.where,
+                hint=error.hint,
+            ) from error
+        return specs
 
     def _load(self, error: EngineMismatch) -> TorchUNet:
         if self._module is None:

@@ -5,9 +5,10 @@ The host is imported inside the functions that use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ from . import pages
 from .a1111 import find_other_checkpoint
 from .hints import find_hint
 from .host import Change
+from .loras import flatten_name
 from .menu import REASON
+from .torch_unet import Deltas
 from .traits import Traits, read_traits
 from .unet import HostedUNet
 
 NONE = "None"
+_UNET_PARAMETER = "diffusion_model."
+"""The beginning of the names of the UNet's parameters."""
 _PREDICTIONS = {"eps": "epsilon", "epsilon": "epsilon", "v_prediction": "v_prediction"}
 
 
@@ -62,15 +67,15 @@ class ForgeHost:
 
     def changes(self) -> Sequence[Change]:
         changes = find_other_checkpoint(self.job, getattr(self.job, "sd_model", None))
-        for patches in (getattr(self.patcher, "lora_patches", None), getattr(self.patcher, "patches", None)):
-            if patches:
-                names = sorted({str(key[0]) for key in patches if isinstance(key, tuple)})
-                changes.append(
-                    Change(
-                        f"LoRA {', '.join(names)}".strip(),
-                        "bake it in: sdcompress export MODEL --trt --signature webui --lora FILE:WEIGHT -o DIR",
-                    )
+        changes += find_loras(self.patcher)
+        if patches := getattr(self.patcher, "patches", None):
+            names = sorted({str(key[0]) for key in patches if isinstance(key, tuple)})
+            changes.append(
+                Change(
+                    f"patches of weights {', '.join(names)}".strip(),
+                    "bake a LoRA in: sdcompress export MODEL --trt --signature webui --lora FILE:WEIGHT -o DIR",
                 )
+            )
         if getattr(self.patcher, "controlnet_linked_list", None) is not None:
             changes.append(
                 Change("ControlNet", "it acts inside the UNet; turn it off, or choose no engine for this picture")
@@ -81,6 +86,50 @@ class ForgeHost:
         print(f"*** {text}")
         if self.job is not None and hasattr(self.job, "comment"):
             self.job.comment(text)
+
+
+def find_loras(patcher: Any) -> list[Change]:
+    """Returns the LoRAs of the prompt that change the UNet.
+
+    Args:
+        patcher: the model patcher, or None. Its `lora_patches` are (file, strength, ...) → parameter → patches.
+    """
+    changes = []
+    for (file, strength, *others), patches in (getattr(patcher, "lora_patches", None) or {}).items():
+        own = {key: value for key, value in patches.items() if key.startswith(_UNET_PARAMETER)}
+        if not own or strength == 0:
+            continue
+        parameters = dict(patcher.model.diffusion_model.named_parameters())
+        shapes = {
+            key.removeprefix(_UNET_PARAMETER): tuple(parameters[key.removeprefix(_UNET_PARAMETER)].shape) for key in own
+        }
+        name = Path(str(file)).stem
+        changes.append(
+            Change(
+                f"the LoRA {name} ({strength:g})",
+                "bake it in",
+                _patch_deltas(own),
+                (str(file), strength, *others),
+                f"{file}:{strength:g}",
+                {flatten_name(key.removesuffix(".weight")): shape for key, shape in shapes.items()},
+            )
+        )
+    return changes
+
+
+def _patch_deltas(patches: Mapping[str, Sequence[Any]]) -> Deltas:
+    flat = {flatten_name(key.removeprefix(_UNET_PARAMETER).removesuffix(".weight")): key for key in patches}
+
+    def deltas(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        from backend.patcher.lora import merge_lora_to_weight
+
+        key = flat.get(flatten_name(layer))
+        if key is None:
+            return None, None
+        # Forge merges in inference mode; its result could not be changed outside of that.
+        return merge_lora_to_weight(list(patches[key]), weight, key).clone() - weight, None
+
+    return deltas
 
 
 class Forge:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -38,6 +38,8 @@ class Change:
         deltas: what it adds to the weights, or None if torch cannot apply it.
         key: equal for equal changes.
         bake: the LoRA as `--lora` takes it, or None.
+        layers: of the checkpoint's UNet that it changes, by LDM's names with underscores for dots → the shape of their
+            weights.
     """
 
     what: str
@@ -45,6 +47,7 @@ class Change:
     deltas: Deltas | None = None
     key: Hashable = ()
     bake: str | None = None
+    layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Host(Protocol):
@@ -82,16 +85,23 @@ def find_unsupported(arguments: Mapping[str, Any]) -> list[str]:
 
 
 def sum_deltas(changes: Sequence[Change]) -> Deltas:
-    """Returns the sum of what several changes add to a layer. Each of them must have `deltas`."""
+    """Returns what several changes add to a layer, one after another: each gets the weight that the one before left.
+
+    Args:
+        changes: each with `deltas`.
+    """
 
     def deltas(layer: str, weight: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        total: list[torch.Tensor | None] = [None, None]
+        total: torch.Tensor | None = None
+        total_bias: torch.Tensor | None = None
         for change in changes:
             assert change.deltas is not None
-            for index, more in enumerate(change.deltas(layer, weight)):
-                before = total[index]
-                if more is not None:
-                    total[index] = more if before is None else before + more
-        return total[0], total[1]
+            now = weight if total is None else weight + total.to(weight).reshape(weight.shape)
+            more, bias = change.deltas(layer, now)
+            if more is not None:
+                total = more if total is None else total + more
+            if bias is not None:
+                total_bias = bias if total_bias is None else total_bias + bias
+        return total, total_bias
 
     return deltas

@@ -130,13 +130,6 @@ class HostedUNet:
         self, feeds: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]], changes: Sequence[Change]
     ) -> torch.Tensor:
         first = self.model.usable[0]
-        if changes:
-            command = build_command(first.manifest, lora=[change.bake for change in changes if change.bake])
-            raise EngineMismatch(
-                f"an engine cannot take {', '.join(change.what for change in changes)}",
-                where=first.folder,
-                hint=f"bake it in: {command}",
-            )
         check_sides(first, shapes[SAMPLE])
         plan = plan_call(self.engines.profiles, shapes)
         if plan is None:
@@ -147,7 +140,13 @@ class HostedUNet:
                 expected=error.expected,
                 hint=build_command(first.manifest, widen=shapes),
             )
-        return self.engines.run(plan, feeds)
+        try:
+            return self.engines.run(plan, feeds, changes)
+        except EngineMismatch as error:
+            if not changes or error.hint is not None:
+                raise
+            command = build_command(first.manifest, lora=[change.bake for change in changes if change.bake])
+            raise EngineMismatch(error.what, where=first.folder, hint=f"bake it in: {command}") from error
 
 
 def check_inputs(artifact: Artifact, shapes: Mapping[str, tuple[int, ...]]) -> None:
