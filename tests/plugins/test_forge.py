@@ -79,10 +79,6 @@ def test_forge_reports_that_the_engine_was_not_used(forge: WebUI, capsys: pytest
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (
-            lambda patcher: patcher.lora_patches.update({("style.safetensors", 1.0, 1.0, False): {}}),
-            "LoRA style.safetensors",
-        ),
         (lambda patcher: setattr(patcher, "controlnet_linked_list", object()), "ControlNet"),
         (
             lambda patcher: patcher.model_options["transformer_options"].update(patches={"output_block_patch": [min]}),

@@ -116,16 +116,6 @@ def test_a_checkpoint_kept_in_memory_is_checked_when_it_comes_back(webui: WebUI,
         webui.predict(torch.randn(2, 4, 16, 16), torch.ones(2), torch.randn(2, 77, 64), torch.randn(2, 80))
 
 
-def test_a_lora_is_refused_with_the_command_that_bakes_it_in(webui: WebUI, random_pipeline: Any) -> None:
-    webui.opts.sd_unet = TITLE
-    sys.modules["networks"].loaded_networks.append(lora_of(random_pipeline.unet, [LAYER], 0.8))
-    with pytest.raises(EngineMismatch, match=r"LoRA style \(0.8\).*--lora /loras/style.safetensors:0.8"):
-        sample(webui, cond=words(1), uncond=words(2))
-    webui.opts.sdcompress_fallback = "torch"
-    with pytest.raises(EngineError, match="torch cannot add a LoRA to a student"):
-        sample(webui, cond=words(1), uncond=words(2))
-
-
 def test_a_lora_of_the_text_encoder_alone_is_left_to_the_host(
     webui: WebUI, student_unet: Any, random_pipeline: Any
 ) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ import torch
 from sdcompress_engines.errors import ArtifactError, EngineError
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_webui.engine_folders import Artifact
-from sdcompress_webui.menu import PREFIX
 from sdcompress_webui.torch_unet import TorchUNet
 from sdcompress_webui.traits import is_whole
 from sdcompress_webui.weights import find_weights, read_tensors, read_unet
@@ -21,51 +18,20 @@ from sdcompress_webui.weights import find_weights, read_tensors, read_unet
 from sdcompress.checkpoints.ldm_keys import unet_keys
 from sdcompress.prune.presets import make_plan
 
-from .places import WEBUI_PLUGIN
 from .webui_cases import (
-    LAYER,
     ROUNDING,
     TITLE,
     PlainHost,
     add_weights,
     call_unet,
-    expected,
     host_unet,
-    lora_of,
     noise,
     ranges,
     sample,
     words,
 )
-from .webui_host import WebUI, running
+from .webui_host import WebUI
 from .webui_sampling import Guidance, euler, reference, schedule
-
-
-def test_torch_adds_a_lora_to_an_engine_of_the_whole_unet(
-    installed: Path, whole_graph: Path, random_pipeline: Any
-) -> None:
-    import copy
-
-    folder = installed / "models" / "sdcompress" / "teacher"
-    shutil.copytree(whole_graph, folder)
-    add_weights(folder, random_pipeline.unet)
-    lora = lora_of(random_pipeline.unet, [LAYER, "mid_block.resnets.0.conv1"], 0.5)
-    changed = copy.deepcopy(random_pipeline.unet)
-    with torch.no_grad():
-        for layer, network in zip((LAYER, "mid_block.resnets.0.conv1"), lora.modules.values(), strict=True):
-            weight = changed.get_submodule(layer).weight
-            weight += network.calc_updown(weight)[0]
-    asked = {"cond": words(1), "uncond": words(2), "steps": 2}
-    with running(WebUI(installed, random_pipeline.unet)) as host:
-        host.load_extension(WEBUI_PLUGIN)
-        host.opts.sd_unet, host.opts.sdcompress_fallback = f"{PREFIX}teacher (onnxruntime fp32)", "torch"
-        loaded = sys.modules["networks"].loaded_networks
-        loaded.append(lora)
-        latents, _, job = sample(host, **asked)
-        assert relative_l2(latents, expected(changed, **asked)[0]) < ROUNDING
-        assert ["LoRA style" in line for line in job.comments] == [True]
-        loaded.clear()
-        assert relative_l2(sample(host, **asked)[0], expected(random_pipeline.unet, **asked)[0]) < ROUNDING
 
 
 def test_torch_runs_the_students_own_weights_and_reports_it_once(

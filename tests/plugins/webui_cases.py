@@ -172,23 +172,36 @@ def make_engine(folder: Path, graph: Path, **differing: Any) -> Path:
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v"
 
 
-def lora_of(unet: Any, layers: list[str], strength: float = 1.0) -> SimpleNamespace:
-    """Returns a network as A1111's LoRA extension holds it, by the LDM names of the checkpoint's layers."""
+def lora_of(unet: Any, layers: list[str], strength: float = 1.0, name: str = "style", seed: int = 9) -> SimpleNamespace:
+    """Returns a network as A1111's LoRA extension holds it, by the LDM names of the checkpoint's layers.
+
+    Its strength is that of the network when `calc_updown` is called.
+    """
     names = unet_keys(unet.state_dict())
-    state, draw = unet.state_dict(), torch.Generator().manual_seed(9)
-    found = {}
-    for layer in layers:
-        delta = 0.3 * torch.randn(state[f"{layer}.weight"].shape, generator=draw)
-        key = f"diffusion_model_{names[f'{layer}.weight'].removesuffix('.weight').replace('.', '_')}"
-        found[key] = SimpleNamespace(calc_updown=lambda weight, delta=delta: (strength * delta.to(weight), None))
-    return SimpleNamespace(
-        name="style",
-        modules=found,
+    network = SimpleNamespace(
+        name=name,
+        modules={},
         unet_multiplier=strength,
         te_multiplier=1.0,
         dyn_dim=None,
-        network_on_disk=SimpleNamespace(filename="/loras/style.safetensors"),
+        mtime=0.0,
+        network_on_disk=SimpleNamespace(filename=f"/loras/{name}.safetensors"),
     )
+    for layer, delta in zip(layers, lora_deltas(unet, layers, seed), strict=True):
+        key = f"diffusion_model_{names[f'{layer}.weight'].removesuffix('.weight').replace('.', '_')}"
+
+        def calc_updown(weight: torch.Tensor, delta: torch.Tensor = delta) -> tuple[torch.Tensor, None]:
+            return network.unet_multiplier * delta.to(weight), None
+
+        module = unet.get_submodule(layer)
+        network.modules[key] = SimpleNamespace(calc_updown=calc_updown, sd_module=module)
+    return network
+
+
+def lora_deltas(unet: Any, layers: list[str], seed: int = 9) -> list[torch.Tensor]:
+    """Returns the changes of a LoRA of `lora_of`, one a layer."""
+    draw = torch.Generator().manual_seed(seed)
+    return [0.3 * torch.randn(unet.get_submodule(layer).weight.shape, generator=draw) for layer in layers]
 
 
 def change_manifest(folder: Path, **config: Any) -> None:
