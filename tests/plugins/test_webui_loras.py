@@ -1,4 +1,4 @@
-"""The LoRAs of a prompt go into the engine, and those of the checkpoint into a student, which lacks some of its layers."""
+"""The LoRAs of a prompt go into the engine; those of the checkpoint also into a student, which lacks some layers."""
 
 from __future__ import annotations
 
