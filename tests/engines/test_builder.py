@@ -286,6 +286,7 @@ def test_the_installed_library_has_every_name_the_builder_uses() -> None:
         *build_worker.USED_API_ATTENTION.items(),
         *build_worker.USED_API_STREAM.items(),
         *build_worker.USED_API_MEMORY.items(),
+        *build_worker.USED_API_INDIVIDUAL.items(),
     ]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 

@@ -196,6 +196,7 @@ def test_the_installed_library_has_every_name_the_runner_uses() -> None:
         *tensorrt_library.USED_API.items(),
         *tensorrt_library.USED_API_RTX.items(),
         *tensorrt_library.USED_API_REFIT.items(),
+        *tensorrt_library.USED_API_EXCHANGE.items(),
     ]
     assert [f"{kind}.{name}" for kind, names in used for name in names if not hasattr(getattr(trt, kind), name)] == []
 

@@ -154,17 +154,16 @@ class Runner(ABC):
             return
         if changes and not self.weights:
             raise self._fixed_weights()
-        checked = CheckedChanges(changes, self.weights, self.path)
         self._weights_key = None
         with torch.inference_mode(False), torch.no_grad():
             try:
-                self._exchange(checked, key)
+                self._exchange(CheckedChanges(changes, self.weights, self.path), key)
             except BaseException:
-                self._changed |= frozenset(checked)
+                self._changed |= frozenset(changes) & frozenset(self.weights)
                 self._exchange({}, ORIGINAL)
                 self._changed, self._weights_key = frozenset(), ORIGINAL
                 raise
-        self._changed, self._weights_key = frozenset(checked), key
+        self._changed, self._weights_key = frozenset(changes), key
 
     def _open_originals(self) -> OriginalWeights | None:
         """Returns the original weights, from the file beside the graph; None where there is none."""

@@ -36,7 +36,7 @@ class Change:
         what: its name for the user.
         hint: how to get it without an engine, or with another one.
         deltas: what it adds to the weights, or None if torch cannot apply it.
-        key: equal for equal changes.
+        key: equal for equal changes; of a LoRA it begins with the file.
         bake: the LoRA as `--lora` takes it, or None.
         layers: of the checkpoint's UNet that it changes, by LDM's names with underscores for dots → the shape of their
             weights.
@@ -45,7 +45,7 @@ class Change:
     what: str
     hint: str
     deltas: Deltas | None = None
-    key: Hashable = ()
+    key: tuple[Hashable, ...] = ()
     bake: str | None = None
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 

@@ -71,9 +71,9 @@ class EngineLoras:
             raise EngineMismatch(
                 f"{change.what} changes {len(lost)} layers, and this model has none of them", where=runner.path
             )
-        if not lost or change.key in self._reported:
+        if not lost or change.key[:1] in self._reported:
             return
-        self._reported.add(change.key)
+        self._reported.add(change.key[:1])
         whole, missing = (_norm(change, names) for names in (change.layers, lost))
         kept = math.sqrt(max(0.0, 1 - (missing / whole) ** 2)) if whole else 1.0
         self._host.warn(

@@ -1,0 +1,131 @@
+"""An engine's weights are exchanged through TensorRT's refitter: calls on a stand-in of the library are checked."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sdcompress_engines.errors import EngineError
+from sdcompress_engines.runners import refit
+from sdcompress_engines.runners.refit import Refit
+
+from .fake_cuda import FakeCuda, fake_cuda  # noqa: F401 (a fixture)
+
+CPU = torch.device("cpu")
+
+
+class FakeWeights:
+    """Weights as the library holds them: a type, an address and a number of values."""
+
+    def __init__(self, dtype: str, address: int, count: int) -> None:
+        self.dtype, self.address, self.count = dtype, address, count
+
+
+class FakeRefitter:
+    """A refitter whose engine has the weights `a`, `b` and `c`, of which `b` and `c` are fused.
+
+    It reads the values when it refits, as the library does.
+    """
+
+    def __init__(self, engine: dict[str, list[float]], log: Any) -> None:
+        self.engine, self.given = engine, dict[str, FakeWeights]()
+        self.refits = 0
+
+    def set_named_weights(self, name: str, weights: FakeWeights, *location: Any) -> bool:
+        self.location = location
+        if name in self.engine:
+            self.given[name] = weights
+        return name in self.engine
+
+    def get_missing_weights(self) -> list[str]:
+        fused = {"b": "c", "c": "b"}
+        return [fused[name] for name in self.given if name in fused and fused[name] not in self.given]
+
+    def refit_cuda_engine(self) -> bool:
+        self.refits += 1
+        for name, weights in self.given.items():
+            assert weights.dtype == "half"
+            self.engine[name] = torch.tensor(read_halves(weights.address, weights.count)).tolist()
+        self.given.clear()
+        return True
+
+
+class FakeAsyncRefitter(FakeRefitter):
+    """A refitter of a newer library: it takes weights from the card, and works on a stream."""
+
+    def get_weights_location(self, name: str) -> str:
+        return "device"
+
+    def refit_cuda_engine_async(self, stream: int) -> bool:
+        return FakeRefitter.refit_cuda_engine(self)
+
+
+def read_halves(address: int, count: int) -> list[float]:
+    import ctypes
+
+    raw = bytearray(ctypes.string_at(address, 2 * count))
+    values: list[float] = torch.frombuffer(raw, dtype=torch.float16).tolist()
+    return values
+
+
+def library(refitter: type[FakeRefitter]) -> Any:
+    return SimpleNamespace(
+        Refitter=refitter,
+        Weights=FakeWeights,
+        DataType=SimpleNamespace(HALF="half"),
+        TensorLocation=SimpleNamespace(DEVICE="device"),
+    )
+
+
+LOG = SimpleNamespace(last_errors=lambda: "its reason")
+ENGINE = {"a": [1.0, 1.0], "b": [2.0, 2.0], "c": [3.0, 3.0]}
+
+
+def values(name: str) -> torch.Tensor:
+    return torch.tensor([[10.0, 11.0]] if name == "a" else [[20.0, 21.0]] if name == "b" else ENGINE[name]).half()
+
+
+@pytest.mark.parametrize("refitter", [FakeRefitter, FakeAsyncRefitter])
+def test_weights_are_set_by_name_with_those_that_the_library_fused_with_them(
+    fake_cuda: FakeCuda,  # noqa: F811
+    refitter: type[FakeRefitter],
+) -> None:
+    engine = {name: list(value) for name, value in ENGINE.items()}
+    exchange = Refit(library(refitter), engine, LOG, CPU, "net.engine")
+    exchange.exchange(["a", "b"], values)
+    assert engine == {"a": [10.0, 11.0], "b": [20.0, 21.0], "c": [3.0, 3.0]}
+    assert exchange._refitter.location == (("device",) if refitter is FakeAsyncRefitter else ())
+
+
+def test_weights_are_stored_as_the_graph_has_them(fake_cuda: FakeCuda) -> None:  # noqa: F811
+    engine = {"a": [0.0] * 4}
+    transposed = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).half().t()
+    Refit(library(FakeAsyncRefitter), engine, LOG, CPU, "net.engine").exchange(["a"], lambda name: transposed)
+    assert engine["a"] == [1.0, 3.0, 2.0, 4.0]
+
+
+def test_many_weights_go_in_parts_that_need_little_memory(
+    fake_cuda: FakeCuda,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(refit, "PART_BYTES", 8)
+    engine = {str(number): [0.0, 0.0] for number in range(5)}
+    exchange = Refit(library(FakeAsyncRefitter), engine, LOG, CPU, "net.engine")
+    exchange.exchange(list(engine), lambda name: torch.full((2,), float(name)).half())
+    assert engine == {str(number): [float(number)] * 2 for number in range(5)}
+    assert exchange._refitter.refits == 3
+
+
+def test_a_weight_that_the_engine_does_not_take_is_named(fake_cuda: FakeCuda) -> None:  # noqa: F811
+    exchange = Refit(library(FakeAsyncRefitter), dict(ENGINE), LOG, CPU, "net.engine")
+    with pytest.raises(EngineError, match=r"did not take the weight d \(its reason\)"):
+        exchange.exchange(["a", "d"], lambda name: torch.ones(2).half())
+
+
+def test_a_refit_that_fails_is_an_error(fake_cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setattr(FakeAsyncRefitter, "refit_cuda_engine_async", lambda self, stream: False)
+    exchange = Refit(library(FakeAsyncRefitter), dict(ENGINE), LOG, CPU, "net.engine")
+    with pytest.raises(EngineError, match=r"did not take the weights \(its reason\)"):
+        exchange.exchange(["a"], values)
