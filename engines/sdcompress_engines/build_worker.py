@@ -100,7 +100,7 @@ def build(trt: Any, job: Mapping[str, Any], errors: list[str]) -> None:
     config.progress_monitor = monitor
     _set_cards(trt, config, job["targets"])
     _set_options(trt, config, job["options"])
-    _mark_refittable(trt, network, config, job["refittable"])
+    mark_refittable(trt, network, config, job["refittable"])
     request_exact_memory(trt, config)
     cache = _open_timing_cache(config, Path(job["timing_cache"]))
     for shapes in job["profiles"]:
@@ -193,8 +193,14 @@ def _set_options(trt: Any, config: Any, options: Mapping[str, Any]) -> None:
         config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level.upper())
 
 
-def _mark_refittable(trt: Any, network: Any, config: Any, names: Sequence[str]) -> None:
+def mark_refittable(trt: Any, network: Any, config: Any, names: Sequence[str]) -> None:
     """Let these weights be exchanged in the engine, and where the library can, no others.
+
+    Args:
+        trt: the library's module.
+        network: parsed from the graph.
+        config: the builder's configuration.
+        names: of the weights.
 
     Raises:
         EngineError: the network has no such weight.

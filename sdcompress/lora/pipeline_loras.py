@@ -91,8 +91,8 @@ class PipelineLoras:
                 component runs on something whose weights are fixed.
         """
         chosen = [(Path(file), float(factor)) for file, factor in loras if factor]
-        keys = [(_identify(file), factor) for file, factor in chosen]
         try:
+            keys = [(_identify(file), factor) for file, factor in chosen]
             found = [(self._read(file, key), factor) for (file, factor), (key, _) in zip(chosen, keys, strict=True)]
             changed = {component for lora, _ in found for component, _ in lora.layers}
             for component in COMPONENTS:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sdcompress_engines import build_worker
+from sdcompress_engines.build_options import BuildOptions
+from sdcompress_engines.builder import build_engine
 from sdcompress_engines.errors import EngineError
-from sdcompress_engines.runners import refit
+from sdcompress_engines.exactness import relative_l2
+from sdcompress_engines.flavour import FLAVOURS, TENSORRT_RTX
+from sdcompress_engines.graph import weights_path
+from sdcompress_engines.profiles import Profile
+from sdcompress_engines.runners import TensorRTRunner, refit, tensorrt
 from sdcompress_engines.runners.refit import Refit
+from sdcompress_engines.runners.tensorrt_library import create_log
 
+from .exchange_cases import NAMES, compute, draw_sample, draw_weights, make_graph
 from .fake_cuda import FakeCuda, fake_cuda  # noqa: F401 (a fixture)
+
+needs_rtx = pytest.mark.skipif(TENSORRT_RTX.missing() is not None, reason="tensorrt-rtx is not installed")
 
 CPU = torch.device("cpu")
 
@@ -129,3 +142,39 @@ def test_a_refit_that_fails_is_an_error(fake_cuda: FakeCuda, monkeypatch: pytest
     exchange = Refit(library(FakeAsyncRefitter), dict(ENGINE), LOG, CPU, "net.engine")
     with pytest.raises(EngineError, match=r"did not take the weights \(its reason\)"):
         exchange.exchange(["a"], values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_an_engine_takes_new_weights_and_gets_its_own_back(tmp_path: Path, cuda_graph: bool) -> None:
+    flavour = next((each for each in FLAVOURS.values() if tensorrt.missing(each) is None), None)
+    if flavour is None:
+        pytest.skip("no TensorRT runs on this card")
+    make_graph(tmp_path).close()
+    graph, engine = tmp_path / "net.onnx", tmp_path / "net.engine"
+    profile = Profile({"sample": tuple((size, 4, 8, 8) for size in (1, 2, 4))})
+    build_engine(graph, engine, profile, flavour, options=BuildOptions(loras=True))
+    shutil.copyfile(weights_path(graph), weights_path(engine))
+    feeds = {name: value.cuda() for name, value in draw_sample().items()}
+    with TensorRTRunner(engine, flavour=flavour, cuda_graph=cuda_graph, kernels="eager") as runner:
+        before = runner.infer(feeds)["out"]
+        assert relative_l2(before.cpu(), compute({})) < 2e-3  # TF32
+        for seed in range(3):
+            changes = draw_weights(*NAMES[seed:], seed=seed)
+            runner.set_weights(changes)
+            assert relative_l2(runner.infer(feeds)["out"].cpu(), compute(changes)) < 2e-3
+        runner.set_weights({})
+        assert torch.equal(runner.infer(feeds)["out"], before)
+
+
+@needs_rtx
+def test_the_library_finds_every_weight_that_a_lora_changes_in_a_graph(tmp_path: Path) -> None:
+    make_graph(tmp_path).close()
+    trt = TENSORRT_RTX.load()
+    builder = trt.Builder(create_log(trt))
+    network = builder.create_network(0)
+    assert trt.OnnxParser(network, create_log(trt)).parse_from_file(str(tmp_path / "net.onnx"))
+    build_worker.mark_refittable(trt, network, builder.create_builder_config(), NAMES)
+    assert all(network.are_weights_marked_refittable(name) for name in NAMES)
+    with pytest.raises(EngineError, match="has no weight lost"):
+        build_worker.mark_refittable(trt, network, builder.create_builder_config(), ["lost"])
