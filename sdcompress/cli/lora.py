@@ -104,7 +104,8 @@ def train(
 @click.option("--reverse", is_flag=True, help="FILE was trained on the student: name its layers as the teacher does.")
 @click.option("--force", is_flag=True, help="Replace the file if it exists.")
 def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, reverse: bool, force: bool) -> None:
-    """Convert a LoRA of the whole UNet into one for the student.
+    """Convert a LoRA of the whole UNet into one for the student. `generate --lora` and the WebUIs' engines do this by
+    themselves; a checkpoint of `export --ldm` needs the file.
 
     Layers of removed blocks are dropped; the card names them, and says how much of the change is kept. Reads LoRA,
     LoCon, LoHa, LoKr and DoRA. With --reverse, a LoRA of the student gets the names that a WebUI's loader knows.
@@ -117,6 +118,7 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, r
 
     from sdcompress.checkpoints.weights import open_weights
     from sdcompress.lora.files import read_lora, write_lora
+    from sdcompress.lora.model_lora import UNET_ENTRY, WHOLE
     from sdcompress.lora.names import unet_modules
     from sdcompress.lora.remap import remap_lora, remap_to_teacher
     from sdcompress.lora.settings import kept_entries
@@ -135,7 +137,8 @@ def remap(lora: Path, teacher: str, plan_name: str, naming: str, output: Path, r
         written, rows = remapped.layers, _describe_kept(remapped)
         if not any(component == "unet" for component, _ in written):
             raise ModelError(f"changes only blocks that {plan.name} removes", where=lora)
-    write_lora(written, output, naming, kept_entries(open_weights(lora)))
+    entries = kept_entries(open_weights(lora)) | {UNET_ENTRY: WHOLE if reverse else plan.name}
+    write_lora(written, output, naming, entries)
     card(
         f"{lora.name} for {'the whole model' if reverse else plan.name}",
         [

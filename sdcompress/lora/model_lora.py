@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sdcompress_engines.errors import ModelError
 
 from sdcompress.checkpoints.weights import open_weights
+from sdcompress.families.registry import family_of
 from sdcompress.lora.adapters import Layers
 from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import find_targets
@@ -51,6 +53,18 @@ class ModelLora:
             f"{file.name} was made for the whole model: {plan.name} has {len(self.layers)} of its"
             f" {len(self.layers) + self.dropped} layers, {self.kept_norm:.0%} of its change by norm"
         )
+
+
+def unet_entry(unet_config: Mapping[str, Any], plan: BlockPlan | None) -> dict[str, str]:
+    """Returns the entry of a LoRA's header that says whose layers it names; none of a student without a plan.
+
+    Args:
+        unet_config: of the UNet that the LoRA was trained on.
+        plan: from the whole model to this student, or None.
+    """
+    if plan is not None:
+        return {UNET_ENTRY: plan.name}
+    return {UNET_ENTRY: WHOLE} if family_of(unet_config).student_of(unet_config) is None else {}
 
 
 def read_model_lora(file: Path, networks: Mapping[str, LayerShapes | None], plan: BlockPlan | None = None) -> ModelLora:

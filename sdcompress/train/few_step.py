@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from sdcompress.data.embed import TEXT_ENCODERS
 from sdcompress.families.registry import family_of
 from sdcompress.families.sampling_defaults import sampling_defaults, set_defaults
 from sdcompress.lora.fuse import fuse_lora
+from sdcompress.lora.model_lora import unet_entry
 from sdcompress.lora.sampling import describe_sampling
 from sdcompress.prune.student import meta_unet
 from sdcompress.support.pipeline import NOISE_OPTIONS
@@ -103,7 +105,8 @@ def few_step(
             manifest = describe_training(model, cache, config, result)
             manifest["config"] |= {"teacher_name": teacher.name, "guidance_scale": objective.guidance_scale}
             manifest["inputs"] |= {"teacher": teacher.sha256}
-            save_few_step(pipeline, trained.cpu().eval(), config, output, manifest)
+            entry = unet_entry(pipeline.unet.config, model.plan)
+            save_few_step(pipeline, trained.cpu().eval(), config, output, manifest, entry)
     return result
 
 
@@ -160,7 +163,12 @@ def _lora_config(config: FewStepConfig) -> LoraConfig:
 
 
 def save_few_step(
-    pipeline: Any, trained: nn.Module, config: FewStepConfig, output: Path, manifest: dict[str, Any]
+    pipeline: Any,
+    trained: nn.Module,
+    config: FewStepConfig,
+    output: Path,
+    manifest: dict[str, Any],
+    entries: Mapping[str, str] | None = None,
 ) -> None:
     """Write the finished pipeline, and the LoRA where one was trained.
 
@@ -170,6 +178,7 @@ def save_few_step(
         config: of the training.
         output: the training folder.
         manifest: entries of `write_manifest`.
+        entries: further entries of the LoRA's header.
     """
     unet: Any = trained
     if config.lora_rank is not None:
@@ -177,7 +186,9 @@ def save_few_step(
         fuse_lora(with_unet(pipeline, unet), read_adapters("unet", trained))
     finished = make_few_step_pipeline(pipeline, config, unet)
     if config.lora_rank is not None:
-        save_lora(trained, output / LORA, _lora_config(config), manifest, describe_sampling(finished))
+        save_lora(
+            trained, output / LORA, _lora_config(config), manifest, {**describe_sampling(finished), **(entries or {})}
+        )
     save_pipeline(finished, output / PIPELINE, "few-step", precision=config.save_precision, force=True, **manifest)
 
 

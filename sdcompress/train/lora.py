@@ -18,6 +18,7 @@ from torch import nn
 from sdcompress.data.cache import LatentCache
 from sdcompress.lora.adapters import Layers, LowRank
 from sdcompress.lora.files import write_lora
+from sdcompress.lora.model_lora import unet_entry
 from sdcompress.lora.names import unet_modules
 from sdcompress.prune.student import meta_unet
 from sdcompress.train.config import LoraConfig
@@ -109,7 +110,8 @@ def train_lora(
             report=report,
         )
         if PartialState().is_main_process:
-            save_lora(trained, output / LORA, config, describe_training(model, cache, config, result))
+            entry = unet_entry(pipeline.unet.config, model.plan)
+            save_lora(trained, output / LORA, config, describe_training(model, cache, config, result), entry)
     return result
 
 

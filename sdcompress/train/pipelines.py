@@ -127,6 +127,8 @@ def describe_training(
 ) -> dict[str, Any]:
     """Returns the manifest entries of everything that is trained: configuration, inputs, figures and seed.
 
+    A student stays one when it is trained further, so its plan is among them.
+
     Args:
         model: what the training started from.
         cache: the data.
@@ -134,11 +136,13 @@ def describe_training(
         result: how the run ended.
         role: the name of `model` in the entries: "teacher" or "model".
     """
+    plan = {} if role != "model" or model.plan is None else {"plan": json.loads(model.plan.to_json())}
     return {
         "config": {
             "train": config.model_dump(mode="json"),
             f"{role}_name": model.name,
             "data": cache.describe_data(),
+            **plan,
         },
         "inputs": {role: model.sha256, "data": cache.sha256},
         "figures": asdict(result),
