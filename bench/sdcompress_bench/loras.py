@@ -83,7 +83,7 @@ def time_swaps(
     |---|---|---|
     | `set` | no LoRA | LoRAs that the pipeline has not had |
     | `reset` | these LoRAs | no LoRA |
-    | `again` | no LoRA | the same LoRAs; free where a backend has kept them |
+    | `again` | no LoRA | the same LoRAs; next to nothing where a backend has kept the weights |
 
     So that the LoRAs of `set` are new each time, they are 0.1% stronger each time. Their files have been read. On a GPU
     a swap ends when the device has done its work.
