@@ -49,6 +49,7 @@ def _prepare(suite: Suite, model: ModelUnderTest, setup: BackendSetup, journal: 
         "precision": setup.precision,
         "device": suite.device,
         "artifacts": None if existing is None else str(existing),
+        "loras": bool(model.loras),
         "profiles": [],
     }
     name, limit_s = f"prepare {model.name} {setup}", suite.scenario_timeout_s
@@ -105,11 +106,12 @@ def build_artifacts(case: dict[str, Any]) -> dict[str, Any]:
 
     folder = Path(case["artifacts"]) if case["artifacts"] else None
     if folder is None and case["backend"] == "aot":
-        folder = cached_package(load_pipeline(case["path"]), case["device"], case["precision"]).parent
+        loaded = load_pipeline(case["path"])
+        folder = cached_package(loaded, case["device"], case["precision"], loras=case["loras"]).parent
     decoder = Path(case["decoder"]) if case["decoder"] else None
-    folder = folder or cached_artifacts(
-        case["path"], case["backend"], case["precision"], profiles=case["profiles"], decoder=decoder
-    )
+    if folder is None:
+        options = {"profiles": case["profiles"], "decoder": decoder, "loras": case["loras"]}
+        folder = cached_artifacts(case["path"], case["backend"], case["precision"], **options)
     manifest = read_manifest(folder)
     figures = manifest.figures if manifest else {}
     parts = [figures, *(part for part in figures.values() if isinstance(part, dict))]

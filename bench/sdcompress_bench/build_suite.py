@@ -12,6 +12,7 @@ from sdcompress_engines.errors import BackendMissing, UsageError
 from sdcompress.backends.registry import find_backend
 from sdcompress.support.bounds import LEAST_PX
 
+from .loras import find_loras, read_lora_sampling
 from .models import random_folder
 from .prompts import read_prompts, read_reference
 from .scenario import BackendSetup, Gate, ModelUnderTest, Prompt, Random, Sampling, Suite
@@ -81,6 +82,7 @@ def build_suite(
 
     Raises:
         UsageError: a wrong setting, or a model or file that does not exist.
+        ModelError: a LoRA is none, or not for its model.
         BackendMissing: the suite is for a GPU, and there is none.
     """
     file = check_suite(dict(settings), where or "the options")
@@ -90,7 +92,7 @@ def build_suite(
     measured, skipped = choose_backends(names, device, precision)
     entries = file.models if models else _with_decoder(file)
     found = models or tuple(find_model(entry) for entry in entries)
-    chosen = tuple(_with_sampling(model, entry, file) for model, entry in zip(found, entries, strict=True))
+    chosen = tuple(_complete(model, entry, file) for model, entry in zip(found, entries, strict=True))
     _check_gates(file, chosen, where)
     native_size_px = _native_size_px(chosen[0])
     prompts = _choose_prompts(chosen[0], file, quick)
@@ -190,8 +192,11 @@ def find_model(entry: ModelEntry) -> ModelUnderTest:
 
 
 def _suffix(entry: ModelEntry) -> str:
-    """Returns what the name of an entry without one ends in, so that it differs from the model with its own VAE."""
-    return " with small decoder" if entry.decoder and not entry.name else ""
+    """Returns what the name of an entry without one ends in, so that it differs from the model as it is."""
+    if entry.name:
+        return ""
+    loras = "" if not entry.loras else " with LoRA" if len(entry.loras) == 1 else f" with {len(entry.loras)} LoRAs"
+    return loras + (" with small decoder" if entry.decoder else "")
 
 
 def _with_decoder(file: SuiteFile) -> tuple[ModelEntry, ...]:
@@ -225,8 +230,20 @@ def _native_size_px(model: ModelUnderTest) -> int:
     return int(configs["unet"]["sample_size"]) * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
 
 
+def _complete(model: ModelUnderTest, entry: ModelEntry, file: SuiteFile) -> ModelUnderTest:
+    """Returns a model with its LoRAs, and with the steps and the guidance that it draws in.
+
+    Raises:
+        UsageError, ModelError: as `find_loras` and `_with_sampling`.
+    """
+    loras = find_loras(file.loras if entry.loras is None else entry.loras, model)
+    return _with_sampling(replace(model, loras=loras), entry, file)
+
+
 def _with_sampling(model: ModelUnderTest, entry: ModelEntry, file: SuiteFile) -> ModelUnderTest:
     """Returns a model with its steps and guidance: those of its entry, else the suite's, else the model's own.
+
+    A few-step LoRA makes those that it was trained for the model's own.
 
     Raises:
         UsageError: guidance for a model that was trained to draw without it.
@@ -251,7 +268,7 @@ def _read_defaults(model: ModelUnderTest) -> SamplingDefaults:
     from sdcompress.models.locate import locate_pipeline, read_model_index
 
     index = {} if model.random else read_model_index(locate_pipeline(model.path))
-    return read_defaults(index, read_configs(model)["unet"])
+    return read_defaults(index | read_lora_sampling(model.loras), read_configs(model)["unet"])
 
 
 def _choose_prompts(teacher: ModelUnderTest, file: SuiteFile, quick: bool) -> PromptSet:

@@ -9,7 +9,7 @@ from typing import Any
 from sdcompress_engines.errors import ArtifactError
 from sdcompress_engines.json_files import format_json
 
-from .latency import STAGES, Latency
+from .latency import LORA_SWAP, STAGES, Latency
 from .results import Results, point
 from .scenario import BackendSetup
 from .stats import LEAST_CHANGE, SIGNIFICANCE, Change, change
@@ -49,7 +49,7 @@ class Comparison:
 
     Attributes:
         before, after: names of the two files.
-        lines: one for each stage of each scenario that both files have.
+        lines: one for each stage of each scenario that both files have, and for the swap of its LoRAs.
         figures: fidelity and quality figures that both files have.
         only_before, only_after: scenarios that the other file lacks, failed ones included.
         notes: differences that a reader must know: machine, versions, weights, number of rounds.
@@ -98,8 +98,8 @@ def compare(before: Results, after: Results, before_name: str = "before", after_
         )
     lines = []
     for key in shared:
-        for stage in STAGES:
-            x, y = ([run for run in side[key].samples_ms.get(stage, []) if run] for side in sides)
+        for stage in (*STAGES, LORA_SWAP):
+            x, y = (side[key].rounds(stage) for side in sides)
             medians = [side[key].summary(stage) for side in sides]
             if medians[0] and medians[1]:
                 lines.append(TimeLine(_named(key), stage, medians[0].median, medians[1].median, change(x, y)))
@@ -168,9 +168,19 @@ def _notes(before: Results, after: Results) -> list[str]:
         for name in weights[0]
         if name in weights[1] and weights[0][name] != weights[1][name]
     ]
+    chosen = [{m["name"]: m.get("loras", []) for m in results.models} for results in (before, after)]
+    notes += [
+        f"{name}: other LoRAs ({_list_loras(chosen[0][name])} and {_list_loras(chosen[1][name])})"
+        for name in chosen[0]
+        if name in chosen[1] and chosen[0][name] != chosen[1][name]
+    ]
     if before.settings["rounds"] != after.settings["rounds"]:
         notes.append(f"rounds {before.settings['rounds']} and {after.settings['rounds']}")
     return notes
+
+
+def _list_loras(loras: list[dict[str, str]]) -> str:
+    return ", ".join(f"{lora['name']}, {lora['sha256'][:12]}" for lora in loras) or "none"
 
 
 def to_json(found: Comparison) -> str:

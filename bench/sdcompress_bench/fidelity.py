@@ -168,6 +168,7 @@ def load(
     device: str = "cpu",
     precision: str = "fp32",
     decoder: str | Path | None = None,
+    loras: Sequence[tuple[str, float]] = (),
 ) -> TextToImagePipeline:
     """Returns a pipeline without a progress bar.
 
@@ -180,6 +181,7 @@ def load(
         device: `cpu` or `cuda`.
         precision: fp32, fp16 or bf16.
         decoder: folder of a small decoder in the place of the VAE; graphs and engines were made with it.
+        loras: files with their weights, to put into it.
     """
     from sdcompress.backends.assemble import open_pipeline
     from sdcompress.backends.registry import find_backend
@@ -195,7 +197,10 @@ def load(
         precision=precision,  # type: ignore[arg-type]
         steady=True,
         decoder=None if decoder is None else Path(decoder),
+        loras=bool(loras),
     )
+    if loras:
+        pipeline.set_loras(loras)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

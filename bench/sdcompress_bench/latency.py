@@ -10,6 +10,7 @@ Timed, after a warm-up that lasts until calls are steady:
     text_encoder  `batch` captions (a guided picture does this twice: prompt and empty prompt)
     vae_decode    `batch` latents to pixels
     end_to_end    captions to PIL pictures, in the steps and with the guidance of the model
+    lora_swap     the LoRAs of a model that has some, into the open pipeline and out again
 
 On a GPU the first three are timed by CUDA events; everything else, and everything on a CPU, by the wall clock.
 """
@@ -17,7 +18,7 @@ On a GPU the first three are timed by CUDA events; everything else, and everythi
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 from sdcompress_engines.progress import SILENT, Reporter
@@ -29,6 +30,11 @@ from .scenario import BackendSetup, Scenario, Suite
 from .stats import Summary, summarize_rounds
 
 STAGES = ("unet_step", "text_encoder", "vae_decode", "end_to_end")
+LORA_SWAP = "lora_swap"
+"""A model's LoRAs into the open pipeline and out again: `set` and `reset` of `Latency.lora_swap_ms` together."""
+
+Rounds = list[list[Annotated[float, Field(gt=0)]]]
+"""For each round its samples."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class Latency:
             nothing to build.
         threads: CPU threads of PyTorch.
         unsteady: stages whose warm-up ended before calls were within 10% of each other.
+        lora_swap_ms: `set`, `reset` and `again`, see `loras.time_swaps` → for each round the raw samples, ms a swap;
+            empty where the model has no LoRAs.
         roofline: the UNet step as a share of the device's measured peaks, from `peaks.roofline`; empty where the work
             is not counted.
         failed: why there are no figures, or None where there are.
@@ -63,7 +71,7 @@ class Latency:
     unet_batch: Count
     steps: Count
     guidance_scale: float
-    samples_ms: dict[str, list[list[Annotated[float, Field(gt=0)]]]] = field(default_factory=dict)
+    samples_ms: dict[str, Rounds] = field(default_factory=dict)
     load_ms: list[float] = field(default_factory=list)
     first_image_ms: list[float] = field(default_factory=list)
     peak_rss_mib: float = 0.0
@@ -73,15 +81,28 @@ class Latency:
     threads: int = 0
     unsteady: list[str] = field(default_factory=list)
     roofline: dict[str, Any] = field(default_factory=dict)
+    lora_swap_ms: dict[Literal["set", "reset", "again"], Rounds] = field(default_factory=dict)
     failed: str | None = None
 
     @property
     def setup(self) -> BackendSetup:
         return BackendSetup(self.backend, self.precision)
 
+    def rounds(self, stage: str) -> Rounds:
+        """Returns the samples of a stage, or of `LORA_SWAP`, of each round that has some."""
+        if stage != LORA_SWAP:
+            return [samples for samples in self.samples_ms.get(stage, []) if samples]
+        both = zip(self.lora_swap_ms.get("set", []), self.lora_swap_ms.get("reset", []), strict=False)
+        return [[i + o for i, o in zip(*pair, strict=False)] for pair in both if all(pair)]
+
     def summary(self, stage: str) -> Summary | None:
-        """Returns the stage's `Summary` over all rounds, ms a call, or None where it was not measured."""
-        rounds = [samples for samples in self.samples_ms.get(stage, []) if samples]
+        """Returns the `Summary` of a stage, or of `LORA_SWAP`, over all rounds, ms a call; None if not measured."""
+        rounds = self.rounds(stage)
+        return summarize_rounds(rounds) if rounds else None
+
+    def swap_summary(self, direction: Literal["set", "reset", "again"]) -> Summary | None:
+        """Returns the `Summary` of the swaps in one direction, ms a swap, or None where it was not measured."""
+        rounds = [samples for samples in self.lora_swap_ms.get(direction, []) if samples]
         return summarize_rounds(rounds) if rounds else None
 
     @property
@@ -139,6 +160,7 @@ def case_of(scenario: Scenario, suite: Suite, artifacts: Artifacts) -> dict[str,
     return {
         "path": str(scenario.model.path),
         "decoder": scenario.model.decoder and str(scenario.model.decoder),
+        "loras": scenario.model.weighted_loras,
         "backend": scenario.setup.backend,
         "artifacts": find_artifacts(scenario, artifacts).get("artifacts"),
         "precision": scenario.setup.precision,
@@ -182,4 +204,9 @@ def _combine(scenario: Scenario, rounds: list[dict[str, Any]], failed: str | Non
         build_s=build_s,
         threads=rounds[0]["threads"],
         unsteady=sorted({stage for r in rounds for stage in r["unsteady"]}),
+        lora_swap_ms=_by_direction([r["lora_swap_ms"] for r in rounds if "lora_swap_ms" in r]),
     )
+
+
+def _by_direction(rounds: list[dict[Any, list[float]]]) -> dict[Any, Rounds]:
+    return {direction: [of_round[direction] for of_round in rounds] for direction in (rounds[0] if rounds else ())}

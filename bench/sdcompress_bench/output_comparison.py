@@ -116,16 +116,17 @@ class OutputComparison:
     ) -> None:
         every = (answers[REFERENCE], *answers.values())
         parameters: dict[str, Any] = next((a["parameters"] for a in every if a.get("parameters", {}).get("unet")), {})
-        found.models.append(
-            {
-                "name": model.name,
-                "sha256": model.sha256,
-                "parameters": parameters,
-                "random": model.random is not None,
-                "steps": model.sampling.steps,
-                "guidance_scale": model.sampling.guidance_scale,
-            }
-        )
+        described = {
+            "name": model.name,
+            "sha256": model.sha256,
+            "parameters": parameters,
+            "random": model.random is not None,
+            "steps": model.sampling.steps,
+            "guidance_scale": model.sampling.guidance_scale,
+        }
+        if model.loras:
+            described["loras"] = [{"name": str(lora), "sha256": lora.sha256} for lora in model.loras]
+        found.models.append(described)
         for setup in self.suite.setups:
             if setup != REFERENCE:
                 entry = {"model": model.name, "backend": setup.backend, "precision": setup.precision}
@@ -149,6 +150,7 @@ class OutputComparison:
         case = {
             "path": str(model.path),
             "decoder": model.decoder and str(model.decoder),
+            "loras": model.weighted_loras,
             "backend": setup.backend,
             "artifacts": artifacts.get("artifacts"),
             "device": suite.device,
@@ -233,6 +235,7 @@ class OutputComparison:
         """Returns `sensitivity`: the smallest fault that the gate detects; empty where that cannot be measured."""
         case = {
             "path": str(model.path),
+            "loras": model.weighted_loras,
             "device": self.suite.device,
             "probe": str(self.probe),
             "limits": limits,

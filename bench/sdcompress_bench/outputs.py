@@ -33,15 +33,15 @@ def write_outputs(case: dict[str, Any]) -> dict[str, Any]:
     the UNet does not accept the probe.
 
     Args:
-        case: `path`, `backend`, `artifacts`, `device`, `precision`, `decoder` of the model; `folder` to write to;
-            `captions` and `seeds` of the pictures; `probe`, the file of a probe to predict for; or `make_probe`, from
-            how many pictures to make a new probe, with `timesteps` and `random`; `probes_at_once` in a UNet call.
+        case: `path`, `backend`, `artifacts`, `device`, `precision`, `decoder`, `loras` of the model; `folder` to write
+            to; `captions` and `seeds` of the pictures; `probe`, the file of a probe to predict for; or `make_probe`,
+            from how many pictures to make a new probe, with `timesteps` and `random`; `probes_at_once` in a UNet call.
     """
     if case["threads"]:
         torch.set_num_threads(case["threads"])
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    places = (case["artifacts"], case["device"], case["precision"], case["decoder"])
+    places = (case["artifacts"], case["device"], case["precision"], case["decoder"], case["loras"])
     pipeline = fidelity.load(case["path"], case["backend"], *places)
     images = _draw(pipeline, case)
     for number, image in enumerate(images):
@@ -93,14 +93,14 @@ def measure_sensitivity(case: dict[str, Any]) -> dict[str, Any]:
     """Returns how small a fault a gate detects in the model of a case: `faults.Sensitivity` as plain values.
 
     Args:
-        case: `path`, `device`, `probe`; `limits` and `floors`, for each of the probe's timesteps the gate's limit and
-            the error of the gated setup without a fault; `count` of places; `seed`.
+        case: `path`, `loras`, `device`, `probe`; `limits` and `floors`, for each of the probe's timesteps the gate's
+            limit and the error of the gated setup without a fault; `count` of places; `seed`.
     """
     from .faults import sensitivity
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
-    pipeline = fidelity.load(case["path"], "torch", None, case["device"], "fp32")
+    pipeline = fidelity.load(case["path"], "torch", None, case["device"], "fp32", loras=case["loras"])
     probe = read_probe(Path(case["probe"]))
     return asdict(sensitivity(pipeline, probe, case["limits"], case["floors"], case["count"], case["seed"]))
 

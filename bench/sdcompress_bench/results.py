@@ -14,7 +14,7 @@ from sdcompress_engines.files import write_atomically
 from sdcompress_engines.json_files import read_json_lines, read_json_object
 from sdcompress_engines.paths import file_inside
 
-from .latency import Latency
+from .latency import LORA_SWAP, Latency
 from .results_schema import check_results
 from .scenario import BackendSetup, Gate, Sampling
 from .stats import Summary
@@ -35,6 +35,8 @@ class Row:
         share_of_peak: of the device's measured matrix product peak, in [0, 1].
         fidelity: relative L2 to PyTorch fp32 with the same weights, worst timestep.
         fidelity_passed: whether its gate holds; None where there is no gate.
+        loras: that it draws with, in words; empty where there are none.
+        lora_swap_ms: median time to put them into the open pipeline and take them out again.
     """
 
     model: str
@@ -53,6 +55,8 @@ class Row:
     fidelity: float | None
     fidelity_passed: bool | None
     failed: str | None
+    loras: str = ""
+    lora_swap_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Results:
         settings: the suite, and its `baseline` as [backend, precision].
         environment: see `environment.environment`.
         models: name, `sha256`, `parameters` by component, `random` weights or not, `steps` and `guidance_scale` of its
-            pictures; the teacher first.
+            pictures; the teacher first. A model with LoRAs has their names and hashes in `loras`.
         latency: a `Latency` for each scenario.
         peaks: precision → the device's limits, as `peaks.Peaks`.
         backends: the same weights in another setup, compared with PyTorch fp32: model, backend, precision, and the
@@ -123,6 +127,10 @@ class Results:
             found[model["name"]] = Sampling(int(known["steps"]), float(known["guidance_scale"]))
         return found
 
+    def loras(self) -> dict[str, str]:
+        """Returns model → its LoRAs in words, of the models that draw with some."""
+        return {m["name"]: ", ".join(lora["name"] for lora in m["loras"]) for m in self.models if m.get("loras")}
+
     def rows(self) -> Iterator[Row]:
         """Yields the rows of the main table, in the order in which they were measured."""
         parameters = {model["name"]: model["parameters"].get("unet", 0) for model in self.models}
@@ -131,10 +139,12 @@ class Results:
             for run in self.latency
             if run.model == self.teacher and run.setup == self.baseline
         }
+        loras = self.loras()
         errors = {(entry["model"], entry["backend"], entry["precision"]): entry for entry in self.backends}
         for run in self.latency:
             speed, base = run.images_per_s, reference.get((run.size_px, run.batch))
             error = errors.get((run.model, run.backend, run.precision), {})
+            swap = run.summary(LORA_SWAP)
             yield Row(
                 model=run.model,
                 sampling=Sampling(run.steps, run.guidance_scale),
@@ -152,6 +162,8 @@ class Results:
                 fidelity=error.get("relative_l2"),
                 fidelity_passed=error.get("gate", {}).get("passed"),
                 failed=run.failed,
+                loras=loras.get(run.model, ""),
+                lora_swap_ms=None if swap is None else swap.median,
             )
 
     def judge(self, gates: Sequence[Gate]) -> list[dict[str, Any]]:
@@ -181,7 +193,11 @@ class Results:
 
     def _figures(self, name: str) -> Iterator[tuple[str, BackendSetup | None, float | None]]:
         """Yields every value of a figure of `scenario.FIGURES`: model, backend setup if it has one, value."""
-        if name in ("speedup", "unet_step_ms", "peak_mib"):
+        if name == "lora_swap_ms":
+            for row in self.rows():
+                if row.loras:
+                    yield row.model, row.setup, row.lora_swap_ms
+        elif name in ("speedup", "unet_step_ms", "peak_mib"):
             for row in self.rows():
                 values = {
                     "speedup": row.speedup,

@@ -32,12 +32,18 @@ class _Environment(BaseModel):
     packages: dict[Name, Name] = Field(default_factory=dict)
 
 
+class _Lora(BaseModel):
+    name: Name
+    sha256: Name
+
+
 class _Model(BaseModel):
     name: Name
     sha256: Name
     parameters: dict[Name, int]
     steps: Count | None = None
     guidance_scale: Finite | None = None
+    loras: list[_Lora] = Field(default_factory=list)
 
 
 class _Estimate(BaseModel):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import UsageError
+from sdcompress_engines.errors import UsageError, shorten
 
 from sdcompress.backends.registry import backends
 from sdcompress.families.sampling_defaults import USUAL_STEPS
@@ -19,6 +19,7 @@ FIGURES = {
     "speedup": "pictures a second, over those of the first model in the first PyTorch setup",
     "unet_step_ms": "median UNet step",
     "peak_mib": "peak memory",
+    "lora_swap_ms": "median time to put a model's LoRAs into an open pipeline and take them out again",
     "relative_l2": "of a backend to PyTorch fp32 with the same weights, worst timestep",
     "teacher_relative_l2": "of a student's noise prediction to the teacher's, mean over timesteps",
     "lpips": "mean LPIPS of a student's pictures to the teacher's of equal seeds",
@@ -81,6 +82,19 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class ChosenLora:
+    """A LoRA that a model draws with: its file, the factor of its change, and the hash of the file."""
+
+    file: Path
+    weight: float = 1.0
+    sha256: str = ""
+
+    def __str__(self) -> str:
+        name = shorten(self.file.name, 100)
+        return name if self.weight == 1 else f"{name}:{self.weight:g}"
+
+
+@dataclass(frozen=True)
 class ModelUnderTest:
     """A pipeline that is measured.
 
@@ -96,6 +110,7 @@ class ModelUnderTest:
         decoder: folder of the small decoder that it draws with, in the place of its VAE.
         decoder_sha256: hash of that folder.
         sampling: its steps and its guidance.
+        loras: that it draws with, in their order.
     """
 
     name: str
@@ -108,6 +123,12 @@ class ModelUnderTest:
     decoder: Path | None = None
     decoder_sha256: str = ""
     sampling: Sampling = Sampling()
+    loras: tuple[ChosenLora, ...] = ()
+
+    @property
+    def weighted_loras(self) -> list[tuple[str, float]]:
+        """Its LoRAs as plain values: what `set_loras` of an open pipeline takes."""
+        return [(str(lora.file), lora.weight) for lora in self.loras]
 
     def artifacts(self, backend: str) -> Path | None:
         """Returns the folder that the backend runs from, or None where it is created on demand."""

@@ -70,6 +70,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     from sdcompress.sampling import generate
 
     from .fidelity import load
+    from .loras import time_swaps
 
     if case["threads"]:
         torch.set_num_threads(case["threads"])
@@ -77,7 +78,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
     used_before = gpu_memory_used_mib() if cuda else None  # before this process has a context, which counts too
     free_before = torch.cuda.mem_get_info()[0] if cuda else 0
     started = time.perf_counter()
-    places = (case["artifacts"], case["device"], case["precision"], case["decoder"])
+    places = (case["artifacts"], case["device"], case["precision"], case["decoder"], case["loras"])
     pipeline = load(case["path"], case["backend"], *places)
     load_ms = _since(started)
     options = {"steps": case["steps"], "guidance_scale": case["guidance_scale"], "size_px": case["size_px"]}
@@ -98,7 +99,7 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
         wall_clock = _StageTimer(DeviceClock("cpu"), case["stage_budget_s"])
         samples["end_to_end"] = list(wall_clock.samples(end_to_end, case["end_to_end_samples"], 1))
     parts = ("unet", "text_encoder", "vae")
-    return {
+    found = {
         "samples_ms": samples,
         "unsteady": unsteady,
         "load_ms": load_ms,
@@ -108,6 +109,10 @@ def time_case(case: dict[str, Any]) -> dict[str, Any]:
         "artifact_mib": {name: round(_size_mib(getattr(pipeline, name)), 3) for name in parts},
         "threads": torch.get_num_threads(),
     }
+    if case["loras"]:  # after the peaks, which are those of drawing
+        limits = case["samples"], case["stage_budget_s"]
+        found["lora_swap_ms"] = time_swaps(pipeline, case["loras"], case["device"], *limits)
+    return found
 
 
 def _needs_no_second(first_ms: float, samples: dict[str, list[float]], case: dict[str, Any]) -> bool:

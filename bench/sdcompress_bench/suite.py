@@ -132,6 +132,7 @@ def list_inputs(suite: Suite) -> list[Path]:
     from sdcompress.models.locate import local_paths
 
     found = [path for model in suite.models for path in (model.onnx, model.engine, model.metrics, model.decoder)]
+    found += [lora.file for model in suite.models for lora in model.loras]
     found += local_paths(*(model.path for model in suite.models if model.random is None))
     found += [suite.prompts_file, suite.metric, suite.real]
     return [path for path in found if path is not None]
@@ -185,6 +186,7 @@ def _read_losses(suite: Suite) -> dict[str, dict[str, list[list[float]]]]:
 def _input_hashes(suite: Suite) -> dict[str, str]:
     hashes = {model.name: model.sha256 for model in suite.models}
     hashes |= {f"decoder of {model.name}": model.decoder_sha256 for model in suite.models if model.decoder}
+    hashes |= {f"LoRA {lora} of {model.name}": lora.sha256 for model in suite.models for lora in model.loras}
     if suite.metric and (suite.metric / "model.safetensors").is_file():
         hashes["metric"] = sha256_file(suite.metric / "model.safetensors")
     return hashes
@@ -198,7 +200,11 @@ def fingerprint(suite: Suite, facts: Mapping[str, Any]) -> str:
         facts: see `environment.environment`.
     """
     models = [
-        [m.name, m.sha256, str(m.onnx), str(m.engine), m.decoder_sha256, asdict(m.sampling)] for m in suite.models
+        [
+            *(m.name, m.sha256, str(m.onnx), str(m.engine), m.decoder_sha256, asdict(m.sampling)),
+            *([lora.sha256, lora.weight] for lora in m.loras),
+        ]
+        for m in suite.models
     ]
     gpus = [gpu["name"] for gpu in facts["gpu"]]
     machine = [facts["cpu"], facts["cores"], gpus, installed_versions(), facts["commit"]]

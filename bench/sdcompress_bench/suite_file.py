@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 from sdcompress_engines.errors import UsageError
 from sdcompress_engines.paths import expand_user
 
@@ -30,6 +30,20 @@ from sdcompress.support.yaml_files import read_mapping
 from .scenario import FIGURES, PRECISIONS, BackendSetup
 
 
+def _check_lora(text: str) -> str:
+    from sdcompress.lora.fuse import parse_lora
+
+    try:
+        parse_lora(text)
+    except UsageError as error:
+        raise ValueError(str(error).removeprefix("--lora ")) from error
+    return text
+
+
+Loras = tuple[Annotated[str, AfterValidator(_check_lora)], ...]
+"""LoRAs as typed: FILE or FILE:WEIGHT."""
+
+
 class ModelEntry(Settings):
     """A model of a suite: a path, a known name or a hub id, or a published shape with random weights."""
 
@@ -49,6 +63,9 @@ class ModelEntry(Settings):
     steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="Its sampling steps. None is the suite's `steps`.")
     guidance_scale: float | None = Field(
         None, ge=0, le=MOST_GUIDANCE, description="Its guidance scale. None is the suite's `guidance_scale`."
+    )
+    loras: Loras | None = Field(
+        None, description="LoRAs that it draws with, each FILE or FILE:WEIGHT. None are the suite's `loras`."
     )
 
     @model_validator(mode="after")
@@ -122,6 +139,7 @@ class SuiteFile(Settings):
             " nano, and none for a model that was trained to draw without guidance."
         ),
     )
+    loras: Loras = Field((), description="LoRAs that every model draws with, each FILE or FILE:WEIGHT.")
     prompts: str | None = Field(None, description="A file of captions: txt, csv, tsv, jsonl, or COCO's json.")
     reference: str | None = Field(None, description="A folder of real pictures, for FID and KID.")
     clip: str | None = Field(None, description="A CLIP (transformers folder) that judges the pictures.")

@@ -258,7 +258,7 @@ def count_pipeline(
         raise UsageError(f"no precision {precision!r}", expected=" or ".join(BYTES))
     if batch < 1:
         raise UsageError(f"a batch of {batch}", expected="at least 1")
-    parts = _build(_choose_configs(model))
+    parts = build_on_meta(_choose_configs(model))
     unet, vae = parts["unet"], parts["vae"]
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     levels = 2 ** (len(unet.config.block_out_channels) - 1)
@@ -320,8 +320,12 @@ def read_pipeline_configs(path: str | Path) -> dict[str, Mapping[str, Any]]:
     return {name: read_component_config(path, name) for name in ("unet", "vae", "text_encoder", *second)}
 
 
-def _build(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the components of these configs on the meta device, without weights."""
+def build_on_meta(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the components of these configs on the meta device, without weights.
+
+    Args:
+        configs: by the pipeline's names, with that of the `unet`.
+    """
     from sdcompress.families.build import build_module
     from sdcompress.families.registry import family_of_pipeline
 

@@ -360,9 +360,10 @@ def _speed_text(results: Results, row: Row) -> str:
         return f"{head}failed: {row.failed}"
     speedup = f", {row.speedup:.2f}× the teacher in PyTorch" if row.speedup else ""
     noisy = ", noisy" if row.unet_step.noisy else ""
+    swap = "" if row.lora_swap_ms is None else f", LoRAs in and out {row.lora_swap_ms:,.1f} ms"
     return (
         f"{head}{row.sampling}: {format_seconds(1 / row.images_per_s)} s a picture, {row.images_per_s:.3g} pictures/s"
-        f"{speedup}; one UNet step {row.unet_step.median:,.1f} ms, {row.peak_mib:,.0f} MiB{noisy}"
+        f"{speedup}; one UNet step {row.unet_step.median:,.1f} ms, {row.peak_mib:,.0f} MiB{noisy}{swap}"
     )
 
 

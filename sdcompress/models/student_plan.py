@@ -43,8 +43,9 @@ def _read_plan(folder: Path) -> tuple[BlockPlan, Path] | None:
     if not folder.is_dir():
         return None
     manifest, file = read_manifest(folder), folder / "unet" / "plan.json"
-    if manifest is not None and manifest.config.get("plan") is not None:
-        return BlockPlan.from_content(manifest.config["plan"], folder), folder
+    content = None if manifest is None else manifest.config.get("plan")
+    if content is not None and not isinstance(content, str):  # a model with random weights has a preset's name there
+        return BlockPlan.from_content(content, folder), folder
     return (BlockPlan.from_content(read_json(file, PlanError), file), file) if file.is_file() else None
 
 

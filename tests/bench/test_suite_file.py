@@ -91,7 +91,8 @@ def test_a_random_student_draws_with_a_random_decoder(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir()), "nothing is made before it is measured"
 
     folder = shutil.copytree(nano.pipeline_folder("nano-tiny"), random_folder(Random("sd1", "bk-tiny")))
-    write_manifest(folder, "random model", inputs={})  # a small model in the place of 1 GB of random weights
+    # a small model in the place of 1 GB of random weights
+    write_manifest(folder, "random model", config={"family": "sd1", "plan": "bk-tiny"}, inputs={})
     plain, small_one = (prepare_model(model) for model in suite.models)
     assert (plain.decoder, plain.path) == (None, small_one.path)
     assert small_one.decoder is not None

@@ -55,6 +55,7 @@ def render_html(results: Results, folder: Path) -> str:
             answer=tables.answer_table(results),
             speed_plots=figures.speed_plots(results),
             stages=tables.stage_table(results),
+            swaps=tables.swap_tables(results),
             columns=[_column(results, entry) for entry in results.pictures],
             pictures_note=text.pictures_note(results),
             picture_rows=list(_picture_rows(results, folder)),
@@ -111,7 +112,8 @@ def render_markdown(results: Results) -> str:
     """Returns the headline, the tables, the notes and the command as Markdown."""
     lines = [f"# {escape_markdown(text.headline(results))}", "", escape_markdown(text.subline(results)), ""]
     lines += _markdown_table(tables.answer_table(results))
-    for table in (*tables.quality_tables(results), *tables.limit_tables(results), *tables.gate_tables(results)):
+    parts = (tables.swap_tables, tables.quality_tables, tables.limit_tables, tables.gate_tables)
+    for table in (table for part in parts for table in part(results)):
         lines += ["", f"**{escape_markdown(table.title)}**", "", *_markdown_table(table)]
     lines += ["", *(f"- {escape_markdown(note)}" for note in text.notes(results))]
     lines += ["", f"Machine: {escape_markdown(text.machine(results))}.", "", *code_block(results.command)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+from ..latency import LORA_SWAP
 from ..results import Results, Row
 from ..scenario import BackendSetup
 from .formatting import (
@@ -130,6 +131,19 @@ def _stage_rows(results: Results) -> Iterable[list[str]]:
             build = NO_FIGURE if run.build_s is None else f"{run.build_s:,.0f} s"
             times = [whole.median, text.median, step.median, step.p90, step.p99, vae.median, min(run.load_ms), first]
             yield [run.model, format_setup(results, run), *map(format_ms, times), build]
+
+
+def swap_tables(results: Results) -> list[Table]:
+    """Returns the table of how long it takes to swap LoRAs, if a model has some."""
+    rows, loras = list[list[str]](), results.loras()
+    for run in results.latency:
+        directions: tuple[Literal["set", "reset", "again"], ...] = ("set", "reset", "again")
+        summaries = [run.summary(LORA_SWAP), *map(run.swap_summary, directions)]
+        if summaries[0]:
+            times = [NO_FIGURE if each is None else format_ms(each.median) for each in summaries]
+            rows.append([run.model, format_setup(results, run), loras.get(run.model, NO_FIGURE), *times])
+    head = ("model", "backend", "LoRAs", "in and out", "in", "out", "the same in again")
+    return [Table("Swapping LoRAs in an open pipeline", head, rows, left=3)] if rows else []
 
 
 def quality_tables(results: Results) -> list[Table]:

@@ -154,6 +154,13 @@ def method(results: Results) -> list[str]:
         " move.",
         _distance_method(results),
     ]
+    if any(run.lora_swap_ms for run in results.latency):
+        paragraphs.append(
+            "A model with LoRAs has them in every figure and picture, and so does its PyTorch fp32. They are swapped"
+            " in an open pipeline that has read their files, by the wall clock until the device is done."
+            " Each swap puts in LoRAs that are 0.1% stronger than those before, so a backend cannot use what it has"
+            " kept; the last column is the time for the same ones again."
+        )
     if results.students:
         paragraphs.append(
             "Student against teacher: the same UNet inputs to both; LPIPS, PSNR and SSIM of pictures from equal initial"
