@@ -111,7 +111,7 @@ class Models:
         """
         wanted = self.signature(name)
         module = PositionalUNet(self.unet(name, mode != "eager"))
-        return TorchRunner(module, wanted.inputs, wanted.outputs, mode, cuda_graph=cuda_graph)
+        return TorchRunner(module, wanted.inputs, wanted.outputs, mode, cuda_graph=cuda_graph, named=module.unet)
 
     @functools.cached_property
     def peaks(self) -> Peaks:

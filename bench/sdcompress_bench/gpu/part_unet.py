@@ -17,6 +17,7 @@ from sdcompress.models.load import LoadedPipeline
 
 from .child import PartRun
 from .models import CHECKED_AT, MODELS, ONE_LEVEL, TEACHER, TIMED_AT, Models
+from .swaps import measure_swaps
 from .timing import synchronize, time_call
 
 BATCHES = (2, 16, 4)
@@ -53,12 +54,14 @@ COMPILED = (Variant("compile", "compile"), Variant("compile graph", "compile", c
 
 
 def unet_step(run: PartRun) -> None:
-    """Write a row for each model, batch and variant, the most important first."""
+    """Write a row for each model, batch and variant, the most important first; then those of LoRA swaps."""
     models = Models(run)
     for batch in BATCHES[:1] if run.smoke else BATCHES:
         for name in MODELS:
             for variant in VARIANTS + ((TUNED,) if batch == BATCHES[0] and name in (TEACHER, "bk-tiny") else ()):
                 step_row(run, models, name, batch, variant)
+    for variant in VARIANTS[:2]:
+        swap_row(run, models, "bk-tiny", variant)
 
 
 def compiled_step(run: PartRun) -> None:
@@ -94,6 +97,28 @@ def step_row(run: PartRun, models: Models, name: str, batch: int, variant: Varia
         run.skip(label, NEEDS_CUDA, **labels)
         return
     run.measure(label, lambda: measure_variant(run, models, name, batch, variant), **labels)
+
+
+def swap_row(run: PartRun, models: Models, name: str, variant: Variant) -> None:
+    """Write the row of a LoRA's way into a UNet in torch, and out again.
+
+    Args:
+        run: the part.
+        models: has the UNet.
+        name: of the UNet.
+        variant: how torch runs it.
+    """
+
+    def measure() -> dict[str, Any]:
+        with models.runner(name, variant.mode, variant.cuda_graph) as runner:
+            return measure_swaps(run, models, name, runner)
+
+    label = f"{name} LoRA swap {variant.name}"
+    labels = {"model": name, "mode": variant.mode, "cuda_graph": variant.cuda_graph, "swap": True}
+    if variant.cuda_graph and not run.is_cuda:
+        run.skip(label, NEEDS_CUDA, **labels)
+        return
+    run.measure(label, measure, **labels)
 
 
 def package_row(run: PartRun, models: Models, name: str, batch: int, cuda_graph: bool) -> None:
@@ -208,9 +233,11 @@ def measure_package(run: PartRun, models: Models, name: str, batch: int, cuda_gr
         pipeline: Any = SimpleNamespace(unet=models.unet(name))
         precision: Any = run.precision
         loaded = LoadedPipeline(name, pipeline, "random", run.scratch / name)  # random weights: no folder holds them
-        result = compile_unet(loaded, package.parent, device=run.device.type, precision=precision, force=True)
+        options: Any = {"device": run.device.type, "precision": precision, "loras": run.is_cuda, "force": True}
+        result = compile_unet(loaded, package.parent, **options)
         compiled = {"compile_s": result.seconds}
     with open_runner(package, str(run.device), cuda_graph=cuda_graph) as runner:
         figures = measure_runner(run, models, name, batch, runner)
+        swaps = {"lora_swap": measure_swaps(run, models, name, runner)} if runner.weights and not cuda_graph else {}
     figures.pop("first_s")
-    return figures | compiled | {"package_mib": package.stat().st_size / 2**20}
+    return figures | swaps | compiled | {"package_mib": package.stat().st_size / 2**20}

@@ -7,11 +7,11 @@ from html import escape
 LIMITS = (
     (
         "LoRA",
-        'An engine has its weights built in, so a LoRA in the prompt cannot change it. With the setting "error" the'
-        ' picture is refused, and the message has the command that bakes the LoRA in. On A1111, with "torch", the'
-        " engine's own weights draw it in torch, with the LoRA, if no block of the model has been removed. On Forge a"
-        " LoRA in the prompt is always refused. A student's layers are not the checkpoint's, so a student refuses it in"
-        " both settings: bake it in. A LoRA that changes only the text encoder works as usual.",
+        "A LoRA in the prompt goes into the engine's weights. A student lacks some of the checkpoint's layers: the page"
+        " says how much of the LoRA is left. Engines in int8 or fp8, and those built with --no-lora or without their"
+        ' card, take none. With the setting "error" the picture is then refused, and the message has the command that'
+        ' bakes the LoRA in; with "torch" the engine\'s own weights draw it in torch, with the LoRA. A LoRA that'
+        " changes only the text encoder always works.",
     ),
     (
         "ControlNet, IP-Adapter, reference",
