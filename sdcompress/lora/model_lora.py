@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdcompress_engines.errors import ModelError
+from sdcompress_engines.errors import ModelError, shorten
 
 from sdcompress.checkpoints.weights import open_weights
 from sdcompress.families.registry import family_of
@@ -84,7 +84,15 @@ def read_model_lora(file: Path, networks: Mapping[str, LayerShapes | None], plan
     """
     unet = networks.get("unet") or {}
     made_for = open_weights(file).metadata.get(UNET_ENTRY) if file.is_file() else None
-    if plan is None or made_for not in (None, WHOLE):
+    own = None if plan is None else plan.name
+    if made_for not in (None, WHOLE, own):
+        raise ModelError(
+            f"was trained on a student of the plan {shorten(made_for, 60)}",
+            where=file,
+            expected="a LoRA for the whole model" if own is None else f"one for the whole model, or for {own}",
+            hint="sdcompress lora remap FILE --teacher TEACHER --plan PLAN --reverse -o WHOLE",
+        )
+    if plan is None or made_for == own:
         layers = read_lora(file, unet)
         find_targets(layers, networks)
         return ModelLora(layers)
