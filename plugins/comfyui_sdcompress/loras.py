@@ -97,7 +97,11 @@ def change_weight(
         except Exception as error:  # of any kind: a LoRA comes from anyone
             raise _misfit(name, shape, errors.shorten(error, 200), where) from error
         if not fits:
-            found = f"it makes {tuple(weight.shape)} of it" if weight.shape != shape else "ComfyUI cannot apply it"
+            found = (
+                f"it makes {tuple(weight.shape)} of it"
+                if weight.shape != shape
+                else "ComfyUI could not apply it, and logged why"
+            )
             raise _misfit(name, shape, found, where)
     return weight
 

@@ -217,6 +217,7 @@ class Real:
         from comfy.cli_args import args
 
         args.cpu = True
+        import comfy.lora
         import comfy.model_management
         import comfy.sample
         import comfy.samplers
@@ -288,6 +289,10 @@ class Real:
 
     def lora(self, patcher: Any, tensors: dict[str, torch.Tensor], strength: float) -> Any:
         return self.comfy.sd.load_lora_for_models(patcher, None, dict(tensors), strength, 1.0)[0]
+
+    def calculate(self, patcher: Any) -> Callable[..., torch.Tensor]:
+        """Returns ComfyUI's own sum of a weight and its patches; before August 2024 it was a method."""
+        return getattr(self.comfy.lora, "calculate_weight", None) or patcher.calculate_weight
 
     def wrap(self, patcher: Any, wrapper: Any) -> Any:
         import comfy.patcher_extension

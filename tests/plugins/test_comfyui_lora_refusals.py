@@ -99,7 +99,7 @@ def test_what_a_student_has_lacks_and_cannot_exchange_is_told_apart(models: Path
 
 
 def transpose(tensors: Tensors) -> Tensors:
-    return {key: value.T.contiguous() if "lora_" in key else value for key, value in tensors.items()}
+    return {key: value if "alpha" in key else value.T.contiguous() for key, value in tensors.items()}
 
 
 def shorten(tensors: Tensors) -> Tensors:
