@@ -82,7 +82,7 @@ class EngineLoras:
             )
         if self._whole.obstacle:
             raise errors.EngineError(
-                f"the engine takes no LoRA, because {self._whole.obstacle}, and this one changes {len(names)} of them",
+                f"the engine takes no LoRA, because {self._whole.obstacle}, and this one changes {len(names)} layers",
                 where=where,
                 expected="strength_model 0, or no LoRA on this model",
                 hint=f"{self._way_out}{_BAKE}",
@@ -104,11 +104,14 @@ class EngineLoras:
 
     @property
     def _way_out(self) -> str:
+        """What makes an engine that takes LoRAs, as the beginning of a hint."""
         if self._folder.precision in ("int8", "fp8"):
             return "export it in fp16, or "
-        if self._folder.weights is None:
-            return "export it again without --no-lora, or "
-        return ""
+        if self._folder.weights is not None:
+            return "export it again from the folder of the student, or "
+        if self._folder.graph.suffix == ".onnx":
+            return "export it again, or "
+        return "export it again without --no-lora, on the machine with the card, or "
 
     def choose(self, patches: Patches, calculate: Calculate | None = None) -> None:
         """Set the patches for the calls that follow; none of them is the engine as it was exported.

@@ -66,8 +66,8 @@ def read_whole_model(folder: EngineFolder) -> WholeModel:
     shapes = parameter_shapes(folder.whole)
     if folder.weights is None:
         rounded = folder.precision in ("int8", "fp8")
-        reason = f"are rounded to {folder.precision}" if rounded else "cannot be exchanged: it was built without that"
-        return WholeModel(shapes, {}, f"its weights {reason}")
+        reason = f"its weights are rounded to {folder.precision}" if rounded else "it has no file of weights beside it"
+        return WholeModel(shapes, {}, reason)
     place = folder.graph.parent
     file = paths.file_inside(place, folder.weights.name, source=place / manifest.MANIFEST_NAME)
     specs = graph_weights.GraphWeights(file).specs

@@ -38,10 +38,7 @@ def remove_weights(folder: Path, **config: Any) -> None:
     [
         ({"precisions": {"unet": "int8"}}, r"its weights are rounded to int8, .*export it in fp16, or bake it in"),
         ({"precisions": {"unet": "fp8"}}, r"rounded to fp8"),
-        (
-            {},
-            r"its weights cannot be exchanged.*export it again without --no-lora, or bake it in.*--lora FILE:STRENGTH",
-        ),
+        ({}, r"it has no file of weights.*export it again, or bake it in.*--lora FILE:STRENGTH"),
     ],
 )
 def test_an_engine_with_fixed_weights_refuses_a_lora_when_it_is_added(
@@ -54,6 +51,15 @@ def test_an_engine_with_fixed_weights_refuses_a_lora_when_it_is_added(
         with pytest.raises(Exception, match=rf"the engine takes no LoRA.*{words}"):
             host.lora(model, tensors, strength)
     host.lora(patcher, tensors, 0.0)
+
+
+def test_an_engine_built_without_loras_names_the_option(
+    host: Any, models: Path, node: Any, graph: Path, random_pipeline: Any
+) -> None:
+    engine_folder(models / "trt", graph)
+    (patcher,) = node().load("trt")
+    with pytest.raises(Exception, match=r"it has no file of weights.*without --no-lora, on the machine with the card"):
+        host.lora(patcher, make_lora(random_pipeline.unet), 1.0)
 
 
 def test_a_student_of_an_unknown_model_refuses_a_lora(host: Any, models: Path, node: Any, random_pipeline: Any) -> None:
