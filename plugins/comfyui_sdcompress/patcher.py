@@ -52,6 +52,79 @@ def _find_calculate(patcher: Any) -> Calculate:
     return found or patcher.calculate_weight
 
 
+class _Patches:
+    """The part of a patcher that takes patches. `self` is ComfyUI's `ModelPatcher`, too."""
+
+    model: Any
+    patches: Any
+
+    def clone(self, *args: Any, **options: Any) -> Any:
+        copied = super().clone(*args, **options)  # type: ignore[misc]
+        copied.__class__ = type(self)  # ComfyUI before December 2024 returns a plain ModelPatcher
+        return copied
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
+        self.model.diffusion_model.loras.check(patches, strength_patch, strength_model)
+        return super().add_patches(patches, strength_patch, strength_model)  # type: ignore[misc]
+
+    def add_hook_patches(
+        self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0
+    ) -> list[Any]:
+        return _refuse_hooks(patches, strength_patch)
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> Any:
+        return refuse_saving()
+
+    def patch_weight_to_device(self, *args: Any, **options: Any) -> None:
+        """Do nothing: ComfyUI before August 2024 calls it for each key of `patches`."""
+
+    def _choose_patches(self) -> None:
+        patches = {key: list(found) for key, found in self.patches.items()}
+        self.model.diffusion_model.loras.choose(patches, _find_calculate(self))
+
+
+class _Loading(_Patches):
+    """The part that loads and unloads. The engine itself is opened at the next call."""
+
+    def load(self, device_to: Any = None, **options: Any) -> Any:
+        # Called only if weights are to be applied: at first, for other patches, or after they were taken back.
+        # An engine cannot be loaded in part.
+        result = super().load(device_to, **{**options, "full_load": True})  # type: ignore[misc]
+        self._choose_patches()
+        return result
+
+    def partially_load(self, *args: Any, **options: Any) -> Any:
+        engine = self.model.diffusion_model
+        engine.is_switching = True
+        try:
+            return super().partially_load(*args, **options)  # type: ignore[misc]
+        except BaseException:
+            engine.loras.choose({})
+            engine.close()
+            raise
+        finally:
+            engine.is_switching = False
+
+    def partially_unload(self, *args: Any, **options: Any) -> int:
+        return 0  # nothing was freed, so ComfyUI unloads all of it
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+        result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights)  # type: ignore[misc]
+        engine = self.model.diffusion_model
+        if unpatch_weights and not engine.is_switching:  # while it switches, other patches follow
+            engine.loras.choose({})
+            engine.close()
+        return result
+
+
+class _LoadingBeforeAugust2024(_Loading):
+    def patch_model(self, device_to: Any = None, patch_weights: bool = True) -> Any:
+        result = super().patch_model(device_to, patch_weights)  # type: ignore[misc]
+        if patch_weights:
+            self._choose_patches()
+        return result
+
+
 @cache
 def patcher_class(base: type) -> type:
     """Returns ComfyUI's `ModelPatcher` for an engine. All of its memory is the engine's.
@@ -59,68 +132,4 @@ def patcher_class(base: type) -> type:
     Args:
         base: `ModelPatcher`, of any version.
     """
-
-    class EnginePatcher(base):
-        def clone(self, *args: Any, **options: Any) -> Any:
-            copied = super().clone(*args, **options)
-            copied.__class__ = type(self)  # ComfyUI before December 2024 returns a plain ModelPatcher
-            return copied
-
-        def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
-            self.model.diffusion_model.loras.check(patches, strength_patch, strength_model)
-            return super().add_patches(patches, strength_patch, strength_model)
-
-        def add_hook_patches(
-            self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0
-        ) -> list[Any]:
-            return _refuse_hooks(patches, strength_patch)
-
-        def get_key_patches(self, filter_prefix: str | None = None) -> Any:
-            return refuse_saving()
-
-        def patch_weight_to_device(self, *args: Any, **options: Any) -> None:
-            """Do nothing: ComfyUI before August 2024 calls it for each key of `patches`."""
-
-        def load(self, device_to: Any = None, **options: Any) -> Any:
-            # Called only if weights are to be applied: at first, for other patches, or after they were taken back.
-            result = super().load(device_to, **{**options, "full_load": True})  # an engine cannot be loaded in part
-            self._choose_patches()
-            return result
-
-        def _choose_patches(self) -> None:
-            patches = {key: list(found) for key, found in self.patches.items()}
-            self.model.diffusion_model.loras.choose(patches, _find_calculate(self))
-
-        def partially_load(self, *args: Any, **options: Any) -> Any:
-            engine = self.model.diffusion_model
-            engine.is_switching = True
-            try:
-                return super().partially_load(*args, **options)
-            except BaseException:
-                engine.loras.choose({})
-                engine.close()
-                raise
-            finally:
-                engine.is_switching = False
-
-        def partially_unload(self, *args: Any, **options: Any) -> int:
-            return 0  # nothing was freed, so ComfyUI unloads all of it
-
-        def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
-            result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights)
-            engine = self.model.diffusion_model
-            if unpatch_weights and not engine.is_switching:  # while it switches, other patches follow
-                engine.loras.choose({})
-                engine.close()
-            return result
-
-    if not hasattr(base, "load"):  # before August 2024
-
-        def patch_model(self: Any, device_to: Any = None, patch_weights: bool = True) -> Any:
-            result = super(EnginePatcher, self).patch_model(device_to, patch_weights)
-            if patch_weights:
-                self._choose_patches()
-            return result
-
-        EnginePatcher.patch_model = patch_model
-    return EnginePatcher
+    return type("EnginePatcher", (_Loading if hasattr(base, "load") else _LoadingBeforeAugust2024, base), {})

@@ -52,6 +52,8 @@ class Harness:
     """
 
     free_memory = 64 * GIB
+    reloads = False
+    """Whether it unloads the model at each change of its patches."""
 
     def __init__(self, models_dir: Path) -> None:
         self.loaded: list[Any] = []
@@ -241,6 +243,11 @@ class Real:
             self.folder_paths.models_dir = before
             self.folder_paths.folder_names_and_paths.clear()
             self.folder_paths.folder_names_and_paths.update(known)
+
+    @property
+    def reloads(self) -> bool:
+        """Whether it is of before December 2024."""
+        return importlib.util.find_spec("comfy.patcher_extension") is None
 
     @property
     def free_memory(self) -> int:

@@ -88,6 +88,8 @@ def test_the_plain_model_gets_the_original_weights_back_bit_equal(
 def test_equal_loras_again_cost_nothing(
     host: Any, models: Path, node: Any, random_pipeline: Any, sessions: list[int]
 ) -> None:
+    if host.reloads:
+        pytest.skip("ComfyUI before December 2024 unloads the model for every new object around patches")
     files = [make_lora(random_pipeline.unet, seed=seed) for seed in (0, 1)]
     (patcher,) = node().load("tiny")
     both = [(files[0], STRENGTH), (files[1], 0.1)]
