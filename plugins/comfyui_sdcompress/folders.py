@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calls import Limits
-from .library import engine_files, errors, export_folder, few_steps, flavour, manifest, noise, signature, trust
+from .layout import ldm_layout
+from .library import (
+    engine_files,
+    errors,
+    export_folder,
+    few_steps,
+    flavour,
+    graph,
+    manifest,
+    noise,
+    paths,
+    signature,
+    trust,
+    verified,
+)
 
 if TYPE_CHECKING:
     from sdcompress_engines.few_steps import FewStepSampling
@@ -41,6 +55,7 @@ class EngineFolder:
         family: `sd1`, `sd2` or `sdxl`.
         host: whose names the graph's inputs have, a key of `signature.HOSTS`.
         unet: diffusers' config of the UNet.
+        whole: that of the whole model, which `unet` is a student of, or `unet` itself.
         prediction: `epsilon` or `v_prediction`.
         schedule: the noise schedule, as ComfyUI's `sampling_settings`.
         scaling_factor: of the latents, or None if the pipeline lacks it.
@@ -55,6 +70,7 @@ class EngineFolder:
     family: str
     host: str
     unet: Mapping[str, Any]
+    whole: Mapping[str, Any]
     prediction: str
     schedule: Mapping[str, Any]
     scaling_factor: float | None
@@ -64,8 +80,24 @@ class EngineFolder:
 
     @property
     def bytes(self) -> int:
-        """The size of the graph with its weights."""
+        """The size of the graph with its weights, which is what it takes of the memory.
+
+        An engine contains its weights. The file of weights beside it is only read when they are exchanged.
+        """
+        if self.graph.suffix == ".engine":
+            return self.manifest.files[self.graph.name].bytes
         return sum(entry.bytes for name, entry in self.manifest.files.items() if name.startswith(self.graph.name))
+
+    @property
+    def weights(self) -> Path | None:
+        """The file with the weights that a LoRA changes, or None if the graph's weights cannot be exchanged."""
+        file = graph.weights_path(self.graph)
+        return file if file.name in self.manifest.files else None
+
+    @property
+    def precision(self) -> str:
+        """The precision that the engine was exported in, such as `fp16`."""
+        return _precision(self.manifest)
 
     @property
     def context_width(self) -> int:
@@ -124,9 +156,9 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
             hint=BUILD,
         )
     _check_sizes(folder, folder_manifest)
-    graph = folder / ("unet.engine" if folder_manifest.kind == "engine" else "unet.onnx")
-    if graph.name not in folder_manifest.files:
-        raise errors.EngineMismatch(f"holds no {graph.name}", where=folder, expected="the engine of a UNet", hint=BUILD)
+    file = folder / ("unet.engine" if folder_manifest.kind == "engine" else "unet.onnx")
+    if file.name not in folder_manifest.files:
+        raise errors.EngineMismatch(f"holds no {file.name}", where=folder, expected="the engine of a UNet", hint=BUILD)
     unet = _read_config(folder, folder_manifest, "unet/config.json")
     signature.check_unet_inputs(unet)
     family, host = _read_family(unet, folder), str(folder_manifest.config.get("signature"))
@@ -142,18 +174,19 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
         )
     prediction, schedule = _read_sampling(scheduler, folder)
     scaling = vae.get("scaling_factor")
-    precision = folder_manifest.config.get("precisions", {}).get("unet", folder_manifest.config.get("precision"))
+    precision = _precision(folder_manifest)
     if precision not in _DTYPES:
         raise errors.ArtifactError(
             f"has the precision {precision!r}", where=folder, expected=", ".join(_DTYPES), hint=BUILD
         )
     return EngineFolder(
         name=name,
-        graph=graph,
+        graph=file,
         manifest=folder_manifest,
         family=family,
         host=host,
         unet=unet,
+        whole=_read_whole(folder_manifest, unet, family, folder),
         prediction=prediction,
         schedule=schedule,
         scaling_factor=None if scaling is None else float(scaling),
@@ -161,6 +194,34 @@ def _read_folder(name: str, folder: Path) -> EngineFolder:
         limits=tuple(Limits.of(each, host) for each in folder_manifest.config.get("profiles", {}).get("unet", [])),
         sampling=few_steps.read_exported_few_steps(folder, folder_manifest),
     )
+
+
+def _precision(folder_manifest: Manifest) -> Any:
+    config = folder_manifest.config
+    return config.get("precisions", {}).get("unet", config.get("precision"))
+
+
+def _read_whole(folder_manifest: Manifest, unet: Mapping[str, Any], family: str, where: Path) -> Mapping[str, Any]:
+    """Returns the config of the whole model's UNet, from the plan in the manifest; without a plan it is the engine's.
+
+    Raises:
+        ArtifactError: the plan is of another model. TypeError, ValueError, LookupError: it is broken.
+    """
+    plan = folder_manifest.config.get("plan")
+    if plan is None:
+        ldm_layout(unet)
+        return unet
+    whole: dict[str, Any] = dict(plan["teacher"])
+    ldm_layout(whole)
+    found, width, wanted = _read_family(whole, where), signature.context_width(whole), signature.context_width(unet)
+    if (found, width) != (family, wanted):
+        raise errors.ArtifactError(
+            f"names a whole model of {FAMILIES[found]} with text embeddings {width} wide",
+            where=where,
+            expected=f"{FAMILIES[family]}, {wanted} wide, as the engine is",
+            hint=BUILD,
+        )
+    return whole
 
 
 def _check_sizes(folder: Path, folder_manifest: Manifest) -> None:
@@ -177,6 +238,20 @@ def check_contents(folder: EngineFolder) -> None:
     if folder.graph.suffix != ".onnx":
         return  # `engine_files.read_engine` reads an engine once, and checks what it has read
     export_folder.check_export(folder.graph.parent, ["onnx"], unnamed=True)
+
+
+def check_weights(folder: EngineFolder) -> None:
+    """Compare the file of weights beside an engine with the manifest. Of an ONNX graph, `check_contents` has done it.
+
+    Raises:
+        ArtifactError: it is missing, cut, altered or a link.
+    """
+    if folder.weights is None or folder.graph.suffix == ".onnx":
+        return
+    place = folder.graph.parent
+    file = paths.file_inside(place, folder.weights.name, source=place / manifest.MANIFEST_NAME)
+    if fault := manifest.find_file_fault(file, folder.manifest.files[file.name], verified.sha256_once):
+        raise errors.ArtifactError(f"{file.name} {fault}", where=place, hint=_INSTALL)
 
 
 def find_obstacle(folder: EngineFolder) -> str | None:

@@ -14,12 +14,16 @@ if TYPE_CHECKING:
         export_folder,
         few_steps,
         flavour,
+        graph,
+        graph_weights,
         manifest,
         noise,
+        paths,
         runners,
         signature,
         trust,
         unet,
+        verified,
     )
 else:
     # Imported from its place beside this file, never by sys.path: another plugin may carry another version.
@@ -28,15 +32,19 @@ else:
         if (Path(__file__).parent / "sdcompress_engines").is_dir()
         else "sdcompress_engines"
     )
-    calls, engine_files, errors, export_folder, few_steps, flavour, manifest, noise, runners, signature, trust, unet = (
+    calls, engine_files, errors, export_folder, few_steps, flavour, graph = (
+        importlib.import_module(f"{_ROOT}.{name}")
+        for name in ("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour", "graph")
+    )
+    graph_weights, manifest, noise, paths, runners, signature, trust, unet, verified = (
         importlib.import_module(f"{_ROOT}.{name}")
         for name in (
-            *("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour"),
-            *("manifest", "noise", "runners", "signature", "trust", "unet"),
+            *("graph_weights", "manifest", "noise", "paths", "runners"),
+            *("signature", "trust", "unet", "verified"),
         )
     )
 
 __all__ = [
-    *("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour"),
-    *("manifest", "noise", "runners", "signature", "trust", "unet"),
+    *("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour", "graph", "graph_weights"),
+    *("manifest", "noise", "paths", "runners", "signature", "trust", "unet", "verified"),
 ]

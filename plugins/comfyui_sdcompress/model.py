@@ -6,15 +6,17 @@ What an engine cannot do is refused with a message. Nothing here imports ComfyUI
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from .calls import plan_calls
+from .engine_loras import EngineLoras
 from .folders import FAMILIES, EngineFolder, check_contents
 from .hints import SamplingHints
 from .library import calls, errors, runners, unet
+from .whole_model import WholeModel, read_whole_model
 
 LOG = logging.getLogger("sdcompress")
 Wrapped = Callable[..., torch.Tensor]
@@ -23,11 +25,14 @@ Wrapped = Callable[..., torch.Tensor]
 class EngineModel(torch.nn.Module):
     """An engine as ComfyUI's `diffusion_model`. It has no parameters, so ComfyUI neither moves nor patches it.
 
+    `loras` puts patches into its weights instead, before the next call. While `is_switching`, ComfyUI takes patches
+    back to apply others, and the engine stays open.
+
     Args:
         folder: the engine.
         options: of the runner, such as `cuda_graph`.
-        names: LDM names of the UNet's weights, without prefix. `state_dict` lists them with empty tensors. So ComfyUI
-            finds the layers that a LoRA is for, and the LoRA can be refused instead of being ignored.
+        whole: the layers of the whole model, by default read from the folder. `state_dict` lists them with their
+            shapes, so ComfyUI finds the layers that a LoRA is for, also those that a student does not have.
         wrapped: runs a call through the wrappers that other nodes have put around the diffusion model. It is called
             with `(run, model, options, *arguments)`.
     """
@@ -36,12 +41,16 @@ class EngineModel(torch.nn.Module):
         self,
         folder: EngineFolder,
         options: Mapping[str, Any] | None = None,
-        names: Sequence[str] = (),
+        whole: WholeModel | None = None,
         wrapped: Wrapped | None = None,
     ) -> None:
         super().__init__()
         self.folder, self.dtype = folder, folder.dtype
-        self._options, self._names, self._wrapped = dict(options or {}), tuple(names), wrapped
+        self._options, self._wrapped = dict(options or {}), wrapped
+        whole = whole or read_whole_model(folder)
+        self.loras = EngineLoras(folder, whole)
+        self._listed = {name: torch.empty(shape, device="meta") for name, shape in whole.shapes.items()}
+        self.is_switching = False
         self._unet: Any = None
         self._device: torch.device | None = None
         self._graph_failure: str | None = None
@@ -89,6 +98,7 @@ class EngineModel(torch.nn.Module):
         if self._unet is not None:
             self._unet.close()
             self._unet = self._device = None
+            self.loras.forget()
             LOG.info("unloaded the engine %s", self.folder.name)
 
     def forward(
@@ -115,7 +125,8 @@ class EngineModel(torch.nn.Module):
 
         Raises:
             EngineError: a ControlNet, or a patch that changes the UNet's layers.
-            EngineMismatch: text embeddings or latents of another family, or a shape the engine was not built for.
+            EngineMismatch: text embeddings or latents of another family, a shape the engine was not built for, or a
+                LoRA that does not fit.
         """
         options = dict(transformer_options or {})
         arguments = (x, timesteps, context, y, control, options)
@@ -135,6 +146,7 @@ class EngineModel(torch.nn.Module):
         checked = self._check_inputs(x, context, y)
         self._hints.look(timesteps, options)
         engine = self.open(x.device)
+        self.loras.apply(engine)
         times = timesteps.expand(x.shape[0])
         results = []
         for call in plan_calls(self.folder.limits, x.shape, checked):
@@ -177,9 +189,9 @@ class EngineModel(torch.nn.Module):
         return context
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """Returns the names of the UNet's weights with empty tensors. The weights are inside the engine."""
+        """Returns the names of the whole model's weights with tensors on the meta device, which have only shapes."""
         names: dict[str, Any] = {} if destination is None else destination
-        names.update({f"{prefix}{name}": torch.empty(0) for name in self._names})
+        names.update({f"{prefix}{name}": value for name, value in self._listed.items()})
         return names
 
 

@@ -6,7 +6,6 @@ ComfyUI is imported inside the functions that use it, so that everything else ru
 from __future__ import annotations
 
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from .folders import EngineFolder, engine_folders, find_obstacle, read_folder
 from .layout import ldm_layout
 from .library import errors, manifest
 from .model import LOG, EngineModel
+from .patcher import patcher_class, refuse_saving
+from .whole_model import read_whole_model
 
 KIND = "sdcompress"
 """ComfyUI's name of the model folder: `models/sdcompress`, and `sdcompress:` in `extra_model_paths.yaml`."""
@@ -68,8 +69,10 @@ class LoadSdcompressEngine:
     CATEGORY = "loaders"
     DESCRIPTION = (
         "A UNet engine (TensorRT, TensorRT-RTX or ONNX) built by sdcompress. Text encoder and VAE come from any"
-        " checkpoint of the same family. LoRAs are baked in at export (sdcompress export --lora): a LoRA node after"
-        " this one is refused, as are ControlNet, IP-Adapter, FreeU and everything else that changes the UNet's layers."
+        " checkpoint of the same family. Load LoRA works after this node, also on a student with a LoRA of the whole"
+        " model. Of an engine in int8 or fp8, or built with --no-lora, LoRAs are baked in at export (sdcompress export"
+        " --lora). LoRA hooks, ControlNet, IP-Adapter, FreeU and everything else that changes the UNet's layers are"
+        " refused."
     )
     FUNCTION = "load"
     RETURN_TYPES = ("MODEL",)
@@ -130,13 +133,15 @@ def engine_patcher(folder: EngineFolder, options: dict[str, Any] | None = None) 
     import comfy.model_management
     import comfy.model_patcher
 
-    patcher = _patcher_class(comfy.model_patcher.ModelPatcher)
-    return patcher(
-        base_model(folder, options),
+    model = base_model(folder, options)
+    patcher = patcher_class(comfy.model_patcher.ModelPatcher)(
+        model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
         size=folder.bytes,
     )
+    patcher.model_keys = set(model.state_dict())  # ComfyUI before June 2024 sets it only if it computes the size itself
+    return patcher
 
 
 def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> Any:
@@ -148,10 +153,10 @@ def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> A
 
     Raises:
         EngineMismatch: this ComfyUI does not support what the engine was trained with.
+        ArtifactError: the file of weights beside the engine is damaged.
     """
     import comfy.model_base
     import comfy.supported_models
-    import comfy.utils
 
     config_class, model_class = {
         "sd1": (comfy.supported_models.SD15, comfy.model_base.BaseModel),
@@ -159,7 +164,7 @@ def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> A
         "sdxl": (comfy.supported_models.SDXL, comfy.model_base.SDXL),
     }[folder.family]
     kinds = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
-    config = config_class({**ldm_layout(folder.unet), "disable_unet_model_creation": True})
+    config = config_class({**ldm_layout(folder.whole), "disable_unet_model_creation": True})
     config.sampling_settings = {**config.sampling_settings, **folder.schedule}
     if folder.scaling_factor is not None:
         config.latent_format.scale_factor = folder.scaling_factor
@@ -170,9 +175,8 @@ def base_model(folder: EngineFolder, options: dict[str, Any] | None = None) -> A
             where=folder.graph.parent,
             hint="update ComfyUI",
         )
-    names = sorted(set(comfy.utils.unet_to_diffusers(config.unet_config).values()))
-    model.diffusion_model = EngineModel(folder, options, names, _wrapped)
-    model.state_dict_for_saving = _no_weights
+    model.diffusion_model = EngineModel(folder, options, read_whole_model(folder), _wrapped)
+    model.state_dict_for_saving = refuse_saving
     return model
 
 
@@ -187,62 +191,6 @@ def _wrapped(run: Any, model: Any, options: dict[str, Any], *arguments: Any) -> 
         return run(*arguments)
     around = patcher_extension.get_all_wrappers(patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
     return patcher_extension.WrapperExecutor.new_class_executor(run, model, around).execute(*arguments)
-
-
-def _no_weights(*args: Any, **options: Any) -> Any:
-    raise errors.EngineError(
-        "an engine has no weights to save or to merge",
-        hint="save the model it was exported from: sdcompress export MODEL --ldm -o FILE.safetensors",
-    )
-
-
-def _refuse_patches(patches: Any, strength: float, what: str) -> list[Any]:
-    """Returns the keys of the UNet, if patches of this strength change nothing.
-
-    Raises:
-        EngineError: they would change the UNet.
-    """
-    own = [key for key in patches if str(key if isinstance(key, str) else key[0]).startswith("diffusion_model.")]
-    if own and strength != 0:
-        raise errors.EngineError(
-            f"{what} changes {len(own)} of the UNet's weights, which are built into the engine",
-            expected="strength_model 0, or none on this model",
-            hint="bake it in: sdcompress export MODEL --trt --signature comfyui --lora FILE:STRENGTH -o DIR",
-        )
-    return own
-
-
-@cache
-def _patcher_class(base: type) -> type:
-    """Returns ComfyUI's `ModelPatcher` for a model without weights to patch. All of its memory is the engine's."""
-
-    class EnginePatcher(base):  # type: ignore[misc, valid-type]
-        def clone(self, *args: Any, **options: Any) -> Any:
-            copied = super().clone(*args, **options)
-            copied.__class__ = type(self)  # ComfyUI before December 2024 returns a plain ModelPatcher
-            return copied
-
-        def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
-            return _refuse_patches(patches, strength_patch, "a LoRA, or another model to merge,")
-
-        def add_hook_patches(
-            self, hook: Any, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0
-        ) -> list[Any]:
-            return _refuse_patches(patches, strength_patch, "a LoRA hook")
-
-        def get_key_patches(self, filter_prefix: str | None = None) -> Any:
-            return _no_weights()
-
-        def load(self, device_to: Any = None, **options: Any) -> Any:
-            return super().load(device_to, **{**options, "full_load": True})  # an engine cannot be loaded in part
-
-        def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
-            result = super().unpatch_model(device_to, unpatch_weights=unpatch_weights)
-            if unpatch_weights:
-                self.model.diffusion_model.close()
-            return result
-
-    return EnginePatcher
 
 
 NODE_CLASS_MAPPINGS = {"LoadSdcompressEngine": LoadSdcompressEngine}

@@ -18,7 +18,9 @@ from sdcompress.hosts.record import Record
 
 _FOLDER_NAME = re.compile(r'[^<>:"/\\|?*\x00-\x1f]{1,100}')
 """A folder name that Linux and Windows accept, together with `is_plain_path`."""
-_FILES = re.compile(r"unet\.engine|unet\.onnx([._]data)?|pipeline/(.+/)?[^/]+\.(json|txt)")
+_FILES = re.compile(
+    r"unet\.engine|unet\.onnx([._]data)?|unet\.(engine|onnx)\.safetensors|pipeline/(.+/)?[^/]+\.(json|txt)"
+)
 """The files that an engine folder consists of: graph, weights, configs and tokenizers; nothing that a host executes."""
 
 
@@ -98,7 +100,7 @@ def _check_files(manifest: Manifest, folder: Path) -> None:
         raise ArtifactError(
             f"names the file {shorten(repr(strange[0]), 120)}, which no engine consists of",
             where=folder / MANIFEST_NAME,
-            expected="unet.engine or unet.onnx, and the configs and tokenizers in pipeline/",
+            expected="unet.engine or unet.onnx, its weights, and the configs and tokenizers in pipeline/",
         )
     if len({name.lower() for name in manifest.files}) < len(manifest.files):
         raise ArtifactError("names two files that differ only in upper and lower case", where=folder / MANIFEST_NAME)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from .comfyui_lora import calculate_weight, load_lora
 from .comfyui_model import (
     SD15,
     SD20,
@@ -30,7 +31,6 @@ from .comfyui_model import (
     SDXLModel,
     WrapperExecutor,
     get_all_wrappers,
-    unet_to_diffusers,
 )
 
 REAL = os.environ.get("SDCOMPRESS_COMFYUI")
@@ -52,6 +52,8 @@ class Harness:
     """
 
     free_memory = 64 * GIB
+    reloads = False
+    """Whether it unloads the model at each change of its patches."""
 
     def __init__(self, models_dir: Path) -> None:
         self.loaded: list[Any] = []
@@ -74,7 +76,7 @@ class Harness:
                 "get_all_wrappers": get_all_wrappers,
                 "WrappersMP": types.SimpleNamespace(DIFFUSION_MODEL="diffusion_model"),
             },
-            "comfy.utils": {"unet_to_diffusers": unet_to_diffusers},
+            "comfy.lora": {"calculate_weight": calculate_weight},
         }
         found: dict[str, Any] = {"folder_paths": self.folder_paths}
         for name, content in contents.items():
@@ -125,9 +127,8 @@ class Harness:
         scheduler: str = "normal",
     ) -> torch.Tensor:
         """Returns the final latents of Euler's method or of LCM, unscaled as a VAE takes them."""
-        if patcher not in self.loaded:
-            patcher.partially_load(patcher.load_device, 1e32)
-            self.loaded.append(patcher)
+        self.loaded = [each for each in self.loaded if each.model is not patcher.model] + [patcher]
+        patcher.partially_load(patcher.load_device, 1e32)
         sigmas, noise = self.sigmas(patcher, steps, scheduler), self.noise(shape, seed)
         more_noise = seeded_noise(noise, seed)
         x = noise * (1 + sigmas[0] ** 2) ** 0.5
@@ -185,20 +186,10 @@ class Harness:
             results += out.chunk(len(group))
         return results
 
-    def lora(self, patcher: Any, keys: list[str], strength: float) -> Any:
-        """Apply a LoRA's layers, by kohya's or diffusers' names, to a copy of the model, as *Load LoRA* does."""
-        known = patcher.model.state_dict()
-        named = {
-            f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}": f"diffusion_model.{name}"
-            for key, name in unet_to_diffusers(patcher.model.model_config.unet_config).items()
-        }
-        named |= {
-            f"lora_unet_{key.removeprefix('diffusion_model.').removesuffix('.weight').replace('.', '_')}": key
-            for key in known
-            if key.startswith("diffusion_model.")
-        }
+    def lora(self, patcher: Any, tensors: dict[str, torch.Tensor], strength: float) -> Any:
+        """Returns a copy of the model with a LoRA's layers of the UNet, as *Load LoRA* makes it."""
         copied = patcher.clone()
-        copied.add_patches({named[key]: torch.ones(1) for key in keys if key in named}, strength)
+        copied.add_patches(load_lora(tensors, patcher.model), strength)
         return copied
 
     def wrap(self, patcher: Any, wrapper: Any) -> Any:
@@ -228,6 +219,7 @@ class Real:
         from comfy.cli_args import args
 
         args.cpu = True
+        import comfy.lora
         import comfy.model_management
         import comfy.sample
         import comfy.samplers
@@ -251,6 +243,11 @@ class Real:
             self.folder_paths.models_dir = before
             self.folder_paths.folder_names_and_paths.clear()
             self.folder_paths.folder_names_and_paths.update(known)
+
+    @property
+    def reloads(self) -> bool:
+        """Whether it is of before December 2024."""
+        return importlib.util.find_spec("comfy.patcher_extension") is None
 
     @property
     def free_memory(self) -> int:
@@ -297,11 +294,12 @@ class Real:
         )
         return found
 
-    def lora(self, patcher: Any, keys: list[str], strength: float) -> Any:
-        parts = {"lora_up.weight": torch.ones(4, 2), "lora_down.weight": torch.ones(2, 4), "alpha": torch.tensor(2.0)}
-        return self.comfy.sd.load_lora_for_models(
-            patcher, None, {f"{key}.{name}": part for key in keys for name, part in parts.items()}, strength, 1.0
-        )[0]
+    def lora(self, patcher: Any, tensors: dict[str, torch.Tensor], strength: float) -> Any:
+        return self.comfy.sd.load_lora_for_models(patcher, None, dict(tensors), strength, 1.0)[0]
+
+    def calculate(self, patcher: Any) -> Callable[..., torch.Tensor]:
+        """Returns ComfyUI's own sum of a weight and its patches; before August 2024 it was a method."""
+        return getattr(self.comfy.lora, "calculate_weight", None) or patcher.calculate_weight
 
     def wrap(self, patcher: Any, wrapper: Any) -> Any:
         import comfy.patcher_extension

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import enum
 import math
+import uuid
 from typing import Any
 
 import torch
@@ -159,11 +160,16 @@ class SDXLModel(BaseModel):
 
 
 class ModelPatcher:
+    """That of December 2024 and later. It patches parameters of modules, and ignores patches of other keys."""
+
     def __init__(self, model: Any, load_device: Any, offload_device: Any, size: int = 0) -> None:
         self.model, self.load_device, self.offload_device, self.size = model, load_device, offload_device, size
         self.patches: dict[str, list[Any]] = {}
+        self.patches_uuid = uuid.uuid4()
         self.model_options: dict[str, Any] = {"transformer_options": {}}
-        self.model.model_loaded_weight_memory = getattr(model, "model_loaded_weight_memory", 0)
+        for name, value in (("model_loaded_weight_memory", 0), ("current_weight_patches_uuid", None)):
+            if not hasattr(model, name):
+                setattr(model, name, value)
 
     def model_size(self) -> int:
         return self.size or sum(value.nelement() * value.element_size() for value in self.model.state_dict().values())
@@ -173,13 +179,15 @@ class ModelPatcher:
             self.model, self.load_device, self.offload_device, self.size
         )  # not `type(self)`, as before December 2024
         copied.patches = {key: list(found) for key, found in self.patches.items()}
+        copied.patches_uuid = self.patches_uuid
         copied.model_options = copy.deepcopy(self.model_options)
         return copied
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> list[Any]:
         known = self.model.state_dict()
         for key in (found := [key for key in patches if key in known]):
-            self.patches.setdefault(key, []).append((strength_patch, patches[key], strength_model))
+            self.patches.setdefault(key, []).append((strength_patch, patches[key], strength_model, None, None))
+        self.patches_uuid = uuid.uuid4()
         return found
 
     def add_hook_patches(
@@ -200,19 +208,24 @@ class ModelPatcher:
         force_patch_weights: bool = False,
         full_load: bool = False,
     ) -> None:
-        for key in self.patches:
-            raise AttributeError(f"no weight {key} to patch")
+        assert not list(self.model.diffusion_model.parameters())
         if full_load:
             self.model.to(device_to)
         self.model.model_loaded_weight_memory = self.model_size() if full_load else 0
+        self.model.current_weight_patches_uuid = self.patches_uuid
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
             self.model.to(device_to)
             self.model.model_loaded_weight_memory = 0
+            self.model.current_weight_patches_uuid = None
 
     def partially_load(self, device_to: Any, extra_memory: float = 0, force_patch_weights: bool = False) -> None:
-        self.unpatch_model(self.offload_device, unpatch_weights=False)
+        loaded = self.model.current_weight_patches_uuid
+        self.unpatch_model(
+            self.offload_device,
+            unpatch_weights=loaded is not None and (loaded != self.patches_uuid or force_patch_weights),
+        )
         if self.model.model_loaded_weight_memory == 0:
             self.load(
                 device_to,
@@ -246,32 +259,3 @@ class WrapperExecutor:
 
 def get_all_wrappers(kind: str, options: dict[str, Any]) -> list[Any]:
     return [wrapper for group in options.get("wrappers", {}).get(kind, {}).values() for wrapper in group]
-
-
-def unet_to_diffusers(config: dict[str, Any]) -> dict[str, str]:
-    """Returns diffusers' name → LDM's of each attention's query: enough to know where a LoRA goes."""
-    found: dict[str, str] = {}
-
-    def add(diffusers_name: str, ldm_name: str, depth: int) -> None:
-        for block in range(depth):
-            query = f"transformer_blocks.{block}.attn1.to_q.weight"
-            found[f"{diffusers_name}.{query}"] = f"{ldm_name}.1.{query}"
-
-    pairs, down, up = (
-        config["num_res_blocks"],
-        iter(config["transformer_depth"]),
-        list(config["transformer_depth_output"]),
-    )
-    at = 1
-    for level, count in enumerate(pairs):
-        for pair in range(count):
-            add(f"down_blocks.{level}.attentions.{pair}", f"input_blocks.{at}", next(down))
-            at += 1
-        at += 1
-    add("mid_block.attentions.0", "middle_block", max(config["transformer_depth_middle"], 0))
-    at = 0
-    for level, count in enumerate(reversed(pairs)):
-        for pair in range(count + 1):
-            add(f"up_blocks.{level}.attentions.{pair}", f"output_blocks.{at}", up.pop())
-            at += 1
-    return found

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import pytest
 import torch
+from sdcompress_engines.graph import weights_path
 from sdcompress_engines.manifest import read_manifest, write_manifest
 from sdcompress_engines.signature import HOSTS
 
 from sdcompress.export.onnx import export_onnx
+from sdcompress.prune.plan import BlockPlan
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 
@@ -39,17 +41,19 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def student(random_pipeline: Any) -> Any:
+def student_plan(random_pipeline: Any) -> BlockPlan:
+    """Returns the plan from `random_pipeline` to `student`."""
+    return make_plan(dict(random_pipeline.unet.config), "bk-tiny")
+
+
+@pytest.fixture(scope="session")
+def student(random_pipeline: Any, student_plan: BlockPlan) -> Any:
     """Returns `random_pipeline` with a bk-tiny student in its UNet's place: three levels, one pair each, no middle.
 
     Noise is added to its weights, so that it differs from its teacher.
     """
     torch.manual_seed(11)
-    unet = (
-        build_student(random_pipeline.unet, make_plan(dict(random_pipeline.unet.config), "bk-tiny"))
-        .eval()
-        .requires_grad_(False)
-    )
+    unet = build_student(random_pipeline.unet, student_plan).eval().requires_grad_(False)
     for weight in unet.parameters():
         weight.add_(0.02 * torch.randn_like(weight))
     return type(random_pipeline)(**(random_pipeline.components | {"unet": unet, "requires_safety_checker": False}))
@@ -142,13 +146,9 @@ def export_unet(
             )
         else:
             is_student = pipeline.unet.config.mid_block_type is None
+            plan = request.getfixturevalue("student_plan") if is_student else None
             made[key] = export_onnx(
-                pipeline,
-                tmp_path_factory.mktemp("plugins") / name,
-                host=host,
-                source=source,
-                name=name,
-                plan=make_plan(dict(random_pipeline.unet.config), "bk-tiny") if is_student else None,
+                pipeline, tmp_path_factory.mktemp("plugins") / name, host=host, source=source, name=name, plan=plan
             ).folder
         return made[key]
 
@@ -159,8 +159,8 @@ def rename_graph(graphs: Path, before: str, folder: Path, host: str, name: str, 
     """Create a copy of the UNet's folder `graphs` with the names of `host` instead of `before`."""
     folder.mkdir()
     shutil.copytree(graphs / "pipeline", folder / "pipeline")
-    shutil.copyfile(graphs / "unet.onnx.safetensors", folder / "unet.onnx.safetensors")
     model, manifest = onnx.load(graphs / "unet.onnx", load_external_data=False), read_manifest(graphs)
+    shutil.copyfile(weights_path(graphs / "unet.onnx"), weights_path(folder / "unet.onnx"))
     assert manifest is not None
     names = {
         old: HOSTS[host]["unet"][side][canonical]
@@ -284,5 +284,8 @@ def parts(node: Any) -> Any:
     """Returns the plugin's modules, as they were imported with the node."""
     package = node.__module__.rpartition(".")[0]
     return SimpleNamespace(
-        **{name: sys.modules[f"{package}.{name}"] for name in ("calls", "folders", "layout", "model", "node")}
+        **{
+            name: sys.modules[f"{package}.{name}"]
+            for name in ("calls", "folders", "layout", "loras", "model", "node", "whole_model")
+        }
     )

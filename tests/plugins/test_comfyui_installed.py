@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -16,7 +17,15 @@ import torch
 from sdcompress.hosts.find import find_host
 from sdcompress.hosts.install import install
 
+from .comfyui_cases import change
 from .places import COMFYUI_PLUGIN
+from .test_comfyui_folders import engine_folder
+
+HOST_FILES = {
+    "comfyui": ("custom_nodes/a", "models/a", "comfy/sd.py"),
+    "webui": ("extensions/a", "models/a", "modules/sd_unet.py", "webui.py"),
+}
+"""Files by which a host's folder is known."""
 
 
 def closure(*names: str) -> set[str]:
@@ -93,6 +102,28 @@ def test_the_installed_plugin_runs_with_torch_numpy_and_one_runtime_and_nothing_
     with torch.no_grad():
         wanted = student.unet(torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, 77, 96)).sample.double().sum().item()
     assert float(ran.stdout) == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize(("name", "kind"), [("comfyui", "onnx"), ("comfyui", "engine"), ("webui", "onnx")])
+def test_an_install_takes_the_weights_beside_a_graph(
+    name: str, kind: str, link: bool, graph: Path, tiny_graph: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(graph if name == "comfyui" else tiny_graph, folder / "onnx")
+    place = folder / "onnx"
+    if kind == "engine":
+        place = engine_folder(folder / "engine", graph)
+        shutil.copyfile(graph / "unet.onnx.safetensors", place / "unet.engine.safetensors")
+        change(place)
+    root = tmp_path / "host"
+    for inside in HOST_FILES[name]:
+        (root / inside).parent.mkdir(parents=True, exist_ok=True)
+        (root / inside).touch()
+    host, root = find_host(name, root)
+    install(host, root, [place], name="small", link=link)
+    installed = root / "models/sdcompress/small" / f"unet.{kind}.safetensors"
+    assert installed.read_bytes() == (place / installed.name).read_bytes()
 
 
 def test_the_plugin_keeps_to_python_310_and_to_torch_and_the_engines() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +9,20 @@ import pytest
 import torch
 from sdcompress_engines.errors import EngineError, EngineMismatch
 
-from sdcompress.checkpoints.ldm_keys import unet_keys
-from sdcompress.families.configs import CONFIGS
-from sdcompress.prune.presets import make_plan
-
 from .comfyui_cases import SHAPE, WIDTH, text
 from .comfyui_host import REAL, Harness
-from .comfyui_model import unet_to_diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning" if REAL else "error")
-
-
-Q = "transformer_blocks_0_attn1_to_q"
-
-
-@pytest.mark.parametrize("strength", [1.0, -0.5])
-@pytest.mark.parametrize(
-    "layer", ["down_blocks_0_attentions_0", "up_blocks_2_attentions_1", "input_blocks_1_1", "output_blocks_5_1"]
-)
-def test_a_lora_is_refused_with_the_command_that_bakes_it_in(
-    layer: str, strength: float, host: Any, models: Path, node: Any
-) -> None:
-    (patcher,) = node().load("tiny")
-    for model in (patcher, patcher.clone()):
-        with pytest.raises(Exception, match=r"1 of the UNet's weights, which are built into the engine.*--lora"):
-            host.lora(model, [f"lora_unet_{layer}_{Q}", f"lora_te_text_model_encoder_layers_0_{Q}"], strength)
-
-
-def test_a_lora_of_the_text_encoder_alone_or_without_strength_changes_nothing(
-    host: Any, models: Path, node: Any
-) -> None:
-    (patcher,) = node().load("tiny")
-    before = host.sample(patcher, text(77, 1), text(77, 2), SHAPE, 1, 4.0, 7)
-    for keys, strength in (
-        ([f"lora_te_text_model_encoder_layers_0_{Q}"], 1.0),
-        ([f"lora_unet_down_blocks_0_attentions_0_{Q}"], 0.0),
-    ):
-        assert torch.equal(
-            host.sample(host.lora(patcher, keys, strength), text(77, 1), text(77, 2), SHAPE, 1, 4.0, 7), before
-        )
 
 
 def test_what_would_change_or_save_the_engines_weights_is_refused(host: Any, models: Path, node: Any) -> None:
     (patcher,) = node().load("tiny")
     key = next(key for key in patcher.model.state_dict() if key.startswith("diffusion_model."))
-    with pytest.raises(Exception, match="merge"):
-        patcher.add_patches({key: (torch.ones(1),)}, 0.5, 0.5)
+    for value, strengths in (((torch.ones(1),), (0.5, 0.5)), ([(torch.ones(1), None)], (1.0, 1.0))):
+        with pytest.raises(
+            Exception, match=r"merges another model into 1 of the UNet's weights.*merge the models first"
+        ):
+            patcher.add_patches({key: value}, *strengths)
     with pytest.raises(Exception, match="LoRA hook"):
         patcher.add_hook_patches(None, {(key, (0, 0, 1)): torch.ones(1)}, 0.5)
     for save in (lambda: patcher.get_key_patches("diffusion_model."), lambda: patcher.model.state_dict_for_saving()):
@@ -134,27 +101,3 @@ def test_inputs_of_another_family_are_refused_by_name(
             y=None if vector is None else torch.zeros(2, vector),
         )
     assert not model.is_open
-
-
-FAMILIES = ("sd1", "sd2", "sdxl")
-
-
-@pytest.mark.parametrize(
-    ("family", "preset"),
-    [
-        (family, preset)
-        for family in FAMILIES
-        for preset in (None, "bk-base", "bk-small", "bk-tiny")
-        if (family, preset) != ("sdxl", "bk-tiny")
-    ],
-)
-def test_comfyui_looks_for_a_lora_in_the_unets_layers(family: str, preset: str | None, parts: Any) -> None:
-    from diffusers import UNet2DConditionModel
-
-    config = json.loads((CONFIGS / family / "unet/config.json").read_text())
-    if preset is not None:
-        config = make_plan(config, preset).student_config()
-    with torch.device("meta"):
-        names = UNet2DConditionModel.from_config(config).state_dict()
-    queries = {key: name for key, name in unet_keys(names).items() if key.endswith("attn1.to_q.weight")}
-    assert unet_to_diffusers(parts.layout.ldm_layout(config)) == queries
