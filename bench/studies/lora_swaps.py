@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="graphs and packages that are there are used again")
     parser.add_argument("--swaps", type=int, default=50)
-    parser.add_argument("--backends", default="torch fp32,torch bf16,onnxruntime fp32,aot bf16,aot fp32")
+    parser.add_argument("--backends", default="torch fp32,torch bf16,onnxruntime fp32,aot bf16")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     subject = Subject(args.work)

@@ -321,5 +321,5 @@ def test_graphs_with_fixed_weights_take_no_lora(
 def test_a_lora_of_another_student_is_refused(student_folder: Path, random_pipeline: Any, tmp_path: Path) -> None:
     file = write_file(tmp_path / "other.safetensors", random_pipeline, [Q, UP], **{UNET_ENTRY: "bk-base"})
     pipeline: Any = open_pipeline(student_folder, device="cpu")
-    with pytest.raises(ModelError, match="was trained on a student of the plan bk-base.*or for bk-tiny"):
+    with pytest.raises(ModelError, match=r"was trained on a student of the plan bk-base.*or for bk-tiny"):
         pipeline.set_loras([(file, 1.0)])
