@@ -53,14 +53,12 @@ from sdcompress.train.recipes import load_config
 
 TEACHER, TINY, BASE = "nano", "nano-tiny", "bk-base"
 STUDENTS = (TINY, BASE)
-WEIGHTS, OTHER_WEIGHTS = (0.5, 1.0, 1.5, 2.0), (1.0, 2.0)
+WEIGHTS, OTHER_WEIGHTS = (0.5, 1.0, 1.5, 2.0), (1.0, 1.5)
 """Weights of remapped LoRAs: of `MAIN_KIND`, and of the other kinds."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-CONVOLUTIONS = ("conv1", "conv2", "conv_shortcut", "conv")  # of resnets and samplers
 KINDS: dict[str, dict[str, Any]] = {
     "attention": {"targets": ATTENTION},
     "attention and text encoder": {"targets": ATTENTION, "text_encoder": True},
-    "attention and convolutions": {"targets": ATTENTION + CONVOLUTIONS},
 }
 """Kind of LoRA → what its config sets beside the recipe."""
 MAIN_KIND = "attention"
@@ -97,20 +95,19 @@ def list_arms(seeds: int, other_seeds: int) -> Iterator[Arm]:
         seeds: number of LoRAs of the main kind on each model.
         other_seeds: number of LoRAs of each other kind on each model.
     """
-    yield from (Arm(model) for model in (TEACHER, *STUDENTS))
+    yield from (Arm(model, prompts) for prompts in ("word", "known phrase") for model in (TEACHER, *STUDENTS))
     for kind in KINDS:
         weights = WEIGHTS if kind == MAIN_KIND else OTHER_WEIGHTS
         for seed in range(seeds if kind == MAIN_KIND else other_seeds):
-            yield Arm(TEACHER, "word", kind, TEACHER, 1.0, seed)
+            on_teacher = weights if kind == MAIN_KIND and seed == 0 else (1.0,)
+            yield from (Arm(TEACHER, "word", kind, TEACHER, weight, seed) for weight in on_teacher)
             for student in STUDENTS:
                 yield from (Arm(student, "word", kind, TEACHER, weight, seed) for weight in weights)
                 yield Arm(student, "word", kind, student, 1.0, seed)
-        if kind == MAIN_KIND:
-            yield from (Arm(model, "known phrase") for model in (TEACHER, *STUDENTS))
-            yield from (Arm(model, "others") for model in (TEACHER, *STUDENTS))
-            yield Arm(TEACHER, "others", kind, TEACHER, 1.0)
-            for student in STUDENTS:
-                yield from (Arm(student, "others", kind, trained_on, 1.0) for trained_on in (TEACHER, student))
+    yield from (Arm(model, "others") for model in (TEACHER, *STUDENTS))
+    yield Arm(TEACHER, "others", MAIN_KIND, TEACHER, 1.0)
+    for student in STUDENTS:
+        yield from (Arm(student, "others", MAIN_KIND, trained_on, 1.0) for trained_on in (TEACHER, student))
 
 
 class RemapStudy:
@@ -260,7 +257,7 @@ def describe_arm(row: dict[str, Any]) -> str:
     if row["kind"] is None:
         return 'no LoRA, "a black line drawing of ..."' if row["prompts"] == "known phrase" else "no LoRA"
     if row["model"] == row["trained_on"]:
-        return f"{row['kind']}: trained on {row['model']}"
+        return f"{row['kind']}: trained on {row['model']}, weight {row['weight']:g}"
     return f"{row['kind']}: trained on nano, remapped, weight {row['weight']:g}"
 
 
