@@ -299,8 +299,9 @@ def format_remap(result: dict[str, Any]) -> str:
     return "\n".join(
         [
             f'LoRAs for "{result["word"]} ..." ({lora["steps"]} steps, rank {lora["rank"]}), put on nano and on its'
-            f" students; {count} held-out prompts. nano-tiny is bk-tiny; bk-base was distilled for"
-            f" {result['distillation_steps'][BASE]} steps.",
+            f" students; concepts of {count} held-out pairs. nano-tiny is bk-tiny; bk-base was distilled for"
+            f" {result['distillation_steps'][BASE]} steps. Of {result['seen_in_style']} concepts, line drawings were"
+            " among the training pictures of nano and of the LoRAs.",
             "",
             *format_rows([row for row in rows if row["prompts"] != "others"]),
             "",
@@ -337,6 +338,7 @@ def main() -> None:
     }
     study = RemapStudy(models, WordJudge(args.prompts), args.work, report)
     recipe = load_config(LoraConfig, "nano-lora", {})
+    trained = {record.caption for record in open_source("nano")}
     result = {
         "teacher_sha256": teacher.sha256,
         "student_sha256": {name: models[name].sha256 for name in STUDENTS},
@@ -344,6 +346,7 @@ def main() -> None:
         "word": WORD,
         "style": STYLE,
         "prompts": args.prompts,
+        "seen_in_style": sum(prompt.caption in trained for prompt in study.judge.expected),
         "lora": {"steps": recipe.steps, "batch_size": recipe.batch_size, "rank": recipe.rank},
         "rows": [study.judge_arm(arm) for arm in list_arms(args.seeds, args.other_seeds)],
         "random_norms": measure_random_norms(),
