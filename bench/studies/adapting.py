@@ -20,18 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from sdcompress_bench.environment import environment
-from sdcompress_bench.quality import ClipMetric, judge_pipeline
-from sdcompress_bench.scenario import Prompt
+from sdcompress_bench.nano_word import STYLE, WORD, WordJudge, write_word_pictures
 from sdcompress_engines.progress import Reporter
 
-from sdcompress.data import nano_prompts
 from sdcompress.data.build_cache import build_cache
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.sources import open_source
 from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import fuse_lora
 from sdcompress.lora.names import unet_modules
-from sdcompress.models import nano
 from sdcompress.models.load import LoadedPipeline, load_pipeline
 from sdcompress.support.console import ConsoleReporter
 from sdcompress.train.config import FinetuneConfig, LoraConfig
@@ -39,40 +36,9 @@ from sdcompress.train.finetune import finetune
 from sdcompress.train.lora import KOHYA_FILE, LORA, train_lora
 from sdcompress.train.recipes import load_config
 
-STYLE, WORD = "line", "a sketch of"
-
-
-def write_data(folder: Path) -> None:
-    """Write the line drawings of the training shards as an image folder, captioned with the new word."""
-    folder.mkdir(parents=True)
-    phrase = nano.styles()[STYLE]
-    for number, record in enumerate(r for r in open_source("nano") if r.meta["style"] == STYLE):
-        (folder / f"{number:04d}.webp").write_bytes(record.encoded)
-        (folder / f"{number:04d}.txt").write_text(record.caption.replace(phrase, WORD, 1), encoding="utf-8")
-
-
-class Judge:
-    """Draws pictures of held-out concepts with the new word and judges them with nano-CLIP.
-
-    Args:
-        count: number of prompts.
-    """
-
-    def __init__(self, count: int) -> None:
-        self.metric, self.styles = ClipMetric(nano.metric_folder()), nano.styles()
-        heldout = nano_prompts.draw_prompts("heldout", count)
-        # CLIP gets the phrase that it knows; the model gets the new word.
-        expected = (prompt.caption.replace(self.styles[prompt.style], self.styles[STYLE], 1) for prompt in heldout)
-        self.expected = [Prompt(caption, STYLE) for caption in expected]
-        self.captions = [prompt.caption.replace(self.styles[prompt.style], WORD, 1) for prompt in heldout]
-
-    def judge(self, pipeline: Any) -> dict[str, float]:
-        """Returns the shares of pictures in the right style and with the right caption among the top 5."""
-        return judge_pipeline(self.metric, pipeline, self.captions, self.expected, self.styles)
-
 
 def train_and_judge(
-    student: LoadedPipeline, cache: LatentCache, lora: LoraConfig, judge: Judge, work: Path, report: Reporter
+    student: LoadedPipeline, cache: LatentCache, lora: LoraConfig, judge: WordJudge, work: Path, report: Reporter
 ) -> dict[str, dict[str, Any]]:
     """Returns the results before training, after LoRA, and after full finetuning.
 
@@ -127,14 +93,14 @@ def main() -> None:
     args = parser.parse_args()
     report = ConsoleReporter()
     shutil.rmtree(args.work, ignore_errors=True)
-    write_data(args.work / "data")
+    write_word_pictures(args.work / "data")
     student, teacher = load_pipeline("nano-tiny"), load_pipeline("nano")
     source = open_source(args.work / "data")
     caches = {
         model.name: build_cache(source, model, args.work / f"cache-{model.name}", report=report)
         for model in (student, teacher)
     }
-    judge = Judge(args.prompts)
+    judge = WordJudge(args.prompts)
     lora = load_config(LoraConfig, "nano-lora", {"sample_every": 0})
     rows = train_and_judge(student, caches["nano-tiny"], lora, judge, args.work, report)
     speed = measure_speed((teacher, student), caches, lora, args.rounds, args.work)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sdcompress.lora.fuse import shapes_of
+from sdcompress.lora.remap import remap_lora
+from sdcompress.models.load import load_pipeline
+from sdcompress.prune.presets import make_plan
+from sdcompress.prune.student import meta_unet
 
 ROOT = Path(__file__).parents[2]
 STUDIES = ROOT / "bench" / "studies"
@@ -20,6 +27,7 @@ def load_study(name: str) -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -40,6 +48,27 @@ def test_memory_is_flat_within_two_percent_after_warm_up(growth_mib: float, flat
     judged = load_study("soak").judge({"memory_mib": readings})
     assert judged["flat"] is flat
     assert judged["first_mib"] == pytest.approx(500 + 4.5 * growth_mib)
+
+
+def test_a_student_keeps_the_root_of_the_weights_share_of_a_random_lora() -> None:
+    study = load_study("lora_remap")
+    unet = load_pipeline("nano").pipeline.unet
+    shapes = {name: shape for name, shape in shapes_of(unet).items() if name.endswith(study.ATTENTION)}
+    plan = make_plan(unet.config, "bk-tiny")
+    student = shapes_of(meta_unet(plan.student_config()))
+    found = remap_lora(study.make_random_lora(shapes), plan, student)
+    weights = [math.prod(shape) for shape in shapes.values()]
+    kept = [math.prod(shape) for name, shape in shapes.items() if plan.student_key(name) is not None]
+    assert len(kept) == len(found.layers) == 72
+    assert found.kept_norm == pytest.approx(math.sqrt(sum(kept) / sum(weights)), rel=0.01)
+
+
+def test_every_arm_of_the_remapped_loras_is_judged_once() -> None:
+    study = load_study("lora_remap")
+    arms = list(study.list_arms(3, 1))
+    assert len(set(arms)) == len(arms)
+    remapped = [arm for arm in arms if arm.kind == study.MAIN_KIND and arm.model != arm.trained_on]
+    assert {arm.weight for arm in remapped if arm.prompts == "word" and arm.seed == 2} == set(study.WEIGHTS)
 
 
 @pytest.mark.slow

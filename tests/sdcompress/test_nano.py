@@ -126,6 +126,7 @@ def test_the_metric_model_shares_no_weights_with_the_text_encoder() -> None:
         ("distillation-nano.json", "teacher_sha256"),
         ("adapting-nano.json", "teacher_sha256"),
         ("few-step-nano.json", "teacher_sha256"),
+        ("lora-remap-nano.json", "teacher_sha256"),
     ],
 )
 def test_results_are_of_the_teacher_that_ships(name: str, key: str) -> None:
