@@ -146,6 +146,18 @@ def test_onnx_runtime_keeps_the_sessions_of_the_last_weights(tmp_path: Path, mon
     assert len(runner._sessions) == onnxruntime.MAX_SESSIONS
 
 
+def test_an_older_onnx_runtime_takes_weights_through_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime as library
+
+    if hasattr(library.OrtValue, "from_dlpack"):
+        monkeypatch.delattr(library.OrtValue, "from_dlpack")
+    with make_graph(tmp_path) as runner:
+        changes = draw_weights()
+        runner.set_weights(changes)
+        del changes
+        assert relative_l2(infer(runner), compute(draw_weights())) < FP32_LIMIT
+
+
 def test_a_graph_without_its_weights_beside_it_says_so(tmp_path: Path) -> None:
     runner = make_graph(tmp_path)
     runner.close()

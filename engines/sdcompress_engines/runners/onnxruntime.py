@@ -67,10 +67,12 @@ class _Session:
 
     Attributes:
         native: ONNX Runtime's object.
+        weights: those that replace the file's; the session may read their memory.
         statics: shapes → the tensors of their CUDA graph.
     """
 
     native: Any
+    weights: Mapping[str, torch.Tensor]
     statics: dict[tuple[Shape, ...], _Static] = field(default_factory=dict)
 
 
@@ -167,8 +169,10 @@ class OnnxRuntimeRunner(Runner):
             weights: initializer → its value, on the CPU; the others are those of the file.
         """
 
+        values = {name: _to_ort_value(value) for name, value in weights.items()}
+
         def start(cuda_graph: bool) -> StartedSession:
-            return create_session(self._request, self.device, self._stream, cuda_graph=cuda_graph, weights=weights)
+            return create_session(self._request, self.device, self._stream, cuda_graph=cuda_graph, weights=values)
 
         try:
             session, refusal = start_session(start, self.cuda_graph and self.graph_failure is None)
@@ -178,7 +182,7 @@ class OnnxRuntimeRunner(Runner):
             raise explain_refusal(self._request.path, error) from error
         assigned = session.assigned()
         check_provider(self._request, session.names, session.native.get_providers(), left_out(assigned, session.names))
-        self._session = self._sessions[key] = _Session(session.native)
+        self._session = self._sessions[key] = _Session(session.native, weights)
         others = sorted({name for provider, names in assigned if provider not in session.names for name in names})
         return refusal if refusal is None or not others else f"{refusal}; elsewhere: {', '.join(others)}"
 
@@ -337,6 +341,17 @@ class OnnxRuntimeRunner(Runner):
         refusal = self._start(key, {name: value.cpu().contiguous() for name, value in values.items()})
         if refusal is not None:
             self._drop_graphs(refusal)
+
+
+def _to_ort_value(value: torch.Tensor) -> Any:
+    """Returns a contiguous tensor on the CPU as ONNX Runtime holds it, without a copy."""
+    import onnxruntime
+
+    if hasattr(onnxruntime.OrtValue, "from_dlpack"):
+        return onnxruntime.OrtValue.from_dlpack(value)
+    # onnxruntime before 1.24; numpy has no bfloat16
+    array = (value.view(torch.int16) if value.dtype == torch.bfloat16 else value).numpy()
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ELEMENT[value.dtype])
 
 
 def _torch_view(value: Any) -> torch.Tensor:

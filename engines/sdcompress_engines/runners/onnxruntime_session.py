@@ -107,7 +107,7 @@ def create_session(
     stream: torch.cuda.Stream | None,
     *,
     cuda_graph: bool,
-    weights: Mapping[str, torch.Tensor] | None = None,
+    weights: Mapping[str, Any] | None = None,
 ) -> StartedSession:
     """Returns a new session.
 
@@ -116,7 +116,8 @@ def create_session(
         device: the CPU, or a CUDA device with its index.
         stream: the CUDA stream to work on; None on the CPU.
         cuda_graph: capture and replay the graph (`cuda` only).
-        weights: initializer → the value that replaces the one in the file beside the graph, on the CPU.
+        weights: initializer → the `OrtValue` that replaces the one in the file beside the graph, on the CPU. Its memory
+            must live as long as the session.
 
     Raises:
         BackendMissing: this ONNX Runtime does not have the provider. StorageError: its cache folder cannot be written.
@@ -136,7 +137,7 @@ def create_session(
     for key, value in request.config.items():
         options.add_session_config_entry(key, str(value))
     if weights:
-        options.add_external_initializers(list(weights), [_to_ort_value(value) for value in weights.values()])
+        options.add_external_initializers(list(weights), list(weights.values()))
     name = PROVIDERS[request.provider]
     names = {name}
     if stream is None:
@@ -150,13 +151,6 @@ def create_session(
             names.add(devices[0].ep_name)
     native = onnxruntime.InferenceSession(str(request.path), options, providers=providers, enable_fallback=0)
     return StartedSession(native, frozenset(names))
-
-
-def _to_ort_value(value: torch.Tensor) -> Any:
-    """Returns a tensor as ONNX Runtime holds it, without a copy; it keeps the tensor's memory alive."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue.from_dlpack(value.contiguous())
 
 
 def start_session(start: Callable[[bool], Started], cuda_graph: bool) -> tuple[Started, str | None]:
