@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -192,8 +191,9 @@ def seconds(call: Callable[[], Any]) -> float:
 
 def resident_mib() -> float:
     """Returns the memory that this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * resource.getpagesize() / 2**20
+    import psutil
+
+    return float(psutil.Process().memory_info().rss / 2**20)
 
 
 def draw_feeds(runner: Runner) -> Mapping[str, torch.Tensor]:

@@ -42,7 +42,7 @@ class WeightSpec:
 
 
 def describe_weights(transposed: Iterable[str], layers: Iterable[str], origins: Mapping[str, str]) -> dict[str, str]:
-    """Returns the metadata of a weights file.
+    """Returns the metadata of a weights file: one entry, so that equal weights give equal files.
 
     Args:
         transposed: names of the weights that the file holds transposed.
@@ -50,7 +50,7 @@ def describe_weights(transposed: Iterable[str], layers: Iterable[str], origins: 
         origins: weight → its LDM name in the whole model.
     """
     entry = {"layers": sorted(layers), "transposed": sorted(transposed), "origins": dict(sorted(origins.items()))}
-    return {"format": "pt", WEIGHTS_ENTRY: json.dumps(entry, separators=(",", ":"))}
+    return {WEIGHTS_ENTRY: json.dumps(entry, separators=(",", ":"))}
 
 
 class GraphWeights:

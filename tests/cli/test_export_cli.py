@@ -212,11 +212,7 @@ def test_auto_is_refused_with_what_it_chooses_itself(cli: Cli, tmp_path: Path, o
 
 def test_the_command_that_a_refusal_names_can_be_typed(cli: Cli, tmp_path: Path) -> None:
     model = tmp_path / "my model"
-    for options in (
-        ("--backend", "ort", "--lora", tmp_path / "a b.safetensors:0.8"),
-        ("--artifacts", tmp_path / "c d"),
-    ):
-        _, _, err = cli("generate", model, "a cat", "-o", tmp_path / "a.png", *options)
-        words = shlex.split(one_line(err).partition("Try: ")[2].partition(",")[0])
-        assert words[:3] == ["sdcompress", "export", str(model)]
-        assert str(options[-1]) in words
+    _, _, err = cli("generate", model, "a cat", "-o", tmp_path / "a.png", "--artifacts", tmp_path / "c d")
+    words = shlex.split(one_line(err).partition("Try: ")[2].partition(",")[0])
+    assert words[:3] == ["sdcompress", "export", str(model)]
+    assert str(tmp_path / "c d") in words
