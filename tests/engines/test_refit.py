@@ -16,6 +16,7 @@ from sdcompress_engines.errors import EngineError
 from sdcompress_engines.exactness import relative_l2
 from sdcompress_engines.flavour import FLAVOURS, TENSORRT_RTX
 from sdcompress_engines.graph import weights_path
+from sdcompress_engines.manifest import write_manifest
 from sdcompress_engines.profiles import Profile
 from sdcompress_engines.runners import TensorRTRunner, refit, tensorrt
 from sdcompress_engines.runners.refit import Refit
@@ -142,6 +143,19 @@ def test_a_refit_that_fails_is_an_error(fake_cuda: FakeCuda, monkeypatch: pytest
     exchange = Refit(library(FakeAsyncRefitter), dict(ENGINE), LOG, CPU, "net.engine")
     with pytest.raises(EngineError, match=r"did not take the weights \(its reason\)"):
         exchange.exchange(["a"], values)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"precision": "fp16"}, "takes no LoRA: it was built without .--no-lora., or on a machine without its card"),
+        ({"precision": "int8"}, "takes no LoRA: its weights are rounded to int8"),
+    ],
+)
+def test_an_engine_that_takes_no_lora_says_why(tmp_path: Path, config: dict[str, str], named: str) -> None:
+    write_manifest(tmp_path, "engine", config=config)
+    with pytest.raises(EngineError, match=named):
+        raise TensorRTRunner(tmp_path / "unet.engine")._fixed_weights()
 
 
 @pytest.mark.gpu

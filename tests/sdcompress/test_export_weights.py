@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sdcompress_engines.build_options import BuildOptions
 from sdcompress_engines.build_worker import mark_refittable
 from sdcompress_engines.errors import ExportError
 from sdcompress_engines.exactness import FP32_LIMIT, relative_l2
 from sdcompress_engines.flavour import TENSORRT_RTX
 from sdcompress_engines.graph import weights_path
 from sdcompress_engines.graph_weights import GraphWeights
+from sdcompress_engines.progress import Reporter
 from sdcompress_engines.runners import open_runner
 from sdcompress_engines.runners.tensorrt_library import create_log
 
-from sdcompress.export import onnx_file
+from sdcompress.export import onnx_file, tensorrt
 from sdcompress.export.components import component_graph, part_of, random_inputs, signature_of
 from sdcompress.export.parity import default_cases
-from sdcompress.export.weights import check_weights, lora_weights, name_weights, unet_origins
+from sdcompress.export.weights import check_weights, lora_weights, name_weights, save_module_weights, unet_origins
 from sdcompress.prune.presets import make_plan
 from sdcompress.prune.student import build_student
 
@@ -108,3 +112,46 @@ def test_tensorrt_finds_every_weight_that_a_lora_changes(small_exports: Exports,
         mark_refittable(trt, network, builder.create_builder_config(), names)
         assert len(names) > 10
         assert all(network.are_weights_marked_refittable(name) for name in names)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_card", "options", "chosen"),
+    [
+        (None, True, BuildOptions(), True),
+        (None, False, BuildOptions(), False),
+        (False, True, BuildOptions(), False),
+        (None, True, BuildOptions(strip_plan=True), False),
+        (None, True, BuildOptions(refit="identical"), False),
+    ],
+)
+def test_engines_take_loras_where_their_card_is_and_nothing_speaks_against_it(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool | None, has_card: bool, options: BuildOptions, chosen: bool
+) -> None:
+    monkeypatch.setattr(tensorrt, "builds_refittable", lambda library: has_card)
+    manifest: Any = SimpleNamespace(files={"unet.onnx.safetensors": None}, config={"components": ["unet"]})
+    report = Lines()
+    assert tensorrt._choose_loras(wanted, TENSORRT_RTX, options, manifest, report) is chosen
+    assert [line.startswith("these engines take no LoRA") for line in report.lines] == [True] * (not has_card)
+
+
+def test_graphs_without_their_weights_beside_them_give_engines_without_loras() -> None:
+    manifest: Any = SimpleNamespace(files={"unet.onnx": None}, config={"components": ["unet"]})
+    assert not tensorrt._choose_loras(None, TENSORRT_RTX, BuildOptions(), manifest, Lines())
+
+
+def test_equal_weights_give_equal_files(small_pipeline: Any, tmp_path: Path) -> None:
+    part = part_of(small_pipeline, "text_encoder")
+    graph = component_graph("text_encoder", part, torch.float32)
+    for name in ("a", "b"):
+        save_module_weights(graph, tmp_path / name, {})
+    assert weights_path(tmp_path / "a").read_bytes() == weights_path(tmp_path / "b").read_bytes()
+
+
+class Lines(Reporter):
+    """Keeps the lines that it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def show_line(self, text: str) -> None:
+        self.lines.append(text)
