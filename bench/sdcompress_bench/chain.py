@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdcompress_engines.errors import SdCompressError, storage_errors
 from sdcompress_engines.files import parents_made, write_atomically
+from sdcompress_engines.graph import read_graph
 from sdcompress_engines.leftovers import remove_partial_files
 from sdcompress_engines.manifest import MANIFEST_NAME, sha256_file, sha256_tree
 from sdcompress_engines.output_folders import begun_folder, check_free, check_inputs, locked, moved_aside
@@ -122,7 +123,7 @@ def _run_alone(settings: ChainSettings, inputs: Inputs, report: Reporter, comman
         teacher.name,
         {model.name: Path(model.path) for model in models[1:]},
         None if inputs.few_step is None else inputs.few_step.name,
-        {name: (folder / "unet.onnx").stat().st_size for name, folder in exporter.graphs.items()},
+        {name: read_graph(folder / "unet.onnx").bytes for name, folder in exporter.graphs.items()},
         {name: (folder / "unet.engine").stat().st_size for name, folder in exporter.engines.items()},
         machine.no_engine,
         results,

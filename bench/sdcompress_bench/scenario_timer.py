@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,9 +198,13 @@ def _since(started: float) -> float:
 
 
 def _size_mib(component: Any) -> float:
-    """Returns the MiB of a torch module's weights, or of a graph's file and its external data."""
+    """Returns the MiB of a torch module's weights, of a graph with the weights beside it, or of an engine alone."""
     component = getattr(getattr(component, "runner", None), "module", component)  # of a compiled UNet, the module
     if isinstance(component, torch.nn.Module) and any(True for _ in component.parameters()):
         return sum(tensor.nbytes for tensor in component.state_dict().values()) / 2**20
     path = getattr(getattr(component, "runner", None), "path", None)
-    return sum(file.stat().st_size for file in Path(path).parent.glob(f"{Path(path).name}*")) / 2**20 if path else 0.0
+    if path is None:
+        return 0.0
+    # An engine holds its weights; those beside it are for exchanges.
+    files = path.parent.glob(f"{path.name}*") if path.suffix == ".onnx" else [path]
+    return sum(file.stat().st_size for file in files) / 2**20

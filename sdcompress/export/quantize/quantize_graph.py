@@ -18,6 +18,7 @@ import sdcompress_engines.errors as engines_errors
 from sdcompress_engines.child_process import describe_exit, run_job
 from sdcompress_engines.errors import BackendMissing, ExportError, UsageError, storage_errors
 from sdcompress_engines.files import replace_file
+from sdcompress_engines.graph import weights_path
 from sdcompress_engines.output_folders import require_space
 from sdcompress_engines.progress import SILENT, Advance, Reporter
 
@@ -121,7 +122,9 @@ def _move_graph(written: Path, target: Path) -> None:
 
 
 def _size_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.data")) if file.is_file())
+    """Returns the size of a graph with the weights beside it."""
+    files = (path, path.with_name(f"{path.name}.data"), weights_path(path))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _run_worker(job: Mapping[str, Any], source: Path, advance: Advance) -> dict[str, Any]:
