@@ -272,14 +272,15 @@ def test_no_machine_path_is_in_what_ships() -> None:
         assert not re.search(r"/(tmp|home|root|work|Users)/", path.read_text(encoding="utf-8")), path
 
 
-def test_readme_figures_are_the_measured_ones() -> None:
+def test_the_figures_of_readme_and_docs_are_the_measured_ones() -> None:
     spec = importlib.util.spec_from_file_location("results_to_readme", ROOT / "tools/results_to_readme.py")
     assert spec
     assert spec.loader
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert tool.updated(readme) == readme
+    for name in tool.DOCUMENTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert tool.updated(name, text) == text, name
 
 
 def test_what_can_run_code_from_a_file_is_called_only_where_it_is_guarded(monkeypatch: pytest.MonkeyPatch) -> None:

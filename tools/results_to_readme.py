@@ -1,7 +1,7 @@
-"""Write the README's figures from `bench/results/`, between the marks of each section.
+"""Write the figures of the README and of docs/loras.md from `bench/results/`, between the marks of each section.
 
-python tools/results_to_readme.py            rewrites README.md
-python tools/results_to_readme.py --check    exit 1 if README.md disagrees
+python tools/results_to_readme.py            rewrites them
+python tools/results_to_readme.py --check    exit 1 if one disagrees
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from sdcompress_bench.gpu.readme_section import gpu_section
 from sdcompress_bench.markdown import Cells, section
 from sdcompress_bench.readme_few_steps import decoder_section, few_step_section, whole_pictures_section
+from sdcompress_bench.readme_loras import adapting_section, student_section, swap_section
 from sdcompress_bench.readme_table import answer_cells, answer_head, format_limit, machine, sensitivity_sentences
 from sdcompress_bench.report import format_estimate
 from sdcompress_bench.results import Results, read_results
@@ -116,20 +117,7 @@ def latency() -> str:
 
 def adapting() -> str:
     """Returns nano-tiny before and after a LoRA and a finetuning, and LoRA steps on student and teacher."""
-    found = load("adapting-nano.json")
-    rows = []
-    for name, row in found["rows"].items():
-        seconds = f"{row['seconds']:.0f}" if "seconds" in row else "–"
-        rows.append((name, f"{row['style_accuracy']:.0%}", str(row.get("steps", "–")), seconds))
-    speed = {name: statistics.median(values) for name, values in found["lora_steps_per_s"].items()}
-    return section(
-        f'nano-tiny learns a word it has never seen ("{found["word"]} ..." for line drawings), {found["prompts"]}'
-        " held-out prompts:",
-        (None, "drawn as the word asks", "steps", "seconds"),
-        rows,
-        f"LoRA training runs at {speed['nano-tiny']:.1f} steps a second on the student and {speed['nano']:.1f} on"
-        f" the teacher: {found['lora_student_over_teacher']:.2f} times as fast.",
-    )
+    return adapting_section(load("adapting-nano.json"))
 
 
 def training() -> str:
@@ -357,34 +345,54 @@ def gpu() -> str:
     return "\n".join(tables) if tables else "`bench/gpu.py` has not been run yet, so there are no GPU figures here.\n"
 
 
-SECTIONS: dict[str, tuple[Callable[[], str], ...]] = {
-    "nano": (nano, distillation, adapting, training, latency),
-    "few-step": (few_steps, whole_pictures),
-    "engines": (engines, backends),
-    "gpu": (gpu,),
-    "bench": (bench_nano, sd15, peers, overhead, gates),
+def lora_swaps() -> str:
+    """Returns how fast a LoRA goes into a running UNet, and what it leaves behind."""
+    return swap_section(load("lora-swaps-cpu.json"))
+
+
+def student_loras() -> str:
+    """Returns how well LoRAs of the whole model work on its students."""
+    return student_section(load("lora-remap-nano.json"))
+
+
+DOCUMENTS: dict[str, dict[str, tuple[Callable[[], str], ...]]] = {
+    "README.md": {
+        "nano": (nano, distillation, adapting, training, latency),
+        "few-step": (few_steps, whole_pictures),
+        "engines": (engines, backends),
+        "gpu": (gpu,),
+        "bench": (bench_nano, sd15, peers, overhead, gates),
+    },
+    "docs/loras.md": {"swaps": (lora_swaps,), "students": (student_loras,)},
 }
+"""Document → its sections, each with the parts that write it."""
 
 
-def updated(readme: str) -> str:
-    """Returns the README with the figures of each section between `<!-- results: NAME -->` and `<!-- /results -->`."""
-    for name, parts in SECTIONS.items():
-        before, opened, rest = readme.partition(f"<!-- results: {name} -->\n")
+def updated(name: str, text: str) -> str:
+    """Returns a document with the figures of its sections between `<!-- results: NAME -->` and `<!-- /results -->`.
+
+    Args:
+        name: of the document, a key of `DOCUMENTS`.
+        text: its content.
+    """
+    for title, parts in DOCUMENTS[name].items():
+        before, opened, rest = text.partition(f"<!-- results: {title} -->\n")
         _, closed, after = rest.partition("<!-- /results -->")
         if not opened or not closed:
-            raise SystemExit(f"README.md has no section of results {name!r}")
-        readme = before + opened + "\n".join(part() for part in parts) + closed + after
-    return readme
+            raise SystemExit(f"{name} has no section of results {title!r}")
+        text = before + opened + "\n".join(part() for part in parts) + closed + after
+    return text
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    new = updated(text)
-    if "--check" in sys.argv[1:]:
-        disagrees = "README.md disagrees with bench/results; type: python tools/results_to_readme.py"
-        sys.exit(0 if new == text else disagrees)
-    path.write_text(new, encoding="utf-8")
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        new = updated(name, text)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(new, encoding="utf-8")
+        elif new != text:
+            sys.exit(f"{name} disagrees with bench/results; type: python tools/results_to_readme.py")
 
 
 if __name__ == "__main__":

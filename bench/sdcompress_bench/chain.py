@@ -226,7 +226,7 @@ def _distill_student(
 
     pipeline = folder / PIPELINE
     inputs = {"teacher": teacher.sha256, "data": cache.sha256}
-    made_with = {"train": config.model_dump(mode="json"), "plan": json.loads(plan.to_json())}
+    made_with = {"train": config.model_dump(mode="json"), "plan": plan.to_content()}
     stages.run(Stage(f"distill {name}", pipeline, "student", inputs, made_with), train)
     return ModelUnderTest(name, str(pipeline), sha256=sha256_tree(pipeline), metrics=folder / "metrics.jsonl")
 

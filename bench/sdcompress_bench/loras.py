@@ -33,7 +33,7 @@ def find_loras(texts: Sequence[str], model: ModelUnderTest) -> tuple[ChosenLora,
     from sdcompress_engines.paths import expand_user
 
     from sdcompress.lora.fuse import parse_lora, shapes_of
-    from sdcompress.lora.model_lora import COMPONENTS, read_model_lora
+    from sdcompress.lora.model_lora import LORA_COMPONENTS, read_model_lora
     from sdcompress.models.locate import locate_pipeline
     from sdcompress.models.random import family_configs
     from sdcompress.models.student_plan import find_plan, infer_plan
@@ -46,8 +46,8 @@ def find_loras(texts: Sequence[str], model: ModelUnderTest) -> tuple[ChosenLora,
     else:
         configs = read_pipeline_configs(model.path)
         plan = find_plan(locate_pipeline(model.path), configs["unet"])
-    parts = build_on_meta({name: config for name, config in configs.items() if name in COMPONENTS})
-    networks = {name: shapes_of(parts.get(name)) for name in COMPONENTS}
+    parts = build_on_meta({name: config for name, config in configs.items() if name in LORA_COMPONENTS})
+    networks = {name: shapes_of(parts.get(name)) for name in LORA_COMPONENTS}
     found = []
     for text in texts:
         file, weight = parse_lora(text)

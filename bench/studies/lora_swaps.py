@@ -11,6 +11,8 @@ the student by its plan. Each backend runs in turn:
 3. swaps in a row between LoRAs that differ, with the memory of the process before and after,
 4. the time of a swap to a new LoRA, to none, and, where a backend keeps sessions, back to a kept one.
 
+Then packages of AOTInductor that take LoRAs are timed against those that take none, call by call in turn.
+
 The last line is JSON: backend → median seconds of a swap.
 """
 
@@ -47,6 +49,7 @@ from sdcompress.prune.student import meta_unet
 FAMILY, PLAN, RANK = "sd1", "bk-tiny", 32
 SIZES = {"batch": 2, "height": 64, "width": 64, "tokens": 77}
 OUTPUT = "out_sample"
+PACKAGED: tuple[Precision, ...] = ("bf16", "fp32")
 
 
 def write_lora_file(path: Path, seed: int = 0) -> Path:
@@ -107,13 +110,13 @@ class Subject:
             export_onnx(pipeline, folder, precision=precision, components=("unet",), plan=self.plan)
         return open_runner(folder / "unet.onnx")
 
-    def open_package(self, baked: bool, precision: Precision) -> Runner:
-        """Returns a runner of the package that takes LoRAs."""
-        folder = self.work / f"aot-{precision}-{'baked' if baked else 'plain'}"
+    def open_package(self, baked: bool, precision: Precision, loras: bool = True) -> Runner:
+        """Returns a runner of the package that takes LoRAs, or of the one that takes none."""
+        folder = self.work / f"aot-{precision}-{'baked' if baked else 'plain' if loras else 'fixed'}"
         if not folder.is_dir():
             pipeline = self.pipeline(baked=baked)
             loaded = LoadedPipeline(PLAN, pipeline, "random", self.work / "none", plan=self.plan)
-            compile_unet(loaded, folder, precision=precision, loras=True)
+            compile_unet(loaded, folder, precision=precision, loras=loras)
         return open_runner(folder / PACKAGE)
 
     def compute_exactly(self, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -166,6 +169,25 @@ def measure(subject: Subject, open_backend: Callable[[bool], Runner], swaps: int
     }
 
 
+def time_packages(subject: Subject, precision: Precision, rounds: int = 7) -> dict[str, list[float]]:
+    """Returns the seconds of calls of the package with fixed weights and of the one that takes LoRAs, in turn.
+
+    Args:
+        subject: the student.
+        precision: of the packages.
+        rounds: calls of each; a first one is not counted.
+    """
+    kinds = {"fixed_s": False, "exchangeable_s": True}
+    runners = {kind: subject.open_package(False, precision, loras) for kind, loras in kinds.items()}
+    feeds = draw_feeds(runners["fixed_s"])
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(rounds + 1):
+        for kind, runner in runners.items():
+            taken = seconds(lambda: runner.infer(feeds))  # noqa: B023 (called at once)
+            times[kind] += [taken] if number else []
+    return times
+
+
 def swap_in_turn(subject: Subject, runner: Runner, swaps: int) -> tuple[dict[str, list[float]], list[float]]:
     """Returns the seconds of swaps by kind, and the resident memory after each fifth swap, MiB."""
     times: dict[str, list[float]] = {"set": [], "reset": [], "again": []}
@@ -206,16 +228,16 @@ def draw_feeds(runner: Runner) -> Mapping[str, torch.Tensor]:
 def format_table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the figures as Markdown."""
     lines = [
-        "| backend | LoRA in | out | in again | a step | relative L2 (limit) | traceless | memory, 5 → last |",
+        "| backend | LoRA in | out | in again | a step | relative L2 (limit) | bit-equal after | memory, 5 → last |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         medians = (statistics.median(row[f"{key}_s"]) for key in ("set", "reset", "again", "step"))
         times = " | ".join(f"{value:.2f} s" for value in medians)
         first, last = row["resident_mib"][0], row["resident_mib"][-1]
-        traceless = "yes" if row["reset_is_bit_equal"] else "no"
+        is_equal = "yes" if row["reset_is_bit_equal"] else "no"
         error = f"{row['relative_l2']:.1e} ({row['limit']:.1e})"
-        lines.append(f"| {name} | {times} | {error} | {traceless} | {first:,.0f} → {last:,.0f} MiB |")
+        lines.append(f"| {name} | {times} | {error} | {is_equal} | {first:,.0f} → {last:,.0f} MiB |")
     return "\n".join(lines) + "\n"
 
 
@@ -245,11 +267,13 @@ def main() -> None:
         rows[name] = measure(subject, open_backend, args.swaps)
         write_atomically(kept, json.dumps(rows, indent=1) + "\n")
         print(format_table({name: rows[name]}), flush=True)
+    packages = {precision: time_packages(subject, precision) for precision in PACKAGED}
     result = {
         "model": f"{FAMILY} {PLAN}, random weights",
         "lora": f"rank {RANK}, all attention layers of the whole UNet",
         "kept_norm": subject.kept_norm,
         "rows": rows,
+        "packages": packages,
         "environment": environment(),
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,16 @@ class WeightSpec:
     origin: str = ""
 
 
+def exchangeable_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Returns the layers of a module whose weights a LoRA can change, by name: linear layers and convolutions.
+
+    Args:
+        module: may be on the meta device.
+    """
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
+
+
 def describe_weights(transposed: Iterable[str], layers: Iterable[str], origins: Mapping[str, str]) -> dict[str, str]:
     """Returns the metadata of a weights file: one entry, so that equal weights give equal files.
 
@@ -90,7 +100,3 @@ class GraphWeights:
         """Returns the original value of a weight as torch has it, on the CPU. Do not write to it."""
         tensor = self._tensors[name]
         return tensor.t() if self.specs[name].transposed else tensor
-
-    def read_stored(self, name: str) -> torch.Tensor:
-        """Returns the original value of a weight as the graph has it, on the CPU. Do not write to it."""
-        return self._tensors[name]

@@ -19,12 +19,11 @@ from sdcompress_engines.unet import EngineUNet
 from sdcompress_engines.vae import EngineVaeDecoder
 
 from sdcompress.backends.registry import backend_of_artifact, backends
-from sdcompress.export.onnx_component import PLAN
 from sdcompress.families.build import build_pipeline, build_scheduler, load_tokenizer
 from sdcompress.families.schemas.check import check_match
 from sdcompress.lora.pipeline_loras import enable_loras
 from sdcompress.models.locate import read_config_in, read_model_index
-from sdcompress.prune.plan import BlockPlan
+from sdcompress.prune.plan import PLAN_ENTRY, BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
 
 _RUN_FROM_GRAPHS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -72,7 +71,7 @@ def open_exported(
     check_match(described, configs, index)
     opener = _GraphOpener(folder, manifest, device, steady)
     pipeline = _assemble(index, parts, described, opener, make_unet, report)
-    plan = manifest.config.get(PLAN)
+    plan = manifest.config.get(PLAN_ENTRY)
     enable_loras(pipeline, None if plan is None else BlockPlan.from_content(plan, folder), report)
     return pipeline
 

@@ -141,7 +141,7 @@ _ENGINE_OPTIONS = (
         "--no-lora",
         "no_lora",
         is_flag=True,
-        help="Build engines that take no LoRA while they run.  [default: they do, where their card is in this machine]",
+        help="Build engines with fixed weights, which take no LoRA.  [default: they take LoRAs, if the card is here]",
     ),
     click.option(
         "--strip-plan",

@@ -237,5 +237,7 @@ def _engine_rows(result: EnginesResult) -> list[tuple[str, object]]:
     config = result.manifest.config
     cards = ", ".join(f"{major}.{minor}" for major, minor in config["compute_capabilities"]) or "8.0 and newer"
     takes = [name for name in result.builds if f"{name}.engine.safetensors" in result.manifest.files]
-    rows.append(("LoRAs", f"go into {', '.join(takes)} while it runs" if takes else "none: bake them in with --lora"))
+    rows.append(
+        ("LoRAs", f"go into {', '.join(takes)} without a new build" if takes else "none: bake them in with --lora")
+    )
     return [*rows, ("built with", f"{config['flavour']} {config['version']} for compute capability {cards}")]

@@ -43,7 +43,6 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
       sdcompress plan nano --preset bk-tiny
       sdcompress plan ./realistic-vision-v4 --preset sd-small -o plan.json
     """
-    import json
 
     from sdcompress_engines.output_folders import check_file, staged_file
 
@@ -65,7 +64,7 @@ def command(teacher: str, preset: str, output: Path | None, as_json: bool) -> No
         rows.append(("plan", str(output)))
     if as_json:
         costs = {"before": before["total"].__dict__, "after": after["total"].__dict__}
-        print_json({"plan": json.loads(plan.to_json()), **costs})
+        print_json({"plan": plan.to_content(), **costs})
         return
     card(
         f"{plan.name} for {teacher}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from sdcompress_engines.graph import weights_path
 from sdcompress_engines.manifest import Manifest, cache_folder, write_manifest
 from sdcompress_engines.output_folders import staged
 from sdcompress_engines.progress import SILENT, Reporter
@@ -45,7 +46,8 @@ def compile_unet(
         output: the folder to write.
         device: the kind of device to compile for.
         precision: of the weights.
-        loras: whether LoRAs can be put into the package. On the CPU it is slower then, see `compile_package`.
+        loras: whether LoRAs can be put into a package for the CPU, which is slower then, see `compile_package`. One for
+            a GPU always takes them.
         force: replace an existing output.
         report: gets the progress.
 
@@ -54,6 +56,7 @@ def compile_unet(
             ArtifactError, StorageError: the output.
     """
     started = time.monotonic()
+    loras = loras or not _is_cpu(device)
     with staged(output, force, [loaded.folder]) as folder:
         with report.task(f"compiling the UNet of {loaded.name} for {device}"), silence():
             _compile(loaded, folder / PACKAGE, device, precision, loras)
@@ -95,6 +98,10 @@ def _compile(loaded: LoadedPipeline, path: Path, device: str, precision: Precisi
         open_package(path, device).close()  # which finds each weight in the package
 
 
+def _is_cpu(device: str) -> bool:
+    return torch.device(device).type == "cpu"
+
+
 def cached_package(
     loaded: LoadedPipeline, device: str, precision: Precision, *, loras: bool = False, report: Reporter = SILENT
 ) -> Path:
@@ -104,14 +111,15 @@ def cached_package(
         loaded: the pipeline in torch.
         device: the kind of device to compile for.
         precision: of the weights.
-        loras: see `compile_unet`. A package that takes LoRAs is one of its own, because it is slower on the CPU.
+        loras: see `compile_unet`. On the CPU, a package that takes LoRAs is one of its own, because it is slower.
         report: gets the progress.
 
     Raises:
         BackendMissing, ExportError, StorageError: as `compile_unet`.
     """
     folder = package_folder(loaded.sha256, device, precision, loras=loras)
-    if not (folder / PACKAGE).is_file():
+    is_complete = not loras or weights_path(folder / PACKAGE).is_file()  # one of an earlier version is not
+    if not (folder / PACKAGE).is_file() or not is_complete:
         report.show_line(f"compiling {loaded.name} once to {folder}: this takes minutes")
         compile_unet(loaded, folder, device=device, precision=precision, loras=loras, force=True, report=report)
     return folder / PACKAGE
@@ -127,7 +135,7 @@ def package_folder(sha256: str, device: str, precision: Precision, *, loras: boo
         device, precision, loras: see `cached_package`.
     """
     name = f"aot-{torch.device(device).type}-{precision}-{torch.__version__.replace('+', '-')}"
-    return cache_folder() / "models" / sha256[:16] / (f"{name}-lora" if loras else name)
+    return cache_folder() / "models" / sha256[:16] / (f"{name}-lora" if loras and _is_cpu(device) else name)
 
 
 def open_package(path: Path, device: str) -> Runner:

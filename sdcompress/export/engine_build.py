@@ -22,8 +22,8 @@ from sdcompress_engines.store import EngineStore
 from sdcompress_engines.store_entries import StoredEngine
 
 from sdcompress.export.components import DTYPES
-from sdcompress.export.onnx_component import PLAN
 from sdcompress.export.quantize.precisions import PRECISIONS as QUANTIZED
+from sdcompress.prune.plan import PLAN_ENTRY
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class EngineBuilder:
             "inputs": {component: _describe_specs(ports.inputs)},
             "outputs": {component: _describe_specs(ports.outputs)},
             "model_name": self.manifest.config.get("model_name", ""),
-            PLAN: self.manifest.config.get(PLAN),
+            PLAN_ENTRY: self.manifest.config.get(PLAN_ENTRY),
         }
 
 

@@ -14,14 +14,14 @@ from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.export.components import DTYPES, Precision, Runtime, part_of
 from sdcompress.export.layers import find_first_layer
-from sdcompress.export.onnx_component import PLAN, ComponentExporter, ExportedComponent, describe_plan
+from sdcompress.export.onnx_component import ComponentExporter, ExportedComponent
 from sdcompress.export.parity import Parity, check_parity
 from sdcompress.export.pipeline_files import save_small_parts, sha256_weights
 from sdcompress.export.quantize.check import check_accuracy
 from sdcompress.export.quantize.precisions import Quantized
 from sdcompress.export.settings import ExportSettings, choose_settings
 from sdcompress.models.student_plan import infer_plan
-from sdcompress.prune.plan import BlockPlan
+from sdcompress.prune.plan import PLAN_ENTRY, BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
 
 
@@ -80,12 +80,11 @@ def export_onnx(
             stays fp32 where it would overflow. `int8` and `fp8` quantize the UNet: see `sdcompress.export.quantize`.
             The runtime `onnxruntime` is faster and more exact there; TensorRT engines are built from `any`.
         source: name → sha256 of what the pipeline came from, for the manifest. name: the model's, likewise.
-        plan: from the whole model to a student, for LoRAs of the whole model; None is what `infer_plan` finds.
+        plan: from the whole model to a student, for its LoRAs; None is what `infer_plan` finds.
         reuse: an `onnx` folder, from which equal graphs are copied: a student has its teacher's text encoder and VAE.
         calibration_prompts: for a quantized UNet; None takes `default_prompts`.
         keep_failed: leave graphs that are too far from torch in `failed_folder`, by default `<output>.failed`.
-        force: replace an existing output.
-        report: gets the progress.
+        force: replace an existing output. report: gets the progress.
 
     Raises:
         UsageError, ModelError, BackendMissing: as `choose_settings`. ExportError: torch's exporter or modelopt failed.
@@ -100,9 +99,10 @@ def export_onnx(
     with staged(output, force, [reuse] if reuse else []) as folder:
         save_small_parts(pipeline, folder / "pipeline")
         sha256 = {component: sha256_weights(part_of(pipeline, component)) for component in settings.precisions}
-        options = reuse, calibration_prompts, report, plan
-        exported = ComponentExporter(pipeline, settings, sha256, folder, *options).export_all()
-        config = settings.to_config() | {"model_name": name, "weights_sha256": sha256, PLAN: describe_plan(plan)}
+        exporter = ComponentExporter(pipeline, settings, sha256, folder, reuse, calibration_prompts, report, plan)
+        exported = exporter.export_all()
+        described = {"model_name": name, "weights_sha256": sha256, PLAN_ENTRY: plan and plan.to_content()}
+        config = settings.to_config() | described
         figures = {component: each.to_figures() for component, each in exported.items()}
         manifest = write_manifest(folder, "onnx", config=config, inputs=source, figures=figures)
         with _kept_where_failed(folder, output, keep_failed, failed_folder):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -23,17 +22,9 @@ from sdcompress.export.parity import Parity, compare_onnx
 from sdcompress.export.quantize.quantize_unet import QuantizedUNet, quantize_unet
 from sdcompress.export.settings import ExportSettings
 from sdcompress.export.weights import unet_origins
-from sdcompress.lora.model_lora import COMPONENTS as LORA_COMPONENTS
-from sdcompress.prune.plan import BlockPlan
+from sdcompress.lora.model_lora import LORA_COMPONENTS
+from sdcompress.prune.plan import PLAN_ENTRY, BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
-
-PLAN = "plan"
-"""The entry of an export's manifest with the plan of a student's UNet."""
-
-
-def describe_plan(plan: BlockPlan | None) -> dict[str, Any] | None:
-    """Returns a plan as a manifest holds it."""
-    return None if plan is None else json.loads(plan.to_json())
 
 
 @dataclass(frozen=True)
@@ -140,7 +131,7 @@ class ComponentExporter:
         complete = component not in LORA_COMPONENTS or weights_path(f"{component}.onnx").name in earlier.files
         return (
             complete
-            and (component != "unet" or earlier.config.get(PLAN) == describe_plan(self.plan))
+            and (component != "unet" or earlier.config.get(PLAN_ENTRY) == (self.plan and self.plan.to_content()))
             and all(earlier.config.get(key, "any") == wanted[key] for key in ("opset", "runtime", "signature"))
             and earlier.config.get("precisions", {}).get(component) == wanted["precisions"][component]
             and earlier.config.get("weights_sha256", {}).get(component) == self.weights_sha256[component]

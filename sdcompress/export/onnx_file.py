@@ -13,7 +13,7 @@ from sdcompress_engines.signature import Signature
 from sdcompress.export.components import ComponentGraph, Runtime, example_of, silence
 from sdcompress.export.onnxruntime_ops import use_onnxruntime_ops
 from sdcompress.export.weights import move_weights_out, name_weights
-from sdcompress.lora.model_lora import COMPONENTS as LORA_COMPONENTS
+from sdcompress.lora.model_lora import LORA_COMPONENTS
 
 OPSET = 23
 """The default opset. `Attention` and `GroupNormalization` are one node each in it.

@@ -144,10 +144,12 @@ def _choose_loras(
 ) -> bool:
     """Returns whether the engines are built so that they take LoRAs."""
     has_weights = any(weights_path(f"{name}.onnx").name in manifest.files for name in manifest.config["components"])
-    if wanted is not None or options.refit or options.strip_plan or not has_weights:
-        return bool(wanted) and has_weights
-    if not builds_refittable(library):
-        report.show_line(f"these engines take no LoRA: {library.name} builds those that do where a card of theirs is")
+    if wanted is False or options.refit or options.strip_plan or not has_weights:
+        return False
+    if wanted is None and not builds_refittable(library):
+        report.show_line(
+            f"these engines take no LoRA: {library.name} builds those that do only on a machine with the card"
+        )
         return False
     return True
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from sdcompress_engines.errors import ExportError
 from sdcompress_engines.graph import weights_path
-from sdcompress_engines.graph_weights import describe_weights
+from sdcompress_engines.graph_weights import describe_weights, exchangeable_layers
 from sdcompress_engines.ldm_keys import ldm_unet_keys
 from sdcompress_engines.safetensors_file import read_header
 
@@ -42,8 +42,7 @@ def unet_origins(config: Mapping[str, Any], plan: BlockPlan | None) -> dict[str,
 
 def lora_weights(part: torch.nn.Module) -> list[str]:
     """Returns the names of a component's weights that a LoRA can change: of its linear layers and convolutions."""
-    kinds = torch.nn.Linear | torch.nn.Conv2d
-    return [f"{name}.weight" for name, module in part.named_modules() if isinstance(module, kinds)]
+    return [f"{name}.weight" for name in exchangeable_layers(part)]
 
 
 def save_module_weights(graph: ComponentGraph, path: Path, origins: Mapping[str, str]) -> None:

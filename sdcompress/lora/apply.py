@@ -8,7 +8,7 @@ from pathlib import Path
 from sdcompress_engines.progress import SILENT, Reporter
 
 from sdcompress.lora.fuse import fuse_lora, shapes_of
-from sdcompress.lora.model_lora import COMPONENTS, read_model_lora
+from sdcompress.lora.model_lora import LORA_COMPONENTS, read_model_lora
 from sdcompress.lora.sampling import apply_sampling
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
@@ -31,7 +31,7 @@ def apply_loras(
     Raises:
         UsageError, ModelError: as `read_model_lora`, `fuse_lora` and `apply_sampling`.
     """
-    networks = {name: shapes_of(getattr(pipeline, name, None)) for name in COMPONENTS}
+    networks = {name: shapes_of(getattr(pipeline, name, None)) for name in LORA_COMPONENTS}
     for file, weight in weighted_loras:
         lora = read_model_lora(file, networks, plan)
         if (line := lora.describe(file, plan)) is not None:

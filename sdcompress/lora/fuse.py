@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from sdcompress_engines.errors import ModelError, UsageError, shorten
+from sdcompress_engines.graph_weights import exchangeable_layers
 
 from sdcompress.lora.adapters import Adapter, Layers
 from sdcompress.lora.files import NAME_SHOWN, describe_faults
@@ -92,11 +93,8 @@ def shapes_of(network: torch.nn.Module | None) -> Mapping[str, tuple[int, ...]] 
     """
     if network is None:
         return None
-    return {
-        name: tuple(module.weight.shape)
-        for name, module in network.named_modules()
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
-    }
+    layers = exchangeable_layers(network)
+    return {name: tuple(layer.get_parameter("weight").shape) for name, layer in layers.items()}
 
 
 def find_targets(

@@ -23,7 +23,7 @@ UNET_ENTRY = "sdcompress_unet"
 """The entry of a file's header that says whose layers it names: `WHOLE`, or the plan of a student."""
 WHOLE = "whole"
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """What a LoRA can change."""
 
 LayerShapes = Mapping[str, "tuple[int, ...]"]

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 import torch
+from sdcompress_engines.graph_weights import exchangeable_layers
 from sdcompress_engines.ldm_keys import UNET_MODULES, UNET_PREFIX, ldm_unet_keys
 
 from sdcompress.lora.adapters import ALPHA, DORA_SCALE, Full, Hadamard, Kronecker, LowRank
@@ -78,7 +79,7 @@ _KEY = re.compile(rf"(.+?)\.({'|'.join(re.escape(end) for end in TENSOR_ROLES)})
 
 def unet_modules(unet: torch.nn.Module) -> list[str]:
     """Returns the names of a UNet's, or another network's, layers that a LoRA can adapt."""
-    return [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    return list(exchangeable_layers(unet))
 
 
 def clip_modules(layers: int = 32) -> list[str]:

@@ -15,7 +15,7 @@ from sdcompress_engines.runners import TorchRunner
 
 from sdcompress.lora.adapters import Adapter
 from sdcompress.lora.fuse import add_layers, find_targets
-from sdcompress.lora.model_lora import COMPONENTS, ModelLora, read_model_lora
+from sdcompress.lora.model_lora import LORA_COMPONENTS, ModelLora, read_model_lora
 from sdcompress.lora.sampling import apply_sampling
 from sdcompress.prune.plan import BlockPlan
 from sdcompress.support.pipeline import TextToImagePipeline
@@ -95,7 +95,7 @@ class PipelineLoras:
             keys = [(_identify(file), factor) for file, factor in chosen]
             found = [(self._read(file, key), factor) for (file, factor), (key, _) in zip(chosen, keys, strict=True)]
             changed = {component for lora, _ in found for component, _ in lora.layers}
-            for component in COMPONENTS:
+            for component in LORA_COMPONENTS:
                 if component in changed or component in self._targets:
                     self._set_component(component, found, tuple(keys))
             self._set_sampling([file for file, _ in chosen])
@@ -167,10 +167,10 @@ class _Shapes(Mapping[str, "Mapping[str, tuple[int, ...]] | None"]):
         return self._loras.shapes(component)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(COMPONENTS)
+        return iter(LORA_COMPONENTS)
 
     def __len__(self) -> int:
-        return len(COMPONENTS)
+        return len(LORA_COMPONENTS)
 
 
 def _identify(file: Path) -> Hashable:

@@ -12,7 +12,7 @@ from sdcompress_engines.manifest import read_manifest
 
 from sdcompress.families.registry import families, family_of
 from sdcompress.families.unet_blocks import read_blocks
-from sdcompress.prune.plan import BlockPlan
+from sdcompress.prune.plan import PLAN_ENTRY, BlockPlan
 from sdcompress.prune.presets import PRESETS, make_plan
 
 
@@ -43,7 +43,7 @@ def _read_plan(folder: Path) -> tuple[BlockPlan, Path] | None:
     if not folder.is_dir():
         return None
     manifest, file = read_manifest(folder), folder / "unet" / "plan.json"
-    content = None if manifest is None else manifest.config.get("plan")
+    content = None if manifest is None else manifest.config.get(PLAN_ENTRY)
     if content is not None and not isinstance(content, str):  # a model with random weights has a preset's name there
         return BlockPlan.from_content(content, folder), folder
     return (BlockPlan.from_content(read_json(file, PlanError), file), file) if file.is_file() else None

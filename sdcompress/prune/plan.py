@@ -32,6 +32,8 @@ _PER_LEVEL = (
 
 _LONGEST_NAME = 64
 _STRICT = {"strict": True, "extra": "forbid"}  # how pydantic reads the classes from JSON
+PLAN_ENTRY = "plan"
+"""The entry of a manifest with the plan that a UNet was made with."""
 PLAN_HINT = "sdcompress plan TEACHER --preset bk-tiny -o plan.json"
 
 
@@ -213,6 +215,11 @@ class BlockPlan:
     def to_json(self) -> str:
         """Returns the text of a `plan.json`."""
         return json.dumps(asdict(self), indent=1, sort_keys=True) + "\n"
+
+    def to_content(self) -> dict[str, Any]:
+        """Returns the parsed content of a `plan.json`, which manifests hold as their entry `PLAN_ENTRY`."""
+        content: dict[str, Any] = json.loads(self.to_json())
+        return content
 
     @classmethod
     def from_json(cls, text: str, where: str | Path = "plan.json") -> BlockPlan:

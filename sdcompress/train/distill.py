@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +68,7 @@ def distill(
         torch.manual_seed(config.seed)
         student = build_student(pipeline.unet, plan).float()
         objective = make_objective(pipeline.unet, student, plan, config)
-        described = json.loads(plan.to_json())
+        described = plan.to_content()
         identity = {"teacher": teacher.sha256, "plan": described, "data": cache.sha256}
         result = train(
             student,

@@ -20,6 +20,7 @@ from torch import nn
 
 from sdcompress.data.cache import LatentCache
 from sdcompress.data.embed import TEXT_ENCODERS
+from sdcompress.prune.plan import PLAN_ENTRY
 from sdcompress.support.pictures import save_picture
 from sdcompress.support.pipeline import latent_scale, scheduler_config
 from sdcompress.support.quiet import quiet
@@ -136,7 +137,7 @@ def describe_training(
         result: how the run ended.
         role: the name of `model` in the entries: "teacher" or "model".
     """
-    plan = {} if role != "model" or model.plan is None else {"plan": json.loads(model.plan.to_json())}
+    plan = {} if role != "model" or model.plan is None else {PLAN_ENTRY: model.plan.to_content()}
     return {
         "config": {
             "train": config.model_dump(mode="json"),

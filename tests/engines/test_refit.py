@@ -148,7 +148,7 @@ def test_a_refit_that_fails_is_an_error(fake_cuda: FakeCuda, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"precision": "fp16"}, "takes no LoRA: it was built without .--no-lora., or on a machine without its card"),
+        ({"precision": "fp16"}, "takes no LoRA: it was built with --no-lora, or on a machine without its card"),
         ({"precision": "int8"}, "takes no LoRA: its weights are rounded to int8"),
     ],
 )

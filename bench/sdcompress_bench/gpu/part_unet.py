@@ -233,8 +233,7 @@ def measure_package(run: PartRun, models: Models, name: str, batch: int, cuda_gr
         pipeline: Any = SimpleNamespace(unet=models.unet(name))
         precision: Any = run.precision
         loaded = LoadedPipeline(name, pipeline, "random", run.scratch / name)  # random weights: no folder holds them
-        options: Any = {"device": run.device.type, "precision": precision, "loras": run.is_cuda, "force": True}
-        result = compile_unet(loaded, package.parent, **options)
+        result = compile_unet(loaded, package.parent, device=run.device.type, precision=precision, force=True)
         compiled = {"compile_s": result.seconds}
     with open_runner(package, str(run.device), cuda_graph=cuda_graph) as runner:
         figures = measure_runner(run, models, name, batch, runner)

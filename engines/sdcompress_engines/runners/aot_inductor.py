@@ -128,7 +128,7 @@ class AotInductorRunner(Runner):
         """Returns weight → the package's name of it, which has the path of the compiled module before it.
 
         Raises:
-            EngineError: the package has a weight no more, because its value is part of the code.
+            EngineError: the package no longer has a weight, because its value is part of the code.
         """
         stored = self._model.get_constant_fqns()
         names = {}

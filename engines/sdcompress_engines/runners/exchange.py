@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ..errors import EngineError, EngineMismatch
-from ..graph_weights import WeightSpec
+from ..graph_weights import WeightSpec, exchangeable_layers
 
 NAMES_SHOWN = 3
 """Weights that a message names."""
@@ -36,19 +36,15 @@ class ModuleWeights:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._layers = {
-            f"{name}.weight": layer
-            for name, layer in module.named_modules()
-            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
+        self._weights = {
+            f"{name}.weight": layer.get_parameter("weight") for name, layer in exchangeable_layers(module).items()
         }
         self._originals: dict[str, torch.Tensor] = {}
-        self.specs = {
-            name: WeightSpec(tuple(layer.weight.shape), layer.weight.dtype) for name, layer in self._layers.items()
-        }
+        self.specs = {name: WeightSpec(tuple(weight.shape), weight.dtype) for name, weight in self._weights.items()}
 
     def read(self, name: str) -> torch.Tensor:
         kept = self._originals.get(name)
-        return self._layers[name].weight.detach().cpu() if kept is None else kept
+        return self._weights[name].detach().cpu() if kept is None else kept
 
     @torch.no_grad()
     def write(self, name: str, value: torch.Tensor) -> None:
@@ -58,7 +54,7 @@ class ModuleWeights:
             name: a key of `specs`.
             value: of its shape, any dtype, on any device.
         """
-        weight = self._layers[name].weight
+        weight = self._weights[name]
         if name not in self._originals:
             self._originals[name] = weight.detach().to("cpu", copy=True)
         weight.copy_(value)
@@ -68,7 +64,7 @@ class ModuleWeights:
         """Give a weight its original value again, bit-equal; one that was not changed stays."""
         original = self._originals.pop(name, None)
         if original is not None:
-            self._layers[name].weight.copy_(original)
+            self._weights[name].copy_(original)
 
 
 class CheckedChanges(Mapping[str, torch.Tensor]):

@@ -333,14 +333,17 @@ class OnnxRuntimeRunner(Runner):
         if (kept := self._sessions.pop(key, None)) is not None:
             self._session = self._sessions[key] = kept
             return
-        values = {name: value if not self.weights[name].transposed else value.t() for name, value in changes.items()}
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # the session that goes may still run
         while len(self._sessions) >= MAX_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
-        refusal = self._start(key, {name: value.cpu().contiguous() for name, value in values.items()})
+        refusal = self._start(key, {name: self._to_stored(name, changes[name]) for name in changes})
         if refusal is not None:
             self._drop_graphs(refusal)
+
+    def _to_stored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Returns a weight as the graph has it, on the CPU."""
+        return (value.t() if self.weights[name].transposed else value).cpu().contiguous()
 
 
 def _to_ort_value(value: torch.Tensor) -> Any:

@@ -263,7 +263,7 @@ class TensorRTRunner(Runner):
         if str(built.get("precision")) in ("int8", "fp8"):
             return super()._fixed_weights()
         return EngineError(
-            "takes no LoRA: it was built without (--no-lora), or on a machine without its card",
+            "takes no LoRA: it was built with --no-lora, or on a machine without its card",
             where=self.path,
             hint=f"here, {REBUILD}, or with --lora FILE:WEIGHT",
         )
