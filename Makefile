@@ -43,6 +43,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy bench/studies bench/gpu.py tools/*.py
 
 # Try again to install what could not be installed before.
 install:

@@ -200,7 +200,7 @@ def bench_nano() -> str:
     found = read_results(RESULTS / "bench-nano.json")
     took = f"; {found.seconds / 60:.1f} minutes in all, with the export of the graphs" if found.seconds else ""
     return section(
-        f"`sdcompress bench nano` ({machine(found)}; one picture; {found.settings['rounds']} rounds, 95%"
+        f"`sdcompress bench nano` ({machine(found.environment)}; one picture; {found.settings['rounds']} rounds, 95%"
         f" intervals{took}):",
         answer_head(),
         (answer_cells(row) for row in found.rows()),
@@ -230,7 +230,7 @@ def sd15() -> str:
     one_round = "one round, so the intervals do not include how processes differ"
     rounds = f"{settings['rounds']} rounds" if settings["rounds"] > 1 else one_round
     return section(
-        f"SD1.5 at {settings['sizes_px'][0]} px on a CPU, random weights ({machine(found)};"
+        f"SD1.5 at {settings['sizes_px'][0]} px on a CPU, random weights ({machine(found.environment)};"
         f" `{found.command.partition(' -o ')[0]}`; one picture, guidance, {settings['steps']} steps; {rounds}):",
         answer_head("of peak"),
         (answer_cells(row, peak=True) for row in found.rows()),

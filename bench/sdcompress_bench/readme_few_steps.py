@@ -86,7 +86,7 @@ def whole_pictures_section(found: Results, what: str) -> str:
         what: that was drawn, such as `SD1.5 at 512 px`.
     """
     return section(
-        f"{what}, whole pictures ({machine(found)}; `{found.command.partition(' -o ')[0]}`):",
+        f"{what}, whole pictures ({machine(found.environment)}; `{found.command.partition(' -o ')[0]}`):",
         ("model", "drawn in", "backend", "a picture, s", "of which decoding, s", "times as fast"),
         (_picture_cells(found, row) for row in found.rows()),
     )

@@ -62,12 +62,14 @@ def swap_section(found: Figures) -> str:
 def _swap_cells(name: str, row: Figures) -> Cells:
     backend, precision = name.split()
     times = [f"{statistics.median(row[f'{kind}_s']):.2f} s" for kind in ("set", "reset")]
-    memory = row["resident_mib"]
+    memory = [round(value) for value in row["resident_mib"]]
+    low, high = min(memory), max(memory)
+    trend = f"{low:,} to {high:,} MiB, first {memory[0]:,}, last {memory[-1]:,}" if low < high else f"{low:,} MiB"
     return [
         f"{_BACKENDS.get(backend, backend)} {precision}",
         *times,
         f"{row['relative_l2']:.1e} ({row['limit']:.1e})",
-        f"{min(memory):,.0f} to {max(memory):,.0f} MiB; first {memory[0]:,.0f}, last {memory[-1]:,.0f}",
+        trend,
     ]
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from .markdown import Cells
 from .results import Results, Row
 
 
-def machine(found: Results) -> str:
-    """Returns the processor and the number of its cores."""
-    return f"{found.environment['cpu']}, {found.environment['cores']} cores"
+def machine(environment: Mapping[str, Any]) -> str:
+    """Returns the processor of an environment that results carry, and the number of its cores."""
+    return f"{environment['cpu']}, {environment['cores']} cores"
 
 
 def answer_head(*more: str) -> Cells:

@@ -36,8 +36,8 @@ from sdcompress_bench.interrupted import is_hidden
 ROOT = Path(__file__).parents[2]
 PICTURES, KILLS_A_ROUND, CHAIN_KILLS_A_ROUND = 12, 2, 3
 SIGNALS = ("SIGKILL", "SIGTERM")
-VOLATILE = ("created", "seconds", "waited_s", "samples_per_s", "resumed_from", "command", "files", "seal")
-VOLATILE += ("sha256", "onnx", "peak_mib", "reused")
+VOLATILE = {"created", "seconds", "waited_s", "samples_per_s", "resumed_from", "command", "files", "seal"}
+VOLATILE |= {"sha256", "onnx", "peak_mib", "reused"}
 """Keys of JSON files that name a time or a measurement, or the hash or size of a file with one, or of an engine."""
 UNEQUAL = ("out/checkpoints/", "store/")
 """What may differ: a checkpoint is written where a signal comes; a store keeps locks and timing caches."""

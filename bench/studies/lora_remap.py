@@ -38,7 +38,7 @@ from sdcompress.data.sources import open_source
 from sdcompress.families.registry import published_families
 from sdcompress.lora.adapters import Layers, LowRank
 from sdcompress.lora.fuse import shapes_of
-from sdcompress.lora.model_lora import COMPONENTS, read_model_lora
+from sdcompress.lora.model_lora import LORA_COMPONENTS, read_model_lora
 from sdcompress.lora.pipeline_loras import enable_loras
 from sdcompress.lora.remap import remap_lora
 from sdcompress.models.load import LoadedPipeline, load_pipeline
@@ -163,7 +163,7 @@ class RemapStudy:
     def describe_kept(self, file: Path, model: str) -> dict[str, Any]:
         """Returns the share of the LoRA's norm that a model keeps, and its number of UNet layers before and after."""
         loaded = self.models[model]
-        networks = {name: shapes_of(getattr(loaded.pipeline, name, None)) for name in COMPONENTS}
+        networks = {name: shapes_of(getattr(loaded.pipeline, name, None)) for name in LORA_COMPONENTS}
         lora = read_model_lora(file, networks, loaded.plan)
         layers = sum(component == "unet" for component, _ in lora.layers)
         return {"kept_norm": lora.kept_norm, "unet_layers": layers, "unet_layers_of_lora": layers + lora.dropped}

@@ -54,7 +54,8 @@ PACKAGED: tuple[Precision, ...] = ("bf16", "fp32")
 
 def write_lora_file(path: Path, seed: int = 0) -> Path:
     """Write a LoRA over every attention layer of the whole UNet, in kohya's naming."""
-    generator, tensors = torch.Generator().manual_seed(seed), {}
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
     for name, module in meta_unet(family_configs(FAMILY)["unet"]).named_modules():
         if isinstance(module, torch.nn.Linear) and ".attn" in name:
             prefix = f"lora_unet_{name.replace('.', '_')}"
