@@ -25,26 +25,28 @@ if TYPE_CHECKING:
         unet,
         verified,
     )
-else:
-    # Imported from its place beside this file, never by sys.path: another plugin may carry another version.
-    _ROOT = (
-        f"{__package__}.sdcompress_engines"
-        if (Path(__file__).parent / "sdcompress_engines").is_dir()
-        else "sdcompress_engines"
-    )
-    calls, engine_files, errors, export_folder, few_steps, flavour, graph = (
-        importlib.import_module(f"{_ROOT}.{name}")
-        for name in ("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour", "graph")
-    )
-    graph_weights, manifest, noise, paths, runners, signature, trust, unet, verified = (
-        importlib.import_module(f"{_ROOT}.{name}")
-        for name in (
-            *("graph_weights", "manifest", "noise", "paths", "runners"),
-            *("signature", "trust", "unet", "verified"),
-        )
-    )
 
 __all__ = [
-    *("calls", "engine_files", "errors", "export_folder", "few_steps", "flavour", "graph", "graph_weights"),
-    *("manifest", "noise", "paths", "runners", "signature", "trust", "unet", "verified"),
+    "calls",
+    "engine_files",
+    "errors",
+    "export_folder",
+    "few_steps",
+    "flavour",
+    "graph",
+    "graph_weights",
+    "manifest",
+    "noise",
+    "paths",
+    "runners",
+    "signature",
+    "trust",
+    "unet",
+    "verified",
 ]
+
+if not TYPE_CHECKING:
+    # Imported from its place beside this file, never by sys.path: another plugin may carry another version.
+    _BESIDE = (Path(__file__).parent / "sdcompress_engines").is_dir()
+    _ROOT = f"{__package__}.sdcompress_engines" if _BESIDE else "sdcompress_engines"
+    globals().update({name: importlib.import_module(f"{_ROOT}.{name}") for name in __all__})

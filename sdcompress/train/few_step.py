@@ -168,7 +168,7 @@ def save_few_step(
     config: FewStepConfig,
     output: Path,
     manifest: dict[str, Any],
-    entries: Mapping[str, str] | None = None,
+    entries: Mapping[str, str],
 ) -> None:
     """Write the finished pipeline, and the LoRA where one was trained.
 
@@ -186,9 +186,7 @@ def save_few_step(
         fuse_lora(with_unet(pipeline, unet), read_adapters("unet", trained))
     finished = make_few_step_pipeline(pipeline, config, unet)
     if config.lora_rank is not None:
-        save_lora(
-            trained, output / LORA, _lora_config(config), manifest, {**describe_sampling(finished), **(entries or {})}
-        )
+        save_lora(trained, output / LORA, _lora_config(config), manifest, {**describe_sampling(finished), **entries})
     save_pipeline(finished, output / PIPELINE, "few-step", precision=config.save_precision, force=True, **manifest)
 
 

@@ -14,8 +14,6 @@ from sdcompress_engines.exactness import relative_l2
 from sdcompress.lora.adapters import Layers
 from sdcompress.lora.files import read_lora
 from sdcompress.lora.fuse import add_layers, shapes_of
-from sdcompress.lora.remap import RemappedLora, remap_lora
-from sdcompress.prune.plan import BlockPlan
 
 from ..sdcompress.adapter_cases import Case, Draw, dora, lora
 from .comfyui_cases import SHAPE, record_calls, text
@@ -62,11 +60,6 @@ def read_layers(tensors: Tensors, unet: Any, folder: Path) -> Layers:
     """Returns the layers of a LoRA by the names of a UNet, as the library reads them from a file."""
     save_file(tensors, folder / "a.safetensors")
     return read_lora(folder / "a.safetensors", shapes_of(unet) or {})
-
-
-def carry_over(tensors: Tensors, whole: Any, student: Any, plan: BlockPlan, folder: Path) -> RemappedLora:
-    """Returns a LoRA of the whole model by the names of a student."""
-    return remap_lora(read_layers(tensors, whole, folder), plan, shapes_of(student) or {})
 
 
 @torch.no_grad()

@@ -12,12 +12,15 @@ import pytest
 import torch
 from sdcompress_engines.runners import onnxruntime
 
+from sdcompress.lora.fuse import shapes_of
+from sdcompress.lora.remap import RemappedLora, remap_lora
+
 from ..sdcompress.adapter_cases import ANY_SHAPE, KERNELS
 from .comfyui_host import REAL, Real
 from .comfyui_lora_cases import (
     FIRST,
     STRENGTH,
-    carry_over,
+    Tensors,
     difference,
     draw,
     fuse,
@@ -27,6 +30,19 @@ from .comfyui_lora_cases import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning" if REAL else "error")
+
+Carry = Callable[[Tensors], RemappedLora]
+
+
+@pytest.fixture
+def carried(student: Any, random_pipeline: Any, student_plan: Any, tmp_path: Path) -> Carry:
+    """Returns what gives a LoRA of the whole model the names of the student."""
+
+    def carry_over(tensors: Tensors) -> RemappedLora:
+        layers = read_layers(tensors, random_pipeline.unet, tmp_path)
+        return remap_lora(layers, student_plan, shapes_of(student.unet) or {})
+
+    return carry_over
 
 
 @pytest.fixture
@@ -56,11 +72,11 @@ def test_a_lora_on_the_whole_models_engine_equals_torch_with_it_fused(
 
 
 def test_loras_of_the_whole_model_on_a_student_equal_remapping_and_fusing(
-    host: Any, models: Path, node: Any, student: Any, random_pipeline: Any, student_plan: Any, tmp_path: Path
+    host: Any, models: Path, node: Any, student: Any, random_pipeline: Any, carried: Carry
 ) -> None:
     whole = random_pipeline.unet
     files = [make_lora(whole, seed=seed) for seed in (0, 1)]
-    first, second = (carry_over(each, whole, student.unet, student_plan, tmp_path).layers for each in files)
+    first, second = (carried(each).layers for each in files)
     (patcher,) = node().load("tiny")
     one = host.lora(patcher, files[0], STRENGTH)
     assert difference(host, one, fuse(student.unet, [(first, STRENGTH)])) < 1e-5
@@ -142,14 +158,12 @@ def test_what_a_student_lacks_of_a_lora_is_reported_once(
     host: Any,
     models: Path,
     node: Any,
-    student: Any,
     random_pipeline: Any,
-    student_plan: Any,
-    tmp_path: Path,
+    carried: Carry,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     tensors = make_lora(random_pipeline.unet)
-    remapped = carry_over(tensors, random_pipeline.unet, student.unet, student_plan, tmp_path)
+    remapped = carried(tensors)
     (patcher,) = node().load("tiny")
     for _ in range(2):
         draw(host, host.lora(patcher, tensors, STRENGTH))
@@ -185,14 +199,13 @@ def test_every_kind_of_adapter_equals_torch_with_it_fused(
     node: Any,
     student: Any,
     random_pipeline: Any,
-    student_plan: Any,
-    tmp_path: Path,
+    carried: Carry,
 ) -> None:
     """`lokr_core` fails in ComfyUI's own code: it takes `torch.kron` of a tensor that is not contiguous."""
     kinds = (".conv1",) if kind in KERNELS else (".conv1", ".to_q")
     make = {**ANY_SHAPE, **KERNELS}[kind]
     tensors = make_lora(random_pipeline.unet, make, choose=lambda name: name.endswith(kinds))
-    layers = carry_over(tensors, random_pipeline.unet, student.unet, student_plan, tmp_path).layers
+    layers = carried(tensors).layers
     patcher = host.lora(node().load("tiny")[0], tensors, 0.05)
     assert difference(host, patcher, fuse(student.unet, [(layers, 0.05)])) < 1e-5
 
@@ -217,10 +230,10 @@ def test_dora_equals_torch_with_the_weights_that_comfyui_computes(
 
 
 def test_a_full_difference_equals_torch_with_it_fused(
-    host: Any, models: Path, node: Any, student: Any, random_pipeline: Any, student_plan: Any, tmp_path: Path
+    host: Any, models: Path, node: Any, student: Any, random_pipeline: Any, carried: Carry
 ) -> None:
     tensors = make_lora(random_pipeline.unet, ANY_SHAPE["full"], choose=lambda name: ".attentions." in name)
-    layers = carry_over(tensors, random_pipeline.unet, student.unet, student_plan, tmp_path).layers
+    layers = carried(tensors).layers
     patcher = host.lora(node().load("tiny")[0], tensors, 0.05)
     assert difference(host, patcher, fuse(student.unet, [(layers, 0.05)])) < 1e-5
 
