@@ -17,7 +17,6 @@ import psutil
 import pytest
 import torch
 from sdcompress_engines.flavour import TENSORRT_RTX
-from sdcompress_engines.thread_waiting import BUSY_PERCENT
 
 from .conftest import Cli, one_line
 
@@ -191,15 +190,19 @@ def test_an_interrupt_ends_doctor_and_all_its_processes(tmp_path: Path) -> None:
 
 @pytest.mark.alone
 @pytest.mark.slow
-def test_every_backend_of_this_machine_is_tested_in_two_minutes_with_empty_caches(
+def test_two_minutes_are_kept_with_empty_caches_and_more_of_them_finish_every_backend(
     doctor: Doctor, tmp_path: Path
 ) -> None:
     caches = {"SDCOMPRESS_CACHE": str(tmp_path / "cache"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    is_busy = psutil.cpu_percent(interval=1) >= BUSY_PERCENT  # the two minutes are for a machine without other work
-    started = time.monotonic()
-    done = doctor("--json", *(("--minutes", "8") if is_busy else ()), **caches)
-    assert time.monotonic() - started < (480 if is_busy else 120)
+    done = doctor("--json", **caches)
     diagnosis = json.loads(done.stdout)
+    assert diagnosis["seconds"] < 120
+    unfinished = [result for result in diagnosis["backends"] if result["status"] == "unfinished"]
+    for result in unfinished:  # a slow machine, or one with other work
+        assert result["command"] == f"sdcompress doctor --minutes 10 --backend {result['backend']}"
+    if unfinished:
+        done = doctor("--json", "--minutes", "7", **caches)
+        diagnosis = json.loads(done.stdout)
     assert done.returncode == 0, done.stdout
     assert diagnosis["healthy"]
     results = {result["backend"]: result for result in diagnosis["backends"] if result["device"] == "cpu"}
